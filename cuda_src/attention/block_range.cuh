@@ -1,0 +1,45 @@
+// attention: which blocks of keys a tile of queries needs, and which of those have entries to mask.
+#pragma once
+
+#include "attention/params.cuh"
+#include "attention/seqlen.cuh"
+#include "core/math.cuh"
+
+namespace attention {
+
+// The keys a query row may see: [first, last], from causal and window masks and the live length.
+template <bool causal, bool window>
+struct KeySpan {
+  static int first(const Params& params, const Seqlen& seqlen, int row) {
+    return window ? max_of(0, row + seqlen.diagonal() - params.window_left) : 0;
+  }
+
+  static int last(const Params& params, const Seqlen& seqlen, int row) {
+    if constexpr (window) return min_of(seqlen.k - 1, row + seqlen.diagonal() + params.window_right);
+    return causal ? min_of(seqlen.k - 1, row + seqlen.diagonal()) : seqlen.k - 1;
+  }
+};
+
+struct BlockRange {
+  int begin, end;           // blocks [begin, end) hold every key some row of the tile sees
+  int full_begin, full_end;  // blocks [full_begin, full_end) are seen whole by every row
+
+  bool empty() const { return begin >= end; }
+  bool is_boundary(int n_block) const { return n_block < full_begin || n_block >= full_end; }
+};
+
+template <int block_m, int block_n, bool causal, bool window>
+inline BlockRange block_range(const Params& params, const Seqlen& seqlen, int m_block) {
+  using Span = KeySpan<causal, window>;
+  const int first_row = m_block * block_m, last_row = min_of(first_row + block_m, seqlen.q) - 1;
+  BlockRange range;
+  range.begin = Span::first(params, seqlen, first_row) / block_n;
+  const int end = Span::last(params, seqlen, last_row) + 1;
+  range.end = end > 0 ? ceil_div(end, block_n) : 0;
+  range.full_begin = window ? ceil_div(Span::first(params, seqlen, last_row), block_n) : 0;
+  const int full_end = Span::last(params, seqlen, first_row) + 1;
+  range.full_end = full_end > 0 ? full_end / block_n : 0;
+  return range;
+}
+
+}  // namespace attention

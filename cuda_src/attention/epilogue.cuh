@@ -1,0 +1,60 @@
+// attention: writes a finished tile: out through shared memory, so that rows leave in whole chunks, and lse.
+#pragma once
+
+#include "attention/params.cuh"
+#include "attention/softmax.cuh"
+#include "core/types.cuh"
+#include "ptx/convert.cuh"
+#include "ptx/shared.cuh"
+#include "tile/accumulator.cuh"
+#include "tile/copy.cuh"
+#include "tile/shared.cuh"
+
+namespace attention {
+
+template <class Tile, int m_tiles, int cols>
+inline void stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& out, int warp_row) {
+  using element = typename Tile::element;
+#pragma unroll
+  for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = warp_row + tile::fragment_row(t, i);
+#pragma unroll
+      for (int j = 0; j < cols / 8; ++j) {
+        const float low = out.x[t][j][2 * i], high = out.x[t][j][2 * i + 1];
+        const int byte = (8 * j + tile::fragment_col()) * int(sizeof(element));
+        const u32 address = staging.address(row, byte / 16) + byte % 16;
+        if constexpr (is_same<element, f32>) {
+          ptx::st_shared_v2(address, __float_as_uint(low), __float_as_uint(high));
+        } else {
+          ptx::st_shared_u32(address, ptx::cvt_rn_x2<element>(low, high));
+        }
+      }
+    }
+  }
+}
+
+// Rows from first_row on of one head; smem is free for staging when this is called.
+template <class Config, int m_tiles, int cols>
+inline void epilogue(const tile::Accumulator<m_tiles, cols>& out, const Softmax<m_tiles>& statistics,
+                     const tile::GlobalRows<typename Config::element>& out_rows, float* lse, int first_row,
+                     int warp_row, int seqlen_q, u32 smem) {
+  using Staging = tile::SharedTile<typename Config::element, Config::block_m, Config::tile_head_dim_v>;
+  const Staging staging{smem};
+  stage(staging, out, warp_row);
+  if (lse && tile::fragment_col() == 0) {
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row + warp_row + tile::fragment_row(t, i);
+        if (row < seqlen_q) lse[row] = statistics.row_max[t][i];
+      }
+    }
+  }
+  __syncthreads();
+  block::store<Config::num_threads, Config::store_bytes, Config::head_dim_v>(out_rows, staging, first_row, seqlen_q);
+}
+
+}  // namespace attention

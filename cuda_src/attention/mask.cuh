@@ -1,0 +1,38 @@
+// attention: removes the entries of a score tile that a row may not see.
+#pragma once
+
+#include "attention/block_range.cuh"
+#include "attention/params.cuh"
+#include "attention/seqlen.cuh"
+#include "core/math.cuh"
+#include "tile/accumulator.cuh"
+
+namespace attention {
+
+// first_row is the query row of the warp's first row, first_col the key of the tile's first column.
+template <bool causal, bool window, int m_tiles, int block_n>
+inline void mask(tile::Accumulator<m_tiles, block_n>& scores, const Params& params, const Seqlen& seqlen,
+                 int first_row, int first_col) {
+  using Span = KeySpan<causal, window>;
+  const int thread_col = first_col + tile::fragment_col();
+#pragma unroll
+  for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row + tile::fragment_row(t, i);
+      // Relative to this thread's columns, so that each comparison is with a constant.
+      const int last = Span::last(params, seqlen, row) - thread_col;
+      const int first = Span::first(params, seqlen, row) - thread_col;
+#pragma unroll
+      for (int j = 0; j < block_n / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int col = 8 * j + e;
+          if (col > last || (window && col < first)) scores.x[t][j][2 * i + e] = -infinity;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace attention

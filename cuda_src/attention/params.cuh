@@ -1,0 +1,37 @@
+// attention: the one argument of every forward kernel. cufa/_params.py mirrors it, and the generated source asserts the
+// layout of both. Strides are in elements.
+#pragma once
+
+#include "core/types.cuh"
+
+namespace attention {
+
+struct Strides {
+  i64 batch, seqlen, head, dim;  // varlen: batch is 0 and seqlen strides over the packed rows
+};
+
+struct Params {
+  const void* q;
+  const void* k;
+  const void* v;
+  void* out;
+  float* lse;                  // (batch, num_heads_q, seqlen_q) or (num_heads_q, total_q); null: not wanted
+  const float* alibi_slopes;   // (heads,) or (batch, heads)
+  const float* sinks;          // (heads,)
+  const i32* cu_seqlens_q;     // (batch + 1,)
+  const i32* cu_seqlens_k;     // (batch + 1,)
+  const i32* seqused_k;        // (batch,); null: whole sequences are live
+  Strides q_strides, k_strides, v_strides, out_strides;
+  i64 lse_batch_stride, lse_head_stride;
+  i64 alibi_batch_stride, alibi_head_stride;
+  i64 sinks_stride, cu_seqlens_q_stride, cu_seqlens_k_stride, seqused_k_stride;
+  i32 batch, seqlen_q, seqlen_k;  // varlen: seqlen_q and seqlen_k are the packed totals
+  i32 num_heads_q, qheads_per_khead;
+  i32 m_blocks;           // query tiles a head: of a sequence, or (varlen) of the whole packed batch
+  i32 heads_per_section;  // heads scheduled side by side, so that their K and V share the L2
+  i32 window_left, window_right;
+  float softmax_scale, softcap;
+  i32 padding;
+};
+
+}  // namespace attention

@@ -1,0 +1,95 @@
+// attention: what happens to a score between q·k and the softmax. A variant is a list of terms, applied in the order of
+// the specification; each is a closure over Params. The main loops know none of them by name.
+#pragma once
+
+#include "attention/params.cuh"
+#include "attention/seqlen.cuh"
+#include "core/math.cuh"
+#include "core/types.cuh"
+#include "ptx/math.cuh"
+#include "tile/accumulator.cuh"
+
+namespace attention {
+
+// softcap · tanh(s / softcap).
+template <class element>
+struct Softcap {
+  float softcap;
+
+  Softcap(const Params& params, int, int) : softcap(params.softcap) {}
+
+  float score(float s, float) const { return softcap * tanh_of(s / softcap); }
+
+  static float tanh_of(float x) {
+    if constexpr (is_same<element, f32>) return tanhf(x);
+    // 1 - 2 / (e^2x + 1) is good to 2^-22 absolutely, far below a 16-bit P; tanh.approx (2^-11) would show.
+    const float e = ptx::ex2_approx_ftz(x * (2.0f * log2_e));
+    return 1.0f - 2.0f * ptx::rcp_approx_ftz(e + 1.0f);
+  }
+};
+
+// - slope · |i + diagonal - j|: Press, Smith and Lewis, "Train Short, Test Long", 2022.
+struct Alibi {
+  float slope;
+
+  Alibi(const Params& params, int batch, int head)
+      : slope(params.alibi_slopes[batch * params.alibi_batch_stride + head * params.alibi_head_stride]) {}
+
+  float score(float s, float distance) const { return s - slope * fabsf(distance); }
+};
+
+template <class... Terms>
+struct Variant;
+
+template <>
+struct Variant<> {
+  static constexpr bool empty = true;
+
+  Variant(const Params&, int, int) {}
+
+  float score(float s, float) const { return s; }
+};
+
+template <class Term, class... Rest>
+struct Variant<Term, Rest...> {
+  static constexpr bool empty = false;
+
+  Term term;
+  Variant<Rest...> rest;
+
+  Variant(const Params& params, int batch, int head) : term(params, batch, head), rest(params, batch, head) {}
+
+  float score(float s, float distance) const { return rest.score(term.score(s, distance), distance); }
+};
+
+// The factor that takes what apply() leaves in the tile to exponents of 2. Without terms the scale rides in the
+// softmax's multiply-add and apply() does nothing.
+template <class Variant>
+inline float exponent_scale(const Params& params) {
+  return Variant::empty ? params.softmax_scale * log2_e : log2_e;
+}
+
+template <class Variant, int m_tiles, int block_n>
+inline void apply(const Variant& variant, tile::Accumulator<m_tiles, block_n>& scores, const Params& params,
+                  const Seqlen& seqlen, int first_row, int first_col) {
+  if constexpr (!Variant::empty) {
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row + tile::fragment_row(t, i);
+        const float distance = float(row + seqlen.diagonal() - first_col - tile::fragment_col());
+#pragma unroll
+        for (int j = 0; j < block_n / 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& s = scores.x[t][j][2 * i + e];
+            s = variant.score(s * params.softmax_scale, distance - float(8 * j + e));
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace attention

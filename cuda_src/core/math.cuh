@@ -1,0 +1,18 @@
+// core: integer helpers and the few constants of the softmax. No instruction is named here.
+#pragma once
+
+inline constexpr float log2_e = 1.4426950408889634f;
+inline constexpr float ln_2 = 0.6931471805599453f;
+
+// NVRTC defines no INFINITY.
+inline constexpr float infinity = __builtin_bit_cast(float, 0x7f800000);
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+constexpr int min_of(int a, int b) { return a < b ? a : b; }
+
+constexpr int max_of(int a, int b) { return a > b ? a : b; }
+
+constexpr int clamp(int x, int low, int high) { return min_of(max_of(x, low), high); }

@@ -1,0 +1,25 @@
+// ptx: the special-function unit's approximations (PTX ISA: "ex2", "lg2", "rcp"). Relative error about 2^-22.
+#pragma once
+
+namespace ptx {
+
+// 2^x; denormal results flush to zero, -infinity gives exactly 0.
+inline float ex2_approx_ftz(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+inline float lg2_approx(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+inline float rcp_approx_ftz(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace ptx

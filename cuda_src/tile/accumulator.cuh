@@ -1,0 +1,52 @@
+// tile: a warp's float32 accumulator, m_tiles × 16 rows by cols columns, in the register layout of mma.m16n8.
+#pragma once
+
+#include "core/types.cuh"
+#include "ptx/thread.cuh"
+
+namespace tile {
+
+// x[t][j][2 * i + e] is row 16 t + lane / 4 + 8 i and column 8 j + 2 (lane % 4) + e of the warp's tile: a thread holds
+// two rows of each m-tile, and the four lanes of a quad share them.
+template <int m_tiles_, int cols_>
+struct Accumulator {
+  static constexpr int m_tiles = m_tiles_, cols = cols_, n_tiles = cols_ / 8;
+  static_assert(cols % 16 == 0, "column tiles go in pairs of 8");
+
+  float x[m_tiles][n_tiles][4];
+
+  void zero() {
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < n_tiles; ++j) x[t][j][0] = x[t][j][1] = x[t][j][2] = x[t][j][3] = 0.0f;
+    }
+  }
+};
+
+inline int lane() { return ptx::laneid(); }
+
+// The rows and columns of the warp's tile that this thread holds.
+template <int m_tile_rows = 16>
+inline int fragment_row(int t, int i) {
+  return m_tile_rows * t + lane() / 4 + 8 * i;
+}
+
+inline int fragment_col() { return 2 * (lane() % 4); }
+
+}  // namespace tile
+
+namespace warp {
+
+// Maximum and sum over the four lanes that share a row.
+inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+inline float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+}  // namespace warp

@@ -1,0 +1,194 @@
+"""Every ``CUFA_*`` environment variable: its name, its default and what it does.
+
+Variables are read when they are used and not at import, so that a change takes effect at the next use and a
+wrong value is reported by the call that needs it. A variable set to the empty string counts as not set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable.
+
+    Attributes
+    ----------
+    name : str
+        The whole name, with ``CUFA_``.
+    default : str
+        What holds when the variable is not set, as it would be written; for a path, a description of it.
+    kind : {'flag', 'choice', 'size', 'path'}
+        How the value is read: ``0`` or ``1``; ``0``, ``1`` or ``auto``; a number of bytes; a path.
+    meaning : str
+        One line, which also ends the message about a value that cannot be read.
+    """
+
+    name: str
+    default: str
+    kind: Literal["flag", "choice", "size", "path"]
+    meaning: str
+
+
+VARIABLES: tuple[Variable, ...] = (
+    Variable(
+        "CUFA_CACHE_DIR",
+        "$XDG_CACHE_HOME/cufa, else ~/.cache/cufa",
+        "path",
+        "directory of compiled kernels; created with mode 0700",
+    ),
+    Variable("CUFA_CACHE", "1", "flag", "1 keeps compiled kernels on disk, 0 in memory only"),
+    Variable(
+        "CUFA_CACHE_MAX_SIZE",
+        "512M",
+        "size",
+        "most bytes of kernels kept on disk, the least recently used going first",
+    ),
+    Variable(
+        "CUFA_CACHE_TRUST_SHARED",
+        "0",
+        "flag",
+        "1 accepts a cache directory that other users can write, and so run code in this process",
+    ),
+    Variable(
+        "CUFA_CACHE_READONLY_DIR",
+        "none",
+        "path",
+        "second directory of compiled kernels, which is read and never written",
+    ),
+    Variable(
+        "CUFA_DISABLE_JIT",
+        "0",
+        "flag",
+        "1 raises MissingKernelError for a kernel that is not cached instead of compiling it",
+    ),
+    Variable(
+        "CUFA_SAVE_SOURCE",
+        "none",
+        "path",
+        "directory that receives the source, headers and log of every kernel that is compiled",
+    ),
+    Variable(
+        "CUFA_PROGRESS",
+        "auto",
+        "choice",
+        "1 says on stderr what is being compiled, 0 does not, auto does on a terminal",
+    ),
+    Variable("CUFA_LINEINFO", "0", "flag", "1 compiles kernels with source line information, for profilers"),
+)
+
+_BY_NAME = {variable.name: variable for variable in VARIABLES}
+
+
+def cache_dir() -> Path | None:
+    """Directory of compiled kernels, from ``CUFA_CACHE_DIR`` or the XDG base directory rules.
+
+    Returns
+    -------
+    pathlib.Path or None
+        An absolute path, which need not exist. None when nothing names a place of the user's own: kernels
+        then stay in memory, since a predictable name in a public directory could be taken by anyone.
+
+    Notes
+    -----
+    As the XDG specification asks, an ``XDG_CACHE_HOME`` that is not absolute is ignored; so is such a ``HOME``.
+    """
+    path = _path("CUFA_CACHE_DIR")
+    if path is not None:
+        return path
+    for base, below in (("XDG_CACHE_HOME", "cufa"), ("HOME", ".cache/cufa")):
+        value = os.environ.get(base, "")
+        if os.path.isabs(value):
+            return Path(value, below)
+    return None
+
+
+def cache_enabled() -> bool:
+    """Whether compiled kernels are kept on disk (``CUFA_CACHE``)."""
+    return _flag("CUFA_CACHE")
+
+
+def cache_max_size() -> int:
+    """Most bytes that the directory of compiled kernels may hold (``CUFA_CACHE_MAX_SIZE``)."""
+    name = "CUFA_CACHE_MAX_SIZE"
+    text = _text(name)
+    match = re.fullmatch(r"(\d+) ?([KMG]?)", text.upper(), flags=re.ASCII)
+    # No disk holds 10**18 bytes, and int() refuses numbers of thousands of digits in words of its own.
+    if match is None or len(match[1]) > 18:
+        raise _error(name, "a number of bytes such as 1048576, 512M or 2G", text)
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def cache_trust_shared() -> bool:
+    """Whether a cache directory that others can write is accepted (``CUFA_CACHE_TRUST_SHARED``)."""
+    return _flag("CUFA_CACHE_TRUST_SHARED")
+
+
+def cache_read_only_dir() -> Path | None:
+    """Second directory of compiled kernels, only read (``CUFA_CACHE_READONLY_DIR``); None when not set."""
+    return _path("CUFA_CACHE_READONLY_DIR")
+
+
+def jit_disabled() -> bool:
+    """Whether a kernel that is not cached is an error instead of being compiled (``CUFA_DISABLE_JIT``)."""
+    return _flag("CUFA_DISABLE_JIT")
+
+
+def save_source_dir() -> Path | None:
+    """Directory that receives every generated source (``CUFA_SAVE_SOURCE``); None when not set."""
+    return _path("CUFA_SAVE_SOURCE")
+
+
+def progress() -> bool | None:
+    """Whether to say what is being compiled (``CUFA_PROGRESS``); None is auto: only on a terminal."""
+    text = _text("CUFA_PROGRESS").lower()
+    if text not in ("0", "1", "auto"):
+        raise _error("CUFA_PROGRESS", "0, 1 or auto", text)
+    return None if text == "auto" else text == "1"
+
+
+def lineinfo() -> bool:
+    """Whether kernels carry source line information (``CUFA_LINEINFO``)."""
+    return _flag("CUFA_LINEINFO")
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """Every variable as (name, value, meaning), in the order of the table.
+
+    The value is the one in the environment as it was written, wrong or not, and else the default: a report
+    about a broken environment must not itself fail.
+    """
+    return [(variable.name, _text(variable.name), variable.meaning) for variable in VARIABLES]
+
+
+def _text(name: str) -> str:
+    return os.environ.get(name, "").strip() or _BY_NAME[name].default
+
+
+def _flag(name: str) -> bool:
+    text = _text(name)
+    if text not in ("0", "1"):
+        raise _error(name, "0 or 1", text)
+    return text == "1"
+
+
+def _path(name: str) -> Path | None:
+    """Read a path; ``~`` is expanded, and a relative path made absolute so that a later chdir is harmless."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise _error(name, "a path whose home directory can be found", text)
+    return Path(os.path.abspath(expanded))
+
+
+def _error(name: str, expected: str, text: str) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {text!r}; {_BY_NAME[name].meaning}.")

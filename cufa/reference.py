@@ -1,0 +1,377 @@
+"""The specification of cufa: exact attention in plain NumPy float64.
+
+Every other implementation in the project is tested against the two functions of this module. They hold whole
+score matrices and take no short cut, so they are for reading and for checking, not for speed.
+
+For query row ``i`` and key ``j``, with ``offset = seqlen_k - seqlen_q``, query head ``h`` and its key head
+``h // qheads_per_khead``:
+
+1. ``s = softmax_scale * (q_i · k_j)``
+2. ``s = softcap * tanh(s / softcap)`` if ``softcap > 0``
+3. ``s = s - alibi_slope_h * |i + offset - j|`` if slopes are given
+4. key ``j`` is kept if ``j <= i + offset`` (causal) and ``i + offset - left <= j <= i + offset + right``
+   (window); a key that is not kept is *removed*
+5. ``lse_i = ln(sum over kept j of exp(s_ij) + exp(sink_h))`` and ``p_ij = exp(s_ij - lse_i)``
+6. ``out_i = sum over kept j of p_ij v_j``
+
+**The mask.** Causal masks and windows are aligned at the bottom right: the last query sees the last key.
+Drawn is ``window_size=(2, 1)`` and, to its right, ``causal=True`` (``#`` kept, ``.`` removed)::
+
+    seqlen_q = 3, seqlen_k = 5, offset = 2        seqlen_q = 5, seqlen_k = 3, offset = -2
+
+           j 0 1 2 3 4     j 0 1 2 3 4                   j 0 1 2     j 0 1 2
+       i 0   # # # # .       # # # . .               i 0   . . .       . . .
+       i 1   . # # # #       # # # # .               i 1   # . .       . . .
+       i 2   . . # # #       # # # # #               i 2   # # .       # . .
+                                                     i 3   # # #       # # .
+                                                     i 4   # # #       # # #
+
+**The edge rules.**
+
+- A row that keeps no key has ``out = 0`` and ``lse = -inf``; with a sink, ``lse = sink``. So has a row whose
+  kept scores are all ``-inf``. NaN never arises from emptiness.
+- ``batch``, sequence lengths and numbers of heads may be 0.
+- A removed key contributes nothing, even where its rows of k or v hold NaN or Inf. An implementation must
+  keep this rule beyond a sequence's live length; a NaN or Inf in a live but masked row of v it may let
+  spread, though only to outputs of that row's own sequence and key head.
+- NaN and Inf in kept rows spread as IEEE arithmetic has it: a NaN score makes its row NaN, and a score of
+  ``+inf`` makes the row's ``out`` NaN and its ``lse`` ``+inf``.
+
+Source: Dao et al., *FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness*, 2022; ALiBi
+after Press et al., *Train Short, Test Long*, 2022; softcap after *Gemma 2*, 2024; sinks are the learned
+denominators of Xiao et al., *Efficient Streaming Language Models with Attention Sinks*, 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+from scipy.special import logsumexp
+
+__all__ = ["attention", "attention_varlen"]
+
+Array: TypeAlias = NDArray[Any]
+Window: TypeAlias = tuple[int | None, int | None] | None
+
+
+class Options(TypedDict, total=False):
+    """The keywords shared by `attention` and `attention_varlen`."""
+
+    causal: bool
+    window_size: Window
+    softmax_scale: float | None
+    softcap: float
+    alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
+
+
+class Precision(NamedTuple):
+    """Where the mathematics is rounded: it runs in `compute`; p and the output are rounded to `storage`."""
+
+    compute: DTypeLike
+    storage: DTypeLike
+
+
+EXACT = Precision(np.float64, np.float64)
+
+
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> Array: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Array]: ...
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    causal: bool = False,
+    window_size: Window = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Attention of a batch of equally long sequences.
+
+    Parameters
+    ----------
+    q : array_like, (batch, seqlen_q, num_heads_q, head_dim)
+        Queries, of any real dtype; computed in float64.
+    k : array_like, (batch, seqlen_k, num_heads_k, head_dim)
+        Keys; ``num_heads_q`` is a multiple of ``num_heads_k``.
+    v : array_like, (batch, seqlen_k, num_heads_k, head_dim_v)
+        Values.
+    causal : bool
+        Row i sees keys ``j <= i + seqlen_k - seqlen_q``. The same as ``window_size=(left, 0)``.
+    window_size : (left, right) or None
+        Keys seen before and after the diagonal, both inclusive; None or -1 is unbounded.
+    softmax_scale : float, optional
+        Multiplies q·kᵀ; ``head_dim ** -0.5`` if None.
+    softcap : float
+        ``softcap * tanh(s / softcap)``; 0.0 is off.
+    alibi_slopes : array_like, (num_heads_q,) or (batch, num_heads_q), optional
+        ``-slope * |i + seqlen_k - seqlen_q - j|`` is added to the scores.
+    sinks : array_like, (num_heads_q,), optional
+        A further score a head, which takes probability and gives no value.
+    return_lse : bool
+        Also return `lse`.
+
+    Returns
+    -------
+    out : float64 array, (batch, seqlen_q, num_heads_q, head_dim_v)
+    lse : float64 array, (batch, num_heads_q, seqlen_q)
+        Natural logarithm of the sum of exponentials; only if `return_lse`.
+
+    Raises
+    ------
+    ValueError
+        The shapes do not belong together.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cufa.reference import attention
+    >>> q = np.zeros((1, 2, 1, 4))
+    >>> k = np.zeros((1, 2, 1, 4))
+    >>> v = np.array([1.0, 3.0]).reshape(1, 2, 1, 1)
+    >>> attention(q, k, v, causal=True).ravel().tolist()  # the first row sees one key, the second both
+    [1.0, 2.0]
+    """
+    out, lse = _attend(
+        np.asarray(q),
+        np.asarray(k),
+        np.asarray(v),
+        causal=causal,
+        window_size=window_size,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    return (out, lse) if return_lse else out
+
+
+@overload
+def attention_varlen(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    seqused_k: ArrayLike | None = ...,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> Array: ...
+@overload
+def attention_varlen(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    seqused_k: ArrayLike | None = ...,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Array]: ...
+def attention_varlen(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    seqused_k: ArrayLike | None = None,
+    causal: bool = False,
+    window_size: Window = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Attention of sequences of different lengths, laid end to end: a loop over `attention`.
+
+    Sequence n has the queries ``q[cu_seqlens_q[n]:cu_seqlens_q[n + 1]]`` and, likewise by `cu_seqlens_k`, a
+    slot of rows in k and v. `seqused_k` gives the live length inside each slot; masks are aligned to the live
+    length, and what lies behind it, NaN and Inf included, has no effect.
+
+    Parameters
+    ----------
+    q : array_like, (total_q, num_heads_q, head_dim)
+    k : array_like, (total_k, num_heads_k, head_dim)
+    v : array_like, (total_k, num_heads_k, head_dim_v)
+    cu_seqlens_q, cu_seqlens_k : array_like of int, (batch + 1,)
+        Offsets of the sequences, not decreasing.
+    seqused_k : array_like of int, (batch,), optional
+        Live keys of each sequence; all of the slot if None.
+    causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, return_lse
+        As in `attention`.
+
+    Returns
+    -------
+    out : float64 array, (total_q, num_heads_q, head_dim_v)
+        Rows that belong to no sequence are 0.
+    lse : float64 array, (num_heads_q, total_q)
+        Only if `return_lse`; -inf for rows that belong to no sequence.
+
+    Raises
+    ------
+    ValueError
+        The shapes do not belong together.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cufa.reference import attention_varlen
+    >>> q = np.zeros((2, 1, 4))
+    >>> k = np.zeros((3, 1, 4))
+    >>> v = np.array([1.0, 5.0, 9.0]).reshape(3, 1, 1)
+    >>> attention_varlen(q, k, v, [0, 1, 2], [0, 1, 3]).ravel().tolist()  # keys {1} and {5, 9}
+    [1.0, 7.0]
+    """
+    q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
+    out = np.zeros((*q.shape[:2], v.shape[-1]))
+    lse = np.full((q.shape[1], q.shape[0]), -np.inf)
+    for rows, *qkv, slopes in _sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes):
+        out_n, lse_n = _attend(
+            *qkv,
+            causal=causal,
+            window_size=window_size,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            alibi_slopes=slopes,
+            sinks=sinks,
+        )
+        out[rows], lse[:, rows] = out_n[0], lse_n[0]
+    return (out, lse) if return_lse else out
+
+
+def _sequences(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    seqused_k: ArrayLike | None,
+    alibi_slopes: ArrayLike | None,
+) -> Iterator[tuple[slice, Array, Array, Array, Array | None]]:
+    """The sequences of a varlen problem as dense problems of batch 1: rows of q, then q, k, v and slopes."""
+    starts_q, starts_k = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_k)
+    lengths_k = np.diff(starts_k) if seqused_k is None else np.asarray(seqused_k)
+    slopes = None if alibi_slopes is None else np.asarray(alibi_slopes)
+    for n in range(len(starts_q) - 1):
+        rows = slice(int(starts_q[n]), int(starts_q[n + 1]))
+        keys = slice(int(starts_k[n]), int(starts_k[n]) + int(lengths_k[n]))
+        slopes_n = slopes[n] if slopes is not None and slopes.ndim == 2 else slopes
+        yield rows, q[None, rows], k[None, keys], v[None, keys], slopes_n
+
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    window_size: Window = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    precision: Precision = EXACT,
+) -> tuple[Array, Array]:
+    """Steps 1 to 6 in the given precision: out (batch, seqlen_q, num_heads_q, head_dim_v) and lse."""
+    keep = _keep(q.shape[1], k.shape[1], causal, window_size)
+    with np.errstate(all="ignore"):  # NaN and Inf are data here
+        s = _scores(q, k, softmax_scale, softcap, alibi_slopes, precision)
+        p, lse = _softmax(np.where(keep, s, -np.inf), sinks)
+        p = p.astype(precision.storage).astype(precision.compute)
+        out = _weighted_sum(p, _match_heads(v, q).astype(precision.compute), keep)
+        return out.astype(precision.storage).astype(precision.compute), lse
+
+
+def _keep(seqlen_q: int, seqlen_k: int, causal: bool, window_size: Window) -> NDArray[np.bool_]:
+    """Step 4: which keys each row keeps, (seqlen_q, seqlen_k)."""
+    left, right = (None, None) if window_size is None else window_size
+    diagonal = np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
+    j = np.arange(seqlen_k)[None, :]
+    keep = np.ones((seqlen_q, seqlen_k), dtype=np.bool_)
+    if causal:
+        keep &= j <= diagonal
+    if left is not None and left != -1:
+        keep &= j >= diagonal - left
+    if right is not None and right != -1:
+        keep &= j <= diagonal + right
+    return keep
+
+
+def _match_heads(x: Array, q: Array) -> Array:
+    """Repeat the heads of k or v, (batch, seqlen_k, num_heads_k, ·), to one for each head of q."""
+    num_heads_q, num_heads_k = q.shape[2], x.shape[2]
+    if num_heads_q % max(num_heads_k, 1):
+        raise ValueError(
+            f"attention: q has {num_heads_q} heads, not a multiple of the {num_heads_k} of k and v."
+        )
+    return np.repeat(x, num_heads_q // max(num_heads_k, 1), axis=2)
+
+
+def _scores(
+    q: Array,
+    k: Array,
+    softmax_scale: float | None,
+    softcap: float,
+    alibi_slopes: ArrayLike | None,
+    precision: Precision = EXACT,
+) -> Array:
+    """Steps 1 to 3: every score before the mask, (batch, num_heads_q, seqlen_q, seqlen_k)."""
+    compute: Any = np.dtype(precision.compute).type
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    q_heads, k_heads = q.swapaxes(1, 2), _match_heads(k, q).swapaxes(1, 2)
+    s: Array = compute(scale) * (q_heads.astype(compute) @ k_heads.astype(compute).swapaxes(2, 3))
+    if softcap > 0:
+        s = compute(softcap) * np.tanh(s / compute(softcap))
+    if alibi_slopes is not None:
+        slopes = np.atleast_2d(np.asarray(alibi_slopes, dtype=compute))[:, :, None, None]
+        seqlen_q, seqlen_k = s.shape[2:]
+        distance = np.abs(np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q - np.arange(seqlen_k)[None, :])
+        s = s - slopes * distance.astype(compute)
+    return s
+
+
+def _softmax(s: Array, sinks: ArrayLike | None) -> tuple[Array, Array]:
+    """Step 5: p like s, and lse (batch, num_heads_q, seqlen_q)."""
+    # No sink is a sink of -inf: one more column, which also spares the sum over no keys at all.
+    sink = np.full(s.shape[1], -np.inf) if sinks is None else np.asarray(sinks)
+    column = np.broadcast_to(sink.astype(s.dtype)[:, None, None], (*s.shape[:3], 1))
+    lse: Array = np.asarray(logsumexp(np.concatenate([s, column], axis=-1), axis=-1), dtype=s.dtype)
+    p = np.exp(s - lse[..., None])
+    return np.where(np.isneginf(lse)[..., None], 0, p).astype(s.dtype), lse
+
+
+def _weighted_sum(p: Array, v: Array, keep: NDArray[np.bool_]) -> Array:
+    """Step 6: p (batch, num_heads_q, seqlen_q, seqlen_k) by v (batch, seqlen_k, num_heads_q, head_dim_v)."""
+    v_heads = v.swapaxes(1, 2)
+    finite = np.isfinite(v).all(axis=(0, 2, 3))
+    out: Array = p[..., finite] @ v_heads[:, :, finite]
+    for j in np.flatnonzero(~finite):  # 0 · NaN is NaN, but a removed key must contribute nothing
+        out = out + np.where(keep[:, j, None], p[..., j, None] * v_heads[:, :, j, None], 0)
+    return out.swapaxes(1, 2)
