@@ -1,12 +1,12 @@
 """The store of compiled kernels on disk.
 
 One file holds one kernel, and its name is the digest of everything that went into compiling it. An entry is
-published by renaming a finished file, so a reader sees all of it or nothing, and two processes that compile the
-same kernel only do the work twice. No lock is taken anywhere: dict operations are atomic, counters may lose a
-count under threads, and a fork at any moment leaves nothing held.
+published by renaming a finished file, so a reader sees all of it or nothing, and two processes that compile
+the same kernel only do the work twice. No lock is taken anywhere: dict operations are atomic, counters may
+lose a count under threads, and a fork at any moment leaves nothing held.
 
 A cubin is code that runs with all of this process's device memory in reach. The trailing checksum finds
-accidents and not attackers; against those, a directory or entry that another user can write is not used at all.
+accidents and not attackers; against those, a directory or entry that another user can write is not used.
 
 Layout of an entry, little endian::
 
@@ -25,7 +25,7 @@ import stat
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class Stats:
     evicted: int
 
 
-def digest(fields: Mapping[str, bytes | str | int | Sequence[str]]) -> str:
+def digest(fields: Mapping[str, bytes | str | int | list[str] | tuple[str, ...]]) -> str:
     """Key of a kernel: 64 hexadecimal digits that depend on every label, type and value, and on nothing else.
 
     Parameters
@@ -100,12 +100,14 @@ def digest(fields: Mapping[str, bytes | str | int | Sequence[str]]) -> str:
             feed(b"str")
             feed(value.encode())
         elif isinstance(value, int):
-            feed(b"int")
+            feed(b"bool" if isinstance(value, bool) else b"int")
             feed(b"%d" % value)
-        else:
+        elif isinstance(value, (list, tuple)):  # and no set, whose order changes from process to process
             feed(b"sequence %d" % len(value))
             for item in value:
                 feed(item.encode())
+        else:
+            raise TypeError(f"cache: cannot digest {label}, a {type(value).__name__}")
     return state.hexdigest()
 
 
@@ -155,7 +157,7 @@ class CubinCache:
 
     @classmethod
     def from_env(cls) -> CubinCache:
-        """Cache as the ``CUFA_CACHE*`` variables describe it; a value that makes no sense raises ValueError."""
+        """Cache as the ``CUFA_CACHE*`` variables describe it; a wrong value raises ValueError."""
         return cls(
             _env.cache_dir(),
             max_size=_env.cache_max_size(),
@@ -194,10 +196,13 @@ class CubinCache:
             If ``entry.meta`` is not a JSON object or `key` does not come from `digest`.
         """
         target = self.file(key)
-        meta = json.dumps({"key": key, "meta": entry.meta}, allow_nan=False).encode()
+        record = json.dumps({"key": key, "meta": entry.meta}, allow_nan=False).encode()
         # What JSON makes of the meta data is also what memory holds, so that both tiers return the same.
-        self._memory[key] = Entry(bytes(entry.cubin), json.loads(meta)["meta"])
-        data = _encode(meta, entry.cubin)
+        meta = json.loads(record)["meta"]
+        if not isinstance(meta, dict):
+            raise TypeError(f"cache: expected a dict as meta, got {type(entry.meta).__name__}")
+        data = _encode(record, entry.cubin)
+        self._memory[key] = Entry(bytes(entry.cubin), meta)
         if self._path is None or target is None or len(data) > min(self.max_size, MAX_ENTRY_SIZE):
             return False
         try:
@@ -224,7 +229,7 @@ class CubinCache:
         target = self.file(key)
         self._memory.pop(key, None)
         with contextlib.suppress(OSError):
-            if self._path is not None and target is not None and self._trusts(self._path):
+            if self._path is not None and target is not None and self._trusts(self._path, target.parent):
                 target.unlink()
                 return target
         return None
@@ -288,7 +293,7 @@ class CubinCache:
         """Read one entry. Damage removes the file, unless it is below the directory that is only read."""
         path = root / _relative(key)
         try:
-            if not (self._trusts(root) and self._trusts(path.parent)):
+            if not self._trusts(root, path.parent):
                 return None
             data, status = _read(path)
         except OSError:
@@ -314,15 +319,16 @@ class CubinCache:
 
     def _shrink(self, max_size: int, keep: Path | None = None) -> int:
         entries = []
+        now = time.time_ns()
         for path, status in self._files():
+            # abs: a time far in the future comes from a wrong clock, and would keep the file for ever.
             if not path.name.startswith(_TEMPORARY):
-                entries.append((status.st_atime_ns, path, status))
-            # A time far in the future comes from a wrong clock, and would otherwise keep the file for ever.
-            elif abs(time.time() - status.st_mtime) > STALE_SECONDS:
+                entries.append((abs(now - status.st_atime_ns), path, status))
+            elif abs(now - status.st_mtime_ns) > STALE_SECONDS * 1e9:
                 _unlink_unchanged(path, status)
         total = sum(status.st_size for _, _, status in entries)
         removed = 0
-        for _, path, status in sorted(entries, key=lambda item: item[0]):
+        for _, path, status in sorted(entries, key=lambda item: item[0], reverse=True):
             if total <= max_size:
                 break
             if path != keep and _unlink_unchanged(path, status):
@@ -344,11 +350,12 @@ class CubinCache:
         except OSError as error:
             return f"{directory}: {error.strerror or error}"
 
-    def _trusts(self, directory: Path) -> bool:
-        reason = self._refusal(directory)
-        if reason is not None:
-            self._warn(f"directory {directory}", f"cache of compiled kernels not used: {reason}")
-        return reason is None
+    def _trusts(self, *directories: Path) -> bool:
+        for directory in directories:
+            if (reason := self._refusal(directory)) is not None:
+                self._warn(f"directory {directory}", f"cache of compiled kernels not used: {reason}")
+                return False
+        return True
 
     def _refusal(self, directory: Path) -> str | None:
         """Why `directory` is not used, or None; asked each time, as it costs a microsecond and may change."""
@@ -416,7 +423,7 @@ def _read(path: Path) -> tuple[bytes, os.stat_result]:
         if status.st_size > MAX_ENTRY_SIZE:
             return b"", status
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read(MAX_ENTRY_SIZE), status
+            return file.read(status.st_size), status
     finally:
         os.close(descriptor)
 

@@ -1,11 +1,11 @@
 """Attention on NumPy arrays: blocked online softmax over BLAS, never a whole matrix of scores.
 
-The algorithm box of FlashAttention-2 with NumPy verbs: a block of queries keeps a running maximum, a running sum
-and an accumulator while blocks of keys pass by. float64 is computed in float64, every other dtype in float32.
-Arrays may have any strides, negative and zero ones included; they are validated by the caller.
+The algorithm box of FlashAttention-2 with NumPy verbs: a block of queries keeps a running maximum, a running
+sum and an accumulator while blocks of keys pass by. float64 is computed in float64, every other dtype in
+float32. Arrays may have any strides, negative and zero ones included; they are validated by the caller.
 
-A *slab* is the part of the problem worked on at once: some batch entries × some key heads × `block_m` queries of
-each query head. The heads of a group are folded into the rows, so that k and v are never repeated.
+A *slab* is the part of the problem worked on at once: some batch entries × some key heads × `block_m` queries
+of each query head. The heads of a group are folded into the rows, so that k and v are never repeated.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def block_sizes(
 
 @dataclass(frozen=True)
 class _Scoring:
-    """What happens to a score; slopes are (1 or batch, num_heads_q), sinks (num_heads_q,), in the work dtype."""
+    """What happens to a score; slopes are (1 or batch, num_heads_q) and sinks (num_heads_q,)."""
 
     softmax_scale: float
     window_left: int | None
@@ -109,9 +109,9 @@ class _Workspace:
     def operand(self, name: str, x: Array) -> Array:
         """x in the work dtype, in a layout that BLAS reads: x itself if it is, a copy if not."""
         rows, columns = x.strides[-2:]
-        if x.dtype == self.dtype and columns == x.itemsize and rows >= x.shape[-1] * columns:
-            if rows % columns == 0 and x.flags.aligned:
-                return x
+        blas = columns == x.itemsize and rows >= x.shape[-1] * columns and rows % columns == 0
+        if blas and x.dtype == self.dtype and x.flags.aligned:
+            return x
         copy = self.take(name, x.shape)
         copy[...] = x
         return copy
@@ -278,7 +278,8 @@ class _Slab:
         """
         work, scoring = self.workspace, self.scoring
         batch, num_rows, heads, head_dim = q.shape
-        shape = (batch, heads // self.group, self.group * num_rows)  # a group's heads are rows of its key head
+        # The heads of a group are rows of its key head.
+        shape = (batch, heads // self.group, self.group * num_rows)
         scaled_q = work.take("q", (batch, heads, num_rows, head_dim))
         scaled_q[...] = q.swapaxes(1, 2)
         # Scaling q once is cheaper than scaling every score; so is dividing by the cap.
@@ -299,7 +300,7 @@ class _Slab:
             np.matmul(scores, v_block, out=product)
             acc *= decay
             acc += product
-        # A row that kept no key has the sum 0; whatever a masked NaN left in its accumulator is not an output.
+        # A row that kept no key has the sum 0; whatever a masked NaN left in its accumulator is no output.
         empty = row_sum == 0
         np.copyto(acc, 0, where=empty)
         acc /= np.where(empty, 1, row_sum)
@@ -332,7 +333,7 @@ class _Slab:
             np.copyto(scores, -np.inf, where=j < diagonal - left)
 
     def _softmax(self, scores: Array, row_max: Array, row_sum: Array) -> Array:
-        """Turn scores into exponentials below the new running maximum; returns the factor for the old ones."""
+        """Turn scores into exponentials below the new running maximum; the factor for the old ones."""
         new_max = np.maximum(row_max, scores.max(axis=-1, keepdims=True))
         # Where nothing is kept yet, subtracting 0 makes every exponential 0; subtracting -inf would make NaN.
         shift = np.where(np.isneginf(new_max), scores.dtype.type(0), new_max)

@@ -98,7 +98,8 @@ def cache_dir() -> Path | None:
 
     Notes
     -----
-    As the XDG specification asks, an ``XDG_CACHE_HOME`` that is not absolute is ignored; so is such a ``HOME``.
+    As the XDG specification asks, an ``XDG_CACHE_HOME`` that is not absolute is ignored; so is such a
+    ``HOME``.
     """
     path = _path("CUFA_CACHE_DIR")
     if path is not None:
@@ -148,10 +149,12 @@ def save_source_dir() -> Path | None:
 
 def progress() -> bool | None:
     """Whether to say what is being compiled (``CUFA_PROGRESS``); None is auto: only on a terminal."""
-    text = _text("CUFA_PROGRESS").lower()
-    if text not in ("0", "1", "auto"):
+    text = _text("CUFA_PROGRESS")
+    if text.lower() == "auto":
+        return None
+    if text not in ("0", "1"):
         raise _error("CUFA_PROGRESS", "0, 1 or auto", text)
-    return None if text == "auto" else text == "1"
+    return text == "1"
 
 
 def lineinfo() -> bool:

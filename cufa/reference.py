@@ -300,6 +300,7 @@ def _attend(
     precision: Precision = EXACT,
 ) -> tuple[Array, Array]:
     """Steps 1 to 6 in the given precision: out (batch, seqlen_q, num_heads_q, head_dim_v) and lse."""
+    _check_shapes(q, k, v)
     keep = _keep(q.shape[1], k.shape[1], causal, window_size)
     with np.errstate(all="ignore"):  # NaN and Inf are data here
         s = _scores(q, k, softmax_scale, softcap, alibi_slopes, precision)
@@ -307,6 +308,19 @@ def _attend(
         p = p.astype(precision.storage).astype(precision.compute)
         out = _weighted_sum(p, _match_heads(v, q).astype(precision.compute), keep)
         return out.astype(precision.storage).astype(precision.compute), lse
+
+
+def _check_shapes(q: Array, k: Array, v: Array) -> None:
+    """Raise where broadcasting would go on: dimensions of 1 are not special in attention."""
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if not q.ndim == k.ndim == v.ndim == 4 or not q.shape[0] == k.shape[0] or k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"attention: {shapes} do not agree in batch, seqlen and heads.")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention: {shapes} do not agree in head_dim.")
+    if q.shape[2] % max(k.shape[2], 1) or (q.shape[2] and not k.shape[2]):
+        raise ValueError(
+            f"attention: q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} of k and v."
+        )
 
 
 def _keep(seqlen_q: int, seqlen_k: int, causal: bool, window_size: Window) -> NDArray[np.bool_]:
@@ -326,12 +340,7 @@ def _keep(seqlen_q: int, seqlen_k: int, causal: bool, window_size: Window) -> ND
 
 def _match_heads(x: Array, q: Array) -> Array:
     """Repeat the heads of k or v, (batch, seqlen_k, num_heads_k, ·), to one for each head of q."""
-    num_heads_q, num_heads_k = q.shape[2], x.shape[2]
-    if num_heads_q % max(num_heads_k, 1):
-        raise ValueError(
-            f"attention: q has {num_heads_q} heads, not a multiple of the {num_heads_k} of k and v."
-        )
-    return np.repeat(x, num_heads_q // max(num_heads_k, 1), axis=2)
+    return np.repeat(x, q.shape[2] // max(x.shape[2], 1), axis=2)
 
 
 def _scores(

@@ -3,6 +3,7 @@
 
 #include "attention/params.cuh"
 #include "attention/softmax.cuh"
+#include "attention/work.cuh"
 #include "core/types.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/shared.cuh"
@@ -35,26 +36,27 @@ inline void stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& o
   }
 }
 
-// Rows from first_row on of one head; smem is free for staging when this is called.
-template <class Config, int m_tiles, int cols>
+// Writes the rows of the work's tile; the staging tile is free when this is called.
+template <class Config, int m_tiles, int cols, class Tile>
 inline void epilogue(const tile::Accumulator<m_tiles, cols>& out, const Softmax<m_tiles>& statistics,
-                     const tile::GlobalRows<typename Config::element>& out_rows, float* lse, int first_row,
-                     int warp_row, int seqlen_q, u32 smem) {
-  using Staging = tile::SharedTile<typename Config::element, Config::block_m, Config::tile_head_dim_v>;
-  const Staging staging{smem};
+                     const Params& params, const Work<typename Config::element>& work, int warp_row,
+                     const Tile& staging) {
+  const int first_row = work.tile.m_block * Config::block_m;
   stage(staging, out, warp_row);
-  if (lse && tile::fragment_col() == 0) {
+  if (work.lse && tile::fragment_col() == 0) {
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = first_row + warp_row + tile::fragment_row(t, i);
-        if (row < seqlen_q) lse[row] = statistics.row_max[t][i];
+        if (row < work.seqlen.q) work.lse[row] = statistics.row_max[t][i];
       }
     }
   }
   __syncthreads();
-  block::store<Config::num_threads, Config::store_bytes, Config::head_dim_v>(out_rows, staging, first_row, seqlen_q);
+  const tile::GlobalRows<typename Config::element> rows{work.out, params.out_strides.seqlen, params.out_strides.dim};
+  block::store<Config::num_threads, Config::store_bytes, Config::head_dim_v>(rows, staging, first_row,
+                                                                            work.seqlen.q);
 }
 
 }  // namespace attention

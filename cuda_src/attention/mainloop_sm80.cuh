@@ -8,6 +8,7 @@
 #include "attention/seqlen.cuh"
 #include "attention/softmax.cuh"
 #include "attention/variant.cuh"
+#include "attention/work.cuh"
 #include "core/math.cuh"
 #include "ptx/cp_async.cuh"
 #include "tile/accumulator.cuh"
@@ -23,7 +24,6 @@ struct MainloopSm80 {
   using Q = tile::SharedTile<element, Config::block_m, Config::tile_head_dim>;
   using K = tile::SharedTile<element, Config::block_n, Config::tile_head_dim>;
   using V = tile::SharedTile<element, Config::block_n, Config::tile_head_dim_v>;
-  using GlobalRows = tile::GlobalRows<const element>;
 
   static constexpr int warps = Config::num_threads / 32;
   static constexpr int m_tiles = Config::block_m / (16 * warps);
@@ -37,21 +37,21 @@ struct MainloopSm80 {
 
   static int warp_row() { return int(threadIdx.x / 32) * 16 * m_tiles; }
 
-  // Sets out and its statistics to the sums over the blocks of the range, which is not empty, last block first. K and V have one buffer each: V
-  // arrives while Q·Kᵀ runs, the next K while the softmax and P·V do.
-  static void run(Out& out, Statistics& statistics, const Params& params, const Seqlen& seqlen,
-                  const BlockRange& range, const typename Config::variant& variant, int m_block,
-                  const GlobalRows& q_rows, const GlobalRows& k_rows, const GlobalRows& v_rows, u32 smem) {
+  // Sets out and its statistics to the sums over the blocks of the range, which is not empty, last block first. K and V
+  // have one buffer each: V arrives while Q·Kᵀ runs, the next K while the softmax and P·V do.
+  static void run(Out& out, Statistics& statistics, const Params& params, const Work<element>& work,
+                  const BlockRange& range, u32 smem) {
     const Q q{smem};
     const K k{smem + Q::bytes};
     const V v{smem + Q::bytes + K::bytes};
-    const int first_row = m_block * Config::block_m;
+    const int first_row = work.tile.m_block * Config::block_m;
+    const typename Config::variant variant(params, work.tile.batch, work.tile.head);
     const float scale = exponent_scale<typename Config::variant>(params);
 
-    load<Config::head_dim>(q, q_rows, first_row, seqlen.q);
-    load<Config::head_dim>(k, k_rows, (range.end - 1) * Config::block_n, seqlen.k);
+    load<Config::head_dim>(q, work.q, params.q_strides, first_row, work.seqlen.q);
+    load<Config::head_dim>(k, work.k, params.k_strides, (range.end - 1) * Config::block_n, work.seqlen.k);
     ptx::cp_async_commit_group();
-    out.zero();  // after the copies, whose addresses need the registers
+    out.zero();
     statistics.init();
 #pragma unroll 1
     for (int n_block = range.end - 1; n_block >= range.begin; --n_block) {
@@ -59,17 +59,19 @@ struct MainloopSm80 {
       Scores scores;
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // this block's K has arrived, and every warp is done with V
-      load<Config::head_dim_v>(v, v_rows, first_col, seqlen.k);
+      load<Config::head_dim_v>(v, work.v, params.v_strides, first_col, work.seqlen.k);
       ptx::cp_async_commit_group();
       warp::gemm_abt<Config::head_dim>(scores, q, k, warp_row());
 
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // V has arrived, and every warp is done with K
-      if (n_block > range.begin) load<Config::head_dim>(k, k_rows, first_col - Config::block_n, seqlen.k);
+      if (n_block > range.begin) {
+        load<Config::head_dim>(k, work.k, params.k_strides, first_col - Config::block_n, work.seqlen.k);
+      }
       ptx::cp_async_commit_group();
-      apply(variant, scores, params, seqlen, first_row + warp_row(), first_col);
+      apply(variant, scores, params, work.seqlen, first_row + warp_row(), first_col);
       if (range.is_boundary(n_block)) {
-        mask<Config::causal, Config::window>(scores, params, seqlen, first_row + warp_row(), first_col);
+        mask<Config::causal, Config::window>(scores, params, work.seqlen, first_row + warp_row(), first_col);
       }
       statistics.update(scores, out, scale);
       warp::gemm_ab(out, scores, v);
@@ -77,7 +79,8 @@ struct MainloopSm80 {
   }
 
   template <int valid_cols, class Tile>
-  static void load(const Tile& tile, const GlobalRows& rows, int first_row, int row_limit) {
+  static void load(const Tile& tile, const element* pointer, const Strides& strides, int first_row, int row_limit) {
+    const tile::GlobalRows<const element> rows{pointer, strides.seqlen, strides.dim};
     block::load<Config::num_threads, Config::copy_bytes, valid_cols>(tile, rows, first_row, row_limit);
   }
 };

@@ -72,8 +72,8 @@ struct Softmax {
         const float rescale = ptx::ex2_approx_ftz(keys_max - subtracted);
         const float sum =
             warp::quad_sum(row_sum[t][i]) * rescale + ptx::ex2_approx_ftz(sink_exponent - subtracted);
-        const float factor = sum == 0.0f ? 0.0f : rescale / sum;
-        row_max[t][i] = (subtracted + log2f(sum)) * ln_2;
+        const float factor = sum == 0.0f ? 0.0f : rescale * ptx::rcp_approx_ftz(sum);
+        row_max[t][i] = (subtracted + ptx::lg2_approx(sum)) * ln_2;
 #pragma unroll
         for (int j = 0; j < out_cols / 8; ++j) {
           out.x[t][j][2 * i] *= factor;

@@ -1,23 +1,22 @@
 // ptx: who this thread is (PTX ISA: "Special Registers").
-//
-// Reads are volatile so that the compiler computes what depends on them anew in every iteration of a main loop instead of
-// keeping dozens of addresses in registers that the accumulators need: a few integer instructions against a spill.
 #pragma once
 
 #include "core/types.cuh"
 
 namespace ptx {
 
-inline int laneid() {
+// Volatile, so that what depends on it is computed anew in every iteration of a main loop: a few integer instructions
+// against dozens of addresses held in registers that the accumulators need.
+inline u32 laneid() {
   u32 lane;
-  asm("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return static_cast<int>(lane);
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
 }
 
-inline int tid_x() {
+inline u32 tid_x() {
   u32 tid;
   asm("mov.u32 %0, %%tid.x;" : "=r"(tid));
-  return static_cast<int>(tid);
+  return tid;
 }
 
 }  // namespace ptx

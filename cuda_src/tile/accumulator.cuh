@@ -22,9 +22,20 @@ struct Accumulator {
       for (int j = 0; j < n_tiles; ++j) x[t][j][0] = x[t][j][1] = x[t][j][2] = x[t][j][3] = 0.0f;
     }
   }
+
+  void add(const Accumulator& other) {
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < n_tiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[t][j][i] += other.x[t][j][i];
+      }
+    }
+  }
 };
 
-inline int lane() { return ptx::laneid(); }
+inline u32 lane() { return ptx::laneid(); }
 
 // The rows and columns of the warp's tile that this thread holds.
 template <int m_tile_rows = 16>

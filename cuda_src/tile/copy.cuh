@@ -29,20 +29,18 @@ inline void for_each_chunk(const Tile& tile, const tile::GlobalRows<element>& ro
   constexpr int rows_per_pass = num_threads / Tile::panel_chunks;
   static_assert(Tile::rows % rows_per_pass == 0 || Tile::rows < rows_per_pass,
                 "the tile's rows must divide evenly over the threads");
-  const int thread = ptx::tid_x();
+  const u32 thread = ptx::tid_x();
   const int row = thread / Tile::panel_chunks, chunk = thread % Tile::panel_chunks;
-  element* pointer = rows.row(first_row + row);
   const u32 address = tile.address(row, chunk);
-#pragma unroll
+#pragma unroll 1
   for (int pass = 0; pass < max_of(1, Tile::rows / rows_per_pass); ++pass) {
-    if (Tile::rows >= rows_per_pass || row < Tile::rows) {
+    if (Tile::rows < rows_per_pass && row >= Tile::rows) return;
+  element* const pointer = rows.row(first_row + row) + pass * rows_per_pass * rows.row_stride;
 #pragma unroll
-      for (int panel = 0; panel < Tile::panels; ++panel) {
-        copy(pointer, first_row + row + pass * rows_per_pass, panel * Tile::panel_chunks + chunk,
-             address + panel * Tile::panel_stride + Tile::step_rows(pass * rows_per_pass));
-      }
+    for (int panel = 0; panel < Tile::panels; ++panel) {
+      copy(pointer, first_row + row + pass * rows_per_pass, panel * Tile::panel_chunks + chunk,
+           address + panel * Tile::panel_stride + Tile::step_rows(pass * rows_per_pass));
     }
-    pointer += rows_per_pass * rows.row_stride;
   }
 }
 

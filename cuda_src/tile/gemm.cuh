@@ -1,10 +1,9 @@
 // tile: a warp's matrix products from shared memory with mma.sync. For 16-bit elements one mma.m16n8k16 a step; for
 // float32 three mma.m16n8k8 on tf32 pieces (x = high + low), which recovers float32 accuracy.
 //
-// The tensor cores round sums toward zero, so a long chain of float32 accumulations in them drifts. The leading products
-// (high·high) are therefore summed by one mma into zero and added outside, rounding to nearest; only the corrections,
-// 2^-11 as large, are chained. Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while
-// surpassing the FP32 theoretical peak performance", 2022.
+// The tensor cores round sums toward zero, so a long chain of accumulations in them drifts. For float32 only short chains
+// run in them; their results are added outside, rounding to nearest. Ootomo and Yokota, "Recovering single precision
+// accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance", 2022.
 #pragma once
 
 #include "core/types.cuh"
@@ -31,34 +30,35 @@ struct SplitTf32 {
   }
 };
 
-inline void mma_into_zero_and_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  float product[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  ptx::mma_m16n8k8_tf32(product, a, b0, b1);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) d[i] += product[i];
+// d += A·B: the smallest products first; low·low, 2^-22 of the whole, is left out.
+inline void mma_3xtf32(float (&d)[4], const u32 (&a_bits)[4], const u32 (&b_bits)[2]) {
+  const SplitTf32<4> a(a_bits);
+  const SplitTf32<2> b(b_bits);
+  ptx::mma_m16n8k8_tf32(d, a.low, b.high[0], b.high[1]);
+  ptx::mma_m16n8k8_tf32(d, a.high, b.low[0], b.low[1]);
+  ptx::mma_m16n8k8_tf32(d, a.high, b.high[0], b.high[1]);
 }
+
+// The most steps of 8 that float32 products are summed over within the tensor cores.
+inline constexpr int tf32_chain = 4;
 
 }  // namespace tile
 
 namespace warp {
 
-// scores = A·Bᵀ with A = rows [first_row, first_row + 16 m_tiles) of q and B = all rows of k, both along head_dim. Every
-// step reads 32 bytes of each row: 16 elements of 16 bits or 8 of float32, for which ldmatrix fits the fragments alike.
-template <int depth, int m_tiles, int block_n, class element, int block_m, int width>
-inline void gemm_abt(tile::Accumulator<m_tiles, block_n>& scores,
-                     const tile::SharedTile<element, block_m, width>& q,
-                     const tile::SharedTile<element, block_n, width>& k, int first_row) {
+// sums += A·Bᵀ over steps [first_step, last_step), with A = rows [first_row, first_row + 16 m_tiles) of q and B = all rows
+// of k. A step reads 32 bytes of each row: 16 elements of 16 bits or 8 of float32, for which ldmatrix fits alike.
+template <int first_step, int last_step, int m_tiles, int block_n, class element, int block_m, int width>
+inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums,
+                           const tile::SharedTile<element, block_m, width>& q,
+                           const tile::SharedTile<element, block_n, width>& k, int first_row) {
   using Q = tile::SharedTile<element, block_m, width>;
   using K = tile::SharedTile<element, block_n, width>;
-  constexpr int steps = ceil_div(depth * int(sizeof(element)), 32);
-  const int lane = tile::lane();
+  const u32 lane = tile::lane();
   const u32 q_lane = q.address(first_row + lane % 16, lane / 16);
   const u32 k_lane = k.address(lane % 8 + (lane / 16) * 8, (lane / 8) % 2);
-  scores.zero();
-  tile::Accumulator<m_tiles, block_n> corrections;
-  if constexpr (is_same<element, f32>) corrections.zero();
 #pragma unroll
-  for (int step = 0; step < steps; ++step) {
+  for (int step = first_step; step < last_step; ++step) {
     u32 a[m_tiles][4];
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
@@ -70,31 +70,36 @@ inline void gemm_abt(tile::Accumulator<m_tiles, block_n>& scores,
       ptx::ldmatrix_x4(b, K::step_chunks(k_lane, step) + K::step_rows(8 * j));
 #pragma unroll
       for (int t = 0; t < m_tiles; ++t) {
-        if constexpr (is_same<element, f32>) {
-          const tile::SplitTf32<4> qs(a[t]), ks(b);
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            ptx::mma_m16n8k8_tf32(corrections.x[t][j + h], qs.low, ks.high[2 * h], ks.high[2 * h + 1]);
-            ptx::mma_m16n8k8_tf32(corrections.x[t][j + h], qs.high, ks.low[2 * h], ks.low[2 * h + 1]);
-            tile::mma_into_zero_and_add(scores.x[t][j + h], qs.high, ks.high[2 * h], ks.high[2 * h + 1]);
+        for (int h = 0; h < 2; ++h) {
+          if constexpr (is_same<element, f32>) {
+            tile::mma_3xtf32(sums.x[t][j + h], a[t], {b[2 * h], b[2 * h + 1]});
+          } else {
+            ptx::mma_m16n8k16<element>(sums.x[t][j + h], a[t], b[2 * h], b[2 * h + 1]);
           }
-        } else {
-          ptx::mma_m16n8k16<element>(scores.x[t][j], a[t], b[0], b[1]);
-          ptx::mma_m16n8k16<element>(scores.x[t][j + 1], a[t], b[2], b[3]);
         }
       }
     }
   }
-  if constexpr (is_same<element, f32>) {
-#pragma unroll
-    for (int t = 0; t < m_tiles; ++t) {
-#pragma unroll
-      for (int j = 0; j < block_n / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scores.x[t][j][i] += corrections.x[t][j][i];
-      }
-    }
+}
+
+// scores = q·kᵀ along `depth` columns; rows as above.
+template <int depth, int first_step = 0, int m_tiles, int block_n, class element, int block_m, int width>
+inline void gemm_abt(tile::Accumulator<m_tiles, block_n>& scores,
+                     const tile::SharedTile<element, block_m, width>& q,
+                     const tile::SharedTile<element, block_n, width>& k, int first_row) {
+  constexpr int steps = ceil_div(depth * int(sizeof(element)), 32);
+  constexpr int last_step = is_same<element, f32> ? min_of(steps, first_step + tile::tf32_chain) : steps;
+  if constexpr (first_step == 0) {
+    scores.zero();
+    gemm_abt_steps<0, last_step>(scores, q, k, first_row);
+  } else {
+    tile::Accumulator<m_tiles, block_n> sums;
+    sums.zero();
+    gemm_abt_steps<first_step, last_step>(sums, q, k, first_row);
+    scores.add(sums);
   }
+  if constexpr (last_step < steps) gemm_abt<depth, last_step>(scores, q, k, first_row);
 }
 
 // out += P·V for 16-bit elements. Two neighbouring n-tiles of an accumulator are, packed, the A operand of one step, so P
@@ -103,7 +108,7 @@ template <int m_tiles, int block_n, int out_cols, class element, int width>
 inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accumulator<m_tiles, block_n>& p,
                     const tile::SharedTile<element, block_n, width>& v) {
   using V = tile::SharedTile<element, block_n, width>;
-  const int lane = tile::lane();
+  const u32 lane = tile::lane();
   const u32 v_lane = v.address(lane % 16, lane / 16);
 #pragma unroll
   for (int step = 0; step < block_n / 16; ++step) {
@@ -135,29 +140,27 @@ template <int m_tiles, int block_n, int out_cols, int width>
 inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accumulator<m_tiles, block_n>& p,
                     const tile::SharedTile<f32, block_n, width>& v) {
   using V = tile::SharedTile<f32, block_n, width>;
-  const int g = tile::lane() / 4, q = tile::lane() % 4;
+  const u32 g = tile::lane() / 4, q = tile::lane() % 4;
   const u32 even = v.address(2 * q, g / 4) + (g % 4) * 4;
   const u32 odd = v.address(2 * q + 1, g / 4) + (g % 4) * 4;
 #pragma unroll
   for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
     for (int j = 0; j < out_cols / 8; ++j) {
-      float corrections[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-      for (int step = 0; step < block_n / 8; ++step) {
-        const float(&c)[4] = p.x[t][step];
-        const u32 a[4] = {__float_as_uint(c[0]), __float_as_uint(c[2]), __float_as_uint(c[1]),
-                          __float_as_uint(c[3])};
-        const u32 b[2] = {ptx::ld_shared_u32(V::step_chunks(even, j) + V::step_rows(8 * step)),
-                          ptx::ld_shared_u32(V::step_chunks(odd, j) + V::step_rows(8 * step))};
-        const tile::SplitTf32<4> ps(a);
-        const tile::SplitTf32<2> vs(b);
-        ptx::mma_m16n8k8_tf32(corrections, ps.low, vs.high[0], vs.high[1]);
-        ptx::mma_m16n8k8_tf32(corrections, ps.high, vs.low[0], vs.low[1]);
-        tile::mma_into_zero_and_add(out.x[t][j], ps.high, vs.high[0], vs.high[1]);
+      for (int first_step = 0; first_step < block_n / 8; first_step += tile::tf32_chain) {
+        float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int step = first_step; step < min_of(block_n / 8, first_step + tile::tf32_chain); ++step) {
+          const float(&c)[4] = p.x[t][step];
+          tile::mma_3xtf32(sums,
+                           {__float_as_uint(c[0]), __float_as_uint(c[2]), __float_as_uint(c[1]), __float_as_uint(c[3])},
+                           {ptx::ld_shared_u32(V::step_chunks(even, j) + V::step_rows(8 * step)),
+                            ptx::ld_shared_u32(V::step_chunks(odd, j) + V::step_rows(8 * step))});
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out.x[t][j][i] += sums[i];
       }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out.x[t][j][i] += corrections[i];
     }
   }
 }
