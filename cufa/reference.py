@@ -312,15 +312,13 @@ def _attend(
 
 def _check_shapes(q: Array, k: Array, v: Array) -> None:
     """Raise where broadcasting would go on: dimensions of 1 are not special in attention."""
-    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
-    if not q.ndim == k.ndim == v.ndim == 4 or not q.shape[0] == k.shape[0] or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"attention: {shapes} do not agree in batch, seqlen and heads.")
+    shapes = f"q {q.shape}, k {k.shape} and v {v.shape}"
+    if not q.ndim == k.ndim == v.ndim == 4 or q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"attention: {shapes} do not agree in batch, seqlen_k and num_heads_k.")
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"attention: {shapes} do not agree in head_dim.")
-    if q.shape[2] % max(k.shape[2], 1) or (q.shape[2] and not k.shape[2]):
-        raise ValueError(
-            f"attention: q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} of k and v."
-        )
+    if q.shape[2] % max(k.shape[2], 1) or q.shape[2] > 0 == k.shape[2]:
+        raise ValueError(f"attention: {shapes}: num_heads_q is not a multiple of num_heads_k.")
 
 
 def _keep(seqlen_q: int, seqlen_k: int, causal: bool, window_size: Window) -> NDArray[np.bool_]:

@@ -110,10 +110,11 @@ class _Problem(NamedTuple):
         """Of the arrays in the order of the fields."""
         slopes_and_sinks = (options.get("alibi_slopes"), options.get("sinks"))
         host: list[Any] = [None if x is None else to_numpy(x) for x in (*arrays, *slopes_and_sinks)]
-        problem = cls(*host[:6], options | {"alibi_slopes": host[6], "sinks": host[7]})
-        if (problem.cu_seqlens_q is None) != (problem.cu_seqlens_k is None):
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, slopes, sinks = host
+        if (cu_seqlens_q is None) != (cu_seqlens_k is None):
             raise ValueError("cu_seqlens_q and cu_seqlens_k belong together: give both or neither.")
-        return problem
+        host_options = options | {"alibi_slopes": slopes, "sinks": sinks}
+        return cls(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, host_options)
 
     def sequences(self) -> Iterator[tuple[slice, slice, Array, Array, Array, Array | None]]:
         """Batch entries and rows in the output, and q, k, v and slopes of a dense problem."""
@@ -198,8 +199,8 @@ def _noise(piece: _Problem, out: Array, storage: np.dtype[Any]) -> tuple[Array, 
 
     softmax_scale, softcap = options.get("softmax_scale"), options.get("softcap", 0.0)
     s = reference._scores(q, k, softmax_scale, softcap, None)
-    # A dot product errs in proportion to the sum of the magnitudes of its terms.
-    size = reference._scores(np.abs(q), np.abs(k), softmax_scale, 0.0, None)
+    # A dot product errs in proportion to the magnitudes of its terms, and drifts where tensor cores truncate.
+    size = (1 + q.shape[-1] / 128) * reference._scores(np.abs(q), np.abs(k), softmax_scale, 0.0, None)
     if softcap > 0:
         slope = 1 - (s / softcap) ** 2
         size = np.where(slope > 0, slope * size, 0) + softcap

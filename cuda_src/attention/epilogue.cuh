@@ -14,7 +14,8 @@
 namespace attention {
 
 template <class Tile, int m_tiles, int cols>
-inline void stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& out, int warp_row) {
+inline void stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& out, int warp_row,
+                  int warp_col) {
   using element = typename Tile::element;
 #pragma unroll
   for (int t = 0; t < m_tiles; ++t) {
@@ -24,7 +25,7 @@ inline void stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& o
 #pragma unroll
       for (int j = 0; j < cols / 8; ++j) {
         const float low = out.x[t][j][2 * i], high = out.x[t][j][2 * i + 1];
-        const int byte = (8 * j + tile::fragment_col()) * int(sizeof(element));
+        const int byte = (warp_col + 8 * j + tile::fragment_col()) * int(sizeof(element));
         const u32 address = staging.address(row, byte / 16) + byte % 16;
         if constexpr (is_same<element, f32>) {
           ptx::st_shared_v2(address, __float_as_uint(low), __float_as_uint(high));
@@ -40,10 +41,10 @@ inline void stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& o
 template <class Config, int m_tiles, int cols, class Tile>
 inline void epilogue(const tile::Accumulator<m_tiles, cols>& out, const Softmax<m_tiles>& statistics,
                      const Params& params, const Work<typename Config::element>& work, int warp_row,
-                     const Tile& staging) {
+                     int warp_col, const Tile& staging) {
   const int first_row = work.tile.m_block * Config::block_m;
-  stage(staging, out, warp_row);
-  if (work.lse && tile::fragment_col() == 0) {
+  stage(staging, out, warp_row, warp_col);
+  if (work.lse && warp_col + tile::fragment_col() == 0) {
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll

@@ -39,7 +39,7 @@ inline void forward_sm80(const Params& params) {
     __syncthreads();  // every warp is done with the tiles the epilogue writes over
   }
   statistics.finish(out, Config::sinks ? params.sinks[work.tile.head * params.sinks_stride] : -infinity);
-  epilogue<Config>(out, statistics, params, work, Mainloop::warp_row(), Staging{smem});
+  epilogue<Config>(out, statistics, params, work, Mainloop::warp_row(), Mainloop::warp_col(), Staging{smem});
 }
 
 }  // namespace attention

@@ -26,16 +26,24 @@ struct MainloopSm80 {
   using V = tile::SharedTile<element, Config::block_n, Config::tile_head_dim_v>;
 
   static constexpr int warps = Config::num_threads / 32;
-  static constexpr int m_tiles = Config::block_m / (16 * warps);
-  static_assert(m_tiles * 16 * warps == Config::block_m, "warps share the rows of the tile evenly");
+  static constexpr int row_warps = warps / Config::column_warps;
+  static constexpr int m_tiles = Config::block_m / (16 * row_warps);
+  static_assert(m_tiles * 16 * row_warps == Config::block_m, "warps share the rows of the tile evenly");
+
+  // Warps that share rows split the columns of V, in whole panels, and each computes those rows' scores for itself.
+  static constexpr int warp_cols =
+      Config::column_warps == 1 ? round_up(Config::head_dim_v, 16) : V::cols / Config::column_warps;
+  static_assert(Config::column_warps == 1 || warp_cols * int(sizeof(element)) % V::panel_bytes == 0,
+                "a warp's columns of V must be whole panels");
 
   using Scores = tile::Accumulator<m_tiles, Config::block_n>;
-  using Out = tile::Accumulator<m_tiles, round_up(Config::head_dim_v, 16)>;
+  using Out = tile::Accumulator<m_tiles, warp_cols>;
   using Statistics = Softmax<m_tiles>;
 
   static constexpr int smem_bytes = Q::bytes + K::bytes + V::bytes;
 
-  static int warp_row() { return int(threadIdx.x / 32) * 16 * m_tiles; }
+  static int warp_row() { return int(threadIdx.x / 32 % row_warps) * 16 * m_tiles; }
+  static int warp_col() { return int(threadIdx.x / 32 / row_warps) * warp_cols; }
 
   // Sets out and its statistics to the sums over the blocks of the range, which is not empty, last block first. K and V
   // have one buffer each: V arrives while Q·Kᵀ runs, the next K while the softmax and P·V do.
@@ -74,7 +82,7 @@ struct MainloopSm80 {
         mask<Config::causal, Config::window>(scores, params, work.seqlen, first_row + warp_row(), first_col);
       }
       statistics.update(scores, out, scale);
-      warp::gemm_ab(out, scores, v);
+      warp::gemm_ab(out, scores, v, warp_col());
     }
   }
 

@@ -46,19 +46,13 @@ inline constexpr int tf32_chain = 4;
 
 namespace warp {
 
-// sums += A·Bᵀ over steps [first_step, last_step), with A = rows [first_row, first_row + 16 m_tiles) of q and B = all rows
-// of k. A step reads 32 bytes of each row: 16 elements of 16 bits or 8 of float32, for which ldmatrix fits alike.
-template <int first_step, int last_step, int m_tiles, int block_n, class element, int block_m, int width>
-inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums,
-                           const tile::SharedTile<element, block_m, width>& q,
-                           const tile::SharedTile<element, block_n, width>& k, int first_row) {
-  using Q = tile::SharedTile<element, block_m, width>;
-  using K = tile::SharedTile<element, block_n, width>;
-  const u32 lane = tile::lane();
-  const u32 q_lane = q.address(first_row + lane % 16, lane / 16);
-  const u32 k_lane = k.address(lane % 8 + (lane / 16) * 8, (lane / 8) % 2);
+// sums += A·Bᵀ over `steps` steps, with A = 16 m_tiles rows of q and B = all rows of k, from addresses q_lane and k_lane on.
+// A step reads 32 bytes of each row: 16 elements of 16 bits or 8 of float32, for which ldmatrix fits alike.
+template <int steps, class Q, class K, int m_tiles, int block_n>
+inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums, u32 q_lane, u32 k_lane) {
+  using element = typename Q::element;
 #pragma unroll
-  for (int step = first_step; step < last_step; ++step) {
+  for (int step = 0; step < steps; ++step) {
     u32 a[m_tiles][4];
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
@@ -83,33 +77,40 @@ inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums,
   }
 }
 
-// scores = q·kᵀ along `depth` columns; rows as above.
-template <int depth, int first_step = 0, int m_tiles, int block_n, class element, int block_m, int width>
+// scores = q·kᵀ along `depth` columns, for 16 m_tiles rows of q from first_row on and all rows of k.
+template <int depth, int m_tiles, int block_n, class element, int block_m, int width>
 inline void gemm_abt(tile::Accumulator<m_tiles, block_n>& scores,
                      const tile::SharedTile<element, block_m, width>& q,
                      const tile::SharedTile<element, block_n, width>& k, int first_row) {
-  constexpr int steps = ceil_div(depth * int(sizeof(element)), 32);
-  constexpr int last_step = is_same<element, f32> ? min_of(steps, first_step + tile::tf32_chain) : steps;
-  if constexpr (first_step == 0) {
-    scores.zero();
-    gemm_abt_steps<0, last_step>(scores, q, k, first_row);
+  using Q = tile::SharedTile<element, block_m, width>;
+  using K = tile::SharedTile<element, block_n, width>;
+  const u32 lane = tile::lane();
+  const u32 q_lane = q.address(first_row + lane % 16, lane / 16);
+  const u32 k_lane = k.address(lane % 8 + (lane / 16) * 8, (lane / 8) % 2);
+  scores.zero();
+  if constexpr (is_same<element, f32>) {
+    static_assert(Q::panel_bytes == 128, "the chain of products is one panel");
+#pragma unroll 1  // unrolled, the compiler loads far ahead and spills
+    for (int panel = 0; panel < Q::panels; ++panel) {
+      tile::Accumulator<m_tiles, block_n> sums;
+      sums.zero();
+      gemm_abt_steps<tile::tf32_chain, Q, K>(sums, q_lane + panel * Q::panel_stride,
+                                             k_lane + panel * K::panel_stride);
+      scores.add(sums);
+    }
   } else {
-    tile::Accumulator<m_tiles, block_n> sums;
-    sums.zero();
-    gemm_abt_steps<first_step, last_step>(sums, q, k, first_row);
-    scores.add(sums);
+    gemm_abt_steps<ceil_div(depth, 16), Q, K>(scores, q_lane, k_lane);
   }
-  if constexpr (last_step < steps) gemm_abt<depth, last_step>(scores, q, k, first_row);
 }
 
-// out += P·V for 16-bit elements. Two neighbouring n-tiles of an accumulator are, packed, the A operand of one step, so P
+// out += P·V for 16-bit elements, V from column first_col on, where a panel begins. Two neighbouring n-tiles of an accumulator are, packed, the A operand of one step, so P
 // never leaves its registers; V's columns come through ldmatrix.trans.
 template <int m_tiles, int block_n, int out_cols, class element, int width>
 inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accumulator<m_tiles, block_n>& p,
-                    const tile::SharedTile<element, block_n, width>& v) {
+                    const tile::SharedTile<element, block_n, width>& v, int first_col) {
   using V = tile::SharedTile<element, block_n, width>;
   const u32 lane = tile::lane();
-  const u32 v_lane = v.address(lane % 16, lane / 16);
+  const u32 v_lane = v.address(lane % 16, lane / 16) + V::step_cols(first_col);
 #pragma unroll
   for (int step = 0; step < block_n / 16; ++step) {
     u32 a[m_tiles][4];
@@ -134,15 +135,15 @@ inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accum
   }
 }
 
-// out += P·V for float32. The keys of a step are taken in the order 0, 2, 4, 6, 1, 3, 5, 7: then an accumulator tile of P
+// out += P·V for float32, otherwise alike. The keys of a step are taken in the order 0, 2, 4, 6, 1, 3, 5, 7: then an accumulator tile of P
 // is the A operand as it stands, and the four lanes of a quad read V's rows from different banks.
 template <int m_tiles, int block_n, int out_cols, int width>
 inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accumulator<m_tiles, block_n>& p,
-                    const tile::SharedTile<f32, block_n, width>& v) {
+                    const tile::SharedTile<f32, block_n, width>& v, int first_col) {
   using V = tile::SharedTile<f32, block_n, width>;
   const u32 g = tile::lane() / 4, q = tile::lane() % 4;
-  const u32 even = v.address(2 * q, g / 4) + (g % 4) * 4;
-  const u32 odd = v.address(2 * q + 1, g / 4) + (g % 4) * 4;
+  const u32 even = v.address(2 * q, g / 4) + (g % 4) * 4 + V::step_cols(first_col);
+  const u32 odd = v.address(2 * q + 1, g / 4) + (g % 4) * 4 + V::step_cols(first_col);
 #pragma unroll
   for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll

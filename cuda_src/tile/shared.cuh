@@ -42,6 +42,11 @@ struct SharedTile {
 
   // From the address of a row, the address `count` rows below; count is a multiple of 8, which the swizzle ignores.
   static constexpr u32 step_rows(int count) { return count * panel_bytes; }
+
+  // From an address in panel 0, the address `count` columns on; count is whole panels.
+  static constexpr u32 step_cols(int count) {
+    return count / (panel_chunks * chunk_elements) * panel_stride;
+  }
 };
 
 }  // namespace tile
