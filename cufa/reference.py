@@ -317,7 +317,7 @@ def _check_shapes(q: Array, k: Array, v: Array) -> None:
         raise ValueError(f"attention: {shapes} do not agree in batch, seqlen_k and num_heads_k.")
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"attention: {shapes} do not agree in head_dim.")
-    if q.shape[2] % max(k.shape[2], 1) or q.shape[2] > 0 == k.shape[2]:
+    if q.shape[2] % max(k.shape[2], 1) or (q.shape[2] and not k.shape[2]):
         raise ValueError(f"attention: {shapes}: num_heads_q is not a multiple of num_heads_k.")
 
 

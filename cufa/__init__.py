@@ -1,0 +1,57 @@
+"""Exact attention for the arrays you already hold: CuPy, torch, JAX, Numba, NumPy, and any with ``__dlpack__``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompileError",
+    "CudaError",
+    "MissingKernelError",
+    "UnsupportedError",
+    "attention",
+    "attention_varlen",
+    "explain",
+    "is_available",
+    "reference",
+    "show_config",
+    "testing",
+]
+
+if TYPE_CHECKING:
+    from . import reference, testing
+    from ._attention import attention, attention_varlen
+    from ._config import is_available, show_config
+    from ._explain import explain
+    from .errors import CompileError, CudaError, MissingKernelError, UnsupportedError
+
+_HOMES = {
+    "attention": "_attention",
+    "attention_varlen": "_attention",
+    "explain": "_explain",
+    "is_available": "_config",
+    "show_config": "_config",
+    "CompileError": "errors",
+    "CudaError": "errors",
+    "MissingKernelError": "errors",
+    "UnsupportedError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that ``import cufa`` alone does next to nothing."""
+    import importlib
+
+    if name in ("reference", "testing"):
+        return importlib.import_module(f"cufa.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cufa' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"cufa.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

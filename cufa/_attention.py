@@ -1,0 +1,254 @@
+"""The public functions. Each body is the whole way of a call; nothing is hidden between the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import _arrays, _cpu, _jit, _launch, _params, _plan, _problem
+from ._arrays import CPU, Arrays
+from ._launch import Launch
+from ._problem import OUT, Problem
+
+NO_OFFSETS = (0, 0, 0)
+"""Addresses of cu_seqlens_q, cu_seqlens_k and seqused_k where sequences are not packed."""
+
+Array = Any
+"""An array of CuPy, torch, JAX, Numba or NumPy, or any with ``__dlpack__``."""
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    window_size: Sequence[int | None] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Any:
+    """Exact attention, ``softmax(softmax_scale · q kᵀ) v``, for each batch entry and head.
+
+    Computed where the arrays are: GPU arrays on their GPU and the caller's current stream, without waiting for it;
+    arrays in host memory on the CPU. Nothing of size seqlen_q × seqlen_k is stored.
+
+    Parameters
+    ----------
+    q : array, (batch, seqlen_q, num_heads_q, head_dim)
+        CuPy, torch, JAX, Numba or NumPy, or any array with ``__dlpack__``; float16, bfloat16 or float32, on the CPU
+        also float64. Any strides. head_dim is 1 to 256.
+    k : array, (batch, seqlen_k, num_heads_k, head_dim)
+        num_heads_q must be a multiple of num_heads_k: query head h reads key head ``h // (num_heads_q // num_heads_k)``
+        (grouped-query attention; multi-query if num_heads_k is 1).
+    v : array, (batch, seqlen_k, num_heads_k, head_dim_v)
+        head_dim_v is 1 to 256, independent of head_dim.
+    causal : bool
+        Query i sees key j if ``j <= i + seqlen_k - seqlen_q``: the last query sees the last key.
+    window_size : (int or None, int or None), optional
+        Keys that a query sees to the (left, right) of the key at its own position ``i + seqlen_k - seqlen_q``, both
+        inclusive; None (or -1) is unbounded. The mask is drawn in `cufa.reference`.
+    softmax_scale : float, optional
+        Multiplies q·kᵀ; default ``head_dim ** -0.5``.
+    softcap : float
+        Scores become ``softcap * tanh(scores / softcap)``; 0.0 is off.
+    alibi_slopes : float32 array, (num_heads_q,) or (batch, num_heads_q), optional
+        ``slope * |i + seqlen_k - seqlen_q - j|`` is subtracted from each score.
+    sinks : float32 array, (num_heads_q,), optional
+        Score, per head, of one more key that takes probability and has no value.
+    return_lse : bool
+        Return `lse` too.
+    out : array, (batch, seqlen_q, num_heads_q, head_dim_v), optional
+        Written and returned instead of a new array; must not share memory with the inputs.
+
+    Returns
+    -------
+    out : array, (batch, seqlen_q, num_heads_q, head_dim_v)
+        Of q's framework, dtype and device. Rows that see no key are 0.
+    lse : float32 array, (batch, num_heads_q, seqlen_q)
+        Only if `return_lse`: natural logarithm of the sum of exponentials of a row's scores, the sink's included;
+        -inf for a row that sees no key.
+
+    Raises
+    ------
+    TypeError
+        If an argument is no array or of another framework than q.
+    ValueError
+        If shapes, dtypes, devices or values disagree.
+    UnsupportedError
+        If the GPU is older than compute capability 8.0, or for float64 on a GPU, a head_dim above 256, or a torch tensor
+        that requires grad.
+    CompileError, MissingKernelError
+        If the kernel is needed for the first time and cannot be compiled, or not now.
+
+    See Also
+    --------
+    attention_varlen : Sequences of any lengths, packed without padding.
+    reference.attention : The specification, in NumPy float64.
+    explain : Which kernel serves a call, and why.
+
+    Notes
+    -----
+    Dao, *FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning*, 2023. Results are bitwise
+    repeatable, and a row does not depend on what else is in the batch. All arguments are checked before anything is
+    written.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cufa
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((2, 128, 8, 64), dtype=np.float32)
+    >>> k, v = rng.standard_normal((2, 2, 128, 2, 64), dtype=np.float32)
+    >>> cufa.attention(q, k, v, causal=True).shape
+    (2, 128, 8, 64)
+    """
+    if _arrays.is_jax(q):  # its runtime owns streams and results
+        return _interop_jax().attention(
+            (q, k, v, alibi_slopes, sinks, out), (causal, window_size, softmax_scale, softcap), return_lse
+        )
+    arrays = _arrays.view("attention", _problem.DENSE_NAMES, (q, k, v, alibi_slopes, sinks, out))
+    problem = _problem.dense_problem(arrays, causal, window_size, softmax_scale, softcap)
+    out, lse, pointers = _outputs(arrays, problem, return_lse)
+    run(arrays, problem, out, lse, pointers)
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    *,
+    seqused_k: Array | None = None,
+    causal: bool = False,
+    window_size: Sequence[int | None] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Any:
+    """`attention` of sequences of any lengths, packed end to end without padding.
+
+    Parameters
+    ----------
+    q : array, (total_q, num_heads_q, head_dim)
+    k : array, (total_k, num_heads_k, head_dim)
+    v : array, (total_k, num_heads_k, head_dim_v)
+        As for `attention`.
+    cu_seqlens_q, cu_seqlens_k : int32 array, (batch + 1,)
+        Sequence b is rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. They begin with 0, do not decrease and end with the
+        total: checked on the CPU; on a GPU, where reading them would make the host wait, offsets outside the packed
+        arrays are clamped to them, and rows of q beyond the last offset are left as they are in `out`.
+    seqused_k : int32 array, (batch,), optional
+        Live keys of each sequence; whatever its other rows of k and v hold, NaN included, does not count.
+    causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, return_lse, out
+        As for `attention`, within each sequence. `alibi_slopes` may be (batch, num_heads_q).
+
+    Returns
+    -------
+    out : array, (total_q, num_heads_q, head_dim_v)
+    lse : float32 array, (num_heads_q, total_q)
+        Only if `return_lse`.
+
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedError, CompileError, MissingKernelError
+        As for `attention`.
+
+    See Also
+    --------
+    reference.attention_varlen : The specification.
+
+    Notes
+    -----
+    No longest length is asked for: the kernel finds its sequence from the offsets on the GPU.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cufa
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 12, 4, 32), dtype=np.float32)
+    >>> offsets = np.array([0, 5, 12], np.int32)  # sequences of 5 and 7 tokens
+    >>> cufa.attention_varlen(q, k, v, offsets, offsets, causal=True).shape
+    (12, 4, 32)
+    """
+    given = (q, k, v, alibi_slopes, sinks, out, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    if _arrays.is_jax(q):
+        return _interop_jax().attention_varlen(given, (causal, window_size, softmax_scale, softcap), return_lse)
+    arrays = _arrays.view("attention_varlen", _problem.VARLEN_NAMES, given)
+    problem = _problem.varlen_problem(arrays, causal, window_size, softmax_scale, softcap)
+    out, lse, pointers = _outputs(arrays, problem, return_lse)
+    run(arrays, problem, out, lse, pointers)
+    return (out, lse) if return_lse else out
+
+
+def _outputs(arrays: Arrays, problem: Problem, return_lse: bool) -> tuple[Array, Array | None, list[int]]:
+    """out and lse in the caller's framework, and the addresses that lead Params."""
+    if arrays.layouts[OUT] is None:
+        out, out_pointer = arrays.empty(problem.out_shape, problem.dtype)
+    else:
+        out, out_pointer = arrays.given[OUT], arrays.pointers[OUT]
+    lse, lse_pointer = arrays.empty(problem.lse_shape, "float32") if return_lse else (None, 0)
+    return out, lse, pointers_of(arrays, out_pointer, lse_pointer)
+
+
+def pointers_of(arrays: Arrays, out: int, lse: int) -> list[int]:
+    """The addresses that lead Params, in their order there."""
+    q, k, v, alibi_slopes, sinks, _, *offsets = arrays.pointers
+    return [q, k, v, out, lse, alibi_slopes, sinks, *(offsets or NO_OFFSETS)]
+
+
+def run(
+    arrays: Arrays, problem: Problem, out: Array, lse: Array | None, pointers: list[int], stream: int | None = None
+) -> None:
+    """Compute out and lse: on the CPU, or by one launch on `stream`, by default the caller's."""
+    if problem.device == CPU:
+        _run_on_cpu(arrays, problem, out, lse)
+        return
+    if stream is None:
+        stream = arrays.stream(problem.device)
+    launch = problem.memo.get("launch") or prepare(problem, stream)
+    launch(pointers, stream)
+
+
+def prepare(problem: Problem, stream: int) -> Launch:
+    """Choose, compile and load the kernel of `problem`: once, after which it is remembered with the problem."""
+    assert problem.static is not None
+    plan = _plan.make_plan(problem.static, _launch.device(problem.device).arch)
+    grid = _plan.make_grid(plan, problem)
+    kernel = _jit.load_kernel(plan, problem.device, stream)
+    params = _params.pack(problem, grid.m_blocks, grid.heads_per_section)
+    launch = Launch(kernel, problem.device, grid.blocks, plan.config.num_threads, plan.config.smem_bytes, params)
+    problem.memo["launch"] = launch
+    return launch
+
+
+def _run_on_cpu(arrays: Arrays, problem: Problem, out: Array, lse: Array | None) -> None:
+    q, k, v, alibi_slopes, sinks = (arrays.numpy(index) for index in range(OUT))
+    out, lse = (None if array is None else _arrays.as_numpy(array) for array in (out, lse))
+    options = {
+        "softmax_scale": problem.softmax_scale,
+        "window_left": problem.window_left,
+        "window_right": problem.window_right,
+        "softcap": problem.softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+    }
+    if problem.varlen:
+        cu_seqlens_q, cu_seqlens_k, seqused_k = (arrays.numpy(index) for index in range(OUT + 1, OUT + 4))
+        _cpu.varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, out, lse, **options)
+    else:
+        _cpu.forward(q, k, v, out, lse, **options)
+
+
+def _interop_jax() -> Any:
+    from .interop import jax
+
+    return jax

@@ -1,0 +1,122 @@
+"""The tile tables: one function for each kernel family, and no other place that knows a tile size.
+
+What a tile may take is bounded by registers (255 a thread; an accumulator of m × n costs m·n / threads of them) and
+by shared memory. Every row compiles without spills on every arch; a test compiles them all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ._problem import Static
+
+SIZEOF = {"f16": 2, "bf16": 2, "f32": 4}
+
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 110: 227 << 10, 120: 99 << 10, 121: 99 << 10}
+"""Bytes of shared memory that a block may use, by compute capability."""
+
+
+class Config(NamedTuple):
+    """The members of the C++ ``Config``, with the same names; see ``cuda_src/attention/forward_sm80.cuh``.
+
+    Attributes
+    ----------
+    element : str
+    variant : tuple of str
+        Score terms in their order, as C++ types.
+    head_dim, head_dim_v : int
+        Exact.
+    tile_head_dim, tile_head_dim_v : int
+        Widths of the shared-memory tiles, zero-filled past the exact ones.
+    block_m, block_n : int
+        Rows of q and of k a tile.
+    num_threads : int
+    column_warps : int
+        Warps that share rows and split the columns of v.
+    smem_bytes : int
+    copy_bytes, store_bytes : int
+    causal, window, varlen, sinks : bool
+    """
+
+    element: str
+    variant: tuple[str, ...]
+    head_dim: int
+    head_dim_v: int
+    tile_head_dim: int
+    tile_head_dim_v: int
+    block_m: int
+    block_n: int
+    num_threads: int
+    column_warps: int
+    smem_bytes: int
+    copy_bytes: int
+    store_bytes: int
+    causal: bool
+    window: bool
+    varlen: bool
+    sinks: bool
+
+
+def forward_sm80(static: Static, arch: int) -> Config:
+    """Config of the mma.sync forward for compute capability `arch` (80 for 8.0)."""
+    block_m, block_n, warps, column_warps = _tile_sm80(static, arch)
+    size = SIZEOF[static.element]
+    tile_head_dim = _round_up(static.head_dim, 32)
+    tile_head_dim_v = _round_up(static.head_dim_v, 32 * column_warps)
+    tiles = (block_m + block_n) * tile_head_dim + block_n * tile_head_dim_v
+    return Config(
+        element=static.element,
+        variant=_variant(static),
+        head_dim=static.head_dim,
+        head_dim_v=static.head_dim_v,
+        tile_head_dim=tile_head_dim,
+        tile_head_dim_v=tile_head_dim_v,
+        block_m=block_m,
+        block_n=block_n,
+        num_threads=32 * warps,
+        column_warps=column_warps,
+        smem_bytes=size * max(tiles, block_m * tile_head_dim_v),
+        copy_bytes=static.copy_bytes,
+        store_bytes=static.store_bytes,
+        causal=static.mask == "causal",
+        window=static.mask == "window",
+        varlen=static.varlen,
+        sinks=static.sinks,
+    )
+
+
+def _tile_sm80(static: Static, arch: int) -> tuple[int, int, int, int]:
+    """(block_m, block_n, warps, column_warps)."""
+    widest = max(static.head_dim, static.head_dim_v)
+    if static.element == "f32":
+        if widest <= 64:
+            return 64, 64, 4, 1
+        if widest <= 96:
+            return 64, 48, 4, 1
+        if widest <= 128:
+            return 64, 32, 4, 1
+        if widest <= 192:
+            return 64, 32, 8, 2
+        return 64, 16, 8, 2
+    if widest <= 64:
+        # Score terms need registers that 112 columns of scores leave no room for.
+        return 128, 96 if _variant(static) else 112, 4, 1
+    if widest <= 96:
+        return 128, 64, 4, 1
+    if widest <= 128:
+        # 48 KB let two blocks share an SM where it has 100 KB.
+        return 128, 48 if SHARED_MEMORY[arch] > 99 << 10 else 32, 4, 1
+    return 64, 64, 4, 1
+
+
+def _variant(static: Static) -> tuple[str, ...]:
+    terms = []
+    if static.softcap:
+        terms.append(f"attention::Softcap<{static.element}>")
+    if static.alibi:
+        terms.append("attention::Alibi")
+    return tuple(terms)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

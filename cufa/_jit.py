@@ -1,0 +1,381 @@
+"""Plan → generated source → key → cache → NVRTC → loaded kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import _cache, _env, _launch, _params
+from ._cache import CubinCache, Entry
+from ._plan import Plan
+from .errors import CompileError, CudaError, MissingKernelError
+
+PROGRESS_AFTER = 0.5
+"""Seconds of compiling after which it is said what takes so long."""
+
+_logger = logging.getLogger("cufa")
+
+
+class Nvrtc(NamedTuple):
+    """The run-time compiler that was found.
+
+    Attributes
+    ----------
+    version : tuple of int
+    path, found_via : str
+    build : str
+        Digest that tells builds of one version apart.
+    archs : tuple of int
+        Compute capabilities it compiles for.
+    """
+
+    version: tuple[int, int]
+    path: str
+    found_via: str
+    build: str
+    archs: tuple[int, ...]
+
+
+class Compiled(NamedTuple):
+    """What NVRTC made of a source."""
+
+    cubin: bytes
+    log: str
+    seconds: float
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel takes, from the compiler's log: registers a thread and spilled bytes."""
+
+    registers: int
+    spill_bytes: int
+
+
+def source_of(plan: Plan) -> str:
+    """The generated translation unit: the only code that is generated."""
+    config = plan.config
+    constants = [
+        f"  static constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};\n"
+        for name, value in config._asdict().items()
+        if isinstance(value, int)
+    ]
+    header = plan.kernel.removeprefix("attention_")
+    return (
+        f'#include "attention/{header}.cuh"\n\n'
+        "struct Config {\n"
+        f"  using element = {config.element};\n"
+        f"  using variant = attention::Variant<{', '.join(config.variant)}>;\n"
+        f"{''.join(constants)}"
+        "};\n\n"
+        f"{_params.static_asserts()}\n"
+        f'extern "C" __global__ __launch_bounds__(Config::num_threads, 1)\n'
+        f"void {plan.kernel}(const __grid_constant__ attention::Params params) {{\n"
+        f"  attention::{header}<Config>(params);\n"
+        "}\n"
+    )
+
+
+@lru_cache(maxsize=1)
+def headers() -> dict[str, bytes]:
+    """Every header under ``cuda_src``, by its path there."""
+    root = resources.files("cufa.cuda_src")
+
+    def walk(directory: Any, prefix: str) -> Iterator[tuple[str, bytes]]:
+        for item in directory.iterdir():
+            if item.is_dir():
+                yield from walk(item, f"{prefix}{item.name}/")
+            elif item.name.endswith(".cuh"):
+                yield prefix + item.name, item.read_bytes()
+
+    return dict(sorted(walk(root, "")))
+
+
+@lru_cache(maxsize=1)
+def nvrtc() -> Nvrtc:
+    """Find and load NVRTC.
+
+    Raises
+    ------
+    CompileError
+        If there is none; the message says what to install.
+    """
+    from cuda import pathfinder
+
+    try:
+        from cuda.bindings import nvrtc as bindings
+
+        found = pathfinder.load_nvidia_dynamic_lib("nvrtc")
+        _, major, minor = _nvrtc_call("nvrtcVersion", bindings.nvrtcVersion())
+        _, archs = _nvrtc_call("nvrtcGetSupportedArchs", bindings.nvrtcGetSupportedArchs())
+    except CompileError:
+        raise
+    except Exception as error:  # pathfinder and bindings raise classes of their own
+        raise CompileError(
+            f"cufa: NVRTC, which compiles the kernels, cannot be loaded: {error}. Install it with "
+            "pip install 'cufa[cuda13]' or 'cufa[cuda12]', whichever CUDA the driver supports."
+        ) from error
+    path = str(found.abs_path)
+    return Nvrtc((major, minor), path, str(found.found_via), _fingerprint(path), tuple(int(arch) for arch in archs))
+
+
+def _nvrtc_call(function: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
+    if result[0] != 0:
+        raise CompileError(f"cufa: {function} failed: {getattr(result[0], 'name', result[0])}.")
+    return result
+
+
+def _fingerprint(path: str) -> str:
+    """Digest of the ends and the size of a library: builds of one version differ, and all of it is slow to read."""
+    edge = 1 << 16
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        state = hashlib.sha256(b"%d" % size + file.read(edge), usedforsecurity=False)
+        file.seek(max(0, size - edge))
+        state.update(file.read(edge))
+    return state.hexdigest()
+
+
+def options_of(arch: int) -> list[str]:
+    """Options for NVRTC."""
+    options = [
+        f"--gpu-architecture=sm_{arch}",
+        "--device-as-default-execution-space",
+        "--std=c++17",
+        "--ptxas-options=-v",
+    ]
+    return [*options, "--generate-line-info"] if _env.lineinfo() else options
+
+
+def target_of(plan: Plan) -> int:
+    """The architecture to compile for: the GPU's own, or an older one of its family that NVRTC knows."""
+    archs = nvrtc().archs
+    family = [arch for arch in archs if arch // 10 == plan.arch // 10 and arch <= plan.arch]
+    if not family:
+        major, minor = nvrtc().version
+        raise CompileError(
+            f"cufa: NVRTC {major}.{minor} does not compile for compute capability {plan.arch // 10}.{plan.arch % 10}; "
+            "install a newer one, for example with pip install -U 'cufa[cuda13]'."
+        )
+    return max(family)
+
+
+def key_of(plan: Plan) -> str:
+    """Digest of everything that goes into compiling the kernel."""
+    found = nvrtc()
+    fields: dict[str, bytes | str | list[str]] = {
+        "source": source_of(plan),
+        "options": options_of(target_of(plan)),
+        "nvrtc": [*map(str, found.version), found.build],
+    }
+    for name, text in headers().items():
+        fields[f"header {name}"] = text
+    return _cache.digest(fields)
+
+
+def compile_source(source: str, options: list[str], what: str) -> Compiled:
+    """Compile with NVRTC; no GPU is needed.
+
+    Raises
+    ------
+    CompileError
+        With NVRTC's log.
+    """
+    nvrtc()
+    from cuda.bindings import nvrtc as bindings
+
+    names, texts = [name.encode() for name in headers()], list(headers().values())
+    _, program = _nvrtc_call(
+        "nvrtcCreateProgram", bindings.nvrtcCreateProgram(source.encode(), b"kernel.cu", len(names), texts, names)
+    )
+    try:
+        began = time.perf_counter()
+        with _progress(what):
+            (status,) = bindings.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
+        seconds = time.perf_counter() - began
+        _, size = _nvrtc_call("nvrtcGetProgramLogSize", bindings.nvrtcGetProgramLogSize(program))
+        buffer = b" " * size
+        bindings.nvrtcGetProgramLog(program, buffer)
+        log = buffer.decode(errors="replace").strip("\0 \n")
+        saved = _save(source, log)
+        if status != 0:
+            where = f" The source is in {saved}." if saved else " Set CUFA_SAVE_SOURCE to a directory to keep the source."
+            raise CompileError(f"cufa: compiling {what} failed ({getattr(status, 'name', status)}).{where}\n{log}")
+        _, size = _nvrtc_call("nvrtcGetCUBINSize", bindings.nvrtcGetCUBINSize(program))
+        cubin = b" " * size
+        _nvrtc_call("nvrtcGetCUBIN", bindings.nvrtcGetCUBIN(program, cubin))
+        return Compiled(cubin, log, seconds)
+    finally:
+        bindings.nvrtcDestroyProgram(program)
+
+
+def resources_of(log: str) -> Resources:
+    """Registers and spilled bytes, from what ``--ptxas-options=-v`` logs."""
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if registers is None or spills is None:
+        raise CompileError(f"cufa: the compiler's log does not say what the kernel takes:\n{log}")
+    return Resources(int(registers[1]), int(spills[1]) + int(spills[2]))
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """Say on an interactive terminal, and in the log, what is being compiled once that takes long."""
+    wanted = _env.progress()
+    shown = threading.Event()
+
+    def show() -> None:
+        shown.set()
+        _logger.info("compiling %s", what)
+        if wanted or (wanted is None and sys.stderr is not None and sys.stderr.isatty()):
+            print(f"cufa: compiling {what} ...", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(PROGRESS_AFTER, show)
+    timer.daemon = True
+    began = time.perf_counter()
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if shown.is_set():
+            _logger.info("compiled %s in %.2f s", what, time.perf_counter() - began)
+
+
+def _save(source: str, log: str) -> Path | None:
+    """Keep source, headers and log where ``CUFA_SAVE_SOURCE`` says; trouble in doing so is logged and no more."""
+    directory = _env.save_source_dir()
+    if directory is None:
+        return None
+    target = directory / hashlib.sha256(source.encode(), usedforsecurity=False).hexdigest()[:16]
+    try:
+        for name, text in {**headers(), "kernel.cu": source.encode(), "log.txt": log.encode()}.items():
+            file = target / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(text)
+    except OSError as error:
+        _logger.warning("the source of a kernel could not be saved: %s", error)
+        return None
+    return target
+
+
+_caches: dict[str, CubinCache] = {}
+_kernels: dict[tuple[Plan, int], Any] = {}
+_libraries: dict[str, Any] = {}
+_lock = threading.Lock()
+_key_locks: dict[str, threading.Lock] = {}
+
+
+def cache() -> CubinCache:
+    """The store of cubins that the environment describes now."""
+    described = repr([os.environ.get(variable.name) for variable in _env.VARIABLES]) + repr(_env.cache_dir())
+    found = _caches.get(described)
+    if found is None:
+        found = _caches.setdefault(described, CubinCache.from_env())
+    return found
+
+
+def describe(plan: Plan) -> str:
+    """A kernel in the words of a user, for messages."""
+    config = plan.config
+    parts = [config.element, f"head_dim {config.head_dim}"]
+    if config.head_dim_v != config.head_dim:
+        parts.append(f"head_dim_v {config.head_dim_v}")
+    parts += [name for name in ("causal", "window", "varlen", "sinks") if getattr(config, name)]
+    parts += [re.sub(r"attention::(\w+).*", lambda match: match[1].lower(), term) for term in config.variant]
+    return f"{plan.kernel} ({', '.join(parts)}) for sm_{plan.arch}"
+
+
+def entry_of(plan: Plan) -> Entry:
+    """The compiled kernel, from the cache or the compiler."""
+    key = key_of(plan)
+    with _lock:
+        lock = _key_locks.setdefault(key, threading.Lock())
+    with lock:  # threads that want one kernel compile it once; different kernels compile side by side
+        entry = cache().get(key)
+        return entry if entry is not None else _compile(plan, key)
+
+
+def _compile(plan: Plan, key: str) -> Entry:
+    if _env.jit_disabled():
+        raise MissingKernelError(
+            f"cufa: {describe(plan)} is not in the cache, and CUFA_DISABLE_JIT forbids compiling it; unset it, or fill "
+            "the cache with the same call on a machine where compiling is allowed."
+        )
+    target = target_of(plan)
+    compiled = compile_source(source_of(plan), options_of(target), describe(plan))
+    taken = resources_of(compiled.log)
+    meta = {
+        "kernel": plan.kernel,
+        "what": describe(plan),
+        "arch": target,
+        "registers": taken.registers,
+        "spill_bytes": taken.spill_bytes,
+        "seconds": round(compiled.seconds, 3),
+    }
+    entry = Entry(compiled.cubin, meta)
+    cache().put(key, entry)
+    return entry
+
+
+def is_loaded(plan: Plan, device: int) -> bool:
+    """Whether the next call finds the kernel ready."""
+    return (plan, device) in _kernels
+
+
+def load_kernel(plan: Plan, device: int, stream: int) -> Any:
+    """The kernel, loaded and ready to launch on `device`.
+
+    Raises
+    ------
+    CompileError
+        If it cannot be compiled.
+    MissingKernelError
+        If it is not loaded and `stream` is being captured, or compiling is forbidden.
+    """
+    kernel = _kernels.get((plan, device))
+    if kernel is not None:
+        return kernel
+    with _launch.current(device):
+        if _launch.is_capturing(stream):
+            raise MissingKernelError(
+                f"cufa: {describe(plan)} is not loaded, and the stream is being captured into a CUDA graph, where it "
+                "cannot be; make the same call once before the capture."
+            )
+        kernel = _load(plan)
+        attribute = _launch.driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _launch.call(
+            "cuKernelSetAttribute", attribute, plan.config.smem_bytes, kernel, _launch.call("cuDeviceGet", device)
+        )
+        _launch.call("cuKernelGetFunction", kernel)  # loads it into the context now, not within a later capture
+    return _kernels.setdefault((plan, device), _launch.driver().CUfunction(int(kernel)))
+
+
+def _load(plan: Plan) -> Any:
+    key = key_of(plan)
+    library = _libraries.get(key)
+    if library is None:
+        entry = entry_of(plan)
+        try:
+            library = _load_library(entry.cubin)
+        except CudaError as error:
+            # Whole and signed, yet the driver refuses it: compile it anew, once.
+            path = cache().discard(key)
+            _logger.warning("the driver refused the cached %s: %s %s", describe(plan), error, path or "")
+            library = _load_library(_compile(plan, key).cubin)
+        library = _libraries.setdefault(key, library)
+    return _launch.call("cuLibraryGetKernel", library, plan.kernel.encode())
+
+
+def _load_library(cubin: bytes) -> Any:
+    return _launch.call("cuLibraryLoadData", cubin, None, None, 0, None, None, 0)

@@ -1,0 +1,139 @@
+"""The driver: devices, loaded kernels, and launches on the caller's stream."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from ._params import LAYOUT, POINTER_LAYOUT
+from ._plan import Device
+from .errors import CudaError
+
+
+@lru_cache(maxsize=1)
+def driver() -> Any:
+    """The initialised bindings of the CUDA driver.
+
+    Raises
+    ------
+    CudaError
+        If there is no driver, or it finds no GPU.
+    """
+    from cuda.bindings import driver as bindings
+
+    try:
+        (status,) = bindings.cuInit(0)
+    except Exception as error:  # the bindings raise classes of their own where the library is missing
+        raise CudaError(f"cufa: the CUDA driver cannot be loaded: {error}") from error
+    if status != 0:
+        raise CudaError(f"cufa: the CUDA driver does not start: {_describe(bindings, status)}.")
+    return bindings
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """Call a driver function; return what it returns beside the status."""
+    bindings = driver()
+    status, *values = getattr(bindings, function)(*arguments)
+    if status != 0:
+        raise CudaError(f"cufa: {function} failed: {_describe(bindings, status)}.")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _describe(bindings: Any, status: Any) -> str:
+    failed, text = bindings.cuGetErrorString(status)
+    name = getattr(status, "name", str(status))
+    return name if failed != 0 or not text else f"{name}, {text.decode()}"
+
+
+@lru_cache(maxsize=64)
+def device(ordinal: int) -> Device:
+    """What plans need to know of a GPU."""
+    attribute = driver().CUdevice_attribute
+    handle = call("cuDeviceGet", ordinal)
+    major, minor, sms = (
+        call("cuDeviceGetAttribute", getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle)
+        for name in ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT")
+    )
+    return Device(10 * major + minor, sms)
+
+
+@contextmanager
+def current(ordinal: int) -> Iterator[None]:
+    """Make the primary context of a GPU current, if that of another is or none."""
+    bindings = driver()
+    status, active = bindings.cuCtxGetDevice()
+    if status == 0 and int(active) == ordinal:
+        yield
+        return
+    handle = call("cuDeviceGet", ordinal)
+    call("cuCtxPushCurrent", call("cuDevicePrimaryCtxRetain", handle))
+    try:
+        yield
+    finally:
+        call("cuCtxPopCurrent")
+        call("cuDevicePrimaryCtxRelease", handle)
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether `stream` is being captured into a CUDA graph."""
+    return bool(call("cuStreamIsCapturing", stream) != driver().CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
+
+
+class _Scratch(threading.local):
+    """A thread's launch arguments: the driver has copied them when the launch returns."""
+
+    def __init__(self) -> None:
+        self.params = ctypes.create_string_buffer(LAYOUT.size)
+        self._array = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
+        self.arguments = ctypes.addressof(self._array)
+        self.config = driver().CUlaunchConfig()
+        self.config.gridDimY = self.config.gridDimZ = 1
+        self.config.blockDimY = self.config.blockDimZ = 1
+
+
+_scratch: _Scratch | None = None
+
+
+class Launch:
+    """A loaded kernel with the shape of its launch and the part of its Params that every launch shares."""
+
+    __slots__ = ("blocks", "device", "function", "params", "smem_bytes", "threads")
+
+    def __init__(
+        self, function: Any, device: int, blocks: int, threads: int, smem_bytes: int, params: bytes
+    ) -> None:
+        self.function = function
+        self.device = device
+        self.blocks = blocks
+        self.threads = threads
+        self.smem_bytes = smem_bytes
+        self.params = params
+
+    def __call__(self, pointers: list[int], stream: int) -> None:
+        """Enqueue on `stream` with the leading members of Params set to `pointers`."""
+        global _scratch
+        if self.blocks == 0:
+            return
+        scratch = _scratch
+        if scratch is None:
+            scratch = _scratch = _Scratch()
+        params, config = scratch.params, scratch.config
+        params[:] = self.params  # type: ignore[assignment]
+        POINTER_LAYOUT.pack_into(params, 0, *pointers)
+        config.gridDimX = self.blocks
+        config.blockDimX = self.threads
+        config.sharedMemBytes = self.smem_bytes
+        config.hStream = stream
+        bindings = driver()
+        status, active = bindings.cuCtxGetDevice()
+        if status == 0 and int(active) == self.device:
+            (status,) = bindings.cuLaunchKernelEx(config, self.function, scratch.arguments, 0)
+        else:
+            with current(self.device):
+                (status,) = bindings.cuLaunchKernelEx(config, self.function, scratch.arguments, 0)
+        if status != 0:
+            raise CudaError(f"cufa: cuLaunchKernelEx failed: {_describe(bindings, status)}.")

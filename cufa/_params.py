@@ -1,0 +1,73 @@
+"""The Params record: Python's half of ``attention::Params``, and the assertions that hold the two together."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from ._problem import MAX_SEQLEN, Problem
+
+
+class Field(NamedTuple):
+    """A member of the C++ struct: its name, `struct` format and how many values it holds."""
+
+    name: str
+    format: str
+    count: int = 1
+
+
+FIELDS = (
+    *(Field(name, "Q") for name in ("q", "k", "v", "out", "lse", "alibi_slopes", "sinks")),
+    *(Field(name, "Q") for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")),
+    *(Field(f"{name}_strides", "q", 4) for name in ("q", "k", "v", "out")),
+    *(Field(name, "q") for name in ("lse_batch_stride", "lse_head_stride")),
+    *(Field(name, "q") for name in ("alibi_batch_stride", "alibi_head_stride", "sinks_stride")),
+    *(Field(f"{name}_stride", "q") for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")),
+    *(Field(name, "i") for name in ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "qheads_per_khead")),
+    *(Field(name, "i") for name in ("m_blocks", "heads_per_section", "window_left", "window_right")),
+    *(Field(name, "f") for name in ("softmax_scale", "softcap")),
+    Field("padding", "i"),
+)
+POINTERS = 10
+"""Leading members that are addresses, in the order that `launch` receives them."""
+
+LAYOUT = struct.Struct("@" + "".join(f"{field.count}{field.format}" for field in FIELDS))
+POINTER_LAYOUT = struct.Struct(f"@{POINTERS}Q")
+
+
+def static_asserts() -> str:
+    """C++ that fails to compile where the struct there is laid out differently from the one here."""
+    lines = [f"static_assert(sizeof(attention::Params) == {LAYOUT.size});"]
+    offset = 0
+    for field in FIELDS:
+        lines.append(f"static_assert(__builtin_offsetof(attention::Params, {field.name}) == {offset});")
+        offset += field.count * struct.calcsize(field.format)
+    return "\n".join(lines) + "\n"
+
+
+def pack(problem: Problem, m_blocks: int, heads_per_section: int) -> bytes:
+    """Params of `problem` with null addresses: what every launch of it shares."""
+    strides = problem.strides
+    out = strides.get("out") or contiguous(problem.out_shape)
+    lse = contiguous(problem.lse_shape)
+    alibi = strides.get("alibi_slopes", (0,))
+    values: list[float] = [0] * POINTERS
+    for each in (strides["q"], strides["k"], strides["v"], out):
+        values.extend(each if len(each) == 4 else (0, *each))
+    values += lse[:2] if len(lse) == 3 else (0, lse[0])
+    values += alibi if len(alibi) == 2 else (0, *alibi)
+    values += (strides.get(name, (0,))[0] for name in ("sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"))
+    values += (problem.batch, problem.seqlen_q, problem.seqlen_k, problem.num_heads_q)
+    values += (problem.num_heads_q // max(1, problem.num_heads_k), m_blocks, heads_per_section)
+    values += (MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right))
+    values += (problem.softmax_scale, problem.softcap, 0)
+    return LAYOUT.pack(*values)
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a C-contiguous array."""
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent
+    return tuple(reversed(strides))

@@ -1,0 +1,106 @@
+"""From a problem and a GPU to the kernel that serves it. Pure Python: it runs without a GPU."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from . import _configs
+from ._configs import Config
+from ._problem import Problem, Static
+from .errors import UnsupportedError
+
+OLDEST_ARCH = 80
+MAX_GRID = (1 << 31) - 1
+
+L2_SECTION = 16 << 20
+"""Bytes of K and V that heads running side by side may share; fits the L2 of every GPU from sm_80 but the smallest."""
+
+
+class Device(NamedTuple):
+    """What a plan depends on: compute capability (80 for 8.0) and number of SMs."""
+
+    arch: int
+    num_sms: int
+
+
+class Plan(NamedTuple):
+    """A kernel and how it is specialised.
+
+    Attributes
+    ----------
+    kernel : str
+        Name of the ``__global__`` function and of its header in ``cuda_src/attention/``.
+    arch : int
+        Compute capability it is compiled for.
+    config : Config
+    reason : str
+        Why this kernel and not a faster one.
+    """
+
+    kernel: str
+    arch: int
+    config: Config
+    reason: str
+
+
+class Grid(NamedTuple):
+    """Shape of a launch."""
+
+    blocks: int
+    m_blocks: int
+    heads_per_section: int
+
+
+@lru_cache(maxsize=1024)
+def make_plan(static: Static, arch: int) -> Plan:
+    """Choose kernel and Config.
+
+    Raises
+    ------
+    UnsupportedError
+        If the GPU is older than sm_80.
+    """
+    if arch < OLDEST_ARCH:
+        raise UnsupportedError(
+            f"cufa: a GPU of compute capability {arch // 10}.{arch % 10} is not supported; 8.0 (Ampere) or newer is. "
+            "NumPy arrays are computed on the CPU."
+        )
+    known = max(each for each in _configs.SHARED_MEMORY if each <= arch)
+    return Plan("attention_forward_sm80", arch, _configs.forward_sm80(static, known), _reason(static, arch))
+
+
+def make_grid(plan: Plan, problem: Problem) -> Grid:
+    """How many blocks `problem` takes, and in which order they go through it."""
+    config, heads = plan.config, problem.batch * problem.num_heads_q
+    if problem.varlen:
+        # Always enough tiles, without knowing one length: see varlen_tile in attention/scheduler.cuh.
+        m_blocks = problem.seqlen_q // config.block_m + problem.batch
+        blocks, section = m_blocks * problem.num_heads_q, 1
+    else:
+        m_blocks = -(-problem.seqlen_q // config.block_m)
+        blocks, section = m_blocks * heads, heads_per_section(plan, problem)
+    if blocks > MAX_GRID:
+        raise UnsupportedError(
+            f"{problem.function}: {blocks} tiles of queries are more than one launch holds ({MAX_GRID}); split the batch."
+        )
+    return Grid(blocks, m_blocks, section)
+
+
+def heads_per_section(plan: Plan, problem: Problem) -> int:
+    """Query heads scheduled side by side: as many as keep their K and V in the L2."""
+    config, heads = plan.config, problem.batch * problem.num_heads_q
+    size = _configs.SIZEOF[config.element]
+    head_bytes = max(1, problem.seqlen_k * (config.head_dim + config.head_dim_v) * size)
+    ratio = max(1, problem.num_heads_q // max(1, problem.num_heads_k))
+    return max(1, min(heads, max(1, L2_SECTION // head_bytes) * ratio))
+
+
+def _reason(static: Static, arch: int) -> str:
+    if static.element == "f32":
+        return "float32 runs on tensor cores as three tf32 products, about a sixth of the speed of float16"
+    if static.copy_bytes < 16:
+        return f"q, k and v are copied {static.copy_bytes} bytes at a time; 16-byte aligned rows would be faster"
+    if arch >= 90:
+        return f"the kernel for sm_80 and newer serves sm_{arch}; there is none specific to it"
+    return "it is the fastest for this GPU"

@@ -1,0 +1,21 @@
+"""The exceptions that are cufa's own. Wrong types raise TypeError, and values that disagree ValueError."""
+
+from __future__ import annotations
+
+__all__ = ["CompileError", "CudaError", "MissingKernelError", "UnsupportedError"]
+
+
+class UnsupportedError(NotImplementedError):
+    """What is asked for makes sense, but cufa does not do it here; the message says what it does."""
+
+
+class CompileError(RuntimeError):
+    """A kernel could not be compiled: NVRTC is missing, or its log follows."""
+
+
+class MissingKernelError(RuntimeError):
+    """A kernel is not loaded and must not be compiled now; the message says how to have it loaded."""
+
+
+class CudaError(RuntimeError):
+    """The CUDA driver refused a call."""

@@ -1,0 +1,125 @@
+"""JAX: cufa inside a program that XLA compiles.
+
+XLA owns the streams and the memory of JAX arrays, so nothing may be launched behind its back. The call becomes a
+``jax.experimental.buffer_callback``: at its place in the program, XLA hands over the buffers, those for the results
+included, and its stream. It works under jit, scan, remat and shard_map; vmap loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.buffer_callback import Buffer, buffer_callback
+
+from .. import _attention, _launch, _problem
+from .._arrays import ALIGNMENT, CPU, Adapter, Arrays, Layout, Spec, register
+from .._params import contiguous
+from .._problem import OUT, Problem
+from ..errors import UnsupportedError
+
+
+class JaxAdapter(Adapter):
+    """The buffers of a callback, and arrays or tracers as far as their shape and dtype go."""
+
+    name = "jax"
+
+    def view(self, array: Any) -> tuple[int, Layout]:
+        pointer, device = (0, _default_device())
+        if isinstance(array, Buffer):
+            if hasattr(array, "__cuda_array_interface__"):
+                pointer = array.__cuda_array_interface__["data"][0]
+                device = _device_of(pointer) if pointer else 0
+            else:
+                pointer, device = np.asarray(array).__array_interface__["data"][0], CPU
+        return pointer, (self, tuple(array.shape), None, np.dtype(array.dtype), device, pointer % ALIGNMENT, True)
+
+    def spec(self, layout: Layout) -> Spec:
+        _, shape, _, dtype, device, misalignment, writable = layout
+        assert isinstance(shape, tuple) and isinstance(dtype, np.dtype) and isinstance(device, int)
+        return Spec(self.name, shape, contiguous(shape), dtype.name, device, misalignment, writable)
+
+
+ADAPTER = JaxAdapter()
+
+
+def attention(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
+    """`cufa.attention` of JAX arrays or tracers; arguments in the order of `_problem.DENSE_NAMES`."""
+    return _attend("attention", given, options, return_lse)
+
+
+def attention_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
+    """`cufa.attention_varlen` of JAX arrays or tracers; arguments in the order of `_problem.VARLEN_NAMES`."""
+    return _attend("attention_varlen", given, options, return_lse)
+
+
+def view(function: str, given: tuple[Any, ...]) -> Arrays:
+    """The arguments without their addresses, which JAX shows only inside a callback."""
+    for name, array in zip(_problem.VARLEN_NAMES, given, strict=False):
+        if array is not None and not isinstance(array, jax.Array):
+            raise TypeError(
+                f"{function}: {name} is a {type(array).__name__} but q is a jax array; pass arrays of one framework."
+            )
+    return _view(given)
+
+
+def _view(given: tuple[Any, ...]) -> Arrays:
+    views = [(0, None) if array is None else ADAPTER.view(array) for array in given]
+    return Arrays(given, [pointer for pointer, _ in views], tuple(layout for _, layout in views))
+
+
+def _attend(function: str, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
+    if given[OUT] is not None:
+        raise UnsupportedError(f"{function}: out is not supported for JAX arrays, which cannot be written.")
+    arrays = view(function, given)
+    # Checked here, where the user's call is; values of offsets, which have none in a program, are not.
+    problem = _problem.check(function, arrays, options)
+    if isinstance(options[1], list):
+        options = (options[0], tuple(options[1]), *options[2:])
+    present = tuple(index for index, array in enumerate(given) if array is not None)
+    out, lse = _program(function, problem, present, options, return_lse)(*(given[index] for index in present))
+    return (out, lse) if return_lse else out
+
+
+@lru_cache(maxsize=256)
+def _program(
+    function: str, problem: Problem, present: tuple[int, ...], options: tuple[Hashable, ...], return_lse: bool
+) -> Any:
+    """The jitted callback for one problem and choice of arguments."""
+    shapes = (
+        jax.ShapeDtypeStruct(problem.out_shape, jax.numpy.dtype(problem.dtype)),
+        jax.ShapeDtypeStruct(problem.lse_shape, np.float32) if return_lse else None,
+    )
+    callback = partial(_compute, function, present, options)
+    return jax.jit(buffer_callback(callback, shapes, vmap_method="sequential"))
+
+
+def _compute(
+    function: str, present: tuple[int, ...], options: tuple[Any, ...], context: Any, results: Any, *buffers: Any
+) -> None:
+    """What runs within the program, on XLA's stream."""
+    out, lse = results
+    given: list[Any] = [None] * (len(_problem.VARLEN_NAMES) if max(present) > OUT else len(_problem.DENSE_NAMES))
+    for index, buffer in zip(present, buffers, strict=True):
+        given[index] = buffer
+    given[OUT] = out
+    arrays = _view(tuple(given))
+    problem = _problem.check(function, arrays, options)
+    lse_pointer = 0 if lse is None else ADAPTER.view(lse)[0]
+    pointers = _attention.pointers_of(arrays, arrays.pointers[OUT], lse_pointer)
+    _attention.run(arrays, problem, out, lse, pointers, context.stream if problem.device != CPU else 0)
+
+
+def _default_device() -> int:
+    return CPU if jax.default_backend() == "cpu" else 0
+
+
+def _device_of(pointer: int) -> int:
+    attribute = _launch.driver().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    return int(_launch.call("cuPointerGetAttribute", attribute, pointer))
+
+
+register(Buffer, ADAPTER)

@@ -1,0 +1,250 @@
+"""Attention on NumPy arrays: against the reference, and its promises about memory and about edges."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cufa import _cpu
+from cufa.testing import DTYPES, Case, assert_close, dense_cases, varlen_cases
+
+ALL_DTYPES = (*DTYPES, "float64")
+Result = tuple[np.ndarray, np.ndarray | None]
+
+
+def attend(case: Case, arrays: dict[str, Any], out: np.ndarray | None = None) -> Result:
+    """Run a case, dense or varlen, the way the public functions do."""
+    out = case.output() if out is None else out
+    varlen = "cu_seqlens_q" in arrays
+    lse_shape = (case.num_heads_q, sum(case.seqlen_q)) if isinstance(case.seqlen_q, tuple) else ()
+    lse_shape = lse_shape or (case.batch, case.num_heads_q, case.seqlen_q)
+    lse = np.full(lse_shape, np.nan, np.float32) if case.return_lse else None
+    left, right = (None if side == -1 else side for side in case.window_size or (None, None))
+    if case.causal:
+        right = 0 if right is None else min(right, 0)
+    options: dict[str, Any] = {
+        "softmax_scale": case.softmax_scale or case.head_dim**-0.5,
+        "window_left": left,
+        "window_right": right,
+        "softcap": case.softcap,
+        "alibi_slopes": arrays.get("alibi_slopes"),
+        "sinks": arrays.get("sinks"),
+    }
+    qkv = arrays["q"], arrays["k"], arrays["v"]
+    if varlen:
+        offsets = arrays["cu_seqlens_q"], arrays["cu_seqlens_k"], arrays.get("seqused_k")
+        _cpu.varlen_forward(*qkv, *offsets, out, lse, **options)
+    else:
+        _cpu.forward(*qkv, out, lse, **options)
+    return out, lse
+
+
+def check(case: Case, arrays: dict[str, Any] | None = None) -> Result:
+    arrays = case.arrays() if arrays is None else arrays
+    out, lse = attend(case, arrays)
+    assert_close(out, lse=lse, **arrays, **case.options)
+    return out, lse
+
+
+# Blocks larger than every problem here, and blocks so small that most problems have several of each kind.
+blockings = st.sampled_from([(512, 512, 4096, 1 << 18, 1 << 21), (16, 16, 32, 256, 2048), (7, 5, 11, 64, 1)])
+BLOCKING = ("BLOCK_M", "BLOCK_N", "MAX_BLOCK_N", "TILE_ELEMENTS", "OPERAND_ELEMENTS")
+
+
+@settings(max_examples=500)
+@given(dense_cases(max_seqlen=80, dtypes=ALL_DTYPES), blockings)
+def test_dense_cases_agree_with_the_reference(case: Case, blocking: tuple[int, ...]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(BLOCKING, blocking, strict=True):
+            patch.setattr(_cpu, name, value)
+        check(case)
+
+
+@settings(max_examples=300)
+@given(varlen_cases(max_seqlen=65, dtypes=ALL_DTYPES), blockings)
+def test_varlen_cases_agree_with_the_reference(case: Case, blocking: tuple[int, ...]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(BLOCKING, blocking, strict=True):
+            patch.setattr(_cpu, name, value)
+        check(case)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_sizes_beyond_a_block_agree_with_the_reference(dtype: str, causal: bool) -> None:
+    sizes = {"seqlen_q": 700, "seqlen_k": 1100, "num_heads_q": 4, "num_heads_k": 2, "head_dim": 64}
+    check(Case(**sizes, dtype=dtype, causal=causal, window_size=(600, 200), return_lse=True))
+
+
+@settings(max_examples=40)
+@given(dense_cases(max_seqlen=33, head_dims=(1, 7, 16)))
+def test_only_the_output_is_written(case: Case) -> None:
+    arrays, flat = case.arrays(), case.flat("out")
+    flat[...] = 7
+    before = {name: x.copy() for name, x in arrays.items()}
+    view = case.view("out")
+    out, _ = attend(case, arrays, view.on(flat))
+    assert_close(out, **arrays, **case.options)
+    assert (flat[view.outside()] == 7).all()
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(x, before[name])
+
+
+@settings(max_examples=30)
+@given(varlen_cases(max_seqlen=65, head_dims=(8, 40)))
+def test_varlen_is_a_loop_of_dense(case: Case) -> None:
+    arrays = case.arrays()
+    out, lse = check(case, arrays)
+    used = case.seqused_k or case.seqlen_k
+    slopes = arrays.get("alibi_slopes")
+    for n in range(case.batch):
+        rows = slice(*arrays["cu_seqlens_q"][n : n + 2])
+        keys = slice(arrays["cu_seqlens_k"][n], arrays["cu_seqlens_k"][n] + used[n])
+        one = {"q": arrays["q"][None, rows], "k": arrays["k"][None, keys], "v": arrays["v"][None, keys]}
+        if slopes is not None:
+            one["alibi_slopes"] = slopes[n] if slopes.ndim == 2 else slopes
+        if "sinks" in arrays:
+            one["sinks"] = arrays["sinks"]
+        dense = Case(**{**vars(case), "batch": 1, "seqlen_q": case.seqlen_q[n], "seqlen_k": used[n]})
+        out_n, lse_n = attend(dense, one)
+        np.testing.assert_array_equal(out[rows], out_n[0])
+        if lse is not None and lse_n is not None:
+            np.testing.assert_array_equal(lse[:, rows], lse_n[0])
+
+
+def test_rows_of_no_sequence_are_neither_read_nor_written() -> None:
+    case = Case(
+        seqlen_q=(3, 1, 6), seqlen_k=(3, 5, 2), batch=3, num_heads_q=2, num_heads_k=2, return_lse=True
+    )
+    arrays = case.arrays()
+    arrays["cu_seqlens_q"], arrays["cu_seqlens_k"] = np.array([1, 4, 8]), np.array([2, 7, 9])
+    for name, alive in (("q", slice(1, 8)), ("k", slice(2, 9)), ("v", slice(2, 9))):
+        dead = np.ones(10, dtype=bool)
+        dead[alive] = False
+        arrays[name][dead] = np.nan
+    out, lse = check(case, arrays)
+    assert lse is not None
+    assert np.isnan(out[[0, 8, 9]]).all() and np.isnan(lse[:, [0, 8, 9]]).all()
+    assert np.isfinite(out[1:8]).all() and np.isfinite(lse[:, 1:8]).all()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_nothing_leaks_from_behind_the_live_length(poison: float) -> None:
+    case = Case(seqlen_q=(4, 4), seqlen_k=(8, 8), batch=2, seqused_k=(5, 0), causal=True, return_lse=True)
+    arrays = case.arrays()
+    clean = check(case, arrays)
+    for name in ("k", "v"):
+        arrays[name][5:] = poison
+    np.testing.assert_equal(attend(case, arrays), clean)
+    assert (clean[0][:4] != 0).all() and (clean[0][4:] == 0).all()
+
+
+CASE = Case(
+    batch=3, seqlen_q=60, seqlen_k=75, num_heads_q=6, num_heads_k=3, head_dim=24, head_dim_v=10, causal=True
+)
+
+
+def test_batch_entries_and_heads_are_alike() -> None:
+    arrays = CASE.arrays()
+    out, _ = check(CASE, arrays)
+    entries, groups = [2, 0, 1], [1, 2, 0]
+    heads = [2 * group + member for group in groups for member in (1, 0)]
+    mixed = {"q": arrays["q"][entries][:, :, heads]}
+    mixed |= {name: arrays[name][entries][:, :, groups] for name in ("k", "v")}
+    np.testing.assert_allclose(attend(CASE, mixed)[0], out[entries][:, :, heads], rtol=1e-5, atol=1e-6)
+    assert np.abs(out - out[entries]).max() > 0.1
+
+
+def test_the_order_of_the_keys_does_not_matter() -> None:
+    case = Case(**{**vars(CASE), "causal": False})
+    arrays = case.arrays()
+    out, _ = check(case, arrays)
+    order = np.random.default_rng(0).permutation(75)
+    shuffled = arrays | {name: arrays[name][:, order] for name in ("k", "v")}
+    np.testing.assert_allclose(attend(case, shuffled)[0], out, rtol=1e-5, atol=1e-6)
+
+
+def test_grouped_heads_are_repeated_heads() -> None:
+    arrays = CASE.arrays()
+    out, _ = check(CASE, arrays)
+    repeated = arrays | {name: np.repeat(arrays[name], 2, axis=2) for name in ("k", "v")}
+    full = Case(**{**vars(CASE), "num_heads_k": 6})
+    np.testing.assert_allclose(attend(full, repeated)[0], out, rtol=1e-5, atol=1e-6)
+
+
+def test_out_is_linear_in_v() -> None:
+    arrays = CASE.arrays()
+    other = np.random.default_rng(1).standard_normal(arrays["v"].shape).astype(np.float32)
+    outs = [check(CASE, arrays | {"v": v})[0] for v in (arrays["v"], other, 2 * arrays["v"] - other)]
+    np.testing.assert_allclose(outs[2], 2 * outs[0] - outs[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_future_does_not_change_the_past() -> None:
+    arrays = CASE.arrays()
+    past, _ = check(CASE, arrays)
+    arrays["k"][:, 70:], arrays["v"][:, 70:] = 100, -100
+    future, _ = attend(CASE, arrays)
+    np.testing.assert_array_equal(past[:, :55], future[:, :55])
+    assert np.abs(past[:, 55:] - future[:, 55:]).max() > 1
+
+
+def test_results_are_repeatable() -> None:
+    first, second = (check(CASE)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v", "sinks"])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 2.0, "alibi_ndim": 1}])
+def test_nan_and_inf_spread_as_the_reference_has_it(name: str, value: float, options: dict[str, Any]) -> None:
+    if name == "sinks" and value == np.inf:
+        pytest.skip("a sink takes part of the probability, not all of it")
+    sizes = {"batch": 2, "seqlen_q": 20, "seqlen_k": 24, "num_heads_q": 4, "num_heads_k": 2}
+    case = Case(**sizes, **options, sinks=name == "sinks", return_lse=True)
+    arrays = case.arrays()
+    arrays[name][(1,) if name == "sinks" else (1, 11, 1, 3)] = value
+    out, _ = check(case, arrays)
+    assert np.isfinite(out[0]).all() or name == "sinks"
+
+
+def test_scores_far_apart() -> None:
+    """Scores of thousands, in ascending and in descending order, so that the maximum moves in every block."""
+    k = np.linspace(-3000, 3000, 1200, dtype=np.float32).reshape(1, -1, 1, 1)
+    for keys in (k, k[:, ::-1]):
+        arrays = {"q": np.ones((1, 3, 1, 1), np.float32), "k": keys, "v": np.cos(keys)}
+        case = Case(seqlen_q=3, seqlen_k=1200, head_dim=1, head_dim_v=1, return_lse=True)
+        out, _ = check(case, arrays)
+        np.testing.assert_allclose(out, np.cos(3000), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layout"),
+    [
+        ({"seqlen_q": 4096, "seqlen_k": 4096, "num_heads_q": 8, "num_heads_k": 8}, "contiguous"),
+        (
+            {"seqlen_q": 4096, "seqlen_k": 4096, "num_heads_q": 8, "num_heads_k": 1, "alibi_ndim": 1},
+            "strided",
+        ),
+        ({"seqlen_q": 32768, "seqlen_k": 32768, "causal": True}, "contiguous"),
+        ({"seqlen_q": 1, "seqlen_k": 50_000, "num_heads_q": 8, "num_heads_k": 8}, "transposed"),
+    ],
+)
+def test_memory_is_bounded(sizes: dict[str, Any], layout: str) -> None:
+    options = {"head_dim": 64, "head_dim_v": 64, "layouts": (layout,) * 4, "return_lse": True}
+    case = Case(**sizes, **options)
+    arrays, out = case.arrays(), case.output()
+    tracemalloc.start()
+    try:
+        attend(case, arrays, out)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 << 20
+    assert np.isfinite(out[:, -1]).all() and np.abs(out[:, -1]).max() > 0
+    rows = slice(-2, None)  # masks are aligned at the end, so the last rows are a problem of their own
+    assert_close(out[:, rows], **arrays | {"q": arrays["q"][:, rows]}, **case.options)

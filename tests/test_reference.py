@@ -1,0 +1,215 @@
+"""The specification against brute force, SciPy and its own pictures."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.special
+from hypothesis import given, settings
+
+from cufa import reference
+from cufa.testing import Case, dense_cases, varlen_cases
+
+INF, NAN = np.inf, np.nan
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def brute_force(q: Any, k: Any, v: Any, b: int, h: int, i: int, options: dict[str, Any]) -> tuple[Any, float]:
+    """One row of out and its lse, from the definition and with Python's own arithmetic."""
+    (seqlen_q, heads, head_dim), (seqlen_k, heads_k) = q.shape[1:], k.shape[1:3]
+    scale = options["softmax_scale"] or 1 / math.sqrt(head_dim)
+    left, right = options["window_size"] or (None, None)
+    slopes, sinks = options.get("alibi_slopes"), options.get("sinks")
+    diagonal = i + seqlen_k - seqlen_q
+    weights, values = [], []
+    for j in range(seqlen_k):
+        if options["causal"] and j > diagonal:
+            continue
+        if left not in (None, -1) and j < diagonal - left:
+            continue
+        if right not in (None, -1) and j > diagonal + right:
+            continue
+        h_k = h // (heads // heads_k)
+        s = scale * math.fsum(float(x) * float(y) for x, y in zip(q[b, i, h], k[b, j, h_k], strict=True))
+        if options["softcap"]:
+            s = options["softcap"] * math.tanh(s / options["softcap"])
+        if slopes is not None:
+            s -= float(slopes[b, h] if slopes.ndim == 2 else slopes[h]) * abs(diagonal - j)
+        weights.append(math.exp(s))
+        values.append(v[b, j, h_k].astype(np.float64))
+    total = math.fsum(weights) + (0.0 if sinks is None else math.exp(sinks[h]))
+    out = sum((w / total * x for w, x in zip(weights, values, strict=True)), np.zeros(v.shape[-1]))
+    return out, math.log(total) if total else -INF
+
+
+@settings(max_examples=60)
+@given(dense_cases(max_seqlen=7, head_dims=(1, 2, 7, 16), dtypes=("float16", "bfloat16", "float64")))
+def test_every_feature_agrees_with_brute_force(case: Case) -> None:
+    arrays = case.arrays()
+    out, lse = reference.attention(**arrays, **case.options, return_lse=True)
+    options = {**case.options, **{name: arrays.get(name) for name in ("alibi_slopes", "sinks")}}
+    q, k, v = (arrays[name] for name in "qkv")
+    assert out.shape == (*q.shape[:3], v.shape[3]) and out.dtype == np.float64
+    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1]) and lse.dtype == np.float64
+    for b, h, i in np.ndindex(lse.shape):
+        out_row, lse_row = brute_force(q, k, v, b, h, i, options)
+        np.testing.assert_allclose(out[b, i, h], out_row, rtol=1e-11, atol=1e-13)
+        np.testing.assert_allclose(lse[b, h, i], lse_row, rtol=1e-11, atol=1e-12)
+
+
+@settings(max_examples=40)
+@given(varlen_cases(max_seqlen=33, head_dims=(1, 8), dtypes=("float32",)))
+def test_varlen_is_a_loop_of_dense(case: Case) -> None:
+    arrays = case.arrays()
+    out, lse = reference.attention_varlen(**arrays, **case.options, return_lse=True)
+    q, k, v, starts_q, starts_k = (arrays[name] for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"))
+    used = arrays.get("seqused_k", np.diff(starts_k))
+    slopes = arrays.get("alibi_slopes")
+    assert out.shape == (*q.shape[:2], v.shape[2]) and lse.shape == (q.shape[1], q.shape[0])
+    for n in range(case.batch):
+        rows, keys = slice(starts_q[n], starts_q[n + 1]), slice(starts_k[n], starts_k[n] + used[n])
+        out_n, lse_n = reference.attention(
+            q[None, rows],
+            k[None, keys],
+            v[None, keys],
+            alibi_slopes=slopes[n] if slopes is not None and slopes.ndim == 2 else slopes,
+            sinks=arrays.get("sinks"),
+            **case.options,
+            return_lse=True,
+        )
+        np.testing.assert_array_equal(out[rows], out_n[0])
+        np.testing.assert_array_equal(lse[:, rows], lse_n[0])
+
+
+def test_plain_attention_is_scipys_softmax() -> None:
+    q, k, v = random(2, 9, 4, 8), random(2, 13, 4, 8, seed=1), random(2, 13, 4, 5, seed=2)
+    out, lse = reference.attention(q, k, v, return_lse=True)
+    s = np.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(8)
+    np.testing.assert_allclose(lse, scipy.special.logsumexp(s, axis=-1), rtol=1e-13)
+    expected = np.einsum("bhij,bjhd->bihd", scipy.special.softmax(s, axis=-1), v)
+    np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-15)
+
+
+def kept(seqlen_q: int, seqlen_k: int, **options: Any) -> list[str]:
+    """The mask, drawn: with the unit matrix for v, out is p."""
+    v = np.eye(seqlen_k)[None, :, None, :]
+    p = reference.attention(np.zeros((1, seqlen_q, 1, 1)), np.zeros((1, seqlen_k, 1, 1)), v, **options)
+    return [" ".join("#" if x > 0 else "." for x in row) for row in p[0, :, 0]]
+
+
+def test_masks_are_as_drawn_in_the_docstring() -> None:
+    assert reference.__doc__ is not None
+    lines = re.findall(r"^ +i \d   .*$", reference.__doc__, re.MULTILINE)
+    pictures = [re.findall(r"[#.](?: [#.])*", line) for line in lines]
+    assert [len(picture) for picture in pictures] == [4, 4, 4, 2, 2]
+    wide, tall = [picture[:2] for picture in pictures[:3]], [picture[-2:] for picture in pictures]
+    assert kept(3, 5, window_size=(2, 1)) == [window for window, _ in wide]
+    assert kept(3, 5, causal=True) == [causal for _, causal in wide]
+    assert kept(5, 3, window_size=(2, 1)) == [window for window, _ in tall]
+    assert kept(5, 3, causal=True) == [causal for _, causal in tall]
+
+
+def test_causal_is_a_window_without_a_right_side() -> None:
+    assert kept(4, 6, causal=True) == kept(4, 6, window_size=(None, 0)) == kept(4, 6, window_size=(-1, 0))
+    assert kept(4, 6, causal=True, window_size=(1, 3)) == kept(4, 6, window_size=(1, 0))
+    assert kept(4, 6, window_size=(None, -1)) == kept(4, 6) == ["# # # # # #"] * 4
+    assert kept(2, 4, window_size=(0, 0)) == [". . # .", ". . . #"]
+
+
+def test_a_row_without_keys_is_zero() -> None:
+    q, k, v = random(1, 5, 2, 4), random(1, 3, 2, 4, seed=1), random(1, 3, 2, 4, seed=2)
+    out, lse = reference.attention(q, k, v, causal=True, return_lse=True)
+    assert (out[:, :2] == 0).all() and (lse[..., :2] == -INF).all()
+    assert (out[:, 2:] != 0).all() and np.isfinite(lse[..., 2:]).all()
+    sinks = [0.5, -3.0]
+    out, lse = reference.attention(q, k, v, causal=True, sinks=sinks, return_lse=True)
+    assert (out[:, :2] == 0).all()
+    np.testing.assert_array_equal(lse[0, :, :2], [[0.5, 0.5], [-3.0, -3.0]])
+
+
+def test_a_sink_is_a_key_whose_value_is_zero() -> None:
+    q, k, v = random(1, 3, 1, 4), random(1, 6, 1, 4, seed=1), random(1, 6, 1, 4, seed=2)
+    out, lse = reference.attention(q, k, v, sinks=[0.75], softmax_scale=1.0, return_lse=True)
+    for i in range(3):  # the key that scores 0.75 with this row of q
+        key = 0.75 * q[0, i, 0] / (q[0, i, 0] @ q[0, i, 0])
+        k_sink, v_sink = np.append(k, key.reshape(1, 1, 1, 4), axis=1), np.append(v, 0 * v[:, :1], axis=1)
+        out_i, lse_i = reference.attention(q, k_sink, v_sink, softmax_scale=1.0, return_lse=True)
+        np.testing.assert_allclose(out[0, i], out_i[0, i], rtol=1e-12)
+        np.testing.assert_allclose(lse[0, :, i], lse_i[0, :, i], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 2, 2, 2), (2, 0, 3, 2, 2), (2, 3, 0, 2, 2), (2, 3, 3, 0, 0), (2, 3, 3, 0, 2)]
+)
+def test_any_size_may_be_zero(shape: tuple[int, ...]) -> None:
+    batch, seqlen_q, seqlen_k, heads_q, heads_k = shape
+    q, k = random(batch, seqlen_q, heads_q, 4), random(batch, seqlen_k, heads_k, 4)
+    out, lse = reference.attention(q, k, k, return_lse=True)
+    assert out.shape == q.shape and (out == 0).all()
+    assert lse.shape == (batch, heads_q, seqlen_q) and (lse == -INF).all()
+
+
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_a_removed_key_contributes_nothing(poison: float) -> None:
+    q, k, v = random(1, 4, 2, 4), random(1, 4, 2, 4, seed=1), random(1, 4, 2, 4, seed=2)
+    clean = reference.attention(q, k, v, causal=True, return_lse=True)
+    k[:, 2:], v[:, 2:] = poison, poison
+    dirty = reference.attention(q, k, v, causal=True, return_lse=True)
+    np.testing.assert_array_equal(clean[0][:, :2], dirty[0][:, :2])
+    np.testing.assert_array_equal(clean[1][..., :2], dirty[1][..., :2])
+    assert not np.isfinite(dirty[0][:, 3]).any()
+
+
+def test_scores_that_are_not_finite() -> None:
+    q, v = np.ones((1, 3, 1, 1)), np.array([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)
+    k = np.zeros((1, 3, 1, 1))
+
+    def attend(*keys: float) -> tuple[float, float]:
+        k[0, :, 0, 0] = keys
+        out, lse = reference.attention(q, k, v, return_lse=True)
+        return float(out[0, 0, 0, 0]), float(lse[0, 0, 0])
+
+    assert attend(0, -INF, 0) == (2.0, math.log(2))
+    assert attend(-INF, -INF, -INF) == (0.0, -INF)
+    np.testing.assert_equal(attend(0, INF, 0), (NAN, INF))
+    np.testing.assert_equal(attend(0, NAN, 0), (NAN, NAN))
+
+
+def test_what_lies_behind_the_live_length_has_no_effect() -> None:
+    q, k, v = random(5, 2, 4), random(9, 2, 4, seed=1), random(9, 2, 4, seed=2)
+    expected = reference.attention_varlen(q, k, v, [0, 3, 5], [0, 4, 9], seqused_k=[2, 5], return_lse=True)
+    k[2:4], v[2:4] = NAN, INF
+    result = reference.attention_varlen(q, k, v, [0, 3, 5], [0, 4, 9], seqused_k=[2, 5], return_lse=True)
+    np.testing.assert_equal(result, expected)
+    assert np.isfinite(result[0]).all() and (result[0] != 0).all()
+
+
+def test_rows_of_no_sequence_are_zero() -> None:
+    q = np.ones((6, 1, 2))
+    out, lse = reference.attention_varlen(q, q, q, [1, 3, 4], [0, 3, 6], return_lse=True)
+    assert out[:, 0, 0].tolist() == [0, 1, 1, 1, 0, 0]
+    np.testing.assert_array_equal(np.isneginf(lse[0]), [True, False, False, False, True, True])
+
+
+@pytest.mark.parametrize(
+    ("k_shape", "v_shape", "words"),
+    [
+        ((1, 3, 2, 4), (1, 3, 2, 4), "batch, seqlen_k and num_heads_k"),
+        ((2, 3, 2, 4), (2, 1, 2, 4), "batch, seqlen_k and num_heads_k"),
+        ((2, 3, 2, 4), (2, 3, 1, 4), "batch, seqlen_k and num_heads_k"),
+        ((3, 2, 4), (3, 2, 4), "batch, seqlen_k and num_heads_k"),
+        ((2, 3, 2, 1), (2, 3, 2, 4), "head_dim"),
+        ((2, 3, 3, 4), (2, 3, 3, 4), "num_heads_q is not a multiple of num_heads_k"),
+        ((2, 3, 0, 4), (2, 3, 0, 4), "num_heads_q is not a multiple of num_heads_k"),
+    ],
+)
+def test_shapes_that_do_not_agree(k_shape: tuple[int, ...], v_shape: tuple[int, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        reference.attention(np.ones((2, 3, 4, 4)), np.ones(k_shape), np.ones(v_shape))
