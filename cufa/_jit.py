@@ -89,7 +89,10 @@ def source_of(plan: Plan) -> str:
 @lru_cache(maxsize=1)
 def headers() -> dict[str, bytes]:
     """Every header under ``cuda_src``, by its path there."""
-    root = resources.files("cufa.cuda_src")
+    try:
+        root: Any = resources.files("cufa.cuda_src")
+    except ModuleNotFoundError:  # run from a source tree that is not installed
+        root = Path(__file__).parents[1] / "cuda_src"
 
     def walk(directory: Any, prefix: str) -> Iterator[tuple[str, bytes]]:
         for item in directory.iterdir():

@@ -40,7 +40,9 @@ def static_asserts() -> str:
     lines = [f"static_assert(sizeof(attention::Params) == {LAYOUT.size});"]
     offset = 0
     for field in FIELDS:
-        lines.append(f"static_assert(__builtin_offsetof(attention::Params, {field.name}) == {offset});")
+        # What offsetof expands to in NVRTC's front end; NVRTC before 13.3 has no __builtin_offsetof.
+        address = f"&static_cast<attention::Params*>(nullptr)->{field.name}"
+        lines.append(f"static_assert(__INTADDR__({address}) == {offset});")
         offset += field.count * struct.calcsize(field.format)
     return "\n".join(lines) + "\n"
 

@@ -210,11 +210,12 @@ def _noise(piece: _Problem, out: Array, storage: np.dtype[Any]) -> tuple[Array, 
     keep = reference._keep(q.shape[1], k.shape[1], options.get("causal", False), options.get("window_size"))
     p, lse = reference._softmax(np.where(keep, s, -np.inf), options.get("sinks"))
 
-    # What an error of the scores does to p, before p is divided by the sum and after.
-    p_noise = np.where(p > 0, p * compute_unit * (size + np.abs(s - lse[..., None]) + 1), 0)
-    finite_lse = np.where(np.isfinite(lse), np.abs(lse), 0)
     # The roundings of a running sum add up like a random walk.
-    sum_noise = p_noise.sum(axis=-1) + compute_unit * (np.sqrt(k.shape[1]) + finite_lse)
+    walk = np.sqrt(k.shape[1])
+    # The errors of p that come from its score, and from adding it up with v; before the division by the sum.
+    p_noise = np.where(p > 0, p * compute_unit * (size + np.abs(s - lse[..., None]) + 1 + walk / 4), 0)
+    finite_lse = np.where(np.isfinite(lse), np.abs(lse), 0)
+    sum_noise = p_noise.sum(axis=-1) + compute_unit * (walk + finite_lse)
     # p is rounded when its largest, the sink's perhaps, is 1; its small values may be subnormal in float16.
     largest = np.maximum(p.max(axis=-1, initial=0, keepdims=True), 1 - p.sum(axis=-1, keepdims=True))
     p_rounding = unit * p + np.where(keep, tiny * largest, 0)

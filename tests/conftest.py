@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -29,3 +37,62 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if reason:
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """After a whole run of the GPU tests, write down what was verified, where, and on which sources."""
+    whole = config.getoption("markexpr") == "gpu" and not config.getoption("keyword")
+    counts = {
+        name: len(terminalreporter.stats.get(name, [])) for name in ("passed", "failed", "skipped", "error")
+    }
+    if not whole or hasattr(config, "workerinput") or counts["passed"] == 0 or _why_no_gpu():
+        return
+    record = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **_verified_on(),
+        "passed": counts["passed"],
+        "failed": counts["failed"] + counts["error"],
+        "skipped": counts["skipped"],
+        "digest": source_digest(),
+    }
+    path = Path(os.environ.get("CUFA_GPU_RECORD", Path(__file__).with_name("gpu_record.json")))
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    terminalreporter.write_line(f"wrote {path}")
+
+
+def source_digest() -> str:
+    """Digest of everything under cufa/ and cuda_src/ that a GPU run verifies."""
+    root = Path(__file__).parents[1]
+    files = [path for top in ("cufa", "cuda_src") for path in (root / top).rglob("*")]
+    state = hashlib.sha256()
+    for path in sorted(path for path in files if path.suffix in (".py", ".cuh", ".cu")):
+        if "__pycache__" not in path.parts:
+            name = path.relative_to(root).as_posix()
+            state.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return state.hexdigest()
+
+
+def _verified_on() -> dict[str, object]:
+    import cufa
+
+    report = cufa.show_config("dicts")
+    libraries = {}
+    for name in (
+        "numpy",
+        "ml_dtypes",
+        "cupy-cuda13x",
+        "cupy-cuda12x",
+        "torch",
+        "jax",
+        "numba-cuda",
+        "cuda-bindings",
+    ):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            libraries[name] = importlib.metadata.version(name)
+    return {
+        "device": report["gpu"]["cuda:0"],
+        "driver": report["gpu"]["driver"],
+        "nvrtc": report["nvrtc"]["version"],
+        "python": report["versions"]["python"],
+        "libraries": libraries,
+    }

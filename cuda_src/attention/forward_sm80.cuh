@@ -23,19 +23,17 @@ inline void forward_sm80(const Params& params) {
   __shared__ Work<element> work;
   const u32 smem = ptx::shared_address(dynamic_smem);
 
-  if (threadIdx.x == 0) work.template find<Config::varlen, Config::block_m>(params, blockIdx.x);
+  if (threadIdx.x == 0) work.template find<Config>(params, blockIdx.x);
   __syncthreads();
   if (work.tile.m_block * Config::block_m >= work.seqlen.q) return;  // a slot of a packed batch that no tile needs
 
-  const BlockRange range = block_range<Config::block_m, Config::block_n, Config::causal, Config::window>(
-      params, work.seqlen, work.tile.m_block);
   typename Mainloop::Out out;
   typename Mainloop::Statistics statistics;
-  if (range.empty()) {
+  if (work.range.empty()) {
     out.zero();
     statistics.init();
   } else {
-    Mainloop::run(out, statistics, params, work, range, smem);
+    Mainloop::run(out, statistics, params, work, smem);
     __syncthreads();  // every warp is done with the tiles the epilogue writes over
   }
   statistics.finish(out, Config::sinks ? params.sinks[work.tile.head * params.sinks_stride] : -infinity);

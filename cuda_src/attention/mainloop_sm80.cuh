@@ -47,16 +47,16 @@ struct MainloopSm80 {
 
   // Sets out and its statistics to the sums over the blocks of the range, which is not empty, last block first. K and V
   // have one buffer each: V arrives while Q·Kᵀ runs, the next K while the softmax and P·V do.
-  static void run(Out& out, Statistics& statistics, const Params& params, const Work<element>& work,
-                  const BlockRange& range, u32 smem) {
+  static void run(Out& out, Statistics& statistics, const Params& params, const Work<element>& work, u32 smem) {
     const Q q{smem};
     const K k{smem + Q::bytes};
     const V v{smem + Q::bytes + K::bytes};
-    const int first_row = work.tile.m_block * Config::block_m;
+    const BlockRange& range = work.range;
+    const auto first_row = [&work] { return work.tile.m_block * Config::block_m; };
     const typename Config::variant variant(params, work.tile.batch, work.tile.head);
     const float scale = exponent_scale<typename Config::variant>(params);
 
-    load<Config::head_dim>(q, work.q, params.q_strides, first_row, work.seqlen.q);
+    load<Config::head_dim>(q, work.q, params.q_strides, first_row(), work.seqlen.q);
     load<Config::head_dim>(k, work.k, params.k_strides, (range.end - 1) * Config::block_n, work.seqlen.k);
     ptx::cp_async_commit_group();
     out.zero();
@@ -77,9 +77,9 @@ struct MainloopSm80 {
         load<Config::head_dim>(k, work.k, params.k_strides, first_col - Config::block_n, work.seqlen.k);
       }
       ptx::cp_async_commit_group();
-      apply(variant, scores, params, work.seqlen, first_row + warp_row(), first_col);
+      apply(variant, scores, params, work.seqlen, first_row() + warp_row(), first_col);
       if (range.is_boundary(n_block)) {
-        mask<Config::causal, Config::window>(scores, params, work.seqlen, first_row + warp_row(), first_col);
+        mask<Config::causal, Config::window>(scores, params, work.seqlen, first_row() + warp_row(), first_col);
       }
       statistics.update(scores, out, scale);
       warp::gemm_ab(out, scores, v, warp_col());

@@ -2,6 +2,7 @@
 // leave the main loop no registers to carry it in.
 #pragma once
 
+#include "attention/block_range.cuh"
 #include "attention/params.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/seqlen.cuh"
@@ -13,6 +14,7 @@ template <class element>
 struct Work {
   TileIndex tile;
   Seqlen seqlen;
+  BlockRange range;
   const element* q;  // the first row and column of this head of this sequence; k, v, out and lse alike
   const element* k;
   const element* v;
@@ -20,16 +22,18 @@ struct Work {
   float* lse;  // null: not wanted
 
   // Called by one thread, and followed by a barrier.
-  template <bool varlen, int block_m>
+  template <class Config>
   void find(const Params& params, int linear) {
-    if constexpr (varlen) {
-      tile = varlen_tile<block_m>(params, linear);
+    if constexpr (Config::varlen) {
+      tile = varlen_tile<Config::block_m>(params, linear);
       seqlen = varlen_seqlen(params, tile.batch);
     } else {
       tile = dense_tile(params, linear);
       seqlen = dense_seqlen(params);
     }
-    const int batch = varlen ? 0 : tile.batch, head_k = tile.head / params.qheads_per_khead;
+    range = block_range<Config::block_m, Config::block_n, Config::causal, Config::window>(params, seqlen,
+                                                                                         tile.m_block);
+    const int batch = Config::varlen ? 0 : tile.batch, head_k = tile.head / params.qheads_per_khead;
     const auto origin = [batch](const void* pointer, const Strides& strides, int head, int row) {
       return static_cast<const element*>(pointer) + batch * strides.batch + head * strides.head +
              row * strides.seqlen;

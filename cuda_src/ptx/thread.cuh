@@ -15,7 +15,7 @@ inline u32 laneid() {
 
 inline u32 tid_x() {
   u32 tid;
-  asm("mov.u32 %0, %%tid.x;" : "=r"(tid));
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
   return tid;
 }
 

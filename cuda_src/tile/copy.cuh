@@ -23,19 +23,17 @@ struct GlobalRows {
 namespace block {
 
 // Calls copy(pointer, row, chunk, address) for the 16-byte chunks of the tile that belong to this thread, lanes along a
-// row first. The row pointer advances from pass to pass: one live address instead of one a pass.
+// row first. Not unrolled: the addresses of all passes at once would take the registers that the accumulators need.
 template <int num_threads, class Tile, class element, class Copy>
 inline void for_each_chunk(const Tile& tile, const tile::GlobalRows<element>& rows, int first_row, Copy&& copy) {
   constexpr int rows_per_pass = num_threads / Tile::panel_chunks;
-  static_assert(Tile::rows % rows_per_pass == 0 || Tile::rows < rows_per_pass,
-                "the tile's rows must divide evenly over the threads");
   const u32 thread = ptx::tid_x();
   const int row = thread / Tile::panel_chunks, chunk = thread % Tile::panel_chunks;
   const u32 address = tile.address(row, chunk);
 #pragma unroll 1
-  for (int pass = 0; pass < max_of(1, Tile::rows / rows_per_pass); ++pass) {
-    if (Tile::rows < rows_per_pass && row >= Tile::rows) return;
-  element* const pointer = rows.row(first_row + row) + pass * rows_per_pass * rows.row_stride;
+  for (int pass = 0; pass < ceil_div(Tile::rows, rows_per_pass); ++pass) {
+    if (Tile::rows % rows_per_pass != 0 && row + pass * rows_per_pass >= Tile::rows) return;
+    element* const pointer = rows.row(first_row + row) + pass * rows_per_pass * rows.row_stride;
 #pragma unroll
     for (int panel = 0; panel < Tile::panels; ++panel) {
       copy(pointer, first_row + row + pass * rows_per_pass, panel * Tile::panel_chunks + chunk,

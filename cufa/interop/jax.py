@@ -30,10 +30,10 @@ class JaxAdapter(Adapter):
     def view(self, array: Any) -> tuple[int, Layout]:
         pointer, device = (0, _default_device())
         if isinstance(array, Buffer):
-            if hasattr(array, "__cuda_array_interface__"):
+            try:
                 pointer = array.__cuda_array_interface__["data"][0]
                 device = _device_of(pointer) if pointer else 0
-            else:
+            except (jax.errors.JaxRuntimeError, AttributeError):  # a buffer in host memory
                 pointer, device = np.asarray(array).__array_interface__["data"][0], CPU
         return pointer, (self, tuple(array.shape), None, np.dtype(array.dtype), device, pointer % ALIGNMENT, True)
 

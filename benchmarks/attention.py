@@ -1,0 +1,421 @@
+"""cufa's forward beside every peer that can be imported, and what a call costs the host.
+
+    python benchmarks/attention.py [--out DIR] [--quick] [--only REGEX]
+
+Same inputs for all, in one run on one GPU: bfloat16, medians of CUDA-graph replays with the L2 flushed before each, so
+that a slow host does not count against a kernel. Work is counted as 4 · batch · seqlen_q · seqlen_k · heads · head_dim
+floating-point operations, half of it under a causal mask. Beside the kernels it measures the ceiling of a large matrix
+product, the host's time a call, compile times, and the time from ``import cufa`` to the first result. ``--out`` receives a
+table (Markdown), the rows (CSV) and a plot (PNG).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import cufa
+
+Call = Callable[[], Any]
+BASELINE = "FA2 (torch)"
+
+
+class Row(NamedTuple):
+    """One rung of the ladder."""
+
+    head_dim: int
+    seqlen: int
+    batch: int
+    num_heads_q: int
+    num_heads_k: int
+    causal: bool
+
+    @property
+    def flop(self) -> float:
+        full = 4.0 * self.batch * self.seqlen**2 * self.num_heads_q * self.head_dim
+        return full / 2 if self.causal else full
+
+    def __str__(self) -> str:
+        mask = "causal" if self.causal else "full"
+        return f"hd{self.head_dim} {self.seqlen} {self.num_heads_q}/{self.num_heads_k} {mask}"
+
+
+def ladder(quick: bool) -> list[Row]:
+    """16k tokens of hidden size 2048 at every length, and a grouped-head row."""
+    rows = []
+    for head_dim in (64, 128, 256):
+        for seqlen in (512, 2048) if quick else (512, 2048, 8192, 16384):
+            heads = 2048 // head_dim
+            rows += [Row(head_dim, seqlen, 16384 // seqlen, heads, heads, causal) for causal in (False, True)]
+    return rows + [Row(128, 4096, 4, 32, 8, causal) for causal in (False, True)]
+
+
+# --- peers ------------------------------------------------------------------------------------------
+
+
+def _cufa(q: Any, k: Any, v: Any, causal: bool) -> Call:
+    return lambda: cufa.attention(q, k, v, causal=causal)
+
+
+def _sdpa(backend: SDPBackend) -> Callable[..., Call]:
+    def make(q: Any, k: Any, v: Any, causal: bool) -> Call:
+        transposed = [each.transpose(1, 2) for each in (q, k, v)]
+        grouped = q.shape[2] != k.shape[2]
+
+        def run() -> Any:
+            with sdpa_kernel(backend):
+                out = functional.scaled_dot_product_attention(
+                    *transposed, is_causal=causal, enable_gqa=grouped
+                )
+            return out.transpose(1, 2)
+
+        return run
+
+    return make
+
+
+def _fa3(q: Any, k: Any, v: Any, causal: bool) -> Call:
+    import fa3_fwd_config
+
+    sys.modules.setdefault(
+        "flash_attn_config", fa3_fwd_config
+    )  # the name under which the package looks for it
+    from fa3_fwd_interface import flash_attn_func
+
+    def run() -> Any:
+        out = flash_attn_func(q, k, v, causal=causal)
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
+
+
+PEERS: dict[str, Callable[..., Call]] = {
+    "cufa": _cufa,
+    BASELINE: _sdpa(SDPBackend.FLASH_ATTENTION),
+    "cuDNN (torch)": _sdpa(SDPBackend.CUDNN_ATTENTION),
+    "FA3": _fa3,
+}
+
+
+# --- clocks -----------------------------------------------------------------------------------------
+
+
+def captured(fn: Call) -> Call:
+    """`fn` as a CUDA graph, or itself where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = fn()
+    except Exception:
+        torch.cuda.synchronize()
+        return fn
+
+    def replay(_kept: Any = kept) -> None:
+        graph.replay()
+
+    return replay
+
+
+def gpu_seconds(fn: Call, flush: Any, repeats: int = 12) -> float:
+    """Median time of a call on the GPU."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats + 3)]
+    for start, stop in events:
+        flush.zero_()
+        start.record()
+        fn()
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in events[3:]) / 1e3
+
+
+def host_seconds(fn: Call, synchronize: Call, calls: int = 200) -> float:
+    """Least mean time, over several batches of calls, until a call returns."""
+    for _ in range(50):
+        fn()
+    synchronize()
+    best = math.inf
+    for _ in range(20):
+        began = time.perf_counter()
+        for _ in range(calls):
+            fn()
+        best = min(best, (time.perf_counter() - began) / calls)
+        synchronize()
+    return best
+
+
+# --- measurements -----------------------------------------------------------------------------------
+
+
+def measure(rows: list[Row]) -> dict[Row, dict[str, float]]:
+    """TFLOP/s of every peer on every row."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    dead: set[str] = set()
+    results: dict[Row, dict[str, float]] = {}
+    for index, row in enumerate(rows):
+        generator = torch.Generator("cuda").manual_seed(index)
+        shape_q = (row.batch, row.seqlen, row.num_heads_q, row.head_dim)
+        shape_k = (row.batch, row.seqlen, row.num_heads_k, row.head_dim)
+        q, k, v = (
+            torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+            for shape in (shape_q, shape_k, shape_k)
+        )
+        calls: dict[str, Call] = {}
+        expected = PEERS[BASELINE](q, k, v, row.causal)()
+        for name, make in PEERS.items():
+            if name in dead:
+                continue
+            try:
+                fn = make(q, k, v, row.causal)
+                error = (fn() - expected).float().norm() / expected.float().norm()
+                if not error < 0.01:
+                    raise ArithmeticError(f"differs from {BASELINE} by {error:.3g}")
+                calls[name] = captured(fn)
+            except ImportError as reason:
+                print(f"# {name} left out: {reason}", flush=True)
+                dead.add(name)
+            except Exception as reason:
+                print(f"# {name} fails on {row}: {type(reason).__name__}: {str(reason)[:120]}", flush=True)
+        # Round and round, so that a clock that drifts drifts for all.
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(3):
+            for name, call in calls.items():
+                times[name].append(gpu_seconds(call, flush))
+        results[row] = {name: row.flop / statistics.median(each) / 1e12 for name, each in times.items()}
+        shown = "  ".join(f"{name} {value:.0f}" for name, value in results[row].items())
+        print(f"[{index + 1}/{len(rows)}] {row}: {shown}", flush=True)
+    return results
+
+
+def matmul_ceiling() -> float:
+    """TFLOP/s of an 8192³ bfloat16 matrix product."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    return 2 * 8192**3 / gpu_seconds(lambda: a @ b, flush) / 1e12
+
+
+def host_costs() -> dict[str, float]:
+    """Microseconds that a call in steady state costs the host, outputs allocated."""
+    costs = {}
+    x = torch.randn(2, 128, 4, 128, device="cuda", dtype=torch.float16)
+    costs["torch"] = host_seconds(lambda: cufa.attention(x, x, x, causal=True), torch.cuda.synchronize)
+    costs["torch, out="] = host_seconds(
+        lambda out=torch.empty_like(x): cufa.attention(x, x, x, causal=True, out=out), torch.cuda.synchronize
+    )
+    transposed = x.transpose(1, 2)
+    costs["torch's own scaled_dot_product_attention"] = host_seconds(
+        lambda: functional.scaled_dot_product_attention(transposed, transposed, transposed, is_causal=True),
+        torch.cuda.synchronize,
+    )
+    try:
+        import cupy
+    except ImportError:
+        return {name: 1e6 * value for name, value in costs.items()}
+    y = cupy.zeros((2, 128, 4, 128), cupy.float16)
+    costs["CuPy"] = host_seconds(lambda: cufa.attention(y, y, y, causal=True), cupy.cuda.Device().synchronize)
+    costs["CuPy, return_lse=True"] = host_seconds(
+        lambda: cufa.attention(y, y, y, causal=True, return_lse=True), cupy.cuda.Device().synchronize
+    )
+    return {name: 1e6 * value for name, value in costs.items()}
+
+
+STARTUP = """
+import time
+import cupy
+q = cupy.zeros((1, 128, 4, 128), cupy.float16)
+cupy.cuda.Device().synchronize()
+began = time.perf_counter()
+import cufa
+cufa.attention(q, q, q, causal=True)
+cupy.cuda.Device().synchronize()
+print(time.perf_counter() - began)
+"""
+
+
+def startup() -> dict[str, float]:
+    """Seconds from ``import cufa`` to the first result, CuPy and its context being there."""
+    with tempfile.TemporaryDirectory() as directory:
+        environment = {**os.environ, "CUFA_CACHE_DIR": directory}
+
+        def once() -> float:
+            command = [sys.executable, "-c", STARTUP]
+            return float(
+                subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+            )
+
+        once()  # bytecode and file caches
+        for file in Path(directory).rglob("*.cufa"):
+            file.unlink()
+        cold = once()
+        return {"cold cache": cold, "warm cache": statistics.median(once() for _ in range(5))}
+
+
+# --- reports ----------------------------------------------------------------------------------------
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(math.log(value) for value in values))
+
+
+def table(results: dict[Row, dict[str, float]]) -> str:
+    """The rows as Markdown, with cufa over the baseline and over the best peer."""
+    names = [name for name in PEERS if any(name in each for each in results.values())]
+    head = [
+        "head_dim",
+        "seqlen",
+        "batch",
+        "heads q/kv",
+        "mask",
+        *names,
+        f"cufa / {BASELINE}",
+        "cufa / best peer",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    to_baseline, to_best = [], []
+    for row, speeds in results.items():
+        peers = [value for name, value in speeds.items() if name != "cufa"]
+        cells = [str(row.head_dim), str(row.seqlen), str(row.batch), f"{row.num_heads_q}/{row.num_heads_k}"]
+        cells.append("causal" if row.causal else "full")
+        cells += [f"{speeds[name]:.0f}" if name in speeds else "–" for name in names]
+        if "cufa" in speeds and BASELINE in speeds:
+            to_baseline.append(speeds["cufa"] / speeds[BASELINE])
+            to_best.append(speeds["cufa"] / max(peers))
+            cells += [f"{to_baseline[-1]:.2f}×", f"{to_best[-1]:.2f}×"]
+        else:
+            cells += ["–", "–"]
+        lines.append("| " + " | ".join(cells) + " |")
+    if to_baseline:
+        lines += [
+            "",
+            f"cufa / {BASELINE}: geometric mean {geometric_mean(to_baseline):.3f}×, least {min(to_baseline):.2f}×. "
+            f"cufa / best peer: geometric mean {geometric_mean(to_best):.3f}×, least {min(to_best):.2f}×.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[Row, dict[str, float]], ceiling: float, title: str, path: Path) -> None:
+    """TFLOP/s over seqlen, one panel a head_dim and mask."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    head_dims = sorted({row.head_dim for row in results})
+    figure, axes = pyplot.subplots(
+        2,
+        len(head_dims),
+        figsize=(4 * len(head_dims), 6.5),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for line, causal in enumerate((False, True)):
+        for column, head_dim in enumerate(head_dims):
+            axis = axes[line][column]
+            for name in PEERS:
+                points = [
+                    (row.seqlen, speeds[name])
+                    for row, speeds in results.items()
+                    if row.head_dim == head_dim
+                    and row.causal == causal
+                    and row.num_heads_q == row.num_heads_k
+                    and name in speeds
+                ]
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        marker="o",
+                        linewidth=3 if name == "cufa" else 1.5,
+                        label=name,
+                    )
+            axis.axhline(ceiling, color="grey", linestyle=":", label="8192³ matmul")
+            axis.set_title(f"head_dim {head_dim}, {'causal' if causal else 'full'}")
+            axis.set_xscale("log", base=2)
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            if line:
+                axis.set_xlabel("seqlen (16k tokens in all)")
+            if not column:
+                axis.set_ylabel("TFLOP/s")
+    axes[0][0].legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="directory for table, rows and plot")
+    parser.add_argument("--quick", action="store_true", help="only the shorter rows")
+    parser.add_argument("--only", default="", help="regular expression that a row's name must contain")
+    arguments = parser.parse_args()
+    device = torch.cuda.get_device_name()
+    report = cufa.show_config("dicts")
+    ceiling = matmul_ceiling()
+    print(
+        f"# {device}, torch {torch.__version__}, NVRTC {report['nvrtc']['version']}; 8192³ matmul {ceiling:.0f} TFLOP/s"
+    )
+    rows = [row for row in ladder(arguments.quick) if re.search(arguments.only, str(row))]
+    results = measure(rows)
+    text = [
+        f"# Forward on {device}",
+        "",
+        f"{datetime.date.today()}, driver {report['gpu']['driver']}, NVRTC {report['nvrtc']['version']}, torch "
+        f"{torch.__version__}. bfloat16, TFLOP/s, medians of CUDA-graph replays with the L2 flushed before each. An 8192³ "
+        f"bfloat16 matrix product in the same run: {ceiling:.0f} TFLOP/s.",
+        "",
+        table(results),
+        "## What a call costs the host",
+        "",
+        "| caller | µs a call |",
+        "|---|---|",
+        *(f"| {name} | {value:.1f} |" for name, value in host_costs().items()),
+        "",
+        "## From `import cufa` to the first result",
+        "",
+        "| | seconds |",
+        "|---|---|",
+        *(f"| {name} | {value:.3f} |" for name, value in startup().items()),
+    ]
+    print("\n".join(text[4:]))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        stem = arguments.out / (
+            "forward-" + re.sub(r"[^a-z0-9]+", "-", device.lower().replace("nvidia", "")).strip("-")
+        )
+        stem.with_suffix(".md").write_text("\n".join(text) + "\n")
+        with stem.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*Row._fields, *PEERS])
+            for row, speeds in results.items():
+                writer.writerow([*row, *(f"{speeds[name]:.2f}" if name in speeds else "" for name in PEERS)])
+        plot(results, ceiling, f"Forward, bfloat16, {device}", stem.with_suffix(".png"))
+        print(f"# wrote {stem}.md, .csv and .png")
+
+
+if __name__ == "__main__":
+    main()

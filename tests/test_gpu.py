@@ -1,0 +1,624 @@
+"""On a GPU: the specification's properties, on every framework at hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cufa
+from cufa import _arrays, _jit
+from cufa.testing import LAYOUTS, Case, View, assert_close, dense_cases, to_numpy, varlen_cases
+
+pytestmark = pytest.mark.gpu
+
+TORCH_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "reversed")
+
+
+def framework(name: str) -> ModuleType:
+    """Import a framework, or skip: what is not installed cannot be tested."""
+    module = pytest.importorskip(name)
+    if name == "cupy":
+        module.cuda.Device(0).use()
+    return module
+
+
+@pytest.fixture
+def cupy() -> Any:
+    return framework("cupy")
+
+
+@pytest.fixture
+def torch() -> Any:
+    return framework("torch")
+
+
+def attend(case: Case, xp: Any, **changed: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Run a case in a framework; out, lse or None, and the arrays."""
+    arrays = case.arrays(xp) | changed
+    options: dict[str, Any] = {**case.options, "return_lse": case.return_lse}
+    if case.use_out:
+        options["out"] = case.output(xp)
+    function = cufa.attention_varlen if isinstance(case.seqlen_q, tuple) else cufa.attention
+    result = function(**arrays, **options)
+    out, lse = result if case.return_lse else (result, None)
+    if case.use_out:
+        assert out is options["out"]
+    return out, lse, arrays
+
+
+def check(case: Case, xp: Any, host: dict[str, Any] | None = None) -> None:
+    """Hold a case to the reference, which reads the same arrays made by NumPy."""
+    out, lse, _ = attend(case, xp)
+    assert_close(out, lse=lse, **(case.arrays() if host is None else host), **case.options)
+
+
+@pytest.mark.parametrize("name", ["cupy", "torch"])
+@settings(max_examples=300)
+@given(data=st.data())
+def test_dense_equals_reference(name: str, data: st.DataObject) -> None:
+    xp = framework(name)
+    check(data.draw(dense_cases(layouts=LAYOUTS if name == "cupy" else TORCH_LAYOUTS)), xp)
+
+
+@pytest.mark.parametrize("name", ["cupy", "torch"])
+@settings(max_examples=300)
+@given(data=st.data())
+def test_varlen_equals_reference(name: str, data: st.DataObject) -> None:
+    xp = framework(name)
+    check(data.draw(varlen_cases(layouts=LAYOUTS if name == "cupy" else TORCH_LAYOUTS)), xp)
+
+
+@settings(max_examples=60)
+@given(case=st.one_of(dense_cases(layouts=("contiguous",)), varlen_cases(layouts=("contiguous",))))
+def test_jax_equals_reference(case: Case) -> None:
+    jnp = framework("jax").numpy
+    case = Case(**{**case.__dict__, "use_out": False})
+    check(case, jnp)
+
+
+@settings(max_examples=60)
+@given(case=dense_cases(layouts=("contiguous", "transposed", "padded"), dtypes=("float16", "float32")))
+def test_numba_equals_reference(case: Case) -> None:
+    cuda = framework("numba.cuda")
+
+    def upload(flat: np.ndarray, view: View) -> Any:
+        return cuda.to_device(np.ascontiguousarray(view.on(flat)))
+
+    if 0 in case.view("q").shape or 0 in case.view("k").shape:
+        return  # Numba cannot make empty device arrays
+    check(case, upload)
+
+
+class Foreign:
+    """An array that shows nothing but DLPack and a namespace."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self.device = array.device
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+    def __array_namespace__(self) -> Any:
+        import cupy
+
+        class Namespace:
+            float16, float32 = cupy.float16, cupy.float32
+
+            @staticmethod
+            def empty(shape: tuple[int, ...], dtype: Any, device: Any) -> Foreign:
+                return Foreign(cupy.empty(shape, dtype))
+
+        return Namespace
+
+
+def test_foreign_arrays_through_dlpack(cupy: Any) -> None:
+    case = Case(
+        batch=2,
+        seqlen_q=70,
+        seqlen_k=130,
+        num_heads_q=4,
+        num_heads_k=2,
+        head_dim=64,
+        head_dim_v=64,
+        dtype="float16",
+    )
+    arrays = case.arrays(cupy)
+    cupy.cuda.Device().synchronize()
+    out, lse = cufa.attention(**{name: Foreign(array) for name, array in arrays.items()}, return_lse=True)
+    assert type(out) is Foreign
+    cupy.cuda.Device().synchronize()
+    assert_close(out.array, lse=lse.array, **case.arrays())
+
+
+@settings(max_examples=60)
+@given(case=dense_cases())
+def test_memory_around_out_is_not_written(case: Case) -> None:
+    cupy = framework("cupy")
+    case = Case(**{**case.__dict__, "use_out": True})
+    view = case.view("out")
+    memory: list[Any] = []
+
+    def upload(flat: np.ndarray, view: View) -> Any:
+        memory.append(cupy.asarray(flat))
+        return view.on(np.asarray(flat), cupy) if False else _strided(cupy, memory[-1], view)
+
+    out = upload(case.flat("out"), view)
+    cufa.attention(**case.arrays(cupy), **case.options, out=out)
+    flat = to_numpy(memory[0])
+    assert np.isnan(flat[view.outside()].astype(np.float32)).all()
+    if out.size:
+        assert not np.isnan(to_numpy(out).astype(np.float32)).any()
+
+
+def _strided(cupy: Any, flat: Any, view: View) -> Any:
+    strides = [stride * flat.itemsize for stride in view.strides]
+    return cupy.lib.stride_tricks.as_strided(flat[view.offset :], view.shape, strides)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two results agree bit for bit."""
+    return to_numpy(a).tobytes() == to_numpy(b).tobytes()
+
+
+PLAIN: dict[str, Any] = {"use_out": False, "layouts": ("contiguous",) * 4}
+PROPERTY_CASES = dense_cases(layouts=("contiguous",), head_dims=(40, 64, 128, 256))
+
+
+def plain(case: Case) -> Case:
+    return Case(**{**case.__dict__, **PLAIN, "return_lse": True})
+
+
+@settings(max_examples=60)
+@given(case=PROPERTY_CASES)
+def test_future_keys_do_not_change_a_causal_prefix(case: Case) -> None:
+    cupy = framework("cupy")
+    case = plain(Case(**{**case.__dict__, "causal": True, "seqlen_k": case.seqlen_q}))
+    out, lse, arrays = attend(case, cupy)
+    cut = case.seqlen_q // 2
+    changed = {name: arrays[name].copy() for name in ("k", "v")}
+    for array in changed.values():
+        array[:, cut:] = 7
+    other, other_lse, _ = attend(case, cupy, **changed)
+    assert same(out[:, :cut], other[:, :cut])
+    assert same(lse[..., :cut], other_lse[..., :cut])
+
+
+@settings(max_examples=60)
+@given(case=PROPERTY_CASES)
+def test_grouped_heads_equal_repeated_ones(case: Case) -> None:
+    cupy = framework("cupy")
+    case = plain(case)
+    if not case.num_heads_k:
+        return
+    out, lse, arrays = attend(case, cupy)
+    ratio = case.num_heads_q // case.num_heads_k
+    repeated = {name: cupy.repeat(arrays[name], ratio, axis=2) for name in ("k", "v")}
+    other, other_lse, _ = attend(case, cupy, **repeated)
+    assert same(out, other)
+    assert same(lse, other_lse)
+
+
+@settings(max_examples=60)
+@given(case=varlen_cases(layouts=("contiguous",), head_dims=(40, 64, 128, 256)))
+def test_packed_sequences_equal_dense_ones(case: Case) -> None:
+    cupy = framework("cupy")
+    case = plain(Case(**{**case.__dict__, "seqused_k": None}))
+    out, lse, arrays = attend(case, cupy)
+    assert isinstance(case.seqlen_q, tuple) and isinstance(case.seqlen_k, tuple)
+    starts_q, starts_k = np.cumsum((0, *case.seqlen_q)), np.cumsum((0, *case.seqlen_k))
+    for b in range(case.batch):
+        rows_q, rows_k = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
+        slopes = arrays.get("alibi_slopes")
+        if case.alibi_ndim == 2:
+            slopes = slopes[b]
+        one, one_lse = cufa.attention(
+            arrays["q"][None, rows_q],
+            arrays["k"][None, rows_k],
+            arrays["v"][None, rows_k],
+            alibi_slopes=slopes,
+            sinks=arrays.get("sinks"),
+            return_lse=True,
+            **case.options,
+        )
+        assert same(out[rows_q], one[0])
+        assert same(lse[:, rows_q], one_lse[0])
+
+
+@settings(max_examples=60)
+@given(case=PROPERTY_CASES, seed=st.integers(0, 99))
+def test_batch_and_heads_can_be_permuted(case: Case, seed: int) -> None:
+    cupy = framework("cupy")
+    case = plain(Case(**{**case.__dict__, "num_heads_k": case.num_heads_q}))
+    out, lse, arrays = attend(case, cupy)
+    rng = np.random.default_rng(seed)
+    batch, heads = rng.permutation(case.batch), rng.permutation(case.num_heads_q)
+    changed = {name: cupy.ascontiguousarray(arrays[name][batch][:, :, heads]) for name in "qkv"}
+    for name in ("alibi_slopes", "sinks"):
+        if name in arrays:
+            array = arrays[name][..., heads]
+            changed[name] = cupy.ascontiguousarray(array[batch] if array.ndim == 2 else array)
+    other, other_lse, _ = attend(case, cupy, **changed)
+    assert same(out[batch][:, :, heads], other)
+    assert same(lse[batch][:, heads], other_lse)
+
+
+@settings(max_examples=60)
+@given(case=dense_cases(head_dims=(40, 64, 128, 256)))
+def test_views_equal_contiguous_copies(case: Case) -> None:
+    cupy = framework("cupy")
+    out, lse, arrays = attend(case, cupy)
+    other, other_lse, _ = attend(
+        Case(**{**case.__dict__, "use_out": False}),
+        cupy,
+        **{name: cupy.ascontiguousarray(arrays[name]) for name in "qkv"},
+    )
+    assert same(out, other)
+    assert lse is None or same(lse, other_lse)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_results_are_bitwise_repeatable(cupy: Any, dtype: str, causal: bool) -> None:
+    case = Case(
+        batch=2,
+        seqlen_q=700,
+        seqlen_k=700,
+        num_heads_q=8,
+        num_heads_k=2,
+        head_dim=128,
+        head_dim_v=128,
+        dtype=dtype,
+        causal=causal,
+        return_lse=True,
+    )
+    first, first_lse, arrays = attend(case, cupy)
+    for _ in range(50):
+        out, lse = cufa.attention(**arrays, causal=causal, return_lse=True)
+        assert same(out, first)
+        assert same(lse, first_lse)
+
+
+def test_a_row_does_not_depend_on_its_batch(cupy: Any) -> None:
+    case = Case(
+        batch=5,
+        seqlen_q=300,
+        seqlen_k=300,
+        num_heads_q=4,
+        num_heads_k=4,
+        head_dim=64,
+        head_dim_v=64,
+        dtype="float16",
+    )
+    out, _, arrays = attend(case, cupy)
+    for b in range(5):
+        alone = cufa.attention(*(arrays[name][b : b + 1] for name in "qkv"))
+        assert same(out[b : b + 1], alone)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_float32_is_as_exact_as_numpy(cupy: Any, head_dim: int, causal: bool) -> None:
+    case = Case(
+        seqlen_q=1024,
+        seqlen_k=1024,
+        num_heads_q=2,
+        num_heads_k=2,
+        head_dim=head_dim,
+        head_dim_v=head_dim,
+        causal=causal,
+    )
+    host = case.arrays()
+    exact = cufa.reference.attention(**host, causal=causal)
+    q, k, v = (host[name].transpose(0, 2, 1, 3) for name in "qkv")
+    scores = (q @ k.swapaxes(-1, -2)) * np.float32(head_dim**-0.5)
+    if causal:
+        scores = np.where(np.tri(1024, dtype=bool), scores, np.float32(-np.inf))
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    numpy_out = ((p / p.sum(-1, keepdims=True)) @ v).transpose(0, 2, 1, 3)
+    out = to_numpy(cufa.attention(**case.arrays(cupy), causal=causal))
+
+    def error(x: np.ndarray) -> float:
+        return float(np.linalg.norm(x - exact) / np.linalg.norm(exact))
+
+    assert error(out) <= 2 * error(numpy_out)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_long_sequences(cupy: Any, dtype: str) -> None:
+    case = Case(
+        seqlen_q=16500,
+        seqlen_k=16500,
+        num_heads_q=2,
+        num_heads_k=1,
+        head_dim=128,
+        head_dim_v=128,
+        dtype=dtype,
+        causal=True,
+    )
+    out, _, _ = attend(case, cupy)
+    host = case.arrays()
+    for rows in (slice(0, 200), slice(8100, 8300), slice(16400, 16500)):
+        assert_close(
+            out[:, rows],
+            host["q"][:, rows],
+            host["k"][:, : rows.stop],
+            host["v"][:, : rows.stop],
+            causal=True,
+        )
+
+
+def test_more_than_two_to_the_31_elements(cupy: Any) -> None:
+    batch, seqlen, heads, head_dim = (1 << 15) + 3, 64, 16, 64  # 2.1e9 elements, 4.3 GB each
+    if cupy.cuda.Device().mem_info[0] < 20 << 30:
+        pytest.skip("needs 20 GB of device memory")
+    small = cupy.random.default_rng(0).standard_normal((3, 1 << 20), dtype=cupy.float32).astype(cupy.float16)
+    shape = (batch, seqlen, heads, head_dim)
+    size = batch * seqlen * heads * head_dim
+    q, k, v = (cupy.tile(each, -(-size // each.size))[:size].reshape(shape) for each in small)
+    for array in (q, k, v):
+        array += (cupy.arange(batch, dtype=cupy.float16) % 7)[:, None, None, None] * cupy.float16(0.1)
+    out = cufa.attention(q, k, v)
+    for b in (0, batch // 2, batch - 1):
+        one = slice(b, b + 1)
+        assert_close(out[one], q[one], k[one], v[one])
+    # The same memory as one long packed array, whose last rows lie beyond 2**31 elements.
+    offsets = cupy.arange(batch + 1, dtype=cupy.int32) * seqlen
+    packed = (array.reshape(-1, heads, head_dim) for array in (q, k, v))
+    assert same(cufa.attention_varlen(*packed, offsets, offsets)[-seqlen:], out[-1])
+    del q, k, v, out
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+# --- streams, graphs, threads -----------------------------------------------------------------------
+
+
+def test_runs_on_the_current_stream_without_waiting(cupy: Any) -> None:
+    case = Case(
+        batch=2,
+        seqlen_q=2048,
+        seqlen_k=2048,
+        num_heads_q=8,
+        num_heads_k=8,
+        head_dim=64,
+        head_dim_v=64,
+        dtype="float16",
+    )
+    arrays = case.arrays(cupy)
+    expected = cufa.attention(**arrays)
+    cupy.cuda.Device().synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        late = {name: cupy.zeros_like(array) for name, array in arrays.items()}
+        for _ in range(200):  # keeps the stream busy, so that a launch elsewhere would read zeros
+            cufa.attention(**late)
+        for name, array in arrays.items():
+            late[name][...] = array
+        out = cufa.attention(**late)
+        busy = not stream.done
+    stream.synchronize()
+    assert busy, "the call waited for the GPU"
+    assert same(out, expected)
+
+
+def test_torch_stream_is_honoured(torch: Any) -> None:
+    q = torch.randn(2, 1024, 8, 64, device="cuda", dtype=torch.float16)
+    expected = cufa.attention(q, q, q)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(q)
+        for _ in range(200):
+            cufa.attention(late, late, late)
+        late.copy_(q)
+        out = cufa.attention(late, late, late)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_capture_and_replay(cupy: Any) -> None:
+    case = Case(
+        batch=2,
+        seqlen_q=256,
+        seqlen_k=256,
+        num_heads_q=4,
+        num_heads_k=4,
+        head_dim=64,
+        head_dim_v=64,
+        dtype="float16",
+    )
+    arrays, out = case.arrays(cupy), case.output(cupy)
+    cufa.attention(**arrays, out=out)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        cufa.attention(**arrays, out=out)
+        graph = stream.end_capture()
+        arrays["v"][...] = 3
+        out[...] = 0
+        graph.launch(stream)
+    stream.synchronize()
+    assert np.allclose(to_numpy(out).astype(np.float32), 3, atol=2e-2)
+
+
+def test_capture_of_a_kernel_that_is_not_loaded_says_what_to_do(cupy: Any) -> None:
+    q = cupy.zeros((1, 16, 1, 23), cupy.float16)
+    out = cupy.empty_like(q)
+    cupy.cuda.Device().synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        try:
+            with pytest.raises(cufa.MissingKernelError, match="make the same call once before the capture"):
+                cufa.attention(q, q, q, softcap=3.0, causal=True, out=out)
+        finally:
+            stream.end_capture()
+    cufa.attention(q, q, q, softcap=3.0, causal=True, out=out)
+
+
+def test_threads(cupy: Any) -> None:
+    cases = [
+        Case(
+            seqlen_q=100 + i,
+            seqlen_k=90,
+            num_heads_q=2,
+            num_heads_k=2,
+            head_dim=48 + i % 2,
+            head_dim_v=33,
+            dtype="float16",
+            seed=i,
+        )
+        for i in range(16)
+    ]
+    failures: list[BaseException] = []
+
+    def work(case: Case) -> None:
+        try:
+            with cupy.cuda.Stream(non_blocking=True) as stream:
+                for _ in range(5):
+                    out, _, _ = attend(case, cupy)
+                stream.synchronize()
+                assert_close(out, **case.arrays())
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(case,)) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+
+
+# --- what is refused, and what is said --------------------------------------------------------------
+
+
+def test_refusals_leave_out_untouched(cupy: Any, torch: Any) -> None:
+    q = cupy.ones((1, 8, 2, 64), cupy.float16)
+    out = cupy.full_like(q, 9)
+    host = np.ones((1, 8, 2, 64), np.float16)
+    other = torch.ones(1, 8, 2, 64, dtype=torch.float16, device="cuda")
+    calls: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+        (
+            TypeError,
+            "attention: k is a numpy array but q is a cupy one; pass arrays of one framework.",
+            lambda: cufa.attention(q, host, q, out=out),
+        ),
+        (
+            TypeError,
+            "attention: k is a torch array but q is a cupy one; pass arrays of one framework.",
+            lambda: cufa.attention(q, other, q, out=out),
+        ),
+        (
+            ValueError,
+            "attention: k is on the CPU but q is on cuda:0; pass arrays on one device.",
+            lambda: cufa.attention(other, other.cpu(), other),
+        ),
+        (
+            ValueError,
+            "attention: out overlaps q; pass an out that shares no memory with the inputs.",
+            lambda: cufa.attention(q, q.copy(), q.copy(), out=q),
+        ),
+        (
+            ValueError,
+            "attention: softmax_scale is nan; it must be finite and greater than 0.",
+            lambda: cufa.attention(q, q, q, softmax_scale=float("nan"), out=out),
+        ),
+        (
+            cufa.UnsupportedError,
+            "attention: float64 on a GPU is not supported; pass float16, bfloat16 or float32, or NumPy arrays to compute on the CPU.",
+            lambda: cufa.attention(*[q.astype(cupy.float64)] * 3, out=None),
+        ),
+        (
+            cufa.UnsupportedError,
+            "cufa: a torch tensor requires grad, and cufa has no backward yet; call under torch.no_grad() or pass tensor.detach().",
+            lambda: cufa.attention(*[other.clone().requires_grad_()] * 3),
+        ),
+    ]
+    for error, text, refused in calls:
+        with pytest.raises(error) as raised:
+            refused()
+        assert str(raised.value) == text
+    assert (out == 9).all()
+    assert (q == 1).all()
+    with torch.no_grad():
+        cufa.attention(*[other.clone().requires_grad_()] * 3)
+
+
+def test_torch_tensors_on_the_cpu_are_computed_there(torch: Any) -> None:
+    q, k, v = (torch.randn(2, 33, 4, 40, dtype=torch.bfloat16) for _ in range(3))
+    out, lse = cufa.attention(q, k, v, causal=True, return_lse=True)
+    assert out.device.type == "cpu" and out.dtype == torch.bfloat16
+    assert_close(out, q, k, v, lse=lse, causal=True)
+
+
+def test_offsets_outside_the_arrays_touch_nothing_else(cupy: Any) -> None:
+    memory = cupy.full((64 + 40 + 64, 2, 64), 5, cupy.float16)
+    out = memory[64:104]
+    q = cupy.ones((40, 2, 64), cupy.float16)
+    for offsets in ([0, 20, 1000], [-7, 20, 40], [30, 10, 40], [0, 2**31 - 1, 40]):
+        bad = cupy.asarray(offsets, dtype=cupy.int32)
+        cufa.attention_varlen(q, q, q, bad, bad, out=out)
+    cupy.cuda.Device().synchronize()
+    assert (memory[:64] == 5).all() and (memory[104:] == 5).all()
+
+
+def test_explain_tells_the_kernel(cupy: Any) -> None:
+    q = cupy.zeros((1, 300, 4, 96), cupy.float16)
+    told = cufa.explain(q, q, q, causal=True)
+    assert told.kernel.startswith("attention_forward_sm80") and told.config is not None
+    assert told.num_blocks == 4 * -(-300 // told.block_m)
+    assert told.smem_bytes > 0 and 0 < told.registers <= 255 and told.spill_bytes == 0
+    cufa.attention(q, q, q, causal=True)
+    assert cufa.explain(q, q, q, causal=True).state == "loaded"
+    assert "sm_" in str(told)
+
+
+def test_config_shows_the_gpu() -> None:
+    assert cufa.is_available()
+    report = cufa.show_config("dicts")
+    assert "compute capability" in report["gpu"]["cuda:0"]
+    assert report["nvrtc"]["version"] == "{}.{}".format(*_jit.nvrtc().version)
+
+
+def test_second_gpu(cupy: Any) -> None:
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two GPUs")
+    case = Case(
+        batch=2,
+        seqlen_q=100,
+        seqlen_k=100,
+        num_heads_q=4,
+        num_heads_k=4,
+        head_dim=64,
+        head_dim_v=64,
+        dtype="float16",
+    )
+    with cupy.cuda.Device(1):
+        arrays = case.arrays(cupy)
+    out = cufa.attention(**arrays)  # device 0 is current
+    assert out.device.id == 1
+    with cupy.cuda.Device(1):
+        assert_close(out, **case.arrays())
+    with pytest.raises(ValueError, match="v is on cuda:0 but q is on cuda:1"):
+        cufa.attention(arrays["q"], arrays["k"], case.arrays(cupy)["v"])
+
+
+@pytest.fixture(autouse=True)
+def _free_memory() -> Iterator[None]:
+    yield
+    if importlib.util.find_spec("cupy") is not None and _arrays.CupyAdapter in _arrays._INSTANCES:
+        import cupy
+
+        cupy.get_default_memory_pool().free_all_blocks()
