@@ -80,9 +80,7 @@ def _sdpa(backend: SDPBackend) -> Callable[..., Call]:
 
         def run() -> Any:
             with sdpa_kernel(backend):
-                out = functional.scaled_dot_product_attention(
-                    *transposed, is_causal=causal, enable_gqa=grouped
-                )
+                out = functional.scaled_dot_product_attention(*transposed, is_causal=causal, enable_gqa=grouped)
             return out.transpose(1, 2)
 
         return run
@@ -93,9 +91,7 @@ def _sdpa(backend: SDPBackend) -> Callable[..., Call]:
 def _fa3(q: Any, k: Any, v: Any, causal: bool) -> Call:
     import fa3_fwd_config
 
-    sys.modules.setdefault(
-        "flash_attn_config", fa3_fwd_config
-    )  # the name under which the package looks for it
+    sys.modules.setdefault("flash_attn_config", fa3_fwd_config)  # the name under which the package looks for it
     from fa3_fwd_interface import flash_attn_func
 
     def run() -> Any:
@@ -260,9 +256,7 @@ def startup() -> dict[str, float]:
 
         def once() -> float:
             command = [sys.executable, "-c", STARTUP]
-            return float(
-                subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-            )
+            return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
         once()  # bytecode and file caches
         for file in Path(directory).rglob("*.cufa"):
@@ -366,9 +360,7 @@ def plot(results: dict[Row, dict[str, float]], ceiling: float, title: str, path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="directory for table, rows and plot")
     parser.add_argument("--quick", action="store_true", help="only the shorter rows")
     parser.add_argument("--only", default="", help="regular expression that a row's name must contain")

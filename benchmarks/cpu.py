@@ -90,9 +90,7 @@ def measure(case: Case) -> tuple[str, ...]:
     """One row of the table; also checks the first and the last rows of the result."""
     run = blocked(case)
     out, arrays = run(), case.arrays()
-    last = slice(
-        -min(8, out.shape[1]), None
-    )  # masks are aligned at the end: the last rows are a problem of their own
+    last = slice(-min(8, out.shape[1]), None)  # masks are aligned at the end: the last rows are a problem of their own
     assert_close(out[:, last], arrays["q"][:, last], arrays["k"], arrays["v"], causal=case.causal)
     cufa_mb, cufa_ms = megabytes(run), bench(run, seconds=2, max_repeats=50).median * 1e3
     numpy_mb, numpy_ms, ratio = "–", "–", "–"
@@ -117,9 +115,7 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", type=Path, help="also write the table there, as Markdown")
     path = parser.parse_args().save
     defaults = {"num_heads_q": 8, "num_heads_k": 8, "head_dim": 64, "head_dim_v": 64}

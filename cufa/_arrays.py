@@ -8,9 +8,7 @@ before is turned into a `Spec`.
 
 from __future__ import annotations
 
-import ctypes
 import sys
-from collections.abc import Hashable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -52,7 +50,7 @@ class Spec(NamedTuple):
     writable: bool
 
 
-Layout: TypeAlias = tuple["Adapter", Hashable, Hashable, Hashable, Hashable, int, bool]
+Layout: TypeAlias = tuple["Adapter", Any, Any, Any, Any, int, bool]
 """(adapter, shape, strides, dtype, device, misalignment, writable), the middle four in the framework's own terms."""
 
 
@@ -69,13 +67,17 @@ class Adapter:
         """`layout` in cufa's terms."""
         raise NotImplementedError
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        """New C-contiguous array on the device of `like`."""
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
+        """New C-contiguous array on the device of `like`, and its address."""
         raise NotImplementedError
 
     def stream(self, array: Any, device: int) -> int:
         """Handle of the caller's current stream on `device`; 0 is CUDA's default stream."""
         raise NotImplementedError
+
+    def current_device(self) -> int:
+        """The framework's current GPU; -1 if only the driver knows."""
+        return -1
 
 
 class Arrays:
@@ -101,8 +103,7 @@ class Arrays:
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
         """New array like the first, and its address."""
-        array = self.adapter.empty(shape, dtype, self.given[0])
-        return array, self.adapter.view(array)[0]
+        return self.adapter.empty(shape, dtype, self.given[0])
 
     def stream(self, device: int) -> int:
         """The caller's current stream on `device`."""
@@ -116,7 +117,8 @@ class Arrays:
 
 def view(function: str, names: tuple[str, ...], given: tuple[Any, ...]) -> Arrays:
     """View the arguments `names` of `function`; those that are None stay out. `given[0]` must not be None."""
-    pointers, layouts = [], []
+    pointers: list[int] = []
+    layouts: list[Layout | None] = []
     for index, array in enumerate(given):
         if array is None and index:
             pointers.append(0)
@@ -165,7 +167,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(ml_dtypes.bfloat16)  # type: ignore[no-any-return, unused-ignore]
     return np.dtype(name)
 
 
@@ -178,23 +180,41 @@ def element_strides(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(stride // itemsize for stride in strides)
 
 
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a C-contiguous array."""
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent
+    return tuple(reversed(strides))
+
+
 class NumpyAdapter(Adapter):
     name = "numpy"
 
     def view(self, array: Any) -> tuple[int, Layout]:
         pointer, read_only = array.__array_interface__["data"]
-        return pointer, (self, array.shape, array.strides, array.dtype, CPU, pointer % ALIGNMENT, not read_only)
+        return pointer, (
+            self,
+            array.shape,
+            array.strides,
+            array.dtype,
+            CPU,
+            pointer % ALIGNMENT,
+            not read_only,
+        )
 
     def spec(self, layout: Layout) -> Spec:
-        _, shape, strides, dtype, device, misalignment, writable = layout
-        assert isinstance(dtype, np.dtype) and isinstance(shape, tuple) and isinstance(strides, tuple)
+        _, shape, strides, dtype, _, misalignment, writable = layout
         if not dtype.isnative:
-            raise UnsupportedError(f"byte-swapped arrays ({dtype.str}) are not supported; pass array.astype({dtype.name!r}).")
+            raise UnsupportedError(
+                f"byte-swapped arrays ({dtype.str}) are not supported; pass array.astype({dtype.name!r})."
+            )
         strides = element_strides(strides, dtype.itemsize) if dtype.itemsize else strides
         return Spec(self.name, shape, strides, dtype.name, CPU, misalignment, writable)
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        return np.empty(shape, numpy_dtype(dtype))
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
+        return np.empty(shape, numpy_dtype(dtype)), 0  # no kernel will ask where it lies
 
 
 class CupyAdapter(Adapter):
@@ -205,6 +225,7 @@ class CupyAdapter(Adapter):
         self._empty = cupy.empty
         self._current_stream = cupy.cuda.get_current_stream
         self._device = cupy.cuda.Device
+        self._current_device = cupy.cuda.runtime.getDevice
 
     def view(self, array: Any) -> tuple[int, Layout]:
         data = array.data
@@ -213,25 +234,24 @@ class CupyAdapter(Adapter):
 
     def spec(self, layout: Layout) -> Spec:
         _, shape, strides, dtype, device, misalignment, writable = layout
-        return Spec(
-            self.name,
-            shape,  # type: ignore[arg-type]
-            element_strides(strides, dtype.itemsize),  # type: ignore[arg-type, attr-defined]
-            dtype.name,  # type: ignore[attr-defined]
-            device,  # type: ignore[arg-type]
-            misalignment,
-            writable,
-        )
+        strides = element_strides(strides, dtype.itemsize)
+        return Spec(self.name, shape, strides, dtype.name, device, misalignment, writable)
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        device = like.data.device_id
-        if device == self._device().id:
-            return self._empty(shape, like.dtype if like.dtype.name == dtype else numpy_dtype(dtype))
-        with self._device(device):
-            return self._empty(shape, numpy_dtype(dtype))
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
+        own = like.dtype
+        wanted = own if own.name == dtype else numpy_dtype(dtype)
+        if like.data.device_id == self._current_device():
+            array = self._empty(shape, wanted)
+        else:
+            with self._device(like.data.device_id):
+                array = self._empty(shape, wanted)
+        return array, array.data.ptr
 
     def stream(self, array: Any, device: int) -> int:
         return self._current_stream(device).ptr  # type: ignore[no-any-return]
+
+    def current_device(self) -> int:
+        return self._current_device()  # type: ignore[no-any-return]
 
 
 class TorchAdapter(Adapter):
@@ -240,7 +260,8 @@ class TorchAdapter(Adapter):
     def __init__(self) -> None:
         torch = sys.modules["torch"]
         self._torch = torch
-        self._empty = torch.empty
+        self._empty, self._empty_like = torch.empty, torch.empty_like
+        self._dtypes = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
         self._stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or self._public_stream
 
     def _public_stream(self, device: int) -> int:
@@ -259,19 +280,25 @@ class TorchAdapter(Adapter):
 
     def spec(self, layout: Layout) -> Spec:
         _, shape, strides, dtype, device, misalignment, writable = layout
-        assert isinstance(shape, tuple) and isinstance(strides, tuple)
-        kind = device.type  # type: ignore[attr-defined]
+        kind = device.type
         if kind not in ("cuda", "cpu") or self._torch.version.hip:
             raise UnsupportedError(f"torch tensors on {device} are not supported; cufa takes those on cuda and cpu.")
-        ordinal = device.index if kind == "cuda" else CPU  # type: ignore[attr-defined]
+        ordinal = device.index if kind == "cuda" else CPU
         name = str(dtype).removeprefix("torch.")
         return Spec(self.name, tuple(shape), tuple(strides), name, ordinal, misalignment, writable)
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        return self._empty(shape, dtype=getattr(self._torch, dtype), device=like.device)
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
+        wanted = self._dtypes[dtype]
+        # The first is the cheaper call, where it gives the same array.
+        same = wanted is like.dtype and like.shape == shape and like.is_contiguous()
+        array = self._empty_like(like) if same else self._empty(shape, dtype=wanted, device=like.device)
+        return array, array.data_ptr()
 
     def stream(self, array: Any, device: int) -> int:
-        return self._stream(device)  # type: ignore[no-any-return]
+        return self._stream(device)
+
+    def current_device(self) -> int:
+        return self._torch._C._cuda_getDevice()  # type: ignore[no-any-return]
 
 
 class NumbaAdapter(Adapter):
@@ -284,136 +311,14 @@ class NumbaAdapter(Adapter):
 
     spec = CupyAdapter.spec
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        cuda = sys.modules["numba.cuda"]
-        return cuda.device_array(shape, np.dtype(dtype))
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
+        array = sys.modules["numba.cuda"].device_array(shape, np.dtype(dtype))
+        return array, self.view(array)[0]
 
     def stream(self, array: Any, device: int) -> int:
         # An array made on a stream is used on it; else Numba launches on the default stream.
         handle = getattr(array.stream, "handle", 0) if array.stream else 0
         return int(getattr(handle, "value", handle) or 0)
-
-
-class DLPackAdapter(Adapter):
-    """Any other array, through ``__dlpack__``: its kernels must be in order with CUDA's default stream."""
-
-    name = "dlpack"
-
-    def view(self, array: Any) -> tuple[int, Layout]:
-        tensor, capsule, read_only = _dlpack_tensor(array)
-        pointer = (tensor.data or 0) + tensor.byte_offset
-        ndim = tensor.ndim
-        shape = tuple(tensor.shape[:ndim])
-        strides = tuple(tensor.strides[:ndim]) if tensor.strides else _contiguous(shape)
-        dtype = (tensor.code, tensor.bits, tensor.lanes)
-        device = (tensor.device_type, tensor.device_id)
-        module = type(array).__module__.partition(".")[0]
-        del capsule  # the caller holds the array for as long as the address is used
-        return pointer, (self, (module, shape), strides, dtype, device, pointer % ALIGNMENT, not read_only)
-
-    def spec(self, layout: Layout) -> Spec:
-        _, named_shape, strides, dtype, device, misalignment, writable = layout
-        module, shape = named_shape  # type: ignore[misc]
-        kind, ordinal = device  # type: ignore[misc]
-        if kind not in (_DL_CPU, _DL_CUDA, _DL_CUDA_HOST):
-            raise UnsupportedError(
-                f"{module} arrays of DLPack device type {kind} are not supported; cufa takes CPU (1) and CUDA (2)."
-            )
-        code, bits, lanes = dtype  # type: ignore[misc]
-        name = f"{_DL_CODES.get(code, f'code{code}_')}{bits}" + (f"x{lanes}" if lanes != 1 else "")
-        return Spec(
-            module,
-            shape,
-            strides,  # type: ignore[arg-type]
-            name,
-            ordinal if kind == _DL_CUDA else CPU,
-            misalignment,
-            writable,
-        )
-
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        if not hasattr(like, "__array_namespace__"):
-            raise TypeError(
-                f"{type(like).__name__} has no __array_namespace__, so cufa cannot make an array of its kind for "
-                "the result; pass out=."
-            )
-        namespace = like.__array_namespace__()
-        return namespace.empty(shape, dtype=getattr(namespace, dtype), device=like.device)
-
-    def stream(self, array: Any, device: int) -> int:
-        return 0
-
-
-_DL_CPU, _DL_CUDA, _DL_CUDA_HOST = 1, 2, 3
-_DL_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
-_DL_READ_ONLY = 1
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class _DLManagedTensor(ctypes.Structure):
-    _fields_ = (("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
-
-
-class _DLManagedTensorVersioned(ctypes.Structure):
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("tensor", _DLTensor),
-    )
-
-
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype = ctypes.c_void_p
-_capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
-_capsule_is_valid = ctypes.pythonapi.PyCapsule_IsValid
-_capsule_is_valid.argtypes = (ctypes.py_object, ctypes.c_char_p)
-
-
-def _dlpack_tensor(array: Any) -> tuple[_DLTensor, Any, bool]:
-    """Borrow `array` by DLPack: its tensor, the capsule that owns it, and whether it is read-only.
-
-    The capsule is not renamed and its deleter not called: when it is dropped, its own destructor does so.
-    """
-    on_cuda = array.__dlpack_device__()[0] == _DL_CUDA
-    # Stream 1 is the default stream: the producer makes it wait for what is still being written.
-    options: dict[str, Any] = {"stream": 1} if on_cuda else {}
-    try:
-        capsule = array.__dlpack__(max_version=(1, 0), **options)
-    except TypeError:  # a producer from before DLPack 1.0
-        capsule = array.__dlpack__(**options)
-    if _capsule_is_valid(capsule, b"dltensor_versioned"):
-        pointer = _capsule_pointer(capsule, b"dltensor_versioned")
-        versioned = ctypes.cast(pointer, ctypes.POINTER(_DLManagedTensorVersioned)).contents
-        if versioned.major != 1:
-            raise BufferError(f"DLPack version {versioned.major} is not supported; cufa reads version 1.")
-        return versioned.tensor, capsule, bool(versioned.flags & _DL_READ_ONLY)
-    pointer = _capsule_pointer(capsule, b"dltensor")
-    return ctypes.cast(pointer, ctypes.POINTER(_DLManagedTensor)).contents.tensor, capsule, False
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for extent in reversed(shape):
-        strides.append(step)
-        step *= extent
-    return tuple(reversed(strides))
 
 
 _ADAPTERS: dict[type, Adapter] = {}
@@ -441,6 +346,8 @@ def adapter_of(array: Any) -> Adapter | None:
         if found is not None and isinstance(array, found):
             return _INSTANCES.setdefault(kind, kind())
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
+        from ._dlpack import DLPackAdapter
+
         return _INSTANCES.setdefault(DLPackAdapter, DLPackAdapter())
     return None
 

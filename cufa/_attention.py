@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import _arrays, _cpu, _jit, _launch, _params, _plan, _problem
+from . import _arrays, _jit, _launch, _params, _plan, _problem
 from ._arrays import CPU, Arrays
 from ._launch import Launch
 from ._problem import OUT, Problem
@@ -206,7 +206,12 @@ def pointers_of(arrays: Arrays, out: int, lse: int) -> list[int]:
 
 
 def run(
-    arrays: Arrays, problem: Problem, out: Array, lse: Array | None, pointers: list[int], stream: int | None = None
+    arrays: Arrays,
+    problem: Problem,
+    out: Array,
+    lse: Array | None,
+    pointers: list[int],
+    stream: int | None = None,
 ) -> None:
     """Compute out and lse: on the CPU, or by one launch on `stream`, by default the caller's."""
     if problem.device == CPU:
@@ -215,7 +220,7 @@ def run(
     if stream is None:
         stream = arrays.stream(problem.device)
     launch = problem.memo.get("launch") or prepare(problem, stream)
-    launch(pointers, stream)
+    launch(pointers, stream, arrays.adapter.current_device())
 
 
 def prepare(problem: Problem, stream: int) -> Launch:
@@ -231,9 +236,13 @@ def prepare(problem: Problem, stream: int) -> Launch:
 
 
 def _run_on_cpu(arrays: Arrays, problem: Problem, out: Array, lse: Array | None) -> None:
+    from . import _cpu
+
     q, k, v, alibi_slopes, sinks = (arrays.numpy(index) for index in range(OUT))
-    out, lse = (None if array is None else _arrays.as_numpy(array) for array in (out, lse))
-    options = {
+    assert q is not None and k is not None and v is not None
+    out = _arrays.as_numpy(out)
+    lse = None if lse is None else _arrays.as_numpy(lse)
+    options: dict[str, Any] = {
         "softmax_scale": problem.softmax_scale,
         "window_left": problem.window_left,
         "window_right": problem.window_right,
@@ -243,6 +252,7 @@ def _run_on_cpu(arrays: Arrays, problem: Problem, out: Array, lse: Array | None)
     }
     if problem.varlen:
         cu_seqlens_q, cu_seqlens_k, seqused_k = (arrays.numpy(index) for index in range(OUT + 1, OUT + 4))
+        assert cu_seqlens_q is not None and cu_seqlens_k is not None
         _cpu.varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, out, lse, **options)
     else:
         _cpu.forward(q, k, v, out, lse, **options)

@@ -147,9 +147,7 @@ class CubinCache:
         self.trust_shared = trust_shared
         self.enabled = enabled
         self._path = Path(os.path.abspath(directory)) if enabled and directory is not None else None
-        self._read_only = (
-            Path(os.path.abspath(read_only_dir)) if enabled and read_only_dir is not None else None
-        )
+        self._read_only = Path(os.path.abspath(read_only_dir)) if enabled and read_only_dir is not None else None
         self._memory: dict[str, Entry] = {}
         self._counts: Counter[str] = Counter()
         self._warned: dict[str, object] = {}
@@ -267,11 +265,7 @@ class CubinCache:
         also = ""
         if self._read_only is not None:
             reason = self._trouble(self._read_only)
-            also = (
-                f"; reads {self._read_only} too"
-                if reason is None
-                else f"; cannot read a second one: {reason}"
-            )
+            also = f"; reads {self._read_only} too" if reason is None else f"; cannot read a second one: {reason}"
         if self._path is None:
             return f"memory only: no home directory, and CUFA_CACHE_DIR is not set{also}"
         nearest = next(path for path in (self._path, *self._path.parents) if os.path.lexists(path))
@@ -287,9 +281,7 @@ class CubinCache:
             return f"ok, {held}{also}"
         return f"read only: {reason}; {held}{also}" if stats.entries else f"memory only: {reason}{also}"
 
-    def _load(
-        self, root: Path, key: str, *, touch: bool = False, damaged: list[Path] | None = None
-    ) -> Entry | None:
+    def _load(self, root: Path, key: str, *, touch: bool = False, damaged: list[Path] | None = None) -> Entry | None:
         """Read one entry. Damage removes the file, unless it is below the directory that is only read."""
         path = root / _relative(key)
         try:

@@ -67,7 +67,10 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, str]] | None:
         "versions": _versions(),
         "gpu": _gpus(),
         "nvrtc": _nvrtc(),
-        "cache": {"directory": _probe(lambda: str(_jit.cache().path)), "state": _probe(lambda: _jit.cache().state())},
+        "cache": {
+            "directory": _probe(lambda: str(_jit.cache().path)),
+            "state": _probe(lambda: _jit.cache().state()),
+        },
         "environment": {name: value for name, value, _ in _env.describe()},
     }
     if mode == "dicts":
@@ -90,7 +93,11 @@ def _probe(function: Callable[[], str]) -> str:
 def _versions() -> dict[str, str]:
     import cufa
 
-    versions = {"cufa": cufa.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    versions = {
+        "cufa": cufa.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
     for distribution in ("numpy", "scipy", "ml_dtypes", "cuda-bindings", "cuda-pathfinder"):
         versions[distribution] = _probe(lambda name=distribution: importlib.metadata.version(name))  # type: ignore[misc]
     for module in ("cupy", "torch", "jax", "numba"):

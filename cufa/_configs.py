@@ -12,7 +12,18 @@ from ._problem import Static
 
 SIZEOF = {"f16": 2, "bf16": 2, "f32": 4}
 
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 110: 227 << 10, 120: 99 << 10, 121: 99 << 10}
+SHARED_MEMORY = {
+    80: 163 << 10,
+    86: 99 << 10,
+    87: 163 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    103: 227 << 10,
+    110: 227 << 10,
+    120: 99 << 10,
+    121: 99 << 10,
+}
 """Bytes of shared memory that a block may use, by compute capability."""
 
 
@@ -35,6 +46,8 @@ class Config(NamedTuple):
         Warps that share rows and split the columns of v.
     smem_bytes : int
     copy_bytes, store_bytes : int
+    copy_unroll : int
+        Passes over a tile's rows that are copied at a time.
     causal, window, varlen, sinks : bool
     """
 
@@ -51,6 +64,7 @@ class Config(NamedTuple):
     smem_bytes: int
     copy_bytes: int
     store_bytes: int
+    copy_unroll: int
     causal: bool
     window: bool
     varlen: bool
@@ -78,6 +92,7 @@ def forward_sm80(static: Static, arch: int) -> Config:
         smem_bytes=size * max(tiles, block_m * tile_head_dim_v),
         copy_bytes=static.copy_bytes,
         store_bytes=static.store_bytes,
+        copy_unroll=_copy_unroll(static, arch),
         causal=static.mask == "causal",
         window=static.mask == "window",
         varlen=static.varlen,
@@ -98,18 +113,30 @@ def _tile_sm80(static: Static, arch: int) -> tuple[int, int, int, int]:
         if widest <= 192:
             return 64, 32, 8, 2
         return 64, 16, 8, 2
-    plain = not _variant(static) and static.copy_bytes == 16
+    # The largest tiles leave no register over: only the plainest kernels fit them without spilling.
+    plain = (
+        static.head_dim == static.head_dim_v
+        and static.copy_bytes == static.store_bytes == 16
+        and static.mask != "window"
+        and not _variant(static)
+    )
     if widest <= 64:
-        # Score terms, and masks with two sides, need registers that 128 columns of scores leave no room for.
-        return 128, 128 if plain and static.mask != "window" else 96, 4, 1
+        return 128, 128 if plain else 96, 4, 1
     if widest <= 96:
         return 128, 64, 4, 1
     if widest <= 128:
         if SHARED_MEMORY[arch] <= 99 << 10:
             return 128, 32, 4, 1  # 48 KB: two blocks share an SM
-        # 64 columns only where ptxas keeps everything in registers; under a causal mask 48 are as fast.
-        return 128, 64 if plain and static.mask == "none" and arch >= 90 else 48, 4, 1
+        return 128, 64 if plain else 48, 4, 1
     return 64, 64, 4, 1
+
+
+def _copy_unroll(static: Static, arch: int) -> int:
+    if static.copy_bytes < 16 or static.element == "f32":
+        return 1  # short copies are many as it is
+    if 96 < max(static.head_dim, static.head_dim_v) <= 128:  # the fullest tiles
+        return 1 if static.mask == "window" else 2 if arch >= 90 else 4
+    return 4
 
 
 def _variant(static: Static) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,19 +88,14 @@ def source_of(plan: Plan) -> str:
 @lru_cache(maxsize=1)
 def headers() -> dict[str, bytes]:
     """Every header under ``cuda_src``, by its path there."""
-    try:
-        root: Any = resources.files("cufa.cuda_src")
-    except ModuleNotFoundError:  # run from a source tree that is not installed
-        root = Path(__file__).parents[1] / "cuda_src"
-
-    def walk(directory: Any, prefix: str) -> Iterator[tuple[str, bytes]]:
-        for item in directory.iterdir():
-            if item.is_dir():
-                yield from walk(item, f"{prefix}{item.name}/")
-            elif item.name.endswith(".cuh"):
-                yield prefix + item.name, item.read_bytes()
-
-    return dict(sorted(walk(root, "")))
+    package = Path(__file__).parent
+    root = package / "cuda_src"  # installed; in a source tree it lies beside the package
+    if not root.is_dir():
+        root = package.parent / "cuda_src"
+    found = {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*.cuh"))}
+    if not found:
+        raise CompileError(f"cufa: the CUDA sources are missing from {root}; install cufa again.")
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -199,7 +193,8 @@ def compile_source(source: str, options: list[str], what: str) -> Compiled:
 
     names, texts = [name.encode() for name in headers()], list(headers().values())
     _, program = _nvrtc_call(
-        "nvrtcCreateProgram", bindings.nvrtcCreateProgram(source.encode(), b"kernel.cu", len(names), texts, names)
+        "nvrtcCreateProgram",
+        bindings.nvrtcCreateProgram(source.encode(), b"kernel.cu", len(names), texts, names),
     )
     try:
         began = time.perf_counter()
@@ -212,7 +207,9 @@ def compile_source(source: str, options: list[str], what: str) -> Compiled:
         log = buffer.decode(errors="replace").strip("\0 \n")
         saved = _save(source, log)
         if status != 0:
-            where = f" The source is in {saved}." if saved else " Set CUFA_SAVE_SOURCE to a directory to keep the source."
+            where = (
+                f" The source is in {saved}." if saved else " Set CUFA_SAVE_SOURCE to a directory to keep the source."
+            )
             raise CompileError(f"cufa: compiling {what} failed ({getattr(status, 'name', status)}).{where}\n{log}")
         _, size = _nvrtc_call("nvrtcGetCUBINSize", bindings.nvrtcGetCUBINSize(program))
         cubin = b" " * size
@@ -358,7 +355,11 @@ def load_kernel(plan: Plan, device: int, stream: int) -> Any:
         kernel = _load(plan)
         attribute = _launch.driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _launch.call(
-            "cuKernelSetAttribute", attribute, plan.config.smem_bytes, kernel, _launch.call("cuDeviceGet", device)
+            "cuKernelSetAttribute",
+            attribute,
+            plan.config.smem_bytes,
+            kernel,
+            _launch.call("cuDeviceGet", device),
         )
         _launch.call("cuKernelGetFunction", kernel)  # loads it into the context now, not within a later capture
     return _kernels.setdefault((plan, device), _launch.driver().CUfunction(int(kernel)))

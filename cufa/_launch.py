@@ -84,56 +84,72 @@ def is_capturing(stream: int) -> bool:
 
 
 class _Scratch(threading.local):
-    """A thread's launch arguments: the driver has copied them when the launch returns."""
+    """A thread's kernel arguments: the driver has copied them when the launch returns."""
 
     def __init__(self) -> None:
         self.params = ctypes.create_string_buffer(LAYOUT.size)
         self._array = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
         self.arguments = ctypes.addressof(self._array)
-        self.config = driver().CUlaunchConfig()
-        self.config.gridDimY = self.config.gridDimZ = 1
-        self.config.blockDimY = self.config.blockDimZ = 1
 
 
-_scratch: _Scratch | None = None
+_scratch = _Scratch()
 
 
 class Launch:
     """A loaded kernel with the shape of its launch and the part of its Params that every launch shares."""
 
-    __slots__ = ("blocks", "device", "function", "params", "smem_bytes", "threads")
+    __slots__ = (
+        "_blocks",
+        "_configs",
+        "_enqueue",
+        "_function",
+        "_params",
+        "_smem_bytes",
+        "_threads",
+        "device",
+    )
 
-    def __init__(
-        self, function: Any, device: int, blocks: int, threads: int, smem_bytes: int, params: bytes
-    ) -> None:
-        self.function = function
+    MAX_STREAMS = 64
+
+    def __init__(self, function: Any, device: int, blocks: int, threads: int, smem_bytes: int, params: bytes) -> None:
         self.device = device
-        self.blocks = blocks
-        self.threads = threads
-        self.smem_bytes = smem_bytes
-        self.params = params
+        self._function = function
+        self._blocks = blocks
+        self._threads = threads
+        self._smem_bytes = smem_bytes
+        self._params = params
+        self._enqueue = driver().cuLaunchKernelEx
+        self._configs: dict[int, Any] = {}
 
-    def __call__(self, pointers: list[int], stream: int) -> None:
-        """Enqueue on `stream` with the leading members of Params set to `pointers`."""
-        global _scratch
-        if self.blocks == 0:
+    def __call__(self, pointers: list[int], stream: int, current_device: int) -> None:
+        """Enqueue on `stream` with the leading members of Params set to `pointers`.
+
+        `current_device` is the framework's current GPU, or -1 if that is not known.
+        """
+        if self._blocks == 0:
             return
         scratch = _scratch
-        if scratch is None:
-            scratch = _scratch = _Scratch()
-        params, config = scratch.params, scratch.config
-        params[:] = self.params  # type: ignore[assignment]
-        POINTER_LAYOUT.pack_into(params, 0, *pointers)
-        config.gridDimX = self.blocks
-        config.blockDimX = self.threads
-        config.sharedMemBytes = self.smem_bytes
-        config.hStream = stream
-        bindings = driver()
-        status, active = bindings.cuCtxGetDevice()
-        if status == 0 and int(active) == self.device:
-            (status,) = bindings.cuLaunchKernelEx(config, self.function, scratch.arguments, 0)
-        else:
-            with current(self.device):
-                (status,) = bindings.cuLaunchKernelEx(config, self.function, scratch.arguments, 0)
+        ctypes.memmove(scratch.params, self._params, LAYOUT.size)
+        POINTER_LAYOUT.pack_into(scratch.params, 0, *pointers)
+        config = self._configs.get(stream) or self._config(stream)
+        if current_device == self.device:
+            (status,) = self._enqueue(config, self._function, scratch.arguments, 0)
+            if status == 0:
+                return
+        # Another GPU is current, or, in a new thread, none.
+        with current(self.device):
+            (status,) = self._enqueue(config, self._function, scratch.arguments, 0)
         if status != 0:
-            raise CudaError(f"cufa: cuLaunchKernelEx failed: {_describe(bindings, status)}.")
+            raise CudaError(f"cufa: cuLaunchKernelEx failed: {_describe(driver(), status)}.")
+
+    def _config(self, stream: int) -> Any:
+        """What the driver is told of the shape; kept, because telling it takes longer than launching."""
+        config = driver().CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = self._blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = self._smem_bytes
+        config.hStream = stream
+        if len(self._configs) >= self.MAX_STREAMS:
+            self._configs.clear()
+        self._configs[stream] = config
+        return config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+from ._arrays import contiguous
 from ._problem import MAX_SEQLEN, Problem
 
 
@@ -13,7 +14,7 @@ class Field(NamedTuple):
 
     name: str
     format: str
-    count: int = 1
+    length: int = 1
 
 
 FIELDS = (
@@ -31,7 +32,7 @@ FIELDS = (
 POINTERS = 10
 """Leading members that are addresses, in the order that `launch` receives them."""
 
-LAYOUT = struct.Struct("@" + "".join(f"{field.count}{field.format}" for field in FIELDS))
+LAYOUT = struct.Struct("@" + "".join(f"{field.length}{field.format}" for field in FIELDS))
 POINTER_LAYOUT = struct.Struct(f"@{POINTERS}Q")
 
 
@@ -43,7 +44,7 @@ def static_asserts() -> str:
         # What offsetof expands to in NVRTC's front end; NVRTC before 13.3 has no __builtin_offsetof.
         address = f"&static_cast<attention::Params*>(nullptr)->{field.name}"
         lines.append(f"static_assert(__INTADDR__({address}) == {offset});")
-        offset += field.count * struct.calcsize(field.format)
+        offset += field.length * struct.calcsize(field.format)
     return "\n".join(lines) + "\n"
 
 
@@ -64,12 +65,3 @@ def pack(problem: Problem, m_blocks: int, heads_per_section: int) -> bytes:
     values += (MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right))
     values += (problem.softmax_scale, problem.softcap, 0)
     return LAYOUT.pack(*values)
-
-
-def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of a C-contiguous array."""
-    strides, step = [], 1
-    for extent in reversed(shape):
-        strides.append(step)
-        step *= extent
-    return tuple(reversed(strides))

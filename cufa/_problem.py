@@ -277,7 +277,7 @@ class _Check:
         return softcap
 
     def number(self, name: str, given: Any) -> float:
-        if isinstance(given, (str, bytes)) or getattr(given, "ndim", 0):
+        if isinstance(given, (str, bytes)) or getattr(given, "ndim", 0) != 0:
             self.type_error(f"{name} is a {type(given).__name__}; pass a number.")
         try:
             return float(given)
@@ -304,7 +304,9 @@ class _Check:
         except TypeError:
             self.type_error(f"the {name} side of window_size is a {type(given).__name__}; pass an integer or None.")
         if side < -1:
-            self.value_error(f"the {name} side of window_size is {side}; pass at least 0, or None (or -1) for unbounded.")
+            self.value_error(
+                f"the {name} side of window_size is {side}; pass at least 0, or None (or -1) for unbounded."
+            )
         return None if side == -1 else min(side, MAX_SEQLEN)
 
     def check_heads_arrays(self, q: Spec) -> None:
@@ -348,7 +350,9 @@ class _Check:
             )
         seqused = self.specs.get("seqused_k")
         if seqused is not None and seqused.shape[0] != rows - 1:
-            self.value_error(f"seqused_k has {seqused.shape[0]} entries; one for each of the {rows - 1} sequences is expected.")
+            self.value_error(
+                f"seqused_k has {seqused.shape[0]} entries; one for each of the {rows - 1} sequences is expected."
+            )
 
     def check_out(self, q: Spec, shape: tuple[int, ...]) -> None:
         out = self.specs.get("out")
@@ -428,6 +432,8 @@ def listed(words: Sequence[str]) -> str:
 
 def _distinct(spec: Spec) -> bool:
     """Whether no two elements share memory, as far as nested strides can show it."""
+    if 0 in spec.shape:
+        return True
     axes = sorted((abs(stride), extent) for stride, extent in zip(spec.strides, spec.shape, strict=True) if extent > 1)
     reach = 0
     for stride, extent in axes:

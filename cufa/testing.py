@@ -747,9 +747,7 @@ def _features(
     written = st.sampled_from([name for name in layouts if name != "broadcast"])
     return st, {
         "seqlen": st.sampled_from([n for n in SEQLENS if 0 < n <= max_seqlen] * 3 + [0]),
-        "heads": st.sampled_from(
-            [(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (6, 2), (5, 1), (8, 1)] * 2 + [(0, 0)]
-        ),
+        "heads": st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (6, 2), (5, 1), (8, 1)] * 2 + [(0, 0)]),
         "head_dim": st.sampled_from(head_dims),
         "head_dim_v": st.sampled_from(head_dims),
         "dtype": st.sampled_from(dtypes),
@@ -932,9 +930,7 @@ def _cupy_gpu(cupy: Any, like: Any) -> _Gpu:
             return fn
         return lambda: graph.launch(stream)
 
-    return _Gpu(
-        stream, stream.synchronize, lambda: junk.fill(0), capture, stream.record, cupy.cuda.get_elapsed_time
-    )
+    return _Gpu(stream, stream.synchronize, lambda: junk.fill(0), capture, stream.record, cupy.cuda.get_elapsed_time)
 
 
 def _torch_gpu(torch: Any, like: Any) -> _Gpu:

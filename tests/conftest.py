@@ -42,9 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """After a whole run of the GPU tests, write down what was verified, where, and on which sources."""
     whole = config.getoption("markexpr") == "gpu" and not config.getoption("keyword")
-    counts = {
-        name: len(terminalreporter.stats.get(name, [])) for name in ("passed", "failed", "skipped", "error")
-    }
+    counts = {name: len(terminalreporter.stats.get(name, [])) for name in ("passed", "failed", "skipped", "error")}
     if not whole or hasattr(config, "workerinput") or counts["passed"] == 0 or _why_no_gpu():
         return
     record = {

@@ -56,8 +56,9 @@ inline void epilogue(const tile::Accumulator<m_tiles, cols>& out, const Softmax<
   }
   __syncthreads();
   const tile::GlobalRows<typename Config::element> rows{work.out, params.out_strides.seqlen, params.out_strides.dim};
-  block::store<Config::num_threads, Config::store_bytes, Config::head_dim_v>(rows, staging, first_row,
-                                                                            work.seqlen.q);
+  const block::Chunks<Config::num_threads, Config::copy_unroll, Tile, typename Config::element> chunks(
+      staging, rows, first_row, work.seqlen.q);
+  block::store<Config::store_bytes, Config::head_dim_v>(chunks);
 }
 
 }  // namespace attention

@@ -56,8 +56,8 @@ struct MainloopSm80 {
     const typename Config::variant variant(params, work.tile.batch, work.tile.head);
     const float scale = exponent_scale<typename Config::variant>(params);
 
-    load<Config::head_dim>(q, work.q, params.q_strides, first_row(), work.seqlen.q);
-    load<Config::head_dim>(k, work.k, params.k_strides, (range.end - 1) * Config::block_n, work.seqlen.k);
+    load<Config::head_dim>(chunks(q, work.q, params.q_strides, first_row(), work.seqlen.q));
+    load<Config::head_dim>(key_chunks(k, params, work, range.end - 1));
     ptx::cp_async_commit_group();
     out.zero();
     statistics.init();
@@ -65,17 +65,17 @@ struct MainloopSm80 {
     for (int n_block = range.end - 1; n_block >= range.begin; --n_block) {
       const int first_col = n_block * Config::block_n;
       Scores scores;
+      const auto v_chunks = chunks(v, work.v, params.v_strides, first_col, work.seqlen.k);
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // this block's K has arrived, and every warp is done with V
-      load<Config::head_dim_v>(v, work.v, params.v_strides, first_col, work.seqlen.k);
+      load<Config::head_dim_v>(v_chunks);
       ptx::cp_async_commit_group();
       warp::gemm_abt<Config::head_dim>(scores, q, k, warp_row());
 
+      const auto next_k_chunks = key_chunks(k, params, work, n_block - 1);
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // V has arrived, and every warp is done with K
-      if (n_block > range.begin) {
-        load<Config::head_dim>(k, work.k, params.k_strides, first_col - Config::block_n, work.seqlen.k);
-      }
+      if (n_block > range.begin) load<Config::head_dim>(next_k_chunks);
       ptx::cp_async_commit_group();
       apply(variant, scores, params, work.seqlen, first_row() + warp_row(), first_col);
       if (range.is_boundary(n_block)) {
@@ -86,10 +86,20 @@ struct MainloopSm80 {
     }
   }
 
-  template <int valid_cols, class Tile>
-  static void load(const Tile& tile, const element* pointer, const Strides& strides, int first_row, int row_limit) {
+  template <class Tile>
+  static auto chunks(const Tile& tile, const element* pointer, const Strides& strides, int first_row,
+                     int row_limit) {
     const tile::GlobalRows<const element> rows{pointer, strides.seqlen, strides.dim};
-    block::load<Config::num_threads, Config::copy_bytes, valid_cols>(tile, rows, first_row, row_limit);
+    return block::Chunks<Config::num_threads, Config::copy_unroll, Tile, const element>(tile, rows, first_row, row_limit);
+  }
+
+  static auto key_chunks(const K& k, const Params& params, const Work<element>& work, int n_block) {
+    return chunks(k, work.k, params.k_strides, n_block * Config::block_n, work.seqlen.k);
+  }
+
+  template <int valid_cols, class Chunks>
+  static void load(const Chunks& chunks) {
+    block::load<Config::copy_bytes, valid_cols>(chunks);
   }
 };
 

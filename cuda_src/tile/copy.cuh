@@ -22,34 +22,55 @@ struct GlobalRows {
 
 namespace block {
 
-// Calls copy(pointer, row, chunk, address) for the 16-byte chunks of the tile that belong to this thread, lanes along a
-// row first. Not unrolled: the addresses of all passes at once would take the registers that the accumulators need.
-template <int num_threads, class Tile, class element, class Copy>
-inline void for_each_chunk(const Tile& tile, const tile::GlobalRows<element>& rows, int first_row, Copy&& copy) {
-  constexpr int rows_per_pass = num_threads / Tile::panel_chunks;
-  const u32 thread = ptx::tid_x();
-  const int row = thread / Tile::panel_chunks, chunk = thread % Tile::panel_chunks;
-  const u32 address = tile.address(row, chunk);
-#pragma unroll 1
-  for (int pass = 0; pass < ceil_div(Tile::rows, rows_per_pass); ++pass) {
-    if (Tile::rows % rows_per_pass != 0 && row + pass * rows_per_pass >= Tile::rows) return;
-    element* const pointer = rows.row(first_row + row) + pass * rows_per_pass * rows.row_stride;
+// The 16-byte chunks of a tile that belong to this thread, lanes along a row first. Found ahead of a barrier, they cost no
+// time behind it.
+template <int num_threads, int unroll, class Tile_, class element>
+struct Chunks {
+  using Tile = Tile_;
+  static constexpr int rows_per_pass = num_threads / Tile::panel_chunks;
+
+  element* pointer;  // of this thread's first row
+  i64 row_stride, col_stride;
+  u32 address;    // of its first chunk
+  int chunk;      // its column, in chunks
+  int rows_left;  // rows from its first on that are live
+
+  // Rows [first_row, first_row + Tile::rows) of `rows`, of which those from row_limit on are not live.
+  Chunks(const Tile& tile, const tile::GlobalRows<element>& rows, int first_row, int row_limit) {
+    const u32 thread = ptx::tid_x();
+    const int row = thread / Tile::panel_chunks;
+    chunk = thread % Tile::panel_chunks;
+    pointer = rows.row(first_row + row);
+    row_stride = rows.row_stride;
+    col_stride = rows.col_stride;
+    address = tile.address(row, chunk);
+    rows_left = row_limit - first_row - row;
+  }
+
+  // Calls copy(pointer of the row, live, chunk, address), `unroll` passes over the rows at a time: more are faster, until
+  // their addresses take the registers that the accumulators need.
+  template <class Copy>
+  void for_each(Copy&& copy) const {
+#pragma unroll unroll
+    for (int pass = 0; pass < ceil_div(Tile::rows, rows_per_pass); ++pass) {
+      const int step = pass * rows_per_pass;
+      if (Tile::rows % rows_per_pass != 0 && int(ptx::tid_x() / Tile::panel_chunks) + step >= Tile::rows) return;
 #pragma unroll
-    for (int panel = 0; panel < Tile::panels; ++panel) {
-      copy(pointer, first_row + row + pass * rows_per_pass, panel * Tile::panel_chunks + chunk,
-           address + panel * Tile::panel_stride + Tile::step_rows(pass * rows_per_pass));
+      for (int panel = 0; panel < Tile::panels; ++panel) {
+        copy(pointer + step * row_stride, step < rows_left, panel * Tile::panel_chunks + chunk,
+             address + panel * Tile::panel_stride + Tile::step_rows(step));
+      }
     }
   }
-}
+};
 
-// dst ← rows [first_row, first_row + Tile::rows) of src. Rows from row_limit on and columns from valid_cols on become
-// zeros and are never read. copy_bytes = sizeof(element) copies single elements, synchronously and with any
-// col_stride; 4, 8 and 16 are asynchronous and need that alignment of every row and a col_stride of 1.
-template <int num_threads, int copy_bytes, int valid_cols, class Tile, class element>
-inline void load(const Tile& dst, const tile::GlobalRows<const element>& src, int first_row, int row_limit) {
+// The tile of the chunks ← their rows. Rows that are not live and columns from valid_cols on become zeros and are never
+// read. copy_bytes = sizeof(element) copies single elements, synchronously and with any col_stride; 4, 8 and 16 are
+// asynchronous and need that alignment of every row and a col_stride of 1.
+template <int copy_bytes, int valid_cols, int num_threads, int unroll, class Tile, class element>
+inline void load(const Chunks<num_threads, unroll, Tile, const element>& chunks) {
   constexpr int valid_bytes = valid_cols * sizeof(element);
-  for_each_chunk<num_threads>(dst, src, first_row, [&](const element* from, int row, int chunk, u32 to) {
-    const bool live = row < row_limit;
+  chunks.for_each([&](const element* from, bool live, int chunk, u32 to) {
     if constexpr (copy_bytes > sizeof(element) || copy_bytes == 16) {
 #pragma unroll
       for (int byte = 0; byte < 16; byte += copy_bytes) {
@@ -66,7 +87,7 @@ inline void load(const Tile& dst, const tile::GlobalRows<const element>& src, in
 #pragma unroll
       for (int i = 0; i < Tile::chunk_elements; ++i) {
         const int col = chunk * Tile::chunk_elements + i;
-        if (live && col < valid_cols) gathered.elements[i] = from[col * src.col_stride];
+        if (live && col < valid_cols) gathered.elements[i] = from[col * chunks.col_stride];
       }
       ptx::st_shared_v4(to, gathered.words);
     }
@@ -88,13 +109,13 @@ struct Words<4> {
   using type = u32;
 };
 
-// Rows [first_row, first_row + Tile::rows) of dst ← src; rows from row_limit on and columns from valid_cols on are not
-// written. copy_bytes as for load.
-template <int num_threads, int copy_bytes, int valid_cols, class Tile, class element>
-inline void store(const tile::GlobalRows<element>& dst, const Tile& src, int first_row, int row_limit) {
+// The rows of the chunks ← their tile; rows that are not live and columns from valid_cols on are not written. copy_bytes
+// as for load.
+template <int copy_bytes, int valid_cols, int num_threads, int unroll, class Tile, class element>
+inline void store(const Chunks<num_threads, unroll, Tile, element>& chunks) {
   constexpr int valid_bytes = valid_cols * sizeof(element);
-  for_each_chunk<num_threads>(src, dst, first_row, [&](element* to, int row, int chunk, u32 from) {
-    if (row >= row_limit) return;
+  chunks.for_each([&](element* to, bool live, int chunk, u32 from) {
+    if (!live) return;
     union {
       element elements[Tile::chunk_elements];
       uint4 words;
@@ -114,7 +135,7 @@ inline void store(const tile::GlobalRows<element>& dst, const Tile& src, int fir
 #pragma unroll
       for (int i = 0; i < Tile::chunk_elements; ++i) {
         const int col = chunk * Tile::chunk_elements + i;
-        if (col < valid_cols) to[col * dst.col_stride] = held.elements[i];
+        if (col < valid_cols) to[col * chunks.col_stride] = held.elements[i];
       }
     }
   });

@@ -16,8 +16,7 @@ import numpy as np
 from jax.experimental.buffer_callback import Buffer, buffer_callback
 
 from .. import _attention, _launch, _problem
-from .._arrays import ALIGNMENT, CPU, Adapter, Arrays, Layout, Spec, register
-from .._params import contiguous
+from .._arrays import ALIGNMENT, CPU, Adapter, Arrays, Layout, Spec, contiguous, register
 from .._problem import OUT, Problem
 from ..errors import UnsupportedError
 
@@ -35,11 +34,18 @@ class JaxAdapter(Adapter):
                 device = _device_of(pointer) if pointer else 0
             except (jax.errors.JaxRuntimeError, AttributeError):  # a buffer in host memory
                 pointer, device = np.asarray(array).__array_interface__["data"][0], CPU
-        return pointer, (self, tuple(array.shape), None, np.dtype(array.dtype), device, pointer % ALIGNMENT, True)
+        return pointer, (
+            self,
+            tuple(array.shape),
+            None,
+            np.dtype(array.dtype),
+            device,
+            pointer % ALIGNMENT,
+            True,
+        )
 
     def spec(self, layout: Layout) -> Spec:
         _, shape, _, dtype, device, misalignment, writable = layout
-        assert isinstance(shape, tuple) and isinstance(dtype, np.dtype) and isinstance(device, int)
         return Spec(self.name, shape, contiguous(shape), dtype.name, device, misalignment, writable)
 
 
@@ -98,7 +104,12 @@ def _program(
 
 
 def _compute(
-    function: str, present: tuple[int, ...], options: tuple[Any, ...], context: Any, results: Any, *buffers: Any
+    function: str,
+    present: tuple[int, ...],
+    options: tuple[Any, ...],
+    context: Any,
+    results: Any,
+    *buffers: Any,
 ) -> None:
     """What runs within the program, on XLA's stream."""
     out, lse = results
