@@ -134,16 +134,27 @@ def captured(fn: Call) -> Call:
     return replay
 
 
-def gpu_seconds(fn: Call, flush: Any, repeats: int = 12) -> float:
-    """Median time of a call on the GPU."""
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats + 3)]
-    for start, stop in events:
-        flush.zero_()
-        start.record()
-        fn()
-        stop.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events[3:]) / 1e3
+def gpu_seconds(calls: dict[str, Call], flush: Any, repeats: int = 30) -> dict[str, float]:
+    """Median time of each call on the GPU.
+
+    The calls take turns, in an order that moves on by one every time: what heats the GPU, or follows one that did, is
+    then the same for all.
+    """
+    events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(repeats + 3):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            calls[name]()
+            stop.record()
+            events[name].append((start, stop))
+        torch.cuda.synchronize()
+    return {
+        name: statistics.median(start.elapsed_time(stop) for start, stop in pairs[3:]) / 1e3
+        for name, pairs in events.items()
+    }
 
 
 def host_seconds(fn: Call, synchronize: Call, calls: int = 200) -> float:
@@ -193,12 +204,8 @@ def measure(rows: list[Row]) -> dict[Row, dict[str, float]]:
                 dead.add(name)
             except Exception as reason:
                 print(f"# {name} fails on {row}: {type(reason).__name__}: {str(reason)[:120]}", flush=True)
-        # Round and round, so that a clock that drifts drifts for all.
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(3):
-            for name, call in calls.items():
-                times[name].append(gpu_seconds(call, flush))
-        results[row] = {name: row.flop / statistics.median(each) / 1e12 for name, each in times.items()}
+        times = gpu_seconds(calls, flush)
+        results[row] = {name: row.flop / each / 1e12 for name, each in times.items()}
         shown = "  ".join(f"{name} {value:.0f}" for name, value in results[row].items())
         print(f"[{index + 1}/{len(rows)}] {row}: {shown}", flush=True)
     return results
@@ -208,7 +215,7 @@ def matmul_ceiling() -> float:
     """TFLOP/s of an 8192³ bfloat16 matrix product."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    return 2 * 8192**3 / gpu_seconds(lambda: a @ b, flush) / 1e12
+    return 2 * 8192**3 / gpu_seconds({"matmul": lambda: a @ b}, flush)["matmul"] / 1e12
 
 
 def host_costs() -> dict[str, float]:
@@ -216,9 +223,8 @@ def host_costs() -> dict[str, float]:
     costs = {}
     x = torch.randn(2, 128, 4, 128, device="cuda", dtype=torch.float16)
     costs["torch"] = host_seconds(lambda: cufa.attention(x, x, x, causal=True), torch.cuda.synchronize)
-    costs["torch, out="] = host_seconds(
-        lambda out=torch.empty_like(x): cufa.attention(x, x, x, causal=True, out=out), torch.cuda.synchronize
-    )
+    out = torch.empty_like(x)
+    costs["torch, out="] = host_seconds(lambda: cufa.attention(x, x, x, causal=True, out=out), torch.cuda.synchronize)
     transposed = x.transpose(1, 2)
     costs["torch's own scaled_dot_product_attention"] = host_seconds(
         lambda: functional.scaled_dot_product_attention(transposed, transposed, transposed, is_causal=True),
@@ -255,8 +261,10 @@ def startup() -> dict[str, float]:
         environment = {**os.environ, "CUFA_CACHE_DIR": directory}
 
         def once() -> float:
-            command = [sys.executable, "-c", STARTUP]
-            return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+            run = subprocess.run([sys.executable, "-c", STARTUP], env=environment, capture_output=True, text=True)
+            if run.returncode:
+                raise RuntimeError(f"the first call failed:\n{run.stderr[-2000:]}")
+            return float(run.stdout)
 
         once()  # bytecode and file caches
         for file in Path(directory).rglob("*.cufa"):

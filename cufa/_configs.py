@@ -127,7 +127,7 @@ def _tile_sm80(static: Static, arch: int) -> tuple[int, int, int, int]:
     if widest <= 128:
         if SHARED_MEMORY[arch] <= 99 << 10:
             return 128, 32, 4, 1  # 48 KB: two blocks share an SM
-        return 128, 64 if plain else 48, 4, 1
+        return 128, 64 if plain else 32 if static.mask == "window" else 48, 4, 1
     return 64, 64, 4, 1
 
 
@@ -135,7 +135,7 @@ def _copy_unroll(static: Static, arch: int) -> int:
     if static.copy_bytes < 16 or static.element == "f32":
         return 1  # short copies are many as it is
     if 96 < max(static.head_dim, static.head_dim_v) <= 128:  # the fullest tiles
-        return 1 if static.mask == "window" else 2 if arch >= 90 else 4
+        return 2 if arch >= 90 else 4
     return 4
 
 
