@@ -366,7 +366,8 @@ def _find_adapter(function: str, name: str, array: Any) -> Adapter:
             f"{function}: {name} is a {type(array).__name__}, not an array; pass a CuPy, torch, JAX, Numba or NumPy "
             "array, or one with __dlpack__."
         )
-    if isinstance(array, np.ma.MaskedArray):
+    masked = sys.modules.get("numpy.ma")  # which NumPy imports late, for it takes 30 ms
+    if masked is not None and isinstance(array, masked.MaskedArray):
         raise TypeError(f"{function}: {name} is a masked array, whose mask would be ignored; pass its .filled(...).")
     _ADAPTERS[type(array)] = adapter
     return adapter

@@ -151,6 +151,8 @@ def options_of(arch: int) -> list[str]:
         "--std=c++17",
         "--ptxas-options=-v",
     ]
+    if nvrtc().version >= (12, 9):
+        options.append("--no-cache")  # NVRTC's own cache would leave the log without registers and spills
     return [*options, "--generate-line-info"] if _env.lineinfo() else options
 
 
@@ -202,7 +204,7 @@ def compile_source(source: str, options: list[str], what: str) -> Compiled:
             (status,) = bindings.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
         seconds = time.perf_counter() - began
         _, size = _nvrtc_call("nvrtcGetProgramLogSize", bindings.nvrtcGetProgramLogSize(program))
-        buffer = b" " * size
+        buffer = bytearray(size)
         bindings.nvrtcGetProgramLog(program, buffer)
         log = buffer.decode(errors="replace").strip("\0 \n")
         saved = _save(source, log)
@@ -212,9 +214,9 @@ def compile_source(source: str, options: list[str], what: str) -> Compiled:
             )
             raise CompileError(f"cufa: compiling {what} failed ({getattr(status, 'name', status)}).{where}\n{log}")
         _, size = _nvrtc_call("nvrtcGetCUBINSize", bindings.nvrtcGetCUBINSize(program))
-        cubin = b" " * size
+        cubin = bytearray(size)
         _nvrtc_call("nvrtcGetCUBIN", bindings.nvrtcGetCUBIN(program, cubin))
-        return Compiled(cubin, log, seconds)
+        return Compiled(bytes(cubin), log, seconds)
     finally:
         bindings.nvrtcDestroyProgram(program)
 
