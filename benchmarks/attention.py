@@ -5,8 +5,8 @@
 Same inputs for all, in one run on one GPU: bfloat16, medians of CUDA-graph replays with the L2 flushed before each, so
 that a slow host does not count against a kernel. Work is counted as 4 · batch · seqlen_q · seqlen_k · heads · head_dim
 floating-point operations, half of it under a causal mask. Beside the kernels it measures the ceiling of a large matrix
-product, the host's time a call, compile times, and the time from ``import cufa`` to the first result. ``--out`` receives a
-table (Markdown), the rows (CSV) and a plot (PNG).
+product, the host's time a call, and the time from ``import cufa`` to the first result. ``--out`` receives a table
+(Markdown), the rows (CSV) and a plot (PNG).
 """
 
 from __future__ import annotations
@@ -385,8 +385,8 @@ def main() -> None:
         f"# Forward on {device}",
         "",
         f"{datetime.date.today()}, driver {report['gpu']['driver']}, NVRTC {report['nvrtc']['version']}, torch "
-        f"{torch.__version__}. bfloat16, TFLOP/s, medians of CUDA-graph replays with the L2 flushed before each. An 8192³ "
-        f"bfloat16 matrix product in the same run: {ceiling:.0f} TFLOP/s.",
+        f"{torch.__version__}. bfloat16, TFLOP/s, medians of CUDA-graph replays with the L2 flushed before each. "
+        f"An 8192³ bfloat16 matrix product in the same run: {ceiling:.0f} TFLOP/s.",
         "",
         table(results),
         "## What a call costs the host",

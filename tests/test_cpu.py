@@ -118,9 +118,7 @@ def test_varlen_is_a_loop_of_dense(case: Case) -> None:
 
 
 def test_rows_of_no_sequence_are_neither_read_nor_written() -> None:
-    case = Case(
-        seqlen_q=(3, 1, 6), seqlen_k=(3, 5, 2), batch=3, num_heads_q=2, num_heads_k=2, return_lse=True
-    )
+    case = Case(seqlen_q=(3, 1, 6), seqlen_k=(3, 5, 2), batch=3, num_heads_q=2, num_heads_k=2, return_lse=True)
     arrays = case.arrays()
     arrays["cu_seqlens_q"], arrays["cu_seqlens_k"] = np.array([1, 4, 8]), np.array([2, 7, 9])
     for name, alive in (("q", slice(1, 8)), ("k", slice(2, 9)), ("v", slice(2, 9))):
@@ -144,9 +142,7 @@ def test_nothing_leaks_from_behind_the_live_length(poison: float) -> None:
     assert (clean[0][:4] != 0).all() and (clean[0][4:] == 0).all()
 
 
-CASE = Case(
-    batch=3, seqlen_q=60, seqlen_k=75, num_heads_q=6, num_heads_k=3, head_dim=24, head_dim_v=10, causal=True
-)
+CASE = Case(batch=3, seqlen_q=60, seqlen_k=75, num_heads_q=6, num_heads_k=3, head_dim=24, head_dim_v=10, causal=True)
 
 
 def test_batch_entries_and_heads_are_alike() -> None:

@@ -182,8 +182,7 @@ def test_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_path_of_an_unknown_user(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "~no such user/kernels")
     with fails_with(
-        f"{name}: expected a path whose home directory can be found, got '~no such user/kernels'; "
-        f"{MEANINGS[name]}."
+        f"{name}: expected a path whose home directory can be found, got '~no such user/kernels'; {MEANINGS[name]}."
     ):
         PATHS[name]()
 

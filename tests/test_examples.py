@@ -97,8 +97,7 @@ class PlainModel:
 
     def embed(self, ids: list[int]) -> np.ndarray:
         tables = {
-            name: self.weights[f"embeddings.{name}_embeddings.weight"]
-            for name in ("word", "position", "token_type")
+            name: self.weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")
         }
         x = tables["word"][ids] + tables["position"][: len(ids)] + tables["token_type"][0]
         x = self.layer_norm("embeddings.LayerNorm", x)
@@ -167,9 +166,7 @@ def test_search_a_text(tmp_path: Path) -> None:
     ],
     ids=["missing", "empty", "no word", "not text", "no question", "no hit wanted"],
 )
-def test_search_says_what_is_wrong(
-    tmp_path: Path, content: bytes | None, arguments: list[str], message: str
-) -> None:
+def test_search_says_what_is_wrong(tmp_path: Path, content: bytes | None, arguments: list[str], message: str) -> None:
     text = tmp_path / "text.txt"
     if content is not None:
         text.write_bytes(content)
@@ -207,9 +204,7 @@ def test_embeddings_equal_a_plain_model(example: ModuleType, encoder: Any) -> No
 @needs_model
 def test_embeddings_have_the_published_similarities(encoder: Any) -> None:
     """The values that the documentation of the model's own library prints for these sentences."""
-    ids = encoder.tokenize(
-        ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
-    )
+    ids = encoder.tokenize(["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."])
     vectors = encoder.embed(ids)
     expected = [[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]]
     np.testing.assert_allclose(vectors @ vectors.T, expected, rtol=0, atol=6e-5)
@@ -282,8 +277,6 @@ def test_summary_is_the_first_prose(example: ModuleType) -> None:
 def test_the_default_text_is_thousands_of_sentences(example: ModuleType) -> None:
     entries = list(example.docstring_entries())
     assert len(entries) > 2000
-    assert (
-        len({entry.sentence for entry in entries}) == len({entry.name for entry in entries}) == len(entries)
-    )
+    assert len({entry.sentence for entry in entries}) == len({entry.name for entry in entries}) == len(entries)
     names = {entry.name for entry in entries}
     assert {"numpy.linalg.solve", "scipy.io.wavfile.read", "numpy.random.Generator.choice"} <= names

@@ -537,12 +537,14 @@ def test_refusals_leave_out_untouched(cupy: Any, torch: Any) -> None:
         ),
         (
             cufa.UnsupportedError,
-            "attention: float64 on a GPU is not supported; pass float16, bfloat16 or float32, or NumPy arrays to compute on the CPU.",
+            "attention: float64 on a GPU is not supported; pass float16, bfloat16 or float32, or NumPy arrays to "
+            "compute on the CPU.",
             lambda: cufa.attention(*[q.astype(cupy.float64)] * 3, out=None),
         ),
         (
             cufa.UnsupportedError,
-            "cufa: a torch tensor requires grad, and cufa has no backward yet; call under torch.no_grad() or pass tensor.detach().",
+            "cufa: a torch tensor requires grad, and cufa has no backward yet; call under torch.no_grad() or pass "
+            "tensor.detach().",
             lambda: cufa.attention(*[other.clone().requires_grad_()] * 3),
         ),
     ]

@@ -145,9 +145,7 @@ def test_a_sink_is_a_key_whose_value_is_zero() -> None:
         np.testing.assert_allclose(lse[0, :, i], lse_i[0, :, i], rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "shape", [(0, 3, 2, 2, 2), (2, 0, 3, 2, 2), (2, 3, 0, 2, 2), (2, 3, 3, 0, 0), (2, 3, 3, 0, 2)]
-)
+@pytest.mark.parametrize("shape", [(0, 3, 2, 2, 2), (2, 0, 3, 2, 2), (2, 3, 0, 2, 2), (2, 3, 3, 0, 0), (2, 3, 3, 0, 2)])
 def test_any_size_may_be_zero(shape: tuple[int, ...]) -> None:
     batch, seqlen_q, seqlen_k, heads_q, heads_k = shape
     q, k = random(batch, seqlen_q, heads_q, 4), random(batch, seqlen_k, heads_k, 4)

@@ -65,9 +65,7 @@ def test_rounded_mathematics_is_accepted(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_tolerance_is_a_few_times_the_error_of_rounded_mathematics(dtype: str) -> None:
-    case = Case(
-        seqlen_q=256, seqlen_k=512, num_heads_q=4, num_heads_k=2, head_dim=64, head_dim_v=64, dtype=dtype
-    )
+    case = Case(seqlen_q=256, seqlen_k=512, num_heads_q=4, num_heads_k=2, head_dim=64, head_dim_v=64, dtype=dtype)
     arrays = case.arrays()
     out, lse = rounded(arrays, {})
     expected = reference.attention(**arrays, return_lse=True)
@@ -172,9 +170,7 @@ def test_one_key_too_many_is_rejected_among_thousands(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_small_error_everywhere_is_rejected(dtype: str) -> None:
-    case = Case(
-        seqlen_q=100, seqlen_k=200, num_heads_q=4, num_heads_k=4, head_dim=64, head_dim_v=64, dtype=dtype
-    )
+    case = Case(seqlen_q=100, seqlen_k=200, num_heads_q=4, num_heads_k=4, head_dim=64, head_dim_v=64, dtype=dtype)
     arrays = case.arrays()
     bound = tolerance(**arrays)
     error = np.random.default_rng(0).choice([-0.4, 0.4], bound.shape) * bound
@@ -189,14 +185,10 @@ def test_one_wrong_element_is_rejected(value: float, dtype: str) -> None:
     arrays = case.arrays()
     out, lse = rounded(arrays, case.options)
     lse[1, 1, 7] = value
-    with pytest.raises(
-        AssertionError, match=r"^lse .* in 1 of 132 elements(.|\n)*worst element lse\[1, 1, 7\]: got"
-    ):
+    with pytest.raises(AssertionError, match=r"^lse .* in 1 of 132 elements(.|\n)*worst element lse\[1, 1, 7\]: got"):
         assert_close(out, lse=lse, **arrays, **case.options)
     out[1, 7, 1, 5] = value
-    with pytest.raises(
-        AssertionError, match=r"^out .* in 1 of 2112 elements(.|\n)*worst element out\[1, 7, 1, 5\]"
-    ):
+    with pytest.raises(AssertionError, match=r"^out .* in 1 of 2112 elements(.|\n)*worst element out\[1, 7, 1, 5\]"):
         assert_close(out, **arrays, **case.options)
 
 
@@ -215,9 +207,7 @@ def test_an_empty_row_must_be_exactly_empty() -> None:
     assert (out[:, :2] == 0).all() and np.isneginf(lse[..., :2]).all()
     assert_close(out, lse=lse, **arrays, **case.options)
     lse[0, 0, 1] = -1e30
-    with pytest.raises(
-        AssertionError, match=r"worst element lse\[0, 0, 1\]: got -1\.0\d*e\+30, expected -inf"
-    ):
+    with pytest.raises(AssertionError, match=r"worst element lse\[0, 0, 1\]: got -1\.0\d*e\+30, expected -inf"):
         assert_close(out, lse=lse, **arrays, **case.options)
     out[0, 1, 0, 3] = 1e-30
     with pytest.raises(AssertionError, match=r"worst element out\[0, 1, 0, 3\]: got 1e-30, expected 0"):
@@ -260,9 +250,7 @@ def test_nan_in_a_masked_value_may_spread_within_its_head_only(value: float) -> 
     for stranger in ((0, 0, 3, 2), (1, 0, 1, 2)):
         leaked = out.copy()
         leaked[stranger] = np.nan
-        with pytest.raises(
-            AssertionError, match=rf"in 1 of 768 elements(.|\n)*out\[{stranger[0]}, 0, {stranger[2]}"
-        ):
+        with pytest.raises(AssertionError, match=rf"in 1 of 768 elements(.|\n)*out\[{stranger[0]}, 0, {stranger[2]}"):
             assert_close(leaked, **arrays, **case.options)
     hidden = out.copy()
     hidden[1, 5, 3, 2] = 0
@@ -271,9 +259,7 @@ def test_nan_in_a_masked_value_may_spread_within_its_head_only(value: float) -> 
 
 
 def test_varlen_rows_of_no_sequence_are_not_looked_at() -> None:
-    case = Case(
-        batch=2, seqlen_q=(3, 4), seqlen_k=(5, 6), seqused_k=(2, 6), num_heads_q=2, alibi_ndim=2, sinks=True
-    )
+    case = Case(batch=2, seqlen_q=(3, 4), seqlen_k=(5, 6), seqused_k=(2, 6), num_heads_q=2, alibi_ndim=2, sinks=True)
     arrays = case.arrays()
     arrays["cu_seqlens_q"] = np.array([1, 3, 6])
     out, lse = reference.attention_varlen(**arrays, return_lse=True)
@@ -318,9 +304,7 @@ def test_import_needs_no_framework_and_no_hypothesis() -> None:
 
 
 @pytest.mark.parametrize("function", [dense_cases, varlen_cases])
-def test_strategies_say_that_they_need_hypothesis(
-    function: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strategies_say_that_they_need_hypothesis(function: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     message = f"cufa.testing.{function.__name__} needs Hypothesis: pip install 'cufa[test]'."
     with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
@@ -396,9 +380,7 @@ def test_torch_tensors_come_to_numpy_bfloat16_included(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "shape", [(2, 5, 3, 4), (7, 2, 3), (2, 0, 3, 4), (0, 5, 3, 4), (2, 5, 0, 4), (1, 1, 1, 1)]
-)
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (7, 2, 3), (2, 0, 3, 4), (0, 5, 3, 4), (2, 5, 0, 4), (1, 1, 1, 1)])
 def test_every_layout_holds_its_elements(layout: str, shape: tuple[int, ...]) -> None:
     view = View.of(shape, layout)
     x = view.on(np.full(view.size, -1.0))
@@ -432,9 +414,7 @@ def test_layouts_are_what_they_are_called() -> None:
 
 
 def test_views_can_be_rebuilt_elsewhere() -> None:
-    case = Case(
-        layouts=("strided", "reversed", "broadcast", "padded"), num_heads_q=2, num_heads_k=2, dtype="bfloat16"
-    )
+    case = Case(layouts=("strided", "reversed", "broadcast", "padded"), num_heads_q=2, num_heads_k=2, dtype="bfloat16")
     mine, uploads = case.arrays(), []
 
     def upload(flat: np.ndarray, view: View) -> np.ndarray:
@@ -498,9 +478,7 @@ WANTED: dict[str, Callable[[Case], bool]] = {
     "MQA": lambda c: 1 == c.num_heads_k < c.num_heads_q,
     "widths differ": lambda c: c.head_dim == 256 != c.head_dim_v,
     "everything on": lambda c: (
-        bool(c.causal and c.window_size and c.softcap and c.sinks)
-        and c.alibi_ndim == 2
-        and c.softmax_scale is not None
+        bool(c.causal and c.window_size and c.softcap and c.sinks) and c.alibi_ndim == 2 and c.softmax_scale is not None
     ),
     "everything off": lambda c: not (c.causal or c.window_size or c.softcap or c.alibi_ndim or c.sinks),
     "one side open": lambda c: c.window_size is not None and c.window_size[0] is None is not c.window_size[1],
@@ -522,9 +500,7 @@ def test_the_strategies_reach_every_feature(strategy: Callable[..., Any]) -> Non
     @settings(max_examples=1500)
     @given(strategy(max_seqlen=65))
     def look(case: Case) -> None:
-        assert (
-            isinstance(case.seqlen_q, tuple) == isinstance(case.seqlen_k, tuple) == (strategy is varlen_cases)
-        )
+        assert isinstance(case.seqlen_q, tuple) == isinstance(case.seqlen_k, tuple) == (strategy is varlen_cases)
         reached.update(name for name, wanted in WANTED.items() if wanted(case))
 
     look()
@@ -604,9 +580,7 @@ def test_cupy_is_timed_and_compared(graph: bool) -> None:
     result = bench(lambda: x + x, like=x, graph=graph)
     assert 1e-5 < result.median < 1e-1 and result.repeats >= 5
     for layout in LAYOUTS:
-        case = Case(
-            num_heads_q=2, num_heads_k=2, layouts=(layout,) * 4, alibi_ndim=2, sinks=True, dtype="float16"
-        )
+        case = Case(num_heads_q=2, num_heads_k=2, layouts=(layout,) * 4, alibi_ndim=2, sinks=True, dtype="float16")
         arrays = case.arrays(cupy)
         assert arrays["q"].strides == case.arrays()["q"].strides
         assert_close(cupy.asarray(reference.attention(**case.arrays())), **arrays)

@@ -21,7 +21,7 @@ struct KeySpan {
 };
 
 struct BlockRange {
-  int begin, end;           // blocks [begin, end) hold every key some row of the tile sees
+  int begin, end;            // blocks [begin, end) hold every key some row of the tile sees
   int full_begin, full_end;  // blocks [full_begin, full_end) are seen whole by every row
 
   bool empty() const { return begin >= end; }

@@ -14,8 +14,7 @@
 namespace attention {
 
 template <class Tile, int m_tiles, int cols>
-inline void stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& out, int warp_row,
-                  int warp_col) {
+inline void stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& out, int warp_row, int warp_col) {
   using element = typename Tile::element;
 #pragma unroll
   for (int t = 0; t < m_tiles; ++t) {
@@ -40,8 +39,8 @@ inline void stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& o
 // Writes the rows of the work's tile; the staging tile is free when this is called.
 template <class Config, int m_tiles, int cols, class Tile>
 inline void epilogue(const tile::Accumulator<m_tiles, cols>& out, const Softmax<m_tiles>& statistics,
-                     const Params& params, const Work<typename Config::element>& work, int warp_row,
-                     int warp_col, const Tile& staging) {
+                     const Params& params, const Work<typename Config::element>& work, int warp_row, int warp_col,
+                     const Tile& staging) {
   const int first_row = work.tile.m_block * Config::block_m;
   stage(staging, out, warp_row, warp_col);
   if (work.lse && warp_col + tile::fragment_col() == 0) {

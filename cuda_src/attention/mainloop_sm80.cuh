@@ -87,10 +87,10 @@ struct MainloopSm80 {
   }
 
   template <class Tile>
-  static auto chunks(const Tile& tile, const element* pointer, const Strides& strides, int first_row,
-                     int row_limit) {
+  static auto chunks(const Tile& tile, const element* pointer, const Strides& strides, int first_row, int row_limit) {
     const tile::GlobalRows<const element> rows{pointer, strides.seqlen, strides.dim};
-    return block::Chunks<Config::num_threads, Config::copy_unroll, Tile, const element>(tile, rows, first_row, row_limit);
+    return block::Chunks<Config::num_threads, Config::copy_unroll, Tile, const element>(tile, rows, first_row,
+                                                                                        row_limit);
   }
 
   static auto key_chunks(const K& k, const Params& params, const Work<element>& work, int n_block) {

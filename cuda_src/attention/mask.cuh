@@ -11,8 +11,8 @@ namespace attention {
 
 // first_row is the query row of the warp's first row, first_col the key of the tile's first column.
 template <bool causal, bool window, int m_tiles, int block_n>
-inline void mask(tile::Accumulator<m_tiles, block_n>& scores, const Params& params, const Seqlen& seqlen,
-                 int first_row, int first_col) {
+inline void mask(tile::Accumulator<m_tiles, block_n>& scores, const Params& params, const Seqlen& seqlen, int first_row,
+                 int first_col) {
   using Span = KeySpan<causal, window>;
   const int thread_col = first_col + tile::fragment_col();
 #pragma unroll

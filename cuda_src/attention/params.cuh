@@ -15,12 +15,12 @@ struct Params {
   const void* k;
   const void* v;
   void* out;
-  float* lse;                  // (batch, num_heads_q, seqlen_q) or (num_heads_q, total_q); null: not wanted
-  const float* alibi_slopes;   // (heads,) or (batch, heads)
-  const float* sinks;          // (heads,)
-  const i32* cu_seqlens_q;     // (batch + 1,)
-  const i32* cu_seqlens_k;     // (batch + 1,)
-  const i32* seqused_k;        // (batch,); null: whole sequences are live
+  float* lse;                 // (batch, num_heads_q, seqlen_q) or (num_heads_q, total_q); null: not wanted
+  const float* alibi_slopes;  // (heads,) or (batch, heads)
+  const float* sinks;         // (heads,)
+  const i32* cu_seqlens_q;    // (batch + 1,)
+  const i32* cu_seqlens_k;    // (batch + 1,)
+  const i32* seqused_k;       // (batch,); null: whole sequences are live
   Strides q_strides, k_strides, v_strides, out_strides;
   i64 lse_batch_stride, lse_head_stride;
   i64 alibi_batch_stride, alibi_head_stride;

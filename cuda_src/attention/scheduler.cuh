@@ -16,8 +16,8 @@ struct TileIndex {
 inline TileIndex dense_tile(const Params& params, int linear) {
   const int section_tiles = params.heads_per_section * params.m_blocks;
   const int section = linear / section_tiles, within = linear % section_tiles;
-  const int width = min_of(params.heads_per_section,
-                           params.batch * params.num_heads_q - section * params.heads_per_section);
+  const int width =
+      min_of(params.heads_per_section, params.batch * params.num_heads_q - section * params.heads_per_section);
   const int head = section * params.heads_per_section + within % width;
   return {params.m_blocks - 1 - within / width, head % params.num_heads_q, head / params.num_heads_q};
 }

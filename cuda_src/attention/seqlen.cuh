@@ -7,7 +7,7 @@
 namespace attention {
 
 struct Seqlen {
-  int q, k;                    // live lengths
+  int q, k;                      // live lengths
   int q_first_row, k_first_row;  // row of the packed arrays where the sequence begins; 0 unless varlen
 
   // Query i sees key j through j - (i + diagonal): masks are aligned bottom-right.

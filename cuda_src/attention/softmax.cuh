@@ -70,8 +70,7 @@ struct Softmax {
         const float keys_max = row_max[t][i], new_max = fmaxf(keys_max, sink_exponent);
         const float subtracted = new_max == -infinity ? 0.0f : new_max;
         const float rescale = ptx::ex2_approx_ftz(keys_max - subtracted);
-        const float sum =
-            warp::quad_sum(row_sum[t][i]) * rescale + ptx::ex2_approx_ftz(sink_exponent - subtracted);
+        const float sum = warp::quad_sum(row_sum[t][i]) * rescale + ptx::ex2_approx_ftz(sink_exponent - subtracted);
         const float factor = sum == 0.0f ? 0.0f : rescale * ptx::rcp_approx_ftz(sum);
         row_max[t][i] = (subtracted + ptx::lg2_approx(sum)) * ln_2;
 #pragma unroll

@@ -31,20 +31,18 @@ struct Work {
       tile = dense_tile(params, linear);
       seqlen = dense_seqlen(params);
     }
-    range = block_range<Config::block_m, Config::block_n, Config::causal, Config::window>(params, seqlen,
-                                                                                         tile.m_block);
+    range = block_range<Config::block_m, Config::block_n, Config::causal, Config::window>(params, seqlen, tile.m_block);
     const int batch = Config::varlen ? 0 : tile.batch, head_k = tile.head / params.qheads_per_khead;
     const auto origin = [batch](const void* pointer, const Strides& strides, int head, int row) {
-      return static_cast<const element*>(pointer) + batch * strides.batch + head * strides.head +
-             row * strides.seqlen;
+      return static_cast<const element*>(pointer) + batch * strides.batch + head * strides.head + row * strides.seqlen;
     };
     q = origin(params.q, params.q_strides, tile.head, seqlen.q_first_row);
     k = origin(params.k, params.k_strides, head_k, seqlen.k_first_row);
     v = origin(params.v, params.v_strides, head_k, seqlen.k_first_row);
     out = const_cast<element*>(origin(params.out, params.out_strides, tile.head, seqlen.q_first_row));
-    lse = params.lse ? params.lse + batch * params.lse_batch_stride + tile.head * params.lse_head_stride +
-                           seqlen.q_first_row
-                     : nullptr;
+    lse = params.lse
+              ? params.lse + batch * params.lse_batch_stride + tile.head * params.lse_head_stride + seqlen.q_first_row
+              : nullptr;
   }
 };
 

@@ -75,8 +75,7 @@ inline void load(const Chunks<num_threads, unroll, Tile, const element>& chunks)
 #pragma unroll
       for (int byte = 0; byte < 16; byte += copy_bytes) {
         const int valid = clamp(valid_bytes - (chunk * 16 + byte), 0, copy_bytes);
-        ptx::cp_async<copy_bytes>(to + byte, reinterpret_cast<const char*>(from) + chunk * 16 + byte,
-                                  live ? valid : 0);
+        ptx::cp_async<copy_bytes>(to + byte, reinterpret_cast<const char*>(from) + chunk * 16 + byte, live ? valid : 0);
       }
     } else {
       union {

@@ -79,8 +79,7 @@ inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums, u32 q_lane
 
 // scores = q·kᵀ along `depth` columns, for 16 m_tiles rows of q from first_row on and all rows of k.
 template <int depth, int m_tiles, int block_n, class element, int block_m, int width>
-inline void gemm_abt(tile::Accumulator<m_tiles, block_n>& scores,
-                     const tile::SharedTile<element, block_m, width>& q,
+inline void gemm_abt(tile::Accumulator<m_tiles, block_n>& scores, const tile::SharedTile<element, block_m, width>& q,
                      const tile::SharedTile<element, block_n, width>& k, int first_row) {
   using Q = tile::SharedTile<element, block_m, width>;
   using K = tile::SharedTile<element, block_n, width>;
@@ -94,8 +93,7 @@ inline void gemm_abt(tile::Accumulator<m_tiles, block_n>& scores,
     for (int panel = 0; panel < Q::panels; ++panel) {
       tile::Accumulator<m_tiles, block_n> sums;
       sums.zero();
-      gemm_abt_steps<tile::tf32_chain, Q, K>(sums, q_lane + panel * Q::panel_stride,
-                                             k_lane + panel * K::panel_stride);
+      gemm_abt_steps<tile::tf32_chain, Q, K>(sums, q_lane + panel * Q::panel_stride, k_lane + panel * K::panel_stride);
       scores.add(sums);
     }
   } else {
@@ -153,7 +151,7 @@ inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accum
         float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int step = first_step; step < min_of(block_n / 8, first_step + tile::tf32_chain); ++step) {
-          const float(&c)[4] = p.x[t][step];
+          const float (&c)[4] = p.x[t][step];
           tile::mma_3xtf32(sums,
                            {__float_as_uint(c[0]), __float_as_uint(c[2]), __float_as_uint(c[1]), __float_as_uint(c[3])},
                            {ptx::ld_shared_u32(V::step_chunks(even, j) + V::step_rows(8 * step)),

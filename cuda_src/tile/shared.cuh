@@ -25,13 +25,10 @@ struct SharedTile {
   u32 base;  // shared-memory address, aligned to 128 bytes
 
   // Where the swizzle puts 16-byte chunk `chunk` of a panel: 8 consecutive rows fill all 32 banks at every chunk.
-  static u32 swizzle(int row, int chunk) {
-    return panel_bytes == 128 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
-  }
+  static u32 swizzle(int row, int chunk) { return panel_bytes == 128 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3); }
 
   u32 address(int row, int chunk) const {
-    return base + (chunk / panel_chunks) * panel_stride + row * panel_bytes +
-           (swizzle(row, chunk % panel_chunks) << 4);
+    return base + (chunk / panel_chunks) * panel_stride + row * panel_bytes + (swizzle(row, chunk % panel_chunks) << 4);
   }
 
   // From the address of an even chunk of panel 0, the address of chunk + 2 * step in the same row.
@@ -44,9 +41,7 @@ struct SharedTile {
   static constexpr u32 step_rows(int count) { return count * panel_bytes; }
 
   // From an address in panel 0, the address `count` columns on; count is whole panels.
-  static constexpr u32 step_cols(int count) {
-    return count / (panel_chunks * chunk_elements) * panel_stride;
-  }
+  static constexpr u32 step_cols(int count) { return count / (panel_chunks * chunk_elements) * panel_stride; }
 };
 
 }  // namespace tile

