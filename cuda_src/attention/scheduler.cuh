@@ -11,8 +11,8 @@ struct TileIndex {
   int m_block, head, batch;
 };
 
-// Dense: heads in sections whose K and V fit the L2 together; within a section heads run fastest and query tiles go from
-// last to first, so that under a causal mask the longest tiles start first.
+// Dense: heads in sections whose K and V fit the L2 together; within a section heads run fastest and query tiles go
+// from last to first, so that under a causal mask the longest tiles start first.
 inline TileIndex dense_tile(const Params& params, int linear) {
   const int section_tiles = params.heads_per_section * params.m_blocks;
   const int section = linear / section_tiles, within = linear % section_tiles;

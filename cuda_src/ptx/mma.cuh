@@ -6,7 +6,8 @@
 
 namespace ptx {
 
-// A (16 bit, 16×16): a0 = row g, k 2q..; a1 = row g + 8; a2, a3 = the same at k + 8. B: b0 = k 2q.., column g; b1 at k + 8.
+// A (16 bit, 16×16): a0 = row g, k 2q..; a1 = row g + 8; a2, a3 = the same at k + 8.
+// B: b0 = k 2q.., column g; b1 at k + 8.
 template <class element>
 inline void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if constexpr (is_same<element, bf16>) {

@@ -22,8 +22,8 @@ struct GlobalRows {
 
 namespace block {
 
-// The 16-byte chunks of a tile that belong to this thread, lanes along a row first. Found ahead of a barrier, they cost no
-// time behind it.
+// The 16-byte chunks of a tile that belong to this thread, lanes along a row first. Found ahead of a barrier, they cost
+// no time behind it.
 template <int num_threads, int unroll, class Tile_, class element>
 struct Chunks {
   using Tile = Tile_;
@@ -47,8 +47,8 @@ struct Chunks {
     rows_left = row_limit - first_row - row;
   }
 
-  // Calls copy(pointer of the row, live, chunk, address), `unroll` passes over the rows at a time: more are faster, until
-  // their addresses take the registers that the accumulators need.
+  // Calls copy(pointer of the row, live, chunk, address), `unroll` passes over the rows at a time: more are faster,
+  // until their addresses take the registers that the accumulators need.
   template <class Copy>
   void for_each(Copy&& copy) const {
 #pragma unroll unroll
@@ -108,8 +108,8 @@ struct Words<4> {
   using type = u32;
 };
 
-// The rows of the chunks ← their tile; rows that are not live and columns from valid_cols on are not written. copy_bytes
-// as for load.
+// The rows of the chunks ← their tile; rows that are not live and columns from valid_cols on are not written.
+// copy_bytes as for load.
 template <int copy_bytes, int valid_cols, int num_threads, int unroll, class Tile, class element>
 inline void store(const Chunks<num_threads, unroll, Tile, element>& chunks) {
   constexpr int valid_bytes = valid_cols * sizeof(element);

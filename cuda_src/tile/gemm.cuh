@@ -1,9 +1,9 @@
 // tile: a warp's matrix products from shared memory with mma.sync. For 16-bit elements one mma.m16n8k16 a step; for
 // float32 three mma.m16n8k8 on tf32 pieces (x = high + low), which recovers float32 accuracy.
 //
-// The tensor cores round sums toward zero, so a long chain of accumulations in them drifts. For float32 only short chains
-// run in them; their results are added outside, rounding to nearest. Ootomo and Yokota, "Recovering single precision
-// accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance", 2022.
+// The tensor cores round sums toward zero, so a long chain of accumulations in them drifts. For float32 only short
+// chains run in them; their results are added outside, rounding to nearest. Ootomo and Yokota, "Recovering single
+// precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance", 2022.
 #pragma once
 
 #include "core/types.cuh"
@@ -46,8 +46,8 @@ inline constexpr int tf32_chain = 4;
 
 namespace warp {
 
-// sums += A·Bᵀ over `steps` steps, with A = 16 m_tiles rows of q and B = all rows of k, from addresses q_lane and k_lane on.
-// A step reads 32 bytes of each row: 16 elements of 16 bits or 8 of float32, for which ldmatrix fits alike.
+// sums += A·Bᵀ over `steps` steps, with A = 16 m_tiles rows of q and B = all rows of k, from addresses q_lane and
+// k_lane on. A step reads 32 bytes of each row: 16 elements of 16 bits or 8 of float32, for which ldmatrix fits alike.
 template <int steps, class Q, class K, int m_tiles, int block_n>
 inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums, u32 q_lane, u32 k_lane) {
   using element = typename Q::element;
@@ -101,8 +101,9 @@ inline void gemm_abt(tile::Accumulator<m_tiles, block_n>& scores, const tile::Sh
   }
 }
 
-// out += P·V for 16-bit elements, V from column first_col on, where a panel begins. Two neighbouring n-tiles of an accumulator are, packed, the A operand of one step, so P
-// never leaves its registers; V's columns come through ldmatrix.trans.
+// out += P·V for 16-bit elements, V from column first_col on, where a panel begins. Two neighbouring n-tiles of an
+// accumulator are, packed, the A operand of one step, so P never leaves its registers; V's columns come through
+// ldmatrix.trans.
 template <int m_tiles, int block_n, int out_cols, class element, int width>
 inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accumulator<m_tiles, block_n>& p,
                     const tile::SharedTile<element, block_n, width>& v, int first_col) {
@@ -133,8 +134,8 @@ inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accum
   }
 }
 
-// out += P·V for float32, otherwise alike. The keys of a step are taken in the order 0, 2, 4, 6, 1, 3, 5, 7: then an accumulator tile of P
-// is the A operand as it stands, and the four lanes of a quad read V's rows from different banks.
+// out += P·V for float32, otherwise alike. The keys of a step are taken in the order 0, 2, 4, 6, 1, 3, 5, 7: then an
+// accumulator tile of P is the A operand as it stands, and the four lanes of a quad read V's rows from different banks.
 template <int m_tiles, int block_n, int out_cols, int width>
 inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accumulator<m_tiles, block_n>& p,
                     const tile::SharedTile<f32, block_n, width>& v, int first_col) {
