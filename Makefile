@@ -19,8 +19,7 @@ comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The extra for the CUDA version of the driver, if it finds a GPU; otherwise nothing.
-CUDA_EXTRA = $(shell $(PYTHON) -c '\
-  import ctypes; \
+CUDA_EXTRA = $(shell $(PYTHON) -c 'import ctypes; \
   driver, version = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(); \
   found = driver.cuInit(0) == driver.cuDriverGetVersion(ctypes.byref(version)) == 0; \
   print("" if not found or version.value < 12000 else "cuda12" if version.value < 13000 else "cuda13")' 2>/dev/null)
@@ -65,8 +64,6 @@ format: $(VENV)/.lint
 	@$(BIN)/clang-format -i $(HEADERS)
 
 bench: $(VENV)/.bench
-	@$(BIN)/python -c 'import torch' 2>/dev/null || \
-	  { echo "The peers are torch's: install it first, with $(BIN)/pip install torch" >&2; exit 1; }
 	@$(BIN)/python benchmarks/attention.py --out benchmarks/results
 
 clean:

@@ -128,8 +128,12 @@ def _gpus() -> dict[str, str]:
 
 
 def _nvrtc() -> dict[str, str]:
+    try:
+        found = _jit.nvrtc()
+    except Exception as error:
+        return {"version": f"none: {' '.join(str(error).split())}"}
     return {
-        "version": _probe(lambda: "{}.{}".format(*_jit.nvrtc().version)),
-        "library": _probe(lambda: f"{_jit.nvrtc().path} (found via {_jit.nvrtc().found_via})"),
-        "compiles for": _probe(lambda: ", ".join(f"sm_{arch}" for arch in _jit.nvrtc().archs)),
+        "version": "{}.{}".format(*found.version),
+        "library": f"{found.path} (found via {found.found_via})",
+        "compiles for": ", ".join(f"sm_{arch}" for arch in found.archs),
     }

@@ -443,30 +443,29 @@ def _distinct(spec: Spec) -> bool:
     return True
 
 
-def _byte_range(pointer: int, spec: Spec) -> tuple[int, int]:
-    """First byte of the array's elements and the byte after the last."""
+def _byte_range(spec: Spec) -> tuple[int, int]:
+    """Where the elements begin and end, in bytes from the array's address; the same twice if there are none."""
     if 0 in spec.shape:
-        return pointer, pointer
+        return 0, 0
     spans = [stride * (extent - 1) for stride, extent in zip(spec.strides, spec.shape, strict=True)]
     itemsize = ITEMSIZE[spec.dtype]
-    first = pointer + itemsize * sum(span for span in spans if span < 0)
-    return first, pointer + itemsize * (1 + sum(span for span in spans if span > 0))
+    return itemsize * sum(span for span in spans if span < 0), itemsize * (1 + sum(span for span in spans if span > 0))
 
 
 def _check_overlap(function: str, arrays: Arrays, problem: Problem) -> None:
-    """Refuse an `out` that shares memory with an input: tiles of it are written while others are still read.
-
-    Byte ranges are compared, so views of one buffer that interleave without sharing an element are refused too.
-    """
-    specs = [None if layout is None else layout[0].spec(layout) for layout in arrays.layouts]
-    out = specs[OUT]
-    assert out is not None
-    first, last = _byte_range(arrays.pointers[OUT], out)
-    for name, pointer, spec in zip(VARLEN_NAMES, arrays.pointers, specs, strict=False):
-        if name == "out" or spec is None:
+    """Refuse an `out` that shares memory with an input: tiles of it are written while others are still read."""
+    specs = problem.memo.get("specs")
+    if specs is None:
+        specs = [None if layout is None else layout[0].spec(layout) for layout in arrays.layouts]
+        problem.memo["specs"], problem.memo["ranges"] = specs, [spec and _byte_range(spec) for spec in specs]
+    ranges, pointers = problem.memo["ranges"], arrays.pointers
+    first, last = (pointers[OUT] + side for side in ranges[OUT])
+    for index, extent in enumerate(ranges):
+        if extent is None or index == OUT:
             continue
-        begin, end = _byte_range(pointer, spec)
-        if max(first, begin) < min(last, end) and not _interleave(out, spec, arrays.pointers[OUT] - pointer):
+        pointer, name = pointers[index], VARLEN_NAMES[index]
+        apart = pointer + extent[0] >= last or first >= pointer + extent[1]
+        if not apart and not _interleave(specs[OUT], specs[index], pointers[OUT] - pointer):
             raise ValueError(f"{function}: out overlaps {name}; pass an out that shares no memory with the inputs.")
 
 
