@@ -13,15 +13,13 @@ from .errors import UnsupportedError
 OLDEST_ARCH = 80
 MAX_GRID = (1 << 31) - 1
 
-L2_SECTION = 16 << 20
-"""Bytes of K and V that heads running side by side may share; fits the L2 of every GPU from sm_80 but the smallest."""
-
 
 class Device(NamedTuple):
-    """What a plan depends on: compute capability (80 for 8.0) and number of SMs."""
+    """A GPU: compute capability (80 for 8.0), number of SMs, bytes of L2 cache."""
 
     arch: int
     num_sms: int
+    l2_bytes: int
 
 
 class Plan(NamedTuple):
@@ -70,7 +68,7 @@ def make_plan(static: Static, arch: int) -> Plan:
     return Plan("attention_forward_sm80", arch, _configs.forward_sm80(static, known), _reason(static, arch))
 
 
-def make_grid(plan: Plan, problem: Problem) -> Grid:
+def make_grid(plan: Plan, problem: Problem, device: Device) -> Grid:
     """How many blocks `problem` takes, and in which order they go through it."""
     config, heads = plan.config, problem.batch * problem.num_heads_q
     if problem.varlen:
@@ -79,7 +77,7 @@ def make_grid(plan: Plan, problem: Problem) -> Grid:
         blocks, section = m_blocks * problem.num_heads_q, 1
     else:
         m_blocks = -(-problem.seqlen_q // config.block_m)
-        blocks, section = m_blocks * heads, heads_per_section(plan, problem)
+        blocks, section = m_blocks * heads, heads_per_section(plan, problem, device)
     if blocks > MAX_GRID:
         raise UnsupportedError(
             f"{problem.function}: {blocks} tiles of queries are more than one launch holds ({MAX_GRID}); split the "
@@ -88,18 +86,18 @@ def make_grid(plan: Plan, problem: Problem) -> Grid:
     return Grid(blocks, m_blocks, section)
 
 
-def heads_per_section(plan: Plan, problem: Problem) -> int:
+def heads_per_section(plan: Plan, problem: Problem, device: Device) -> int:
     """Query heads scheduled side by side: as many as keep their K and V in the L2."""
     config, heads = plan.config, problem.batch * problem.num_heads_q
     size = _configs.SIZEOF[config.element]
     head_bytes = max(1, problem.seqlen_k * (config.head_dim + config.head_dim_v) * size)
     ratio = max(1, problem.num_heads_q // max(1, problem.num_heads_k))
-    return max(1, min(heads, max(1, L2_SECTION // head_bytes) * ratio))
+    return max(1, min(heads, max(1, device.l2_bytes // head_bytes) * ratio))
 
 
 def _reason(static: Static, arch: int) -> str:
     if static.element == "f32":
-        return "float32 runs on tensor cores as three tf32 products, about a sixth of the speed of float16"
+        return "float32 takes three tf32 products for one; float16 and bfloat16 are at least seven times as fast"
     if static.copy_bytes < 16:
         return f"q, k and v are copied {static.copy_bytes} bytes at a time; 16-byte aligned rows would be faster"
     if arch >= 90:

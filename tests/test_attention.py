@@ -147,6 +147,21 @@ def test_jax_under_jit_scan_and_vmap() -> None:
     assert np.allclose(carried, cufa.attention(once, once, once), atol=1e-5)
 
 
+def test_jax_gradients_are_refused_until_stopped() -> None:
+    jax = pytest.importorskip("jax")
+    q = jax.numpy.ones((1, 4, 2, 8))
+    with pytest.raises(
+        cufa.UnsupportedError, match=r"^attention: a gradient is asked for, and cufa has no backward yet"
+    ):
+        jax.grad(lambda q: cufa.attention(q, q, q).sum())(q)
+
+    def stopped(q: Any) -> Any:
+        still = jax.lax.stop_gradient(q)
+        return (q * cufa.attention(still, still, still)).sum()
+
+    assert np.allclose(jax.grad(stopped)(q), 1)
+
+
 def test_jax_refusals() -> None:
     jnp = pytest.importorskip("jax.numpy")
     array = jnp.zeros((1, 4, 2, 8))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -100,7 +100,16 @@ def _program(
         jax.ShapeDtypeStruct(problem.lse_shape, np.float32) if return_lse else None,
     )
     callback = partial(_compute, function, present, options)
-    return jax.jit(buffer_callback(callback, shapes, vmap_method="sequential"))
+    program = jax.custom_vjp(buffer_callback(callback, shapes, vmap_method="sequential"))
+    program.defvjp(partial(_refuse_gradient, function), partial(_refuse_gradient, function))
+    return jax.jit(program)
+
+
+def _refuse_gradient(function: str, *_: Any) -> NoReturn:
+    raise UnsupportedError(
+        f"{function}: a gradient is asked for, and cufa has no backward yet; pass jax.lax.stop_gradient(q), and k "
+        "and v alike."
+    )
 
 
 def _compute(
