@@ -226,9 +226,8 @@ def run(
 def prepare(problem: Problem, stream: int) -> Launch:
     """Choose, compile and load the kernel of `problem`: once, after which it is remembered with the problem."""
     assert problem.static is not None
-    device = _launch.device(problem.device)
-    plan = _plan.make_plan(problem.static, device.arch)
-    grid = _plan.make_grid(plan, problem, device)
+    plan = _plan.make_plan(problem.static, _launch.device(problem.device).arch)
+    grid = _plan.make_grid(plan, problem)
     kernel = _jit.load_kernel(plan, problem.device, stream)
     params = _params.pack(problem, grid.m_blocks, grid.heads_per_section)
     launch = Launch(kernel, problem.device, grid.blocks, plan.config.num_threads, plan.config.smem_bytes, params)

@@ -137,9 +137,8 @@ return_lse, out
 
 def _explain_kernel(problem: Problem) -> Explanation:
     assert problem.static is not None
-    device = _launch.device(problem.device)
-    plan = _plan.make_plan(problem.static, device.arch)
-    grid = _plan.make_grid(plan, problem, device)
+    plan = _plan.make_plan(problem.static, _launch.device(problem.device).arch)
+    grid = _plan.make_grid(plan, problem)
     if _jit.is_loaded(plan, problem.device):
         state = "loaded"
     else:

@@ -54,11 +54,11 @@ def device(ordinal: int) -> Device:
     """What plans need to know of a GPU."""
     attribute = driver().CUdevice_attribute
     handle = call("cuDeviceGet", ordinal)
-    major, minor, num_sms, l2_bytes = (
+    major, minor, num_sms = (
         int(call("cuDeviceGetAttribute", getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle))
-        for name in ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT", "L2_CACHE_SIZE")
+        for name in ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT")
     )
-    return Device(10 * major + minor, num_sms, l2_bytes)
+    return Device(10 * major + minor, num_sms)
 
 
 @contextmanager

@@ -13,13 +13,16 @@ from .errors import UnsupportedError
 OLDEST_ARCH = 80
 MAX_GRID = (1 << 31) - 1
 
+L2_SECTION = 16 << 20
+"""Bytes of K and V that heads running side by side may share. More gives a causal mask better balance, less lets a
+short sequence's K and V arrive sooner; the L2 of every GPU from sm_80 holds about this much."""
+
 
 class Device(NamedTuple):
-    """A GPU: compute capability (80 for 8.0), number of SMs, bytes of L2 cache."""
+    """A GPU: compute capability (80 for 8.0) and number of SMs."""
 
     arch: int
     num_sms: int
-    l2_bytes: int
 
 
 class Plan(NamedTuple):
@@ -68,7 +71,7 @@ def make_plan(static: Static, arch: int) -> Plan:
     return Plan("attention_forward_sm80", arch, _configs.forward_sm80(static, known), _reason(static, arch))
 
 
-def make_grid(plan: Plan, problem: Problem, device: Device) -> Grid:
+def make_grid(plan: Plan, problem: Problem) -> Grid:
     """How many blocks `problem` takes, and in which order they go through it."""
     config, heads = plan.config, problem.batch * problem.num_heads_q
     if problem.varlen:
@@ -77,7 +80,7 @@ def make_grid(plan: Plan, problem: Problem, device: Device) -> Grid:
         blocks, section = m_blocks * problem.num_heads_q, 1
     else:
         m_blocks = -(-problem.seqlen_q // config.block_m)
-        blocks, section = m_blocks * heads, heads_per_section(plan, problem, device)
+        blocks, section = m_blocks * heads, heads_per_section(plan, problem)
     if blocks > MAX_GRID:
         raise UnsupportedError(
             f"{problem.function}: {blocks} tiles of queries are more than one launch holds ({MAX_GRID}); split the "
@@ -86,13 +89,15 @@ def make_grid(plan: Plan, problem: Problem, device: Device) -> Grid:
     return Grid(blocks, m_blocks, section)
 
 
-def heads_per_section(plan: Plan, problem: Problem, device: Device) -> int:
-    """Query heads scheduled side by side: as many as keep their K and V in the L2."""
+def heads_per_section(plan: Plan, problem: Problem) -> int:
+    """Query heads scheduled side by side: as many as keep their K and V in the L2, in sections of equal size."""
     config, heads = plan.config, problem.batch * problem.num_heads_q
     size = _configs.SIZEOF[config.element]
     head_bytes = max(1, problem.seqlen_k * (config.head_dim + config.head_dim_v) * size)
     ratio = max(1, problem.num_heads_q // max(1, problem.num_heads_k))
-    return max(1, min(heads, max(1, device.l2_bytes // head_bytes) * ratio))
+    key_heads = -(-heads // ratio)
+    sections = max(1, -(-key_heads // max(1, L2_SECTION // head_bytes)))
+    return max(1, -(-key_heads // sections) * ratio)
 
 
 def _reason(static: Static, arch: int) -> str:

@@ -412,20 +412,22 @@ def test_packed_sequences_always_have_slots_enough(lengths: list[int], block_m: 
 
 
 @pytest.mark.parametrize(
-    ("batch", "seqlen_q", "seqlen_k", "heads", "l2_bytes", "blocks", "section"),
+    ("batch", "seqlen_q", "seqlen_k", "heads", "blocks", "section"),
     [
-        (2, 300, 300, 4, 1 << 30, 2 * 4 * 3, 8),
-        (2, 300, 4096, 4, 1 << 20, 2 * 4 * 3, 2),  # K and V of one key head fill the L2: the two heads that read it
-        (1, 300, 1 << 20, 4, 1 << 20, 4 * 3, 2),
-        (0, 300, 300, 4, 1 << 30, 0, 1),
-        (1, 0, 300, 4, 1 << 30, 0, 4),
+        (2, 300, 300, 4, 2 * 4 * 3, 8),
+        (2, 300, 1 << 15, 4, 2 * 4 * 3, 4),  # K and V of a key head take 8 MB: two of four fit
+        (1, 300, 1 << 15, 6, 6 * 3, 4),  # two of three fit, so sections of two
+        (5, 300, 1 << 14, 2, 10 * 3, 6),  # four of five fit: sections of three and two, not of four and one
+        (1, 300, 1 << 20, 4, 4 * 3, 2),  # not even one fits: the two query heads that share it
+        (0, 300, 300, 4, 0, 1),
+        (1, 0, 300, 4, 0, 4),
     ],
 )
-def test_grids(batch: int, seqlen_q: int, seqlen_k: int, heads: int, l2_bytes: int, blocks: int, section: int) -> None:
+def test_grids(batch: int, seqlen_q: int, seqlen_k: int, heads: int, blocks: int, section: int) -> None:
     k = OnGpu(batch, seqlen_k, heads // 2, 64)
     problem = gpu_problem(OnGpu(batch, seqlen_q, heads, 64), k, k)
     assert problem.static is not None
-    grid = _plan.make_grid(_plan.make_plan(problem.static, 80), problem, _plan.Device(80, 108, l2_bytes))
+    grid = _plan.make_grid(_plan.make_plan(problem.static, 80), problem)
     assert (grid.blocks, grid.heads_per_section) == (blocks, section)
 
 
@@ -434,4 +436,4 @@ def test_a_grid_too_large_is_refused() -> None:
     problem = gpu_problem(q, k, k)
     assert problem.static is not None
     with pytest.raises(cufa.UnsupportedError, match=r"8589934592 tiles of queries are more than one launch holds"):
-        _plan.make_grid(_plan.make_plan(problem.static, 80), problem, _plan.Device(80, 108, 1 << 25))
+        _plan.make_grid(_plan.make_plan(problem.static, 80), problem)
