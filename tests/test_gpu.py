@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_varlen_equals_reference(name: str, data: st.DataObject) -> None:
 @given(case=st.one_of(dense_cases(layouts=("contiguous",)), varlen_cases(layouts=("contiguous",))))
 def test_jax_equals_reference(case: Case) -> None:
     jnp = framework("jax").numpy
-    case = Case(**{**case.__dict__, "use_out": False})
+    case = replace(case, use_out=False)
     check(case, jnp)
 
 
@@ -146,25 +147,16 @@ def test_foreign_arrays_through_dlpack(cupy: Any) -> None:
 @given(case=dense_cases())
 def test_memory_around_out_is_not_written(case: Case) -> None:
     cupy = framework("cupy")
-    case = Case(**{**case.__dict__, "use_out": True})
+    case = replace(case, use_out=True)
     view = case.view("out")
-    memory: list[Any] = []
-
-    def upload(flat: np.ndarray, view: View) -> Any:
-        memory.append(cupy.asarray(flat))
-        return view.on(np.asarray(flat), cupy) if False else _strided(cupy, memory[-1], view)
-
-    out = upload(case.flat("out"), view)
+    memory = cupy.asarray(case.flat("out"))
+    strides = [stride * memory.itemsize for stride in view.strides]
+    out = cupy.lib.stride_tricks.as_strided(memory[view.offset :], view.shape, strides)
     cufa.attention(**case.arrays(cupy), **case.options, out=out)
-    flat = to_numpy(memory[0])
+    flat = to_numpy(memory)
     assert np.isnan(flat[view.outside()].astype(np.float32)).all()
     if out.size:
         assert not np.isnan(to_numpy(out).astype(np.float32)).any()
-
-
-def _strided(cupy: Any, flat: Any, view: View) -> Any:
-    strides = [stride * flat.itemsize for stride in view.strides]
-    return cupy.lib.stride_tricks.as_strided(flat[view.offset :], view.shape, strides)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -177,14 +169,14 @@ PROPERTY_CASES = dense_cases(layouts=("contiguous",), head_dims=(40, 64, 128, 25
 
 
 def plain(case: Case) -> Case:
-    return Case(**{**case.__dict__, **PLAIN, "return_lse": True})
+    return replace(case, **PLAIN, return_lse=True)
 
 
 @settings(max_examples=60)
 @given(case=PROPERTY_CASES)
 def test_future_keys_do_not_change_a_causal_prefix(case: Case) -> None:
     cupy = framework("cupy")
-    case = plain(Case(**{**case.__dict__, "causal": True, "seqlen_k": case.seqlen_q}))
+    case = plain(replace(case, causal=True, seqlen_k=case.seqlen_q))
     out, lse, arrays = attend(case, cupy)
     cut = case.seqlen_q // 2
     changed = {name: arrays[name].copy() for name in ("k", "v")}
@@ -214,7 +206,7 @@ def test_grouped_heads_equal_repeated_ones(case: Case) -> None:
 @given(case=varlen_cases(layouts=("contiguous",), head_dims=(40, 64, 128, 256)))
 def test_packed_sequences_equal_dense_ones(case: Case) -> None:
     cupy = framework("cupy")
-    case = plain(Case(**{**case.__dict__, "seqused_k": None}))
+    case = plain(replace(case, seqused_k=None))
     out, lse, arrays = attend(case, cupy)
     assert isinstance(case.seqlen_q, tuple) and isinstance(case.seqlen_k, tuple)
     starts_q, starts_k = np.cumsum((0, *case.seqlen_q)), np.cumsum((0, *case.seqlen_k))
@@ -240,7 +232,7 @@ def test_packed_sequences_equal_dense_ones(case: Case) -> None:
 @given(case=PROPERTY_CASES, seed=st.integers(0, 99))
 def test_batch_and_heads_can_be_permuted(case: Case, seed: int) -> None:
     cupy = framework("cupy")
-    case = plain(Case(**{**case.__dict__, "num_heads_k": case.num_heads_q}))
+    case = plain(replace(case, num_heads_k=case.num_heads_q))
     out, lse, arrays = attend(case, cupy)
     rng = np.random.default_rng(seed)
     batch, heads = rng.permutation(case.batch), rng.permutation(case.num_heads_q)
@@ -260,7 +252,7 @@ def test_views_equal_contiguous_copies(case: Case) -> None:
     cupy = framework("cupy")
     out, lse, arrays = attend(case, cupy)
     other, other_lse, _ = attend(
-        Case(**{**case.__dict__, "use_out": False}),
+        replace(case, use_out=False),
         cupy,
         **{name: cupy.ascontiguousarray(arrays[name]) for name in "qkv"},
     )
