@@ -250,14 +250,17 @@ def test_batch_and_heads_can_be_permuted(case: Case, seed: int) -> None:
 @given(case=dense_cases(head_dims=(40, 64, 128, 256)))
 def test_views_equal_contiguous_copies(case: Case) -> None:
     cupy = framework("cupy")
+    case = replace(case, use_out=False)
     out, lse, arrays = attend(case, cupy)
-    other, other_lse, _ = attend(
-        replace(case, use_out=False),
-        cupy,
-        **{name: cupy.ascontiguousarray(arrays[name]) for name in "qkv"},
-    )
-    assert same(out, other)
-    assert lse is None or same(lse, other_lse)
+    copies = {name: cupy.ascontiguousarray(arrays[name]) for name in "qkv"}
+    other, other_lse, _ = attend(case, cupy, **copies)
+    assert_close(out, lse=lse, **case.arrays(), **case.options)
+    assert_close(other, lse=other_lse, **case.arrays(), **case.options)
+    # Rows that are not aligned may be served in smaller tiles, which sum in another order.
+    tiles = {cufa.explain(**(arrays | changed), **case.options).block_n for changed in ({}, copies)}
+    if len(tiles) == 1:
+        assert same(out, other)
+        assert lse is None or same(lse, other_lse)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
