@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import _arrays, _jit, _launch, _params, _plan, _problem
+from . import _arrays, _jit, _launch, _params, _plan, _problem, _tensor_map
 from ._arrays import CPU, Arrays
+from ._configs import ConfigSm90
 from ._launch import Launch
 from ._problem import OUT, Problem
 
@@ -226,11 +227,17 @@ def run(
 def prepare(problem: Problem, stream: int) -> Launch:
     """Choose, compile and load the kernel of `problem`: once, after which it is remembered with the problem."""
     assert problem.static is not None
-    plan = _plan.make_plan(problem.static, _launch.device(problem.device).arch)
-    grid = _plan.make_grid(plan, problem)
+    device = _launch.device(problem.device)
+    plan = _plan.make_plan(problem.static, device.arch)
+    grid = _plan.make_grid(plan, problem, device.num_sms)
     kernel = _jit.load_kernel(plan, problem.device, stream)
-    params = _params.pack(problem, grid.m_blocks, grid.heads_per_section)
-    launch = Launch(kernel, problem.device, grid.blocks, plan.config.num_threads, plan.config.smem_bytes, params)
+    config, params = plan.config, _params.pack(problem, grid)
+    shifts: tuple[int, ...] = ()
+    if isinstance(config, ConfigSm90):
+        maps = _tensor_map.make_maps(problem, config)
+        params, shifts = (maps.encoded + params).ljust(_params.TMA_SIZE, b"\0"), maps.shifts
+    what = _jit.describe(plan)
+    launch = Launch(what, kernel, problem.device, grid.blocks, config.num_threads, config.smem_bytes, params, shifts)
     problem.memo["launch"] = launch
     return launch
 

@@ -27,7 +27,7 @@ SHARED_MEMORY = {
 """Bytes of shared memory that a block may use, by compute capability."""
 
 
-class Config(NamedTuple):
+class ConfigSm80(NamedTuple):
     """The members of the C++ ``Config``, with the same names; see ``cuda_src/attention/forward_sm80.cuh``.
 
     Attributes
@@ -71,14 +71,53 @@ class Config(NamedTuple):
     sinks: bool
 
 
-def forward_sm80(static: Static, arch: int) -> Config:
+class ConfigSm90(NamedTuple):
+    """The same for ``cuda_src/attention/forward_sm90.cuh``; members not listed are as in `ConfigSm80`.
+
+    Attributes
+    ----------
+    num_threads : int
+        A warpgroup that loads and one for every 64 rows of block_m.
+    stages : int
+        Blocks of K, and of V, that are in shared memory at a time.
+    producer_registers, consumer_registers : int
+        Registers a thread of the warpgroup that loads, and of the others.
+    take_turns : bool
+        Whether warpgroups take turns on the tensor cores.
+    """
+
+    element: str
+    variant: tuple[str, ...]
+    head_dim: int
+    head_dim_v: int
+    tile_head_dim: int
+    tile_head_dim_v: int
+    block_m: int
+    block_n: int
+    num_threads: int
+    stages: int
+    producer_registers: int
+    consumer_registers: int
+    take_turns: bool
+    smem_bytes: int
+    store_bytes: int
+    causal: bool
+    window: bool
+    varlen: bool
+    sinks: bool
+
+
+Config = ConfigSm80 | ConfigSm90
+
+
+def forward_sm80(static: Static, arch: int) -> ConfigSm80:
     """Config of the mma.sync forward for compute capability `arch` (80 for 8.0)."""
     block_m, block_n, warps, column_warps = _tile_sm80(static, arch)
     size = SIZEOF[static.element]
     tile_head_dim = _round_up(static.head_dim, 32)
     tile_head_dim_v = _round_up(static.head_dim_v, 32 * column_warps)
     tiles = (block_m + block_n) * tile_head_dim + block_n * tile_head_dim_v
-    return Config(
+    return ConfigSm80(
         element=static.element,
         variant=_variant(static),
         head_dim=static.head_dim,
@@ -139,6 +178,59 @@ def _copy_unroll(static: Static, arch: int) -> int:
     if 96 < max(static.head_dim, static.head_dim_v) <= 128:  # the fullest tiles
         return 2 if arch >= 90 else 4
     return 4
+
+
+CONTROL_BYTES = 1 << 10
+"""Shared memory of the sm_90 kernel for its barriers and for what it knows of its tiles."""
+
+
+def forward_sm90(static: Static) -> ConfigSm90:
+    """Config of the wgmma forward."""
+    block_m, block_n, take_turns, stages = _tile_sm90(static)
+    size = SIZEOF[static.element]
+    tile_head_dim, tile_head_dim_v = _round_up(static.head_dim, 32), _round_up(static.head_dim_v, 32)
+    tiles = block_m * tile_head_dim + stages * block_n * (tile_head_dim + tile_head_dim_v)
+    consumers = block_m // 64
+    producer_registers, consumer_registers = REGISTERS_SM90[consumers]
+    return ConfigSm90(
+        element=static.element,
+        variant=_variant(static),
+        head_dim=static.head_dim,
+        head_dim_v=static.head_dim_v,
+        tile_head_dim=tile_head_dim,
+        tile_head_dim_v=tile_head_dim_v,
+        block_m=block_m,
+        block_n=block_n,
+        num_threads=128 * (1 + consumers),
+        stages=stages,
+        producer_registers=producer_registers,
+        consumer_registers=consumer_registers,
+        take_turns=take_turns,
+        smem_bytes=size * tiles + CONTROL_BYTES,
+        store_bytes=static.store_bytes,
+        causal=static.mask == "causal",
+        window=static.mask == "window",
+        varlen=static.varlen,
+        sinks=static.sinks,
+    )
+
+
+REGISTERS_SM90 = {1: (56, 256), 2: (24, 240), 3: (32, 160)}
+"""(producer, consumer) registers a thread by number of consumers: with what a block starts with, all there are."""
+
+
+def _tile_sm90(static: Static) -> tuple[int, int, bool, int]:
+    """(block_m, block_n, take_turns, stages)."""
+    dim, dim_v = _round_up(static.head_dim, 32), _round_up(static.head_dim_v, 32)
+    widest = max(dim, dim_v)
+    if widest <= 64:
+        return 128 if static.short else 192, 128, True, 2
+    # Scores, P and output share a thread's registers; K and V twice, and Q, the shared memory.
+    plain = static.mask != "window" and not _variant(static)
+    by_registers = ((196 if plain else 184) - dim_v // 2) * 4 // 3
+    by_smem = (SHARED_MEMORY[90] - CONTROL_BYTES - 2 * 128 * dim) // (2 * 2 * (dim + dim_v))
+    block_n = min(by_registers, by_smem, 128 if static.short or widest <= 96 else 176) // 16 * 16
+    return 128, block_n, widest <= 128, 2
 
 
 def _variant(static: Static) -> tuple[str, ...]:

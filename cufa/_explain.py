@@ -137,8 +137,9 @@ return_lse, out
 
 def _explain_kernel(problem: Problem) -> Explanation:
     assert problem.static is not None
-    plan = _plan.make_plan(problem.static, _launch.device(problem.device).arch)
-    grid = _plan.make_grid(plan, problem)
+    device = _launch.device(problem.device)
+    plan = _plan.make_plan(problem.static, device.arch)
+    grid = _plan.make_grid(plan, problem, device.num_sms)
     if _jit.is_loaded(plan, problem.device):
         state = "loaded"
     else:

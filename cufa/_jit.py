@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from . import _cache, _env, _launch, _params
 from ._cache import CubinCache, Entry
+from ._configs import ConfigSm90
 from ._plan import Plan
 from .errors import CompileError, CudaError, MissingKernelError
 
@@ -70,6 +71,8 @@ def source_of(plan: Plan) -> str:
         if isinstance(value, int)
     ]
     header = plan.kernel.removeprefix("attention_")
+    tma = isinstance(config, ConfigSm90)
+    record, asserts = ("TmaParams", _params.tma_static_asserts) if tma else ("Params", _params.static_asserts)
     return (
         f'#include "attention/{header}.cuh"\n\n'
         "struct Config {\n"
@@ -77,9 +80,9 @@ def source_of(plan: Plan) -> str:
         f"  using variant = attention::Variant<{', '.join(config.variant)}>;\n"
         f"{''.join(constants)}"
         "};\n\n"
-        f"{_params.static_asserts()}\n"
+        f"{asserts()}\n"
         f'extern "C" __global__ __launch_bounds__(Config::num_threads, 1)\n'
-        f"void {plan.kernel}(const __grid_constant__ attention::Params params) {{\n"
+        f"void {plan.kernel}(const __grid_constant__ attention::{record} params) {{\n"
         f"  attention::{header}<Config>(params);\n"
         "}\n"
     )
@@ -143,10 +146,10 @@ def _fingerprint(path: str) -> str:
     return state.hexdigest()
 
 
-def options_of(arch: int) -> list[str]:
-    """Options for NVRTC."""
+def options_of(target: str) -> list[str]:
+    """Options for NVRTC; target is ``80`` or ``90a``."""
     options = [
-        f"--gpu-architecture=sm_{arch}",
+        f"--gpu-architecture=sm_{target}",
         "--device-as-default-execution-space",
         "--std=c++17",
         "--ptxas-options=-v",
@@ -156,8 +159,11 @@ def options_of(arch: int) -> list[str]:
     return [*options, "--generate-line-info"] if _env.lineinfo() else options
 
 
-def target_of(plan: Plan) -> int:
-    """The architecture to compile for: the GPU's own, or an older one of its family that NVRTC knows."""
+def target_of(plan: Plan) -> str:
+    """The architecture to compile for: the GPU's own, or an older one of its family that NVRTC knows.
+
+    Instructions that one architecture alone has, as wgmma, need an ``a`` behind it.
+    """
     archs = nvrtc().archs
     family = [arch for arch in archs if arch // 10 == plan.arch // 10 and arch <= plan.arch]
     if not family:
@@ -166,7 +172,7 @@ def target_of(plan: Plan) -> int:
             f"cufa: NVRTC {major}.{minor} does not compile for compute capability {plan.arch // 10}.{plan.arch % 10}; "
             "install a newer one, for example with pip install -U 'cufa[cuda13]'."
         )
-    return max(family)
+    return f"{max(family)}{'a' if isinstance(plan.config, ConfigSm90) else ''}"
 
 
 def key_of(plan: Plan) -> str:

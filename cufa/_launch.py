@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from ._params import LAYOUT, POINTER_LAYOUT
+from ._params import MAP_BYTES, MAPS_BYTES, POINTER_LAYOUT, TMA_SIZE
 from ._plan import Device
 from .errors import CudaError
 
@@ -83,11 +84,15 @@ def is_capturing(stream: int) -> bool:
     return bool(call("cuStreamIsCapturing", stream) != driver().CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
 
 
+ADDRESS = struct.Struct("@Q")
+"""What leads a tensor map."""
+
+
 class _Scratch(threading.local):
     """A thread's kernel arguments: the driver has copied them when the launch returns."""
 
     def __init__(self) -> None:
-        self.params = ctypes.create_string_buffer(LAYOUT.size)
+        self.params = ctypes.create_string_buffer(TMA_SIZE)
         self._array = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
         self.arguments = ctypes.addressof(self._array)
 
@@ -96,28 +101,48 @@ _scratch = _Scratch()
 
 
 class Launch:
-    """A loaded kernel with the shape of its launch and the part of its Params that every launch shares."""
+    """A loaded kernel with the shape of its launch and the part of its argument that every launch shares.
+
+    `what` names it in messages. `params` are Params, or tensor maps and Params; with maps come their `shifts`, what the
+    addresses of q, k and v differ by in them.
+    """
 
     __slots__ = (
         "_blocks",
         "_configs",
         "_enqueue",
         "_function",
+        "_offset",
         "_params",
+        "_shifts",
         "_smem_bytes",
         "_threads",
         "device",
+        "what",
     )
 
     MAX_STREAMS = 64
 
-    def __init__(self, function: Any, device: int, blocks: int, threads: int, smem_bytes: int, params: bytes) -> None:
+    def __init__(
+        self,
+        what: str,
+        function: Any,
+        device: int,
+        blocks: int,
+        threads: int,
+        smem_bytes: int,
+        params: bytes,
+        shifts: tuple[int, ...] = (),
+    ) -> None:
+        self.what = what
         self.device = device
         self._function = function
         self._blocks = blocks
         self._threads = threads
         self._smem_bytes = smem_bytes
         self._params = params
+        self._shifts = shifts
+        self._offset = MAPS_BYTES if shifts else 0
         self._enqueue = driver().cuLaunchKernelEx
         self._configs: dict[int, Any] = {}
 
@@ -129,8 +154,13 @@ class Launch:
         if self._blocks == 0:
             return
         scratch = _scratch
-        ctypes.memmove(scratch.params, self._params, LAYOUT.size)
-        POINTER_LAYOUT.pack_into(scratch.params, 0, *pointers)
+        ctypes.memmove(scratch.params, self._params, len(self._params))
+        POINTER_LAYOUT.pack_into(scratch.params, self._offset, *pointers)
+        if self._shifts:
+            q, k, v = self._shifts
+            ADDRESS.pack_into(scratch.params, 0, pointers[0] + q)
+            ADDRESS.pack_into(scratch.params, MAP_BYTES, pointers[1] + k)
+            ADDRESS.pack_into(scratch.params, 2 * MAP_BYTES, pointers[2] + v)
         config = self._configs.get(stream) or self._config(stream)
         if current_device == self.device:
             (status,) = self._enqueue(config, self._function, scratch.arguments, 0)
@@ -140,10 +170,10 @@ class Launch:
         with current(self.device):
             (status,) = self._enqueue(config, self._function, scratch.arguments, 0)
         if status != 0:
-            raise CudaError(f"cufa: cuLaunchKernelEx failed: {_describe(driver(), status)}.")
+            raise CudaError(f"cufa: launching {self.what} failed: {_describe(driver(), status)}.")
 
     def _config(self, stream: int) -> Any:
-        """What the driver is told of the shape; kept, because telling it takes longer than launching."""
+        """What the driver is told of the shape; kept, because making it costs microseconds."""
         config = driver().CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = self._blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1

@@ -6,6 +6,7 @@ import struct
 from typing import NamedTuple
 
 from ._arrays import contiguous
+from ._plan import Grid
 from ._problem import MAX_SEQLEN, Problem
 
 
@@ -27,13 +28,19 @@ FIELDS = (
     *(Field(name, "i") for name in ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "qheads_per_khead")),
     *(Field(name, "i") for name in ("m_blocks", "heads_per_section", "window_left", "window_right")),
     *(Field(name, "f") for name in ("softmax_scale", "softcap")),
-    Field("padding", "i"),
+    Field("m_units", "i"),
 )
 POINTERS = 10
 """Leading members that are addresses, in the order that `launch` receives them."""
 
 LAYOUT = struct.Struct("@" + "".join(f"{field.length}{field.format}" for field in FIELDS))
 POINTER_LAYOUT = struct.Struct(f"@{POINTERS}Q")
+
+
+MAP_BYTES = 128
+MAPS_BYTES = 3 * MAP_BYTES
+TMA_SIZE = -(-(MAPS_BYTES + LAYOUT.size) // 64) * 64
+"""Size of ``attention::TmaParams``: the tensor maps of q, k and v, then Params, in alignments of 64 bytes."""
 
 
 def static_asserts() -> str:
@@ -48,7 +55,15 @@ def static_asserts() -> str:
     return "\n".join(lines) + "\n"
 
 
-def pack(problem: Problem, m_blocks: int, heads_per_section: int) -> bytes:
+def tma_static_asserts() -> str:
+    """The same for the struct that leads with tensor maps."""
+    return static_asserts() + (
+        f"static_assert(sizeof(attention::TmaParams) == {TMA_SIZE});\n"
+        f"static_assert(__INTADDR__(&static_cast<attention::TmaParams*>(nullptr)->params) == {MAPS_BYTES});\n"
+    )
+
+
+def pack(problem: Problem, grid: Grid) -> bytes:
     """Params of `problem` with null addresses: what every launch of it shares."""
     strides = problem.strides
     out = strides.get("out") or contiguous(problem.out_shape)
@@ -61,7 +76,7 @@ def pack(problem: Problem, m_blocks: int, heads_per_section: int) -> bytes:
     values += alibi if len(alibi) == 2 else (0, *alibi)
     values += (strides.get(name, (0,))[0] for name in ("sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"))
     values += (problem.batch, problem.seqlen_q, problem.seqlen_k, problem.num_heads_q)
-    values += (problem.num_heads_q // max(1, problem.num_heads_k), m_blocks, heads_per_section)
+    values += (problem.num_heads_q // max(1, problem.num_heads_k), grid.m_blocks, grid.heads_per_section)
     values += (MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right))
-    values += (problem.softmax_scale, problem.softcap, 0)
+    values += (problem.softmax_scale, problem.softcap, grid.m_units)
     return LAYOUT.pack(*values)

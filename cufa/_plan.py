@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from . import _configs
-from ._configs import Config
+from ._configs import Config, ConfigSm90
 from ._problem import Problem, Static
 from .errors import UnsupportedError
 
@@ -46,10 +46,11 @@ class Plan(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Shape of a launch."""
+    """Shape of a launch; see cuda_src/attention/scheduler.cuh."""
 
     blocks: int
     m_blocks: int
+    m_units: int
     heads_per_section: int
 
 
@@ -67,26 +68,46 @@ def make_plan(static: Static, arch: int) -> Plan:
             f"cufa: a GPU of compute capability {arch // 10}.{arch % 10} is not supported; 8.0 (Ampere) or newer is. "
             "NumPy arrays are computed on the CPU."
         )
+    if arch // 10 == 9 and static.element != "f32" and static.tma:
+        reason = "it is the fastest for this GPU"
+        return Plan("attention_forward_sm90", arch, _configs.forward_sm90(static), reason)
     known = max(each for each in _configs.SHARED_MEMORY if each <= arch)
     return Plan("attention_forward_sm80", arch, _configs.forward_sm80(static, known), _reason(static, arch))
 
 
-def make_grid(plan: Plan, problem: Problem) -> Grid:
+def make_grid(plan: Plan, problem: Problem, num_sms: int) -> Grid:
     """How many blocks `problem` takes, and in which order they go through it."""
     config, heads = plan.config, problem.batch * problem.num_heads_q
     if problem.varlen:
         # Always enough tiles, without knowing one length: see varlen_tile in attention/scheduler.cuh.
         m_blocks = problem.seqlen_q // config.block_m + problem.batch
-        blocks, section = m_blocks * problem.num_heads_q, 1
+        num_tiles, section = m_blocks * problem.num_heads_q, 1
     else:
         m_blocks = -(-problem.seqlen_q // config.block_m)
-        blocks, section = m_blocks * heads, heads_per_section(plan, problem)
-    if blocks > MAX_GRID:
+        num_tiles, section = m_blocks * heads, heads_per_section(plan, problem)
+    if num_tiles > MAX_GRID:
         raise UnsupportedError(
-            f"{problem.function}: {blocks} tiles of queries are more than one launch holds ({MAX_GRID}); split the "
+            f"{problem.function}: {num_tiles} tiles of queries are more than one launch holds ({MAX_GRID}); split the "
             "batch."
         )
-    return Grid(blocks, m_blocks, section)
+    schedule = _schedule(plan, problem, m_blocks, heads, num_sms)
+    m_units = -(-m_blocks // 2) if schedule == "pairs" else m_blocks
+    blocks = num_tiles if schedule == "tiles" else min(m_units * heads, num_sms)
+    return Grid(blocks, m_blocks, m_units, section)
+
+
+def _schedule(plan: Plan, problem: Problem, m_blocks: int, heads: int, num_sms: int) -> str:
+    """How the tiles come to the SMs.
+
+    ``tiles``: a block each; the GPU hands them out in order, longest first. ``persistent``, for tiles that cost the
+    same: one block an SM works through a share that is fixed beforehand, so that a tile's loads and the last one's
+    output overlap with its neighbours' products. ``pairs``: the same with pairs of tiles that cost the same.
+    """
+    if problem.varlen or not isinstance(plan.config, ConfigSm90):
+        return "tiles"
+    if not plan.config.causal:
+        return "persistent"
+    return "pairs"
 
 
 def heads_per_section(plan: Plan, problem: Problem) -> int:
@@ -104,7 +125,12 @@ def _reason(static: Static, arch: int) -> str:
     if static.element == "f32":
         return "float32 takes three tf32 products for one; float16 and bfloat16 are at least seven times as fast"
     if static.copy_bytes < 16:
-        return f"q, k and v are copied {static.copy_bytes} bytes at a time; 16-byte aligned rows would be faster"
+        faster = "16-byte aligned rows would be faster"
+        if arch // 10 == 9:
+            faster = "16-byte aligned rows would let the tensor memory accelerator copy, about twice as fast"
+        return f"q, k and v are copied {static.copy_bytes} bytes at a time; {faster}"
+    if arch // 10 == 9:
+        return "a stride of q, k or v is negative or reaches 2^40 bytes, beyond the tensor memory accelerator"
     if arch >= 90:
         return f"the kernel for sm_80 and newer serves sm_{arch}; there is none specific to it"
     return "it is the fastest for this GPU"

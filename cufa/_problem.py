@@ -20,6 +20,12 @@ MAX_HEAD_DIM = 256
 MAX_SEQLEN = (1 << 30) - 1
 """Longest sequence, and widest window; positions and their differences then fit 32 bits."""
 
+LONG = 8192
+"""Rows of q from which on a sequence counts as long."""
+
+MAX_MAP_STRIDE = 1 << 40
+"""Bound of a stride in a tensor map, in bytes."""
+
 GPU_DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 """Storage dtypes on a GPU, and their names in CUDA."""
 CPU_DTYPES = (*GPU_DTYPES, "float64")
@@ -43,6 +49,10 @@ class Static(NamedTuple):
         Widest copy that the alignment of q, k and v allows; the size of an element copies them singly.
     store_bytes : {16, 8, 4, 2}
         The same for out.
+    tma : bool
+        Whether tensor maps can describe q, k and v.
+    short : bool
+        Whether sequences may be so short that what tiles waste along a causal mask's diagonal counts.
     """
 
     element: str
@@ -55,6 +65,8 @@ class Static(NamedTuple):
     varlen: bool
     copy_bytes: int
     store_bytes: int
+    tma: bool
+    short: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,7 +401,10 @@ class _Check:
             sinks="sinks" in self.specs,
             varlen=self.varlen,
             copy_bytes=min(widest_copy(self.specs[name], itemsize) for name in "qkv"),
+            tma=all(has_tensor_map(self.specs[name], itemsize) for name in "qkv"),
             store_bytes=max(itemsize, min(store, math.gcd(out_shape[-1] * itemsize, ALIGNMENT))),
+            # Lengths of packed sequences are not known; and no row's result may depend on its neighbours'.
+            short=mask_kind(left, right) == "causal" and (self.varlen or q.shape[1] < LONG),
         )
 
     def value_error(self, text: str) -> NoReturn:
@@ -418,6 +433,12 @@ def widest_copy(spec: Spec, itemsize: int) -> int:
     steps = [stride for extent, stride in zip(spec.shape[:-1], spec.strides[:-1], strict=True) if extent > 1]
     width = math.gcd(ALIGNMENT, spec.misalignment, *(stride * itemsize for stride in steps))
     return width if width >= 4 else itemsize
+
+
+def has_tensor_map(spec: Spec, itemsize: int) -> bool:
+    """Whether a tensor map can describe the array: 16-byte aligned rows, and strides from 0 to 2^40 bytes."""
+    steps = (stride for extent, stride in zip(spec.shape[:-1], spec.strides[:-1], strict=True) if extent > 1)
+    return widest_copy(spec, itemsize) == ALIGNMENT and all(0 <= step * itemsize < MAX_MAP_STRIDE for step in steps)
 
 
 def device_name(device: int) -> str:

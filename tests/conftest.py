@@ -8,7 +8,11 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,6 +33,59 @@ def _why_no_gpu() -> str | None:
     import cufa
 
     return None if cufa.is_available() else "needs an NVIDIA GPU of compute capability 8.0 or newer"
+
+
+class Watchdog(threading.Thread):
+    """Ends the process, saying which kernel hangs, when a GPU test has launched nothing for too long.
+
+    A kernel that never ends cannot be interrupted: whoever waits for it does so in the driver.
+    """
+
+    def __init__(self, seconds: float, capture: Any) -> None:
+        super().__init__(daemon=True)
+        self.seconds = seconds
+        self.capture = capture  # pytest's: what is said must not be lost in it
+        self.since = time.monotonic()
+        self.test = self.kernel = ""
+
+    def watch(self, launch: Any) -> Any:
+        """`launch`, which tells of itself."""
+
+        def watched(this: Any, *arguments: Any) -> None:
+            self.kernel, self.since = this.what, time.monotonic()
+            launch(this, *arguments)
+
+        return watched
+
+    def run(self) -> None:
+        while True:
+            time.sleep(min(1.0, self.seconds / 10))
+            if self.test and time.monotonic() - self.since > self.seconds:
+                self.capture.suspend_global_capture(in_=True)
+                os.write(2, f"\n{self.test} hangs; it launched last: {self.kernel or 'nothing'}\n".encode())
+                os._exit(70)
+
+
+@pytest.fixture(scope="session")
+def watchdog(pytestconfig: pytest.Config) -> Watchdog:
+    from cufa import _launch
+
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    dog = Watchdog(float(os.environ.get("CUFA_HANG_SECONDS", "180")), capture)
+    _launch.Launch.__call__ = dog.watch(_launch.Launch.__call__)  # type: ignore[method-assign]
+    dog.start()
+    return dog
+
+
+@pytest.fixture(autouse=True)
+def _watched(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    dog = request.getfixturevalue("watchdog")
+    dog.kernel, dog.since, dog.test = "", time.monotonic(), request.node.nodeid
+    yield
+    dog.test = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

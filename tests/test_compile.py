@@ -1,11 +1,21 @@
 """Every row of the tile tables compiles for every architecture: without spills, and without a performance warning.
 
-No GPU is needed. head_dims lie at the edges of the tables and between them.
+No GPU is needed. head_dims lie at the edges of the tables and between them. As a program, this compiles the rows of
+sm_90 with the NVRTC it is given: python tests/test_compile.py FEATURES LIBRARY...
 """
 
 from __future__ import annotations
 
+import collections
+import ctypes
+import importlib.util
 import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +28,8 @@ HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"mask": "causal"},
+    "short": {"mask": "causal", "short": True},
+    "packed": {"mask": "causal", "short": True, "varlen": True},
     "everything": {"mask": "window", "softcap": True, "alibi": True, "sinks": True, "varlen": True},
     "elementwise": {"mask": "causal", "varlen": True, "copy_bytes": 0, "store_bytes": 0},
 }
@@ -26,6 +38,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 def static(element: str, head_dim: int, head_dim_v: int, **features: Any) -> Static:
     size = _configs.SIZEOF[element]
     facts: dict[str, Any] = {"mask": "none", "softcap": False, "alibi": False, "sinks": False, "varlen": False}
+    facts |= {"tma": features.get("copy_bytes", 16) == 16, "short": False}
     facts |= {"copy_bytes": 16, "store_bytes": max(size, math.gcd(16, head_dim_v * size))} | features
     facts |= {name: facts[name] or size for name in ("copy_bytes", "store_bytes")}
     return Static(element=element, head_dim=head_dim, head_dim_v=head_dim_v, **facts)
@@ -33,7 +46,7 @@ def static(element: str, head_dim: int, head_dim_v: int, **features: Any) -> Sta
 
 def compile_plan(facts: Static, arch: int) -> tuple[_plan.Plan, _jit.Compiled]:
     plan = _plan.make_plan(facts, arch)
-    return plan, _jit.compile_source(_jit.source_of(plan), _jit.options_of(arch), _jit.describe(plan))
+    return plan, _jit.compile_source(_jit.source_of(plan), _jit.options_of(_jit.target_of(plan)), _jit.describe(plan))
 
 
 def check(facts: Static, arch: int) -> None:
@@ -44,6 +57,57 @@ def check(facts: Static, arch: int) -> None:
     assert taken.registers * plan.config.num_threads <= 1 << 16
     assert plan.config.smem_bytes <= _configs.SHARED_MEMORY[arch]
     assert compiled.cubin[:4] == b"\x7fELF" and plan.kernel.encode() in compiled.cubin
+    if isinstance(plan.config, _configs.ConfigSm90):
+        check_sass(plan.config, compiled.cubin)
+
+
+def check_sass(config: _configs.ConfigSm90, cubin: bytes) -> None:
+    """wgmma as written, twice: begun before the loop and ended after it. More WARPGROUPs would be waits that the
+    compiler put in between."""
+    count = instructions(cubin)
+    if count:
+        assert count["HGMMA"] == 2 * (math.ceil(config.head_dim / 16) + config.block_n // 16)
+        assert count["WARPGROUP"] == 8
+
+
+def instructions(cubin: bytes) -> collections.Counter[str]:
+    """How many instructions of each kind a cubin has; empty without the tools to tell."""
+    tools = [found / "bin" for found in nvidia_packages("cu13") if (found / "bin" / "cuobjdump").exists()]
+    if not tools:
+        return collections.Counter()
+    path = os.pathsep.join([str(tools[0]), os.environ.get("PATH", "")])  # where it looks for nvdisasm
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tools[0] / "cuobjdump"), "-sass", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path})
+    return collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", sass.stdout))
+
+
+def nvidia_packages(name: str) -> list[Path]:
+    spec = importlib.util.find_spec("nvidia")
+    places = spec.submodule_search_locations if spec is not None else None
+    return [Path(place) / name for place in places or () if (Path(place) / name).is_dir()]
+
+
+def test_sass_is_read() -> None:
+    if not nvidia_packages("cu13"):
+        pytest.skip("needs nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm")
+    _, compiled = compile_plan(static("bf16", 64, 64), 90)
+    assert instructions(compiled.cubin)["HGMMA"] > 0
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_oldest_nvrtc_too(features: str) -> None:
+    found = [package / "lib" for package in nvidia_packages("cuda_nvrtc")]
+    libraries = [str(path) for lib in found for path in sorted(lib.glob("libnvrtc*.so.*")) if "alt" not in path.name]
+    if not libraries:
+        pytest.skip("needs nvidia-cuda-nvrtc-cu12")
+    command = [sys.executable, __file__, features, *libraries]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert re.search(rf"NVRTC 12\.\d+: {len(HEAD_DIMS)} rows", run.stdout)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -70,7 +134,7 @@ def test_a_config_that_disagrees_with_the_tiles_does_not_compile() -> None:
     plan = _plan.make_plan(static("bf16", 64, 64), 80)
     wrong = plan._replace(config=plan.config._replace(smem_bytes=plan.config.smem_bytes - 16))
     with pytest.raises(_jit.CompileError, match="disagree on shared memory"):
-        _jit.compile_source(_jit.source_of(wrong), _jit.options_of(80), "a wrong Config")
+        _jit.compile_source(_jit.source_of(wrong), _jit.options_of("80"), "a wrong Config")
 
 
 def test_params_that_disagree_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,4 +145,16 @@ def test_params_that_disagree_do_not_compile(monkeypatch: pytest.MonkeyPatch) ->
     assert headers[name] != _jit.headers()[name]
     monkeypatch.setattr(_jit, "headers", lambda: headers)
     with pytest.raises(_jit.CompileError, match="static assertion failed"):
-        _jit.compile_source(_jit.source_of(plan), _jit.options_of(80), "swapped members")
+        _jit.compile_source(_jit.source_of(plan), _jit.options_of("80"), "swapped members")
+
+
+def main() -> None:
+    for library in sys.argv[2:]:  # the first of that name to be loaded is the one that is used
+        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+    for head_dim, head_dim_v in HEAD_DIMS:
+        check(static("bf16", head_dim, head_dim_v, **FEATURES[sys.argv[1]]), 90)
+    print("NVRTC {}.{}:".format(*_jit.nvrtc().version), len(HEAD_DIMS), "rows")
+
+
+if __name__ == "__main__":
+    main()

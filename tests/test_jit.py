@@ -15,7 +15,7 @@ import cufa
 from cufa import _jit, _plan
 from cufa._problem import Static
 
-FACTS = Static("bf16", 64, 64, "causal", True, True, True, False, 16, 16)
+FACTS = Static("bf16", 64, 64, "causal", True, True, True, False, 16, 16, True, False)
 ROOT = Path(__file__).parents[1]
 
 
@@ -81,7 +81,7 @@ def test_compiles_once_and_is_kept(
     plan: _plan.Plan, compiles: list[str], own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = _jit.entry_of(plan)
-    assert entry.meta["kernel"] == "attention_forward_sm80" and entry.meta["arch"] == 80
+    assert entry.meta["kernel"] == "attention_forward_sm80" and entry.meta["arch"] == "80"
     assert 0 < entry.meta["registers"] <= 255
     forget(monkeypatch)
     assert _jit.entry_of(plan) == entry
@@ -131,7 +131,7 @@ def test_the_source_can_be_kept(plan: _plan.Plan, tmp_path: Path, monkeypatch: p
 
 def test_a_broken_source_shows_the_log() -> None:
     with pytest.raises(cufa.CompileError) as raised:
-        _jit.compile_source("int f() { return nothing; }", _jit.options_of(80), "a broken kernel")
+        _jit.compile_source("int f() { return nothing; }", _jit.options_of("80"), "a broken kernel")
     text = str(raised.value)
     assert text.startswith("cufa: compiling a broken kernel failed (NVRTC_ERROR_COMPILATION). Set CUFA_SAVE_SOURCE")
     assert 'identifier "nothing" is undefined' in text
@@ -152,9 +152,14 @@ def test_a_missing_nvrtc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         _jit.nvrtc.cache_clear()
 
 
-@pytest.mark.parametrize(("arch", "target"), [(80, 80), (89, 89), (90, 90), (120, 120), (129, 121)])
-def test_a_gpu_newer_than_nvrtc_takes_its_family(plan: _plan.Plan, arch: int, target: int) -> None:
+@pytest.mark.parametrize(("arch", "target"), [(80, "80"), (89, "89"), (90, "90"), (120, "120"), (129, "121")])
+def test_a_gpu_newer_than_nvrtc_takes_its_family(plan: _plan.Plan, arch: int, target: str) -> None:
     assert _jit.target_of(plan._replace(arch=arch)) == target
+
+
+def test_kernels_for_one_architecture_alone_are_compiled_for_it() -> None:
+    assert _jit.target_of(_plan.make_plan(FACTS, 90)) == "90a"
+    assert _jit.target_of(_plan.make_plan(FACTS._replace(tma=False), 90)) == "90"
 
 
 def test_a_gpu_of_a_new_family_needs_a_newer_nvrtc(plan: _plan.Plan) -> None:

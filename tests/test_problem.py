@@ -381,7 +381,7 @@ def test_params_are_packed_as_they_are_declared() -> None:
         q, OnGpu(2, 70, 3, 64), OnGpu(2, 70, 3, 64), softmax_scale=0.25, softcap=3.0, window_size=(5, None)
     )
     assert problem.static is not None and problem.device != CPU
-    values = _params.LAYOUT.unpack(_params.pack(problem, 7, 9))
+    values = _params.LAYOUT.unpack(_params.pack(problem, _plan.Grid(1, 7, 4, 9)))
     named: dict[str, Any] = {}
     for field in _params.FIELDS:
         named[field.name], values = values[: field.length], values[field.length :]
@@ -390,7 +390,7 @@ def test_params_are_packed_as_they_are_declared() -> None:
     assert named["lse_batch_stride"] + named["lse_head_stride"] == (600, 100)
     assert (named["batch"], named["seqlen_q"], named["seqlen_k"]) == ((2,), (100,), (70,))
     assert (named["num_heads_q"], named["qheads_per_khead"]) == ((6,), (2,))
-    assert (named["m_blocks"], named["heads_per_section"]) == ((7,), (9,))
+    assert (named["m_blocks"], named["m_units"], named["heads_per_section"]) == ((7,), (4,), (9,))
     assert (named["window_left"], named["window_right"]) == ((5,), (_problem.MAX_SEQLEN,))
     assert (named["softmax_scale"], named["softcap"]) == ((0.25,), (3.0,))
 
@@ -404,7 +404,7 @@ def test_packed_sequences_always_have_slots_enough(lengths: list[int], block_m: 
     tiles = set()
     for slot in range(slots):
         sequence = max((b for b in range(len(lengths)) if first[b] <= slot), default=0)
-        m_block = slot - first[sequence]
+        m_block = first[sequence + 1] - 1 - slot if lengths else 0
         if m_block * block_m < lengths[sequence]:
             assert (sequence, m_block) not in tiles
             tiles.add((sequence, m_block))
@@ -427,8 +427,9 @@ def test_grids(batch: int, seqlen_q: int, seqlen_k: int, heads: int, blocks: int
     k = OnGpu(batch, seqlen_k, heads // 2, 64)
     problem = gpu_problem(OnGpu(batch, seqlen_q, heads, 64), k, k)
     assert problem.static is not None
-    grid = _plan.make_grid(_plan.make_plan(problem.static, 80), problem)
+    grid = _plan.make_grid(_plan.make_plan(problem.static, 80), problem, 108)
     assert (grid.blocks, grid.heads_per_section) == (blocks, section)
+    assert grid.m_units == grid.m_blocks
 
 
 def test_a_grid_too_large_is_refused() -> None:
@@ -436,4 +437,58 @@ def test_a_grid_too_large_is_refused() -> None:
     problem = gpu_problem(q, k, k)
     assert problem.static is not None
     with pytest.raises(cufa.UnsupportedError, match=r"8589934592 tiles of queries are more than one launch holds"):
-        _plan.make_grid(_plan.make_plan(problem.static, 80), problem)
+        _plan.make_grid(_plan.make_plan(problem.static, 80), problem, 108)
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+    st.sampled_from([(1, 1), (4, 2), (6, 6)]),
+    st.sampled_from([64, 128, 256]),
+    st.booleans(),
+    st.sampled_from([16, 132]),
+)
+def test_persistent_blocks_share_all_tiles(
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    causal: bool,
+    num_sms: int,
+) -> None:
+    """The scheduler's rule, as cuda_src/attention/scheduler.cuh has it: every tile is some block's, and only one's."""
+    k = OnGpu(batch, seqlen_k, heads[1], head_dim)
+    problem = gpu_problem(OnGpu(batch, seqlen_q, heads[0], head_dim), k, k, causal=causal)
+    assert problem.static is not None
+    grid = _plan.make_grid(_plan.make_plan(problem.static, 90), problem, num_sms)
+    units = grid.m_units * batch * heads[0]
+    assert grid.blocks == min(units, num_sms)
+    assert grid.m_units == (-(-grid.m_blocks // 2) if causal else grid.m_blocks)
+    tiles = []
+    for unit in range(units):
+        section, within = divmod(unit, grid.heads_per_section * grid.m_units)
+        width = min(grid.heads_per_section, batch * heads[0] - section * grid.heads_per_section)
+        row, head = divmod(within, width)
+        partners = {grid.m_blocks - 1 - row, row} if grid.m_units < grid.m_blocks else {grid.m_blocks - 1 - row}
+        tiles += [(section * grid.heads_per_section + head, m_block) for m_block in partners]
+    assert sorted(tiles) == [(head, m) for head in range(batch * heads[0]) for m in range(grid.m_blocks)]
+
+
+def test_what_tensor_maps_cannot_describe_is_served_without_them() -> None:
+    q = OnGpu(2, 100, 4, 64)
+    for other, tma in (
+        (OnGpu(2, 100, 4, 64), True),
+        (OnGpu(2, 100, 4, 64, strides=(25600, 256, 0, 1)), True),
+        (OnGpu(2, 100, 4, 64, strides=(25600, -256, 64, 1)), False),
+        (OnGpu(2, 100, 4, 64, strides=(26000, 260, 65, 1)), False),
+        (OnGpu(2, 100, 4, 64, strides=(1 << 40, 256, 64, 1)), False),
+        (OnGpu(2, 100, 4, 64, strides=(100, 256, 25600, 400)), False),
+    ):
+        problem = gpu_problem(q, other, q)
+        assert problem.static is not None and problem.static.tma is tma
+        plan = _plan.make_plan(problem.static, 90)
+        assert plan.kernel == f"attention_forward_sm{90 if tma else 80}"
+        if not tma:
+            assert "tensor memory accelerator" in plan.reason

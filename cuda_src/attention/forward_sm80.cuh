@@ -20,12 +20,12 @@ inline void forward_sm80(const Params& params) {
   static_assert(Config::smem_bytes == max_of(Mainloop::smem_bytes, Staging::bytes),
                 "cufa/_configs.py and the tiles disagree on shared memory");
   extern __shared__ __align__(1024) char dynamic_smem[];
-  __shared__ Work<element> work;
+  __shared__ PointerWork<element> work;
   const u32 smem = ptx::shared_address(dynamic_smem);
 
   if (threadIdx.x == 0) work.template find<Config>(params, blockIdx.x);
   __syncthreads();
-  if (work.tile.m_block * Config::block_m >= work.seqlen.q) return;  // a slot of a packed batch that no tile needs
+  if (work.template idle<Config>()) return;
 
   typename Mainloop::Out out;
   typename Mainloop::Statistics statistics;

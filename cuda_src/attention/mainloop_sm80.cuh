@@ -47,7 +47,7 @@ struct MainloopSm80 {
 
   // Sets out and its statistics to the sums over the blocks of the range, which is not empty, last block first. K and V
   // have one buffer each: V arrives while Q·Kᵀ runs, the next K while the softmax and P·V do.
-  static void run(Out& out, Statistics& statistics, const Params& params, const Work<element>& work, u32 smem) {
+  static void run(Out& out, Statistics& statistics, const Params& params, const PointerWork<element>& work, u32 smem) {
     const Q q{smem};
     const K k{smem + Q::bytes};
     const V v{smem + Q::bytes + K::bytes};
@@ -81,7 +81,11 @@ struct MainloopSm80 {
       if (range.is_boundary(n_block)) {
         mask<Config::causal, Config::window>(scores, params, work.seqlen, first_row() + warp_row(), first_col);
       }
-      statistics.update(scores, out, scale);
+#pragma unroll
+      for (int t = 0; t < m_tiles; ++t) {
+        if (statistics.advance(scores, scale, t)) statistics.rescale(out, t);
+        statistics.exponentiate(scores, scale, t);
+      }
       warp::gemm_ab(out, scores, v, warp_col());
     }
   }
@@ -93,7 +97,7 @@ struct MainloopSm80 {
                                                                                         row_limit);
   }
 
-  static auto key_chunks(const K& k, const Params& params, const Work<element>& work, int n_block) {
+  static auto key_chunks(const K& k, const Params& params, const PointerWork<element>& work, int n_block) {
     return chunks(k, work.k, params.k_strides, n_block * Config::block_n, work.seqlen.k);
   }
 

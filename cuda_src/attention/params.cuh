@@ -31,7 +31,7 @@ struct Params {
   i32 heads_per_section;  // heads scheduled side by side, so that their K and V share the L2
   i32 window_left, window_right;
   float softmax_scale, softcap;
-  i32 padding;
+  i32 m_units;  // what thread blocks are given, a head: tiles, or pairs of them
 };
 
 }  // namespace attention

@@ -12,21 +12,24 @@ struct TileIndex {
 };
 
 // Dense: heads in sections whose K and V fit the L2 together; within a section heads run fastest and query tiles go
-// from last to first, so that under a causal mask the longest tiles start first.
-inline TileIndex dense_tile(const Params& params, int linear) {
-  const int section_tiles = params.heads_per_section * params.m_blocks;
-  const int section = linear / section_tiles, within = linear % section_tiles;
+// from last to first, so that under a causal mask the longest tiles start first. The tile in the middle of a head has
+// no partner: then `second` is a tile past the end.
+inline TileIndex dense_tile(const Params& params, int unit, bool second) {
+  const int section_units = params.heads_per_section * params.m_units;
+  const int section = unit / section_units, within = unit % section_units;
   const int width =
       min_of(params.heads_per_section, params.batch * params.num_heads_q - section * params.heads_per_section);
   const int head = section * params.heads_per_section + within % width;
-  return {params.m_blocks - 1 - within / width, head % params.num_heads_q, head / params.num_heads_q};
+  const int first_row = within / width, last_row = params.m_blocks - 1 - first_row;
+  const int m_block = !second ? last_row : first_row < last_row ? first_row : params.m_blocks;
+  return {m_block, head % params.num_heads_q, head / params.num_heads_q};
 }
 
 // Packed: sequence b owns the slots from cu_seqlens_q[b] / block_m + b to the next sequence's, always enough for its
 // tiles, so a slot finds its sequence by bisection and the host needs no lengths. m_block may lie past the end.
 template <int block_m>
-inline TileIndex varlen_tile(const Params& params, int linear) {
-  const int slot = linear / params.num_heads_q;
+inline TileIndex varlen_tile(const Params& params, int unit) {
+  const int slot = unit / params.num_heads_q;
   const auto first_slot = [&](int b) {
     return clamp(params.cu_seqlens_q[b * params.cu_seqlens_q_stride], 0, params.seqlen_q) / block_m + b;
   };
@@ -35,7 +38,28 @@ inline TileIndex varlen_tile(const Params& params, int linear) {
     const int middle = low + (high - low) / 2;
     (first_slot(middle) <= slot ? low : high) = middle;
   }
-  return {slot - first_slot(low), linear % params.num_heads_q, low};
+  return {first_slot(low + 1) - 1 - slot, unit % params.num_heads_q, low};
 }
+
+// A thread block's way through its share of the launch's work. The work comes in units: a unit is a tile, or a pair of
+// tiles, the last of a head with its first, the last but one with its second, and so on, so that under a causal mask
+// every unit costs the same.
+template <class Config>
+struct TileCursor {
+  const int units, tiles;  // of the launch, and of a unit
+  int unit = blockIdx.x;
+  bool second = false;  // of the unit's tiles
+
+  explicit TileCursor(const Params& params)
+      : units(params.m_units * params.num_heads_q * (Config::varlen ? 1 : params.batch)),
+        tiles(params.m_units < params.m_blocks ? 2 : 1) {}
+
+  bool done() const { return unit >= units; }
+
+  void advance() {
+    second = !second && tiles == 2;
+    if (!second) unit += gridDim.x;
+  }
+};
 
 }  // namespace attention

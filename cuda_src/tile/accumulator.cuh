@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/types.cuh"
+#include "ptx/convert.cuh"
 #include "ptx/thread.cuh"
 
 namespace tile {
@@ -45,6 +46,25 @@ inline int fragment_row(int t, int i) {
 
 inline int fragment_col() { return 2 * (lane() % 4); }
 
+// A warp's 16 rows of an accumulator as the A operand of mma.m16n8k16 and wgmma: x[s] is columns 16 s to 16 s + 15.
+template <int cols>
+struct Operand {
+  u32 x[cols / 16][4];
+};
+
+// Two neighbouring n-tiles of an accumulator are, packed, the A operand of one step.
+template <class element, int cols>
+inline void pack(Operand<cols>& operand, const Accumulator<1, cols>& from) {
+#pragma unroll
+  for (int s = 0; s < cols / 16; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* const pair = &from.x[0][2 * s + i / 2][2 * (i % 2)];
+      operand.x[s][i] = ptx::cvt_rn_x2<element>(pair[0], pair[1]);
+    }
+  }
+}
+
 }  // namespace tile
 
 namespace warp {
@@ -58,6 +78,21 @@ inline float quad_max(float x) {
 inline float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Lane q of a quad gives x[t] to lane t, as its x[q].
+inline void quad_transpose(u32 (&x)[4]) {
+#pragma unroll
+  for (int step = 1; step <= 2; ++step) {
+    const bool upper = tile::lane() & step;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      u32& low = x[step == 1 ? 2 * i : i];
+      u32& high = x[step == 1 ? 2 * i + 1 : i + 2];
+      const u32 received = __shfl_xor_sync(0xffffffffu, upper ? low : high, step);
+      (upper ? low : high) = received;
+    }
+  }
 }
 
 }  // namespace warp

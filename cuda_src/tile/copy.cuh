@@ -18,6 +18,51 @@ struct GlobalRows {
   element* row(i64 index) const { return pointer + index * row_stride; }
 };
 
+template <int bytes>
+struct Words;
+template <>
+struct Words<16> {
+  using type = uint4;
+};
+template <>
+struct Words<8> {
+  using type = uint2;
+};
+template <>
+struct Words<4> {
+  using type = u32;
+};
+
+// 16-byte chunk `chunk` of a row in global memory ← words; columns from valid_cols on are not written. Words of
+// copy_bytes are written at a time, or single elements with any col_stride.
+template <int copy_bytes, int valid_cols, class element>
+inline void store_chunk(element* row, i64 col_stride, int chunk, const uint4& words) {
+  constexpr int chunk_elements = 16 / sizeof(element);
+  union {
+    uint4 words;
+    element elements[chunk_elements];
+  } held;
+  held.words = words;
+  if constexpr (copy_bytes > sizeof(element) || copy_bytes == 16) {
+    using Word = typename Words<copy_bytes>::type;
+    constexpr int valid_bytes = valid_cols * sizeof(element);
+    static_assert(valid_bytes % copy_bytes == 0, "a row must be whole words");
+#pragma unroll
+    for (int i = 0; i < 16 / copy_bytes; ++i) {
+      const int byte = chunk * 16 + i * copy_bytes;
+      if (byte < valid_bytes) {
+        *reinterpret_cast<Word*>(reinterpret_cast<char*>(row) + byte) = reinterpret_cast<const Word*>(&held)[i];
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      const int col = chunk * chunk_elements + i;
+      if (col < valid_cols) row[col * col_stride] = held.elements[i];
+    }
+  }
+}
+
 }  // namespace tile
 
 namespace block {
@@ -93,50 +138,13 @@ inline void load(const Chunks<num_threads, unroll, Tile, const element>& chunks)
   });
 }
 
-template <int bytes>
-struct Words;
-template <>
-struct Words<16> {
-  using type = uint4;
-};
-template <>
-struct Words<8> {
-  using type = uint2;
-};
-template <>
-struct Words<4> {
-  using type = u32;
-};
-
 // The rows of the chunks ← their tile; rows that are not live and columns from valid_cols on are not written.
 // copy_bytes as for load.
 template <int copy_bytes, int valid_cols, int num_threads, int unroll, class Tile, class element>
 inline void store(const Chunks<num_threads, unroll, Tile, element>& chunks) {
-  constexpr int valid_bytes = valid_cols * sizeof(element);
   chunks.for_each([&](element* to, bool live, int chunk, u32 from) {
     if (!live) return;
-    union {
-      element elements[Tile::chunk_elements];
-      uint4 words;
-    } held;
-    held.words = ptx::ld_shared_v4(from);
-    if constexpr (copy_bytes > sizeof(element) || copy_bytes == 16) {
-      using Word = typename Words<copy_bytes>::type;
-      static_assert(valid_bytes % copy_bytes == 0, "a row must be whole words");
-#pragma unroll
-      for (int i = 0; i < 16 / copy_bytes; ++i) {
-        const int byte = chunk * 16 + i * copy_bytes;
-        if (byte < valid_bytes) {
-          *reinterpret_cast<Word*>(reinterpret_cast<char*>(to) + byte) = reinterpret_cast<const Word*>(&held)[i];
-        }
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < Tile::chunk_elements; ++i) {
-        const int col = chunk * Tile::chunk_elements + i;
-        if (col < valid_cols) to[col * chunks.col_stride] = held.elements[i];
-      }
-    }
+    tile::store_chunk<copy_bytes, valid_cols>(to, chunks.col_stride, chunk, ptx::ld_shared_v4(from));
   });
 }
 

@@ -1,0 +1,59 @@
+// attention: writes a finished tile straight from registers, so that it needs no shared memory and no barrier.
+#pragma once
+
+#include "attention/params.cuh"
+#include "attention/softmax.cuh"
+#include "attention/work.cuh"
+#include "core/types.cuh"
+#include "ptx/convert.cuh"
+#include "tile/accumulator.cuh"
+#include "tile/copy.cuh"
+
+namespace attention {
+
+// Writes the warp's 16 rows of the work's tile, from row warp_row of it on. Lanes of a quad trade columns first, so
+// that each has whole chunks of 16 bytes.
+template <class Config, int cols>
+inline void epilogue_direct(const tile::Accumulator<1, cols>& out, const Softmax<1>& statistics, const Params& params,
+                            const Work<typename Config::element>& work, int warp_row) {
+  using element = typename Config::element;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = work.tile.m_block * Config::block_m + warp_row + tile::fragment_row(0, i);
+    const bool live = row < work.seqlen.q;
+    if (live && work.lse && tile::fragment_col() == 0) work.lse[row] = statistics.row_max[0][i];
+    element* const to = work.out + row * params.out_strides.seqlen;
+#pragma unroll
+    for (int j = 0; j < cols / 8; j += 4) {
+      u32 x[4] = {};
+#pragma unroll
+      for (int t = 0; t < min_of(4, cols / 8 - j); ++t) {
+        x[t] = ptx::cvt_rn_x2<element>(out.x[0][j + t][2 * i], out.x[0][j + t][2 * i + 1]);
+      }
+      warp::quad_transpose(x);
+      if (live) {
+        tile::store_chunk<Config::store_bytes, Config::head_dim_v>(to, params.out_strides.dim, j + tile::lane() % 4,
+                                                                   uint4{x[0], x[1], x[2], x[3]});
+      }
+    }
+  }
+}
+
+// Writes the tile of a work whose rows see no key: zeros, and the sink for lse. Called by one warp.
+template <class Config>
+inline void epilogue_empty(const Params& params, const Work<typename Config::element>& work, float sink) {
+  const int first_row = work.tile.m_block * Config::block_m;
+  const int last_row = min_of(first_row + Config::block_m, work.seqlen.q);
+  constexpr int chunks = ceil_div(Config::head_dim_v * sizeof(typename Config::element), 16);
+#pragma unroll 1
+  for (int row = first_row; row < last_row; ++row) {
+    if (work.lse && tile::lane() == 0) work.lse[row] = sink;
+#pragma unroll 1
+    for (int chunk = tile::lane(); chunk < chunks; chunk += 32) {
+      tile::store_chunk<Config::store_bytes, Config::head_dim_v>(work.out + row * params.out_strides.seqlen,
+                                                                 params.out_strides.dim, chunk, uint4{0, 0, 0, 0});
+    }
+  }
+}
+
+}  // namespace attention

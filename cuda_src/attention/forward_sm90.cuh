@@ -1,0 +1,33 @@
+// attention: the forward kernel for sm_90: thread blocks that work through their share of the tiles, a warpgroup that
+// loads and others that compute.
+#pragma once
+
+#include "attention/mainloop_sm90.cuh"
+#include "attention/tma_params.cuh"
+#include "ptx/setmaxnreg.cuh"
+
+namespace attention {
+
+template <class Config>
+inline void forward_sm90(const TmaParams& params) {
+  using Mainloop = MainloopSm90<Config>;
+  static_assert(Config::smem_bytes >= Mainloop::smem_bytes && Config::smem_bytes < Mainloop::smem_bytes + 1024,
+                "cufa/_configs.py and the tiles disagree on shared memory");
+  static_assert(Config::num_threads == 128 * (1 + Mainloop::consumers), "a warpgroup loads, the others compute");
+  extern __shared__ __align__(1024) char dynamic_smem[];
+  const Mainloop mainloop(dynamic_smem);
+
+  if (threadIdx.x == 0) mainloop.init();
+  __syncthreads();
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  if (warp < 4) {
+    ptx::setmaxnreg_dec<Config::producer_registers>();
+    if (warp == 0) mainloop.find_tiles(params.params);
+    if (threadIdx.x == 32) mainloop.load_tiles(params);
+  } else {
+    ptx::setmaxnreg_inc<Config::consumer_registers>();
+    mainloop.consume(params.params, warp / 4 - 1);
+  }
+}
+
+}  // namespace attention

@@ -1,0 +1,299 @@
+// attention: the forward main loop with wgmma, for sm_90. One thread keeps tensor copies in flight; warpgroups of
+// consumers own 64 rows of the tile each.
+//
+// FlashAttention-3 (Shah et al., 2024), Algorithms 1 and 2, with two changes. Tiles follow each other without a seam:
+// the consumers' loop runs over the key blocks of all tiles, and the scores of one block are begun together with the
+// products P·V of the block before, even where that one ended a tile. And the softmax does not wait for the maximum:
+// see Softmax::exponentiate_if_close.
+#pragma once
+
+#include "attention/block_range.cuh"
+#include "attention/epilogue_direct.cuh"
+#include "attention/mask.cuh"
+#include "attention/params.cuh"
+#include "attention/scheduler.cuh"
+#include "attention/softmax.cuh"
+#include "attention/tma_params.cuh"
+#include "attention/variant.cuh"
+#include "attention/work.cuh"
+#include "core/math.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/shared.cuh"
+#include "tile/accumulator.cuh"
+#include "tile/gemm_sm90.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/shared.cuh"
+#include "tile/tensor_sm90.cuh"
+
+namespace attention {
+
+template <class Config>
+struct MainloopSm90 {
+  using element = typename Config::element;
+  using Q = tile::SharedTile<element, 64, Config::tile_head_dim>;  // one for each warpgroup
+  using K = tile::SharedTile<element, Config::block_n, Config::tile_head_dim>;
+  using V = tile::SharedTile<element, Config::block_n, Config::tile_head_dim_v>;
+
+  static constexpr int consumers = Config::block_m / 64;
+  using Queries = tile::Ring<1>;
+  using Keys = tile::Ring<Config::stages>;
+
+  using Scores = tile::Accumulator<1, Config::block_n>;
+  using Probabilities = tile::Operand<Config::block_n>;
+  using Out = tile::Accumulator<1, round_up(Config::head_dim_v, 16)>;
+  using Statistics = Softmax<1>;
+
+  // The tiles on their way through the block: found by one warp, then loaded, then computed, and given back when their
+  // output is written.
+  using Tiles = tile::Ring<4>;
+  struct Entry {
+    Work<element> work;
+    bool end;  // there is none: all are done
+  };
+
+  static constexpr int tiles_bytes = consumers * Q::bytes + Config::stages * (K::bytes + V::bytes);
+  static constexpr int barriers_bytes = 2 * Keys::bytes + Tiles::bytes + consumers * Queries::bytes;
+  static constexpr int smem_bytes = tiles_bytes + barriers_bytes + Tiles::stages * sizeof(Entry);
+
+  u32 smem;
+  Entry* entries;
+
+  explicit MainloopSm90(char* dynamic_smem)
+      : smem(ptx::shared_address(dynamic_smem)),
+        entries(reinterpret_cast<Entry*>(dynamic_smem + tiles_bytes + barriers_bytes)) {}
+
+  Q q(int warpgroup) const { return {smem + warpgroup * Q::bytes}; }
+  K k(u32 stage) const { return {smem + consumers * Q::bytes + stage * K::bytes}; }
+  V v(u32 stage) const { return {smem + consumers * Q::bytes + Config::stages * K::bytes + stage * V::bytes}; }
+  Keys keys() const { return {smem + tiles_bytes}; }
+  Keys values() const { return {smem + tiles_bytes + Keys::bytes}; }
+  Tiles tiles() const { return {smem + tiles_bytes + 2 * Keys::bytes}; }
+  Queries queries(int warpgroup) const {
+    return {smem + tiles_bytes + 2 * Keys::bytes + Tiles::bytes + warpgroup * Queries::bytes};
+  }
+
+  void init() const {
+    keys().init(consumers);
+    values().init(consumers);
+    tiles().init(4 * consumers);
+    for (int w = 0; w < consumers; ++w) queries(w).init(1);
+    ptx::fence_mbarrier_init();
+  }
+
+  // One warp: finds the block's tiles ahead of the others. Those that see no key it writes itself.
+  void find_tiles(const Params& params) const {
+    typename Tiles::Cursor at_tiles;
+    for (TileCursor<Config> at(params);; at.advance()) {
+      Entry& entry = entries[at_tiles.stage];
+      tiles().wait_empty(at_tiles);
+      __syncwarp();
+      if (tile::lane() == 0) {
+        entry.end = at.done();
+        if (!at.done()) entry.work.template find<Config>(params, at.unit, at.second);
+      }
+      __syncwarp();
+      if (at.done()) break;
+      if (entry.work.template idle<Config>()) continue;
+      if (entry.work.range.empty()) {
+        epilogue_empty<Config>(params, entry.work, sink(params, entry.work));
+        continue;
+      }
+      if (tile::lane() == 0) tiles().fill(at_tiles);
+      at_tiles.advance();
+    }
+    if (tile::lane() == 0) tiles().fill(at_tiles);
+  }
+
+  static float sink(const Params& params, const Work<element>& work) {
+    return Config::sinks ? params.sinks[work.tile.head * params.sinks_stride] : -infinity;
+  }
+
+  // One thread: loads, in the order in which the consumers want it, K of every block and, one block behind, V.
+  void load_tiles(const TmaParams& maps) const {
+    Loader loader{*this, maps};
+    typename Tiles::Cursor at_tiles;
+    const Work<element>* v_work = nullptr;  // whose V comes next, and
+    int v_block = 0;                        // which block of it
+    while (true) {
+      tiles().wait_full(at_tiles);
+      const Entry& entry = entries[at_tiles.stage];
+      if (entry.end) break;
+#pragma unroll 1
+      for (int n_block = entry.work.range.end - 1; n_block >= entry.work.range.begin; --n_block) {
+        loader.load_keys(entry.work, n_block);
+        if (v_work) loader.load_values(*v_work, v_block);
+        if (n_block == entry.work.range.end - 1) loader.load_queries(entry.work);  // has to wait the longest
+        v_work = &entry.work;
+        v_block = n_block;
+      }
+      at_tiles.advance();
+    }
+    if (v_work) loader.load_values(*v_work, v_block);
+  }
+
+  struct Loader {
+    const MainloopSm90& loop;
+    const TmaParams& maps;
+    Queries::Cursor at_queries;
+    typename Keys::Cursor at_keys, at_values;
+
+    void load_keys(const Work<element>& work, int n_block) {
+      load_block(loop.keys(), at_keys, loop.k(at_keys.stage), maps.k, work, n_block);
+    }
+
+    void load_values(const Work<element>& work, int n_block) {
+      load_block(loop.values(), at_values, loop.v(at_values.stage), maps.v, work, n_block);
+    }
+
+    void load_queries(const Work<element>& work) {
+#pragma unroll 1
+      for (int w = 0; w < consumers; ++w) {
+        const Queries queries = loop.queries(w);
+        queries.wait_empty(at_queries);
+        queries.expect(at_queries, Q::bytes);
+        const int row = work.seqlen.q_first_row + work.tile.m_block * Config::block_m + 64 * w;
+        tile::load(loop.q(w), maps.q, queries.full(0), row, work.tile.head, Config::varlen ? 0 : work.tile.batch);
+      }
+      at_queries.advance();
+    }
+
+    // A packed sequence ends where its neighbour begins, and what lies there may be anything. The rows of the map are
+    // therefore clipped block_n rows past `outer` minus the live ones: the rest of the box is zero-filled.
+    template <class Tile>
+    void load_block(const Keys& ring, typename Keys::Cursor& at, const Tile& to, const ptx::TensorMap& map,
+                    const Work<element>& work, int n_block) const {
+      ring.wait_empty(at);
+      ring.expect(at, Tile::bytes);
+      const int head = work.tile.head / maps.params.qheads_per_khead, row = n_block * Config::block_n;
+      if constexpr (Config::varlen) {
+        const int live = min_of(Config::block_n, work.seqlen.k - row);
+        tile::load(to, map, ring.full(at.stage), Config::block_n - live, head, work.seqlen.k_first_row + row + live);
+      } else {
+        tile::load(to, map, ring.full(at.stage), row, head, work.tile.batch);
+      }
+      at.advance();
+    }
+  };
+
+  // Warpgroup `warpgroup` of the consumers.
+  void consume(const Params& params, int warpgroup) const {
+    const Queries queries = this->queries(warpgroup);
+    const Turn turn(warpgroup);
+    const float scale = exponent_scale<typename Config::variant>(params);
+    const int warp_row = 64 * warpgroup + int(threadIdx.x / 32 % 4) * 16;
+    typename Tiles::Cursor at_tiles;
+    Queries::Cursor at_queries;
+    typename Keys::Cursor at_keys, at_values;
+
+    tiles().wait_full(at_tiles);
+    if (entries[at_tiles.stage].end) return;
+    const Work<element>* work = &entries[at_tiles.stage].work;
+    BlockRange range = work->range;
+    int n_block = range.end - 1;
+    typename Config::variant variant(params, work->tile.batch, work->tile.head);
+    Probabilities p;
+    Out out;
+    Statistics statistics;
+    {
+      Scores scores;
+      queries.wait_full(at_queries);
+      keys().wait_full(at_keys);
+      warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage));
+      warpgroup::wait<0>(scores);
+      release(keys(), at_keys);
+      if (n_block == range.begin) release(queries, at_queries);
+      finish_scores(scores, variant, params, *work, range, warp_row, n_block);
+      statistics.init();
+      statistics.advance(scores, scale);
+      statistics.exponentiate(scores, scale);
+      tile::pack<element>(p, scores);
+    }
+    bool first = true;  // of its tile's blocks: P·V begins the output
+    while (true) {
+      const Work<element>& p_work = *work;
+      const bool seam = n_block == range.begin;  // P is of a tile's last block, and the next tile's scores come
+      if (seam) {
+        typename Tiles::Cursor next = at_tiles;
+        next.advance();
+        tiles().wait_full(next);
+        if (entries[next.stage].end) break;
+        work = &entries[next.stage].work;
+        range = work->range;
+        n_block = range.end;
+        variant = typename Config::variant(params, work->tile.batch, work->tile.head);
+        queries.wait_full(at_queries);
+      }
+      --n_block;
+      Scores scores;
+      keys().wait_full(at_keys);
+      values().wait_full(at_values);
+      turn.take();
+      warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage));
+      warpgroup::gemm_ab(out, p, v(at_values.stage), !first);
+      warpgroup::wait<1>(scores);
+      release(keys(), at_keys);
+      if (n_block == range.begin) release(queries, at_queries);
+      finish_scores(scores, variant, params, *work, range, warp_row, n_block);
+      warpgroup::wait<0>(out, p);
+      turn.pass();
+      release(values(), at_values);
+      if (seam) {
+        statistics.finish(out, sink(params, p_work));
+        epilogue_direct<Config>(out, statistics, params, p_work, warp_row);
+        __syncwarp();
+        if (tile::lane() == 0) tiles().release(at_tiles);
+        at_tiles.advance();
+        statistics.init();
+      }
+      if (seam || !statistics.template exponentiate_if_close<element>(p, scores, scale)) {  // seldom
+        statistics.advance(scores, scale);
+        if (!seam) statistics.rescale(out);
+        statistics.exponentiate(scores, scale);
+        tile::pack<element>(p, scores);
+      }
+      first = seam;
+    }
+    values().wait_full(at_values);
+    warpgroup::gemm_ab(out, p, v(at_values.stage), !first);
+    warpgroup::wait<0>(out, p);
+    statistics.finish(out, sink(params, *work));
+    epilogue_direct<Config>(out, statistics, params, *work, warp_row);
+  }
+
+  static void finish_scores(Scores& scores, const typename Config::variant& variant, const Params& params,
+                            const Work<element>& work, const BlockRange& range, int warp_row, int n_block) {
+    const int first_row = work.tile.m_block * Config::block_m + warp_row, first_col = n_block * Config::block_n;
+    apply(variant, scores, params, work.seqlen, first_row, first_col);
+    if (range.is_boundary(n_block)) {
+      mask<Config::causal, Config::window>(scores, params, work.seqlen, first_row, first_col);
+    }
+  }
+
+  // Gives a stage that wgmma has read back, and moves on to the next. One thread speaks for its warpgroup.
+  template <class Ring, class Cursor>
+  static void release(const Ring& ring, Cursor& at) {
+    if (threadIdx.x % 128 == 0) ring.release(at);
+    at.advance();
+  }
+
+  // Warpgroups take turns in giving the tensor cores work, so that the softmax of one runs during the products of the
+  // others.
+  struct Turn {
+    static constexpr bool on = Config::take_turns && consumers > 1;
+    int warpgroup;
+
+    explicit Turn(int warpgroup) : warpgroup(warpgroup) {
+      if (on && warpgroup == 0) ptx::bar_arrive(1, 256);
+    }
+
+    void take() const {
+      if (on) ptx::bar_sync(1 + warpgroup, 256);
+    }
+
+    void pass() const {
+      if (on) ptx::bar_arrive(1 + (warpgroup + 1) % consumers, 256);
+    }
+  };
+};
+
+}  // namespace attention

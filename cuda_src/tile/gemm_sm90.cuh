@@ -1,0 +1,81 @@
+// tile: a warpgroup's matrix products with wgmma, from shared tiles. They run asynchronously, each call a group: its
+// operands may be touched again after `wait`.
+#pragma once
+
+#include "core/types.cuh"
+#include "ptx/wgmma.cuh"
+#include "tile/accumulator.cuh"
+#include "tile/shared.cuh"
+
+namespace tile {
+
+// PTX ISA, "Matrix Descriptor Format": address, leading and stride byte offsets in units of 16 bytes, and the swizzle.
+template <class Tile>
+inline u64 descriptor(u32 address, u32 leading_bytes) {
+  constexpr u64 swizzle = Tile::panel_bytes == 128 ? 1 : 2;
+  constexpr u64 stride_bytes = 8 * Tile::panel_bytes;  // from 8 rows to the next 8
+  return u64((address & 0x3ffff) >> 4) | u64(leading_bytes >> 4) << 16 | (stride_bytes >> 4) << 32 | swizzle << 62;
+}
+
+}  // namespace tile
+
+namespace warpgroup {
+
+template <int cols>
+inline void hold(tile::Accumulator<1, cols>& x) {
+#pragma unroll
+  for (int j = 0; j < cols / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ptx::hold(x.x[0][j][i]);
+  }
+}
+
+template <int cols>
+inline void hold(tile::Operand<cols>& x) {
+#pragma unroll
+  for (int s = 0; s < cols / 16; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ptx::hold(x.x[s][i]);
+  }
+}
+
+// Waits until at most `pending` products are running; the registers of the others are `ready`.
+template <int pending, class... Registers>
+inline void wait(Registers&... ready) {
+  ptx::wgmma_wait_group<pending>();
+  (hold(ready), ...);
+}
+
+// scores = q·kᵀ along `depth` columns, for all 64 rows of q and all rows of k.
+template <int depth, class Q, class K>
+inline void gemm_abt(tile::Accumulator<1, K::rows>& scores, const Q& q, const K& k) {
+  static_assert(Q::rows == 64, "a warpgroup multiplies 64 rows");
+  constexpr int panel_steps = K::panel_bytes / 32;
+  const u64 a = tile::descriptor<Q>(q.base, 16), b = tile::descriptor<K>(k.base, 16);
+  hold(scores);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < ceil_div(depth, 16); ++step) {
+    const int panel = step / panel_steps, within = step % panel_steps * 32;
+    ptx::wgmma_ss<typename K::element, false>(scores.x[0], a + ((panel * Q::panel_stride + within) >> 4),
+                                              b + ((panel * K::panel_stride + within) >> 4), step > 0);
+  }
+  ptx::wgmma_commit_group();
+}
+
+// out = p·v, or out += p·v if `accumulate`.
+template <class V, int out_cols>
+inline void gemm_ab(tile::Accumulator<1, out_cols>& out, tile::Operand<V::rows>& p, const V& v, bool accumulate) {
+  const u64 b = tile::descriptor<V>(v.base, V::panel_stride);
+  hold(p);
+  hold(out);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < V::rows / 16; ++step) {
+    ptx::wgmma_rs_transposed<typename V::element>(out.x[0], p.x[step], b + ((step * 16 * V::panel_bytes) >> 4),
+                                                  step > 0 || accumulate);
+  }
+  ptx::wgmma_commit_group();
+}
+
+}  // namespace warpgroup

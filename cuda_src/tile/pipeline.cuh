@@ -1,0 +1,58 @@
+// tile: stages of shared memory that a producer fills and consumers drain, handed over through mbarriers.
+#pragma once
+
+#include "core/types.cuh"
+#include "ptx/mbarrier.cuh"
+
+namespace tile {
+
+// Which stage comes next, and the parity of the phase in which it is full.
+template <int stages>
+struct Cursor {
+  u32 stage = 0, parity = 0;
+
+  void advance() {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+inline void wait(u32 barrier, u32 parity) {
+  while (!ptx::mbarrier_try_wait_parity(barrier, parity)) {
+  }
+}
+
+// The barriers of `stages` stages at shared address `barriers`: those that say full, then those that say empty.
+template <int stages_>
+struct Ring {
+  static constexpr int stages = stages_;
+  static constexpr int bytes = 2 * stages * sizeof(u64);
+  using Cursor = tile::Cursor<stages>;
+
+  u32 barriers;
+
+  u32 full(u32 stage) const { return barriers + stage * sizeof(u64); }
+  u32 empty(u32 stage) const { return barriers + (stages + stage) * sizeof(u64); }
+
+  // One producer thread fills a stage; `consumers` threads must say that they are done with it.
+  void init(int consumers) const {
+    for (int stage = 0; stage < stages; ++stage) {
+      ptx::mbarrier_init(full(stage), 1);
+      ptx::mbarrier_init(empty(stage), consumers);
+    }
+  }
+
+  // The producer's side. A fresh barrier counts as one whose previous phase is complete: stages begin empty.
+  void wait_empty(const Cursor& at) const { wait(empty(at.stage), at.parity ^ 1); }
+  void expect(const Cursor& at, int bytes) const { ptx::mbarrier_arrive_expect_tx(full(at.stage), bytes); }
+
+  void fill(const Cursor& at) const { ptx::mbarrier_arrive(full(at.stage)); }
+
+  // The consumers' side.
+  void wait_full(const Cursor& at) const { wait(full(at.stage), at.parity); }
+  void release(const Cursor& at) const { ptx::mbarrier_arrive(empty(at.stage)); }
+};
+
+}  // namespace tile

@@ -1,0 +1,24 @@
+// tile: boxes of a tensor, copied by the tensor memory accelerator into shared tiles panel by panel.
+#pragma once
+
+#include "core/types.cuh"
+#include "ptx/tma.cuh"
+#include "tile/shared.cuh"
+
+namespace tile {
+
+// A panel is one box {panel columns, rows} of the map, with the swizzle of the tile.
+template <class Tile>
+inline constexpr int panel_cols = Tile::panel_chunks * Tile::chunk_elements;
+
+// tile ← rows of a map (columns, rows, heads, outer), which count Tile::bytes on `barrier`.
+template <class Tile>
+inline void load(const Tile& tile, const ptx::TensorMap& map, u32 barrier, int row, int head, int outer) {
+#pragma unroll
+  for (int panel = 0; panel < Tile::panels; ++panel) {
+    ptx::cp_async_bulk_tensor_4d(tile.base + panel * Tile::panel_stride, map, barrier, panel * panel_cols<Tile>, row,
+                                 head, outer);
+  }
+}
+
+}  // namespace tile

@@ -1,0 +1,127 @@
+"""Tensor maps: how the tensor memory accelerator is told of q, k and v.
+
+A map depends on shape and strides; its address, which leads the 128 bytes, is filled in at every launch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import NamedTuple
+
+from . import _launch
+from ._configs import SIZEOF, ConfigSm90
+from ._params import MAP_BYTES
+from ._problem import Problem
+from .errors import CudaError
+
+WARPGROUP_ROWS = 64
+"""Rows of q that a box holds."""
+
+_ADDRESSES = (1 << 20, 0x7F12_3456_7890)
+
+
+class Maps(NamedTuple):
+    """The maps of q, k and v, without addresses.
+
+    Attributes
+    ----------
+    encoded : bytes
+    shifts : tuple of int
+        What is added to the arrays' addresses.
+    """
+
+    encoded: bytes
+    shifts: tuple[int, int, int]
+
+
+class Shape(NamedTuple):
+    """A map: extents and strides, innermost first and strides in bytes without the first, and the box."""
+
+    element: str
+    extents: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+
+def make_maps(problem: Problem, config: ConfigSm90) -> Maps:
+    """The maps of a problem; see ``attention/tma_params.cuh`` for their axes."""
+    keys, shift = zip(*(_keys(problem, config, name) for name in "kv"), strict=True)
+    shapes = (_queries(problem, config), *keys)
+    return Maps(b"".join(_encode(shape) for shape in shapes), (0, *shift))
+
+
+def _queries(problem: Problem, config: ConfigSm90) -> Shape:
+    batch, row, head = _steps(problem, config, "q")
+    extents = (problem.head_dim, problem.seqlen_q, problem.num_heads_q, 1 if problem.varlen else problem.batch)
+    return _shape(config, config.tile_head_dim, extents, (row, head, batch), WARPGROUP_ROWS)
+
+
+def _keys(problem: Problem, config: ConfigSm90, name: str) -> tuple[Shape, int]:
+    batch, row, head = _steps(problem, config, name)
+    dim, tile_dim = (
+        (problem.head_dim, config.tile_head_dim) if name == "k" else (problem.head_dim_v, config.tile_head_dim_v)
+    )
+    if not problem.varlen:
+        extents = (dim, problem.seqlen_k, problem.num_heads_k, problem.batch)
+        return _shape(config, tile_dim, extents, (row, head, batch), config.block_n), 0
+    # Rows are addressed twice: row c1 of block_n, past which a box is clipped, and row c3 of the packed array. The
+    # address is where both add up to block_n, so that a box of n live rows up to row r is at (block_n - n, r).
+    extents = (dim, config.block_n, problem.num_heads_k, problem.seqlen_k + 1)
+    return _shape(config, tile_dim, extents, (row, head, row), config.block_n), -config.block_n * row
+
+
+def _steps(problem: Problem, config: ConfigSm90, name: str) -> tuple[int, int, int]:
+    """Strides of batch, rows and heads in bytes; 0 where there is only one, or no element at all."""
+    strides = problem.strides[name][:-1]
+    heads = problem.num_heads_q if name == "q" else problem.num_heads_k
+    rows = problem.seqlen_q if name == "q" else problem.seqlen_k
+    if problem.varlen:
+        strides = (0, *strides)
+    counts = (1 if problem.varlen else problem.batch, rows, heads)
+    size = 0 if 0 in counts else SIZEOF[config.element]
+    batch, row, head = (stride * size if count > 1 else 0 for stride, count in zip(strides, counts, strict=True))
+    return batch, row, head
+
+
+def _shape(config: ConfigSm90, tile_dim: int, extents: tuple[int, ...], strides: tuple[int, ...], rows: int) -> Shape:
+    box = (64 if tile_dim % 64 == 0 else 32, rows, 1, 1)  # a panel of tile::SharedTile
+    return Shape(config.element, tuple(max(1, extent) for extent in extents), strides, box)
+
+
+def _encode(shape: Shape) -> bytes:
+    """The 128 bytes of a map but for its address.
+
+    Raises
+    ------
+    CudaError
+        If the driver refuses the map, or keeps the address elsewhere than the launches put it.
+    """
+    first, second = (_driver_encode(shape, address) for address in _ADDRESSES)
+    if [address.to_bytes(8, "little") for address in _ADDRESSES] != [first[:8], second[:8]] or first[8:] != second[8:]:
+        raise CudaError("cufa: this driver lays out tensor maps in a way that cufa does not know.")
+    return bytes(8) + first[8:]
+
+
+@lru_cache(maxsize=256)
+def _driver_encode(shape: Shape, address: int) -> bytes:
+    driver = _launch.driver()
+    u32, u64 = driver.cuuint32_t, driver.cuuint64_t
+    tensor_map = _launch.call(
+        "cuTensorMapEncodeTiled",
+        getattr(
+            driver.CUtensorMapDataType,
+            f"CU_TENSOR_MAP_DATA_TYPE_{'BFLOAT16' if shape.element == 'bf16' else 'FLOAT16'}",
+        ),
+        len(shape.extents),
+        address,
+        [u64(extent) for extent in shape.extents],
+        [u64(stride) for stride in shape.strides],
+        [u32(extent) for extent in shape.box],
+        [u32(1)] * len(shape.box),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{2 * shape.box[0]}B"),
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    return ctypes.string_at(int(tensor_map.getPtr()), MAP_BYTES)
