@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import itertools
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -37,7 +39,11 @@ BASELINE = "FA2 (torch)"
 
 
 class Row(NamedTuple):
-    """One rung of the ladder."""
+    """One rung of the ladder.
+
+    `window` keys before its own are seen by a row of q, beside causality; None is all of them. With `lengths` the
+    sequences are packed, and batch and seqlen only tell how many there are and how long one is on average.
+    """
 
     head_dim: int
     seqlen: int
@@ -45,42 +51,91 @@ class Row(NamedTuple):
     num_heads_q: int
     num_heads_k: int
     causal: bool
+    window: int | None = None
+    lengths: tuple[int, ...] | None = None
 
     @property
     def flop(self) -> float:
-        full = 4.0 * self.batch * self.seqlen**2 * self.num_heads_q * self.head_dim
-        return full / 2 if self.causal else full
+        lengths = self.lengths or (self.seqlen,) * self.batch
+        pairs = sum(self._pairs(length) for length in lengths)
+        return 4.0 * pairs * self.num_heads_q * self.head_dim
+
+    def _pairs(self, length: int) -> float:
+        """Pairs of a query and a key it sees; half of all under a causal mask."""
+        if self.window is None:
+            return length**2 / 2 if self.causal else length**2
+        reach = min(length, self.window + 1)
+        return reach * (reach + 1) / 2 + (length - reach) * reach
+
+    @property
+    def mask(self) -> str:
+        return "causal" if self.causal and self.window is None else f"window {self.window}" if self.window else "full"
+
+    @property
+    def on_the_ladder(self) -> bool:
+        return self.window is None and self.lengths is None and self.head_dim in LADDER_HEAD_DIMS
 
     def __str__(self) -> str:
-        mask = "causal" if self.causal else "full"
-        return f"hd{self.head_dim} {self.seqlen} {self.num_heads_q}/{self.num_heads_k} {mask}"
+        packed = f" {self.batch} packed" if self.lengths else ""
+        return f"hd{self.head_dim} {self.seqlen}{packed} {self.num_heads_q}/{self.num_heads_k} {self.mask}"
+
+
+LADDER_HEAD_DIMS = (64, 128, 256)
 
 
 def ladder(quick: bool) -> list[Row]:
     """16k tokens of hidden size 2048 at every length, and a grouped-head row."""
     rows = []
-    for head_dim in (64, 128, 256):
+    for head_dim in LADDER_HEAD_DIMS:
         for seqlen in (512, 2048) if quick else (512, 2048, 8192, 16384):
             heads = 2048 // head_dim
             rows += [Row(head_dim, seqlen, 16384 // seqlen, heads, heads, causal) for causal in (False, True)]
     return rows + [Row(128, 4096, 4, 32, 8, causal) for causal in (False, True)]
 
 
+def beside_the_ladder() -> list[Row]:
+    """Other head_dims, a sliding window, and packed sequences of mixed lengths with, for comparison, equal ones."""
+    rows = [
+        Row(head_dim, seqlen, 16384 // seqlen, heads, heads, causal)
+        for head_dim, heads in ((96, 20), (192, 10))
+        for seqlen in (2048, 8192)
+        for causal in (False, True)
+    ]
+    rows += [Row(head_dim, 16384, 1, 2048 // head_dim, 2048 // head_dim, True, 1024) for head_dim in LADDER_HEAD_DIMS]
+    lengths = tuple(int(length) for length in np.random.default_rng(0).integers(100, 8000, 64))
+    mean = sum(lengths) // 64
+    for causal in (False, True):
+        rows += [Row(128, mean, 64, 8, 8, causal, None, lengths), Row(128, mean, 64, 8, 8, causal)]
+    return rows
+
+
 # --- peers ------------------------------------------------------------------------------------------
 
 
-def _cufa(q: Any, k: Any, v: Any, causal: bool) -> Call:
-    return lambda: cufa.attention(q, k, v, causal=causal)
+def _offsets(lengths: tuple[int, ...]) -> Any:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+
+def _cufa(row: Row, q: Any, k: Any, v: Any) -> Call:
+    options: dict[str, Any] = {"causal": row.causal}
+    if row.window is not None:
+        options["window_size"] = (row.window, None)
+    if row.lengths is None:
+        return lambda: cufa.attention(q, k, v, **options)
+    offsets = _offsets(row.lengths)
+    return lambda: cufa.attention_varlen(q, k, v, offsets, offsets, **options)
 
 
 def _sdpa(backend: SDPBackend) -> Callable[..., Call]:
-    def make(q: Any, k: Any, v: Any, causal: bool) -> Call:
+    def make(row: Row, q: Any, k: Any, v: Any) -> Call:
+        if row.window is not None or row.lengths is not None:
+            raise NotImplementedError("no windows and no packed sequences")
         transposed = [each.transpose(1, 2) for each in (q, k, v)]
-        grouped = q.shape[2] != k.shape[2]
+        grouped = row.num_heads_q != row.num_heads_k
 
         def run() -> Any:
             with sdpa_kernel(backend):
-                out = functional.scaled_dot_product_attention(*transposed, is_causal=causal, enable_gqa=grouped)
+                out = functional.scaled_dot_product_attention(*transposed, is_causal=row.causal, enable_gqa=grouped)
             return out.transpose(1, 2)
 
         return run
@@ -88,16 +143,58 @@ def _sdpa(backend: SDPBackend) -> Callable[..., Call]:
     return make
 
 
-def _fa3(q: Any, k: Any, v: Any, causal: bool) -> Call:
+def _fa3(row: Row, q: Any, k: Any, v: Any) -> Call:
     import fa3_fwd_config
 
     sys.modules.setdefault("flash_attn_config", fa3_fwd_config)  # the name under which the package looks for it
-    from fa3_fwd_interface import flash_attn_func
+    from fa3_fwd_interface import flash_attn_func, flash_attn_varlen_func
 
-    def run() -> Any:
-        out = flash_attn_func(q, k, v, causal=causal)
+    if row.window is not None:
+        raise NotImplementedError("the wheel is built without windows")
+    if row.lengths is None:
+
+        def run() -> Any:
+            out = flash_attn_func(q, k, v, causal=row.causal)
+            return out[0] if isinstance(out, tuple) else out
+
+        return run
+    offsets, longest = _offsets(row.lengths), max(row.lengths)
+
+    def run_packed() -> Any:
+        out = flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, causal=row.causal)
         return out[0] if isinstance(out, tuple) else out
 
+    return run_packed
+
+
+def _flex(row: Row, q: Any, k: Any, v: Any) -> Call:
+    if row.head_dim != 128 or row.seqlen > 8192 or row.lengths is not None:
+        raise NotImplementedError("compiling it takes long: only head_dim 128 up to 8192")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def sees(b: Any, h: Any, query: Any, key: Any) -> Any:
+        return query >= key
+
+    mask = create_block_mask(sees, None, None, row.seqlen, row.seqlen) if row.causal else None
+    compiled = torch.compile(flex_attention, dynamic=False)
+    transposed = [each.transpose(1, 2) for each in (q, k, v)]
+    grouped = row.num_heads_q != row.num_heads_k
+    return lambda: compiled(*transposed, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+
+
+def _jax(row: Row, q: Any, k: Any, v: Any) -> Call:
+    if row.window is not None or row.lengths is not None or row.head_dim > 128:
+        raise NotImplementedError("cuDNN through JAX takes neither")
+    import jax
+
+    arrays = [jax.dlpack.from_dlpack(each.contiguous()) for each in (q, k, v)]
+    attend = jax.jit(lambda *given: jax.nn.dot_product_attention(*given, is_causal=row.causal, implementation="cudnn"))
+    attend(*arrays).block_until_ready()
+
+    def run() -> Any:
+        return attend(*arrays)
+
+    run.foreign = True  # type: ignore[attr-defined]
     return run
 
 
@@ -106,6 +203,8 @@ PEERS: dict[str, Callable[..., Call]] = {
     BASELINE: _sdpa(SDPBackend.FLASH_ATTENTION),
     "cuDNN (torch)": _sdpa(SDPBackend.CUDNN_ATTENTION),
     "FA3": _fa3,
+    "FlexAttention": _flex,
+    "cuDNN (JAX)*": _jax,
 }
 
 
@@ -157,6 +256,18 @@ def gpu_seconds(calls: dict[str, Call], flush: Any, repeats: int = 30) -> dict[s
     }
 
 
+def back_to_back_seconds(fn: Call, calls: int = 20) -> float:
+    """Least mean time of calls in a row: for a framework whose stream torch's events do not see."""
+    best = math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        for _ in range(calls):
+            out = fn()
+        out.block_until_ready()
+        best = min(best, (time.perf_counter() - began) / calls)
+    return best
+
+
 def host_seconds(fn: Call, synchronize: Call, calls: int = 200) -> float:
     """Least mean time, over several batches of calls, until a call returns."""
     for _ in range(50):
@@ -182,30 +293,36 @@ def measure(rows: list[Row]) -> dict[Row, dict[str, float]]:
     results: dict[Row, dict[str, float]] = {}
     for index, row in enumerate(rows):
         generator = torch.Generator("cuda").manual_seed(index)
-        shape_q = (row.batch, row.seqlen, row.num_heads_q, row.head_dim)
-        shape_k = (row.batch, row.seqlen, row.num_heads_k, row.head_dim)
+        tokens = (row.batch, row.seqlen) if row.lengths is None else (sum(row.lengths),)
         q, k, v = (
-            torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
-            for shape in (shape_q, shape_k, shape_k)
+            torch.randn((*tokens, heads, row.head_dim), generator=generator, device="cuda", dtype=torch.bfloat16)
+            for heads in (row.num_heads_q, row.num_heads_k, row.num_heads_k)
         )
         calls: dict[str, Call] = {}
-        expected = PEERS[BASELINE](q, k, v, row.causal)()
-        for name, make in PEERS.items():
-            if name in dead:
-                continue
+        foreign: dict[str, Call] = {}
+        expected = None
+        for name in (name for name in PEERS if name not in dead):
             try:
-                fn = make(q, k, v, row.causal)
-                error = (fn() - expected).float().norm() / expected.float().norm()
+                fn = PEERS[name](row, q, k, v)
+                out = torch.from_dlpack(fn())
+                expected = out if expected is None else expected
+                error = (out - expected).float().norm() / expected.float().norm()
                 if not error < 0.01:
-                    raise ArithmeticError(f"differs from {BASELINE} by {error:.3g}")
-                calls[name] = captured(fn)
+                    raise ArithmeticError(f"differs by {error:.3g}")
+                if hasattr(fn, "foreign"):
+                    foreign[name] = fn
+                else:
+                    calls[name] = captured(fn)
             except ImportError as reason:
                 print(f"# {name} left out: {reason}", flush=True)
                 dead.add(name)
+            except NotImplementedError:
+                pass
             except Exception as reason:
                 print(f"# {name} fails on {row}: {type(reason).__name__}: {str(reason)[:120]}", flush=True)
         times = gpu_seconds(calls, flush)
-        results[row] = {name: row.flop / each / 1e12 for name, each in times.items()}
+        times |= {name: back_to_back_seconds(fn) for name, fn in foreign.items()}
+        results[row] = {name: row.flop / times[name] / 1e12 for name in PEERS if name in times}
         shown = "  ".join(f"{name} {value:.0f}" for name, value in results[row].items())
         print(f"[{index + 1}/{len(rows)}] {row}: {shown}", flush=True)
     return results
@@ -297,15 +414,13 @@ def table(results: dict[Row, dict[str, float]]) -> str:
     to_baseline, to_best = [], []
     for row, speeds in results.items():
         peers = [value for name, value in speeds.items() if name != "cufa"]
-        cells = [str(row.head_dim), str(row.seqlen), str(row.batch), f"{row.num_heads_q}/{row.num_heads_k}"]
-        cells.append("causal" if row.causal else "full")
+        packed = f"{row.batch}, packed" if row.lengths else str(row.batch)
+        cells = [str(row.head_dim), str(row.seqlen), packed, f"{row.num_heads_q}/{row.num_heads_k}", row.mask]
         cells += [f"{speeds[name]:.0f}" if name in speeds else "–" for name in names]
-        if "cufa" in speeds and BASELINE in speeds:
-            to_baseline.append(speeds["cufa"] / speeds[BASELINE])
-            to_best.append(speeds["cufa"] / max(peers))
-            cells += [f"{to_baseline[-1]:.2f}×", f"{to_best[-1]:.2f}×"]
-        else:
-            cells += ["–", "–"]
+        for base, ratios in ((speeds.get(BASELINE), to_baseline), (max(peers, default=None), to_best)):
+            if base is not None:
+                ratios.append(speeds["cufa"] / base)
+            cells.append("–" if base is None else f"{ratios[-1]:.2f}×")
         lines.append("| " + " | ".join(cells) + " |")
     if to_baseline:
         lines += [
@@ -323,7 +438,7 @@ def plot(results: dict[Row, dict[str, float]], ceiling: float, title: str, path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    head_dims = sorted({row.head_dim for row in results})
+    head_dims = sorted({row.head_dim for row in results if row.on_the_ladder})
     figure, axes = pyplot.subplots(
         2,
         len(head_dims),
@@ -340,7 +455,8 @@ def plot(results: dict[Row, dict[str, float]], ceiling: float, title: str, path:
                 points = [
                     (row.seqlen, speeds[name])
                     for row, speeds in results.items()
-                    if row.head_dim == head_dim
+                    if row.on_the_ladder
+                    and row.head_dim == head_dim
                     and row.causal == causal
                     and row.num_heads_q == row.num_heads_k
                     and name in speeds
@@ -371,24 +487,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="directory for table, rows and plot")
     parser.add_argument("--quick", action="store_true", help="only the shorter rows")
+    parser.add_argument("--without", default="", help="names of peers to leave out, separated by commas")
     parser.add_argument("--only", default="", help="regular expression that a row's name must contain")
     arguments = parser.parse_args()
+    for name in filter(None, arguments.without.split(",")):
+        del PEERS[name]
     device = torch.cuda.get_device_name()
     report = cufa.show_config("dicts")
     ceiling = matmul_ceiling()
     print(
         f"# {device}, torch {torch.__version__}, NVRTC {report['nvrtc']['version']}; 8192³ matmul {ceiling:.0f} TFLOP/s"
     )
-    rows = [row for row in ladder(arguments.quick) if re.search(arguments.only, str(row))]
-    results = measure(rows)
+    rows = ladder(arguments.quick) + ([] if arguments.quick else beside_the_ladder())
+    results = measure([row for row in rows if re.search(arguments.only, str(row))])
     text = [
         f"# Forward on {device}",
         "",
         f"{datetime.date.today()}, driver {report['gpu']['driver']}, NVRTC {report['nvrtc']['version']}, torch "
         f"{torch.__version__}. bfloat16, TFLOP/s, medians of CUDA-graph replays with the L2 flushed before each. "
         f"An 8192³ bfloat16 matrix product in the same run: {ceiling:.0f} TFLOP/s.",
+        "* JAX's stream cannot be captured: the mean of calls in a row, without the flush.",
         "",
-        table(results),
+        table({row: speeds for row, speeds in results.items() if row.on_the_ladder}),
+        "## Beside the ladder",
+        "",
+        "Under a window only the pairs it leaves count as work. Packed: 64 sequences of 100 to 8000 tokens, and below "
+        "them 64 of their mean length.",
+        "",
+        table({row: speeds for row, speeds in results.items() if not row.on_the_ladder}),
         "## What a call costs the host",
         "",
         "| caller | µs a call |",
@@ -410,9 +536,15 @@ def main() -> None:
         stem.with_suffix(".md").write_text("\n".join(text) + "\n")
         with stem.with_suffix(".csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow([*Row._fields, *PEERS])
+            writer.writerow([*Row._fields[:-1], "packed", *PEERS])
             for row, speeds in results.items():
-                writer.writerow([*row, *(f"{speeds[name]:.2f}" if name in speeds else "" for name in PEERS)])
+                writer.writerow(
+                    [
+                        *row[:-1],
+                        row.lengths is not None,
+                        *(f"{speeds[name]:.2f}" if name in speeds else "" for name in PEERS),
+                    ]
+                )
         plot(results, ceiling, f"Forward, bfloat16, {device}", stem.with_suffix(".png"))
         print(f"# wrote {stem}.md, .csv and .png")
 
