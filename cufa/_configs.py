@@ -6,7 +6,8 @@ by shared memory. Every row compiles without spills on every arch; a test compil
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from ._problem import Static
 
@@ -27,8 +28,9 @@ SHARED_MEMORY = {
 """Bytes of shared memory that a block may use, by compute capability."""
 
 
-class ConfigSm80(NamedTuple):
-    """The members of the C++ ``Config``, with the same names; see ``cuda_src/attention/forward_sm80.cuh``.
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The members of the C++ ``Config``, with the same names, that every kernel has.
 
     Attributes
     ----------
@@ -42,12 +44,8 @@ class ConfigSm80(NamedTuple):
     block_m, block_n : int
         Rows of q and of k a tile.
     num_threads : int
-    column_warps : int
-        Warps that share rows and split the columns of v.
     smem_bytes : int
-    copy_bytes, store_bytes : int
-    copy_unroll : int
-        Passes over a tile's rows that are copied at a time.
+    store_bytes : int
     causal, window, varlen, sinks : bool
     """
 
@@ -60,24 +58,40 @@ class ConfigSm80(NamedTuple):
     block_m: int
     block_n: int
     num_threads: int
-    column_warps: int
     smem_bytes: int
-    copy_bytes: int
     store_bytes: int
-    copy_unroll: int
     causal: bool
     window: bool
     varlen: bool
     sinks: bool
 
 
-class ConfigSm90(NamedTuple):
-    """The same for ``cuda_src/attention/forward_sm90.cuh``; members not listed are as in `ConfigSm80`.
+@dataclass(frozen=True, kw_only=True)
+class ConfigSm80(Config):
+    """What ``cuda_src/attention/forward_sm80.cuh`` has beside them.
 
     Attributes
     ----------
-    num_threads : int
-        A warpgroup that loads and one for every 64 rows of block_m.
+    column_warps : int
+        Warps that share rows and split the columns of v.
+    copy_bytes : int
+    copy_unroll : int
+        Passes over a tile's rows that are copied at a time.
+    """
+
+    column_warps: int
+    copy_bytes: int
+    copy_unroll: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigSm90(Config):
+    """What ``cuda_src/attention/forward_sm90.cuh`` has beside them.
+
+    Of its threads a warpgroup loads; for every `WARPGROUP_ROWS` of block_m there is one more.
+
+    Attributes
+    ----------
     stages : int
         Blocks of K, and of V, that are in shared memory at a time.
     producer_registers, consumer_registers : int
@@ -86,28 +100,10 @@ class ConfigSm90(NamedTuple):
         Whether warpgroups take turns on the tensor cores.
     """
 
-    element: str
-    variant: tuple[str, ...]
-    head_dim: int
-    head_dim_v: int
-    tile_head_dim: int
-    tile_head_dim_v: int
-    block_m: int
-    block_n: int
-    num_threads: int
     stages: int
     producer_registers: int
     consumer_registers: int
     take_turns: bool
-    smem_bytes: int
-    store_bytes: int
-    causal: bool
-    window: bool
-    varlen: bool
-    sinks: bool
-
-
-Config = ConfigSm80 | ConfigSm90
 
 
 def forward_sm80(static: Static, arch: int) -> ConfigSm80:
@@ -118,10 +114,7 @@ def forward_sm80(static: Static, arch: int) -> ConfigSm80:
     tile_head_dim_v = _round_up(static.head_dim_v, 32 * column_warps)
     tiles = (block_m + block_n) * tile_head_dim + block_n * tile_head_dim_v
     return ConfigSm80(
-        element=static.element,
-        variant=_variant(static),
-        head_dim=static.head_dim,
-        head_dim_v=static.head_dim_v,
+        **_common(static),
         tile_head_dim=tile_head_dim,
         tile_head_dim_v=tile_head_dim_v,
         block_m=block_m,
@@ -130,12 +123,7 @@ def forward_sm80(static: Static, arch: int) -> ConfigSm80:
         column_warps=column_warps,
         smem_bytes=size * max(tiles, block_m * tile_head_dim_v),
         copy_bytes=static.copy_bytes,
-        store_bytes=static.store_bytes,
         copy_unroll=_copy_unroll(static, arch),
-        causal=static.mask == "causal",
-        window=static.mask == "window",
-        varlen=static.varlen,
-        sinks=static.sinks,
     )
 
 
@@ -180,57 +168,71 @@ def _copy_unroll(static: Static, arch: int) -> int:
     return 4
 
 
+WARPGROUP_ROWS = 64
+"""Rows of q that a warpgroup of the sm_90 kernel computes."""
+
+STAGES = 2
+"""Blocks of K, and of V, in its shared memory: more gain nothing."""
+
 CONTROL_BYTES = 1 << 10
-"""Shared memory of the sm_90 kernel for its barriers and for what it knows of its tiles."""
+"""Its shared memory for barriers and for what it knows of its tiles."""
 
 
 def forward_sm90(static: Static) -> ConfigSm90:
     """Config of the wgmma forward."""
-    block_m, block_n, take_turns, stages = _tile_sm90(static)
+    block_m, block_n, take_turns = _tile_sm90(static)
     size = SIZEOF[static.element]
     tile_head_dim, tile_head_dim_v = _round_up(static.head_dim, 32), _round_up(static.head_dim_v, 32)
-    tiles = block_m * tile_head_dim + stages * block_n * (tile_head_dim + tile_head_dim_v)
-    consumers = block_m // 64
+    tiles = block_m * tile_head_dim + STAGES * block_n * (tile_head_dim + tile_head_dim_v)
+    consumers = block_m // WARPGROUP_ROWS
     producer_registers, consumer_registers = REGISTERS_SM90[consumers]
     return ConfigSm90(
-        element=static.element,
-        variant=_variant(static),
-        head_dim=static.head_dim,
-        head_dim_v=static.head_dim_v,
+        **_common(static),
         tile_head_dim=tile_head_dim,
         tile_head_dim_v=tile_head_dim_v,
         block_m=block_m,
         block_n=block_n,
         num_threads=128 * (1 + consumers),
-        stages=stages,
+        stages=STAGES,
         producer_registers=producer_registers,
         consumer_registers=consumer_registers,
         take_turns=take_turns,
         smem_bytes=size * tiles + CONTROL_BYTES,
-        store_bytes=static.store_bytes,
-        causal=static.mask == "causal",
-        window=static.mask == "window",
-        varlen=static.varlen,
-        sinks=static.sinks,
     )
 
 
-REGISTERS_SM90 = {1: (56, 256), 2: (24, 240), 3: (32, 160)}
+REGISTERS_SM90 = {2: (24, 240), 3: (32, 160)}
 """(producer, consumer) registers a thread by number of consumers: with what a block starts with, all there are."""
 
 
-def _tile_sm90(static: Static) -> tuple[int, int, bool, int]:
-    """(block_m, block_n, take_turns, stages)."""
+def _tile_sm90(static: Static) -> tuple[int, int, bool]:
+    """(block_m, block_n, take_turns)."""
     dim, dim_v = _round_up(static.head_dim, 32), _round_up(static.head_dim_v, 32)
     widest = max(dim, dim_v)
     if widest <= 64:
-        return 128 if static.short else 192, 128, True, 2
-    # Scores, P and output share a thread's registers; K and V twice, and Q, the shared memory.
+        return 128 if static.short else 192, 128, True
+    # Scores, P and output share a thread's registers; Q and the stages of K and V the shared memory.
     plain = static.mask != "window" and not _variant(static)
     by_registers = ((196 if plain else 184) - dim_v // 2) * 4 // 3
-    by_smem = (SHARED_MEMORY[90] - CONTROL_BYTES - 2 * 128 * dim) // (2 * 2 * (dim + dim_v))
+    size = SIZEOF[static.element]
+    by_smem = (SHARED_MEMORY[90] - CONTROL_BYTES - size * 128 * dim) // (size * STAGES * (dim + dim_v))
     block_n = min(by_registers, by_smem, 128 if static.short or widest <= 96 else 176) // 16 * 16
-    return 128, block_n, widest <= 128, 2
+    return 128, block_n, widest <= 128
+
+
+def _common(static: Static) -> dict[str, Any]:
+    """The members that follow from the problem alone."""
+    return {
+        "element": static.element,
+        "variant": _variant(static),
+        "head_dim": static.head_dim,
+        "head_dim_v": static.head_dim_v,
+        "store_bytes": static.store_bytes,
+        "causal": static.mask == "causal",
+        "window": static.mask == "window",
+        "varlen": static.varlen,
+        "sinks": static.sinks,
+    }
 
 
 def _variant(static: Static) -> tuple[str, ...]:

@@ -160,5 +160,5 @@ def _explain_kernel(problem: Problem) -> Explanation:
         registers=meta["registers"],
         spill_bytes=meta["spill_bytes"],
         compile_seconds=meta["seconds"],
-        config=config._asdict(),
+        config=dict(vars(config)),
     )

@@ -67,7 +67,7 @@ def source_of(plan: Plan) -> str:
     config = plan.config
     constants = [
         f"  static constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};\n"
-        for name, value in config._asdict().items()
+        for name, value in vars(config).items()
         if isinstance(value, int)
     ]
     header = plan.kernel.removeprefix("attention_")

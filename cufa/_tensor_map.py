@@ -10,13 +10,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from . import _launch
-from ._configs import SIZEOF, ConfigSm90
+from ._configs import SIZEOF, WARPGROUP_ROWS, ConfigSm90
 from ._params import MAP_BYTES
 from ._problem import Problem
 from .errors import CudaError
-
-WARPGROUP_ROWS = 64
-"""Rows of q that a box holds."""
 
 _ADDRESSES = (1 << 20, 0x7F12_3456_7890)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import dataclasses
 import importlib.util
 import math
 import os
@@ -132,7 +133,7 @@ def test_narrow_copies(copy_bytes: int) -> None:
 
 def test_a_config_that_disagrees_with_the_tiles_does_not_compile() -> None:
     plan = _plan.make_plan(static("bf16", 64, 64), 80)
-    wrong = plan._replace(config=plan.config._replace(smem_bytes=plan.config.smem_bytes - 16))
+    wrong = plan._replace(config=dataclasses.replace(plan.config, smem_bytes=plan.config.smem_bytes - 16))
     with pytest.raises(_jit.CompileError, match="disagree on shared memory"):
         _jit.compile_source(_jit.source_of(wrong), _jit.options_of("80"), "a wrong Config")
 

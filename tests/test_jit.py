@@ -53,7 +53,7 @@ def test_source_names_every_member(plan: _plan.Plan) -> None:
     source = _jit.source_of(plan)
     assert "using variant = attention::Variant<attention::Softcap<bf16>, attention::Alibi>;" in source
     assert "static constexpr bool causal = true;" in source
-    for name, value in plan.config._asdict().items():
+    for name, value in vars(plan.config).items():
         if name not in ("element", "variant"):
             assert f" {name} = {str(value).lower()};" in source
     assert "attention_forward_sm80(const __grid_constant__ attention::Params params)" in source

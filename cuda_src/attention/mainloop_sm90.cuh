@@ -157,8 +157,9 @@ struct MainloopSm90 {
       at_queries.advance();
     }
 
-    // A packed sequence ends where its neighbour begins, and what lies there may be anything. The rows of the map are
-    // therefore clipped block_n rows past `outer` minus the live ones: the rest of the box is zero-filled.
+    // A packed sequence ends where its neighbour begins, and what lies there may be anything. The box therefore begins
+    // so far into the map's block_n clipped rows that only the live ones come before their end: the rest is
+    // zero-filled.
     template <class Tile>
     void load_block(const Keys& ring, typename Keys::Cursor& at, const Tile& to, const ptx::TensorMap& map,
                     const Work<element>& work, int n_block) const {

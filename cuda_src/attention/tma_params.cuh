@@ -6,8 +6,8 @@
 
 namespace attention {
 
-// The map of q is (columns, heads that share a key head, rows, key heads, batch): see Queries in cufa/_tensor_map.py;
-// those of k and v are (columns, rows, heads, batch), or, packed, (columns, clipped rows, heads, rows).
+// The maps' axes are (columns, rows, heads, batch); those of packed k and v (columns, clipped rows, heads, rows), see
+// _keys in cufa/_tensor_map.py.
 struct TmaParams {
   ptx::TensorMap q, k, v;
   Params params;

@@ -81,14 +81,14 @@ inline void hold(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
   X(type, 240, 120, 121, 122, 123, 124, 125) \
   X(type, 256, 128, 129, 130, 131, 132, 133)
 
-#define CUFA_WGMMA_SS(type, n, o0, o1, o2, o3, ...)                                               \
+#define CUFA_WGMMA_SS(type, n, o0, o1, o2, ...)                                                   \
   if constexpr (columns == n) {                                                                   \
     asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #o2                       \
                  ", 0;\n"                                                                         \
                  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" CUFA_D##n \
-                 "}, %" #o0 ", %" #o1 ", accumulate, 1, 1, 0, %" #o3 ";\n}"                       \
+                 "}, %" #o0 ", %" #o1 ", accumulate, 1, 1, 0, 0;\n}"                              \
                  : CUFA_BIND_D##n                                                                 \
-                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(transposed)));                   \
+                 : "l"(a), "l"(b), "r"(int(accumulate)));                                         \
   }
 
 #define CUFA_WGMMA_RS(type, n, o0, o1, o2, o3, o4, o5)                                            \
@@ -101,9 +101,8 @@ inline void hold(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));     \
   }
 
-// D = A · B, or D += A · B if `accumulate`. Both come from shared memory, with k running along the rows of A, and of B
-// (K-major), or down its columns if `transposed` (MN-major).
-template <class element, bool transposed, int n_tiles>
+// D = A · B, or D += A · B if `accumulate`. Both come from shared memory, with k running along their rows (K-major).
+template <class element, int n_tiles>
 inline void wgmma_ss(float (&d)[n_tiles][4], u64 a, u64 b, bool accumulate) {
   constexpr int columns = 8 * n_tiles;
   static_assert(columns % 16 == 0 && columns <= 256, "a wgmma has 16 to 256 columns here");

@@ -2,6 +2,7 @@
 // operands may be touched again after `wait`.
 #pragma once
 
+#include "core/math.cuh"
 #include "core/types.cuh"
 #include "ptx/wgmma.cuh"
 #include "tile/accumulator.cuh"
@@ -57,8 +58,8 @@ inline void gemm_abt(tile::Accumulator<1, K::rows>& scores, const Q& q, const K&
 #pragma unroll
   for (int step = 0; step < ceil_div(depth, 16); ++step) {
     const int panel = step / panel_steps, within = step % panel_steps * 32;
-    ptx::wgmma_ss<typename K::element, false>(scores.x[0], a + ((panel * Q::panel_stride + within) >> 4),
-                                              b + ((panel * K::panel_stride + within) >> 4), step > 0);
+    ptx::wgmma_ss<typename K::element>(scores.x[0], a + ((panel * Q::panel_stride + within) >> 4),
+                                       b + ((panel * K::panel_stride + within) >> 4), step > 0);
   }
   ptx::wgmma_commit_group();
 }
