@@ -66,7 +66,7 @@ def check(case: Case, xp: Any, host: dict[str, Any] | None = None) -> None:
 
 
 @pytest.mark.parametrize("name", ["cupy", "torch"])
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_dense_equals_reference(name: str, data: st.DataObject) -> None:
     xp = framework(name)
@@ -74,7 +74,7 @@ def test_dense_equals_reference(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", ["cupy", "torch"])
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_varlen_equals_reference(name: str, data: st.DataObject) -> None:
     xp = framework(name)
