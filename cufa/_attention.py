@@ -235,7 +235,8 @@ def prepare(problem: Problem, stream: int) -> Launch:
     shifts: tuple[int, ...] = ()
     if isinstance(config, ConfigSm90):
         maps = _tensor_map.make_maps(problem, config)
-        params, shifts = (maps.encoded + params).ljust(_params.TMA_SIZE, b"\0"), maps.shifts
+        params = (maps.encoded + params + _params.pack_deal(grid)).ljust(_params.TMA_SIZE, b"\0")
+        shifts = maps.shifts
     what = _jit.describe(plan)
     launch = Launch(what, kernel, problem.device, grid.blocks, config.num_threads, config.smem_bytes, params, shifts)
     problem.memo["launch"] = launch

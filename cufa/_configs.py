@@ -47,6 +47,8 @@ class Config:
     smem_bytes : int
     store_bytes : int
     causal, window, varlen, sinks : bool
+    pack : int
+        Heads that share a key head and a tile of queries.
     """
 
     element: str
@@ -64,6 +66,7 @@ class Config:
     window: bool
     varlen: bool
     sinks: bool
+    pack: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +99,18 @@ class ConfigSm90(Config):
         Blocks of K, and of V, that are in shared memory at a time.
     producer_registers, consumer_registers : int
         Registers a thread of the warpgroup that loads, and of the others.
-    take_turns : bool
-        Whether warpgroups take turns on the tensor cores.
+    early_steps : int
+        Steps of P·V, of 16 keys, whose probabilities are computed while the products of the block before still run:
+        what there are registers for.
+    whole_turns : bool
+        Whether a warpgroup's turn on the tensor cores ends with its products, and not already when they have begun.
     """
 
     stages: int
     producer_registers: int
     consumer_registers: int
-    take_turns: bool
+    early_steps: int
+    whole_turns: bool
 
 
 def forward_sm80(static: Static, arch: int) -> ConfigSm80:
@@ -180,7 +187,7 @@ CONTROL_BYTES = 1 << 10
 
 def forward_sm90(static: Static) -> ConfigSm90:
     """Config of the wgmma forward."""
-    block_m, block_n, take_turns = _tile_sm90(static)
+    block_m, block_n, early_steps, whole_turns = _tile_sm90(static)
     size = SIZEOF[static.element]
     tile_head_dim, tile_head_dim_v = _round_up(static.head_dim, 32), _round_up(static.head_dim_v, 32)
     tiles = block_m * tile_head_dim + STAGES * block_n * (tile_head_dim + tile_head_dim_v)
@@ -196,7 +203,9 @@ def forward_sm90(static: Static) -> ConfigSm90:
         stages=STAGES,
         producer_registers=producer_registers,
         consumer_registers=consumer_registers,
-        take_turns=take_turns,
+        early_steps=early_steps,
+        whole_turns=whole_turns,
+        pack=static.pack,
         smem_bytes=size * tiles + CONTROL_BYTES,
     )
 
@@ -205,19 +214,23 @@ REGISTERS_SM90 = {2: (24, 240), 3: (32, 160)}
 """(producer, consumer) registers a thread by number of consumers: with what a block starts with, all there are."""
 
 
-def _tile_sm90(static: Static) -> tuple[int, int, bool]:
-    """(block_m, block_n, take_turns)."""
+def _tile_sm90(static: Static) -> tuple[int, int, int, bool]:
+    """(block_m, block_n, early_steps, whole_turns)."""
     dim, dim_v = _round_up(static.head_dim, 32), _round_up(static.head_dim_v, 32)
     widest = max(dim, dim_v)
+    plain, window = not _variant(static), static.mask == "window"
     if widest <= 64:
-        return 128 if static.short else 192, 128, True
+        if window and plain:
+            return 128, 128, 4, False
+        return 128 if window or static.short else 192, 128, 0, True
     # Scores, P and output share a thread's registers; Q and the stages of K and V the shared memory.
-    plain = static.mask != "window" and not _variant(static)
-    by_registers = ((196 if plain else 184) - dim_v // 2) * 4 // 3
+    registers = 196 if plain else 184
     size = SIZEOF[static.element]
     by_smem = (SHARED_MEMORY[90] - CONTROL_BYTES - size * 128 * dim) // (size * STAGES * (dim + dim_v))
-    block_n = min(by_registers, by_smem, 128 if static.short or widest <= 96 else 176) // 16 * 16
-    return 128, block_n, widest <= 128
+    longest = 64 if widest > 192 else 128 if window or static.short else 176
+    block_n = min((registers - dim_v // 2) * 4 // 3, by_smem, longest) // 16 * 16
+    early_steps = 4 if widest <= 128 else 2 if widest <= 192 else 0
+    return 128, block_n, early_steps if plain else 0, False
 
 
 def _common(static: Static) -> dict[str, Any]:

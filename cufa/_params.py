@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from typing import NamedTuple
 
 from ._arrays import contiguous
-from ._plan import Grid
+from ._plan import MAX_LISTED_BLOCKS, Grid
 from ._problem import MAX_SEQLEN, Problem
 
 
@@ -37,10 +38,13 @@ LAYOUT = struct.Struct("@" + "".join(f"{field.length}{field.format}" for field i
 POINTER_LAYOUT = struct.Struct(f"@{POINTERS}Q")
 
 
+DEAL_LAYOUT = struct.Struct(f"@i{MAX_LISTED_BLOCKS + 1}H{4 * MAX_LISTED_BLOCKS}H")
+"""``attention::Deal``."""
+
 MAP_BYTES = 128
 MAPS_BYTES = 3 * MAP_BYTES
-TMA_SIZE = -(-(MAPS_BYTES + LAYOUT.size) // 64) * 64
-"""Size of ``attention::TmaParams``: the tensor maps of q, k and v, then Params, in alignments of 64 bytes."""
+TMA_SIZE = -(-(MAPS_BYTES + LAYOUT.size + DEAL_LAYOUT.size) // 64) * 64
+"""Size of ``attention::TmaParams``: the tensor maps of q, k and v, Params and Deal, in alignments of 64 bytes."""
 
 
 def static_asserts() -> str:
@@ -57,9 +61,12 @@ def static_asserts() -> str:
 
 def tma_static_asserts() -> str:
     """The same for the struct that leads with tensor maps."""
+    params = "static_cast<attention::TmaParams*>(nullptr)"
     return static_asserts() + (
         f"static_assert(sizeof(attention::TmaParams) == {TMA_SIZE});\n"
-        f"static_assert(__INTADDR__(&static_cast<attention::TmaParams*>(nullptr)->params) == {MAPS_BYTES});\n"
+        f"static_assert(__INTADDR__(&{params}->params) == {MAPS_BYTES});\n"
+        f"static_assert(__INTADDR__(&{params}->deal) == {MAPS_BYTES + LAYOUT.size});\n"
+        f"static_assert(attention::Deal::max_blocks == {MAX_LISTED_BLOCKS});\n"
     )
 
 
@@ -80,3 +87,12 @@ def pack(problem: Problem, grid: Grid) -> bytes:
     values += (MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right))
     values += (problem.softmax_scale, problem.softcap, grid.m_units)
     return LAYOUT.pack(*values)
+
+
+def pack_deal(grid: Grid) -> bytes:
+    """Deal of a launch."""
+    tiles = [tile for listed in grid.listed for tile in listed]
+    begin = [0, *itertools.accumulate(map(len, grid.listed))]
+    begin += [len(tiles)] * (MAX_LISTED_BLOCKS + 1 - len(begin))
+    tiles += [0] * (4 * MAX_LISTED_BLOCKS - len(tiles))
+    return DEAL_LAYOUT.pack(grid.round_units, *begin, *tiles)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,9 +14,21 @@ from .errors import UnsupportedError
 OLDEST_ARCH = 80
 MAX_GRID = (1 << 31) - 1
 
-L2_SECTION = 16 << 20
-"""Bytes of K and V that heads running side by side may share. More gives a causal mask better balance, less lets a
-short sequence's K and V arrive sooner; the L2 of every GPU from sm_80 holds about this much."""
+PERSISTENT_ROUNDS = 8
+"""Rounds of tiles from which on packed sequences, of which no lengths are known, are dealt out evenly enough."""
+
+MAX_LISTED_BLOCKS = 160
+"""Blocks whose tiles a launch can list: ``Deal`` in cuda_src/attention/tma_params.cuh."""
+
+LISTED_GAIN = 0.98
+"""What a list may at most leave of the time of the last rounds, to be worth it."""
+
+TILE_OVERHEAD = 1.2
+"""What a tile's beginning and end take, in blocks of keys."""
+
+L2_SECTION = {"attention_forward_sm80": 16 << 20, "attention_forward_sm90": 2 << 20}
+"""Bytes of K and V that heads running side by side may share. Less lets a short sequence's K and V arrive sooner; more
+gives a causal mask better balance where blocks do not come in rounds. The L2 of every GPU from sm_80 holds as much."""
 
 
 class Device(NamedTuple):
@@ -46,12 +59,26 @@ class Plan(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Shape of a launch; see cuda_src/attention/scheduler.cuh."""
+    """Shape of a launch; see cuda_src/attention/scheduler.cuh.
+
+    Attributes
+    ----------
+    blocks : int
+    m_blocks, m_units : int
+        Tiles of queries a head, and units.
+    heads_per_section : int
+    round_units : int
+        Units that are dealt to the blocks round by round.
+    listed : tuple of tuple of int
+        For each block, the tiles it takes after that; empty if there are none for any.
+    """
 
     blocks: int
     m_blocks: int
     m_units: int
     heads_per_section: int
+    round_units: int
+    listed: tuple[tuple[int, ...], ...] = ()
 
 
 @lru_cache(maxsize=1024)
@@ -77,47 +104,89 @@ def make_plan(static: Static, arch: int) -> Plan:
 
 def make_grid(plan: Plan, problem: Problem, num_sms: int) -> Grid:
     """How many blocks `problem` takes, and in which order they go through it."""
-    config, heads = plan.config, problem.batch * problem.num_heads_q
+    config = plan.config
+    heads = problem.batch * problem.num_heads_q // config.pack
     if problem.varlen:
         # Always enough tiles, without knowing one length: see varlen_tile in attention/scheduler.cuh.
         m_blocks = problem.seqlen_q // config.block_m + problem.batch
         num_tiles, section = m_blocks * problem.num_heads_q, 1
     else:
-        m_blocks = -(-problem.seqlen_q // config.block_m)
+        m_blocks = -(-problem.seqlen_q * config.pack // config.block_m)
         num_tiles, section = m_blocks * heads, heads_per_section(plan, problem)
     if num_tiles > MAX_GRID:
         raise UnsupportedError(
             f"{problem.function}: {num_tiles} tiles of queries are more than one launch holds ({MAX_GRID}); split the "
             "batch."
         )
-    schedule = _schedule(plan, problem, m_blocks, heads, num_sms)
-    m_units = -(-m_blocks // 2) if schedule == "pairs" else m_blocks
-    blocks = num_tiles if schedule == "tiles" else min(m_units * heads, num_sms)
-    return Grid(blocks, m_blocks, m_units, section)
+    if not isinstance(config, ConfigSm90) or (problem.varlen and num_tiles < PERSISTENT_ROUNDS * num_sms):
+        # A block a tile. The GPU hands them out in order, longest first.
+        return Grid(num_tiles, m_blocks, m_blocks, section, num_tiles)
+    # One block an SM works through its share, so that a tile's loads and the last one's output overlap with its
+    # neighbours' products.
+    blocks = min(num_tiles, num_sms)
+    if problem.varlen:
+        return Grid(blocks, m_blocks, m_blocks, section, num_tiles)
+    m_units = -(-m_blocks // 2) if config.causal else m_blocks  # a tile and its opposite cost the same
+    units = m_units * heads
+    grid = Grid(blocks, m_blocks, m_units, section, units)
+    if not (config.causal or config.window) or blocks > MAX_LISTED_BLOCKS:
+        return grid
+    return _share_out(grid, plan, problem)
 
 
-def _schedule(plan: Plan, problem: Problem, m_blocks: int, heads: int, num_sms: int) -> str:
-    """How the tiles come to the SMs.
+def _share_out(grid: Grid, plan: Plan, problem: Problem) -> Grid:
+    """List the tiles of the last round of units, and of what is left over, where that makes the blocks end earlier.
 
-    ``tiles``: a block each; the GPU hands them out in order, longest first. ``persistent``, for tiles that cost the
-    same: one block an SM works through a share that is fixed beforehand, so that a tile's loads and the last one's
-    output overlap with its neighbours' products. ``pairs``: the same with pairs of tiles that cost the same.
+    The longest come first, each to the block that has least to do. Otherwise units stay whole: a list mixes more heads,
+    whose K and V the L2 then has to hold.
     """
-    if problem.varlen or not isinstance(plan.config, ConfigSm90):
-        return "tiles"
-    if not plan.config.causal:
-        return "persistent"
-    return "pairs"
+    config = plan.config
+    heads = problem.batch * problem.num_heads_q // config.pack
+    round_units = max(0, grid.round_units // max(1, grid.blocks) - 1) * grid.blocks
+    costs = [_key_blocks(problem, config, m_block) + TILE_OVERHEAD for m_block in range(grid.m_blocks)]
+    tiles = []
+    round_loads = [0.0] * grid.blocks
+    for unit in range(round_units, grid.round_units):
+        section, within = divmod(unit, grid.heads_per_section * grid.m_units)
+        row = within // min(grid.heads_per_section, heads - section * grid.heads_per_section)
+        last_row = grid.m_blocks - 1 - row
+        for second, m_block in enumerate(
+            (last_row, row) if grid.m_units < grid.m_blocks and row < last_row else (last_row,)
+        ):
+            tiles.append((costs[m_block], 2 * (unit - round_units) + second))
+            round_loads[unit % grid.blocks] += costs[m_block]
+    tiles.sort(key=lambda tile: -tile[0])
+    loads = [(0.0, block) for block in range(grid.blocks)]
+    listed: list[list[int]] = [[] for _ in range(grid.blocks)]
+    for cost, entry in tiles:
+        load, block = loads[0]
+        listed[block].append(entry)
+        heapq.heapreplace(loads, (load + cost, block))
+    if max(loads, default=(0.0, 0))[0] > LISTED_GAIN * max(round_loads, default=0.0):
+        return grid
+    return grid._replace(round_units=round_units, listed=tuple(map(tuple, listed)))
+
+
+def _key_blocks(problem: Problem, config: Config, m_block: int) -> int:
+    """Blocks of keys that a tile of queries sees: block_range in cuda_src/attention/block_range.cuh."""
+    diagonal = problem.seqlen_k - problem.seqlen_q
+    first_row = m_block * config.block_m // config.pack
+    last_row = min(((m_block + 1) * config.block_m - 1) // config.pack, problem.seqlen_q - 1)
+    left, right = problem.window_left, problem.window_right
+    first = 0 if left is None else max(0, first_row + diagonal - left)
+    end = problem.seqlen_k if right is None else min(problem.seqlen_k, last_row + diagonal + right + 1)
+    return max(0, -(-end // config.block_n) - first // config.block_n)
 
 
 def heads_per_section(plan: Plan, problem: Problem) -> int:
     """Query heads scheduled side by side: as many as keep their K and V in the L2, in sections of equal size."""
-    config, heads = plan.config, problem.batch * problem.num_heads_q
+    config = plan.config
+    heads = problem.batch * problem.num_heads_q // config.pack
     size = _configs.SIZEOF[config.element]
     head_bytes = max(1, problem.seqlen_k * (config.head_dim + config.head_dim_v) * size)
-    ratio = max(1, problem.num_heads_q // max(1, problem.num_heads_k))
+    ratio = max(1, problem.num_heads_q // max(1, problem.num_heads_k) // config.pack)
     key_heads = -(-heads // ratio)
-    sections = max(1, -(-key_heads // max(1, L2_SECTION // head_bytes)))
+    sections = max(1, -(-key_heads // max(1, L2_SECTION[plan.kernel] // head_bytes)))
     return max(1, -(-key_heads // sections) * ratio)
 
 

@@ -51,6 +51,8 @@ class Static(NamedTuple):
         The same for out.
     tma : bool
         Whether tensor maps can describe q, k and v.
+    pack : int
+        Query heads that share a key head and should share tiles, for want of rows; 1 if none.
     short : bool
         Whether sequences may be so short that what tiles waste along a causal mask's diagonal counts.
     """
@@ -67,6 +69,7 @@ class Static(NamedTuple):
     store_bytes: int
     tma: bool
     short: bool
+    pack: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -403,9 +406,19 @@ class _Check:
             copy_bytes=min(widest_copy(self.specs[name], itemsize) for name in "qkv"),
             tma=all(has_tensor_map(self.specs[name], itemsize) for name in "qkv"),
             store_bytes=max(itemsize, min(store, math.gcd(out_shape[-1] * itemsize, ALIGNMENT))),
+            pack=self.pack(q),
             # Lengths of packed sequences are not known; and no row's result may depend on its neighbours'.
             short=mask_kind(left, right) == "causal" and (self.varlen or q.shape[1] < LONG),
         )
+
+    def pack(self, q: Spec) -> int:
+        """Packing pays where it leaves at most three quarters of the tiles of 128 rows."""
+        heads_k = self.specs["k"].shape[-2]
+        ratio = q.shape[-2] // heads_k if heads_k else 1
+        if self.varlen or ratio not in (2, 4, 8, 16, 32, 64) or "alibi_slopes" in self.specs or "sinks" in self.specs:
+            return 1
+        rows = q.shape[1]
+        return ratio if -(-rows * ratio // 128) <= 0.75 * ratio * -(-rows // 128) else 1
 
     def value_error(self, text: str) -> NoReturn:
         raise ValueError(f"{self.function}: {text}")

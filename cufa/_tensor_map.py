@@ -50,7 +50,13 @@ def make_maps(problem: Problem, config: ConfigSm90) -> Maps:
 
 def _queries(problem: Problem, config: ConfigSm90) -> Shape:
     batch, row, head = _steps(problem, config, "q")
-    extents = (problem.head_dim, problem.seqlen_q, problem.num_heads_q, 1 if problem.varlen else problem.batch)
+    if config.pack > 1:
+        pack = config.pack
+        heads = problem.num_heads_q // pack
+        packed = (problem.head_dim, pack, problem.seqlen_q, heads, problem.batch)
+        return _shape(config, config.tile_head_dim, packed, (head, row, pack * head, batch), WARPGROUP_ROWS // pack)
+    outer = 1 if problem.varlen else problem.batch
+    extents = (problem.head_dim, problem.seqlen_q, problem.num_heads_q, outer)
     return _shape(config, config.tile_head_dim, extents, (row, head, batch), WARPGROUP_ROWS)
 
 
@@ -82,7 +88,8 @@ def _steps(problem: Problem, config: ConfigSm90, name: str) -> tuple[int, int, i
 
 
 def _shape(config: ConfigSm90, tile_dim: int, extents: tuple[int, ...], strides: tuple[int, ...], rows: int) -> Shape:
-    box = (64 if tile_dim % 64 == 0 else 32, rows, 1, 1)  # a panel of tile::SharedTile
+    columns = 64 if tile_dim % 64 == 0 else 32  # a panel of tile::SharedTile
+    box = (columns, rows, 1, 1) if len(extents) == 4 else (columns, extents[1], rows, 1, 1)
     return Shape(config.element, tuple(max(1, extent) for extent in extents), strides, box)
 
 

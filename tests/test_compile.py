@@ -6,20 +6,18 @@ sm_90 with the NVRTC it is given: python tests/test_compile.py FEATURES LIBRARY.
 
 from __future__ import annotations
 
-import collections
 import ctypes
 import dataclasses
-import importlib.util
 import math
 import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sass
 
 from cufa import _configs, _jit, _plan
 from cufa._problem import Static
@@ -30,6 +28,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"mask": "causal"},
     "short": {"mask": "causal", "short": True},
+    "sharing": {"pack": 4, "mask": "causal", "short": True},
+    "window": {"mask": "window"},
     "packed": {"mask": "causal", "short": True, "varlen": True},
     "everything": {"mask": "window", "softcap": True, "alibi": True, "sinks": True, "varlen": True},
     "elementwise": {"mask": "causal", "varlen": True, "copy_bytes": 0, "store_bytes": 0},
@@ -65,42 +65,51 @@ def check(facts: Static, arch: int) -> None:
 def check_sass(config: _configs.ConfigSm90, cubin: bytes) -> None:
     """wgmma as written, twice: begun before the loop and ended after it. More WARPGROUPs would be waits that the
     compiler put in between."""
-    count = instructions(cubin)
-    if count:
+    instructions = sass.disassemble(cubin)
+    if instructions:
+        count = sass.count(instructions)
         assert count["HGMMA"] == 2 * (math.ceil(config.head_dim / 16) + config.block_n // 16)
         assert count["WARPGROUP"] == 8
-
-
-def instructions(cubin: bytes) -> collections.Counter[str]:
-    """How many instructions of each kind a cubin has; empty without the tools to tell."""
-    tools = [found / "bin" for found in nvidia_packages("cu13") if (found / "bin" / "cuobjdump").exists()]
-    if not tools:
-        return collections.Counter()
-    path = os.pathsep.join([str(tools[0]), os.environ.get("PATH", "")])  # where it looks for nvdisasm
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tools[0] / "cuobjdump"), "-sass", file.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path})
-    return collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", sass.stdout))
-
-
-def nvidia_packages(name: str) -> list[Path]:
-    spec = importlib.util.find_spec("nvidia")
-    places = spec.submodule_search_locations if spec is not None else None
-    return [Path(place) / name for place in places or () if (Path(place) / name).is_dir()]
+        assert not sass.wgmma_hazards(instructions)
 
 
 def test_sass_is_read() -> None:
-    if not nvidia_packages("cu13"):
+    if not sass.packages("cu13"):
         pytest.skip("needs nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm")
     _, compiled = compile_plan(static("bf16", 64, 64), 90)
-    assert instructions(compiled.cubin)["HGMMA"] > 0
+    assert sass.count(sass.disassemble(compiled.cubin))["HGMMA"] > 0
+
+
+@pytest.mark.parametrize(
+    ("instruction", "hazard"),
+    [
+        ("FADD R8, R9, R10", False),
+        ("FADD R44, R9, R10", True),  # writes A
+        ("FADD R8, R44, R10", False),
+        ("FADD R8, R9, R31", True),  # reads D
+        ("@P0 LDS.128 R41, [R3]", True),  # writes into A
+        ("@P0 BRA 0x0060", True),  # round the wait
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x1", False),
+    ],
+)
+def test_hazards_are_seen(instruction: str, hazard: bool) -> None:
+    lines = [
+        "HGMMA.64x16x16.F32.BF16 R24, R44, gdesc[UR4], R24",
+        "HGMMA.64x16x16.F32.BF16 R24, R40, gdesc[UR4], R24, gsb0",
+        instruction,
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        "FADD R24, R24, R44",
+        "EXIT",
+        "FADD R44, R24, R24",
+        "EXIT",
+    ]
+    listing = "\n".join(f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines))
+    assert bool(sass.wgmma_hazards(sass.parse(listing))) == hazard
 
 
 @pytest.mark.parametrize("features", FEATURES)
 def test_the_oldest_nvrtc_too(features: str) -> None:
-    found = [package / "lib" for package in nvidia_packages("cuda_nvrtc")]
+    found = [package / "lib" for package in sass.packages("cuda_nvrtc")]
     libraries = [str(path) for lib in found for path in sorted(lib.glob("libnvrtc*.so.*")) if "alt" not in path.name]
     if not libraries:
         pytest.skip("needs nvidia-cuda-nvrtc-cu12")

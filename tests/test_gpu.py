@@ -306,7 +306,7 @@ def test_a_row_does_not_depend_on_its_batch(cupy: Any) -> None:
         assert same(out[b : b + 1], alone)
 
 
-EDGES = (1, 63, 64, 65, 79, 80, 81, 127, 128, 129, 175, 176, 177, 191, 192, 193, 351, 352, 353, 385)
+EDGES = (1, 63, 64, 65, 79, 80, 81, 127, 128, 129, 175, 176, 177, 191, 192, 193, 256, 351, 352, 353, 385, 448, 512)
 
 
 @settings(max_examples=150)
@@ -342,9 +342,21 @@ def test_what_lies_beyond_a_sequence_never_counts(
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window_size": (200, 100)}], ids=["none", "causal", "window"])
 def test_edges_of_tiles(cupy: Any, head_dim: int, mask: dict[str, Any]) -> None:
-    for seqlen_q, seqlen_k in zip(EDGES, (*EDGES[11:], *EDGES[:11]), strict=True):
+    for seqlen_q, seqlen_k in zip(EDGES, (*EDGES[12:], *EDGES[:12]), strict=True):
         sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "head_dim": head_dim, "head_dim_v": head_dim}
         check(Case(**sizes, num_heads_q=3, num_heads_k=1, dtype="bfloat16", return_lse=True, **mask), cupy)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window_size": (20, 3)}], ids=["none", "causal", "window"])
+def test_heads_that_share_tiles(cupy: Any, head_dim: int, mask: dict[str, Any]) -> None:
+    for heads_q, heads_k, seqlen_q in ((8, 2, 1), (8, 1, 7), (64, 1, 3), (16, 8, 40), (4, 1, 33), (32, 2, 130)):
+        sizes = {"seqlen_q": seqlen_q, "seqlen_k": 200, "head_dim": head_dim, "head_dim_v": head_dim}
+        case = Case(
+            **sizes, batch=2, num_heads_q=heads_q, num_heads_k=heads_k, dtype="float16", return_lse=True, **mask
+        )
+        check(case, cupy)
+        check(replace(case, layouts=("transposed",) * 4, use_out=True), cupy)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])

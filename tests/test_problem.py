@@ -381,7 +381,7 @@ def test_params_are_packed_as_they_are_declared() -> None:
         q, OnGpu(2, 70, 3, 64), OnGpu(2, 70, 3, 64), softmax_scale=0.25, softcap=3.0, window_size=(5, None)
     )
     assert problem.static is not None and problem.device != CPU
-    values = _params.LAYOUT.unpack(_params.pack(problem, _plan.Grid(1, 7, 4, 9)))
+    values = _params.LAYOUT.unpack(_params.pack(problem, _plan.Grid(1, 7, 4, 9, 0)))
     named: dict[str, Any] = {}
     for field in _params.FIELDS:
         named[field.name], values = values[: field.length], values[field.length :]
@@ -409,6 +409,19 @@ def test_packed_sequences_always_have_slots_enough(lengths: list[int], block_m: 
             assert (sequence, m_block) not in tiles
             tiles.add((sequence, m_block))
     assert tiles == {(b, m) for b, length in enumerate(lengths) for m in range(-(-length // block_m))}
+
+
+@given(st.integers(1, 200), st.integers(1, 2000))
+def test_rounds_reach_every_slot(blocks: int, slots: int) -> None:
+    """The scheduler's rule for packed sequences, as cuda_src/attention/scheduler.cuh has it."""
+    taken = []
+    for block in range(blocks):
+        start, place = 0, block
+        while start + place < slots:
+            taken.append(start + place)
+            start += blocks
+            place = blocks - 1 - place
+    assert sorted(taken) == list(range(slots))
 
 
 @pytest.mark.parametrize(
@@ -462,18 +475,45 @@ def test_persistent_blocks_share_all_tiles(
     k = OnGpu(batch, seqlen_k, heads[1], head_dim)
     problem = gpu_problem(OnGpu(batch, seqlen_q, heads[0], head_dim), k, k, causal=causal)
     assert problem.static is not None
-    grid = _plan.make_grid(_plan.make_plan(problem.static, 90), problem, num_sms)
-    units = grid.m_units * batch * heads[0]
-    assert grid.blocks == min(units, num_sms)
+    plan = _plan.make_plan(problem.static, 90)
+    grid = _plan.make_grid(plan, problem, num_sms)
+    packed = batch * heads[0] // plan.config.pack
+    units = grid.m_units * packed
+    assert grid.blocks == min(grid.m_blocks * packed, num_sms)
     assert grid.m_units == (-(-grid.m_blocks // 2) if causal else grid.m_blocks)
+    assert grid.round_units == units or (causal and grid.round_units % grid.blocks == 0 and grid.listed)
+    pair = 2 if grid.m_units < grid.m_blocks else 1
+    taken = [(unit, second) for unit in range(grid.round_units) for second in range(pair)]
+    assert sum(map(len, grid.listed)) <= 4 * grid.blocks
+    taken += [(grid.round_units + tile // 2, tile % 2) for listed in grid.listed for tile in listed]
     tiles = []
-    for unit in range(units):
+    for unit, second in taken:
         section, within = divmod(unit, grid.heads_per_section * grid.m_units)
-        width = min(grid.heads_per_section, batch * heads[0] - section * grid.heads_per_section)
-        row, head = divmod(within, width)
-        partners = {grid.m_blocks - 1 - row, row} if grid.m_units < grid.m_blocks else {grid.m_blocks - 1 - row}
-        tiles += [(section * grid.heads_per_section + head, m_block) for m_block in partners]
-    assert sorted(tiles) == [(head, m) for head in range(batch * heads[0]) for m in range(grid.m_blocks)]
+        row, head = divmod(within, min(grid.heads_per_section, packed - section * grid.heads_per_section))
+        m_block = row if second else grid.m_blocks - 1 - row
+        if not second or row < grid.m_blocks - 1 - row:
+            tiles.append((section * grid.heads_per_section + head, m_block))
+    assert sorted(tiles) == [(head, m) for head in range(packed) for m in range(grid.m_blocks)]
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "heads", "pack"),
+    [
+        (1, (8, 2), 4),
+        (128, (8, 2), 1),
+        (129, (8, 2), 4),
+        (100, (8, 1), 1),
+        (64, (8, 1), 8),
+        (5, (6, 2), 1),
+        (5, (6, 6), 1),
+    ],
+)
+def test_heads_share_tiles_where_rows_are_few(seqlen_q: int, heads: tuple[int, int], pack: int) -> None:
+    k = OnGpu(2, 300, heads[1], 64)
+    problem = gpu_problem(OnGpu(2, seqlen_q, heads[0], 64), k, k)
+    assert problem.static is not None and problem.static.pack == pack
+    grid = _plan.make_grid(_plan.make_plan(problem.static, 90), problem, 132)
+    assert grid.m_blocks == -(-seqlen_q * pack // _plan.make_plan(problem.static, 90).config.block_m)
 
 
 def test_what_tensor_maps_cannot_describe_is_served_without_them() -> None:

@@ -28,10 +28,14 @@ struct BlockRange {
   bool is_boundary(int n_block) const { return n_block < full_begin || n_block >= full_end; }
 };
 
-template <int block_m, int block_n, bool causal, bool window>
+template <class Config>
 inline BlockRange block_range(const Params& params, const Seqlen& seqlen, int m_block) {
-  using Span = KeySpan<causal, window>;
-  const int first_row = m_block * block_m, last_row = min_of(first_row + block_m, seqlen.q) - 1;
+  constexpr int block_n = Config::block_n;
+  constexpr bool window = Config::window;
+  using Span = KeySpan<Config::causal, window>;
+  const int first_tile_row = m_block * Config::block_m;
+  const int first_row = first_tile_row / Config::pack;
+  const int last_row = min_of((first_tile_row + Config::block_m - 1) / Config::pack, seqlen.q - 1);
   BlockRange range;
   range.begin = Span::first(params, seqlen, first_row) / block_n;
   const int end = Span::last(params, seqlen, last_row) + 1;

@@ -20,9 +20,11 @@ inline void epilogue_direct(const tile::Accumulator<1, cols>& out, const Softmax
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = work.tile.m_block * Config::block_m + warp_row + tile::fragment_row(0, i);
-    const bool live = row < work.seqlen.q;
-    if (live && work.lse && tile::fragment_col() == 0) work.lse[row] = statistics.row_max[0][i];
-    element* const to = work.out + row * params.out_strides.seqlen;
+    const bool live = row < work.template rows<Config>();
+    if (live && work.lse && tile::fragment_col() == 0) {
+      *work.template lse_row<Config>(params, row) = statistics.row_max[0][i];
+    }
+    element* const to = work.template out_row<Config>(params, row);
 #pragma unroll
     for (int j = 0; j < cols / 8; j += 4) {
       u32 x[4] = {};
@@ -43,14 +45,14 @@ inline void epilogue_direct(const tile::Accumulator<1, cols>& out, const Softmax
 template <class Config>
 inline void epilogue_empty(const Params& params, const Work<typename Config::element>& work, float sink) {
   const int first_row = work.tile.m_block * Config::block_m;
-  const int last_row = min_of(first_row + Config::block_m, work.seqlen.q);
+  const int last_row = min_of(first_row + Config::block_m, work.template rows<Config>());
   constexpr int chunks = ceil_div(Config::head_dim_v * sizeof(typename Config::element), 16);
 #pragma unroll 1
   for (int row = first_row; row < last_row; ++row) {
-    if (work.lse && tile::lane() == 0) work.lse[row] = sink;
+    if (work.lse && tile::lane() == 0) *work.template lse_row<Config>(params, row) = sink;
 #pragma unroll 1
     for (int chunk = tile::lane(); chunk < chunks; chunk += 32) {
-      tile::store_chunk<Config::store_bytes, Config::head_dim_v>(work.out + row * params.out_strides.seqlen,
+      tile::store_chunk<Config::store_bytes, Config::head_dim_v>(work.template out_row<Config>(params, row),
                                                                  params.out_strides.dim, chunk, uint4{0, 0, 0, 0});
     }
   }

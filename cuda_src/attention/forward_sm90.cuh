@@ -22,7 +22,7 @@ inline void forward_sm90(const TmaParams& params) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < 4) {
     ptx::setmaxnreg_dec<Config::producer_registers>();
-    if (warp == 0) mainloop.find_tiles(params.params);
+    if (warp == 0) mainloop.find_tiles(params);
     if (threadIdx.x == 32) mainloop.load_tiles(params);
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();

@@ -79,7 +79,7 @@ struct MainloopSm80 {
       ptx::cp_async_commit_group();
       apply(variant, scores, params, work.seqlen, first_row() + warp_row(), first_col);
       if (range.is_boundary(n_block)) {
-        mask<Config::causal, Config::window>(scores, params, work.seqlen, first_row() + warp_row(), first_col);
+        mask<Config>(scores, params, work.seqlen, first_row() + warp_row(), first_col);
       }
 #pragma unroll
       for (int t = 0; t < m_tiles; ++t) {

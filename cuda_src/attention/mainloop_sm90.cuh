@@ -1,10 +1,11 @@
 // attention: the forward main loop with wgmma, for sm_90. One thread keeps tensor copies in flight; warpgroups of
 // consumers own 64 rows of the tile each.
 //
-// FlashAttention-3 (Shah et al., 2024), Algorithms 1 and 2, with two changes. Tiles follow each other without a seam:
-// the consumers' loop runs over the key blocks of all tiles, and the scores of one block are begun together with the
-// products P·V of the block before, even where that one ended a tile. And the softmax does not wait for the maximum:
-// see Softmax::exponentiate_if_close.
+// FlashAttention-3 (Shah et al., 2024), Algorithms 1 and 2, with three changes. Tiles follow each other without a seam:
+// the consumers' loop runs over the key blocks of all tiles, the scores of one block are begun together with the
+// products P·V of the block before, even where that one ended a tile, and a finished output is written while the next
+// scores are computed. The softmax does not look for maxima: see Softmax::accept. And it does not wait for P·V, as long
+// as there are registers for what it has ready: Config::early_steps.
 #pragma once
 
 #include "attention/block_range.cuh"
@@ -81,21 +82,21 @@ struct MainloopSm90 {
   }
 
   // One warp: finds the block's tiles ahead of the others. Those that see no key it writes itself.
-  void find_tiles(const Params& params) const {
+  void find_tiles(const TmaParams& params) const {
     typename Tiles::Cursor at_tiles;
     for (TileCursor<Config> at(params);; at.advance()) {
-      Entry& entry = entries[at_tiles.stage];
+      Entry& entry = entries[at_tiles.stage()];
       tiles().wait_empty(at_tiles);
       __syncwarp();
       if (tile::lane() == 0) {
-        entry.end = at.done();
-        if (!at.done()) entry.work.template find<Config>(params, at.unit, at.second);
+        entry.end = at.done;
+        if (!at.done) entry.work.template find<Config>(params.params, at.unit, at.second);
       }
       __syncwarp();
-      if (at.done()) break;
+      if (at.done) break;
       if (entry.work.template idle<Config>()) continue;
       if (entry.work.range.empty()) {
-        epilogue_empty<Config>(params, entry.work, sink(params, entry.work));
+        epilogue_empty<Config>(params.params, entry.work, sink(params.params, entry.work));
         continue;
       }
       if (tile::lane() == 0) tiles().fill(at_tiles);
@@ -116,7 +117,7 @@ struct MainloopSm90 {
     int v_block = 0;                        // which block of it
     while (true) {
       tiles().wait_full(at_tiles);
-      const Entry& entry = entries[at_tiles.stage];
+      const Entry& entry = entries[at_tiles.stage()];
       if (entry.end) break;
 #pragma unroll 1
       for (int n_block = entry.work.range.end - 1; n_block >= entry.work.range.begin; --n_block) {
@@ -138,11 +139,11 @@ struct MainloopSm90 {
     typename Keys::Cursor at_keys, at_values;
 
     void load_keys(const Work<element>& work, int n_block) {
-      load_block(loop.keys(), at_keys, loop.k(at_keys.stage), maps.k, work, n_block);
+      load_block(loop.keys(), at_keys, loop.k(at_keys.stage()), maps.k, work, n_block);
     }
 
     void load_values(const Work<element>& work, int n_block) {
-      load_block(loop.values(), at_values, loop.v(at_values.stage), maps.v, work, n_block);
+      load_block(loop.values(), at_values, loop.v(at_values.stage()), maps.v, work, n_block);
     }
 
     void load_queries(const Work<element>& work) {
@@ -151,8 +152,13 @@ struct MainloopSm90 {
         const Queries queries = loop.queries(w);
         queries.wait_empty(at_queries);
         queries.expect(at_queries, Q::bytes);
-        const int row = work.seqlen.q_first_row + work.tile.m_block * Config::block_m + 64 * w;
-        tile::load(loop.q(w), maps.q, queries.full(0), row, work.tile.head, Config::varlen ? 0 : work.tile.batch);
+        const int row = work.seqlen.q_first_row + (work.tile.m_block * Config::block_m + 64 * w) / Config::pack;
+        const int batch = Config::varlen ? 0 : work.tile.batch;
+        if constexpr (Config::pack == 1) {
+          tile::load(loop.q(w), maps.q, queries.full(0), row, work.tile.head, batch);
+        } else {
+          tile::load_packed(loop.q(w), maps.q, queries.full(0), row, work.tile.head, batch);
+        }
       }
       at_queries.advance();
     }
@@ -165,12 +171,13 @@ struct MainloopSm90 {
                     const Work<element>& work, int n_block) const {
       ring.wait_empty(at);
       ring.expect(at, Tile::bytes);
-      const int head = work.tile.head / maps.params.qheads_per_khead, row = n_block * Config::block_n;
+      const int head = Config::pack > 1 ? work.tile.head : work.tile.head / maps.params.qheads_per_khead;
+      const int row = n_block * Config::block_n;
       if constexpr (Config::varlen) {
         const int live = min_of(Config::block_n, work.seqlen.k - row);
-        tile::load(to, map, ring.full(at.stage), Config::block_n - live, head, work.seqlen.k_first_row + row + live);
+        tile::load(to, map, ring.full(at.stage()), Config::block_n - live, head, work.seqlen.k_first_row + row + live);
       } else {
-        tile::load(to, map, ring.full(at.stage), row, head, work.tile.batch);
+        tile::load(to, map, ring.full(at.stage()), row, head, work.tile.batch);
       }
       at.advance();
     }
@@ -178,96 +185,128 @@ struct MainloopSm90 {
 
   // Warpgroup `warpgroup` of the consumers.
   void consume(const Params& params, int warpgroup) const {
+    constexpr int early_steps = Config::early_steps, steps = Config::block_n / 16;
     const Queries queries = this->queries(warpgroup);
     const Turn turn(warpgroup);
     const float scale = exponent_scale<typename Config::variant>(params);
-    const int warp_row = 64 * warpgroup + int(threadIdx.x / 32 % 4) * 16;
-    typename Tiles::Cursor at_tiles;
+    typename Tiles::Cursor at_tiles, unwritten;  // the tile whose scores are computed, and whose output comes next
     Queries::Cursor at_queries;
     typename Keys::Cursor at_keys, at_values;
 
     tiles().wait_full(at_tiles);
-    if (entries[at_tiles.stage].end) return;
-    const Work<element>* work = &entries[at_tiles.stage].work;
+    if (entries[at_tiles.stage()].end) return;
+    const Work<element>* work = &entries[at_tiles.stage()].work;
     BlockRange range = work->range;
     int n_block = range.end - 1;
     typename Config::variant variant(params, work->tile.batch, work->tile.head);
+    const auto finish_scores = [&](Scores& scores) {
+      const int first_row = work->tile.m_block * Config::block_m + warp_row(), first_col = n_block * Config::block_n;
+      apply(variant, scores, params, work->seqlen, first_row, first_col);
+      if (unlikely(range.is_boundary(n_block))) mask<Config>(scores, params, work->seqlen, first_row, first_col);
+    };
     Probabilities p;
     Out out;
-    Statistics statistics;
+    Statistics statistics, finished;  // of p's tile, and of the tile in `out` once that is finished
     {
       Scores scores;
       queries.wait_full(at_queries);
       keys().wait_full(at_keys);
-      warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage));
+      warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage()));
       warpgroup::wait<0>(scores);
       release(keys(), at_keys);
-      if (n_block == range.begin) release(queries, at_queries);
-      finish_scores(scores, variant, params, *work, range, warp_row, n_block);
+      release_if(n_block == range.begin, queries, at_queries);
+      finish_scores(scores);
       statistics.init();
       statistics.advance(scores, scale);
       statistics.exponentiate(scores, scale);
       tile::pack<element>(p, scores);
+      if (early_steps > 0 && n_block > range.begin) keys().wait_full(at_keys);
     }
-    bool first = true;  // of its tile's blocks: P·V begins the output
+    // Each step begins the scores of a block and P·V of the block before, then turns the scores into the next P.
+    bool first = true;           // p is of its tile's first block: P·V begins the output
+    bool unwritten_out = false;  // `out` is finished, but not written
     while (true) {
-      const Work<element>& p_work = *work;
-      const bool seam = n_block == range.begin;  // P is of a tile's last block, and the next tile's scores come
-      if (seam) {
-        typename Tiles::Cursor next = at_tiles;
-        next.advance();
-        tiles().wait_full(next);
-        if (entries[next.stage].end) break;
-        work = &entries[next.stage].work;
+      const bool seam = n_block == range.begin;  // p is of its tile's last block, and the next tile's scores come
+      if (unlikely(seam)) {
+        at_tiles.advance();
+        tiles().wait_full(at_tiles);
+        if (entries[at_tiles.stage()].end) break;
+        work = &entries[at_tiles.stage()].work;
         range = work->range;
         n_block = range.end;
         variant = typename Config::variant(params, work->tile.batch, work->tile.head);
         queries.wait_full(at_queries);
+        keys().wait_full(at_keys);
+      } else if (early_steps == 0) {
+        keys().wait_full(at_keys);
       }
       --n_block;
       Scores scores;
-      keys().wait_full(at_keys);
-      values().wait_full(at_values);
       turn.take();
-      warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage));
-      warpgroup::gemm_ab(out, p, v(at_values.stage), !first);
+      warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage()));
+      if (unlikely(unwritten_out)) {  // this takes a while, and P·V has to wait for it
+        turn.pass();
+        write(out, finished, params, unwritten);
+      }
+      values().wait_full(at_values);
+      warpgroup::gemm_ab(out, p, v(at_values.stage()), !first);
+      if (!Config::whole_turns && !unwritten_out) turn.pass();
       warpgroup::wait<1>(scores);
       release(keys(), at_keys);
-      if (n_block == range.begin) release(queries, at_queries);
-      finish_scores(scores, variant, params, *work, range, warp_row, n_block);
+      release_if(n_block == range.begin, queries, at_queries);
+      finish_scores(scores);
+      // The products still read p, so the next one begins in registers of its own.
+      Probabilities early_p;
+      float sum[2] = {statistics.row_sum[0][0], statistics.row_sum[0][1]};
+      if (!seam) statistics.template exponentiate_at_once<element, 0, early_steps>(early_p, scores, scale, sum);
+      // Without a branch here the compiler would move the wait for the products up, above the exponentials, and believe
+      // that p may be overwritten there.
+      if (early_steps > 0 && n_block > range.begin) keys().wait_full(at_keys);
       warpgroup::wait<0>(out, p);
-      turn.pass();
+      if (Config::whole_turns && !unwritten_out) turn.pass();
       release(values(), at_values);
-      if (seam) {
-        statistics.finish(out, sink(params, p_work));
-        epilogue_direct<Config>(out, statistics, params, p_work, warp_row);
-        __syncwarp();
-        if (tile::lane() == 0) tiles().release(at_tiles);
-        at_tiles.advance();
+      bool far[2] = {true, true}, accepted = false;
+      if (unlikely(seam)) {
+        finished = statistics;
         statistics.init();
+      } else {
+        tile::copy_steps<early_steps>(p, early_p);
+        statistics.template exponentiate_at_once<element, early_steps, steps>(p, scores, scale, sum);
+        accepted = statistics.template accept<Config::block_n>(sum, far);
       }
-      if (seam || !statistics.template exponentiate_if_close<element>(p, scores, scale)) {  // seldom
-        statistics.advance(scores, scale);
+      if (unlikely(!accepted)) {  // the textbook's way
+        statistics.advance(scores, scale, far);
         if (!seam) statistics.rescale(out);
         statistics.exponentiate(scores, scale);
         tile::pack<element>(p, scores);
       }
-      first = seam;
+      first = unwritten_out = seam;
     }
-    values().wait_full(at_values);
-    warpgroup::gemm_ab(out, p, v(at_values.stage), !first);
-    warpgroup::wait<0>(out, p);
-    statistics.finish(out, sink(params, *work));
-    epilogue_direct<Config>(out, statistics, params, *work, warp_row);
+    // What is left: the output of the tile before, if the last has a single block, and that of the last.
+#pragma unroll 1
+    for (bool last = !unwritten_out;; last = true) {
+      if (last) {
+        values().wait_full(at_values);
+        warpgroup::gemm_ab(out, p, v(at_values.stage()), !first);
+        warpgroup::wait<0>(out, p);
+        finished = statistics;
+      }
+      write(out, finished, params, unwritten);
+      if (last) break;
+    }
   }
 
-  static void finish_scores(Scores& scores, const typename Config::variant& variant, const Params& params,
-                            const Work<element>& work, const BlockRange& range, int warp_row, int n_block) {
-    const int first_row = work.tile.m_block * Config::block_m + warp_row, first_col = n_block * Config::block_n;
-    apply(variant, scores, params, work.seqlen, first_row, first_col);
-    if (range.is_boundary(n_block)) {
-      mask<Config::causal, Config::window>(scores, params, work.seqlen, first_row, first_col);
-    }
+  // Where the rows of this warp, one of the consumers', begin in the tile.
+  static int warp_row() { return (int(threadIdx.x / 32) - 4) * 16; }
+
+  // Writes a tile's output and gives back what is known of the tile.
+  void write(Out& out, Statistics& statistics, const Params& params, typename Tiles::Cursor& at) const {
+    const Work<element>& work = entries[at.stage()].work;
+    statistics.finish(out, sink(params, work));
+    epilogue_direct<Config>(out, statistics, params, work, warp_row());
+    __syncwarp();
+    if (tile::lane() == 0) tiles().release(at);
+    at.advance();
   }
 
   // Gives a stage that wgmma has read back, and moves on to the next. One thread speaks for its warpgroup.
@@ -277,23 +316,24 @@ struct MainloopSm90 {
     at.advance();
   }
 
+  // The same under a condition, without a branch.
+  template <class Ring, class Cursor>
+  static void release_if(bool condition, const Ring& ring, Cursor& at) {
+    if (condition && threadIdx.x % 128 == 0) ring.release(at);
+    at.count += condition;
+  }
+
   // Warpgroups take turns in giving the tensor cores work, so that the softmax of one runs during the products of the
-  // others.
+  // others. A turn ends when its products have begun, or, with Config::whole_turns, when they are done.
   struct Turn {
-    static constexpr bool on = Config::take_turns && consumers > 1;
     int warpgroup;
 
     explicit Turn(int warpgroup) : warpgroup(warpgroup) {
-      if (on && warpgroup == 0) ptx::bar_arrive(1, 256);
+      if (warpgroup == 0) ptx::bar_arrive(1, 256);
     }
 
-    void take() const {
-      if (on) ptx::bar_sync(1 + warpgroup, 256);
-    }
-
-    void pass() const {
-      if (on) ptx::bar_arrive(1 + (warpgroup + 1) % consumers, 256);
-    }
+    void take() const { ptx::bar_sync(1 + warpgroup, 256); }
+    void pass() const { ptx::bar_arrive(1 + (warpgroup + 1) % consumers, 256); }
   };
 };
 

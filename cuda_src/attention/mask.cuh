@@ -9,17 +9,18 @@
 
 namespace attention {
 
-// first_row is the query row of the warp's first row, first_col the key of the tile's first column.
-template <bool causal, bool window, int m_tiles, int block_n>
+// first_row is where the warp's first row lies among the tiles' rows, first_col the key of the tile's first column.
+template <class Config, int m_tiles, int block_n>
 inline void mask(tile::Accumulator<m_tiles, block_n>& scores, const Params& params, const Seqlen& seqlen, int first_row,
                  int first_col) {
-  using Span = KeySpan<causal, window>;
+  constexpr bool window = Config::window;
+  using Span = KeySpan<Config::causal, window>;
   const int thread_col = first_col + tile::fragment_col();
 #pragma unroll
   for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = first_row + tile::fragment_row(t, i);
+      const int row = (first_row + tile::fragment_row(t, i)) / Config::pack;
       // Relative to this thread's columns, so that each comparison is with a constant.
       const int last = Span::last(params, seqlen, row) - thread_col;
       const int first = Span::first(params, seqlen, row) - thread_col;

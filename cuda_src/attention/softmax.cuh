@@ -9,9 +9,9 @@
 namespace attention {
 
 // State of the rows a thread holds. Exponents are of 2, that is, scores after scaling, and relative to `row_max`: the
-// maximum of the row, or up to `slack` less. Following only large steps of the maximum leaves out and the sums as they
-// are in almost every block, costs no precision, and keeps every probability below 2^slack, far from any overflow. The
-// rounding of the scaled maximum is the same in every exponent it is subtracted from and cancels.
+// maximum of the row, or so little less that no probability comes near an overflow. Following only large steps of the
+// maximum leaves out and the sums as they are in almost every block and costs no precision. The rounding of the scaled
+// maximum is the same in every exponent it is subtracted from and cancels.
 template <int m_tiles>
 struct Softmax {
   static constexpr float slack = 8.0f;
@@ -28,26 +28,47 @@ struct Softmax {
     }
   }
 
-  // Lets the maxima of m-tile t follow a block of scores. True if the warp must `rescale` it.
+  // Lets the maxima of m-tile t follow a block of scores where they exceed row_max by more than slack. True if the warp
+  // must `rescale` it.
   template <int block_n>
   bool advance(const tile::Accumulator<m_tiles, block_n>& scores, float scale, int t = 0) {
     bool stepped = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float even = scores.x[t][0][2 * i], odd = scores.x[t][0][2 * i + 1];  // two chains: a maximum has latency
-#pragma unroll
-      for (int j = 1; j < block_n / 8; ++j) {
-        even = fmaxf(even, scores.x[t][j][2 * i]);
-        odd = fmaxf(odd, scores.x[t][j][2 * i + 1]);
-      }
-      const float block_max = warp::quad_max(fmaxf(even, odd)) * scale, old_max = row_max[t][i];
-      const bool step = block_max > old_max + slack;
-      row_max[t][i] = step ? block_max : old_max;
-      correction[i] = step ? ptx::ex2_approx_ftz(old_max - block_max) : 1.0f;
-      row_sum[t][i] *= correction[i];
+      const float block_max = maximum(scores, t, i) * scale;
+      const bool step = block_max > row_max[t][i] + slack;
+      follow(block_max, step, t, i);
       stepped |= step;
     }
     return __any_sync(0xffffffffu, stepped);
+  }
+
+  // The same for the rows that `accept` found `far`, on any lane of the quad.
+  template <int block_n>
+  void advance(const tile::Accumulator<m_tiles, block_n>& scores, float scale, const bool (&far)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float block_max = maximum(scores, 0, i) * scale;
+      follow(block_max, warp::quad_max(float(far[i])) > 0.0f && block_max > row_max[0][i], 0, i);
+    }
+  }
+
+  template <int block_n>
+  static float maximum(const tile::Accumulator<m_tiles, block_n>& scores, int t, int i) {
+    float even = scores.x[t][0][2 * i], odd = scores.x[t][0][2 * i + 1];  // two chains: a maximum has latency
+#pragma unroll
+    for (int j = 1; j < block_n / 8; ++j) {
+      even = fmaxf(even, scores.x[t][j][2 * i]);
+      odd = fmaxf(odd, scores.x[t][j][2 * i + 1]);
+    }
+    return warp::quad_max(fmaxf(even, odd));
+  }
+
+  void follow(float block_max, bool step, int t, int i) {
+    const float old_max = row_max[t][i];
+    row_max[t][i] = step ? block_max : old_max;
+    correction[i] = step ? ptx::ex2_approx_ftz(old_max - block_max) : 1.0f;
+    row_sum[t][i] *= correction[i];
   }
 
   template <int out_cols>
@@ -81,30 +102,37 @@ struct Softmax {
     }
   }
 
-  // p ← what `exponentiate` and packing give, as long as no score exceeds row_max by more than slack; false, with
-  // nothing changed but p, if one does. The maximum of the block is found beside the exponentials instead of before
-  // them: in almost every block all it has to say is that row_max will do.
-  template <class element, int block_n>
-  bool exponentiate_if_close(tile::Operand<block_n>& p, const tile::Accumulator<1, block_n>& scores, float scale) {
-    const float subtracted[2] = {row_max[0][0] == -infinity ? 0.0f : row_max[0][0],
-                                 row_max[0][1] == -infinity ? 0.0f : row_max[0][1]};
-    float sum[2] = {row_sum[0][0], row_sum[0][1]};
-    float block_max[2] = {-infinity, -infinity};
+  // p ← what `exponentiate` and packing give for steps [begin, end) of P·V, as long as `accept` then finds that row_max
+  // would do. Nothing else changes but `sum`, which begins as row_sum.
+  template <class element, int begin, int end, int block_n>
+  void exponentiate_at_once(tile::Operand<block_n>& p, const tile::Accumulator<1, block_n>& scores, float scale,
+                            float (&sum)[2]) const {
 #pragma unroll
-    for (int s = 0; s < block_n / 16; ++s) {
+    for (int s = begin; s < end; ++s) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* const pair = &scores.x[0][2 * s + i / 2][2 * (i % 2)];
-        const float low = ptx::ex2_approx_ftz(fmaf(pair[0], scale, -subtracted[i % 2]));
-        const float high = ptx::ex2_approx_ftz(fmaf(pair[1], scale, -subtracted[i % 2]));
+        const float low = ptx::ex2_approx_ftz(fmaf(pair[0], scale, -row_max[0][i % 2]));
+        const float high = ptx::ex2_approx_ftz(fmaf(pair[1], scale, -row_max[0][i % 2]));
         sum[i % 2] += low;
         sum[i % 2] += high;
-        block_max[i % 2] = fmaxf(block_max[i % 2], fmaxf(pair[0], pair[1]));
         p.x[s][i] = ptx::cvt_rn_x2<element>(low, high);
       }
     }
-    const bool close = block_max[0] * scale <= row_max[0][0] + slack && block_max[1] * scale <= row_max[0][1] + slack;
-    if (!__all_sync(0xffffffffu, close)) return false;
+  }
+
+  // Whether that kept every exponential within bounds; else `far` are the thread's rows where it did not. No maximum is
+  // sought: that the sums, needed anyway, stay small says that row_max will do, and so it does in almost every block.
+  // The bound on what a thread adds bounds each of its probabilities too, and only a term above 2^slack exceeds it.
+  // A row that has seen no key is far: its row_max is -infinity, and the sum infinite or NaN. What a row gets depends
+  // on itself alone: if it is not far, the other path gives it the same bits.
+  template <int block_n>
+  bool accept(const float (&sum)[2], bool (&far)[2]) {
+    constexpr float bound = block_n / 4 * (1 << int(slack));
+    static_assert(bound < 65504.0f, "a float16 holds it");
+    far[0] = !(sum[0] <= row_sum[0][0] + bound);
+    far[1] = !(sum[1] <= row_sum[0][1] + bound);
+    if (__any_sync(0xffffffffu, far[0] || far[1])) return false;
     row_sum[0][0] = sum[0];
     row_sum[0][1] = sum[1];
     return true;

@@ -10,18 +10,36 @@
 
 namespace attention {
 
+// Where few rows of q would leave most of a tile empty, heads that share a key head share the tile: with Config::pack
+// of them, row r of the tiles is query row r / pack of head r % pack, and `tile.head` is the key head.
 template <class element>
 struct Work {
   TileIndex tile;
   Seqlen seqlen;
   BlockRange range;
-  element* out;  // the first row and column of this head of this sequence
+  element* out;  // the first row and column of the (first) head of this sequence
   float* lse;    // the same; null: not wanted
 
   // Whether no row is live: a slot of a packed batch that no tile needs, or the missing partner of a tile.
   template <class Config>
   bool idle() const {
-    return tile.m_block * Config::block_m >= seqlen.q;
+    return tile.m_block * Config::block_m >= rows<Config>();
+  }
+
+  // Rows of its tiles, over the whole sequence.
+  template <class Config>
+  int rows() const {
+    return seqlen.q * Config::pack;
+  }
+
+  template <class Config>
+  element* out_row(const Params& params, int row) const {
+    return out + row / Config::pack * params.out_strides.seqlen + row % Config::pack * params.out_strides.head;
+  }
+
+  template <class Config>
+  float* lse_row(const Params& params, int row) const {
+    return lse + row / Config::pack + row % Config::pack * params.lse_head_stride;
   }
 
   // Called by one thread, and followed by a barrier.
@@ -31,14 +49,15 @@ struct Work {
       tile = varlen_tile<Config::block_m>(params, unit);
       seqlen = varlen_seqlen(params, tile.batch);
     } else {
-      tile = dense_tile(params, unit, second);
+      tile = dense_tile<Config>(params, unit, second);
       seqlen = dense_seqlen(params);
     }
-    range = block_range<Config::block_m, Config::block_n, Config::causal, Config::window>(params, seqlen, tile.m_block);
-    out = const_cast<element*>(origin(params.out, params.out_strides, tile.head, seqlen.q_first_row));
-    lse = params.lse ? params.lse + tile.batch * params.lse_batch_stride + tile.head * params.lse_head_stride +
-                           seqlen.q_first_row
-                     : nullptr;
+    range = block_range<Config>(params, seqlen, tile.m_block);
+    const int head = tile.head * Config::pack;
+    out = const_cast<element*>(origin(params.out, params.out_strides, head, seqlen.q_first_row));
+    lse = params.lse
+              ? params.lse + tile.batch * params.lse_batch_stride + head * params.lse_head_stride + seqlen.q_first_row
+              : nullptr;
   }
 
   const element* origin(const void* pointer, const Strides& strides, int head, int row) const {

@@ -1,6 +1,9 @@
 // core: integer helpers and the few constants of the softmax. No instruction is named here.
 #pragma once
 
+// Whether `condition`, which is seldom: the code for it moves out of the way of the rest.
+inline bool unlikely(bool condition) { return __builtin_expect(condition, false); }
+
 inline constexpr float log2_e = 1.4426950408889634f;
 inline constexpr float ln_2 = 0.6931471805599453f;
 

@@ -20,4 +20,13 @@ inline void cp_async_bulk_tensor_4d(u32 destination, const TensorMap& map, u32 b
       : "memory");
 }
 
+inline void cp_async_bulk_tensor_5d(u32 destination, const TensorMap& map, u32 barrier, i32 c0, i32 c1, i32 c2, i32 c3,
+                                    i32 c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+      "[%2];" ::"r"(destination),
+      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
 }  // namespace ptx

@@ -52,6 +52,16 @@ struct Operand {
   u32 x[cols / 16][4];
 };
 
+// The first `steps` steps of `from`.
+template <int steps, int cols>
+inline void copy_steps(Operand<cols>& to, const Operand<cols>& from) {
+#pragma unroll
+  for (int s = 0; s < steps; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to.x[s][i] = from.x[s][i];
+  }
+}
+
 // Two neighbouring n-tiles of an accumulator are, packed, the A operand of one step.
 template <class element, int cols>
 inline void pack(Operand<cols>& operand, const Accumulator<1, cols>& from) {

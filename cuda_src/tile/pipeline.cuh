@@ -6,17 +6,16 @@
 
 namespace tile {
 
-// Which stage comes next, and the parity of the phase in which it is full.
+// Which stage comes next, and the parity of the phase in which it is full. One count says both.
 template <int stages>
 struct Cursor {
-  u32 stage = 0, parity = 0;
+  static_assert((stages & (stages - 1)) == 0, "remainders must be cheap");
+  u32 count = 0;
 
-  void advance() {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
+  u32 stage() const { return count % stages; }
+  u32 parity() const { return count / stages % 2; }
+  void advance() { ++count; }
+  Cursor next() const { return {count + 1}; }
 };
 
 inline void wait(u32 barrier, u32 parity) {
@@ -45,14 +44,14 @@ struct Ring {
   }
 
   // The producer's side. A fresh barrier counts as one whose previous phase is complete: stages begin empty.
-  void wait_empty(const Cursor& at) const { wait(empty(at.stage), at.parity ^ 1); }
-  void expect(const Cursor& at, int bytes) const { ptx::mbarrier_arrive_expect_tx(full(at.stage), bytes); }
+  void wait_empty(const Cursor& at) const { wait(empty(at.stage()), at.parity() ^ 1); }
+  void expect(const Cursor& at, int bytes) const { ptx::mbarrier_arrive_expect_tx(full(at.stage()), bytes); }
 
-  void fill(const Cursor& at) const { ptx::mbarrier_arrive(full(at.stage)); }
+  void fill(const Cursor& at) const { ptx::mbarrier_arrive(full(at.stage())); }
 
   // The consumers' side.
-  void wait_full(const Cursor& at) const { wait(full(at.stage), at.parity); }
-  void release(const Cursor& at) const { ptx::mbarrier_arrive(empty(at.stage)); }
+  void wait_full(const Cursor& at) const { wait(full(at.stage()), at.parity()); }
+  void release(const Cursor& at) const { ptx::mbarrier_arrive(empty(at.stage())); }
 };
 
 }  // namespace tile

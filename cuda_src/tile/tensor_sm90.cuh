@@ -21,4 +21,14 @@ inline void load(const Tile& tile, const ptx::TensorMap& map, u32 barrier, int r
   }
 }
 
+// tile ← rows of a map (columns, heads that share a tile, rows, key heads, outer): a row of each of the heads in turn.
+template <class Tile>
+inline void load_packed(const Tile& tile, const ptx::TensorMap& map, u32 barrier, int row, int head, int outer) {
+#pragma unroll
+  for (int panel = 0; panel < Tile::panels; ++panel) {
+    ptx::cp_async_bulk_tensor_5d(tile.base + panel * Tile::panel_stride, map, barrier, panel * panel_cols<Tile>, 0, row,
+                                 head, outer);
+  }
+}
+
 }  // namespace tile

@@ -1,0 +1,125 @@
+"""Reading a cubin's machine code, with cuobjdump and nvdisasm from PyPI."""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Instruction(NamedTuple):
+    """One instruction: where it is, what it does and, as text, on what."""
+
+    address: int
+    predicate: str
+    opcode: str
+    operands: tuple[str, ...]
+
+
+class Group(NamedTuple):
+    """The wgmmas up to a commit, and the registers that belong to them until they are done."""
+
+    committed: bool
+    accumulators: frozenset[int]
+    inputs: frozenset[int]
+
+
+def packages(name: str) -> list[Path]:
+    """Where NVIDIA's wheels have put a package."""
+    spec = importlib.util.find_spec("nvidia")
+    places = spec.submodule_search_locations if spec is not None else None
+    return [Path(place) / name for place in places or () if (Path(place) / name).is_dir()]
+
+
+def disassemble(cubin: bytes) -> list[Instruction]:
+    """The instructions of a cubin with one kernel; none without the tools to tell."""
+    tools = [found / "bin" for found in packages("cu13") if (found / "bin" / "cuobjdump").exists()]
+    if not tools:
+        return []
+    path = os.pathsep.join([str(tools[0]), os.environ.get("PATH", "")])  # where it looks for nvdisasm
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tools[0] / "cuobjdump"), "-sass", file.name]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path})
+    return parse(run.stdout)
+
+
+def parse(text: str) -> list[Instruction]:
+    """The instructions of a listing."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", text)
+    return [
+        Instruction(int(address, 16), predicate, opcode, tuple(each.strip() for each in operands.split(",")))
+        for address, predicate, opcode, operands in found
+    ]
+
+
+def count(instructions: list[Instruction]) -> collections.Counter[str]:
+    """How many there are of each kind."""
+    return collections.Counter(each.opcode.split(".")[0] for each in instructions)
+
+
+def wgmma_hazards(instructions: list[Instruction]) -> list[Instruction]:
+    """Instructions that touch what a running wgmma still accumulates into, or overwrite what it still reads.
+
+    ptxas is to keep registers apart until the wait for the wgmma's group. It has been seen to overwrite A, held in
+    registers, where nothing but arithmetic came between the wgmma and the wait.
+    """
+    index = {each.address: i for i, each in enumerate(instructions)}
+    hazards = set()
+    seen = set()
+    paths: list[tuple[int, tuple[Group, ...]]] = [(0, ())]
+    while paths:
+        at, groups = paths.pop()
+        while at < len(instructions) and (at, groups) not in seen:
+            seen.add((at, groups))
+            each = instructions[at]
+            if each.opcode.startswith("HGMMA"):
+                groups = _begin(each, groups)
+            elif each.opcode.startswith("WARPGROUP.DEPBAR"):
+                pending = int(each.operands[1], 16)
+                groups = groups[len(groups) - pending :] if pending else ()
+            elif groups and _clashes(each, groups):
+                hazards.add(each)
+            always = not each.predicate
+            if each.opcode.startswith("BRA"):
+                target = index.get(int(each.operands[-1], 16)) if each.operands[-1].startswith("0x") else None
+                if target is not None:
+                    paths.append((target, groups))
+                always &= len(each.operands) == 1
+            if always and each.opcode.split(".")[0] in ("BRA", "EXIT"):
+                break
+            at += 1
+    return sorted(hazards)
+
+
+def _begin(wgmma: Instruction, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    columns = re.search(r"64x(\d+)x", wgmma.opcode)
+    assert columns is not None
+    accumulators = _span(wgmma.operands[0], int(columns[1]) // 2)
+    inputs = _span(wgmma.operands[1], 4) if re.match(r"R\d", wgmma.operands[1]) else frozenset()
+    if groups and not groups[-1].committed:
+        accumulators, inputs, groups = accumulators | groups[-1].accumulators, inputs | groups[-1].inputs, groups[:-1]
+    return (*groups, Group(any(each.startswith("gsb") for each in wgmma.operands), accumulators, inputs))
+
+
+def _clashes(each: Instruction, groups: tuple[Group, ...]) -> bool:
+    written: frozenset[int] = frozenset()
+    if not each.opcode.startswith(("ST", "RED", "BAR", "BRA", "SYNCS.ARRIVE", "R2UR")) and re.match(
+        r"R\d", each.operands[0]
+    ):
+        width = re.search(r"\.(64|128)\b", each.opcode)
+        written = _span(each.operands[0], int(width[1]) // 32 if width else 1)
+    touched = written | {int(register) for operand in each.operands for register in re.findall(r"\bR(\d+)", operand)}
+    return any(touched & group.accumulators or written & group.inputs for group in groups)
+
+
+def _span(operand: str, registers: int) -> frozenset[int]:
+    first = re.match(r"R(\d+)", operand)
+    assert first is not None
+    return frozenset(range(int(first[1]), int(first[1]) + registers))
