@@ -137,7 +137,7 @@ def _forget() -> None:
 
 
 def compile_all(problems: list[Problem]) -> None:
-    """Fill the cache with what the problems need, on all cores."""
+    """Fill the cache, on all cores, with what the problems need. Sizes decide too: several of every kind are asked."""
     found: dict[_plan.Plan, None] = {}
     prepare = _attention.prepare
 
@@ -148,8 +148,8 @@ def compile_all(problems: list[Problem]) -> None:
     try:
         for generic in (False, True):
             with plans(generic):
-                for kind in dict.fromkeys(problem.kind for problem in problems):
-                    function, options = Problem(kind, 0).arguments()
+                for problem in problems[: 10 * len({problem.kind for problem in problems})]:
+                    function, options = problem.arguments()
                     _forget()
                     try:
                         function(**options)
