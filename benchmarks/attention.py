@@ -69,7 +69,9 @@ class Row(NamedTuple):
 
     @property
     def mask(self) -> str:
-        return "causal" if self.causal and self.window is None else f"window {self.window}" if self.window else "full"
+        if self.window is not None:
+            return f"window {self.window}"
+        return "causal" if self.causal else "full"
 
     @property
     def on_the_ladder(self) -> bool:
@@ -168,8 +170,8 @@ def _fa3(row: Row, q: Any, k: Any, v: Any) -> Call:
 
 
 def _flex(row: Row, q: Any, k: Any, v: Any) -> Call:
-    if row.head_dim != 128 or row.seqlen > 8192 or row.lengths is not None:
-        raise NotImplementedError("compiling it takes long: only head_dim 128 up to 8192")
+    if row.head_dim != 128 or row.seqlen > 8192 or row.window is not None or row.lengths is not None:
+        raise NotImplementedError("compiling it takes long: only head_dim 128 up to 8192, without windows and packing")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def sees(b: Any, h: Any, query: Any, key: Any) -> Any:
@@ -185,7 +187,7 @@ def _flex(row: Row, q: Any, k: Any, v: Any) -> Call:
 
 def _jax(row: Row, q: Any, k: Any, v: Any) -> Call:
     if row.window is not None or row.lengths is not None or row.head_dim > 128:
-        raise NotImplementedError("cuDNN through JAX takes neither")
+        raise NotImplementedError("no windows, no packed sequences, head_dim up to 128")
     import jax
 
     arrays = [jax.dlpack.from_dlpack(each.contiguous()) for each in (q, k, v)]

@@ -109,14 +109,20 @@ def _begin(wgmma: Instruction, groups: tuple[Group, ...]) -> tuple[Group, ...]:
 
 
 def _clashes(each: Instruction, groups: tuple[Group, ...]) -> bool:
-    written: frozenset[int] = frozenset()
-    if not each.opcode.startswith(("ST", "RED", "BAR", "BRA", "SYNCS.ARRIVE", "R2UR")) and re.match(
-        r"R\d", each.operands[0]
-    ):
-        width = re.search(r"\.(64|128)\b", each.opcode)
-        written = _span(each.operands[0], int(width[1]) // 32 if width else 1)
+    written = _written(each)
     touched = written | {int(register) for operand in each.operands for register in re.findall(r"\bR(\d+)", operand)}
     return any(touched & group.accumulators or written & group.inputs for group in groups)
+
+
+def _written(each: Instruction) -> frozenset[int]:
+    """The registers that an instruction writes."""
+    if each.opcode.startswith(("ST", "RED", "BAR", "BRA", "SYNCS.ARRIVE", "R2UR")):
+        return frozenset()
+    target = each.operands[1] if each.opcode.startswith("SHFL") else each.operands[0]  # SHFL's first is a predicate
+    if not re.match(r"R\d", target):
+        return frozenset()
+    width = re.search(r"\.(64|128|WIDE)\b", each.opcode)
+    return _span(target, {"64": 2, "WIDE": 2, "128": 4}[width[1]] if width else 1)
 
 
 def _span(operand: str, registers: int) -> frozenset[int]:

@@ -88,6 +88,10 @@ def test_sass_is_read() -> None:
         ("FADD R8, R44, R10", False),
         ("FADD R8, R9, R31", True),  # reads D
         ("@P0 LDS.128 R41, [R3]", True),  # writes into A
+        ("IMAD.WIDE.U32 R39, R8, R9, RZ", True),
+        ("SHFL.BFLY PT, R47, R8, 0x1, 0x1f", True),
+        ("SHFL.BFLY PT, R8, R47, 0x1, 0x1f", False),
+        ("ISETP.NE.AND P0, PT, R44, RZ, PT", False),
         ("@P0 BRA 0x0060", True),  # round the wait
         ("WARPGROUP.DEPBAR.LE gsb0, 0x1", False),
     ],

@@ -459,7 +459,7 @@ def test_a_grid_too_large_is_refused() -> None:
     st.integers(1, 5000),
     st.sampled_from([(1, 1), (4, 2), (6, 6)]),
     st.sampled_from([64, 128, 256]),
-    st.booleans(),
+    st.sampled_from([{}, {"causal": True}, {"window_size": (300, 0)}, {"window_size": (None, 200)}]),
     st.sampled_from([16, 132]),
 )
 def test_persistent_blocks_share_all_tiles(
@@ -468,20 +468,21 @@ def test_persistent_blocks_share_all_tiles(
     seqlen_k: int,
     heads: tuple[int, int],
     head_dim: int,
-    causal: bool,
+    mask: dict[str, Any],
     num_sms: int,
 ) -> None:
     """The scheduler's rule, as cuda_src/attention/scheduler.cuh has it: every tile is some block's, and only one's."""
     k = OnGpu(batch, seqlen_k, heads[1], head_dim)
-    problem = gpu_problem(OnGpu(batch, seqlen_q, heads[0], head_dim), k, k, causal=causal)
+    problem = gpu_problem(OnGpu(batch, seqlen_q, heads[0], head_dim), k, k, **mask)
     assert problem.static is not None
     plan = _plan.make_plan(problem.static, 90)
+    causal = problem.static.mask == "causal"
     grid = _plan.make_grid(plan, problem, num_sms)
     packed = batch * heads[0] // plan.config.pack
     units = grid.m_units * packed
     assert grid.blocks == min(grid.m_blocks * packed, num_sms)
     assert grid.m_units == (-(-grid.m_blocks // 2) if causal else grid.m_blocks)
-    assert grid.round_units == units or (causal and grid.round_units % grid.blocks == 0 and grid.listed)
+    assert grid.round_units == units or (mask and grid.round_units % grid.blocks == 0 and grid.listed)
     pair = 2 if grid.m_units < grid.m_blocks else 1
     taken = [(unit, second) for unit in range(grid.round_units) for second in range(pair)]
     assert sum(map(len, grid.listed)) <= 4 * grid.blocks
