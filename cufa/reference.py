@@ -1,6 +1,6 @@
 """The specification of cufa: exact attention in plain NumPy float64.
 
-Every other implementation in the project is tested against the two functions of this module. They hold whole
+Every other implementation in the project is tested against the functions of this module. They hold whole
 score matrices and take no short cut, so they are for reading and for checking, not for speed.
 
 For query row ``i`` and key ``j``, with ``offset = seqlen_k - seqlen_q``, query head ``h`` and its key head
@@ -13,6 +13,16 @@ For query row ``i`` and key ``j``, with ``offset = seqlen_k - seqlen_q``, query 
    (window); a key that is not kept is *removed*
 5. ``lse_i = ln(sum over kept j of exp(s_ij) + exp(sink_h))`` and ``p_ij = exp(s_ij - lse_i)``
 6. ``out_i = sum over kept j of p_ij v_j``
+
+**The gradients**, given ``dout`` and, if `lse` is used further on, ``dlse``:
+
+7. ``dv_j = sum over i of p_ij dout_i``
+8. ``dp_ij = dout_i · v_j`` and ``delta_i = sum over kept j of p_ij dp_ij``, which is ``dout_i · out_i``
+9. ``ds_ij = p_ij (dp_ij - delta_i + dlse_i)``, and for a sink ``dsink_h = sum over i of exp(sink_h - lse_i)
+   (dlse_i - delta_i)``
+10. ``ds = ds * (1 - tanh(s / softcap)^2)``, of the score of step 1, if ``softcap > 0``; ALiBi's term is a constant
+11. ``dq_i = softmax_scale * sum over j of ds_ij k_j`` and ``dk_j = softmax_scale * sum over i of ds_ij q_i``; dk and
+    dv add up over the query heads that share a key head
 
 **The mask.** Causal masks and windows are aligned at the bottom right: the last query sees the last key.
 Drawn is ``window_size=(2, 1)`` and, to its right, ``causal=True`` (``#`` kept, ``.`` removed)::
@@ -36,6 +46,8 @@ Drawn is ``window_size=(2, 1)`` and, to its right, ``causal=True`` (``#`` kept, 
   spread, though only to outputs of that row's own sequence and key head.
 - NaN and Inf in kept rows spread as IEEE arithmetic has it: a NaN score makes its row NaN, and a score of
   ``+inf`` makes the row's ``out`` NaN and its ``lse`` ``+inf``.
+- A row that keeps no key gives no gradient, whatever its dout and dlse, and a removed key gets none: its rows of dk
+  and dv are 0.
 
 Source: Dao et al., *FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness*, 2022; ALiBi
 after Press et al., *Train Short, Test Long*, 2022; softcap after *Gemma 2*, 2024; sinks are the learned
@@ -51,7 +63,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 from scipy.special import logsumexp
 
-__all__ = ["attention", "attention_varlen"]
+__all__ = ["attention", "attention_backward", "attention_varlen", "attention_varlen_backward"]
 
 Array: TypeAlias = NDArray[Any]
 Window: TypeAlias = tuple[int | None, int | None] | None
@@ -169,6 +181,53 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def attention_backward(
+    dout: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    dlse: ArrayLike | None = None,
+    **options: Unpack[Options],
+) -> tuple[Array, ...]:
+    """Gradients of `attention`: of ``sum(dout * out) + sum(dlse * lse)`` by q, k, v and the sinks.
+
+    Parameters
+    ----------
+    dout : array_like, (batch, seqlen_q, num_heads_q, head_dim_v)
+    q, k, v : array_like
+        As for `attention`, from which out and lse are computed again.
+    dlse : array_like, (batch, num_heads_q, seqlen_q), optional
+        0 if None.
+    **options
+        The keywords of `attention`.
+
+    Returns
+    -------
+    dq, dk, dv : float64 array
+        Shaped like q, k and v.
+    dsinks : float64 array, (num_heads_q,)
+        Only if sinks are given.
+
+    Raises
+    ------
+    ValueError
+        The shapes do not belong together.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cufa.reference import attention_backward
+    >>> x = np.ones((1, 2, 1, 1))
+    >>> dq, dk, dv = attention_backward(x, x, x, x, causal=True)
+    >>> dv.ravel().round(9).tolist()  # the first key gets all of the first row and half of the second
+    [1.5, 0.5]
+    """
+    dlse = None if dlse is None else np.asarray(dlse)
+    gradients = _differentiate(np.asarray(dout), np.asarray(q), np.asarray(k), np.asarray(v), dlse, **options)
+    return gradients[:3] if options.get("sinks") is None else gradients
+
+
 @overload
 def attention_varlen(
     q: ArrayLike,
@@ -252,7 +311,7 @@ def attention_varlen(
     q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
     out = np.zeros((*q.shape[:2], v.shape[-1]))
     lse = np.full((q.shape[1], q.shape[0]), -np.inf)
-    for rows, *qkv, slopes in _sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes):
+    for rows, _, *qkv, slopes in _sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes):
         out_n, lse_n = _attend(
             *qkv,
             causal=causal,
@@ -266,6 +325,76 @@ def attention_varlen(
     return (out, lse) if return_lse else out
 
 
+def attention_varlen_backward(
+    dout: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    seqused_k: ArrayLike | None = None,
+    dlse: ArrayLike | None = None,
+    **options: Unpack[Options],
+) -> tuple[Array, ...]:
+    """Gradients of `attention_varlen`: a loop over `attention_backward`.
+
+    Parameters
+    ----------
+    dout : array_like, (total_q, num_heads_q, head_dim_v)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k
+        As for `attention_varlen`.
+    dlse : array_like, (num_heads_q, total_q), optional
+        0 if None.
+    **options
+        The keywords of `attention_varlen`.
+
+    Returns
+    -------
+    dq, dk, dv : float64 array
+        Shaped like q, k and v; 0 for rows that belong to no sequence or are not live.
+    dsinks : float64 array, (num_heads_q,)
+        Only if sinks are given.
+
+    Raises
+    ------
+    ValueError
+        The shapes do not belong together.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cufa.reference import attention_varlen_backward
+    >>> x = np.ones((3, 1, 1))
+    >>> dq, dk, dv = attention_varlen_backward(x, x, x, x, [0, 1, 3], [0, 1, 3], causal=True)
+    >>> dv.ravel().round(9).tolist()
+    [1.0, 1.5, 0.5]
+    """
+    dout, q, k, v = np.asarray(dout), np.asarray(q), np.asarray(k), np.asarray(v)
+    dlse = None if dlse is None else np.asarray(dlse)
+    dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    dsinks = np.zeros(q.shape[1])
+    slopes = options.pop("alibi_slopes", None)
+    for each in _sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, slopes):
+        dout_n, dlse_n = dout[None, each.rows], None if dlse is None else dlse[None, :, each.rows]
+        options["alibi_slopes"] = each.alibi_slopes
+        found = _differentiate(dout_n, each.q, each.k, each.v, dlse_n, **options)
+        dq[each.rows], dk[each.keys], dv[each.keys] = (gradient[0] for gradient in found[:3])
+        dsinks += found[3]
+    return (dq, dk, dv) if options.get("sinks") is None else (dq, dk, dv, dsinks)
+
+
+class _Sequence(NamedTuple):
+    """A sequence of a varlen problem as a dense problem of batch 1, and where its rows and live keys lie."""
+
+    rows: slice
+    keys: slice
+    q: Array
+    k: Array
+    v: Array
+    alibi_slopes: Array | None
+
+
 def _sequences(
     q: Array,
     k: Array,
@@ -274,8 +403,8 @@ def _sequences(
     cu_seqlens_k: ArrayLike,
     seqused_k: ArrayLike | None,
     alibi_slopes: ArrayLike | None,
-) -> Iterator[tuple[slice, Array, Array, Array, Array | None]]:
-    """The sequences of a varlen problem as dense problems of batch 1: rows of q, then q, k, v and slopes."""
+) -> Iterator[_Sequence]:
+    """The sequences of a varlen problem."""
     starts_q, starts_k = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_k)
     lengths_k = np.diff(starts_k) if seqused_k is None else np.asarray(seqused_k)
     slopes = None if alibi_slopes is None else np.asarray(alibi_slopes)
@@ -283,7 +412,7 @@ def _sequences(
         rows = slice(int(starts_q[n]), int(starts_q[n + 1]))
         keys = slice(int(starts_k[n]), int(starts_k[n]) + int(lengths_k[n]))
         slopes_n = slopes[n] if slopes is not None and slopes.ndim == 2 else slopes
-        yield rows, q[None, rows], k[None, keys], v[None, keys], slopes_n
+        yield _Sequence(rows, keys, q[None, rows], k[None, keys], v[None, keys], slopes_n)
 
 
 def _attend(
@@ -308,6 +437,65 @@ def _attend(
         p = p.astype(precision.storage).astype(precision.compute)
         out = _weighted_sum(p, _match_heads(v, q).astype(precision.compute), keep)
         return out.astype(precision.storage).astype(precision.compute), lse
+
+
+def _differentiate(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    dlse: Array | None,
+    *,
+    causal: bool = False,
+    window_size: Window = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    precision: Precision = EXACT,
+) -> tuple[Array, Array, Array, Array]:
+    """Steps 7 to 11 in the given precision: dq, dk, dv and dsinks. p and ds are rounded before they are multiplied."""
+    _check_shapes(q, k, v)
+    if dout.shape != (*q.shape[:3], v.shape[3]):
+        raise ValueError(f"attention_backward: dout {dout.shape} does not belong to q {q.shape} and v {v.shape}.")
+    if dlse is not None and dlse.shape != (q.shape[0], q.shape[2], q.shape[1]):
+        raise ValueError(f"attention_backward: dlse {dlse.shape} does not belong to q {q.shape}.")
+    compute: Any = np.dtype(precision.compute).type
+
+    def rounded(x: Array) -> Array:
+        return x.astype(precision.storage).astype(precision.compute)
+
+    keep = _keep(q.shape[1], k.shape[1], causal, window_size)
+    with np.errstate(all="ignore"):  # NaN and Inf are data here
+        raw = _scores(q, k, softmax_scale, softcap, None, precision)
+        s = raw if alibi_slopes is None else _scores(q, k, softmax_scale, softcap, alibi_slopes, precision)
+        p, lse = _softmax(np.where(keep, s, -np.inf), sinks)
+        p = np.where(keep, p, 0)  # also in a row that is NaN
+        dlse = np.zeros_like(lse) if dlse is None else dlse.astype(compute)
+        q, dout = q.astype(compute), dout.astype(compute)
+        k_heads, v_heads = (_match_heads(x, q).astype(compute) for x in (k, v))
+        dp = dout.swapaxes(1, 2) @ v_heads.transpose(0, 2, 3, 1)
+        delta = np.where(keep, p * dp, 0).sum(axis=-1)
+        ds = np.where(keep, p * (dp - delta[..., None] + dlse[..., None]), 0)
+        if softcap > 0:
+            ds = np.where(keep, ds * (1 - (raw / compute(softcap)) ** 2), 0)
+        sink = np.full(q.shape[2], -np.inf) if sinks is None else np.asarray(sinks)
+        p_sink = np.where(np.isneginf(lse), 0, np.exp(sink.astype(compute)[:, None] - lse))
+        dsinks = np.where(p_sink != 0, p_sink * (dlse - delta), 0).sum(axis=(0, 2))
+        p, ds = rounded(p), rounded(ds)
+        scale = compute(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+        dq = scale * _weighted_sum(ds, k_heads, keep)
+        dk = scale * _sum_groups(_weighted_sum(ds.swapaxes(2, 3), q, keep.T), k)
+        dv = _sum_groups(_weighted_sum(p.swapaxes(2, 3), dout, keep.T), v)
+        return rounded(dq), rounded(dk), rounded(dv), dsinks
+
+
+def _sum_groups(x: Array, like: Array) -> Array:
+    """Gradients of k or v, from (batch, seqlen_k, num_heads_q, ·): summed over the heads that share a key head."""
+    batch, seqlen_k, heads, _ = like.shape
+    group = x.shape[2] // max(heads, 1)
+    summed: Array = x.reshape(batch, seqlen_k, heads, group, x.shape[-1]).sum(axis=3)
+    return summed
 
 
 def _check_shapes(q: Array, k: Array, v: Array) -> None:

@@ -121,8 +121,8 @@ class _Problem(NamedTuple):
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, options = self
         slopes: Any = options["alibi_slopes"]
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
-            for sequence in reference._sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, slopes):
-                yield (slice(None), *sequence)
+            for each in reference._sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, slopes):
+                yield slice(None), each.rows, each.q, each.k, each.v, each.alibi_slopes
             return
         step = max(PIECE // max(q.shape[2] * q.shape[1] * k.shape[1], 1), 1)
         for n in (slice(first, first + step) for first in range(0, len(q), step)):

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import scipy.special
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cufa import reference
 from cufa.testing import Case, dense_cases, varlen_cases
 
 INF, NAN = np.inf, np.nan
+SMALL: dict[str, Any] = {"max_seqlen": 9, "head_dims": (1, 2, 7), "dtypes": ("float64",)}
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -211,3 +213,71 @@ def test_rows_of_no_sequence_are_zero() -> None:
 def test_shapes_that_do_not_agree(k_shape: tuple[int, ...], v_shape: tuple[int, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         reference.attention(np.ones((2, 3, 4, 4)), np.ones(k_shape), np.ones(v_shape))
+
+
+# --- gradients --------------------------------------------------------------------------------------
+
+
+def weighted(arrays: dict[str, Any], options: dict[str, Any], dout: Any, dlse: Any) -> float:
+    """What the gradients are of; rows without keys have no lse to weigh."""
+    function = reference.attention_varlen if "cu_seqlens_q" in arrays else reference.attention
+    out, lse = function(**arrays, **options, return_lse=True)
+    return float((dout * out).sum() + (dlse * np.where(np.isneginf(lse), 0.0, lse)).sum())
+
+
+@settings(max_examples=120)
+@given(st.one_of(dense_cases(**SMALL), varlen_cases(**SMALL)))
+def test_gradients_are_the_limits_of_differences(case: Case) -> None:
+    arrays, rng = case.arrays(), np.random.default_rng(case.seed)
+    varlen = "cu_seqlens_q" in arrays
+    forward = reference.attention_varlen if varlen else reference.attention
+    backward = reference.attention_varlen_backward if varlen else reference.attention_backward
+    out, lse = forward(**arrays, **case.options, return_lse=True)
+    dout, dlse = rng.standard_normal(out.shape), rng.standard_normal(lse.shape)
+    gradients = backward(dout, **arrays, dlse=dlse, **case.options)
+    names = ("q", "k", "v", *(("sinks",) if "sinks" in arrays else ()))
+    assert len(gradients) == len(names)
+    for name, gradient in zip(names, gradients, strict=True):
+        x = np.asarray(arrays[name], np.float64)
+        assert gradient.shape == x.shape and gradient.dtype == np.float64
+        direction, step = rng.standard_normal(x.shape), 1e-5
+        ahead, behind = (
+            weighted(arrays | {name: x + sign * step * direction}, case.options, dout, dlse) for sign in (1, -1)
+        )
+        np.testing.assert_allclose((gradient * direction).sum(), (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_and_keys_that_see_nothing_have_no_gradient() -> None:
+    q, k, v, dout = (random(1, rows, 2, 4, seed=rows) for rows in (5, 3, 3, 5))
+    options: dict[str, Any] = {"window_size": (0, 0), "sinks": [0.0, -INF], "dlse": np.ones((1, 2, 5))}
+    dq, _, _, dsinks = reference.attention_backward(dout, q, k, v, **options)  # row i + 2 sees key i
+    assert not dq[0, :2].any() and dsinks[1] == 0
+    k[0, 0] = v[0, 0] = NAN
+    dq, dk, dv, _ = reference.attention_backward(dout, q, k, v, **options)
+    assert not dq[0, :2].any() and np.isnan(dq[0, 2]).any() and np.isfinite(dq[0, 3:]).all()
+    assert np.isfinite(dk[0, 1:]).all() and np.isfinite(dv[0, 1:]).all()
+    _, dk, dv = reference.attention_backward(dout[:, 3:], q[:, 3:], k, v, window_size=(0, 0))
+    assert not dk[0, 0].any() and not dv[0, 0].any()  # rows 3 and 4 do not see it
+    assert np.isfinite(dk).all() and np.isfinite(dv).all()
+
+
+def test_gradients_add_up_over_heads_that_share_a_key_head() -> None:
+    q, k, v, dout = (
+        random(2, 5, 6, 8),
+        random(2, 7, 2, 8, seed=1),
+        random(2, 7, 2, 3, seed=2),
+        random(2, 5, 6, 3, seed=3),
+    )
+    dq, dk, dv = reference.attention_backward(dout, q, k, v, causal=True)
+    repeated = reference.attention_backward(dout, q, k.repeat(3, axis=2), v.repeat(3, axis=2), causal=True)
+    np.testing.assert_allclose(dq, repeated[0], atol=1e-13)
+    np.testing.assert_allclose(dk, repeated[1].reshape(2, 7, 2, 3, 8).sum(axis=3), atol=1e-13)
+    np.testing.assert_allclose(dv, repeated[2].reshape(2, 7, 2, 3, 3).sum(axis=3), atol=1e-13)
+
+
+def test_gradients_of_other_shapes_are_refused() -> None:
+    x = np.zeros((1, 2, 1, 4))
+    with pytest.raises(ValueError, match="dout"):
+        reference.attention_backward(x[:, :1], x, x, x)
+    with pytest.raises(ValueError, match="dlse"):
+        reference.attention_backward(x, x, x, x, dlse=np.zeros((1, 2, 1)))
