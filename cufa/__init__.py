@@ -12,7 +12,9 @@ __all__ = [
     "MissingKernelError",
     "UnsupportedError",
     "attention",
+    "attention_backward",
     "attention_varlen",
+    "attention_varlen_backward",
     "explain",
     "is_available",
     "reference",
@@ -23,13 +25,16 @@ __all__ = [
 if TYPE_CHECKING:
     from . import reference, testing
     from ._attention import attention, attention_varlen
+    from ._backward import attention_backward, attention_varlen_backward
     from ._config import is_available, show_config
     from ._explain import explain
     from .errors import CompileError, CudaError, MissingKernelError, UnsupportedError
 
 _HOMES = {
     "attention": "_attention",
+    "attention_backward": "_backward",
     "attention_varlen": "_attention",
+    "attention_varlen_backward": "_backward",
     "explain": "_explain",
     "is_available": "_config",
     "show_config": "_config",

@@ -33,6 +33,14 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4}
 
 DENSE_NAMES = ("q", "k", "v", "alibi_slopes", "sinks", "out")
 VARLEN_NAMES = (*DENSE_NAMES, "cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+BACKWARD_NAMES = ("dout", "lse", "dlse", "dq", "dk", "dv")
+"""What the gradients take after the arrays of the forward."""
+NAMES = {
+    "attention": DENSE_NAMES,
+    "attention_varlen": VARLEN_NAMES,
+    "attention_backward": (*DENSE_NAMES, *BACKWARD_NAMES),
+    "attention_varlen_backward": (*VARLEN_NAMES, *BACKWARD_NAMES),
+}
 OUT = DENSE_NAMES.index("out")
 
 
@@ -119,7 +127,11 @@ class Problem:
 
     @property
     def varlen(self) -> bool:
-        return self.function == "attention_varlen"
+        return self.function.startswith("attention_varlen")
+
+    @property
+    def backward(self) -> bool:
+        return self.function.endswith("_backward")
 
 
 class Options(NamedTuple):
@@ -141,6 +153,11 @@ def varlen_problem(arrays: Arrays, *options: Any) -> Problem:
     return _problem("attention_varlen", arrays, options)
 
 
+def backward_problem(function: str, arrays: Arrays, options: tuple[Any, ...]) -> Problem:
+    """The problem of ``attention_backward`` or ``attention_varlen_backward``; arrays in the order of `NAMES`."""
+    return _problem(function, arrays, options)
+
+
 def check(function: str, arrays: Arrays, options: tuple[Any, ...]) -> Problem:
     """Check all of a call but what depends on addresses or values."""
     try:
@@ -154,8 +171,10 @@ def check(function: str, arrays: Arrays, options: tuple[Any, ...]) -> Problem:
 
 def _problem(function: str, arrays: Arrays, options: tuple[Any, ...]) -> Problem:
     problem = check(function, arrays, options)
-    if arrays.layouts[OUT] is not None:
-        _check_overlap(function, arrays, problem)
+    written = ("dq", "dk", "dv") if problem.backward else ("out",)
+    for index in map(NAMES[function].index, written):
+        if arrays.layouts[index] is not None:
+            _check_overlap(function, arrays, problem, index)
     if problem.device == CPU and problem.varlen:
         _check_offsets(function, arrays)
     return problem
@@ -171,10 +190,10 @@ class _Check:
 
     def __init__(self, function: str, layouts: tuple[Layout | None, ...], options: Options) -> None:
         self.function = function
-        self.varlen = function == "attention_varlen"
+        self.varlen = function.startswith("attention_varlen")
         self.options = options
         self.specs: dict[str, Spec] = {}
-        for name, layout in zip(VARLEN_NAMES, layouts, strict=False):
+        for name, layout in zip(NAMES[function], layouts, strict=True):
             if layout is not None:
                 try:
                     self.specs[name] = layout[0].spec(layout)
@@ -190,10 +209,19 @@ class _Check:
         if self.varlen:
             self.check_offsets_arrays()
         out_shape = (*q.shape[:-1], v.shape[-1])
-        self.check_out(q, out_shape)
         batch = self.specs["cu_seqlens_q"].shape[0] - 1 if self.varlen else q.shape[0]
         seqlen_q, num_heads_q, head_dim = q.shape[-3:]
         lse_shape = (num_heads_q, seqlen_q) if self.varlen else (batch, num_heads_q, seqlen_q)
+        if self.function.endswith("_backward"):
+            for name in ("out", "dout"):
+                self.check_given(name, out_shape, q.dtype)
+            self.check_given("lse", lse_shape, "float32")
+            if "dlse" in self.specs:
+                self.check_given("dlse", lse_shape, "float32")
+            for name in "qkv":
+                self.check_written(f"d{name}", self.specs[name].shape, q.dtype)
+        else:
+            self.check_written("out", out_shape, q.dtype)
         if left is None and right == 0 and seqlen_q == 1 and not self.varlen:
             right = None  # the only query is the last one, which sees every key
         softcap = self.softcap()
@@ -369,18 +397,30 @@ class _Check:
                 f"seqused_k has {seqused.shape[0]} entries; one for each of the {rows - 1} sequences is expected."
             )
 
-    def check_out(self, q: Spec, shape: tuple[int, ...]) -> None:
-        out = self.specs.get("out")
-        if out is None:
+    def check_given(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+        """A result of the forward, or the gradient by one."""
+        spec = self.specs.get(name)
+        if spec is None:
+            self.type_error(f"{name} is None; pass what belongs to the forward's results.")
+        if spec.shape != shape:
+            self.value_error(f"{name} has shape {spec.shape}; {shape} is expected.")
+        if spec.dtype != dtype:
+            self.value_error(f"{name} has dtype {spec.dtype}; pass {dtype}.")
+
+    def check_written(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+        spec = self.specs.get(name)
+        if spec is None:
             return
-        if out.shape != shape:
-            self.value_error(f"out has shape {out.shape}; {shape} is expected.")
-        if out.dtype != q.dtype:
-            self.value_error(f"out has dtype {out.dtype} but q has {q.dtype}; they must agree.")
-        if not out.writable:
-            self.value_error("out is read-only; pass an array that can be written.")
-        if not _distinct(out):
-            self.value_error(f"out has strides {out.strides}, by which its elements share memory; pass one without.")
+        if spec.shape != shape:
+            self.value_error(f"{name} has shape {spec.shape}; {shape} is expected.")
+        if spec.dtype != dtype:
+            self.value_error(f"{name} has dtype {spec.dtype} but q has {dtype}; they must agree.")
+        if not spec.writable:
+            self.value_error(f"{name} is read-only; pass an array that can be written.")
+        if not _distinct(spec):
+            self.value_error(
+                f"{name} has strides {spec.strides}, by which its elements share memory; pass one without."
+            )
 
     def static(
         self,
@@ -486,21 +526,22 @@ def _byte_range(spec: Spec) -> tuple[int, int]:
     return itemsize * sum(span for span in spans if span < 0), itemsize * (1 + sum(span for span in spans if span > 0))
 
 
-def _check_overlap(function: str, arrays: Arrays, problem: Problem) -> None:
-    """Refuse an `out` that shares memory with an input: tiles of it are written while others are still read."""
+def _check_overlap(function: str, arrays: Arrays, problem: Problem, written: int) -> None:
+    """Refuse a result that shares memory with another array: it is written while those are still read."""
     specs = problem.memo.get("specs")
     if specs is None:
         specs = [None if layout is None else layout[0].spec(layout) for layout in arrays.layouts]
         problem.memo["specs"], problem.memo["ranges"] = specs, [spec and _byte_range(spec) for spec in specs]
-    ranges, pointers = problem.memo["ranges"], arrays.pointers
-    first, last = (pointers[OUT] + side for side in ranges[OUT])
+    ranges, pointers, names = problem.memo["ranges"], arrays.pointers, NAMES[function]
+    first, last = (pointers[written] + side for side in ranges[written])
     for index, extent in enumerate(ranges):
-        if extent is None or index == OUT:
+        if extent is None or index == written:
             continue
-        pointer, name = pointers[index], VARLEN_NAMES[index]
+        pointer, name = pointers[index], names[index]
         apart = pointer + extent[0] >= last or first >= pointer + extent[1]
-        if not apart and not _interleave(specs[OUT], specs[index], pointers[OUT] - pointer):
-            raise ValueError(f"{function}: out overlaps {name}; pass an out that shares no memory with the inputs.")
+        if not apart and not _interleave(specs[written], specs[index], pointers[written] - pointer):
+            own = names[written]
+            raise ValueError(f"{function}: {own} overlaps {name}; pass one that shares no memory with the others.")
 
 
 def _interleave(a: Spec, b: Spec, distance: int) -> bool:

@@ -595,7 +595,7 @@ def test_refusals_leave_out_untouched(cupy: Any, torch: Any) -> None:
         ),
         (
             ValueError,
-            "attention: out overlaps q; pass an out that shares no memory with the inputs.",
+            "attention: out overlaps q; pass one that shares no memory with the others.",
             lambda: cufa.attention(q, q.copy(), q.copy(), out=q),
         ),
         (

@@ -1,0 +1,205 @@
+"""The public gradients: the way of a call is that of `_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import _arrays, _problem
+from ._arrays import CPU, Arrays
+from ._attention import Array
+from ._problem import NAMES, Problem
+from .errors import UnsupportedError
+
+SINKS = _problem.DENSE_NAMES.index("sinks")
+
+
+def attention_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    *,
+    dlse: Array | None = None,
+    causal: bool = False,
+    window_size: Sequence[int | None] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    deterministic: bool = False,
+    dq: Array | None = None,
+    dk: Array | None = None,
+    dv: Array | None = None,
+) -> Any:
+    """Gradients of `attention` by q, k, v and the sinks.
+
+    Nothing of size seqlen_q × seqlen_k is stored: scores are computed again, and `lse` makes probabilities of them.
+
+    Parameters
+    ----------
+    dout : array, (batch, seqlen_q, num_heads_q, head_dim_v)
+        Gradient by `out`, in q's dtype.
+    q, k, v : array
+        What `attention` was called with.
+    out : array, (batch, seqlen_q, num_heads_q, head_dim_v)
+        What it returned.
+    lse : float32 array, (batch, num_heads_q, seqlen_q)
+        What it returned with ``return_lse=True``.
+    dlse : float32 array, (batch, num_heads_q, seqlen_q), optional
+        Gradient by `lse`; 0 if None.
+    causal, window_size, softmax_scale, softcap, alibi_slopes, sinks
+        What `attention` was called with.
+    deterministic : bool
+        Gradients are the same bits in every run. On the CPU they always are.
+    dq, dk, dv : array, optional
+        Shaped like q, k and v, and in their dtype. Written and returned instead of new arrays; must not share memory
+        with each other or with the inputs.
+
+    Returns
+    -------
+    dq, dk, dv : array
+        Of q's framework, dtype and device. A row that sees no key, and a key that no row sees, have gradient 0.
+    dsinks : float32 array, (num_heads_q,)
+        Only if `sinks` are given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `attention`; also if `out`, `lse`, `dout` or `dlse` are not shaped as that call's results.
+    UnsupportedError
+        For arrays on a GPU.
+
+    See Also
+    --------
+    reference.attention_backward : The specification, in NumPy float64.
+
+    Notes
+    -----
+    Dao, *FlashAttention-2*, 2023, Algorithm 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cufa
+    >>> q, k, v, dout = np.random.default_rng(0).standard_normal((4, 1, 128, 2, 64), dtype=np.float32)
+    >>> out, lse = cufa.attention(q, k, v, causal=True, return_lse=True)
+    >>> dq, dk, dv = cufa.attention_backward(dout, q, k, v, out, lse, causal=True)
+    >>> dk.shape
+    (1, 128, 2, 64)
+    """
+    forward = (q, k, v, alibi_slopes, sinks, out)
+    given = (*forward, dout, lse, dlse, dq, dk, dv)
+    return _run("attention_backward", given, (causal, window_size, softmax_scale, softcap), deterministic)
+
+
+def attention_varlen_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    *,
+    seqused_k: Array | None = None,
+    dlse: Array | None = None,
+    causal: bool = False,
+    window_size: Sequence[int | None] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    deterministic: bool = False,
+    dq: Array | None = None,
+    dk: Array | None = None,
+    dv: Array | None = None,
+) -> Any:
+    """Gradients of `attention_varlen` by q, k, v and the sinks.
+
+    Parameters
+    ----------
+    dout, out : array, (total_q, num_heads_q, head_dim_v)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k
+        What `attention_varlen` was called with.
+    lse, dlse : float32 array, (num_heads_q, total_q)
+    causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, deterministic, dq, dk, dv
+        As for `attention_backward`.
+
+    Returns
+    -------
+    dq, dk, dv : array
+        Shaped like q, k and v; 0 for rows that are not live.
+    dsinks : float32 array, (num_heads_q,)
+        Only if `sinks` are given.
+
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedError
+        As for `attention_backward`.
+
+    See Also
+    --------
+    reference.attention_varlen_backward : The specification.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cufa
+    >>> q, k, v, dout = np.random.default_rng(0).standard_normal((4, 12, 4, 32), dtype=np.float32)
+    >>> offsets = np.array([0, 5, 12], np.int32)  # sequences of 5 and 7 tokens
+    >>> out, lse = cufa.attention_varlen(q, k, v, offsets, offsets, return_lse=True)
+    >>> cufa.attention_varlen_backward(dout, q, k, v, out, lse, offsets, offsets)[0].shape
+    (12, 4, 32)
+    """
+    forward = (q, k, v, alibi_slopes, sinks, out, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    given = (*forward, dout, lse, dlse, dq, dk, dv)
+    return _run("attention_varlen_backward", given, (causal, window_size, softmax_scale, softcap), deterministic)
+
+
+def _run(function: str, given: tuple[Any, ...], options: tuple[Any, ...], deterministic: bool) -> Any:
+    if type(deterministic).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{function}: deterministic is a {type(deterministic).__name__}; pass True or False.")
+    if _arrays.is_jax(given[0]):
+        raise UnsupportedError(f"{function}: JAX arrays are not supported yet; pass NumPy arrays.")
+    arrays = _arrays.view(function, NAMES[function], given)
+    problem = _problem.backward_problem(function, arrays, options)
+    if problem.device != CPU:
+        raise UnsupportedError(f"{function}: gradients on a GPU are not supported yet; pass NumPy arrays.")
+    gradients = [
+        arrays.empty(given[index].shape, problem.dtype)[0] if into is None else into
+        for index, into in enumerate(given[-3:])
+    ]
+    dsinks = None if given[SINKS] is None else arrays.empty((problem.num_heads_q,), "float32")[0]
+    _run_on_cpu(arrays, problem, gradients, dsinks)
+    return (*gradients,) if dsinks is None else (*gradients, dsinks)
+
+
+def _run_on_cpu(arrays: Arrays, problem: Problem, gradients: list[Any], dsinks: Any) -> None:
+    from . import _cpu_backward
+
+    q, k, v, alibi_slopes, sinks, out, *others = (arrays.numpy(index) for index in range(len(arrays.given)))
+    dout, lse, dlse = others[-6:-3]
+    assert q is not None and k is not None and v is not None and out is not None
+    assert dout is not None and lse is not None
+    dq, dk, dv = (_arrays.as_numpy(each) for each in gradients)
+    results = dq, dk, dv, None if dsinks is None else _arrays.as_numpy(dsinks)
+    options: dict[str, Any] = {
+        "softmax_scale": problem.softmax_scale,
+        "window_left": problem.window_left,
+        "window_right": problem.window_right,
+        "softcap": problem.softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+    }
+    if problem.varlen:
+        cu_seqlens_q, cu_seqlens_k, seqused_k = others[:3]
+        assert cu_seqlens_q is not None and cu_seqlens_k is not None
+        _cpu_backward.varlen_backward(
+            dout, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, out, lse, dlse, *results, **options
+        )
+    else:
+        _cpu_backward.backward(dout, q, k, v, out, lse, dlse, *results, **options)
