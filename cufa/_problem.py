@@ -201,6 +201,9 @@ class _Check:
                     raise UnsupportedError(f"{function}: {name}: {error}") from None
 
     def problem(self) -> Problem:
+        for name in ("q", "k", "v", *(("cu_seqlens_q", "cu_seqlens_k") if self.varlen else ())):
+            if name not in self.specs:
+                self.type_error(f"{name} is None; pass an array.")
         q, k, v = (self.specs[name] for name in "qkv")
         self.check_together()
         self.check_shapes(q, k, v)

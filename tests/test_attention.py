@@ -235,3 +235,11 @@ def test_examples_in_docstrings(name: str) -> None:
     module = importlib.import_module(f"cufa.{name}")
     result = doctest.testmod(module)
     assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize("missing", ["k", "v", "cu_seqlens_q", "cu_seqlens_k"])
+def test_an_array_that_is_none_is_named(missing: str) -> None:
+    x, offsets = np.zeros((3, 1, 4), np.float32), np.array([0, 3], np.int32)
+    arrays: dict[str, Any] = {"q": x, "k": x, "v": x, "cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+    with pytest.raises(TypeError, match=f"attention_varlen: {missing} is None"):
+        cufa.attention_varlen(**{**arrays, missing: None})
