@@ -103,7 +103,7 @@ _scratch = _Scratch()
 class Launch:
     """A loaded kernel with the shape of its launch and the part of its argument that every launch shares.
 
-    `what` names it in messages. `params` are Params, or tensor maps and Params; with maps come their `shifts`, what the
+    `what` names it in messages. `params` are Params, or all of TmaParams; with its maps come their `shifts`, what the
     addresses of q, k and v differ by in them.
     """
 

@@ -143,7 +143,6 @@ def _share_out(grid: Grid, plan: Plan, problem: Problem) -> Grid:
     config = plan.config
     heads = problem.batch * problem.num_heads_q // config.pack
     round_units = max(0, grid.round_units // max(1, grid.blocks) - 1) * grid.blocks
-    costs = [_key_blocks(problem, config, m_block) + TILE_OVERHEAD for m_block in range(grid.m_blocks)]
     tiles = []
     round_loads = [0.0] * grid.blocks
     for unit in range(round_units, grid.round_units):
@@ -153,8 +152,9 @@ def _share_out(grid: Grid, plan: Plan, problem: Problem) -> Grid:
         for second, m_block in enumerate(
             (last_row, row) if grid.m_units < grid.m_blocks and row < last_row else (last_row,)
         ):
-            tiles.append((costs[m_block], 2 * (unit - round_units) + second))
-            round_loads[unit % grid.blocks] += costs[m_block]
+            cost = _key_blocks(problem, config, m_block) + TILE_OVERHEAD
+            tiles.append((cost, 2 * (unit - round_units) + second))
+            round_loads[unit % grid.blocks] += cost
     tiles.sort(key=lambda tile: -tile[0])
     loads = [(0.0, block) for block in range(grid.blocks)]
     listed: list[list[int]] = [[] for _ in range(grid.blocks)]

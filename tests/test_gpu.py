@@ -339,6 +339,19 @@ def test_what_lies_beyond_a_sequence_never_counts(
     assert_close(out, q, k, v, lse=lse, **offsets, **mask)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window_size": (50, 10)}], ids=["none", "causal", "window"])
+def test_many_packed_sequences(cupy: Any, head_dim: int, mask: dict[str, Any]) -> None:
+    """So many that blocks work through several, each its share of rounds that go back and forth."""
+    lengths = np.random.default_rng(0).choice([0, 1, 17, 63, 64, 65, 129, 200], (2, 700)).tolist()
+    sizes = {"seqlen_q": tuple(lengths[0]), "seqlen_k": tuple(lengths[1]), "batch": 700}
+    sizes |= {"head_dim": head_dim, "head_dim_v": head_dim, "num_heads_q": 4, "num_heads_k": 2}
+    case = Case(**sizes, dtype="bfloat16", return_lse=True, **mask)
+    if is_hopper():
+        assert cufa.explain(**case.arrays(cupy), **case.options).num_blocks < 200
+    check(case, cupy)
+
+
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window_size": (200, 100)}], ids=["none", "causal", "window"])
 def test_edges_of_tiles(cupy: Any, head_dim: int, mask: dict[str, Any]) -> None:

@@ -101,30 +101,28 @@ inline void hold(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));     \
   }
 
+// The wgmma of that kind for `element` and `columns`.
+#define CUFA_WGMMA(X)                                                                       \
+  static_assert(columns % 16 == 0 && columns <= 256, "a wgmma has 16 to 256 columns here"); \
+  if constexpr (is_same<element, bf16>) {                                                   \
+    CUFA_WGMMA_SHAPES(X, bf16)                                                              \
+  } else {                                                                                  \
+    static_assert(is_same<element, f16>, "wgmma here takes f16 or bf16");                   \
+    CUFA_WGMMA_SHAPES(X, f16)                                                               \
+  }
+
 // D = A · B, or D += A · B if `accumulate`. Both come from shared memory, with k running along their rows (K-major).
 template <class element, int n_tiles>
 inline void wgmma_ss(float (&d)[n_tiles][4], u64 a, u64 b, bool accumulate) {
   constexpr int columns = 8 * n_tiles;
-  static_assert(columns % 16 == 0 && columns <= 256, "a wgmma has 16 to 256 columns here");
-  if constexpr (is_same<element, bf16>) {
-    CUFA_WGMMA_SHAPES(CUFA_WGMMA_SS, bf16)
-  } else {
-    static_assert(is_same<element, f16>, "wgmma here takes f16 or bf16");
-    CUFA_WGMMA_SHAPES(CUFA_WGMMA_SS, f16)
-  }
+  CUFA_WGMMA(CUFA_WGMMA_SS)
 }
 
 // The same with A from registers, and with k running down the columns of B (MN-major).
 template <class element, int n_tiles>
 inline void wgmma_rs_transposed(float (&d)[n_tiles][4], const u32 (&a)[4], u64 b, bool accumulate) {
   constexpr int columns = 8 * n_tiles;
-  static_assert(columns % 16 == 0 && columns <= 256, "a wgmma has 16 to 256 columns here");
-  if constexpr (is_same<element, bf16>) {
-    CUFA_WGMMA_SHAPES(CUFA_WGMMA_RS, bf16)
-  } else {
-    static_assert(is_same<element, f16>, "wgmma here takes f16 or bf16");
-    CUFA_WGMMA_SHAPES(CUFA_WGMMA_RS, f16)
-  }
+  CUFA_WGMMA(CUFA_WGMMA_RS)
 }
 
 }  // namespace ptx
