@@ -17,6 +17,9 @@ MAX_GRID = (1 << 31) - 1
 PERSISTENT_ROUNDS = 8
 """Rounds of tiles from which on packed sequences, of which no lengths are known, are dealt out evenly enough."""
 
+PAIRED_TILES = 4
+"""Tiles of an average packed sequence from which on pairs of them even out a causal mask; shorter ones waste halves."""
+
 MAX_LISTED_BLOCKS = 160
 """Blocks whose tiles a launch can list: ``Deal`` in cuda_src/attention/tma_params.cuh."""
 
@@ -109,10 +112,11 @@ def make_grid(plan: Plan, problem: Problem, num_sms: int) -> Grid:
     if problem.varlen:
         # Always enough tiles, without knowing one length: see varlen_tile in attention/scheduler.cuh.
         m_blocks = problem.seqlen_q // config.block_m + problem.batch
-        num_tiles, section = m_blocks * problem.num_heads_q, 1
+        num_tiles = m_blocks * problem.num_heads_q
     else:
         m_blocks = -(-problem.seqlen_q * config.pack // config.block_m)
-        num_tiles, section = m_blocks * heads, heads_per_section(plan, problem)
+        num_tiles = m_blocks * heads
+    section = heads_per_section(plan, problem)
     if num_tiles > MAX_GRID:
         raise UnsupportedError(
             f"{problem.function}: {num_tiles} tiles of queries are more than one launch holds ({MAX_GRID}); split the "
@@ -125,7 +129,9 @@ def make_grid(plan: Plan, problem: Problem, num_sms: int) -> Grid:
     # neighbours' products.
     blocks = min(num_tiles, num_sms)
     if problem.varlen:
-        return Grid(blocks, m_blocks, m_blocks, section, num_tiles)
+        pairs = config.causal and problem.seqlen_q >= PAIRED_TILES * config.block_m * problem.batch
+        m_units = problem.seqlen_q // (2 * config.block_m) + problem.batch if pairs else m_blocks
+        return Grid(blocks, m_blocks, m_units, section, m_units * problem.num_heads_q)
     m_units = -(-m_blocks // 2) if config.causal else m_blocks  # a tile and its opposite cost the same
     units = m_units * heads
     grid = Grid(blocks, m_blocks, m_units, section, units)
@@ -181,9 +187,11 @@ def _key_blocks(problem: Problem, config: Config, m_block: int) -> int:
 def heads_per_section(plan: Plan, problem: Problem) -> int:
     """Query heads scheduled side by side: as many as keep their K and V in the L2, in sections of equal size."""
     config = plan.config
-    heads = problem.batch * problem.num_heads_q // config.pack
+    heads, seqlen_k = problem.batch * problem.num_heads_q // config.pack, problem.seqlen_k
+    if problem.varlen:  # heads of one sequence, of average length
+        heads, seqlen_k = problem.num_heads_q, seqlen_k // max(1, problem.batch)
     size = _configs.SIZEOF[config.element]
-    head_bytes = max(1, problem.seqlen_k * (config.head_dim + config.head_dim_v) * size)
+    head_bytes = max(1, seqlen_k * (config.head_dim + config.head_dim_v) * size)
     ratio = max(1, problem.num_heads_q // max(1, problem.num_heads_k) // config.pack)
     key_heads = -(-heads // ratio)
     sections = max(1, -(-key_heads // max(1, L2_SECTION[plan.kernel] // head_bytes)))

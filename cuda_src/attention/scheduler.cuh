@@ -12,42 +12,60 @@ struct TileIndex {
   int m_block, head, batch;
 };
 
-// Dense: heads in sections whose K and V fit the L2 together; within a section heads run fastest and query tiles go
-// from last to first, so that under a causal mask the longest tiles start first. The tile in the middle of a head has
-// no partner: then `second` is a tile past the end.
-template <class Config>
-inline TileIndex dense_tile(const Params& params, int unit, bool second) {
-  const int section_units = params.heads_per_section * params.m_units;
-  const int section = unit / section_units, within = unit % section_units;
-  const int heads = params.num_heads_q / Config::pack;
-  const int width = min_of(params.heads_per_section, params.batch * heads - section * params.heads_per_section);
-  const int head = section * params.heads_per_section + within % width;
-  const int first_row = within / width, last_row = params.m_blocks - 1 - first_row;
-  const int m_block = !second ? last_row : first_row < last_row ? first_row : params.m_blocks;
-  return {m_block, head % heads, head / heads};
+// Heads go in sections whose K and V fit the L2 together; within a section heads run fastest.
+struct UnitIndex {
+  int row, head;
+};
+
+inline UnitIndex unit_of(int unit, int rows, int heads, int heads_per_section) {
+  const int section = unit / (heads_per_section * rows), within = unit % (heads_per_section * rows);
+  const int width = min_of(heads_per_section, heads - section * heads_per_section);
+  return {within / width, section * heads_per_section + within % width};
 }
 
-// Packed: sequence b owns the slots from cu_seqlens_q[b] / block_m + b to the next sequence's, always enough for its
-// tiles, so a slot finds its sequence by bisection and the host needs no lengths. m_block may lie past the end.
-template <int block_m>
-inline TileIndex varlen_tile(const Params& params, int unit) {
-  const int slot = unit / params.num_heads_q;
-  const auto first_slot = [&](int b) {
-    return clamp(params.cu_seqlens_q[b * params.cu_seqlens_q_stride], 0, params.seqlen_q) / block_m + b;
+// Dense: query tiles go from last to first, so that under a causal mask the longest start first. The tile in the middle
+// of a head has no partner: then `second` is a tile past the end.
+template <class Config>
+inline TileIndex dense_tile(const Params& params, int unit, bool second) {
+  const int heads = params.num_heads_q / Config::pack;
+  const UnitIndex index = unit_of(unit, params.m_units, params.batch * heads, params.heads_per_section);
+  const int first_row = index.row, last_row = params.m_blocks - 1 - first_row;
+  const int m_block = !second ? last_row : first_row < last_row ? first_row : params.m_blocks;
+  return {m_block, index.head % heads, index.head / heads};
+}
+
+// Packed: of each head, sequence b owns the units from cu_seqlens_q[b] / rows of a unit + b to the next sequence's,
+// always enough for its tiles, so a unit finds its sequence by bisection and the host needs no lengths. A tile may lie
+// past the end.
+template <class Config>
+inline TileIndex varlen_tile(const Params& params, int unit, bool second) {
+  const bool pairs = params.m_units < params.m_blocks;
+  const int unit_rows = pairs ? 2 * Config::block_m : Config::block_m;
+  const auto offset = [&](int b) {
+    return clamp(params.cu_seqlens_q[b * params.cu_seqlens_q_stride], 0, params.seqlen_q);
   };
-  int low = 0, high = params.batch;  // first_slot(low) <= slot < first_slot(high)
+  const auto first_unit = [&](int b) { return offset(b) / unit_rows + b; };
+  int low = 0, high = params.batch;  // first_unit(low) <= unit of its head < first_unit(high)
   while (high - low > 1) {
     const int middle = low + (high - low) / 2;
-    (first_slot(middle) <= slot ? low : high) = middle;
+    (first_unit(middle) <= unit / params.num_heads_q ? low : high) = middle;
   }
-  return {first_slot(low + 1) - 1 - slot, unit % params.num_heads_q, low};
+  const int begin = first_unit(low), units = first_unit(low + 1) - begin;
+  const int within = unit - begin * params.num_heads_q;
+  if (within >= units * params.num_heads_q) return {params.m_blocks, 0, low};  // rows that are no sequence's
+  const UnitIndex index = unit_of(within, units, params.num_heads_q, params.heads_per_section);
+  if (!pairs) return {units - 1 - index.row, index.head, low};
+  const int first_row = index.row;
+  const int last_row = ceil_div(offset(low + 1) - offset(low), Config::block_m) - 1 - first_row;
+  const bool idle = second ? first_row >= last_row : first_row > last_row;
+  return {idle ? params.m_blocks : second ? first_row : last_row, index.head, low};
 }
 
 // A thread block's way through its share of the launch's work. The work comes in units: a unit is a tile, or a pair of
 // tiles, the last of a head with its first, the last but one with its second, and so on, so that under a causal mask
 // every unit costs the same. Units go round, but for the last, whose tiles the host has shared out one by one: where
 // rounds do not come out even, they would leave some blocks a whole unit more than others. Of packed sequences the host
-// knows no lengths; what comes first in a round mostly costs more there, and every other round goes the other way.
+// knows no lengths; every other round goes the other way there, so that no block is first in all of them.
 template <class Config>
 struct TileCursor {
   const Deal& deal;

@@ -46,7 +46,7 @@ struct Work {
   template <class Config>
   void find(const Params& params, int unit, bool second) {
     if constexpr (Config::varlen) {
-      tile = varlen_tile<Config::block_m>(params, unit);
+      tile = varlen_tile<Config>(params, unit, second);
       seqlen = varlen_seqlen(params, tile.batch);
     } else {
       tile = dense_tile<Config>(params, unit, second);
