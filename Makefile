@@ -65,6 +65,7 @@ format: $(VENV)/.lint
 
 bench: $(VENV)/.bench
 	@$(BIN)/python benchmarks/attention.py --out benchmarks/results
+	@$(BIN)/python benchmarks/backward.py --out benchmarks/results
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -230,7 +230,7 @@ def prepare(problem: Problem, stream: int) -> Launch:
     device = _launch.device(problem.device)
     plan = _plan.make_plan(problem.static, device.arch)
     grid = _plan.make_grid(plan, problem, device.num_sms)
-    kernel = _jit.load_kernel(plan, problem.device, stream)
+    (kernel,) = _jit.load_kernel(plan, problem.device, stream)
     config, params = plan.config, _params.pack(problem, grid)
     shifts: tuple[int, ...] = ()
     if isinstance(config, ConfigSm90):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import _arrays, _problem
+from . import _arrays, _jit, _launch, _params, _plan, _problem, _tensor_map
 from ._arrays import CPU, Arrays
-from ._attention import Array
+from ._attention import NO_OFFSETS, Array
+from ._launch import BackwardLaunch
 from ._problem import NAMES, Problem
 from .errors import UnsupportedError
 
@@ -164,18 +165,82 @@ def _run(function: str, given: tuple[Any, ...], options: tuple[Any, ...], determ
     if type(deterministic).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{function}: deterministic is a {type(deterministic).__name__}; pass True or False.")
     if _arrays.is_jax(given[0]):
-        raise UnsupportedError(f"{function}: JAX arrays are not supported yet; pass NumPy arrays.")
+        raise UnsupportedError(f"{function}: JAX arrays are not supported yet; pass NumPy, CuPy, torch or Numba arrays.")
     arrays = _arrays.view(function, NAMES[function], given)
     problem = _problem.backward_problem(function, arrays, options)
-    if problem.device != CPU:
-        raise UnsupportedError(f"{function}: gradients on a GPU are not supported yet; pass NumPy arrays.")
-    gradients = [
-        arrays.empty(given[index].shape, problem.dtype)[0] if into is None else into
-        for index, into in enumerate(given[-3:])
-    ]
-    dsinks = None if given[SINKS] is None else arrays.empty((problem.num_heads_q,), "float32")[0]
-    _run_on_cpu(arrays, problem, gradients, dsinks)
+    gradients, pointers = [], []
+    for name, into, pointer in zip("qkv", given[-3:], arrays.pointers[-3:], strict=True):
+        array, pointer = arrays.empty(problem.shape(name), problem.dtype) if into is None else (into, pointer)
+        gradients.append(array)
+        pointers.append(pointer)
+    dsinks, pointer = (None, 0) if given[SINKS] is None else arrays.empty((problem.num_heads_q,), "float32")
+    if problem.device == CPU:
+        _run_on_cpu(arrays, problem, gradients, dsinks)
+    else:
+        _run_on_gpu(arrays, problem, [*pointers, pointer], bool(deterministic))
     return (*gradients,) if dsinks is None else (*gradients, dsinks)
+
+
+def _run_on_gpu(arrays: Arrays, problem: Problem, gradients: list[int], deterministic: bool) -> None:
+    """Three launches on the caller's stream; `gradients` are the addresses of dq, dk, dv and dsinks."""
+    stream = arrays.stream(problem.device)
+    key = f"launch, deterministic={deterministic}"
+    launch, workspace = problem.memo.get(key) or _prepare(problem, deterministic, stream)
+    problem.memo[key] = launch, workspace
+    # Freed when this returns: the framework hands it out again only to what comes later on the stream.
+    _memory, address = arrays.empty((workspace.floats,), "float32")
+    q, k, v, alibi_slopes, sinks, out, *others = arrays.pointers
+    dout, lse, dlse = others[-6:-3]
+    offsets = others[:-6] or NO_OFFSETS
+    launch(
+        [q, k, v, out, lse, alibi_slopes, sinks, *offsets],
+        [dout, dlse, *gradients, *(address + 4 * offset for offset in workspace.offsets)],
+        stream,
+    )
+
+
+class Workspace(NamedTuple):
+    """Memory that the kernels of the gradients share, in float32 numbers.
+
+    Attributes
+    ----------
+    offsets : tuple of int
+        Of row_lse, row_delta, dq_sum and turns.
+    floats : int
+        All of it.
+    """
+
+    offsets: tuple[int, ...]
+    floats: int
+
+
+def _prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[BackwardLaunch, Workspace]:
+    """Choose, compile and load the kernels: once, after which they are remembered with the problem."""
+    assert problem.static is not None
+    device = _launch.device(problem.device)
+    plan = _plan.make_backward_plan(problem.static, device.arch, deterministic)
+    grid = _plan.make_backward_grid(plan, problem)
+    functions = _jit.load_kernel(plan, problem.device, stream)
+    config = plan.config
+    maps, shifts = bytes(_params.BACKWARD_MAPS_BYTES), ()
+    if plan.kernel.endswith("_sm90"):
+        maps, shifts = _tensor_map.make_backward_maps(problem, config)
+    argument = maps + _params.pack_backward(problem, grid, config.block_m)
+    shapes = list(zip(grid.blocks, plan.threads, plan.smem_bytes, strict=True))
+    launch = BackwardLaunch(_jit.describe(plan), functions, problem.device, shapes, argument, shifts)
+
+    tiles = grid.m_blocks * problem.num_heads_q * (1 if problem.varlen else problem.batch)
+    rows = tiles * config.block_m
+    split = len(plan.entries) == 4  # dq is not added up in memory
+    sizes = (rows, rows, 0, 0) if split else (rows, rows, rows * config.tile_head_dim, tiles)
+    offsets = [0]
+    for size in sizes:
+        offsets.append(-(-(offsets[-1] + size) // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT)
+    return launch, Workspace(tuple(offsets[:-1]), offsets[-1])
+
+
+WORKSPACE_ALIGNMENT = 64
+"""In float32 numbers."""
 
 
 def _run_on_cpu(arrays: Arrays, problem: Problem, gradients: list[Any], dsinks: Any) -> None:

@@ -233,6 +233,99 @@ def _tile_sm90(static: Static) -> tuple[int, int, int, bool]:
     return 128, block_n, early_steps if plain else 0, False
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConfigBackwardSm90(Config):
+    """What ``cuda_src/attention/backward_sm90.cuh`` has beside them.
+
+    Of its threads a warpgroup loads and adds up dq; for every `WARPGROUP_ROWS` of block_n there is one more.
+
+    Attributes
+    ----------
+    copy_bytes : int
+        Widest copy that the rows of out and dout allow where no tensor map serves.
+    deterministic : bool
+        Whether blocks of keys add to dq in a fixed order.
+    dq_threads : int
+        Threads that hold a tile of dq.
+    producer_registers, consumer_registers : int
+        Registers a thread of the warpgroup that loads, and of the others.
+    """
+
+    copy_bytes: int
+    deterministic: bool
+    dq_threads: int
+    producer_registers: int
+    consumer_registers: int
+    split: bool = False
+
+
+def backward_sm90(static: Static, deterministic: bool) -> ConfigBackwardSm90:
+    """Config of the wgmma backward."""
+    block_m, block_n = _tile_backward_sm90(static)
+    size, row_bytes = SIZEOF[static.element], 4 * block_m
+    tile_head_dim, tile_head_dim_v = _round_up(static.head_dim, 64), _round_up(static.head_dim_v, 64)
+    tiles = size * ((block_n + STAGES * block_m) * (tile_head_dim + tile_head_dim_v) + STAGES * block_m * block_n)
+    producer_registers, consumer_registers = REGISTERS_SM90[block_n // WARPGROUP_ROWS]
+    return ConfigBackwardSm90(
+        **_common(static),
+        tile_head_dim=tile_head_dim,
+        tile_head_dim_v=tile_head_dim_v,
+        block_m=block_m,
+        block_n=block_n,
+        num_threads=128 * (1 + block_n // WARPGROUP_ROWS),
+        smem_bytes=_round_up(tiles + row_bytes * (tile_head_dim + 2 * STAGES) + BACKWARD_BARRIERS_BYTES, 16),
+        copy_bytes=static.copy_bytes,
+        deterministic=deterministic,
+        dq_threads=2 * block_n,
+        producer_registers=producer_registers,
+        consumer_registers=consumer_registers,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigBackwardSplitSm90(Config):
+    """What ``cuda_src/attention/backward_split_sm90.cuh`` has beside them: the members of `ConfigBackwardSm90`."""
+
+    copy_bytes: int
+    deterministic: bool = True
+    producer_registers: int
+    consumer_registers: int
+    split: bool = True
+
+
+def backward_split_sm90(static: Static) -> ConfigBackwardSplitSm90:
+    """Config of the wgmma backward in two passes."""
+    block = WARPGROUP_ROWS
+    size = SIZEOF[static.element]
+    tile_head_dim, tile_head_dim_v = _round_up(static.head_dim, 64), _round_up(static.head_dim_v, 64)
+    both = tile_head_dim + tile_head_dim_v
+    weights, rows = size * STAGES * block * block, 2 * 4 * STAGES * block
+    keys = size * (1 + STAGES) * block * both + weights + rows + BACKWARD_BARRIERS_BYTES
+    queries = size * block * (2 * both + STAGES * tile_head_dim + tile_head_dim_v) + (2 * STAGES + 2 + 1) * 8
+    producer_registers, consumer_registers = REGISTERS_SM90[2]
+    return ConfigBackwardSplitSm90(
+        **_common(static),
+        tile_head_dim=tile_head_dim,
+        tile_head_dim_v=tile_head_dim_v,
+        block_m=block,
+        block_n=block,
+        num_threads=3 * 128,
+        smem_bytes=max(keys, queries),
+        copy_bytes=static.copy_bytes,
+        producer_registers=producer_registers,
+        consumer_registers=consumer_registers,
+    )
+
+
+BACKWARD_BARRIERS_BYTES = 3 * 2 * STAGES * 8 + 2 * 8
+
+
+def _tile_backward_sm90(static: Static) -> tuple[int, int]:
+    """(block_m, block_n)."""
+    widest = max(static.head_dim, static.head_dim_v)
+    return 128 if widest <= 64 and not static.softcap else 64, 128
+
+
 def _common(static: Static) -> dict[str, Any]:
     """The members that follow from the problem alone."""
     return {

@@ -71,8 +71,19 @@ def source_of(plan: Plan) -> str:
         if isinstance(value, int)
     ]
     header = plan.kernel.removeprefix("attention_")
-    tma = isinstance(config, ConfigSm90)
-    record, asserts = ("TmaParams", _params.tma_static_asserts) if tma else ("Params", _params.static_asserts)
+    if len(plan.entries) > 1:
+        record, asserts = "BackwardArgument", _params.backward_static_asserts
+    elif isinstance(config, ConfigSm90):
+        record, asserts = "TmaParams", _params.tma_static_asserts
+    else:
+        record, asserts = "Params", _params.static_asserts
+    kernels = [
+        f'extern "C" __global__ __launch_bounds__({threads}, 1)\n'
+        f"void {entry}(const __grid_constant__ attention::{record} params) {{\n"
+        f"  attention::{entry.removeprefix('attention_')}<Config>(params);\n"
+        "}\n"
+        for entry, threads in zip(plan.entries, plan.threads, strict=True)
+    ]
     return (
         f'#include "attention/{header}.cuh"\n\n'
         "struct Config {\n"
@@ -81,10 +92,7 @@ def source_of(plan: Plan) -> str:
         f"{''.join(constants)}"
         "};\n\n"
         f"{asserts()}\n"
-        f'extern "C" __global__ __launch_bounds__(Config::num_threads, 1)\n'
-        f"void {plan.kernel}(const __grid_constant__ attention::{record} params) {{\n"
-        f"  attention::{header}<Config>(params);\n"
-        "}\n"
+        f"{''.join(kernels)}"
     )
 
 
@@ -172,7 +180,7 @@ def target_of(plan: Plan) -> str:
             f"cufa: NVRTC {major}.{minor} does not compile for compute capability {plan.arch // 10}.{plan.arch % 10}; "
             "install a newer one, for example with pip install -U 'cufa[cuda13]'."
         )
-    return f"{max(family)}{'a' if isinstance(plan.config, ConfigSm90) else ''}"
+    return f"{max(family)}{'a' if plan.kernel.endswith('_sm90') else ''}"
 
 
 def key_of(plan: Plan) -> str:
@@ -228,12 +236,12 @@ def compile_source(source: str, options: list[str], what: str) -> Compiled:
 
 
 def resources_of(log: str) -> Resources:
-    """Registers and spilled bytes, from what ``--ptxas-options=-v`` logs."""
-    registers = re.search(r"Used (\d+) registers", log)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    if registers is None or spills is None:
+    """Registers, of the function that takes most, and spilled bytes, from what ``--ptxas-options=-v`` logs."""
+    registers = re.findall(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if not registers or not spills:
         raise CompileError(f"cufa: the compiler's log does not say what the kernel takes:\n{log}")
-    return Resources(int(registers[1]), int(spills[1]) + int(spills[2]))
+    return Resources(max(map(int, registers)), sum(int(stores) + int(loads) for stores, loads in spills))
 
 
 @contextlib.contextmanager
@@ -278,7 +286,7 @@ def _save(source: str, log: str) -> Path | None:
 
 
 _caches: dict[str, CubinCache] = {}
-_kernels: dict[tuple[Plan, int], Any] = {}
+_kernels: dict[tuple[Plan, int], tuple[Any, ...]] = {}
 _libraries: dict[str, Any] = {}
 _lock = threading.Lock()
 _key_locks: dict[str, threading.Lock] = {}
@@ -299,7 +307,8 @@ def describe(plan: Plan) -> str:
     parts = [config.element, f"head_dim {config.head_dim}"]
     if config.head_dim_v != config.head_dim:
         parts.append(f"head_dim_v {config.head_dim_v}")
-    parts += [name for name in ("causal", "window", "varlen", "sinks") if getattr(config, name)]
+    names = ("causal", "window", "varlen", "sinks", "deterministic")
+    parts += [name for name in names if getattr(config, name, False)]
     parts += [re.sub(r"attention::(\w+).*", lambda match: match[1].lower(), term) for term in config.variant]
     return f"{plan.kernel} ({', '.join(parts)}) for sm_{plan.arch}"
 
@@ -341,8 +350,8 @@ def is_loaded(plan: Plan, device: int) -> bool:
     return (plan, device) in _kernels
 
 
-def load_kernel(plan: Plan, device: int, stream: int) -> Any:
-    """The kernel, loaded and ready to launch on `device`.
+def load_kernel(plan: Plan, device: int, stream: int) -> tuple[Any, ...]:
+    """The functions of the kernel, in the order of `Plan.entries`, loaded and ready to launch on `device`.
 
     Raises
     ------
@@ -351,29 +360,28 @@ def load_kernel(plan: Plan, device: int, stream: int) -> Any:
     MissingKernelError
         If it is not loaded and `stream` is being captured, or compiling is forbidden.
     """
-    kernel = _kernels.get((plan, device))
-    if kernel is not None:
-        return kernel
+    functions = _kernels.get((plan, device))
+    if functions is not None:
+        return functions
     with _launch.current(device):
         if _launch.is_capturing(stream):
             raise MissingKernelError(
                 f"cufa: {describe(plan)} is not loaded, and the stream is being captured into a CUDA graph, where it "
                 "cannot be; make the same call once before the capture."
             )
-        kernel = _load(plan)
+        kernels = _load(plan)
         attribute = _launch.driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _launch.call(
-            "cuKernelSetAttribute",
-            attribute,
-            plan.config.smem_bytes,
-            kernel,
-            _launch.call("cuDeviceGet", device),
-        )
-        _launch.call("cuKernelGetFunction", kernel)  # loads it into the context now, not within a later capture
-    return _kernels.setdefault((plan, device), _launch.driver().CUfunction(int(kernel)))
+        for kernel, smem_bytes in zip(kernels, plan.smem_bytes, strict=True):
+            if smem_bytes:
+                _launch.call(
+                    "cuKernelSetAttribute", attribute, smem_bytes, kernel, _launch.call("cuDeviceGet", device)
+                )
+            _launch.call("cuKernelGetFunction", kernel)  # loads it into the context now, not within a later capture
+    functions = tuple(_launch.driver().CUfunction(int(kernel)) for kernel in kernels)
+    return _kernels.setdefault((plan, device), functions)
 
 
-def _load(plan: Plan) -> Any:
+def _load(plan: Plan) -> list[Any]:
     key = key_of(plan)
     library = _libraries.get(key)
     if library is None:
@@ -386,7 +394,7 @@ def _load(plan: Plan) -> Any:
             _logger.warning("the driver refused the cached %s: %s %s", describe(plan), error, path or "")
             library = _load_library(_compile(plan, key).cubin)
         library = _libraries.setdefault(key, library)
-    return _launch.call("cuLibraryGetKernel", library, plan.kernel.encode())
+    return [_launch.call("cuLibraryGetKernel", library, entry.encode()) for entry in plan.entries]
 
 
 def _load_library(cubin: bytes) -> Any:

@@ -10,7 +10,16 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from ._params import MAP_BYTES, MAPS_BYTES, POINTER_LAYOUT, TMA_SIZE
+from ._params import (
+    BACKWARD_MAPS_BYTES,
+    BACKWARD_POINTERS,
+    BACKWARD_SIZE,
+    LAYOUT,
+    MAP_BYTES,
+    MAPS_BYTES,
+    POINTER_LAYOUT,
+    TMA_SIZE,
+)
 from ._plan import Device
 from .errors import CudaError
 
@@ -92,7 +101,7 @@ class _Scratch(threading.local):
     """A thread's kernel arguments: the driver has copied them when the launch returns."""
 
     def __init__(self) -> None:
-        self.params = ctypes.create_string_buffer(TMA_SIZE)
+        self.params = ctypes.create_string_buffer(max(TMA_SIZE, BACKWARD_SIZE))
         self._array = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
         self.arguments = ctypes.addressof(self._array)
 
@@ -174,12 +183,69 @@ class Launch:
 
     def _config(self, stream: int) -> Any:
         """What the driver is told of the shape; kept, because making it costs microseconds."""
-        config = driver().CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = self._blocks, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
-        config.sharedMemBytes = self._smem_bytes
-        config.hStream = stream
+        config = _config((self._blocks, self._threads, self._smem_bytes), stream)
         if len(self._configs) >= self.MAX_STREAMS:
             self._configs.clear()
         self._configs[stream] = config
         return config
+
+
+class BackwardLaunch:
+    """The loaded kernels of the gradients, launched one after the other with the same argument.
+
+    `argument` is BackwardArgument with null addresses; `shifts`, if it has maps, are what the addresses of q, k, v and
+    dout differ by in them. `shapes` are (blocks, threads, bytes of shared memory) of each kernel.
+    """
+
+    __slots__ = ("_argument", "_configs", "_functions", "_shapes", "_shifts", "device", "what")
+
+    def __init__(
+        self,
+        what: str,
+        functions: tuple[Any, ...],
+        device: int,
+        shapes: list[tuple[int, int, int]],
+        argument: bytes,
+        shifts: tuple[int, ...],
+    ) -> None:
+        self.what = what
+        self.device = device
+        self._functions = functions
+        self._shapes = shapes
+        self._argument = argument
+        self._shifts = shifts
+        self._configs: dict[int, list[Any]] = {}
+
+    def __call__(self, forward: list[int], backward: list[int], stream: int) -> None:
+        """Enqueue on `stream`, with the addresses that lead Params and those that follow it in BackwardParams."""
+        scratch = _scratch
+        ctypes.memmove(scratch.params, self._argument, len(self._argument))
+        POINTER_LAYOUT.pack_into(scratch.params, BACKWARD_MAPS_BYTES, *forward)
+        BACKWARD_POINTER_LAYOUT.pack_into(scratch.params, BACKWARD_MAPS_BYTES + LAYOUT.size, *backward)
+        for index, (address, shift) in enumerate(zip((*forward[:3], backward[0]), self._shifts, strict=False)):
+            ADDRESS.pack_into(scratch.params, index * MAP_BYTES, address + shift)
+        configs = self._configs.get(stream)
+        if configs is None:
+            if len(self._configs) >= Launch.MAX_STREAMS:
+                self._configs.clear()
+            configs = self._configs[stream] = [_config(shape, stream) for shape in self._shapes]
+        with current(self.device):
+            for config, function, (blocks, _, _) in zip(configs, self._functions, self._shapes, strict=True):
+                if blocks == 0:
+                    continue
+                (status,) = driver().cuLaunchKernelEx(config, function, scratch.arguments, 0)
+                if status != 0:
+                    raise CudaError(f"cufa: launching {self.what} failed: {_describe(driver(), status)}.")
+
+
+BACKWARD_POINTER_LAYOUT = struct.Struct(f"@{BACKWARD_POINTERS}Q")
+
+
+def _config(shape: tuple[int, int, int], stream: int) -> Any:
+    """What the driver is told of the shape of a launch."""
+    config = driver().CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = shape[0], 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = shape[1], 1, 1
+    config.sharedMemBytes = shape[2]
+    config.hStream = stream
+    return config

@@ -7,7 +7,7 @@ import struct
 from typing import NamedTuple
 
 from ._arrays import contiguous
-from ._plan import MAX_LISTED_BLOCKS, Grid
+from ._plan import MAX_LISTED_BLOCKS, BackwardGrid, Grid
 from ._problem import MAX_SEQLEN, Problem
 
 
@@ -34,6 +34,8 @@ FIELDS = (
 POINTERS = 10
 """Leading members that are addresses, in the order that `launch` receives them."""
 
+MAP_BYTES = 128
+
 LAYOUT = struct.Struct("@" + "".join(f"{field.length}{field.format}" for field in FIELDS))
 POINTER_LAYOUT = struct.Struct(f"@{POINTERS}Q")
 
@@ -41,22 +43,52 @@ POINTER_LAYOUT = struct.Struct(f"@{POINTERS}Q")
 DEAL_LAYOUT = struct.Struct(f"@i{MAX_LISTED_BLOCKS + 1}H{4 * MAX_LISTED_BLOCKS}H")
 """``attention::Deal``."""
 
-MAP_BYTES = 128
 MAPS_BYTES = 3 * MAP_BYTES
 TMA_SIZE = -(-(MAPS_BYTES + LAYOUT.size + DEAL_LAYOUT.size) // 64) * 64
 """Size of ``attention::TmaParams``: the tensor maps of q, k and v, Params and Deal, in alignments of 64 bytes."""
 
 
+BACKWARD_FIELDS = (
+    *(Field(name, "Q") for name in ("dout", "dlse", "dq", "dk", "dv", "dsinks")),
+    *(Field(name, "Q") for name in ("row_lse", "row_delta", "dq_sum", "turns")),
+    *(Field(f"{name}_strides", "q", 4) for name in ("dout", "dq", "dk", "dv", "lse", "dlse")),
+    Field("workspace_rows", "q"),
+    Field("n_blocks", "i"),
+    Field("unused", "i"),  # what the compiler pads with
+)
+"""The members of ``attention::BackwardParams`` that follow Params there."""
+BACKWARD_POINTERS = 10
+
+BACKWARD_LAYOUT = struct.Struct("@" + "".join(f"{field.length}{field.format}" for field in BACKWARD_FIELDS))
+BACKWARD_MAPS_BYTES = 4 * MAP_BYTES
+BACKWARD_SIZE = -(-(BACKWARD_MAPS_BYTES + LAYOUT.size + BACKWARD_LAYOUT.size) // 64) * 64
+"""Size of ``attention::BackwardArgument``: the tensor maps of q, k, v and dout, and BackwardParams."""
+
+
 def static_asserts() -> str:
     """C++ that fails to compile where the struct there is laid out differently from the one here."""
-    lines = [f"static_assert(sizeof(attention::Params) == {LAYOUT.size});"]
-    offset = 0
-    for field in FIELDS:
+    return f"static_assert(sizeof(attention::Params) == {LAYOUT.size});\n" + _offset_asserts("Params", FIELDS, 0)
+
+
+def _offset_asserts(record: str, fields: tuple[Field, ...], offset: int) -> str:
+    lines = []
+    for field in fields:
         # What offsetof expands to in NVRTC's front end; NVRTC before 13.3 has no __builtin_offsetof.
-        address = f"&static_cast<attention::Params*>(nullptr)->{field.name}"
+        address = f"&static_cast<attention::{record}*>(nullptr)->{field.name}"
         lines.append(f"static_assert(__INTADDR__({address}) == {offset});")
         offset += field.length * struct.calcsize(field.format)
     return "\n".join(lines) + "\n"
+
+
+def backward_static_asserts() -> str:
+    """The same for the argument of the backward's kernels."""
+    params = "static_cast<attention::BackwardArgument*>(nullptr)->params"
+    return (
+        static_asserts()
+        + _offset_asserts("BackwardParams", BACKWARD_FIELDS[:-1], LAYOUT.size)
+        + f"static_assert(sizeof(attention::BackwardArgument) == {BACKWARD_SIZE});\n"
+        + f"static_assert(__INTADDR__(&{params}) == {BACKWARD_MAPS_BYTES});\n"
+    )
 
 
 def tma_static_asserts() -> str:
@@ -72,21 +104,44 @@ def tma_static_asserts() -> str:
 
 def pack(problem: Problem, grid: Grid) -> bytes:
     """Params of `problem` with null addresses: what every launch of it shares."""
+    return _pack(problem, grid.m_blocks, grid.heads_per_section, grid.m_units)
+
+
+def _pack(problem: Problem, m_blocks: int, heads_per_section: int, m_units: int) -> bytes:
     strides = problem.strides
     out = strides.get("out") or contiguous(problem.out_shape)
     lse = contiguous(problem.lse_shape)
     alibi = strides.get("alibi_slopes", (0,))
     values: list[float] = [0] * POINTERS
     for each in (strides["q"], strides["k"], strides["v"], out):
-        values.extend(each if len(each) == 4 else (0, *each))
+        values += _four(each)
     values += lse[:2] if len(lse) == 3 else (0, lse[0])
     values += alibi if len(alibi) == 2 else (0, *alibi)
     values += (strides.get(name, (0,))[0] for name in ("sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"))
     values += (problem.batch, problem.seqlen_q, problem.seqlen_k, problem.num_heads_q)
-    values += (problem.num_heads_q // max(1, problem.num_heads_k), grid.m_blocks, grid.heads_per_section)
+    values += (problem.num_heads_q // max(1, problem.num_heads_k), m_blocks, heads_per_section)
     values += (MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right))
-    values += (problem.softmax_scale, problem.softcap, grid.m_units)
+    values += (problem.softmax_scale, problem.softcap, m_units)
     return LAYOUT.pack(*values)
+
+
+def _four(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of batch, rows, heads and columns; packed arrays have no batch."""
+    return strides if len(strides) == 4 else (0, *strides)
+
+
+def pack_backward(problem: Problem, grid: BackwardGrid, block_m: int) -> bytes:
+    """BackwardParams of `problem` with null addresses."""
+    strides, values = problem.strides, [0] * BACKWARD_POINTERS
+    values += _four(strides["dout"])
+    for name in ("q", "k", "v"):
+        values += _four(strides.get(f"d{name}") or contiguous(problem.shape(name)))
+    for name in ("lse", "dlse"):  # of batch, heads and rows
+        *batch, head, row = strides.get(name, (0, 0, 0))
+        values += (batch[0] if batch else 0, row, head, 0)
+    values += (grid.m_blocks * block_m, grid.n_blocks, 0)
+    params = _pack(problem, grid.m_blocks, grid.heads_per_section, grid.m_blocks)
+    return params + BACKWARD_LAYOUT.pack(*values)
 
 
 def pack_deal(grid: Grid) -> bytes:

@@ -6,7 +6,7 @@ import heapq
 from functools import lru_cache
 from typing import NamedTuple
 
-from . import _configs
+from . import _configs, _configs_backward
 from ._configs import Config, ConfigSm90
 from ._problem import Problem, Static
 from .errors import UnsupportedError
@@ -34,6 +34,10 @@ L2_SECTION = {"attention_forward_sm80": 16 << 20, "attention_forward_sm90": 2 <<
 gives a causal mask better balance where blocks do not come in rounds. The L2 of every GPU from sm_80 holds as much."""
 
 
+ROW_THREADS = 256
+"""Threads a block of kernels that go over rows."""
+
+
 class Device(NamedTuple):
     """A GPU: compute capability (80 for 8.0) and number of SMs."""
 
@@ -59,6 +63,32 @@ class Plan(NamedTuple):
     arch: int
     config: Config
     reason: str
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The ``__global__`` functions of the kernel's translation unit, in the order of their launches."""
+        if not self.kernel.startswith("attention_backward_"):
+            return (self.kernel,)
+        main = (self.kernel,)
+        if self.kernel == "attention_backward_split_sm90":
+            main = "attention_backward_split_keys_sm90", "attention_backward_split_queries_sm90"
+        return "attention_backward_prepare", *main, "attention_backward_finish"
+
+    @property
+    def threads(self) -> tuple[int, ...]:
+        """Threads a block of each."""
+        main = self.config.num_threads
+        if len(self.entries) == 1:
+            return (main,)
+        if len(self.entries) == 4:
+            return ROW_THREADS, main, main, ROW_THREADS
+        return ROW_THREADS, main, self.config.dq_threads  # type: ignore[attr-defined]
+
+    @property
+    def smem_bytes(self) -> tuple[int, ...]:
+        """Shared memory a block of each."""
+        main = self.config.smem_bytes
+        return (main,) if len(self.entries) == 1 else (0, *[main] * (len(self.entries) - 2), 0)
 
 
 class Grid(NamedTuple):
@@ -93,16 +123,20 @@ def make_plan(static: Static, arch: int) -> Plan:
     UnsupportedError
         If the GPU is older than sm_80.
     """
-    if arch < OLDEST_ARCH:
-        raise UnsupportedError(
-            f"cufa: a GPU of compute capability {arch // 10}.{arch % 10} is not supported; 8.0 (Ampere) or newer is. "
-            "NumPy arrays are computed on the CPU."
-        )
+    _check_arch(arch)
     if arch // 10 == 9 and static.element != "f32" and static.tma:
         reason = "it is the fastest for this GPU"
         return Plan("attention_forward_sm90", arch, _configs.forward_sm90(static), reason)
     known = max(each for each in _configs.SHARED_MEMORY if each <= arch)
     return Plan("attention_forward_sm80", arch, _configs.forward_sm80(static, known), _reason(static, arch))
+
+
+def _check_arch(arch: int) -> None:
+    if arch < OLDEST_ARCH:
+        raise UnsupportedError(
+            f"cufa: a GPU of compute capability {arch // 10}.{arch % 10} is not supported; 8.0 (Ampere) or newer is. "
+            "NumPy arrays are computed on the CPU."
+        )
 
 
 def make_grid(plan: Plan, problem: Problem, num_sms: int) -> Grid:
@@ -138,6 +172,100 @@ def make_grid(plan: Plan, problem: Problem, num_sms: int) -> Grid:
     if not (config.causal or config.window) or blocks > MAX_LISTED_BLOCKS:
         return grid
     return _share_out(grid, plan, problem)
+
+
+@lru_cache(maxsize=1024)
+def make_backward_plan(static: Static, arch: int, deterministic: bool) -> Plan:
+    """Choose kernel and Config of the gradients.
+
+    Raises
+    ------
+    UnsupportedError
+        If the GPU is older than sm_80.
+    """
+    _check_arch(arch)
+    if arch // 10 == 9 and static.element != "f32" and static.tma and max(static.head_dim, static.head_dim_v) <= 128:
+        reason = "it is the fastest for this GPU"
+        return Plan("attention_backward_sm90", arch, _configs.backward_sm90(static, deterministic), reason)
+    if arch // 10 == 9 and static.element != "f32" and static.tma:
+        reason = "it is the fastest for this GPU and head_dims above 128"
+        return Plan("attention_backward_split_sm90", arch, _configs.backward_split_sm90(static), reason)
+    known = max(each for each in _configs.SHARED_MEMORY if each <= arch)
+    config = _configs_backward.backward_sm80(static, known, deterministic)
+    return Plan("attention_backward_sm80", arch, config, _reason(static, arch))
+
+
+class BackwardGrid(NamedTuple):
+    """Shapes of the launches of the gradients.
+
+    Attributes
+    ----------
+    blocks : tuple of int
+        Of each of `Plan.entries`.
+    m_blocks, n_blocks : int
+        Tiles of queries a query head, and blocks of keys a key head: of a sequence or, packed, of all of them.
+    heads_per_section : int
+        Key heads that are scheduled side by side.
+    """
+
+    blocks: tuple[int, ...]
+    m_blocks: int
+    n_blocks: int
+    heads_per_section: int
+
+
+def make_backward_grid(plan: Plan, problem: Problem) -> BackwardGrid:
+    """How many blocks the kernels of the gradients take."""
+    config = plan.config
+    outer = 1 if problem.varlen else problem.batch
+    if problem.varlen:
+        # Always enough, without knowing one length: see packed_unit in attention/scheduler.cuh.
+        m_blocks = problem.seqlen_q // config.block_m + problem.batch if problem.batch else 0
+        n_blocks = problem.seqlen_k // config.block_n + problem.batch if problem.batch else 0
+    else:
+        m_blocks, n_blocks = -(-problem.seqlen_q // config.block_m), -(-problem.seqlen_k // config.block_n)
+    tiles, units = m_blocks * problem.num_heads_q * outer, n_blocks * problem.num_heads_k * outer
+    if max(tiles, units) > MAX_GRID:
+        raise UnsupportedError(
+            f"{problem.function}: {max(tiles, units)} tiles are more than one launch holds ({MAX_GRID}); split the batch."
+        )
+    sinks = problem.num_heads_q if config.sinks else 0
+    least = 1 if problem.varlen else 0  # clears the rows that are no sequence's
+    section = _backward_section(plan, problem)
+    if len(plan.entries) == 3:
+        return BackwardGrid((tiles, units, max(least, tiles + sinks)), m_blocks, n_blocks, section)
+    if problem.varlen:
+        query_tiles = problem.seqlen_q // SPLIT_QUERIES + problem.batch if problem.batch else 0
+    else:
+        query_tiles = -(-problem.seqlen_q // SPLIT_QUERIES)
+    blocks = tiles, units, query_tiles * problem.num_heads_q * outer, max(least, sinks)
+    return BackwardGrid(blocks, m_blocks, n_blocks, section)
+
+
+SPLIT_QUERIES = 128
+"""Queries a block of the pass over tiles of queries: ``QueriesConfig`` in attention/backward_split_queries_sm90.cuh."""
+
+
+BACKWARD_SECTION = 24 << 20
+"""Bytes of q, dout and sums of dq that heads running side by side may share."""
+
+
+def _backward_section(plan: Plan, problem: Problem) -> int:
+    """Key heads side by side: as many as keep what their blocks read and add to in the L2.
+
+    Blocks that add to dq in a fixed order wait for each other, and least where those of many heads take turns.
+    """
+    config = plan.config
+    heads, seqlen_q = problem.batch * problem.num_heads_k, problem.seqlen_q
+    if problem.varlen:
+        heads, seqlen_q = problem.num_heads_k, seqlen_q // max(1, problem.batch)
+    if config.deterministic:  # type: ignore[attr-defined]  # both Configs of the backward have it
+        return max(1, heads)
+    ratio = problem.num_heads_q // max(1, problem.num_heads_k)
+    size = _configs.SIZEOF[config.element]
+    head_bytes = max(1, ratio * seqlen_q * ((config.head_dim + config.head_dim_v) * size + 4 * config.tile_head_dim))
+    sections = max(1, -(-heads // max(1, BACKWARD_SECTION // head_bytes)))
+    return max(1, -(-heads // sections))
 
 
 def _share_out(grid: Grid, plan: Plan, problem: Problem) -> Grid:

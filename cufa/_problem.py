@@ -54,11 +54,11 @@ class Static(NamedTuple):
     mask : {'none', 'causal', 'window'}
     softcap, alibi, sinks, varlen : bool
     copy_bytes : {16, 8, 4, 2}
-        Widest copy that the alignment of q, k and v allows; the size of an element copies them singly.
+        Widest copy that the alignment of all that is read allows; the size of an element copies them singly.
     store_bytes : {16, 8, 4, 2}
-        The same for out.
+        The same for what is written.
     tma : bool
-        Whether tensor maps can describe q, k and v.
+        Whether tensor maps can describe q, k and v, and dout.
     pack : int
         Query heads that share a key head and should share tiles, for want of rows; 1 if none.
     short : bool
@@ -128,6 +128,12 @@ class Problem:
     @property
     def varlen(self) -> bool:
         return self.function.startswith("attention_varlen")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of q, k or v."""
+        rows, heads = (self.seqlen_q, self.num_heads_q) if name == "q" else (self.seqlen_k, self.num_heads_k)
+        columns = self.head_dim_v if name == "v" else self.head_dim
+        return (rows, heads, columns) if self.varlen else (self.batch, rows, heads, columns)
 
     @property
     def backward(self) -> bool:
@@ -230,7 +236,7 @@ class _Check:
         softcap = self.softcap()
         return Problem(
             self.function,
-            None if q.device == CPU else self.static(q, v, out_shape, left, right, softcap),
+            None if q.device == CPU else self.static(q, v, left, right, softcap),
             q.device,
             q.dtype,
             batch,
@@ -429,14 +435,18 @@ class _Check:
         self,
         q: Spec,
         v: Spec,
-        out_shape: tuple[int, ...],
         left: int | None,
         right: int | None,
         softcap: float,
     ) -> Static:
         itemsize = ITEMSIZE[q.dtype]
-        out = self.specs.get("out")
-        store = widest_copy(out, itemsize) if out else ALIGNMENT
+        backward = self.function.endswith("_backward")
+        read, loaded, written = ("q", "k", "v"), ("q", "k", "v"), ("out",)
+        row_bytes = v.shape[-1] * itemsize
+        if backward:
+            read, loaded, written = (*read, "out", "dout"), (*loaded, "dout"), ("dq", "dk", "dv")
+            row_bytes = math.gcd(row_bytes, q.shape[-1] * itemsize)
+        store = min((widest_copy(self.specs[name], itemsize) for name in written if name in self.specs), default=ALIGNMENT)
         return Static(
             element=GPU_DTYPES[q.dtype],
             head_dim=q.shape[-1],
@@ -446,12 +456,12 @@ class _Check:
             alibi="alibi_slopes" in self.specs,
             sinks="sinks" in self.specs,
             varlen=self.varlen,
-            copy_bytes=min(widest_copy(self.specs[name], itemsize) for name in "qkv"),
-            tma=all(has_tensor_map(self.specs[name], itemsize) for name in "qkv"),
-            store_bytes=max(itemsize, min(store, math.gcd(out_shape[-1] * itemsize, ALIGNMENT))),
-            pack=self.pack(q),
+            copy_bytes=min(widest_copy(self.specs[name], itemsize) for name in read),
+            tma=all(has_tensor_map(self.specs[name], itemsize) for name in loaded),
+            store_bytes=max(itemsize, min(store, math.gcd(row_bytes, ALIGNMENT))),
+            pack=1 if backward else self.pack(q),
             # Lengths of packed sequences are not known; and no row's result may depend on its neighbours'.
-            short=mask_kind(left, right) == "causal" and (self.varlen or q.shape[1] < LONG),
+            short=not backward and mask_kind(left, right) == "causal" and (self.varlen or q.shape[1] < LONG),
         )
 
     def pack(self, q: Spec) -> int:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from . import _launch
-from ._configs import SIZEOF, WARPGROUP_ROWS, ConfigSm90
+from ._configs import SIZEOF, WARPGROUP_ROWS, Config, ConfigSm90
 from ._params import MAP_BYTES
 from ._problem import Problem
 from .errors import CudaError
@@ -19,7 +19,7 @@ _ADDRESSES = (1 << 20, 0x7F12_3456_7890)
 
 
 class Maps(NamedTuple):
-    """The maps of q, k and v, without addresses.
+    """The maps of some arrays, without addresses.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class Maps(NamedTuple):
     """
 
     encoded: bytes
-    shifts: tuple[int, int, int]
+    shifts: tuple[int, ...]
 
 
 class Shape(NamedTuple):
@@ -43,9 +43,17 @@ class Shape(NamedTuple):
 
 def make_maps(problem: Problem, config: ConfigSm90) -> Maps:
     """The maps of a problem; see ``attention/tma_params.cuh`` for their axes."""
-    keys, shift = zip(*(_keys(problem, config, name) for name in "kv"), strict=True)
-    shapes = (_queries(problem, config), *keys)
-    return Maps(b"".join(_encode(shape) for shape in shapes), (0, *shift))
+    return _encoded([(_queries(problem, config), 0), *(_rows(problem, config, name, config.block_n) for name in "kv")])
+
+
+def make_backward_maps(problem: Problem, config: Config) -> Maps:
+    """The maps of q, k, v and dout, all with the axes of k and v."""
+    rows = {"q": config.block_m, "k": config.block_n, "v": config.block_n, "dout": config.block_m}
+    return _encoded([_rows(problem, config, name, box_rows) for name, box_rows in rows.items()])
+
+
+def _encoded(maps: list[tuple[Shape, int]]) -> Maps:
+    return Maps(b"".join(_encode(shape) for shape, _ in maps), tuple(shift for _, shift in maps))
 
 
 def _queries(problem: Problem, config: ConfigSm90) -> Shape:
@@ -60,25 +68,29 @@ def _queries(problem: Problem, config: ConfigSm90) -> Shape:
     return _shape(config, config.tile_head_dim, extents, (row, head, batch), WARPGROUP_ROWS)
 
 
-def _keys(problem: Problem, config: ConfigSm90, name: str) -> tuple[Shape, int]:
+def _rows(problem: Problem, config: Config, name: str, box_rows: int) -> tuple[Shape, int]:
     batch, row, head = _steps(problem, config, name)
+    rows, heads = _rows_and_heads(problem, name)
     dim, tile_dim = (
-        (problem.head_dim, config.tile_head_dim) if name == "k" else (problem.head_dim_v, config.tile_head_dim_v)
+        (problem.head_dim, config.tile_head_dim) if name in "qk" else (problem.head_dim_v, config.tile_head_dim_v)
     )
     if not problem.varlen:
-        extents = (dim, problem.seqlen_k, problem.num_heads_k, problem.batch)
-        return _shape(config, tile_dim, extents, (row, head, batch), config.block_n), 0
-    # Rows are addressed twice: row c1 of block_n, past which a box is clipped, and row c3 of the packed array. The
-    # address is where both add up to block_n, so that a box of n live rows up to row r is at (block_n - n, r).
-    extents = (dim, config.block_n, problem.num_heads_k, problem.seqlen_k + 1)
-    return _shape(config, tile_dim, extents, (row, head, row), config.block_n), -config.block_n * row
+        return _shape(config, tile_dim, (dim, rows, heads, problem.batch), (row, head, batch), box_rows), 0
+    # Rows are addressed twice: row c1 of box_rows, past which a box is clipped, and row c3 of the packed array. The
+    # address is where both add up to box_rows, so that a box of n live rows up to row r is at (box_rows - n, r).
+    extents = (dim, box_rows, heads, rows + 1)
+    return _shape(config, tile_dim, extents, (row, head, row), box_rows), -box_rows * row
 
 
-def _steps(problem: Problem, config: ConfigSm90, name: str) -> tuple[int, int, int]:
+def _rows_and_heads(problem: Problem, name: str) -> tuple[int, int]:
+    queries = name in ("q", "dout")
+    return (problem.seqlen_q, problem.num_heads_q) if queries else (problem.seqlen_k, problem.num_heads_k)
+
+
+def _steps(problem: Problem, config: Config, name: str) -> tuple[int, int, int]:
     """Strides of batch, rows and heads in bytes; 0 where there is only one, or no element at all."""
     strides = problem.strides[name][:-1]
-    heads = problem.num_heads_q if name == "q" else problem.num_heads_k
-    rows = problem.seqlen_q if name == "q" else problem.seqlen_k
+    rows, heads = _rows_and_heads(problem, name)
     if problem.varlen:
         strides = (0, *strides)
     counts = (1 if problem.varlen else problem.batch, rows, heads)
@@ -87,7 +99,7 @@ def _steps(problem: Problem, config: ConfigSm90, name: str) -> tuple[int, int, i
     return batch, row, head
 
 
-def _shape(config: ConfigSm90, tile_dim: int, extents: tuple[int, ...], strides: tuple[int, ...], rows: int) -> Shape:
+def _shape(config: Config, tile_dim: int, extents: tuple[int, ...], strides: tuple[int, ...], rows: int) -> Shape:
     columns = 64 if tile_dim % 64 == 0 else 32  # a panel of tile::SharedTile
     box = (columns, rows, 1, 1) if len(extents) == 4 else (columns, extents[1], rows, 1, 1)
     return Shape(config.element, tuple(max(1, extent) for extent in extents), strides, box)

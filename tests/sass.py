@@ -36,22 +36,23 @@ def packages(name: str) -> list[Path]:
     return [Path(place) / name for place in places or () if (Path(place) / name).is_dir()]
 
 
-def disassemble(cubin: bytes) -> list[Instruction]:
-    """The instructions of a cubin with one kernel; none without the tools to tell."""
+def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
+    """The instructions of each function of a cubin; nothing without the tools to tell."""
     tools = [found / "bin" for found in packages("cu13") if (found / "bin" / "cuobjdump").exists()]
     if not tools:
-        return []
+        return {}
     path = os.pathsep.join([str(tools[0]), os.environ.get("PATH", "")])  # where it looks for nvdisasm
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(tools[0] / "cuobjdump"), "-sass", file.name]
         run = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path})
-    return parse(run.stdout)
+    name, *parts = re.split(r"^\s*Function : (\w+)$", run.stdout, flags=re.MULTILINE)[1:]
+    return {name: parse(text) for name, text in zip([name, *parts[1::2]], parts[::2], strict=True)}
 
 
 def parse(text: str) -> list[Instruction]:
-    """The instructions of a listing."""
+    """The instructions of a function's listing."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", text)
     return [
         Instruction(int(address, 16), predicate, opcode, tuple(each.strip() for each in operands.split(",")))

@@ -1,4 +1,4 @@
-"""The examples, run as a user runs them, and the transformer of one of them against a plain one."""
+"""The examples, run as a user runs them; the transformer of one against a plain one, the gradients of another."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 needs_model = pytest.mark.skipif(
     bool(MISSING), reason=f"needs {', '.join(MISSING)}: see the first lines of examples/sentence_search.py"
 )
+
+needs_tqdm = pytest.mark.skipif("tqdm" in MISSING, reason="needs tqdm")
+needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
 
 SENTENCES = [
     "Stop!",
@@ -52,15 +55,19 @@ def hits(output: str, question: str) -> list[str]:
     return [match[1] for match in matches if match]
 
 
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    """examples/sentence_search.py as a module."""
-    spec = importlib.util.spec_from_file_location("sentence_search", EXAMPLES / "sentence_search.py")
+def load(name: str) -> ModuleType:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    return load("sentence_search")
 
 
 @pytest.fixture(scope="module")
@@ -280,3 +287,206 @@ def test_the_default_text_is_thousands_of_sentences(example: ModuleType) -> None
     assert len({entry.sentence for entry in entries}) == len({entry.name for entry in entries}) == len(entries)
     names = {entry.name for entry in entries}
     assert {"numpy.linalg.solve", "scipy.io.wavfile.read", "numpy.random.Generator.choice"} <= names
+
+
+# The language model, as a user trains it ----------------------------------------------------------------
+
+SMALL = {"layers": 2, "width": 64, "heads": 4, "context": 64, "batch": 16, "steps": 300, "rate": 0.01, "dropout": 0}
+
+
+@pytest.fixture(scope="module")
+def training() -> ModuleType:
+    return load("train_char_lm")
+
+
+def run_training(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """One thread: matrices this small gain nothing from more, and tests run side by side."""
+    return run("train_char_lm.py", *arguments, **{"OMP_NUM_THREADS": "1", **environment})
+
+
+@needs_tqdm
+@pytest.mark.parametrize("attention", ["cufa", "plain"])
+def test_training_learns(attention: str) -> None:
+    """More than how frequent characters are (3.07 nats), and than how frequent each is after each other (2.43)."""
+    sizes = [f"--{name}={value}" for name, value in SMALL.items()]
+    done = run_training(*sizes, "--attention", attention, "--sample", "40")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^persuasion\.txt: 420,093 characters to learn, 46,677 held out\.$", done.stdout, re.MULTILINE)
+    assert re.search(r"^Trained 300 steps in [\d.]+ s: [\d,]+ characters/s\.$", done.stdout, re.MULTILINE)
+    loss = re.search(r"^Loss on the held-out text: (\S+) nats per character, (\S+) bits\.$", done.stdout, re.MULTILINE)
+    frequency = re.search(r"^\(.* frequent .* loses (\S+) nats\.\)$", done.stdout, re.MULTILINE)
+    assert loss and frequency
+    assert float(frequency[1]) == pytest.approx(3.069, abs=1e-3)
+    assert 1.5 < float(loss[1]) < 2.2
+    assert float(loss[2]) == pytest.approx(float(loss[1]) / np.log(2), abs=2e-3)
+    assert len(done.stdout.partition("\nThe model goes on:\n\n")[2]) == 41
+
+
+@needs_tqdm
+@needs_matplotlib
+def test_training_draws_the_loss(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat. " * 100)
+    sizes = ["--layers", "1", "--width", "8", "--heads", "2", "--context", "16", "--steps", "3", "--dropout", "0.1"]
+    done = run_training("--text", str(text), "--out", str(tmp_path / "new" / "run"), *sizes)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Drawn in {tmp_path / 'new' / 'run' / 'loss.png'}.\n" in done.stdout
+    assert (tmp_path / "new" / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@needs_tqdm
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (None, [], "--text {text}: No such file or directory"),
+        (b"\xff\xfe", [], "--text {text}: the file is not UTF-8 text"),
+        (b"word " * 200, ["--context", "100"], "--text {text}: 1000 characters are too few for a --context of 100"),
+        (b"", ["--width", "100", "--heads", "4"], "--width 100 is not a multiple of 2 * --heads, 8"),
+        (b"", ["--dropout", "1"], "--dropout 1.0: must be less than 1"),
+        (b"", ["--steps", "0"], "argument --steps: invalid positive value: '0'"),
+        (b"", ["--temperature", "nan"], "argument --temperature: invalid non_negative value: 'nan'"),
+    ],
+    ids=["missing", "not text", "too short", "width", "dropout", "no step", "temperature"],
+)
+def test_training_says_what_is_wrong(tmp_path: Path, content: bytes | None, arguments: list[str], message: str) -> None:
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    done = run_training("--text", str(text), *arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"train_char_lm.py: error: {message.format(text=text)}"
+
+
+@needs_tqdm
+def test_training_names_what_is_missing(
+    tmp_path: Path, training: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tqdm.py").write_text("raise ModuleNotFoundError(name='tqdm')\n")
+    done = run_training(PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "train_char_lm: the package tqdm is missing. Install what this example needs:",
+        "    pip install tqdm",
+    ]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["train_char_lm.py", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit):
+        training.parse_arguments(np)
+    assert capsys.readouterr().err.endswith("error: --out needs matplotlib: pip install matplotlib\n")
+    assert not (tmp_path / "run").exists()
+
+
+# Its pieces, and their gradients ------------------------------------------------------------------------
+
+
+def tiny(training: ModuleType, attention: str = "cufa", xp: Any = np, dtype: str = "float64", **sizes: Any) -> Any:
+    """A model of 7 characters with no weight at 0."""
+    size = training.Size(layers=2, width=8, heads=2, context=6, batch=3, steps=12, rate=1e-2, dropout=0.0)
+    model = training.Transformer(xp, 7, size._replace(**sizes), training.ATTENTION[attention], 0, dtype)
+    model.flat += xp.asarray(np.random.default_rng(1).normal(scale=0.1, size=model.flat.shape), dtype=dtype)
+    return model
+
+
+def characters(*shape: int) -> np.ndarray:
+    return np.random.default_rng(2).integers(7, size=shape)
+
+
+@needs_tqdm
+@pytest.mark.parametrize("attention", ["cufa", "plain"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_equal_finite_differences(training: ModuleType, attention: str, dropout: float) -> None:
+    model, text, random = tiny(training, attention), characters(3, 7), np.random.default_rng(3)
+
+    def loss() -> Any:
+        model.random = np.random.default_rng(4)  # drops the same numbers every time
+        return model.loss(text, dropout)
+
+    loss()[1](1.0)
+    for name, weight in model.weights.items():
+        start, way = weight.copy(), random.standard_normal(weight.shape)
+        ahead, back = (loss()[0] for weight[...] in (start + 1e-5 * way, start - 1e-5 * way))
+        weight[...] = start
+        slope = (model.gradients[name] * way).sum()
+        # lse, from which cufa goes back, is float32: hence not all digits.
+        assert (ahead - back) / 2e-5 == pytest.approx(slope, rel=1e-5, abs=1e-8), name
+
+
+@needs_tqdm
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-6)])
+def test_cufa_and_plain_learn_the_same(training: ModuleType, dtype: str, tolerance: float) -> None:
+    text, held_out = np.split(characters(500), [400])
+    curves, _ = training.train(tiny(training, "cufa", dtype=dtype), text, held_out)
+    plain, _ = training.train(tiny(training, "plain", dtype=dtype), text, held_out)
+    again, _ = training.train(tiny(training, "cufa", dtype=dtype), text, held_out)
+    assert len(curves.training) == 12
+    assert list(curves.held_out) == list(range(1, 13))
+    np.testing.assert_allclose(curves.training, plain.training, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(list(curves.held_out.values()), list(plain.held_out.values()), rtol=0, atol=tolerance)
+    assert curves == again
+
+
+@needs_tqdm
+def test_the_model_does_not_look_ahead(training: ModuleType) -> None:
+    model, text = tiny(training), characters(1, 6)
+    other = text.copy()
+    other[0, 4:] = (text[0, 4:] + 1) % 7
+    before, after = model.logits(text), model.logits(other)
+    assert (before[:, :4] == after[:, :4]).all()
+    assert (before[:, 4:] != after[:, 4:]).any(axis=-1).all()
+
+
+@needs_tqdm
+def test_a_new_model_knows_nothing(training: ModuleType) -> None:
+    size = training.SIZES["numpy"]
+    loss, _ = training.Transformer(np, 7, size, training.cufa_attention).loss(characters(2, 9))
+    assert loss == pytest.approx(np.log(7))
+
+
+@needs_tqdm
+def test_steps_of_the_optimiser(training: ModuleType) -> None:
+    """Against the algorithm as it is printed, a weight at a time."""
+    weights, random = np.array([1.0, -2.0, 3.0]), np.random.default_rng(0)
+    optimiser, expected, mean, square = training.AdamW(weights), weights.copy(), np.zeros(3), np.zeros(3)
+    for step in range(1, 6):
+        gradient = random.standard_normal(3) * 10.0 ** (step - 3)
+        optimiser.step(gradient, 0.1)
+        clipped = gradient * min(1, 1 / np.linalg.norm(gradient))
+        for n, g in enumerate(clipped):
+            mean[n], square[n] = 0.9 * mean[n] + 0.1 * g, 0.99 * square[n] + 0.01 * g**2
+            ratio = mean[n] / (1 - 0.9**step) / (np.sqrt(square[n] / (1 - 0.99**step)) + 1e-8)
+            expected[n] -= 0.1 * (ratio + 0.1 * expected[n])
+        np.testing.assert_allclose(weights, expected, rtol=1e-12)
+
+
+@needs_tqdm
+def test_the_held_out_text_is_read_once(training: ModuleType) -> None:
+    size = training.SIZES["numpy"]._replace(context=4, batch=2)
+    batches = training.windows(np.arange(14), size)
+    assert [batch.tolist() for batch in batches] == [[[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]], [[8, 9, 10, 11, 12]]]
+    assert [len(training.windows(np.arange(n), size)) for n in (5, 8, 9, 13)] == [1, 1, 1, 2]
+
+
+@needs_tqdm
+def test_writing_follows_the_model(training: ModuleType) -> None:
+    model, text = tiny(training), characters(20)
+    likeliest = training.write_on(model, text, 8, 0.0)
+    read = [*text.tolist(), *likeliest]
+    assert likeliest == [int(model.logits(np.array([read[n - 6 : n]]))[0, -1].argmax()) for n in range(20, 28)]
+    drawn = [training.write_on(model, text, 1, 2.0, seed)[0] for seed in range(400)]
+    logits = model.logits(text[None, -6:])[0, -1]
+    np.testing.assert_allclose(np.bincount(drawn, minlength=7) / 400, softmax(logits / 2), atol=0.08)
+
+
+@needs_tqdm
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["cufa", "plain"])
+def test_the_gpu_learns_the_same(training: ModuleType, attention: str) -> None:
+    cupy = pytest.importorskip("cupy")
+    text, held_out = np.split(characters(500), [400])
+    sizes = {"width": 64, "context": 48, "rate": 1e-3}
+    curves, _ = training.train(tiny(training, attention, dtype="float32", **sizes), text, held_out)
+    on_gpu, _ = training.train(tiny(training, attention, cupy, "float32", **sizes), text, held_out)
+    np.testing.assert_allclose(on_gpu.training, curves.training, rtol=0, atol=1e-3)
+    dropping = tiny(training, attention, cupy, "float32", dropout=0.5, **sizes)
+    assert np.isfinite(training.train(dropping, text, held_out)[0].training).all()
+    assert len(training.write_on(dropping, text[:9], 3, 1.0)) == 3

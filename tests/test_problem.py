@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cufa
@@ -57,10 +57,37 @@ class OnGpuAdapter(Adapter):
 _arrays.register(OnGpu, OnGpuAdapter())
 
 
+OPTIONS: dict[str, Any] = {"causal": False, "window_size": None, "softmax_scale": None, "softcap": 0.0}
+
+
 def gpu_problem(q: OnGpu, k: OnGpu, v: OnGpu, out: Any = None, **options: Any) -> Problem:
     arrays = _arrays.view("attention", _problem.DENSE_NAMES, (q, k, v, None, None, out))
-    defaults = {"causal": False, "window_size": None, "softmax_scale": None, "softcap": 0.0}
-    return _problem.dense_problem(arrays, *(defaults | options).values())
+    return _problem.dense_problem(arrays, *(OPTIONS | options).values())
+
+
+def packed_gpu_problem(q: OnGpu, k: OnGpu, batch: int, **options: Any) -> Problem:
+    offsets = OnGpu(batch + 1, dtype="int32")
+    given = (q, k, k, None, None, None, offsets, offsets, None)
+    return _problem.varlen_problem(
+        _arrays.view("attention_varlen", _problem.VARLEN_NAMES, given), *(OPTIONS | options).values()
+    )
+
+
+def backward_problem(q: OnGpu, k: OnGpu, v: OnGpu, batch: int | None = None, **changed: Any) -> Problem:
+    """The problem of the gradients, packed if `batch` is given; `changed` are options, and arrays by name."""
+    out, lse = (
+        OnGpu(*q.shape[:-1], v.shape[-1], dtype=q.dtype),
+        OnGpu(*q.shape[:-3], *q.shape[-2:-4:-1], dtype="float32"),
+    )
+    arrays: dict[str, Any] = {"q": q, "k": k, "v": v, "out": out, "dout": out, "lse": lse}
+    function = "attention_backward"
+    if batch is not None:
+        function = "attention_varlen_backward"
+        arrays |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), OnGpu(batch + 1, dtype="int32"))
+    arrays |= changed
+    names = _problem.NAMES[function]
+    view = _arrays.view(function, names, tuple(arrays.get(name) for name in names))
+    return _problem.backward_problem(function, view, tuple(changed.get(name, OPTIONS[name]) for name in OPTIONS))
 
 
 REFUSED: list[tuple[type[Exception], str, Call, dict[str, Any]]] = [
@@ -395,25 +422,79 @@ def test_params_are_packed_as_they_are_declared() -> None:
     assert (named["softmax_scale"], named["softcap"]) == ((0.25,), (3.0,))
 
 
-@given(st.lists(st.integers(0, 400), max_size=12), st.sampled_from([64, 128]))
-def test_packed_sequences_always_have_slots_enough(lengths: list[int], block_m: int) -> None:
-    """The scheduler's rule, as cuda_src/attention/scheduler.cuh has it: every tile is some slot's, and only one's."""
-    offsets = np.cumsum([0, *lengths])
-    first = [int(offset) // block_m + b for b, offset in enumerate(offsets)]
-    slots = int(offsets[-1]) // block_m + len(lengths)
-    tiles = set()
-    for slot in range(slots):
-        sequence = max((b for b in range(len(lengths)) if first[b] <= slot), default=0)
-        m_block = first[sequence + 1] - 1 - slot if lengths else 0
-        if m_block * block_m < lengths[sequence]:
-            assert (sequence, m_block) not in tiles
-            tiles.add((sequence, m_block))
-    assert tiles == {(b, m) for b, length in enumerate(lengths) for m in range(-(-length // block_m))}
+# --- the schedulers' rules, as cuda_src/attention has them --------------------------------------------
+
+
+def unit_of(unit: int, rows: int, heads: int, heads_per_section: int) -> tuple[int, int]:
+    """The row and the head of a unit: ``unit_of`` in scheduler.cuh."""
+    section, within = divmod(unit, heads_per_section * rows)
+    row, head = divmod(within, min(heads_per_section, heads - section * heads_per_section))
+    return row, section * heads_per_section + head
+
+
+class PackedUnit(NamedTuple):
+    """``PackedUnit`` in scheduler.cuh."""
+
+    sequence: int
+    head: int
+    row: int
+    units: int
+
+
+def packed_unit(unit: int, unit_rows: int, offsets: list[int], heads: int, heads_per_section: int) -> PackedUnit | None:
+    """What a unit is of, None if rows of no sequence: ``packed_unit`` there."""
+    first = [offset // unit_rows + b for b, offset in enumerate(offsets)]
+    sequence = max((b for b in range(len(offsets) - 1) if first[b] <= unit // heads), default=0)
+    if len(offsets) == 1:
+        return None
+    units, within = first[sequence + 1] - first[sequence], unit - first[sequence] * heads
+    if not 0 <= within < units * heads:
+        return None
+    row, head = unit_of(within, units, heads, heads_per_section)
+    return PackedUnit(sequence, head, row, units)
+
+
+def blocks_of(lengths: list[int], heads: int, rows: int) -> list[tuple[int, int, int]]:
+    """Every (sequence, head, block of rows) there is."""
+    return [(b, h, n) for b, length in enumerate(lengths) for h in range(heads) for n in range(-(-length // rows))]
+
+
+packings = st.tuples(
+    st.lists(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129, 300, 1000, 2500]), max_size=12),
+    st.sampled_from([(0, 0), (5, 0), (0, 130), (64, 1), (700, 300)]),  # rows of no sequence before and behind
+)
+
+
+@settings(max_examples=300)
+@given(packings, st.sampled_from([(1, 1), (4, 2), (6, 6)]), st.sampled_from([64, 256]), st.booleans(), st.booleans())
+def test_packed_tiles_are_all_found(
+    packing: tuple[list[int], tuple[int, int]], heads: tuple[int, int], head_dim: int, causal: bool, hopper: bool
+) -> None:
+    lengths, (before, behind) = packing
+    offsets = [before + sum(lengths[:b]) for b in range(len(lengths) + 1)]
+    q, k = (OnGpu(offsets[-1] + behind, each, head_dim) for each in heads)
+    problem = packed_gpu_problem(q, k, len(lengths), causal=causal)
+    assert problem.static is not None
+    plan = _plan.make_plan(problem.static, 90 if hopper else 80)
+    grid, block_m = _plan.make_grid(plan, problem, 2), plan.config.block_m
+    pairs = grid.m_units < grid.m_blocks
+    assert grid.round_units == grid.m_units * heads[0]
+    assert not pairs or (causal and hopper)
+    tiles = []
+    for unit in range(grid.round_units):
+        found = packed_unit(unit, (1 + pairs) * block_m, offsets, heads[0], grid.heads_per_section)
+        if found is None:
+            continue
+        length, first = lengths[found.sequence], found.row
+        last = (-(-length // block_m) if pairs else found.units) - 1 - first
+        blocks = [last] if first == last or not pairs else [first, last] if first < last else []
+        tiles += [(found.sequence, found.head, m_block) for m_block in blocks if m_block * block_m < length]
+    assert sorted(tiles) == blocks_of(lengths, heads[0], block_m)
 
 
 @given(st.integers(1, 200), st.integers(1, 2000))
 def test_rounds_reach_every_slot(blocks: int, slots: int) -> None:
-    """The scheduler's rule for packed sequences, as cuda_src/attention/scheduler.cuh has it."""
+    """``TileCursor`` in scheduler.cuh, for packed sequences."""
     taken = []
     for block in range(blocks):
         start, place = 0, block
@@ -471,7 +552,7 @@ def test_persistent_blocks_share_all_tiles(
     mask: dict[str, Any],
     num_sms: int,
 ) -> None:
-    """The scheduler's rule, as cuda_src/attention/scheduler.cuh has it: every tile is some block's, and only one's."""
+    """``TileCursor`` and ``dense_tile`` in scheduler.cuh: every tile is some block's, and only one's."""
     k = OnGpu(batch, seqlen_k, heads[1], head_dim)
     problem = gpu_problem(OnGpu(batch, seqlen_q, heads[0], head_dim), k, k, **mask)
     assert problem.static is not None
@@ -489,11 +570,10 @@ def test_persistent_blocks_share_all_tiles(
     taken += [(grid.round_units + tile // 2, tile % 2) for listed in grid.listed for tile in listed]
     tiles = []
     for unit, second in taken:
-        section, within = divmod(unit, grid.heads_per_section * grid.m_units)
-        row, head = divmod(within, min(grid.heads_per_section, packed - section * grid.heads_per_section))
+        row, head = unit_of(unit, grid.m_units, packed, grid.heads_per_section)
         m_block = row if second else grid.m_blocks - 1 - row
         if not second or row < grid.m_blocks - 1 - row:
-            tiles.append((section * grid.heads_per_section + head, m_block))
+            tiles.append((head, m_block))
     assert sorted(tiles) == [(head, m) for head in range(packed) for m in range(grid.m_blocks)]
 
 
@@ -533,3 +613,157 @@ def test_what_tensor_maps_cannot_describe_is_served_without_them() -> None:
         assert plan.kernel == f"attention_forward_sm{90 if tma else 80}"
         if not tma:
             assert "tensor memory accelerator" in plan.reason
+
+
+# --- the gradients ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dims", "arch", "kernel"),
+    [
+        ("float16", (64, 64), 90, "attention_backward_sm90"),
+        ("bfloat16", (128, 128), 90, "attention_backward_sm90"),
+        ("bfloat16", (40, 128), 90, "attention_backward_sm90"),
+        ("bfloat16", (192, 128), 90, "attention_backward_split_sm90"),
+        ("float16", (64, 256), 90, "attention_backward_split_sm90"),
+        ("float16", (57, 64), 90, "attention_backward_sm80"),  # rows of 114 bytes
+        ("float32", (64, 64), 90, "attention_backward_sm80"),
+        ("float16", (64, 64), 80, "attention_backward_sm80"),
+        ("float16", (256, 256), 86, "attention_backward_sm80"),
+        ("bfloat16", (128, 128), 100, "attention_backward_sm80"),
+        ("bfloat16", (128, 128), 120, "attention_backward_sm80"),
+    ],
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_which_kernel_gives_the_gradients(
+    dtype: str, head_dims: tuple[int, int], arch: int, kernel: str, deterministic: bool
+) -> None:
+    q, v = (OnGpu(2, 100, 4, head_dim, dtype=dtype) for head_dim in head_dims)
+    static = backward_problem(q, q, v).static
+    assert static is not None
+    plan = _plan.make_backward_plan(static, arch, deterministic)
+    assert plan.kernel == kernel and plan.arch == arch
+    assert (plan.entries[0], plan.entries[-1]) == ("attention_backward_prepare", "attention_backward_finish")
+    assert len(plan.entries) == len(plan.threads) == len(plan.smem_bytes) == (4 if "split" in kernel else 3)
+    # What adds nothing up in memory is deterministic anyway.
+    assert plan.config.deterministic == (deterministic or "split" in kernel)  # type: ignore[attr-defined]
+    with pytest.raises(cufa.UnsupportedError, match=r"compute capability 7\.5 is not supported"):
+        _plan.make_backward_plan(static, 75, deterministic)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "out", "dout", "lse", "dlse", "dq", "dk", "dv"])
+def test_gradients_are_served_as_alignment_allows(name: str) -> None:
+    shape, dtype = ((2, 4, 100), "float32") if "lse" in name else ((2, 100, 4, 64), "float16")
+    array = OnGpu(*shape, dtype=dtype, pointer=(1 << 40) + 4)
+    given = {each: OnGpu(2, 100, 4, 64) for each in "qkv"} | {name: array}
+    static = backward_problem(**given).static
+    assert static is not None
+    assert static.copy_bytes == (4 if name in ("q", "k", "v", "out", "dout") else 16)
+    assert static.tma == (name not in ("q", "k", "v", "dout"))
+    assert static.store_bytes == (4 if name in ("dq", "dk", "dv") else 16)
+    assert static.pack == 1 and not static.short
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "store_bytes"), [(64, 64, 16), (64, 20, 8), (30, 64, 4), (64, 7, 2)]
+)
+def test_gradients_are_stored_as_widths_allow(head_dim: int, head_dim_v: int, store_bytes: int) -> None:
+    q, v = OnGpu(2, 100, 4, head_dim), OnGpu(2, 100, 4, head_dim_v)
+    static = backward_problem(q, q, v).static
+    assert static is not None and static.store_bytes == store_bytes
+
+
+def plan_backward(problem: Problem, kernel: str, deterministic: bool) -> tuple[_plan.Plan, _plan.BackwardGrid]:
+    """Plan and grid with one of the kernels, and few heads side by side."""
+    assert problem.static is not None
+    plan = _plan.make_backward_plan(problem.static, 80 if kernel == "sm80" else 90, deterministic)
+    assert plan.kernel == f"attention_backward_{kernel}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_plan, "BACKWARD_SECTION", 1 << 19)
+        return plan, _plan.make_backward_grid(plan, problem)
+
+
+KERNELS = [("sm80", 64), ("sm80", 200), ("sm90", 64), ("sm90", 128), ("split_sm90", 256)]
+backward_heads = st.sampled_from([(1, 1), (4, 2), (6, 6), (8, 1)])
+masks = st.sampled_from([{}, {"causal": True}, {"window_size": (300, 0)}])
+
+
+@settings(max_examples=300)
+@given(
+    st.integers(0, 3),
+    st.integers(0, 3000),
+    st.integers(0, 3000),
+    backward_heads,
+    st.sampled_from(KERNELS),
+    masks,
+    st.booleans(),
+    st.booleans(),
+)
+def test_gradients_of_all_tiles_and_blocks(
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    heads: tuple[int, int],
+    kernel: tuple[str, int],
+    mask: dict[str, Any],
+    deterministic: bool,
+    sinks: bool,
+) -> None:
+    """``BackwardWork`` and ``RowTile`` in backward_work.cuh and backward_prepare.cuh: each is one block's."""
+    q, k = OnGpu(batch, seqlen_q, heads[0], kernel[1]), OnGpu(batch, seqlen_k, heads[1], kernel[1])
+    given = {"sinks": OnGpu(heads[0], dtype="float32")} if sinks else {}
+    problem = backward_problem(q, k, k, **given, **mask)
+    plan, grid = plan_backward(problem, kernel[0], deterministic)
+    config = plan.config
+    assert (grid.m_blocks, grid.n_blocks) == (-(-seqlen_q // config.block_m), -(-seqlen_k // config.block_n))
+    tiles, units, *others = grid.blocks
+    assert tiles == batch * heads[0] * grid.m_blocks
+    found = [unit_of(unit, grid.n_blocks, batch * heads[1], grid.heads_per_section) for unit in range(units)]
+    assert sorted(found) == [(n, head) for n in range(grid.n_blocks) for head in range(batch * heads[1])]
+    # Of every head one after the other: who waits for its turn, waits for one that already runs.
+    assert all(
+        [n for n, each in found if each == head] == list(range(grid.n_blocks)) for head in range(batch * heads[1])
+    )
+    ends = heads[0] if sinks else 0
+    queries = batch * heads[0] * -(-seqlen_q // _plan.SPLIT_QUERIES)
+    assert others == ([queries, ends] if kernel[0] == "split_sm90" else [tiles + ends])
+
+
+@settings(max_examples=300)
+@given(packings, backward_heads, st.sampled_from(KERNELS), masks, st.booleans(), st.integers(1, 4))
+def test_gradients_of_all_packed_tiles_and_blocks(
+    packing: tuple[list[int], tuple[int, int]],
+    heads: tuple[int, int],
+    kernel: tuple[str, int],
+    mask: dict[str, Any],
+    deterministic: bool,
+    seed: int,
+) -> None:
+    """The same of packed sequences; and each tile of queries has rows of the workspace to itself."""
+    lengths, (before, behind) = packing
+    lengths_k = np.random.default_rng(seed).permutation(lengths).tolist()
+    offsets, offsets_k = ([before + sum(each[:b]) for b in range(len(each) + 1)] for each in (lengths, lengths_k))
+    total = offsets[-1] + behind
+    q, k = (OnGpu(total, each, kernel[1]) for each in heads)
+    problem = backward_problem(q, k, k, batch=len(lengths), **mask)
+    plan, grid = plan_backward(problem, kernel[0], deterministic)
+    config = plan.config
+    tiles, units, *queries, ends = grid.blocks
+    assert ends >= max(1, 0 if queries else tiles)  # someone has to clear the rows of no sequence
+
+    def find(count: int, rows: int, offsets: list[int], heads: int, section: int) -> list[tuple[int, int, int]]:
+        found = [packed_unit(unit, rows, offsets, heads, section) for unit in range(count)]
+        blocks = [(each.sequence, each.head, each.row) for each in found if each is not None]
+        assert sorted(blocks, key=lambda block: block[:2]) == sorted(blocks)  # as above
+        return sorted(each for each in blocks if each[2] * rows < offsets[each[0] + 1] - offsets[each[0]])
+
+    assert find(units, config.block_n, offsets_k, heads[1], grid.heads_per_section) == blocks_of(
+        lengths_k, heads[1], config.block_n
+    )
+    for count, rows in ((tiles, config.block_m), *((count, _plan.SPLIT_QUERIES) for count in queries)):
+        assert find(count, rows, offsets, heads[0], 1) == blocks_of(lengths, heads[0], rows)
+    places = [
+        head * grid.m_blocks + offsets[b] // config.block_m + b + m
+        for b, head, m in blocks_of(lengths, heads[0], config.block_m)
+    ]
+    assert len(set(places)) == len(places) and all(0 <= place < tiles for place in places)

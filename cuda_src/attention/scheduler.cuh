@@ -34,31 +34,43 @@ inline TileIndex dense_tile(const Params& params, int unit, bool second) {
   return {m_block, index.head % heads, index.head / heads};
 }
 
-// Packed: of each head, sequence b owns the units from cu_seqlens_q[b] / rows of a unit + b to the next sequence's,
-// always enough for its tiles, so a unit finds its sequence by bisection and the host needs no lengths. A tile may lie
-// past the end.
+// Which unit of which head of which sequence: of each head, a packed sequence b owns the units from offset b / rows of a
+// unit + b to the next sequence's, always enough for its tiles, so a unit finds its sequence by bisection and the host
+// needs no lengths. units is 0 where rows are no sequence's.
+struct PackedUnit {
+  int row, head, batch;
+  int units, length;  // of the sequence: units a head, and rows
+};
+
+template <class Offset>
+inline PackedUnit packed_unit(int unit, int unit_rows, int batch, int heads, int heads_per_section,
+                              const Offset& offset) {
+  if (batch == 0) return {};
+  const auto first_unit = [&](int b) { return offset(b) / unit_rows + b; };
+  int low = 0, high = batch;  // first_unit(low) <= unit of its head < first_unit(high)
+  while (high - low > 1) {
+    const int middle = low + (high - low) / 2;
+    (first_unit(middle) <= unit / heads ? low : high) = middle;
+  }
+  const int begin = first_unit(low), units = first_unit(low + 1) - begin;
+  const int within = unit - begin * heads;
+  if (within >= units * heads) return {};
+  const UnitIndex index = unit_of(within, units, heads, heads_per_section);
+  return {index.row, index.head, low, units, offset(low + 1) - offset(low)};
+}
+
+// Packed. A tile may lie past the end.
 template <class Config>
 inline TileIndex varlen_tile(const Params& params, int unit, bool second) {
   const bool pairs = params.m_units < params.m_blocks;
-  const int unit_rows = pairs ? 2 * Config::block_m : Config::block_m;
-  const auto offset = [&](int b) {
-    return clamp(params.cu_seqlens_q[b * params.cu_seqlens_q_stride], 0, params.seqlen_q);
-  };
-  const auto first_unit = [&](int b) { return offset(b) / unit_rows + b; };
-  int low = 0, high = params.batch;  // first_unit(low) <= unit of its head < first_unit(high)
-  while (high - low > 1) {
-    const int middle = low + (high - low) / 2;
-    (first_unit(middle) <= unit / params.num_heads_q ? low : high) = middle;
-  }
-  const int begin = first_unit(low), units = first_unit(low + 1) - begin;
-  const int within = unit - begin * params.num_heads_q;
-  if (within >= units * params.num_heads_q) return {params.m_blocks, 0, low};  // rows that are no sequence's
-  const UnitIndex index = unit_of(within, units, params.num_heads_q, params.heads_per_section);
-  if (!pairs) return {units - 1 - index.row, index.head, low};
-  const int first_row = index.row;
-  const int last_row = ceil_div(offset(low + 1) - offset(low), Config::block_m) - 1 - first_row;
+  const PackedUnit found = packed_unit(
+      unit, pairs ? 2 * Config::block_m : Config::block_m, params.batch, params.num_heads_q, params.heads_per_section,
+      [&](int b) { return clamp(params.cu_seqlens_q[b * params.cu_seqlens_q_stride], 0, params.seqlen_q); });
+  if (found.units == 0) return {params.m_blocks, 0, 0};
+  if (!pairs) return {found.units - 1 - found.row, found.head, found.batch};
+  const int first_row = found.row, last_row = ceil_div(found.length, Config::block_m) - 1 - first_row;
   const bool idle = second ? first_row >= last_row : first_row > last_row;
-  return {idle ? params.m_blocks : second ? first_row : last_row, index.head, low};
+  return {idle ? params.m_blocks : second ? first_row : last_row, found.head, found.batch};
 }
 
 // A thread block's way through its share of the launch's work. The work comes in units: a unit is a tile, or a pair of

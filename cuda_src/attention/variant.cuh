@@ -1,5 +1,6 @@
 // attention: what happens to a score between q·k and the softmax. A variant is a list of terms, applied in the order of
-// the specification; each is a closure over Params. The main loops know none of them by name.
+// the specification; each is a closure over Params, with `score` and, from what that returned, its derivative `dscore`.
+// The main loops know none of them by name.
 #pragma once
 
 #include "attention/params.cuh"
@@ -20,6 +21,8 @@ struct Softcap {
 
   float score(float s, float) const { return softcap * tanh_of(s / softcap); }
 
+  float dscore(float score) const { return 1.0f - score / softcap * (score / softcap); }
+
   static float tanh_of(float x) {
     if constexpr (is_same<element, f32>) return tanhf(x);
     // 1 - 2 / (e^2x + 1) is good to 2^-22 absolutely, far below a 16-bit P; tanh.approx (2^-11) would show.
@@ -36,6 +39,8 @@ struct Alibi {
       : slope(params.alibi_slopes[batch * params.alibi_batch_stride + head * params.alibi_head_stride]) {}
 
   float score(float s, float distance) const { return s - slope * fabsf(distance); }
+
+  float dscore(float) const { return 1.0f; }
 };
 
 template <class... Terms>
@@ -48,6 +53,8 @@ struct Variant<> {
   Variant(const Params&, int, int) {}
 
   float score(float s, float) const { return s; }
+
+  float score(float s, float, float&) const { return s; }
 };
 
 template <class Term, class... Rest>
@@ -60,6 +67,13 @@ struct Variant<Term, Rest...> {
   Variant(const Params& params, int batch, int head) : term(params, batch, head), rest(params, batch, head) {}
 
   float score(float s, float distance) const { return rest.score(term.score(s, distance), distance); }
+
+  // The same, with `derivative` multiplied by that of the score by s.
+  float score(float s, float distance, float& derivative) const {
+    const float scored = term.score(s, distance);
+    derivative *= term.dscore(scored);
+    return rest.score(scored, distance, derivative);
+  }
 };
 
 // The factor that takes what apply() leaves in the tile to exponents of 2. Without terms the scale rides in the

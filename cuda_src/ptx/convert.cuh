@@ -18,6 +18,27 @@ inline u32 cvt_rn_x2(float low, float high) {
   return packed;
 }
 
+// An element as float32.
+inline float cvt_f32(f32 x) { return x; }
+
+inline float cvt_f32(bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
+
+inline float cvt_f32(f16 x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+}
+
+// The two elements of a register.
+template <class element>
+inline float2 cvt_f32_x2(u32 packed) {
+  if constexpr (is_same<element, bf16>) {
+    return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000)};
+  } else {
+    return {cvt_f32(f16{u16(packed)}), cvt_f32(f16{u16(packed >> 16)})};
+  }
+}
+
 // Nearest tf32 (8 bits of exponent, 10 of mantissa), ties away from zero: the only rounding sm_80 has.
 inline u32 cvt_rna_tf32(float x) {
   u32 bits;

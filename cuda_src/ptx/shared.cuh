@@ -13,6 +13,18 @@ inline u32 ld_shared_u32(u32 address) {
   return value;
 }
 
+inline float2 ld_shared_f32x2(u32 address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
+inline uint2 ld_shared_v2(u32 address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
 inline uint4 ld_shared_v4(u32 address) {
   uint4 value;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -50,5 +62,15 @@ inline void ldmatrix_x4_trans(u32 (&r)[4], u32 address) {
                : "r"(address)
                : "memory");
 }
+
+// The other way round: stores four matrices.
+inline void stmatrix_x4(u32 address, const u32 (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+// Makes this thread's writes to shared memory visible to wgmma and to asynchronous copies.
+inline void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace ptx

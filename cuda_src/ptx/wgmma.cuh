@@ -81,14 +81,14 @@ inline void hold(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
   X(type, 240, 120, 121, 122, 123, 124, 125) \
   X(type, 256, 128, 129, 130, 131, 132, 133)
 
-#define CUFA_WGMMA_SS(type, n, o0, o1, o2, ...)                                                   \
+#define CUFA_WGMMA_SS(type, n, o0, o1, o2, o3, ...)                                               \
   if constexpr (columns == n) {                                                                   \
     asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #o2                       \
                  ", 0;\n"                                                                         \
                  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" CUFA_D##n \
-                 "}, %" #o0 ", %" #o1 ", accumulate, 1, 1, 0, 0;\n}"                              \
+                 "}, %" #o0 ", %" #o1 ", accumulate, 1, 1, %" #o3 ", %" #o3 ";\n}"                \
                  : CUFA_BIND_D##n                                                                 \
-                 : "l"(a), "l"(b), "r"(int(accumulate)));                                         \
+                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(transposed)));                   \
   }
 
 #define CUFA_WGMMA_RS(type, n, o0, o1, o2, o3, o4, o5)                                            \
@@ -111,8 +111,9 @@ inline void hold(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
     CUFA_WGMMA_SHAPES(X, f16)                                                               \
   }
 
-// D = A · B, or D += A · B if `accumulate`. Both come from shared memory, with k running along their rows (K-major).
-template <class element, int n_tiles>
+// D = A · B, or D += A · B if `accumulate`. Both come from shared memory, with k running along their rows (K-major), or,
+// `transposed`, down their columns (MN-major).
+template <class element, bool transposed, int n_tiles>
 inline void wgmma_ss(float (&d)[n_tiles][4], u64 a, u64 b, bool accumulate) {
   constexpr int columns = 8 * n_tiles;
   CUFA_WGMMA(CUFA_WGMMA_SS)

@@ -63,6 +63,35 @@ inline void store_chunk(element* row, i64 col_stride, int chunk, const uint4& wo
   }
 }
 
+// 16-byte chunk `chunk` of a row in global memory; columns from valid_cols on are zeros and never read. copy_bytes as
+// for store_chunk.
+template <int copy_bytes, int valid_cols, class element>
+inline uint4 load_chunk(const element* row, i64 col_stride, int chunk) {
+  constexpr int chunk_elements = 16 / sizeof(element);
+  union {
+    uint4 words;
+    element elements[chunk_elements];
+  } held;
+  held.words = uint4{0, 0, 0, 0};
+  if constexpr (copy_bytes > sizeof(element) || copy_bytes == 16) {
+    using Word = typename Words<copy_bytes>::type;
+#pragma unroll
+    for (int i = 0; i < 16 / copy_bytes; ++i) {
+      const int byte = chunk * 16 + i * copy_bytes;
+      if (byte < valid_cols * int(sizeof(element))) {
+        reinterpret_cast<Word*>(&held)[i] = *reinterpret_cast<const Word*>(reinterpret_cast<const char*>(row) + byte);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      const int col = chunk * chunk_elements + i;
+      if (col < valid_cols) held.elements[i] = row[col * col_stride];
+    }
+  }
+  return held.words;
+}
+
 }  // namespace tile
 
 namespace block {

@@ -77,28 +77,35 @@ inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums, u32 q_lane
   }
 }
 
-// scores = q·kᵀ along `depth` columns, for 16 m_tiles rows of q from first_row on and all rows of k.
-template <int depth, int m_tiles, int block_n, class element, int block_m, int width>
-inline void gemm_abt(tile::Accumulator<m_tiles, block_n>& scores, const tile::SharedTile<element, block_m, width>& q,
-                     const tile::SharedTile<element, block_n, width>& k, int first_row) {
-  using Q = tile::SharedTile<element, block_m, width>;
-  using K = tile::SharedTile<element, block_n, width>;
+// scores = a·bᵀ along `depth` columns, for 16 m_tiles rows of a from a_row on and `cols` rows of b from b_row on.
+template <int depth, int m_tiles, int cols, class element, int a_rows, int b_rows, int width>
+inline void gemm_abt(tile::Accumulator<m_tiles, cols>& scores, const tile::SharedTile<element, a_rows, width>& a,
+                     const tile::SharedTile<element, b_rows, width>& b, int a_row, int b_row) {
+  using A = tile::SharedTile<element, a_rows, width>;
+  using B = tile::SharedTile<element, b_rows, width>;
   const u32 lane = tile::lane();
-  const u32 q_lane = q.address(first_row + lane % 16, lane / 16);
-  const u32 k_lane = k.address(lane % 8 + (lane / 16) * 8, (lane / 8) % 2);
+  const u32 a_lane = a.address(a_row + lane % 16, lane / 16);
+  const u32 b_lane = b.address(b_row + lane % 8 + (lane / 16) * 8, (lane / 8) % 2);
   scores.zero();
   if constexpr (is_same<element, f32>) {
-    static_assert(Q::panel_bytes == 128, "the chain of products is one panel");
+    static_assert(A::panel_bytes == 128, "the chain of products is one panel");
 #pragma unroll 1  // unrolled, the compiler loads far ahead and spills
-    for (int panel = 0; panel < Q::panels; ++panel) {
-      tile::Accumulator<m_tiles, block_n> sums;
+    for (int panel = 0; panel < A::panels; ++panel) {
+      tile::Accumulator<m_tiles, cols> sums;
       sums.zero();
-      gemm_abt_steps<tile::tf32_chain, Q, K>(sums, q_lane + panel * Q::panel_stride, k_lane + panel * K::panel_stride);
+      gemm_abt_steps<tile::tf32_chain, A, B>(sums, a_lane + panel * A::panel_stride, b_lane + panel * B::panel_stride);
       scores.add(sums);
     }
   } else {
-    gemm_abt_steps<ceil_div(depth, 16), Q, K>(scores, q_lane, k_lane);
+    gemm_abt_steps<ceil_div(depth, 16), A, B>(scores, a_lane, b_lane);
   }
+}
+
+// The same for all rows of k.
+template <int depth, int m_tiles, int block_n, class element, int block_m, int width>
+inline void gemm_abt(tile::Accumulator<m_tiles, block_n>& scores, const tile::SharedTile<element, block_m, width>& q,
+                     const tile::SharedTile<element, block_n, width>& k, int first_row) {
+  gemm_abt<depth>(scores, q, k, first_row, 0);
 }
 
 // out += P·V for 16-bit elements, V from column first_col on, where a panel begins. Two neighbouring n-tiles of an
@@ -163,6 +170,128 @@ inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accum
       }
     }
   }
+}
+
+// The chunks of 16 columns, `count` columns' steps of them from column first_col on, as Tile::step_chunks steps through
+// them from `address`: ahead of time where steps stay within a panel or cover whole ones, else with every step.
+template <class Tile, int cols>
+struct ColumnSteps {
+  static constexpr int panel_cols = Tile::panel_chunks * Tile::chunk_elements;
+  static constexpr bool ahead = cols % panel_cols == 0 || panel_cols % cols == 0;
+  u32 from;
+  int first;
+
+  // From a lane's address in the first 32 bytes of a row.
+  ColumnSteps(u32 address, int first_col)
+      : from(ahead ? Tile::step_chunks(address, first_col * int(sizeof(typename Tile::element)) / 32) : address),
+        first(ahead ? 0 : first_col * int(sizeof(typename Tile::element)) / 32) {}
+
+  u32 at(int step) const { return Tile::step_chunks(from, first + step); }
+};
+
+// How the rows of a product's A operand lie in its shared tile.
+enum class Rows { along_rows, along_columns };
+
+// out += A·B over all rows of b, for 16 m_tiles rows of A from first_row on and `cols` columns of b from first_col on,
+// both multiples of 16. A is the tile a, or its transpose, whose fragments ldmatrix.trans reads.
+template <Rows rows, int m_tiles, int cols, class A, class B>
+inline void gemm_shared(tile::Accumulator<m_tiles, cols>& out, const A& a, const B& b, int first_row, int first_col) {
+  using element = typename A::element;
+  constexpr bool transposed = rows == Rows::along_columns;
+  static_assert((transposed ? A::rows : A::cols) == B::rows, "the tiles must agree on the depth");
+  const u32 lane = tile::lane();
+  const u32 a_lane = transposed ? a.address(lane % 8 + (lane / 16) * 8, first_row / 8 + (lane / 8) % 2)
+                                : a.address(first_row + lane % 16, lane / 16);
+  const ColumnSteps<B, cols> b_lane(b.address(lane % 16, lane / 16), first_col);
+#pragma unroll
+  for (int step = 0; step < B::rows / 16; ++step) {
+    u32 x[m_tiles][4];
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+      if constexpr (transposed) {
+        ptx::ldmatrix_x4_trans(x[t], A::step_chunks(a_lane, t) + A::step_rows(16 * step));
+      } else {
+        ptx::ldmatrix_x4(x[t], A::step_chunks(a_lane, step) + A::step_rows(16 * t));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < cols / 8; j += 2) {
+      u32 y[4];
+      ptx::ldmatrix_x4_trans(y, b_lane.at(j / 2) + B::step_rows(16 * step));
+#pragma unroll
+      for (int t = 0; t < m_tiles; ++t) {
+        ptx::mma_m16n8k16<element>(out.x[t][j], x[t], y[0], y[1]);
+        ptx::mma_m16n8k16<element>(out.x[t][j + 1], x[t], y[2], y[3]);
+      }
+    }
+  }
+}
+
+// The same for float32, with the depth of a step in the order 0, 2, 4, 6, 1, 3, 5, 7, as for P·V.
+template <Rows rows, int m_tiles, int cols, int a_rows, int a_cols, int b_rows, int b_cols>
+inline void gemm_shared(tile::Accumulator<m_tiles, cols>& out, const tile::SharedTile<f32, a_rows, a_cols>& a,
+                        const tile::SharedTile<f32, b_rows, b_cols>& b, int first_row, int first_col) {
+  using A = tile::SharedTile<f32, a_rows, a_cols>;
+  using B = tile::SharedTile<f32, b_rows, b_cols>;
+  constexpr bool transposed = rows == Rows::along_columns;
+  static_assert((transposed ? a_rows : a_cols) == b_rows, "the tiles must agree on the depth");
+  constexpr int steps = min_of(tile::tf32_chain, b_rows / 8);
+  static_assert(b_rows / 8 % steps == 0, "the depth must be whole chains");
+  const u32 g = tile::lane() / 4, q = tile::lane() % 4;
+  const u32 a_even = transposed ? a.address(2 * q, g / 4) + (g % 4) * 4 : a.address(first_row + g, q / 2) + (q % 2) * 8;
+  const u32 a_odd = a.address(2 * q + 1, g / 4) + (g % 4) * 4;
+  const ColumnSteps<B, cols> b_even(b.address(2 * q, g / 4) + (g % 4) * 4, first_col);
+  const ColumnSteps<B, cols> b_odd(b.address(2 * q + 1, g / 4) + (g % 4) * 4, first_col);
+#pragma unroll 1
+  for (int first_step = 0; first_step < b_rows / 8; first_step += steps) {
+    u32 x[m_tiles][steps][4];
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+      for (int step = 0; step < steps; ++step) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if constexpr (transposed) {
+            const int chunks = first_row / 8 + 2 * t + i, down = A::step_rows(8 * (first_step + step));
+            x[t][step][i] = ptx::ld_shared_u32(A::step_chunks(a_even, chunks) + down);
+            x[t][step][i + 2] = ptx::ld_shared_u32(A::step_chunks(a_odd, chunks) + down);
+          } else {
+            const uint2 pair =
+                ptx::ld_shared_v2(A::step_chunks(a_even, first_step + step) + A::step_rows(16 * t + 8 * i));
+            x[t][step][i] = pair.x;
+            x[t][step][i + 2] = pair.y;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < cols / 8; ++j) {
+      float sums[m_tiles][4] = {};
+#pragma unroll
+      for (int step = 0; step < steps; ++step) {
+        const int down = B::step_rows(8 * (first_step + step));
+        const u32 y[2] = {ptx::ld_shared_u32(b_even.at(j) + down), ptx::ld_shared_u32(b_odd.at(j) + down)};
+#pragma unroll
+        for (int t = 0; t < m_tiles; ++t) tile::mma_3xtf32(sums[t], x[t][step], y);
+      }
+#pragma unroll
+      for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out.x[t][j][i] += sums[t][i];
+      }
+    }
+  }
+}
+
+// out += a·b and out += aᵀ·b.
+template <int m_tiles, int cols, class A, class B>
+inline void gemm_ab(tile::Accumulator<m_tiles, cols>& out, const A& a, const B& b, int first_row, int first_col) {
+  gemm_shared<Rows::along_rows>(out, a, b, first_row, first_col);
+}
+
+template <int m_tiles, int cols, class A, class B>
+inline void gemm_atb(tile::Accumulator<m_tiles, cols>& out, const A& a, const B& b, int first_row, int first_col) {
+  gemm_shared<Rows::along_columns>(out, a, b, first_row, first_col);
 }
 
 }  // namespace warp

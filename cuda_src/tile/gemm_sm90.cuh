@@ -47,19 +47,39 @@ inline void wait(Registers&... ready) {
   (hold(ready), ...);
 }
 
-// scores = q·kᵀ along `depth` columns, for all 64 rows of q and all rows of k.
+// scores = q·kᵀ along `depth` columns, for 64 rows of q from first_row on and all rows of k.
 template <int depth, class Q, class K>
-inline void gemm_abt(tile::Accumulator<1, K::rows>& scores, const Q& q, const K& k) {
-  static_assert(Q::rows == 64, "a warpgroup multiplies 64 rows");
+inline void gemm_abt(tile::Accumulator<1, K::rows>& scores, const Q& q, const K& k, int first_row = 0) {
+  static_assert(Q::rows % 64 == 0, "a warpgroup multiplies 64 rows");
   constexpr int panel_steps = K::panel_bytes / 32;
-  const u64 a = tile::descriptor<Q>(q.base, 16), b = tile::descriptor<K>(k.base, 16);
+  const u64 a = tile::descriptor<Q>(q.base + first_row * Q::panel_bytes, 16), b = tile::descriptor<K>(k.base, 16);
   hold(scores);
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < ceil_div(depth, 16); ++step) {
     const int panel = step / panel_steps, within = step % panel_steps * 32;
-    ptx::wgmma_ss<typename K::element>(scores.x[0], a + ((panel * Q::panel_stride + within) >> 4),
+    ptx::wgmma_ss<typename K::element, false>(scores.x[0], a + ((panel * Q::panel_stride + within) >> 4),
                                        b + ((panel * K::panel_stride + within) >> 4), step > 0);
+  }
+  ptx::wgmma_commit_group();
+}
+
+// out = aᵀ·b along all rows of both, for 64 columns of a from first_row on, where a panel begins, and out_cols of b from
+// first_col on, where a panel or half of one does.
+template <class A, class B, int out_cols>
+inline void gemm_atb(tile::Accumulator<1, out_cols>& out, const A& a, const B& b, int first_row, int first_col) {
+  static_assert(A::rows == B::rows && A::panel_bytes == 128, "a panel holds the 64 columns");
+  const u64 from_a = tile::descriptor<A>(a.base + A::step_cols(first_row), A::panel_stride);
+  constexpr int panel_cols = B::panel_bytes / sizeof(typename B::element);
+  static_assert(out_cols <= panel_cols / 2 || out_cols % panel_cols == 0, "whole panels, or a part of one");
+  const u32 within = first_col % panel_cols * sizeof(typename B::element);
+  const u64 from_b = tile::descriptor<B>(b.base + B::step_cols(first_col) + within, B::panel_stride);
+  hold(out);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < A::rows / 16; ++step) {
+    ptx::wgmma_ss<typename B::element, true>(out.x[0], from_a + ((step * 16 * A::panel_bytes) >> 4),
+                                             from_b + ((step * 16 * B::panel_bytes) >> 4), step > 0);
   }
   ptx::wgmma_commit_group();
 }

@@ -16,6 +16,7 @@ struct Cursor {
   u32 parity() const { return count / stages % 2; }
   void advance() { ++count; }
   Cursor next() const { return {count + 1}; }
+  Cursor previous() const { return {count - 1}; }
 };
 
 inline void wait(u32 barrier, u32 parity) {
@@ -35,10 +36,10 @@ struct Ring {
   u32 full(u32 stage) const { return barriers + stage * sizeof(u64); }
   u32 empty(u32 stage) const { return barriers + (stages + stage) * sizeof(u64); }
 
-  // One producer thread fills a stage; `consumers` threads must say that they are done with it.
-  void init(int consumers) const {
+  // `producers` threads fill a stage; `consumers` threads must say that they are done with it.
+  void init(int consumers, int producers = 1) const {
     for (int stage = 0; stage < stages; ++stage) {
-      ptx::mbarrier_init(full(stage), 1);
+      ptx::mbarrier_init(full(stage), producers);
       ptx::mbarrier_init(empty(stage), consumers);
     }
   }

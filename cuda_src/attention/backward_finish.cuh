@@ -1,0 +1,140 @@
+// attention: what is left to do after the backward's main kernel: dq in its dtype, the sinks' gradients, and zeros for
+// rows that are no sequence's. One thread block a tile of rows of the workspace, then one a head.
+#pragma once
+
+#include "attention/backward_params.cuh"
+#include "attention/backward_prepare.cuh"
+#include "attention/backward_rows.cuh"
+#include "attention/backward_work.cuh"
+#include "core/math.cuh"
+#include "ptx/math.cuh"
+#include "tile/accumulator.cuh"
+
+namespace attention {
+
+// A thread's part of a tile of dq_sum. Main, the struct of the main kernel, says how it orders them: groups of dq_group
+// threads one after the other; of a group the vectors (t, j, i / dq_vector) of its threads' fragments, side by side.
+template <class Main>
+inline void load_dq(typename Main::Dq& dq, const float* sums, int thread) {
+  constexpr int vector = Main::dq_vector, group = Main::dq_group;
+  sums += thread / group * (group * Main::Dq::m_tiles * Main::Dq::n_tiles * 4) + thread % group * vector;
+#pragma unroll
+  for (int t = 0; t < Main::Dq::m_tiles; ++t) {
+#pragma unroll
+    for (int j = 0; j < Main::Dq::n_tiles; ++j) {
+      const float* const from = sums + (t * Main::Dq::n_tiles + j) * 4 * group;
+      if constexpr (vector == 4) {
+        const float4 x = *reinterpret_cast<const float4*>(from);
+        dq.x[t][j][0] = x.x;
+        dq.x[t][j][1] = x.y;
+        dq.x[t][j][2] = x.z;
+        dq.x[t][j][3] = x.w;
+      } else {
+        static_assert(vector == 1, "a vector is of one or four numbers");
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dq.x[t][j][i] = from[i * group];
+      }
+    }
+  }
+}
+
+// Of the sink of a head, whose probability in row i is exp(sink - lse): -Σ p · delta.
+template <class Config>
+inline void finish_sink(const BackwardParams& backward, int head) {
+  const Params& params = backward.forward;
+  const float sink = params.sinks[head * params.sinks_stride] * log2_e;
+  const int outer = Config::varlen ? 1 : params.batch;
+  i64 rows = backward.workspace_rows;
+  if (Config::varlen) {  // rows past the last sequence's are not written
+    const int end = clamp(params.cu_seqlens_q[params.batch * params.cu_seqlens_q_stride], 0, params.seqlen_q);
+    rows = min_of(int(rows), (end / Config::block_m + params.batch) * Config::block_m);
+  }
+  float sum = 0.0f;
+  for (int b = 0; b < outer; ++b) {
+    const i64 first = (i64(b) * params.num_heads_q + head) * backward.workspace_rows;
+    for (i64 row = threadIdx.x; row < rows; row += blockDim.x) {
+      const float p = ptx::ex2_approx_ftz(sink - backward.row_lse[first + row]);
+      sum -= p == 0.0f ? 0.0f : p * backward.row_delta[first + row];
+    }
+  }
+  __shared__ float sums[32];
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float total = 0.0f;
+    for (int w = 0; w < int(blockDim.x / 32); ++w) total += sums[w];
+    backward.dsinks[head] = total;
+  }
+}
+
+// Zeros for the rows of a packed gradient that no sequence has.
+template <class Config, int valid_cols>
+inline void clear_outside(void* gradient, const Strides& strides, int heads, int total, int begin, int end) {
+  using element = typename Config::element;
+  constexpr int chunks = ceil_div(valid_cols * int(sizeof(element)), 16);
+  const int rows = begin + total - end;
+  for (i64 i = i64(blockIdx.x) * blockDim.x + threadIdx.x; i < i64(rows) * heads * chunks;
+       i += i64(gridDim.x) * blockDim.x) {
+    const int chunk = i % chunks, head = i / chunks % heads;
+    const int index = i / chunks / heads, row = index < begin ? index : index - begin + end;
+    tile::store_chunk<Config::store_bytes, valid_cols>(
+        static_cast<element*>(gradient) + row * strides.seqlen + head * strides.head, strides.dim, chunk,
+        uint4{0, 0, 0, 0});
+  }
+}
+
+template <class Config>
+inline void clear_outside(const BackwardParams& backward) {
+  const Params& params = backward.forward;
+  const auto offset = [&](const i32* cu_seqlens, i64 stride, int index, int total) {
+    return clamp(cu_seqlens[index * stride], 0, total);
+  };
+  const int q_begin = offset(params.cu_seqlens_q, params.cu_seqlens_q_stride, 0, params.seqlen_q);
+  const int q_end = max_of(q_begin, offset(params.cu_seqlens_q, params.cu_seqlens_q_stride, params.batch, params.seqlen_q));
+  const int k_begin = offset(params.cu_seqlens_k, params.cu_seqlens_k_stride, 0, params.seqlen_k);
+  const int k_end = max_of(k_begin, offset(params.cu_seqlens_k, params.cu_seqlens_k_stride, params.batch, params.seqlen_k));
+  const int heads_k = params.num_heads_q / params.qheads_per_khead;
+  clear_outside<Config, Config::head_dim>(backward.dq, backward.dq_strides, params.num_heads_q, params.seqlen_q, q_begin,
+                                          q_end);
+  clear_outside<Config, Config::head_dim>(backward.dk, backward.dk_strides, heads_k, params.seqlen_k, k_begin, k_end);
+  clear_outside<Config, Config::head_dim_v>(backward.dv, backward.dv_strides, heads_k, params.seqlen_k, k_begin, k_end);
+}
+
+// For kernels that write dq themselves: one thread block a head.
+template <class Config>
+inline void finish(const BackwardParams& params) {
+  if (Config::varlen) clear_outside<Config>(params);
+  if (Config::sinks && int(blockIdx.x) < params.forward.num_heads_q) finish_sink<Config>(params, blockIdx.x);
+}
+
+// For those that leave it in dq_sum.
+template <class Config, class Main>
+inline void finish(const BackwardParams& params) {
+  static_assert(Config::dq_threads == Main::dq_threads, "cufa/_configs.py and the main kernel disagree on threads");
+  using element = typename Config::element;
+  using Dq = typename Main::Dq;
+  const int tiles = gridDim.x - (Config::sinks ? params.forward.num_heads_q : 0);
+  if (Config::varlen) clear_outside<Config>(params);
+  if (Config::sinks && int(blockIdx.x) >= tiles) return finish_sink<Config>(params, blockIdx.x - tiles);
+  const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
+  if (tile.row < 0) return;
+  const int live_rows = clamp(tile.seqlen.q - tile.m_block * Config::block_m, 0, Config::block_m);
+  if (live_rows == 0) return;
+  Dq dq;
+  load_dq<Main>(dq, params.dq_sum + tile.row * Config::tile_head_dim, threadIdx.x);
+  element* const rows = tile.rows(static_cast<element*>(params.dq), params.dq_strides, Config::block_m);
+#pragma unroll
+  for (int t = 0; t < Dq::m_tiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = Main::dq_row(threadIdx.x) + tile::fragment_row(t, i);
+      write_row<Config::store_bytes, Config::head_dim>(rows + row * params.dq_strides.seqlen, params.dq_strides.dim,
+                                                       row < live_rows, dq, t, i, params.forward.softmax_scale,
+                                                       Main::dq_col(threadIdx.x));
+    }
+  }
+}
+
+}  // namespace attention

@@ -1,0 +1,275 @@
+// attention: the backward's main loop with wgmma, for sm_90. A thread block keeps a block of K and V and goes over the
+// tiles of queries. One warp loads them, one adds finished tiles of dq to those in memory; two warpgroups of consumers
+// own 64 of the keys each.
+//
+// FlashAttention-2 (Dao, 2023), Algorithm 2, with transposed scores, as FlashAttention-3 has them: rows are keys, so
+// that P and dS, as they stand in registers, are operands of the products that give dv and dk. Only dS goes through
+// shared memory, once, for dq, of which every consumer computes its columns, or its rows, over all keys of the block.
+#pragma once
+
+#include "attention/backward_params.cuh"
+#include "attention/backward_rows.cuh"
+#include "attention/backward_tensors_sm90.cuh"
+#include "attention/backward_work.cuh"
+#include "attention/variant.cuh"
+#include "core/math.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/sync.cuh"
+#include "ptx/tma.cuh"
+#include "tile/accumulator.cuh"
+#include "tile/gemm_sm90.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/shared.cuh"
+
+namespace attention {
+
+template <class Config>
+struct BackwardMainloopSm90 {
+  using element = typename Config::element;
+  static constexpr int block_m = Config::block_m, block_n = Config::block_n, consumers = 2;
+  static_assert(block_n == 64 * consumers, "a consumer owns 64 keys");
+  using K = tile::SharedTile<element, block_n, Config::tile_head_dim>;
+  using V = tile::SharedTile<element, block_n, Config::tile_head_dim_v>;
+  using Q = tile::SharedTile<element, block_m, Config::tile_head_dim>;
+  using Dout = tile::SharedTile<element, block_m, Config::tile_head_dim_v>;
+  using Ds = tile::SharedTile<element, block_n, block_m>;
+
+  using Variant = typename Config::variant;
+  using Scores = tile::Accumulator<1, block_m>;
+  using Operand = tile::Operand<block_m>;
+  using Dk = tile::Accumulator<1, round_up(Config::head_dim, 16)>;
+  using Dv = tile::Accumulator<1, round_up(Config::head_dim_v, 16)>;
+
+  // Consumers share a tile of dq by its rows, or, where it has but 64, by its columns.
+  static constexpr bool by_rows = block_m == 128;
+  static_assert(by_rows || block_m == 64, "64 rows of dq are a consumer's");
+  using Dq = tile::Accumulator<1, by_rows ? Config::tile_head_dim : Config::tile_head_dim / 2>;
+  static constexpr int dq_threads = 128 * consumers, dq_group = 128, dq_vector = 4;
+  static int dq_row(int thread) { return (by_rows ? thread / 128 * 64 : 0) + thread / 32 % 4 * 16; }
+  static int dq_col(int thread) { return by_rows ? 0 : thread / 128 * Dq::cols; }
+
+  static constexpr int stages = 2;
+  using Ring = tile::Ring<stages>;
+  static constexpr int rows_bytes = block_m * sizeof(float);  // of row_lse, and of row_delta
+  static constexpr int sums_bytes = block_m * Config::tile_head_dim * sizeof(float);
+
+  static constexpr int k_offset = 0, v_offset = k_offset + K::bytes, q_offset = v_offset + V::bytes;
+  static constexpr int dout_offset = q_offset + stages * Q::bytes, ds_offset = dout_offset + stages * Dout::bytes;
+  static constexpr int sums_offset = ds_offset + stages * Ds::bytes, lse_offset = sums_offset + sums_bytes;
+  static constexpr int delta_offset = lse_offset + stages * rows_bytes;
+  static constexpr int barriers_offset = delta_offset + stages * rows_bytes;
+  static constexpr int smem_bytes = barriers_offset + 3 * Ring::bytes + 2 * sizeof(u64);
+
+  u32 smem;
+
+  K k() const { return {smem + k_offset}; }
+  V v() const { return {smem + v_offset}; }
+  Q q(u32 stage) const { return {smem + q_offset + stage * Q::bytes}; }
+  Dout dout(u32 stage) const { return {smem + dout_offset + stage * Dout::bytes}; }
+  Ds ds(u32 stage) const { return {smem + ds_offset + stage * Ds::bytes}; }
+  u32 sums() const { return smem + sums_offset; }
+  u32 lse(u32 stage) const { return smem + lse_offset + stage * rows_bytes; }
+  u32 delta(u32 stage) const { return smem + delta_offset + stage * rows_bytes; }
+  Ring queries() const { return {smem + barriers_offset}; }
+  Ring gradients() const { return {smem + barriers_offset + Ring::bytes}; }
+  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // of dS
+  u32 keys_full() const { return smem + barriers_offset + 3 * Ring::bytes; }
+  u32 values_full() const { return keys_full() + sizeof(u64); }
+
+  void init() const {
+    queries().init(consumers);
+    gradients().init(consumers);
+    exchange().init(4 * consumers, 4 * consumers);
+    ptx::mbarrier_init(keys_full(), 1);
+    ptx::mbarrier_init(values_full(), 1);
+    ptx::fence_mbarrier_init();
+  }
+
+  // One thread.
+  void load(const BackwardArgument& argument, const BackwardWork& work) const {
+    const BackwardParams& params = argument.params;
+    typename Ring::Cursor at;
+    bool first = true;
+    for_each_query_tile(params.forward, work, [&](int head, int m_block) {
+      const i64 row = workspace_row<Config>(params, work.seqlen, work.batch, head) + m_block * block_m;
+      const int q_row = m_block * block_m, k_row = work.n_block * block_n;
+      if (first) {
+        ptx::mbarrier_arrive_expect_tx(keys_full(), K::bytes);
+        load_rows<Config>(k(), argument.k, keys_full(), k_row, work.seqlen.k, work.seqlen.k_first_row, work.head, work.batch);
+      }
+      queries().wait_empty(at);
+      queries().expect(at, Q::bytes + rows_bytes);
+      load_rows<Config>(q(at.stage()), argument.q, queries().full(at.stage()), q_row, work.seqlen.q, work.seqlen.q_first_row,
+                head, work.batch);
+      ptx::cp_async_bulk(lse(at.stage()), params.row_lse + row, rows_bytes, queries().full(at.stage()));
+      if (first) {
+        ptx::mbarrier_arrive_expect_tx(values_full(), V::bytes);
+        load_rows<Config>(v(), argument.v, values_full(), k_row, work.seqlen.k, work.seqlen.k_first_row, work.head, work.batch);
+      }
+      gradients().wait_empty(at);
+      gradients().expect(at, Dout::bytes + rows_bytes);
+      load_rows<Config>(dout(at.stage()), argument.dout, gradients().full(at.stage()), q_row, work.seqlen.q,
+                work.seqlen.q_first_row, head, work.batch);
+      ptx::cp_async_bulk(delta(at.stage()), params.row_delta + row, rows_bytes, gradients().full(at.stage()));
+      first = false;
+      at.advance();
+    });
+  }
+
+  // One warp: adds the tiles of dq, as the consumers lay them down, to those in memory.
+  void add_dq(const BackwardParams& params, const BackwardWork& work) const {
+    constexpr int half = sums_bytes / consumers;
+    for_each_query_tile(params.forward, work, [&](int head, int m_block) {
+      const i64 row = workspace_row<Config>(params, work.seqlen, work.batch, head) + m_block * block_m;
+      float* const to = params.dq_sum + row * Config::tile_head_dim;
+      i32* const turn = params.turns + row / block_m;
+#pragma unroll
+      for (int w = 0; w < consumers; ++w) {
+        Handover{w}.take_full();
+        if (tile::lane() == 0) {
+          if (Config::deterministic && w == 0) {
+            const int wanted = turn_of<Config>(params.forward, work.seqlen, m_block, work.n_block);
+            while (ptx::ld_acquire_gpu(turn) != wanted) {
+            }
+          }
+          ptx::cp_reduce_async_bulk_add_f32(to + w * (half / sizeof(float)), sums() + w * half, half);
+          ptx::cp_async_bulk_commit_group();
+        }
+      }
+      if (tile::lane() == 0) ptx::cp_async_bulk_wait_group_read<1>();
+      __syncwarp();
+      Handover{0}.give_empty();
+      if (tile::lane() == 0) {
+        ptx::cp_async_bulk_wait_group_read<0>();
+        if (Config::deterministic) {
+          ptx::cp_async_bulk_wait_group<0>();
+          __threadfence();
+          ptx::red_release_gpu_add(turn, 1);
+        }
+      }
+      __syncwarp();
+      Handover{1}.give_empty();
+    });
+    if (tile::lane() == 0) ptx::cp_async_bulk_wait_group<0>();
+  }
+
+  // The shared memory for a consumer's part of dq, between that warpgroup and the warp that adds it up.
+  struct Handover {
+    static constexpr int threads = 128 + 32;
+    int consumer;
+
+    void take_full() const { ptx::bar_sync(1 + consumer, threads); }
+    void give_full() const { ptx::bar_arrive(1 + consumer, threads); }
+    void take_empty() const { ptx::bar_sync(1 + consumers + consumer, threads); }
+    void give_empty() const { ptx::bar_arrive(1 + consumers + consumer, threads); }
+  };
+
+  // Consumers take turns in giving the tensor cores S, dP, dV and dq to do, so that one's exponentials run beside the
+  // products of the other.
+  struct Turn {
+    int consumer;
+
+    explicit Turn(int consumer) : consumer(consumer) {
+      if (consumer == 0) ptx::bar_arrive(barrier(0), 128 * consumers);
+    }
+
+    static int barrier(int consumer) { return 1 + 2 * consumers + consumer; }
+    void take() const { ptx::bar_sync(barrier(consumer), 128 * consumers); }
+    void pass() const { ptx::bar_arrive(barrier(1 - consumer), 128 * consumers); }
+  };
+
+  // Warpgroup `consumer` of the consumers. What it computes of dq is one step behind the rest: then dS of the other has
+  // long been there, and while one consumer is busy with its scores, the tensor cores work for the other.
+  void consume(const BackwardParams& backward, const BackwardWork& work, int consumer) const {
+    const Params& params = backward.forward;
+    const int first_key = work.n_block * block_n + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
+    const Handover handover{consumer};
+    const Turn turn(consumer);
+    typename Ring::Cursor at, at_dq;
+    Dk dk;
+    Dv dv;
+    Dq dq;
+    dk.zero();
+    dv.zero();
+    tile::wait(keys_full(), 0);
+    tile::wait(values_full(), 0);
+    for_each_query_tile(params, work, [&](int head, int m_block) {
+      const u32 stage = at.stage();
+      const bool behind = at_dq.count < at.count;  // dq of the step before is still to come
+      Scores s, dp;
+      queries().wait_full(at);
+      turn.take();
+      warpgroup::gemm_abt<Config::head_dim>(s, k(), q(stage), 64 * consumer);
+      const auto begin_dp = [&] {
+        gradients().wait_full(at);
+        warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(stage), 64 * consumer);
+      };
+      constexpr bool early_dp = Variant::empty;  // else the registers are needed for derivatives
+      if (early_dp) begin_dp();
+      warpgroup::wait<early_dp>(s);
+      Operand p, weights, ds;
+      probabilities<Config>(p, weights, s, params, work, head, first_key, m_block, lse(stage));
+      if (!early_dp) begin_dp();
+      warpgroup::gemm_ab(dv, p, dout(stage), true);
+      if (behind) exchange().wait_full(at_dq);
+      begin_dq(dq, at_dq, consumer);  // of the first step nothing is used: no branch around products
+      turn.pass();
+      warpgroup::wait<2>(dp);
+      gradients_of_scores<Config>(ds, Variant::empty ? p : weights, dp, delta(stage));
+      warpgroup::gemm_ab(dk, ds, q(stage), true);
+      exchange().wait_empty(at);
+      store_transposed(this->ds(stage), ds, 64 * consumer);
+      warpgroup::wait<1>(dv, dq, p);
+      if (threadIdx.x % 128 == 0) gradients().release(at);
+      if (behind) lay_down(dq, handover, at_dq);
+      ptx::fence_proxy_async_shared();
+      __syncwarp();
+      if (tile::lane() == 0) exchange().fill(at);
+      if (behind) {
+        handover.give_full();
+        at_dq.advance();
+      }
+      warpgroup::wait<0>(dk, ds);
+      if (threadIdx.x % 128 == 0) queries().release(at);
+      at.advance();
+    });
+    if (at_dq.count < at.count) {
+      exchange().wait_full(at_dq);
+      begin_dq(dq, at_dq, consumer);
+      warpgroup::wait<0>(dq);
+      lay_down(dq, handover, at_dq);
+      ptx::fence_proxy_async_shared();
+      handover.give_full();
+    }
+    write_keys<Config, Config::head_dim>(backward.dk, backward.dk_strides, work, dk, first_key, params.softmax_scale);
+    write_keys<Config, Config::head_dim_v>(backward.dv, backward.dv_strides, work, dv, first_key, 1.0f);
+  }
+
+  void begin_dq(Dq& dq, const typename Ring::Cursor& at, int consumer) const {
+    warpgroup::gemm_atb(dq, ds(at.stage()), k(), by_rows ? 64 * consumer : 0, by_rows ? 0 : Dq::cols * consumer);
+  }
+
+  // Rows first_row to first_row + 63 of the tile ← the warpgroup's operand.
+  static void store_transposed(const Ds& to, const Operand& from, int first_row) {
+    const u32 lane = tile::lane();
+    const u32 address = to.address(first_row + int(threadIdx.x / 32 % 4) * 16 + lane % 16, lane / 16);
+#pragma unroll
+    for (int step = 0; step < block_m / 16; ++step) ptx::stmatrix_x4(Ds::step_chunks(address, step), from.x[step]);
+  }
+
+  // Lays a finished tile's part down for the warp that adds it up, and gives back the dS it came from.
+  void lay_down(const Dq& dq, const Handover& handover, const typename Ring::Cursor& at) const {
+    if (tile::lane() == 0) exchange().release(at);
+    if (at.count > 0) handover.take_empty();
+    const u32 to = sums() + handover.consumer * (sums_bytes / consumers) + threadIdx.x % 128 * sizeof(float4);
+#pragma unroll
+    for (int j = 0; j < Dq::n_tiles; ++j) {
+      const float (&x)[4] = dq.x[0][j];
+      ptx::st_shared_v4(to + j * 128 * sizeof(float4), uint4{__float_as_uint(x[0]), __float_as_uint(x[1]),
+                                                             __float_as_uint(x[2]), __float_as_uint(x[3])});
+    }
+  }
+};
+
+}  // namespace attention

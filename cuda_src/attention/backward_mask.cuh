@@ -1,0 +1,47 @@
+// attention: removes the entries of a transposed score tile, rows keys and columns queries, that a query may not see.
+#pragma once
+
+#include "attention/params.cuh"
+#include "attention/seqlen.cuh"
+#include "core/math.cuh"
+#include "tile/accumulator.cuh"
+
+namespace attention {
+
+// The queries that see a key, relative to first_query, so that comparisons are with constants: [first, last].
+template <class Config>
+struct QuerySpan {
+  int first, last;
+
+  QuerySpan(const Params& params, const Seqlen& seqlen, int key, int first_query) {
+    const int diagonal_query = key - seqlen.diagonal() - first_query;
+    first = Config::window ? diagonal_query - params.window_right : Config::causal ? diagonal_query : 0;
+    last = diagonal_query + params.window_left;
+    if (key >= seqlen.k) first = Config::block_m;
+  }
+
+  bool sees(int query) const { return query >= first && (!Config::window || query <= last); }
+};
+
+// first_key is the key of the warp's first row, first_query the query row of the tile's first column.
+template <class Config, int m_tiles, int block_m>
+inline void mask_transposed(tile::Accumulator<m_tiles, block_m>& scores, const Params& params, const Seqlen& seqlen,
+                            int first_key, int first_query) {
+#pragma unroll
+  for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const QuerySpan<Config> span(params, seqlen, first_key + tile::fragment_row(t, i),
+                                   first_query + tile::fragment_col());
+#pragma unroll
+      for (int j = 0; j < block_m / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (!span.sees(8 * j + e)) scores.x[t][j][2 * i + e] = -infinity;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace attention

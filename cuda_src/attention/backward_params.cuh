@@ -1,0 +1,39 @@
+// attention: the one argument of every kernel of the backward. cufa/_params.py mirrors it.
+#pragma once
+
+#include "attention/params.cuh"
+#include "core/types.cuh"
+#include "ptx/tma.cuh"
+
+namespace attention {
+
+// What the forward was given (its lse strides are not used here), then the gradients and the workspace.
+//
+// The workspace has, for every query head, rows in tiles of Config::block_m: those of a sequence begin with a tile, so
+// that no tile mixes sequences (padded_row). `row_lse` and `row_delta` have a number a row, `dq_sum` a tile of
+// block_m × tile_head_dim float32 numbers, in an order of the main kernel's own, a tile of rows.
+struct BackwardParams {
+  Params forward;
+  const void* dout;
+  const float* dlse;  // null: 0
+  void* dq;
+  void* dk;
+  void* dv;
+  float* dsinks;     // (heads,); null: no sinks
+  float* row_lse;    // lse · log2 e; +infinity for a row that sees no key or is past the end, so that its P is 0
+  float* row_delta;  // rowsum(out ∘ dout) - dlse
+  float* dq_sum;
+  i32* turns;  // deterministic: of every tile of dq_sum, how many blocks of keys have added to it
+  Strides dout_strides, dq_strides, dk_strides, dv_strides;
+  Strides lse_strides, dlse_strides;  // dim is not used
+  i64 workspace_rows;                 // a query head, of all sequences together; dense: of one sequence
+  i32 n_blocks;                       // blocks of keys a key head: of a sequence, or (varlen) of the packed batch
+};
+
+// Kernels that load through tensor maps find those of q, k, v and dout here; their axes are those of TmaParams.
+struct BackwardArgument {
+  ptx::TensorMap q, k, v, dout;
+  BackwardParams params;
+};
+
+}  // namespace attention

@@ -1,0 +1,51 @@
+// attention: writes rows of gradients straight from the registers of an accumulator.
+#pragma once
+
+#include "core/math.cuh"
+#include "core/types.cuh"
+#include "ptx/convert.cuh"
+#include "tile/accumulator.cuh"
+#include "tile/copy.cuh"
+
+namespace attention {
+
+// row ← factor · the thread's row i of m-tile t, or zeros if factor is 0, whatever the row holds, as far as its columns,
+// from first_col on, are within valid_cols. Lanes of a quad trade columns first, so that each has whole chunks of 16
+// bytes; all of them must call this.
+template <int store_bytes, int valid_cols, class element, int m_tiles, int cols>
+inline void write_row(element* row, i64 col_stride, bool live, const tile::Accumulator<m_tiles, cols>& from, int t, int i,
+                      float factor, int first_col = 0) {
+  constexpr int n_tiles = cols / 8;
+  const auto value = [&](int j, int e) { return factor == 0.0f ? 0.0f : factor * from.x[t][j][2 * i + e]; };
+  if constexpr (is_same<element, f32>) {
+    const bool odd = tile::lane() % 2;  // its chunk is of the second of two n-tiles
+#pragma unroll
+    for (int j = 0; j < n_tiles; j += 2) {
+      const float kept_0 = odd ? value(j + 1, 0) : value(j, 0), kept_1 = odd ? value(j + 1, 1) : value(j, 1);
+      const float got_0 = __shfl_xor_sync(0xffffffffu, odd ? value(j, 0) : value(j + 1, 0), 1);
+      const float got_1 = __shfl_xor_sync(0xffffffffu, odd ? value(j, 1) : value(j + 1, 1), 1);
+      if (live) {
+        const int chunk = first_col / 4 + 2 * (j + odd) + tile::lane() % 4 / 2;
+        tile::store_chunk<store_bytes, valid_cols>(row, col_stride, chunk,
+                                                   uint4{__float_as_uint(odd ? got_0 : kept_0),
+                                                         __float_as_uint(odd ? got_1 : kept_1),
+                                                         __float_as_uint(odd ? kept_0 : got_0),
+                                                         __float_as_uint(odd ? kept_1 : got_1)});
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < n_tiles; j += 4) {
+      u32 x[4] = {};
+#pragma unroll
+      for (int k = 0; k < min_of(4, n_tiles - j); ++k) x[k] = ptx::cvt_rn_x2<element>(value(j + k, 0), value(j + k, 1));
+      warp::quad_transpose(x);
+      if (live && j + int(tile::lane() % 4) < n_tiles) {
+        tile::store_chunk<store_bytes, valid_cols>(row, col_stride, first_col / 8 + j + tile::lane() % 4,
+                                                   uint4{x[0], x[1], x[2], x[3]});
+      }
+    }
+  }
+}
+
+}  // namespace attention

@@ -1,0 +1,194 @@
+// attention: the backward's pass over blocks of keys with wgmma, for sm_90 and head_dims for which dk, dv and dq do not fit
+// a thread block's registers together. A block keeps 64 keys and goes over the tiles of queries. One thread loads them.
+// Of two warpgroups one computes P and dv, the other dP, dS and dk; between them P goes through shared memory.
+#pragma once
+
+#include "attention/backward_mask.cuh"
+#include "attention/backward_params.cuh"
+#include "attention/backward_rows.cuh"
+#include "attention/backward_tensors_sm90.cuh"
+#include "attention/backward_work.cuh"
+#include "attention/variant.cuh"
+#include "core/math.cuh"
+#include "ptx/math.cuh"
+#include "ptx/shared.cuh"
+#include "tile/accumulator.cuh"
+#include "tile/gemm_sm90.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/shared.cuh"
+
+namespace attention {
+
+template <class Config>
+struct BackwardKeysSm90 {
+  using element = typename Config::element;
+  static constexpr int block_m = Config::block_m, block_n = Config::block_n;
+  static_assert(block_m == 64 && block_n == 64, "a warpgroup's accumulators have 64 rows");
+  using K = tile::SharedTile<element, block_n, Config::tile_head_dim>;
+  using V = tile::SharedTile<element, block_n, Config::tile_head_dim_v>;
+  using Q = tile::SharedTile<element, block_m, Config::tile_head_dim>;
+  using Dout = tile::SharedTile<element, block_m, Config::tile_head_dim_v>;
+
+  using Variant = typename Config::variant;
+  using Scores = tile::Accumulator<1, block_m>;
+  using Operand = tile::Operand<block_m>;
+  using Dk = tile::Accumulator<1, round_up(Config::head_dim, 16)>;
+  using Dv = tile::Accumulator<1, round_up(Config::head_dim_v, 16)>;
+
+  static constexpr int stages = 2;
+  using Ring = tile::Ring<stages>;
+  static constexpr int rows_bytes = block_m * sizeof(float);  // of row_lse, and of row_delta
+  static constexpr int weights_bytes = 128 * sizeof(Operand);
+
+  static constexpr int k_offset = 0, v_offset = k_offset + K::bytes, q_offset = v_offset + V::bytes;
+  static constexpr int dout_offset = q_offset + stages * Q::bytes;
+  static constexpr int weights_offset = dout_offset + stages * Dout::bytes;
+  static constexpr int lse_offset = weights_offset + stages * weights_bytes;
+  static constexpr int delta_offset = lse_offset + stages * rows_bytes;
+  static constexpr int barriers_offset = delta_offset + stages * rows_bytes;
+  static constexpr int smem_bytes = barriers_offset + 3 * Ring::bytes + 2 * sizeof(u64);
+
+  u32 smem;
+
+  K k() const { return {smem + k_offset}; }
+  V v() const { return {smem + v_offset}; }
+  Q q(u32 stage) const { return {smem + q_offset + stage * Q::bytes}; }
+  Dout dout(u32 stage) const { return {smem + dout_offset + stage * Dout::bytes}; }
+  u32 weights(u32 stage) const { return smem + weights_offset + stage * weights_bytes; }
+  u32 lse(u32 stage) const { return smem + lse_offset + stage * rows_bytes; }
+  u32 delta(u32 stage) const { return smem + delta_offset + stage * rows_bytes; }
+  Ring queries() const { return {smem + barriers_offset}; }
+  Ring gradients() const { return {smem + barriers_offset + Ring::bytes}; }
+  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // of weights
+  u32 keys_full() const { return smem + barriers_offset + 3 * Ring::bytes; }
+  u32 values_full() const { return keys_full() + sizeof(u64); }
+
+  void init() const {
+    queries().init(2);
+    gradients().init(2);
+    exchange().init(4, 4);
+    ptx::mbarrier_init(keys_full(), 1);
+    ptx::mbarrier_init(values_full(), 1);
+    ptx::fence_mbarrier_init();
+  }
+
+  // One thread.
+  void load(const BackwardArgument& argument, const BackwardWork& work) const {
+    const BackwardParams& params = argument.params;
+    typename Ring::Cursor at;
+    for_each_query_tile(params.forward, work, [&](int head, int m_block) {
+      const i64 row = workspace_row<Config>(params, work.seqlen, work.batch, head) + m_block * block_m;
+      const int q_row = m_block * block_m, k_row = work.n_block * block_n;
+      if (at.count == 0) {
+        ptx::mbarrier_arrive_expect_tx(keys_full(), K::bytes);
+        load_rows<Config>(k(), argument.k, keys_full(), k_row, work.seqlen.k, work.seqlen.k_first_row, work.head,
+                          work.batch);
+      }
+      queries().wait_empty(at);
+      queries().expect(at, Q::bytes + rows_bytes);
+      load_rows<Config>(q(at.stage()), argument.q, queries().full(at.stage()), q_row, work.seqlen.q,
+                        work.seqlen.q_first_row, head, work.batch);
+      ptx::cp_async_bulk(lse(at.stage()), params.row_lse + row, rows_bytes, queries().full(at.stage()));
+      if (at.count == 0) {
+        ptx::mbarrier_arrive_expect_tx(values_full(), V::bytes);
+        load_rows<Config>(v(), argument.v, values_full(), k_row, work.seqlen.k, work.seqlen.k_first_row, work.head,
+                          work.batch);
+      }
+      gradients().wait_empty(at);
+      gradients().expect(at, Dout::bytes + rows_bytes);
+      load_rows<Config>(dout(at.stage()), argument.dout, gradients().full(at.stage()), q_row, work.seqlen.q,
+                        work.seqlen.q_first_row, head, work.batch);
+      ptx::cp_async_bulk(delta(at.stage()), params.row_delta + row, rows_bytes, gradients().full(at.stage()));
+      at.advance();
+    });
+  }
+
+  // The first consumer: S, P and dv. A step's last product runs on beside the next step's first.
+  void consume_scores(const BackwardParams& backward, const BackwardWork& work) const {
+    const Params& params = backward.forward;
+    const int first_key = work.n_block * block_n + int(threadIdx.x / 32 % 4) * 16;
+    typename Ring::Cursor at;
+    Dv dv;
+    Operand p;
+    dv.zero();
+    if (!work.range.empty()) tile::wait(keys_full(), 0);
+    for_each_query_tile(params, work, [&](int head, int m_block) {
+      Scores s;
+      queries().wait_full(at);
+      warpgroup::gemm_abt<Config::head_dim>(s, k(), q(at.stage()));
+      warpgroup::wait<1>(dv, p);
+      if (at.count > 0) release(gradients(), at.previous());
+      warpgroup::wait<0>(s);
+      Operand scaled;
+      probabilities<Config>(p, scaled, s, params, work, head, first_key, m_block, lse(at.stage()));
+      release(queries(), at);
+      exchange().wait_empty(at);
+      give(Variant::empty ? p : scaled, weights(at.stage()));
+      __syncwarp();
+      if (tile::lane() == 0) exchange().fill(at);
+      gradients().wait_full(at);
+      warpgroup::gemm_ab(dv, p, dout(at.stage()), true);
+      at.advance();
+    });
+    warpgroup::wait<0>(dv, p);
+    write_keys<Config, Config::head_dim_v>(backward.dv, backward.dv_strides, work, dv, first_key, 1.0f);
+  }
+
+  // The second: dP, dS and dk.
+  void consume_gradients(const BackwardParams& backward, const BackwardWork& work) const {
+    const int first_key = work.n_block * block_n + int(threadIdx.x / 32 % 4) * 16;
+    typename Ring::Cursor at;
+    Dk dk;
+    Operand ds;
+    dk.zero();
+    if (!work.range.empty()) tile::wait(values_full(), 0);
+    for_each_query_tile(backward.forward, work, [&](int, int) {
+      Scores dp;
+      gradients().wait_full(at);
+      warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(at.stage()));
+      warpgroup::wait<1>(dk, ds);
+      if (at.count > 0) release(queries(), at.previous());
+      warpgroup::wait<0>(dp);
+      Operand scaled;
+      exchange().wait_full(at);
+      take(scaled, weights(at.stage()));
+      __syncwarp();
+      if (tile::lane() == 0) exchange().release(at);
+      gradients_of_scores<Config>(ds, scaled, dp, delta(at.stage()));
+      release(gradients(), at);
+      queries().wait_full(at);
+      warpgroup::gemm_ab(dk, ds, q(at.stage()), true);
+      at.advance();
+    });
+    warpgroup::wait<0>(dk, ds);
+    write_keys<Config, Config::head_dim>(backward.dk, backward.dk_strides, work, dk, first_key,
+                                         backward.forward.softmax_scale);
+  }
+
+  // One thread speaks for its warpgroup.
+  static void release(const Ring& ring, const typename Ring::Cursor& at) {
+    if (threadIdx.x % 128 == 0) ring.release(at);
+  }
+
+  // Thread for thread, as the registers of both warpgroups hold the same entries.
+  static void give(const Operand& from, u32 to) {
+#pragma unroll
+    for (int step = 0; step < block_m / 16; ++step) {
+      const u32 (&x)[4] = from.x[step];
+      ptx::st_shared_v4(to + (step * 128 + threadIdx.x % 128) * 16, uint4{x[0], x[1], x[2], x[3]});
+    }
+  }
+
+  static void take(Operand& to, u32 from) {
+#pragma unroll
+    for (int step = 0; step < block_m / 16; ++step) {
+      const uint4 x = ptx::ld_shared_v4(from + (step * 128 + threadIdx.x % 128) * 16);
+      to.x[step][0] = x.x;
+      to.x[step][1] = x.y;
+      to.x[step][2] = x.z;
+      to.x[step][3] = x.w;
+    }
+  }
+};
+
+}  // namespace attention

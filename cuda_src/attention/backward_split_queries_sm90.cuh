@@ -1,0 +1,230 @@
+// attention: the backward's pass over tiles of queries with wgmma, for sm_90: dq, beside backward_split_keys_sm90.cuh. A
+// block keeps 128 queries and goes over the blocks of keys they see. One thread loads those; two warpgroups own 64 of the
+// queries each, and dS, as it stands in registers, is an operand of the product that gives dq.
+#pragma once
+
+#include "attention/backward_params.cuh"
+#include "attention/backward_prepare.cuh"
+#include "attention/backward_rows.cuh"
+#include "attention/backward_tensors_sm90.cuh"
+#include "attention/block_range.cuh"
+#include "attention/mask.cuh"
+#include "attention/variant.cuh"
+#include "core/math.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/math.cuh"
+#include "tile/accumulator.cuh"
+#include "tile/gemm_sm90.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/shared.cuh"
+
+namespace attention {
+
+// What a block works on.
+template <class Config>
+struct QueryWork {
+  RowTile tile;
+  BlockRange range;
+  i64 row;  // of the workspace, where the sequence begins
+
+  static QueryWork find(const BackwardParams& backward, int unit) {
+    const Params& params = backward.forward;
+    QueryWork work;
+    work.tile = RowTile::find<Config>(backward, unit, Config::varlen ? 0 : ceil_div(params.seqlen_q, Config::block_m));
+    work.range = block_range<Config>(params, work.tile.seqlen, work.tile.m_block);
+    work.row = workspace_row<typename Config::Workspace>(backward, work.tile.seqlen, work.tile.batch, work.tile.head);
+    return work;
+  }
+
+  // Whether no row is live.
+  bool idle() const { return tile.row < 0 || tile.m_block * Config::block_m >= tile.seqlen.q; }
+};
+
+// Config, for tiles of 128 queries.
+template <class Config>
+struct QueriesConfig : Config {
+  using Workspace = Config;
+  static constexpr int block_m = 128;
+};
+
+template <class BaseConfig>
+struct BackwardQueriesSm90 {
+  using Config = QueriesConfig<BaseConfig>;
+  using Work = QueryWork<Config>;
+  using element = typename Config::element;
+  static constexpr int block_n = Config::block_n, consumers = Config::block_m / 64;
+  using Q = tile::SharedTile<element, 64, Config::tile_head_dim>;  // one for each warpgroup
+  using Dout = tile::SharedTile<element, 64, Config::tile_head_dim_v>;
+  using K = tile::SharedTile<element, block_n, Config::tile_head_dim>;
+  using V = tile::SharedTile<element, block_n, Config::tile_head_dim_v>;
+
+  using Variant = typename Config::variant;
+  using Span = KeySpan<Config::causal, Config::window>;
+  using Scores = tile::Accumulator<1, block_n>;
+  using Operand = tile::Operand<block_n>;
+  using Dq = tile::Accumulator<1, round_up(Config::head_dim, 16)>;
+
+  using Keys = tile::Ring<2>;
+  using Values = tile::Ring<1>;
+  static constexpr int q_offset = 0, dout_offset = q_offset + consumers * Q::bytes;
+  static constexpr int k_offset = dout_offset + consumers * Dout::bytes, v_offset = k_offset + Keys::stages * K::bytes;
+  static constexpr int barriers_offset = v_offset + Values::stages * V::bytes;
+  static constexpr int smem_bytes = barriers_offset + Keys::bytes + Values::bytes + sizeof(u64);
+
+  u32 smem;
+
+  Q q(int warpgroup) const { return {smem + q_offset + warpgroup * Q::bytes}; }
+  Dout dout(int warpgroup) const { return {smem + dout_offset + warpgroup * Dout::bytes}; }
+  K k(u32 stage) const { return {smem + k_offset + stage * K::bytes}; }
+  V v() const { return {smem + v_offset}; }
+  Keys keys() const { return {smem + barriers_offset}; }
+  Values values() const { return {smem + barriers_offset + Keys::bytes}; }
+  u32 queries_full() const { return smem + barriers_offset + Keys::bytes + Values::bytes; }
+
+  void init() const {
+    keys().init(consumers);
+    values().init(consumers);
+    ptx::mbarrier_init(queries_full(), 1);
+    ptx::fence_mbarrier_init();
+  }
+
+  // One thread.
+  void load(const BackwardArgument& argument, const Work& work) const {
+    const RowTile& tile = work.tile;
+    const int head_k = tile.head / argument.params.forward.qheads_per_khead;
+    Keys::Cursor at_keys;
+    Values::Cursor at_values;
+    ptx::mbarrier_arrive_expect_tx(queries_full(), consumers * (Q::bytes + Dout::bytes));
+    for (int w = 0; w < consumers; ++w) {
+      const int row = tile.m_block * Config::block_m + 64 * w;
+      load_rows<Config>(q(w), argument.q, queries_full(), row, tile.seqlen.q, tile.seqlen.q_first_row, tile.head,
+                        tile.batch);
+      load_rows<Config>(dout(w), argument.dout, queries_full(), row, tile.seqlen.q, tile.seqlen.q_first_row, tile.head,
+                        tile.batch);
+    }
+#pragma unroll 1
+    for (int n_block = work.range.end - 1; n_block >= work.range.begin; --n_block) {
+      keys().wait_empty(at_keys);
+      keys().expect(at_keys, K::bytes);
+      load_rows<Config>(k(at_keys.stage()), argument.k, keys().full(at_keys.stage()), n_block * block_n, tile.seqlen.k,
+                        tile.seqlen.k_first_row, head_k, tile.batch);
+      values().wait_empty(at_values);
+      values().expect(at_values, V::bytes);
+      load_rows<Config>(v(), argument.v, values().full(0), n_block * block_n, tile.seqlen.k, tile.seqlen.k_first_row,
+                        head_k, tile.batch);
+      at_keys.advance();
+      at_values.advance();
+    }
+  }
+
+  // Warpgroup `consumer` of the consumers. A block's last product runs on beside the next one's first.
+  void consume(const BackwardParams& backward, const Work& work, int consumer) const {
+    const Params& params = backward.forward;
+    const RowTile& tile = work.tile;
+    const int first_row = tile.m_block * Config::block_m + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
+    const Variant variant(params, tile.batch, tile.head);
+    const float scale = exponent_scale<Variant>(params);
+    const Turn turn(consumer);
+    float lse[2], delta[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row + tile::fragment_row(0, i);
+      lse[i] = row < tile.seqlen.q ? backward.row_lse[work.row + row] : infinity;
+      delta[i] = row < tile.seqlen.q ? backward.row_delta[work.row + row] : 0.0f;
+    }
+    Keys::Cursor at_keys;
+    Values::Cursor at_values;
+    Dq dq;
+    Operand ds;
+    dq.zero();
+    tile::wait(queries_full(), 0);
+#pragma unroll 1
+    for (int n_block = work.range.end - 1; n_block >= work.range.begin; --n_block) {
+      const int first_key = n_block * block_n;
+      Scores s, dp;
+      keys().wait_full(at_keys);
+      turn.take();
+      warpgroup::gemm_abt<Config::head_dim>(s, q(consumer), k(at_keys.stage()));
+      values().wait_full(at_values);
+      warpgroup::gemm_abt<Config::head_dim_v>(dp, dout(consumer), v());
+      turn.pass();
+      warpgroup::wait<2>(dq, ds);
+      if (at_keys.count > 0) release(keys(), at_keys.previous());
+      warpgroup::wait<1>(s);
+      if (Variant::empty && unlikely(work.range.is_boundary(n_block))) {
+        mask<Config>(s, params, tile.seqlen, first_row, first_key);
+      }
+      Operand weights;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // As in `probabilities`.
+        const int row = first_row + tile::fragment_row(0, i), thread_key = first_key + tile::fragment_col();
+        const int first = Span::first(params, tile.seqlen, row) - thread_key;
+        const int last = Span::last(params, tile.seqlen, row) - thread_key;
+        const float distance = float(row + tile.seqlen.diagonal() - thread_key);
+#pragma unroll
+        for (int j = 0; j < Scores::n_tiles; ++j) {
+          float x[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int key = 8 * j + e;
+            float weight = 1.0f;
+            x[e] = s.x[0][j][2 * i + e];
+            if constexpr (!Variant::empty) {
+              x[e] = variant.score(x[e] * params.softmax_scale, distance - float(key), weight);
+              if (key > last || (Config::window && key < first)) x[e] = -infinity;
+            }
+            x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, -lse[i])) * weight;
+          }
+          weights.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0], x[1]);
+        }
+      }
+      warpgroup::wait<0>(dp);
+      release(values(), at_values);
+#pragma unroll
+      for (int j = 0; j < Scores::n_tiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          u32& packed = ds.x[j / 2][2 * (j % 2) + i];
+          const float2 weight = ptx::cvt_f32_x2<element>(weights.x[j / 2][2 * (j % 2) + i]);
+          packed = ptx::cvt_rn_x2<element>(weight.x * (dp.x[0][j][2 * i] - delta[i]),
+                                           weight.y * (dp.x[0][j][2 * i + 1] - delta[i]));
+        }
+      }
+      warpgroup::gemm_ab(dq, ds, k(at_keys.stage()), true);
+      // ptxas serialises the products if one runs across the loop's edge beside a variant's arithmetic.
+      if (!Variant::empty) warpgroup::wait<0>(dq, ds);
+      at_keys.advance();
+      at_values.advance();
+    }
+    warpgroup::wait<0>(dq, ds);
+
+    element* const rows = tile.rows(static_cast<element*>(backward.dq), backward.dq_strides, 0);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row + tile::fragment_row(0, i);
+      write_row<Config::store_bytes, Config::head_dim>(rows + row * backward.dq_strides.seqlen, backward.dq_strides.dim,
+                                                       row < tile.seqlen.q, dq, 0, i, params.softmax_scale);
+    }
+  }
+
+  // One thread speaks for its warpgroup.
+  template <class Ring, class Cursor>
+  static void release(const Ring& ring, const Cursor& at) {
+    if (threadIdx.x % 128 == 0) ring.release(at);
+  }
+
+  // Consumers take turns in giving the tensor cores S and dP to do.
+  struct Turn {
+    int consumer;
+
+    explicit Turn(int consumer) : consumer(consumer) {
+      if (consumer == 0) ptx::bar_arrive(1, 128 * consumers);
+    }
+
+    void take() const { ptx::bar_sync(1 + consumer, 128 * consumers); }
+    void pass() const { ptx::bar_arrive(2 - consumer, 128 * consumers); }
+  };
+};
+
+}  // namespace attention

@@ -1,0 +1,77 @@
+// attention: the backward for sm_90 where head_dims are too wide for one pass: one for dk and dv, one for dq. Scores are
+// computed twice, and nothing is added up in memory, so that gradients are the same bits in every run.
+#pragma once
+
+#include "attention/backward_finish.cuh"
+#include "attention/backward_params.cuh"
+#include "attention/backward_prepare.cuh"
+#include "attention/backward_split_keys_sm90.cuh"
+#include "attention/backward_split_queries_sm90.cuh"
+#include "attention/backward_work.cuh"
+#include "ptx/setmaxnreg.cuh"
+#include "ptx/shared.cuh"
+
+namespace attention {
+
+template <class Config>
+inline void backward_prepare(const BackwardArgument& argument) {
+  prepare<Config>(argument.params);
+}
+
+template <class Config>
+inline void backward_finish(const BackwardArgument& argument) {
+  finish<Config>(argument.params);
+}
+
+// dk and dv.
+template <class Config>
+inline void backward_split_keys_sm90(const BackwardArgument& argument) {
+  using Mainloop = BackwardKeysSm90<Config>;
+  static_assert(Config::smem_bytes == max_of(Mainloop::smem_bytes, BackwardQueriesSm90<Config>::smem_bytes),
+                "cufa/_configs.py and the tiles disagree on shared memory");
+  extern __shared__ __align__(1024) char dynamic_smem[];
+  __shared__ BackwardWork work;
+  const Mainloop mainloop{ptx::shared_address(dynamic_smem)};
+
+  if (threadIdx.x == 0) {
+    mainloop.init();
+    work = BackwardWork::find<Config>(argument.params, blockIdx.x);
+  }
+  __syncthreads();
+  if (work.template idle<Config>()) return;
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    ptx::setmaxnreg_dec<Config::producer_registers>();
+    if (threadIdx.x == 0) mainloop.load(argument, work);
+  } else {
+    ptx::setmaxnreg_inc<Config::consumer_registers>();
+    if (warpgroup == 1) mainloop.consume_scores(argument.params, work);
+    else mainloop.consume_gradients(argument.params, work);
+  }
+}
+
+// dq.
+template <class Config>
+inline void backward_split_queries_sm90(const BackwardArgument& argument) {
+  using Mainloop = BackwardQueriesSm90<Config>;
+  extern __shared__ __align__(1024) char dynamic_smem[];
+  __shared__ typename Mainloop::Work work;
+  const Mainloop mainloop{ptx::shared_address(dynamic_smem)};
+
+  if (threadIdx.x == 0) {
+    mainloop.init();
+    work = Mainloop::Work::find(argument.params, blockIdx.x);
+  }
+  __syncthreads();
+  if (work.idle()) return;
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    ptx::setmaxnreg_dec<Config::producer_registers>();
+    if (threadIdx.x == 0) mainloop.load(argument, work);
+  } else {
+    ptx::setmaxnreg_inc<Config::consumer_registers>();
+    mainloop.consume(argument.params, work, warpgroup - 1);
+  }
+}
+
+}  // namespace attention

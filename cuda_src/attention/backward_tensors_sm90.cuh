@@ -1,0 +1,108 @@
+// attention: what the backward's main loops for sm_90 share: loading rows, and the arithmetic between their products.
+#pragma once
+
+#include "attention/backward_mask.cuh"
+#include "attention/backward_rows.cuh"
+#include "attention/backward_work.cuh"
+#include "attention/variant.cuh"
+#include "core/math.cuh"
+#include "ptx/convert.cuh"
+#include "ptx/math.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/tma.cuh"
+#include "tile/accumulator.cuh"
+#include "tile/tensor_sm90.cuh"
+
+namespace attention {
+
+// Rows from `row` on of a sequence of `length` rows; those past its end become zeros. For packed sequences see
+// MainloopSm90::Loader.
+template <class Config, class Tile>
+inline void load_rows(const Tile& to, const ptx::TensorMap& map, u32 barrier, int row, int length, int first_row,
+                      int head, int batch) {
+  if constexpr (Config::varlen) {
+    const int live = clamp(length - row, 0, Tile::rows);
+    tile::load(to, map, barrier, Tile::rows - live, head, first_row + row + live);
+  } else {
+    tile::load(to, map, barrier, row, head, batch);
+  }
+}
+
+// p ← the probabilities of transposed scores s; weights ← the same times the derivatives of the variant's scores, unless
+// it is empty. row_lse is the shared address of those of the tile's queries.
+template <class Config, int block_m>
+inline void probabilities(tile::Operand<block_m>& p, tile::Operand<block_m>& weights,
+                          tile::Accumulator<1, block_m>& s, const Params& params, const BackwardWork& work, int head,
+                          int first_key, int m_block, u32 row_lse) {
+  using Variant = typename Config::variant;
+  using element = typename Config::element;
+  const Variant variant(params, work.batch, head);
+  const float scale = exponent_scale<Variant>(params);
+  const int first_query = m_block * block_m;
+  if (Variant::empty && unlikely(work.range.is_boundary(m_block))) {
+    mask_transposed<Config>(s, params, work.seqlen, first_key, first_query);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int key = first_key + tile::fragment_row(0, i), thread_query = first_query + tile::fragment_col();
+    const QuerySpan<Config> span(params, work.seqlen, key, thread_query);
+    const float distance = float(thread_query + work.seqlen.diagonal() - key);
+#pragma unroll
+    for (int j = 0; j < block_m / 8; ++j) {
+      const float2 subtracted = ptx::ld_shared_f32x2(row_lse + (8 * j + tile::fragment_col()) * sizeof(float));
+      float x[2], weight[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        x[e] = s.x[0][j][2 * i + e];
+        weight[e] = 1.0f;
+        // A variant's derivatives need registers that the scores of a whole tile would take: it comes, with the mask,
+        // score by score.
+        if constexpr (!Variant::empty) {
+          x[e] = variant.score(x[e] * params.softmax_scale, distance + float(8 * j + e), weight[e]);
+          if (!span.sees(8 * j + e)) x[e] = -infinity;
+        }
+        x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, e == 0 ? -subtracted.x : -subtracted.y));
+      }
+      p.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0], x[1]);
+      if constexpr (!Variant::empty) {
+        weights.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0] * weight[0], x[1] * weight[1]);
+      }
+    }
+  }
+}
+
+// ds ← weights · (dp - delta).
+template <class Config, int block_m>
+inline void gradients_of_scores(tile::Operand<block_m>& ds, const tile::Operand<block_m>& weights,
+                                const tile::Accumulator<1, block_m>& dp, u32 row_delta) {
+  using element = typename Config::element;
+#pragma unroll
+  for (int j = 0; j < block_m / 8; ++j) {
+    const float2 subtracted = ptx::ld_shared_f32x2(row_delta + (8 * j + tile::fragment_col()) * sizeof(float));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 weight = ptx::cvt_f32_x2<element>(weights.x[j / 2][2 * (j % 2) + i]);
+      const float low = weight.x * (dp.x[0][j][2 * i] - subtracted.x);
+      const float high = weight.y * (dp.x[0][j][2 * i + 1] - subtracted.y);
+      ds.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(low, high);
+    }
+  }
+}
+
+// dk or dv ← factor · a warpgroup's accumulator, whose rows are keys from first_key, the warp's first, on. Those past the
+// live length get zeros, whatever dout holds.
+template <class Config, int valid_cols, int cols>
+inline void write_keys(void* gradient, const Strides& strides, const BackwardWork& work,
+                       const tile::Accumulator<1, cols>& from, int first_key, float factor) {
+  typename Config::element* const rows = static_cast<typename Config::element*>(gradient) +
+                                         work.batch * strides.batch + work.head * strides.head +
+                                         i64(work.seqlen.k_first_row) * strides.seqlen;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first_key + tile::fragment_row(0, i);
+    write_row<Config::store_bytes, valid_cols>(rows + row * strides.seqlen, strides.dim, row < work.key_rows, from, 0, i,
+                                               row < work.seqlen.k ? factor : 0.0f);
+  }
+}
+
+}  // namespace attention

@@ -1,0 +1,12 @@
+// ptx: reductions in global memory (PTX ISA: "red").
+#pragma once
+
+#include "core/types.cuh"
+
+namespace ptx {
+
+inline void red_add_f32(float* address, float x) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(x) : "memory");
+}
+
+}  // namespace ptx

@@ -1,0 +1,153 @@
+"""How close gradients are to the float64 reference, in units of the rounding error to expect: see `cufa.testing`.
+
+The same mathematics in the storage dtype errs by about as much: it rounds p, out and ds, and the gradients themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from cufa import reference, testing
+
+NAMES = ("dq", "dk", "dv", "dsinks")
+
+COMPUTE_UNIT = 2.0**-22
+"""Of a float32 product by three of tf32, and of the exponential."""
+
+
+class Expected(NamedTuple):
+    """Gradients, and the root mean square error to expect of each element; 0 where a gradient is 0 exactly."""
+
+    exact: tuple[np.ndarray, ...]
+    noise: tuple[np.ndarray, ...]
+
+
+def assert_gradients_close(
+    found: tuple[Any, ...],
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    dlse: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    seqused_k: Any = None,
+    **options: Any,
+) -> None:
+    """Raise unless dq, dk, dv and, with sinks, dsinks are as close to the reference as rounding allows.
+
+    As `cufa.testing.assert_close` does of out: every element, every row and the whole array within bounds. What belongs
+    to no sequence, is not live, or sees nothing must be 0.
+    """
+    arrays = [dout, q, k, v, dlse, cu_seqlens_q, cu_seqlens_k, seqused_k]
+    dout, q, k, v, dlse, *offsets = (None if x is None else testing.to_numpy(x) for x in arrays)
+    for name in ("alibi_slopes", "sinks"):
+        options[name] = None if options.get(name) is None else testing.to_numpy(options[name])
+    if offsets[0] is None:
+        expected = expect(dout, q, k, v, dlse, **options)
+    else:
+        expected = _expect_packed(dout, q, k, v, dlse, offsets, options)
+    count = 3 if options["sinks"] is None else 4
+    assert len(found) == count
+    complaints = [
+        testing._complaint(name, result, exact, noise)
+        for name, result, exact, noise in zip(NAMES[:count], found, *(each[:count] for each in expected), strict=True)
+    ]
+    if any(complaints):
+        raise AssertionError("\n".join(filter(None, complaints)))
+
+
+def _expect_packed(
+    dout: Any, q: Any, k: Any, v: Any, dlse: Any, offsets: list[Any], options: dict[str, Any]
+) -> Expected:
+    shapes = (q.shape, k.shape, v.shape, q.shape[1:2])
+    expected = Expected(*(tuple(np.zeros(shape) for shape in shapes) for _ in range(2)))
+    options = options.copy()
+    for each in reference._sequences(q, k, v, *offsets, options.pop("alibi_slopes")):
+        own = None if dlse is None else dlse[None, :, each.rows]
+        one = expect(dout[None, each.rows], each.q, each.k, each.v, own, **options, alibi_slopes=each.alibi_slopes)
+        for whole, part in zip(expected, one, strict=True):
+            for into, x, rows in zip(whole, part, (each.rows, each.keys, each.keys), strict=False):
+                into[rows] = x[0]
+        expected.exact[3][...] += one.exact[3]
+        expected.noise[3][...] = np.hypot(expected.noise[3], one.noise[3])
+    return expected
+
+
+def expect(dout: Any, q: Any, k: Any, v: Any, dlse: Any, **options: Any) -> Expected:
+    """Of a dense problem."""
+    exact = reference._differentiate(dout, q, k, v, dlse, **options)
+    with np.errstate(all="ignore"):  # NaN and Inf are data here
+        return Expected(exact, _noise(exact, dout, q, k, v, dlse, options))
+
+
+def _noise(
+    exact: tuple[Any, ...], dout: Any, q: Any, k: Any, v: Any, dlse: Any, options: dict[str, Any]
+) -> tuple[np.ndarray, ...]:
+    storage = q.dtype
+    unit, tiny = float(ml_dtypes.finfo(storage).eps) / 2, float(ml_dtypes.finfo(storage).smallest_subnormal)
+    half = 0.5  # root mean square of a rounding error in units
+    scale, softcap = options.get("softmax_scale"), options.get("softcap", 0.0)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    keep = reference._keep(q.shape[1], k.shape[1], options.get("causal", False), options.get("window_size"))
+
+    # By (batch, head, row, key or column), in float64. Rows that see no key count for nothing.
+    out, lse = reference.attention(q, k, v, return_lse=True, **options)
+    out_noise, _ = testing._noise(testing._Problem(q, k, v, None, None, None, options), out, storage)
+    raw = reference._scores(q, k, scale, softcap, None)
+    s = reference._scores(q, k, scale, softcap, options.get("alibi_slopes"))
+    k_heads, v_heads = (reference._match_heads(x, q) for x in (k, v))
+    by_head = (x.swapaxes(1, 2).astype(np.float64) for x in (q, k_heads, v_heads, dout, out, out_noise))
+    q_, k_, v_, dout_, out_, out_noise_ = by_head
+    lse = lse[..., None]
+    empty = np.isneginf(lse)
+    dout_, lse_size = np.where(empty, 0, dout_), np.where(empty, 0, np.abs(lse))
+    dlse_ = np.where(empty, 0, 0 if dlse is None else dlse[..., None])
+    p = np.where(keep & ~empty, np.exp(s - lse), 0)
+    delta = (dout_ * out_).sum(axis=-1, keepdims=True) - dlse_
+    derivative = 1 - (raw / softcap) ** 2 if softcap > 0 else np.ones_like(raw)
+    weight = p * derivative
+    gap = np.where(keep, dout_ @ v_.swapaxes(2, 3) - delta, 0)
+    ds = weight * gap
+
+    # What an entry has for itself. Scores err, and so p and ds relatively; so does dp. Sums err like a random walk.
+    walk_q, walk_k = (1 + np.sqrt(x.shape[1]) / 4 for x in (q, k))
+    s_size = (1 + q.shape[-1] / 128) * reference._scores(np.abs(q), np.abs(k), scale, 0.0, None)
+    s_size = 1 + softcap + s_size + np.abs(s - raw) + np.where(p > 0, np.abs(s - lse), 0)
+    dp_size = (1 + v.shape[-1] / 128) * (np.abs(dout_) @ np.abs(v_).swapaxes(2, 3)) + np.abs(delta)
+    p_noise = COMPUTE_UNIT * p * s_size
+    ds_noise = COMPUTE_UNIT * p * (dp_size + np.abs(gap) * s_size)
+    # Roundings to the storage dtype; ds may be made of a rounded p.
+    p_rounding = half * (unit * p + np.where(keep, tiny, 0))
+    ds_rounding = half * (unit * np.abs(ds) + np.where(keep, tiny, 0)) + p_rounding * np.abs(gap * derivative)
+    # What the entries of a row have in common: the roundings of lse, and of out in delta.
+    row_noise = COMPUTE_UNIT * (walk_k + lse_size)
+    delta_noise = np.sqrt((out_noise_**2 * dout_**2).sum(axis=-1, keepdims=True))
+    delta_noise = delta_noise + COMPUTE_UNIT * ((np.abs(dout_ * out_)).sum(axis=-1, keepdims=True) + np.abs(dlse_))
+
+    def result(variance: Any, gradient: Any, seen: Any, factor: float) -> np.ndarray:
+        noise = factor * np.sqrt(variance.swapaxes(1, 2)) + half * (unit * np.abs(gradient) + tiny)
+        return np.where(seen[:, None, None], noise, 0)
+
+    def by_keys(variance: Any, x: Any, like: Any) -> Any:
+        """Added up over queries, and the heads that share a key head."""
+        return reference._sum_groups((variance.swapaxes(2, 3) @ x**2).swapaxes(1, 2), like).swapaxes(1, 2)
+
+    common = (row_noise * (ds @ k_)) ** 2 + (delta_noise * (weight @ k_)) ** 2
+    dq_variance = ((walk_k * ds_noise) ** 2 + ds_rounding**2) @ k_**2 + common
+    dk_variance = (walk_q * ds_noise) ** 2 + ds_rounding**2 + (row_noise * ds) ** 2 + (delta_noise * weight) ** 2
+    dv_variance = (walk_q * p_noise) ** 2 + p_rounding**2 + (row_noise * p) ** 2
+    sinks = options.get("sinks")
+    sink = np.full((q.shape[2], 1, 1), -np.inf) if sinks is None else np.asarray(sinks, np.float64)[:, None, None]
+    p_sink = np.where(empty, 0, np.exp(sink - lse))
+    sink_noise = np.where(p_sink > 0, p_sink * (delta_noise + COMPUTE_UNIT * np.abs(delta) * (lse_size + np.abs(sink))), 0)
+    return (
+        result(dq_variance, exact[0], keep.any(axis=1), scale),
+        result(by_keys(dk_variance, q_, k), exact[1], keep.any(axis=0), scale),
+        result(by_keys(dv_variance, dout_, v), exact[2], keep.any(axis=0), 1.0),
+        np.sqrt((sink_noise**2).sum(axis=(0, 2, 3))) + COMPUTE_UNIT * np.abs(exact[3]),
+    )
