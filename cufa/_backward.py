@@ -54,7 +54,8 @@ def attention_backward(
     causal, window_size, softmax_scale, softcap, alibi_slopes, sinks
         What `attention` was called with.
     deterministic : bool
-        Gradients are the same bits in every run. On the CPU they always are.
+        dq is the same bits in every run. Without, blocks of keys add to it as they come, which is faster. dk, dv and
+        dsinks always are, and so is dq on the CPU, and on Hopper above head_dim 128.
     dq, dk, dv : array, optional
         Shaped like q, k and v, and in their dtype. Written and returned instead of new arrays; must not share memory
         with each other or with the inputs.
@@ -70,8 +71,8 @@ def attention_backward(
     ------
     TypeError, ValueError
         As for `attention`; also if `out`, `lse`, `dout` or `dlse` are not shaped as that call's results.
-    UnsupportedError
-        For arrays on a GPU.
+    UnsupportedError, CompileError, MissingKernelError, CudaError
+        As for `attention`; `UnsupportedError` also for JAX arrays.
 
     See Also
     --------
@@ -79,6 +80,9 @@ def attention_backward(
 
     Notes
     -----
+    On a GPU the sums of dq take memory while they add up, from the caller's framework: 4 bytes for each element of q,
+    head_dim rounded up to 32 or 64, and 8 for each row; on Hopper above head_dim 128 only the latter.
+
     Dao, *FlashAttention-2*, 2023, Algorithm 2.
 
     Examples
@@ -165,7 +169,9 @@ def _run(function: str, given: tuple[Any, ...], options: tuple[Any, ...], determ
     if type(deterministic).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{function}: deterministic is a {type(deterministic).__name__}; pass True or False.")
     if _arrays.is_jax(given[0]):
-        raise UnsupportedError(f"{function}: JAX arrays are not supported yet; pass NumPy, CuPy, torch or Numba arrays.")
+        raise UnsupportedError(
+            f"{function}: JAX arrays are not supported yet; pass NumPy, CuPy, torch or Numba arrays."
+        )
     arrays = _arrays.view(function, NAMES[function], given)
     problem = _problem.backward_problem(function, arrays, options)
     gradients, pointers = [], []
@@ -182,7 +188,7 @@ def _run(function: str, given: tuple[Any, ...], options: tuple[Any, ...], determ
 
 
 def _run_on_gpu(arrays: Arrays, problem: Problem, gradients: list[int], deterministic: bool) -> None:
-    """Three launches on the caller's stream; `gradients` are the addresses of dq, dk, dv and dsinks."""
+    """Launch the kernels on the caller's stream; `gradients` are the addresses of dq, dk, dv and dsinks."""
     stream = arrays.stream(problem.device)
     key = f"launch, deterministic={deterministic}"
     launch, workspace = problem.memo.get(key) or _prepare(problem, deterministic, stream)
@@ -205,7 +211,7 @@ class Workspace(NamedTuple):
     Attributes
     ----------
     offsets : tuple of int
-        Of row_lse, row_delta, dq_sum and turns.
+        Of row_lse, row_delta, dq_sum, turns and blocks_done.
     floats : int
         All of it.
     """
@@ -222,17 +228,18 @@ def _prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[Backwa
     grid = _plan.make_backward_grid(plan, problem)
     functions = _jit.load_kernel(plan, problem.device, stream)
     config = plan.config
-    maps, shifts = bytes(_params.BACKWARD_MAPS_BYTES), ()
+    maps = _tensor_map.Maps(bytes(_params.BACKWARD_MAPS_BYTES), ())
     if plan.kernel.endswith("_sm90"):
-        maps, shifts = _tensor_map.make_backward_maps(problem, config)
-    argument = maps + _params.pack_backward(problem, grid, config.block_m)
+        maps = _tensor_map.make_backward_maps(problem, config)
+    argument = maps.encoded + _params.pack_backward(problem, grid, config.block_m)
     shapes = list(zip(grid.blocks, plan.threads, plan.smem_bytes, strict=True))
-    launch = BackwardLaunch(_jit.describe(plan), functions, problem.device, shapes, argument, shifts)
+    launch = BackwardLaunch(_jit.describe(plan), functions, problem.device, shapes, argument, maps.shifts)
 
     tiles = grid.m_blocks * problem.num_heads_q * (1 if problem.varlen else problem.batch)
     rows = tiles * config.block_m
     split = len(plan.entries) == 4  # dq is not added up in memory
-    sizes = (rows, rows, 0, 0) if split else (rows, rows, rows * config.tile_head_dim, tiles)
+    sums = (0, 0, 0) if split else (rows * config.tile_head_dim, tiles, problem.batch * problem.num_heads_k)
+    sizes = (rows, rows, *sums)
     offsets = [0]
     for size in sizes:
         offsets.append(-(-(offsets[-1] + size) // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT)

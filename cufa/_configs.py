@@ -247,6 +247,10 @@ class ConfigBackwardSm90(Config):
         Whether blocks of keys add to dq in a fixed order.
     dq_threads : int
         Threads that hold a tile of dq.
+    split : bool
+        Whether dq has a pass of its own.
+    finishes : bool
+        Whether the main kernel leaves dq finished.
     producer_registers, consumer_registers : int
         Registers a thread of the warpgroup that loads, and of the others.
     """
@@ -257,6 +261,7 @@ class ConfigBackwardSm90(Config):
     producer_registers: int
     consumer_registers: int
     split: bool = False
+    finishes: bool
 
 
 def backward_sm90(static: Static, deterministic: bool) -> ConfigBackwardSm90:
@@ -277,6 +282,7 @@ def backward_sm90(static: Static, deterministic: bool) -> ConfigBackwardSm90:
         copy_bytes=static.copy_bytes,
         deterministic=deterministic,
         dq_threads=2 * block_n,
+        finishes=static.short,
         producer_registers=producer_registers,
         consumer_registers=consumer_registers,
     )
@@ -291,6 +297,7 @@ class ConfigBackwardSplitSm90(Config):
     producer_registers: int
     consumer_registers: int
     split: bool = True
+    finishes: bool = True
 
 
 def backward_split_sm90(static: Static) -> ConfigBackwardSplitSm90:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._configs import SHARED_MEMORY, SIZEOF, Config, _common, _round_up, _variant
+from ._configs import SHARED_MEMORY, SIZEOF, Config, _common, _round_up
 from ._problem import Static
 
 
@@ -42,6 +42,7 @@ class ConfigBackwardSm80(Config):
     copy_unroll: int
     deterministic: bool
     split: bool = False
+    finishes: bool = False
 
 
 class TileSm80(NamedTuple):

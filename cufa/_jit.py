@@ -373,9 +373,7 @@ def load_kernel(plan: Plan, device: int, stream: int) -> tuple[Any, ...]:
         attribute = _launch.driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         for kernel, smem_bytes in zip(kernels, plan.smem_bytes, strict=True):
             if smem_bytes:
-                _launch.call(
-                    "cuKernelSetAttribute", attribute, smem_bytes, kernel, _launch.call("cuDeviceGet", device)
-                )
+                _launch.call("cuKernelSetAttribute", attribute, smem_bytes, kernel, _launch.call("cuDeviceGet", device))
             _launch.call("cuKernelGetFunction", kernel)  # loads it into the context now, not within a later capture
     functions = tuple(_launch.driver().CUfunction(int(kernel)) for kernel in kernels)
     return _kernels.setdefault((plan, device), functions)

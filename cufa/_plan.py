@@ -69,7 +69,7 @@ class Plan(NamedTuple):
         """The ``__global__`` functions of the kernel's translation unit, in the order of their launches."""
         if not self.kernel.startswith("attention_backward_"):
             return (self.kernel,)
-        main = (self.kernel,)
+        main: tuple[str, ...] = (self.kernel,)
         if self.kernel == "attention_backward_split_sm90":
             main = "attention_backward_split_keys_sm90", "attention_backward_split_queries_sm90"
         return "attention_backward_prepare", *main, "attention_backward_finish"
@@ -225,15 +225,17 @@ def make_backward_grid(plan: Plan, problem: Problem) -> BackwardGrid:
     else:
         m_blocks, n_blocks = -(-problem.seqlen_q // config.block_m), -(-problem.seqlen_k // config.block_n)
     tiles, units = m_blocks * problem.num_heads_q * outer, n_blocks * problem.num_heads_k * outer
-    if max(tiles, units) > MAX_GRID:
+    largest = max(tiles, units)
+    if largest > MAX_GRID:
         raise UnsupportedError(
-            f"{problem.function}: {max(tiles, units)} tiles are more than one launch holds ({MAX_GRID}); split the batch."
+            f"{problem.function}: {largest} tiles are more than one launch holds ({MAX_GRID}); split the batch."
         )
     sinks = problem.num_heads_q if config.sinks else 0
     least = 1 if problem.varlen else 0  # clears the rows that are no sequence's
     section = _backward_section(plan, problem)
     if len(plan.entries) == 3:
-        return BackwardGrid((tiles, units, max(least, tiles + sinks)), m_blocks, n_blocks, section)
+        left = 0 if config.finishes else tiles  # type: ignore[attr-defined]
+        return BackwardGrid((tiles, units, max(least, left + sinks)), m_blocks, n_blocks, section)
     if problem.varlen:
         query_tiles = problem.seqlen_q // SPLIT_QUERIES + problem.batch if problem.batch else 0
     else:

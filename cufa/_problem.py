@@ -23,6 +23,9 @@ MAX_SEQLEN = (1 << 30) - 1
 LONG = 8192
 """Rows of q from which on a sequence counts as long."""
 
+SHORT = 2048
+"""Rows of q up to which a thread block has finished dq of all of them sooner than another launch."""
+
 MAX_MAP_STRIDE = 1 << 40
 """Bound of a stride in a tensor map, in bytes."""
 
@@ -62,7 +65,8 @@ class Static(NamedTuple):
     pack : int
         Query heads that share a key head and should share tiles, for want of rows; 1 if none.
     short : bool
-        Whether sequences may be so short that what tiles waste along a causal mask's diagonal counts.
+        Whether sequences may be so short that what tiles waste along a causal mask's diagonal counts; of gradients,
+        whether they are so short that another launch counts.
     """
 
     element: str
@@ -441,12 +445,15 @@ class _Check:
     ) -> Static:
         itemsize = ITEMSIZE[q.dtype]
         backward = self.function.endswith("_backward")
-        read, loaded, written = ("q", "k", "v"), ("q", "k", "v"), ("out",)
-        row_bytes = v.shape[-1] * itemsize
+        mapped = ["q", "k", "v", *(["dout"] if backward else [])]
+        read = [*mapped, *(["out"] if backward else [])]
+        written = ["dq", "dk", "dv"] if backward else ["out"]
+        row_bytes = math.gcd(v.shape[-1], q.shape[-1] if backward else 0) * itemsize
+        # Lengths of packed sequences are not known; and no row's result may depend on its neighbours'.
+        short = mask_kind(left, right) == "causal" and (self.varlen or q.shape[1] < LONG)
         if backward:
-            read, loaded, written = (*read, "out", "dout"), (*loaded, "dout"), ("dq", "dk", "dv")
-            row_bytes = math.gcd(row_bytes, q.shape[-1] * itemsize)
-        store = min((widest_copy(self.specs[name], itemsize) for name in written if name in self.specs), default=ALIGNMENT)
+            short = not self.varlen and q.shape[1] <= SHORT
+        stores = [widest_copy(self.specs[name], itemsize) for name in written if name in self.specs]
         return Static(
             element=GPU_DTYPES[q.dtype],
             head_dim=q.shape[-1],
@@ -457,11 +464,10 @@ class _Check:
             sinks="sinks" in self.specs,
             varlen=self.varlen,
             copy_bytes=min(widest_copy(self.specs[name], itemsize) for name in read),
-            tma=all(has_tensor_map(self.specs[name], itemsize) for name in loaded),
-            store_bytes=max(itemsize, min(store, math.gcd(row_bytes, ALIGNMENT))),
+            tma=all(has_tensor_map(self.specs[name], itemsize) for name in mapped),
+            store_bytes=max(itemsize, min([*stores, math.gcd(row_bytes, ALIGNMENT)])),
             pack=1 if backward else self.pack(q),
-            # Lengths of packed sequences are not known; and no row's result may depend on its neighbours'.
-            short=not backward and mask_kind(left, right) == "causal" and (self.varlen or q.shape[1] < LONG),
+            short=short,
         )
 
     def pack(self, q: Spec) -> int:

@@ -60,11 +60,11 @@ class Size(NamedTuple):
     dropout: float
 
 
-# The small model reads the text three times. The large one reads it eighty times over, and without dropout would
-# learn it by heart.
+# The small model reads the text three times, the large one twenty times. For longer it learns it by heart, dropout or
+# not: on an H200 what it loses on held-out text rose again, from 1.27 nats after 500 steps to 1.93 after 2000.
 SIZES = {
     "numpy": Size(layers=3, width=128, heads=4, context=128, batch=8, steps=1200, rate=2e-3, dropout=0.0),
-    "cupy": Size(layers=6, width=384, heads=6, context=256, batch=64, steps=2000, rate=1e-3, dropout=0.2),
+    "cupy": Size(layers=6, width=384, heads=6, context=256, batch=64, steps=500, rate=1e-3, dropout=0.2),
 }
 
 HELP = {

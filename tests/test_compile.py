@@ -45,39 +45,61 @@ def static(element: str, head_dim: int, head_dim_v: int, **features: Any) -> Sta
     return Static(element=element, head_dim=head_dim, head_dim_v=head_dim_v, **facts)
 
 
-def compile_plan(facts: Static, arch: int) -> tuple[_plan.Plan, _jit.Compiled]:
-    plan = _plan.make_plan(facts, arch)
-    return plan, _jit.compile_source(_jit.source_of(plan), _jit.options_of(_jit.target_of(plan)), _jit.describe(plan))
+def compile_plan(plan: _plan.Plan) -> _jit.Compiled:
+    return _jit.compile_source(_jit.source_of(plan), _jit.options_of(_jit.target_of(plan)), _jit.describe(plan))
 
 
 def check(facts: Static, arch: int) -> None:
-    plan, compiled = compile_plan(facts, arch)
+    check_plan(_plan.make_plan(facts, arch))
+
+
+def check_backward(facts: Static, arch: int, deterministic: bool) -> None:
+    check_plan(_plan.make_backward_plan(facts, arch, deterministic))
+
+
+def check_plan(plan: _plan.Plan) -> None:
+    compiled = compile_plan(plan)
     taken = _jit.resources_of(compiled.log)
     assert taken.spill_bytes == 0, f"{_jit.describe(plan)} spills {taken.spill_bytes} bytes"
     assert "C75" not in compiled.log, compiled.log
-    assert taken.registers * plan.config.num_threads <= 1 << 16
-    assert plan.config.smem_bytes <= _configs.SHARED_MEMORY[arch]
-    assert compiled.cubin[:4] == b"\x7fELF" and plan.kernel.encode() in compiled.cubin
-    if isinstance(plan.config, _configs.ConfigSm90):
-        check_sass(plan.config, compiled.cubin)
+    assert taken.registers * max(plan.threads) <= 1 << 16
+    assert max(plan.smem_bytes) <= _configs.SHARED_MEMORY[plan.arch]
+    assert compiled.cubin[:4] == b"\x7fELF" and all(entry.encode() in compiled.cubin for entry in plan.entries)
+    if plan.kernel.endswith("_sm90"):
+        check_sass(plan, compiled.cubin)
 
 
-def check_sass(config: _configs.ConfigSm90, cubin: bytes) -> None:
-    """wgmma as written, twice: begun before the loop and ended after it. More WARPGROUPs would be waits that the
-    compiler put in between."""
-    instructions = sass.disassemble(cubin)
-    if instructions:
-        count = sass.count(instructions)
-        assert count["HGMMA"] == 2 * (math.ceil(config.head_dim / 16) + config.block_n // 16)
-        assert count["WARPGROUP"] == 8
-        assert not sass.wgmma_hazards(instructions)
+def check_sass(plan: _plan.Plan, cubin: bytes) -> None:
+    """wgmma as written. More WARPGROUPs than products and waits would be waits that the compiler put in between."""
+    functions = sass.disassemble(cubin)
+    for name, (wgmmas, products, waits) in products_of(plan.config).items():
+        if name in plan.entries and functions:
+            count = sass.count(functions[name])
+            assert (count["HGMMA"], count["WARPGROUP"]) == (wgmmas, products + waits), _jit.describe(plan)
+            assert not sass.wgmma_hazards(functions[name])
+
+
+def products_of(config: Any) -> dict[str, tuple[int, int, int]]:
+    """Of each kernel: wgmmas, products that these make up, and waits for them."""
+    head_dim, head_dim_v = math.ceil(config.head_dim / 16), math.ceil(config.head_dim_v / 16)
+    queries, keys = config.block_m // 16, config.block_n // 16
+    return {
+        # Twice: begun before the loop and ended after it.
+        "attention_forward_sm90": (2 * (head_dim + keys), 4, 4),
+        # S, dP, dV, dK and dQ, the last also after the loop.
+        "attention_backward_sm90": (head_dim + head_dim_v + 2 * queries + 2 * keys, 6, 5),
+        "attention_backward_split_keys_sm90": (head_dim + head_dim_v + 2 * queries, 4, 6),
+        "attention_backward_split_queries_sm90": (head_dim + head_dim_v + keys, 3, 5 if config.variant else 4),
+    }
 
 
 def test_sass_is_read() -> None:
     if not sass.packages("cu13"):
         pytest.skip("needs nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm")
-    _, compiled = compile_plan(static("bf16", 64, 64), 90)
-    assert sass.count(sass.disassemble(compiled.cubin))["HGMMA"] > 0
+    plan = _plan.make_backward_plan(static("bf16", 64, 64), 90, False)
+    functions = sass.disassemble(compile_plan(plan).cubin)
+    assert sorted(functions) == sorted(plan.entries)
+    assert [name for name in plan.entries if sass.count(functions[name])["HGMMA"] > 0] == [plan.kernel]
 
 
 @pytest.mark.parametrize(
@@ -144,22 +166,77 @@ def test_narrow_copies(copy_bytes: int) -> None:
         check(static("bf16", head_dim, head_dim, mask="causal", copy_bytes=copy_bytes, store_bytes=copy_bytes), 90)
 
 
-def test_a_config_that_disagrees_with_the_tiles_does_not_compile() -> None:
-    plan = _plan.make_plan(static("bf16", 64, 64), 80)
+BACKWARD: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"mask": "causal"},
+    "packed": {"mask": "causal", "varlen": True},
+    "window": {"mask": "window", "sinks": True},
+    "slopes": {"alibi": True},
+    "everything": {"mask": "window", "softcap": True, "alibi": True, "sinks": True, "varlen": True},
+    "elementwise": {"mask": "causal", "varlen": True, "copy_bytes": 0, "store_bytes": 0},
+    "elementwise results": {"mask": "causal", "varlen": True, "copy_bytes": 0, "store_bytes": 0, "tma": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("features", "deterministic", "head_dims"),
+    [
+        ("plain", False, ((64, 64), (128, 128), (256, 256))),
+        ("causal", True, ((64, 64), (128, 128))),
+        ("packed", False, ((64, 64), (128, 128), (40, 56), (192, 192))),
+        ("window", True, ((32, 32), (96, 96), (192, 128))),
+        ("slopes", False, ((64, 64), (128, 64))),
+        ("everything", True, ((64, 64), (128, 128), (256, 256))),
+        ("everything", False, ((64, 128), (96, 200))),
+        ("elementwise results", False, ((128, 96),)),
+    ],
+)
+def test_gradients_with_wgmma(features: str, deterministic: bool, head_dims: tuple[tuple[int, int], ...]) -> None:
+    for head_dim, head_dim_v in head_dims:
+        check_backward(static("bf16", head_dim, head_dim_v, **BACKWARD[features]), 90, deterministic)
+
+
+@pytest.mark.parametrize("arch", [80, 86, 100, 120])
+@pytest.mark.parametrize("element", ["bf16", "f32"])
+def test_gradients_for_every_gpu(element: str, arch: int) -> None:
+    """Every row of the table, each with other features on each architecture."""
+    features = ("elementwise", "everything", "packed", "window")
+    head_dims = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256))
+    for row, (head_dim, head_dim_v) in enumerate(head_dims):
+        turn = row + (80, 86, 100, 120).index(arch)
+        check_backward(static(element, head_dim, head_dim_v, **BACKWARD[features[turn % 4]]), arch, turn % 3 == 0)
+
+
+def test_gradients_that_wgmma_does_not_serve() -> None:
+    for element, head_dim, head_dim_v, features in (("f32", 128, 40, "window"), ("f16", 57, 256, "elementwise")):
+        check_backward(static(element, head_dim, head_dim_v, **BACKWARD[features]), 90, True)
+
+
+@pytest.mark.parametrize(("arch", "head_dim"), [(None, 64), (80, 64), (90, 64), (90, 256)])
+def test_a_config_that_disagrees_with_the_tiles_does_not_compile(arch: int | None, head_dim: int) -> None:
+    """Of the forward, and of each kernel of the gradients."""
+    facts = static("bf16", head_dim, head_dim)
+    plan = _plan.make_plan(facts, 80) if arch is None else _plan.make_backward_plan(facts, arch, False)
     wrong = plan._replace(config=dataclasses.replace(plan.config, smem_bytes=plan.config.smem_bytes - 16))
     with pytest.raises(_jit.CompileError, match="disagree on shared memory"):
-        _jit.compile_source(_jit.source_of(wrong), _jit.options_of("80"), "a wrong Config")
+        compile_plan(wrong)
 
 
-def test_params_that_disagree_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = _plan.make_plan(static("bf16", 64, 64), 80)
+@pytest.mark.parametrize(
+    ("name", "member"),
+    [("params", b"float softmax_scale, softcap;"), ("backward_params", b"const void* dout;\n  const float* dlse;")],
+)
+def test_params_that_disagree_do_not_compile(monkeypatch: pytest.MonkeyPatch, name: str, member: bytes) -> None:
+    plan = _plan.make_backward_plan(static("bf16", 64, 64), 80, False)
     headers = dict(_jit.headers())
-    name = "attention/params.cuh"
-    headers[name] = headers[name].replace(b"float softmax_scale, softcap;", b"float softcap, softmax_scale;")
+    name = f"attention/{name}.cuh"
+    first, second = re.findall(rb"\w+(?=[,;])", member)
+    swapped = member.replace(first, b"_").replace(second, first).replace(b"_", second)
+    headers[name] = headers[name].replace(member, swapped)
     assert headers[name] != _jit.headers()[name]
     monkeypatch.setattr(_jit, "headers", lambda: headers)
     with pytest.raises(_jit.CompileError, match="static assertion failed"):
-        _jit.compile_source(_jit.source_of(plan), _jit.options_of("80"), "swapped members")
+        compile_plan(plan)
 
 
 def main() -> None:
@@ -167,6 +244,9 @@ def main() -> None:
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
     for head_dim, head_dim_v in HEAD_DIMS:
         check(static("bf16", head_dim, head_dim_v, **FEATURES[sys.argv[1]]), 90)
+    if sys.argv[1] == "everything":
+        for head_dim in (64, 128, 256):
+            check_backward(static("bf16", head_dim, head_dim, **BACKWARD["everything"]), 90, True)
     print("NVRTC {}.{}:".format(*_jit.nvrtc().version), len(HEAD_DIMS), "rows")
 
 

@@ -38,6 +38,28 @@ inline void load_dq(typename Main::Dq& dq, const float* sums, int thread) {
   }
 }
 
+// dq of a tile of rows, by Main::dq_threads threads.
+template <class Config, class Main>
+inline void finish_tile(const BackwardParams& params, const RowTile& tile, int thread) {
+  using element = typename Config::element;
+  using Dq = typename Main::Dq;
+  const int live_rows = clamp(tile.seqlen.q - tile.m_block * Config::block_m, 0, Config::block_m);
+  if (live_rows == 0) return;
+  Dq dq;
+  load_dq<Main>(dq, params.dq_sum + tile.row * Config::tile_head_dim, thread);
+  element* const rows = tile.rows(static_cast<element*>(params.dq), params.dq_strides, Config::block_m);
+#pragma unroll
+  for (int t = 0; t < Dq::m_tiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = Main::dq_row(thread) + tile::fragment_row(t, i);
+      write_row<Config::store_bytes, Config::head_dim>(rows + row * params.dq_strides.seqlen, params.dq_strides.dim,
+                                                       row < live_rows, dq, t, i, params.forward.softmax_scale,
+                                                       Main::dq_col(thread));
+    }
+  }
+}
+
 // Of the sink of a head, whose probability in row i is exp(sink - lse): -Σ p · delta.
 template <class Config>
 inline void finish_sink(const BackwardParams& backward, int head) {
@@ -92,17 +114,19 @@ inline void clear_outside(const BackwardParams& backward) {
     return clamp(cu_seqlens[index * stride], 0, total);
   };
   const int q_begin = offset(params.cu_seqlens_q, params.cu_seqlens_q_stride, 0, params.seqlen_q);
-  const int q_end = max_of(q_begin, offset(params.cu_seqlens_q, params.cu_seqlens_q_stride, params.batch, params.seqlen_q));
+  const int q_end =
+      max_of(q_begin, offset(params.cu_seqlens_q, params.cu_seqlens_q_stride, params.batch, params.seqlen_q));
   const int k_begin = offset(params.cu_seqlens_k, params.cu_seqlens_k_stride, 0, params.seqlen_k);
-  const int k_end = max_of(k_begin, offset(params.cu_seqlens_k, params.cu_seqlens_k_stride, params.batch, params.seqlen_k));
+  const int k_end =
+      max_of(k_begin, offset(params.cu_seqlens_k, params.cu_seqlens_k_stride, params.batch, params.seqlen_k));
   const int heads_k = params.num_heads_q / params.qheads_per_khead;
-  clear_outside<Config, Config::head_dim>(backward.dq, backward.dq_strides, params.num_heads_q, params.seqlen_q, q_begin,
-                                          q_end);
+  clear_outside<Config, Config::head_dim>(backward.dq, backward.dq_strides, params.num_heads_q, params.seqlen_q,
+                                          q_begin, q_end);
   clear_outside<Config, Config::head_dim>(backward.dk, backward.dk_strides, heads_k, params.seqlen_k, k_begin, k_end);
   clear_outside<Config, Config::head_dim_v>(backward.dv, backward.dv_strides, heads_k, params.seqlen_k, k_begin, k_end);
 }
 
-// For kernels that write dq themselves: one thread block a head.
+// For main kernels that finish dq themselves: one thread block a head.
 template <class Config>
 inline void finish(const BackwardParams& params) {
   if (Config::varlen) clear_outside<Config>(params);
@@ -113,28 +137,12 @@ inline void finish(const BackwardParams& params) {
 template <class Config, class Main>
 inline void finish(const BackwardParams& params) {
   static_assert(Config::dq_threads == Main::dq_threads, "cufa/_configs.py and the main kernel disagree on threads");
-  using element = typename Config::element;
-  using Dq = typename Main::Dq;
   const int tiles = gridDim.x - (Config::sinks ? params.forward.num_heads_q : 0);
   if (Config::varlen) clear_outside<Config>(params);
   if (Config::sinks && int(blockIdx.x) >= tiles) return finish_sink<Config>(params, blockIdx.x - tiles);
   const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
   if (tile.row < 0) return;
-  const int live_rows = clamp(tile.seqlen.q - tile.m_block * Config::block_m, 0, Config::block_m);
-  if (live_rows == 0) return;
-  Dq dq;
-  load_dq<Main>(dq, params.dq_sum + tile.row * Config::tile_head_dim, threadIdx.x);
-  element* const rows = tile.rows(static_cast<element*>(params.dq), params.dq_strides, Config::block_m);
-#pragma unroll
-  for (int t = 0; t < Dq::m_tiles; ++t) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = Main::dq_row(threadIdx.x) + tile::fragment_row(t, i);
-      write_row<Config::store_bytes, Config::head_dim>(rows + row * params.dq_strides.seqlen, params.dq_strides.dim,
-                                                       row < live_rows, dq, t, i, params.forward.softmax_scale,
-                                                       Main::dq_col(threadIdx.x));
-    }
-  }
+  finish_tile<Config, Main>(params, tile, threadIdx.x);
 }
 
 }  // namespace attention

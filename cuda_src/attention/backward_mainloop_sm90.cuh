@@ -96,21 +96,23 @@ struct BackwardMainloopSm90 {
       const int q_row = m_block * block_m, k_row = work.n_block * block_n;
       if (first) {
         ptx::mbarrier_arrive_expect_tx(keys_full(), K::bytes);
-        load_rows<Config>(k(), argument.k, keys_full(), k_row, work.seqlen.k, work.seqlen.k_first_row, work.head, work.batch);
+        load_rows<Config>(k(), argument.k, keys_full(), k_row, work.seqlen.k, work.seqlen.k_first_row, work.head,
+                          work.batch);
       }
       queries().wait_empty(at);
       queries().expect(at, Q::bytes + rows_bytes);
-      load_rows<Config>(q(at.stage()), argument.q, queries().full(at.stage()), q_row, work.seqlen.q, work.seqlen.q_first_row,
-                head, work.batch);
+      load_rows<Config>(q(at.stage()), argument.q, queries().full(at.stage()), q_row, work.seqlen.q,
+                        work.seqlen.q_first_row, head, work.batch);
       ptx::cp_async_bulk(lse(at.stage()), params.row_lse + row, rows_bytes, queries().full(at.stage()));
       if (first) {
         ptx::mbarrier_arrive_expect_tx(values_full(), V::bytes);
-        load_rows<Config>(v(), argument.v, values_full(), k_row, work.seqlen.k, work.seqlen.k_first_row, work.head, work.batch);
+        load_rows<Config>(v(), argument.v, values_full(), k_row, work.seqlen.k, work.seqlen.k_first_row, work.head,
+                          work.batch);
       }
       gradients().wait_empty(at);
       gradients().expect(at, Dout::bytes + rows_bytes);
       load_rows<Config>(dout(at.stage()), argument.dout, gradients().full(at.stage()), q_row, work.seqlen.q,
-                work.seqlen.q_first_row, head, work.batch);
+                        work.seqlen.q_first_row, head, work.batch);
       ptx::cp_async_bulk(delta(at.stage()), params.row_delta + row, rows_bytes, gradients().full(at.stage()));
       first = false;
       at.advance();

@@ -51,26 +51,37 @@ struct RowTile {
   }
 };
 
+// Zeros where dq adds up, and where it is counted how far that is.
+template <class Config>
+inline void clear_sums(const BackwardParams& params, const RowTile& tile, int live_rows) {
+  const int ratio = params.forward.qheads_per_khead;
+  if (Config::finishes && threadIdx.x == 0 && tile.m_block == 0 && tile.head % ratio == 0) {
+    params.blocks_done[(tile.batch * params.forward.num_heads_q + tile.head) / ratio] = 0;
+  }
+  if (live_rows == 0) return;
+  if (Config::deterministic && threadIdx.x == 0) params.turns[tile.row / Config::block_m] = 0;
+  uint4* const sums = reinterpret_cast<uint4*>(params.dq_sum + tile.row * Config::tile_head_dim);
+  for (int i = threadIdx.x; i < Config::block_m * Config::tile_head_dim / 4; i += blockDim.x) {
+    sums[i] = uint4{0, 0, 0, 0};
+  }
+}
+
 template <class Config>
 inline void prepare(const BackwardParams& params) {
   using element = typename Config::element;
   constexpr int chunk_elements = 16 / sizeof(element), chunks = ceil_div(Config::head_dim_v, chunk_elements);
   constexpr int lanes = 8;  // that share a row
-  constexpr int tile_floats = Config::block_m * Config::tile_head_dim;
   const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
   if (tile.row < 0) return;
 
   const int live_rows = clamp(tile.seqlen.q - tile.m_block * Config::block_m, 0, Config::block_m);
-  if (!Config::split && live_rows > 0) {
-    uint4* const sums = reinterpret_cast<uint4*>(params.dq_sum + tile.row * Config::tile_head_dim);
-    for (int i = threadIdx.x; i < tile_floats / 4; i += blockDim.x) sums[i] = uint4{0, 0, 0, 0};
-    if (Config::deterministic && threadIdx.x == 0) params.turns[tile.row / Config::block_m] = 0;
-  }
+  if constexpr (!Config::split) clear_sums<Config>(params, tile, live_rows);
 
-  const element* const out = tile.rows(static_cast<const element*>(params.forward.out), params.forward.out_strides,
-                                       Config::block_m);
+  const element* const out =
+      tile.rows(static_cast<const element*>(params.forward.out), params.forward.out_strides, Config::block_m);
   const element* const dout = tile.rows(static_cast<const element*>(params.dout), params.dout_strides, Config::block_m);
-  const float* const lse = tile.rows(static_cast<const float*>(params.forward.lse), params.lse_strides, Config::block_m);
+  const float* const lse =
+      tile.rows(static_cast<const float*>(params.forward.lse), params.lse_strides, Config::block_m);
   const float* const dlse = params.dlse ? tile.rows(params.dlse, params.dlse_strides, Config::block_m) : nullptr;
   const int lane = threadIdx.x % lanes;
   for (int row = threadIdx.x / lanes; row < Config::block_m; row += blockDim.x / lanes) {
@@ -83,11 +94,12 @@ inline void prepare(const BackwardParams& params) {
         element elements[chunk_elements];
       } a, b;
       a.words = tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(out + row * params.forward.out_strides.seqlen,
-                                                                        params.forward.out_strides.dim, chunk);
+                                                                         params.forward.out_strides.dim, chunk);
       b.words = tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(dout + row * params.dout_strides.seqlen,
-                                                                        params.dout_strides.dim, chunk);
+                                                                         params.dout_strides.dim, chunk);
 #pragma unroll
-      for (int i = 0; i < chunk_elements; ++i) delta = fmaf(ptx::cvt_f32(a.elements[i]), ptx::cvt_f32(b.elements[i]), delta);
+      for (int i = 0; i < chunk_elements; ++i)
+        delta = fmaf(ptx::cvt_f32(a.elements[i]), ptx::cvt_f32(b.elements[i]), delta);
     }
 #pragma unroll
     for (int step = 1; step < lanes; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);

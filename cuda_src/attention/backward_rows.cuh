@@ -9,12 +9,12 @@
 
 namespace attention {
 
-// row ← factor · the thread's row i of m-tile t, or zeros if factor is 0, whatever the row holds, as far as its columns,
-// from first_col on, are within valid_cols. Lanes of a quad trade columns first, so that each has whole chunks of 16
-// bytes; all of them must call this.
+// row ← factor · the thread's row i of m-tile t, or zeros if factor is 0, whatever the row holds, as far as its
+// columns, from first_col on, are within valid_cols. Lanes of a quad trade columns first, so that each has whole chunks
+// of 16 bytes; all of them must call this.
 template <int store_bytes, int valid_cols, class element, int m_tiles, int cols>
-inline void write_row(element* row, i64 col_stride, bool live, const tile::Accumulator<m_tiles, cols>& from, int t, int i,
-                      float factor, int first_col = 0) {
+inline void write_row(element* row, i64 col_stride, bool live, const tile::Accumulator<m_tiles, cols>& from, int t,
+                      int i, float factor, int first_col = 0) {
   constexpr int n_tiles = cols / 8;
   const auto value = [&](int j, int e) { return factor == 0.0f ? 0.0f : factor * from.x[t][j][2 * i + e]; };
   if constexpr (is_same<element, f32>) {
@@ -26,11 +26,10 @@ inline void write_row(element* row, i64 col_stride, bool live, const tile::Accum
       const float got_1 = __shfl_xor_sync(0xffffffffu, odd ? value(j, 1) : value(j + 1, 1), 1);
       if (live) {
         const int chunk = first_col / 4 + 2 * (j + odd) + tile::lane() % 4 / 2;
-        tile::store_chunk<store_bytes, valid_cols>(row, col_stride, chunk,
-                                                   uint4{__float_as_uint(odd ? got_0 : kept_0),
-                                                         __float_as_uint(odd ? got_1 : kept_1),
-                                                         __float_as_uint(odd ? kept_0 : got_0),
-                                                         __float_as_uint(odd ? kept_1 : got_1)});
+        tile::store_chunk<store_bytes, valid_cols>(
+            row, col_stride, chunk,
+            uint4{__float_as_uint(odd ? got_0 : kept_0), __float_as_uint(odd ? got_1 : kept_1),
+                  __float_as_uint(odd ? kept_0 : got_0), __float_as_uint(odd ? kept_1 : got_1)});
       }
     }
   } else {

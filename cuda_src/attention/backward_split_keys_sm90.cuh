@@ -1,6 +1,6 @@
-// attention: the backward's pass over blocks of keys with wgmma, for sm_90 and head_dims for which dk, dv and dq do not fit
-// a thread block's registers together. A block keeps 64 keys and goes over the tiles of queries. One thread loads them.
-// Of two warpgroups one computes P and dv, the other dP, dS and dk; between them P goes through shared memory.
+// attention: the backward's pass over blocks of keys with wgmma, for sm_90 and head_dims for which dk, dv and dq do not
+// fit a thread block's registers together. A block keeps 64 keys and goes over the tiles of queries. One thread loads
+// them. Of two warpgroups one computes P and dv, the other dP, dS and dk; between them P goes through shared memory.
 #pragma once
 
 #include "attention/backward_mask.cuh"
@@ -174,7 +174,7 @@ struct BackwardKeysSm90 {
   static void give(const Operand& from, u32 to) {
 #pragma unroll
     for (int step = 0; step < block_m / 16; ++step) {
-      const u32 (&x)[4] = from.x[step];
+      const u32(&x)[4] = from.x[step];
       ptx::st_shared_v4(to + (step * 128 + threadIdx.x % 128) * 16, uint4{x[0], x[1], x[2], x[3]});
     }
   }

@@ -1,6 +1,6 @@
-// attention: the backward's pass over tiles of queries with wgmma, for sm_90: dq, beside backward_split_keys_sm90.cuh. A
-// block keeps 128 queries and goes over the blocks of keys they see. One thread loads those; two warpgroups own 64 of the
-// queries each, and dS, as it stands in registers, is an operand of the product that gives dq.
+// attention: the backward's pass over tiles of queries with wgmma, for sm_90: dq, beside backward_split_keys_sm90.cuh.
+// A block keeps 128 queries and goes over the blocks of keys they see. One thread loads those; two warpgroups own 64 of
+// the queries each, and dS, as it stands in registers, is an operand of the product that gives dq.
 #pragma once
 
 #include "attention/backward_params.cuh"

@@ -1,5 +1,5 @@
-// attention: the backward for sm_90 where head_dims are too wide for one pass: one for dk and dv, one for dq. Scores are
-// computed twice, and nothing is added up in memory, so that gradients are the same bits in every run.
+// attention: the backward for sm_90 where head_dims are too wide for one pass: one for dk and dv, one for dq. Scores
+// are computed twice, and nothing is added up in memory, so that gradients are the same bits in every run.
 #pragma once
 
 #include "attention/backward_finish.cuh"
@@ -45,8 +45,10 @@ inline void backward_split_keys_sm90(const BackwardArgument& argument) {
     if (threadIdx.x == 0) mainloop.load(argument, work);
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();
-    if (warpgroup == 1) mainloop.consume_scores(argument.params, work);
-    else mainloop.consume_gradients(argument.params, work);
+    if (warpgroup == 1)
+      mainloop.consume_scores(argument.params, work);
+    else
+      mainloop.consume_gradients(argument.params, work);
   }
 }
 

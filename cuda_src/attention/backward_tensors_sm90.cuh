@@ -28,12 +28,12 @@ inline void load_rows(const Tile& to, const ptx::TensorMap& map, u32 barrier, in
   }
 }
 
-// p ← the probabilities of transposed scores s; weights ← the same times the derivatives of the variant's scores, unless
-// it is empty. row_lse is the shared address of those of the tile's queries.
+// p ← the probabilities of transposed scores s; weights ← the same times the derivatives of the variant's scores,
+// unless it is empty. row_lse is the shared address of those of the tile's queries.
 template <class Config, int block_m>
-inline void probabilities(tile::Operand<block_m>& p, tile::Operand<block_m>& weights,
-                          tile::Accumulator<1, block_m>& s, const Params& params, const BackwardWork& work, int head,
-                          int first_key, int m_block, u32 row_lse) {
+inline void probabilities(tile::Operand<block_m>& p, tile::Operand<block_m>& weights, tile::Accumulator<1, block_m>& s,
+                          const Params& params, const BackwardWork& work, int head, int first_key, int m_block,
+                          u32 row_lse) {
   using Variant = typename Config::variant;
   using element = typename Config::element;
   const Variant variant(params, work.batch, head);
@@ -89,19 +89,18 @@ inline void gradients_of_scores(tile::Operand<block_m>& ds, const tile::Operand<
   }
 }
 
-// dk or dv ← factor · a warpgroup's accumulator, whose rows are keys from first_key, the warp's first, on. Those past the
-// live length get zeros, whatever dout holds.
+// dk or dv ← factor · a warpgroup's accumulator, whose rows are keys from first_key, the warp's first, on. Those past
+// the live length get zeros, whatever dout holds.
 template <class Config, int valid_cols, int cols>
 inline void write_keys(void* gradient, const Strides& strides, const BackwardWork& work,
                        const tile::Accumulator<1, cols>& from, int first_key, float factor) {
-  typename Config::element* const rows = static_cast<typename Config::element*>(gradient) +
-                                         work.batch * strides.batch + work.head * strides.head +
-                                         i64(work.seqlen.k_first_row) * strides.seqlen;
+  typename Config::element* const rows = static_cast<typename Config::element*>(gradient) + work.batch * strides.batch +
+                                         work.head * strides.head + i64(work.seqlen.k_first_row) * strides.seqlen;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = first_key + tile::fragment_row(0, i);
-    write_row<Config::store_bytes, valid_cols>(rows + row * strides.seqlen, strides.dim, row < work.key_rows, from, 0, i,
-                                               row < work.seqlen.k ? factor : 0.0f);
+    write_row<Config::store_bytes, valid_cols>(rows + row * strides.seqlen, strides.dim, row < work.key_rows, from, 0,
+                                               i, row < work.seqlen.k ? factor : 0.0f);
   }
 }
 

@@ -40,8 +40,10 @@ inline QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_
   range.full_begin = ceil_div(first_full_row, block_m);
   range.full_end = last_full_row < 0 ? 0 : (last_full_row + 1) / block_m;
   // Keys past the end of the sequence are masked in every tile. Rows past it need no mask: their row_lse sees to it.
-  if (first_key + Config::block_n > seqlen.k) range.full_end = 0;
-  else if (last_full_row == seqlen.q - 1) range.full_end = range.end;
+  if (first_key + Config::block_n > seqlen.k)
+    range.full_end = 0;
+  else if (last_full_row == seqlen.q - 1)
+    range.full_end = range.end;
   return range;
 }
 
@@ -58,9 +60,9 @@ inline i64 workspace_row(const BackwardParams& params, const Seqlen& seqlen, int
   return (i64(outer) * params.forward.num_heads_q + head) * params.workspace_rows + padded_row<Config>(seqlen, batch);
 }
 
-// The deterministic order: how many blocks of keys add to a tile of dq before this one does. It is an order in which the
-// blocks are launched, so that nobody waits for one that cannot run. Under a causal mask the last come first (reversed):
-// every tile's first block then meets it first, and none has to wait.
+// The deterministic order: how many blocks of keys add to a tile of dq before this one does. It is an order in which
+// the blocks are launched, so that nobody waits for one that cannot run. Under a causal mask the last come first
+// (reversed): every tile's first block then meets it first, and none has to wait.
 template <class Config>
 inline int turn_of(const Params& params, const Seqlen& seqlen, int m_block, int n_block) {
   const BlockRange range = block_range<Config>(params, seqlen, m_block);

@@ -34,9 +34,9 @@ inline TileIndex dense_tile(const Params& params, int unit, bool second) {
   return {m_block, index.head % heads, index.head / heads};
 }
 
-// Which unit of which head of which sequence: of each head, a packed sequence b owns the units from offset b / rows of a
-// unit + b to the next sequence's, always enough for its tiles, so a unit finds its sequence by bisection and the host
-// needs no lengths. units is 0 where rows are no sequence's.
+// Which unit of which head of which sequence: of each head, a packed sequence b owns the units from offset b / rows of
+// a unit + b to the next sequence's, always enough for its tiles, so a unit finds its sequence by bisection and the
+// host needs no lengths. units is 0 where rows are no sequence's.
 struct PackedUnit {
   int row, head, batch;
   int units, length;  // of the sequence: units a head, and rows

@@ -32,10 +32,10 @@ inline void cp_async_bulk_tensor_5d(u32 destination, const TensorMap& map, u32 b
 
 // Copies `bytes` contiguous bytes, a multiple of 16.
 inline void cp_async_bulk(u32 destination, const void* source, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   destination),
-               "l"(source), "r"(bytes), "r"(barrier)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 
 // Adds float32 numbers in shared memory to those in global memory.

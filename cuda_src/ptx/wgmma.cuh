@@ -111,8 +111,8 @@ inline void hold(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
     CUFA_WGMMA_SHAPES(X, f16)                                                               \
   }
 
-// D = A · B, or D += A · B if `accumulate`. Both come from shared memory, with k running along their rows (K-major), or,
-// `transposed`, down their columns (MN-major).
+// D = A · B, or D += A · B if `accumulate`. Both come from shared memory, with k running along their rows (K-major),
+// or, `transposed`, down their columns (MN-major).
 template <class element, bool transposed, int n_tiles>
 inline void wgmma_ss(float (&d)[n_tiles][4], u64 a, u64 b, bool accumulate) {
   constexpr int columns = 8 * n_tiles;

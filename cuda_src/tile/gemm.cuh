@@ -172,8 +172,8 @@ inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accum
   }
 }
 
-// The chunks of 16 columns, `count` columns' steps of them from column first_col on, as Tile::step_chunks steps through
-// them from `address`: ahead of time where steps stay within a panel or cover whole ones, else with every step.
+// A lane's address in each of the 32-byte steps of `cols` columns of a tile from first_col on. Where they cover whole
+// panels or stay within one, first_col goes into the first address, and the steps are known at compile time.
 template <class Tile, int cols>
 struct ColumnSteps {
   static constexpr int panel_cols = Tile::panel_chunks * Tile::chunk_elements;
@@ -181,7 +181,7 @@ struct ColumnSteps {
   u32 from;
   int first;
 
-  // From a lane's address in the first 32 bytes of a row.
+  // address: the lane's in the first 32 bytes of a row.
   ColumnSteps(u32 address, int first_col)
       : from(ahead ? Tile::step_chunks(address, first_col * int(sizeof(typename Tile::element)) / 32) : address),
         first(ahead ? 0 : first_col * int(sizeof(typename Tile::element)) / 32) {}

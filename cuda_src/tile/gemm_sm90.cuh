@@ -59,13 +59,13 @@ inline void gemm_abt(tile::Accumulator<1, K::rows>& scores, const Q& q, const K&
   for (int step = 0; step < ceil_div(depth, 16); ++step) {
     const int panel = step / panel_steps, within = step % panel_steps * 32;
     ptx::wgmma_ss<typename K::element, false>(scores.x[0], a + ((panel * Q::panel_stride + within) >> 4),
-                                       b + ((panel * K::panel_stride + within) >> 4), step > 0);
+                                              b + ((panel * K::panel_stride + within) >> 4), step > 0);
   }
   ptx::wgmma_commit_group();
 }
 
-// out = aᵀ·b along all rows of both, for 64 columns of a from first_row on, where a panel begins, and out_cols of b from
-// first_col on, where a panel or half of one does.
+// out = aᵀ·b along all rows of both, for 64 columns of a from first_row on, where a panel begins, and out_cols of b
+// from first_col on, where a panel or half of one does.
 template <class A, class B, int out_cols>
 inline void gemm_atb(tile::Accumulator<1, out_cols>& out, const A& a, const B& b, int first_row, int first_col) {
   static_assert(A::rows == B::rows && A::panel_bytes == 128, "a panel holds the 64 columns");

@@ -1,0 +1,131 @@
+"""The yardstick of gradients accepts what is right and rejects what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gradients
+import numpy as np
+import pytest
+from gradients import assert_gradients_close
+from hypothesis import given, settings
+
+import cufa
+from cufa import reference
+from cufa.reference import Precision
+from cufa.testing import DTYPES, Case, dense_cases, varlen_cases
+
+Gradients = tuple[np.ndarray, ...]
+
+
+def rounded(arrays: dict[str, Any], options: Any) -> Gradients:
+    """What a perfect implementation gives: float32 mathematics, rounded to the inputs' dtype where one must."""
+    found = reference._differentiate(**arrays, **options, precision=Precision(np.float32, arrays["q"].dtype))
+    return found[: 4 if arrays.get("sinks") is not None else 3]
+
+
+def with_dout(case: Case) -> dict[str, Any]:
+    """The arrays of a case, with gradients by out and lse."""
+    arrays, rng = case.arrays(), np.random.default_rng(case.seed)
+    lse_axes = (1, 0) if case.view("q").shape[:-2] == case.view("q").shape[:1] else (0, 2, 1)
+    rows = case.view("out").shape
+    arrays["dout"] = rng.standard_normal(rows).astype(arrays["q"].dtype)
+    arrays["dlse"] = rng.standard_normal([rows[axis] for axis in lse_axes]).astype(np.float32)
+    return arrays
+
+
+@settings(max_examples=100)
+@given(dense_cases(max_seqlen=80))
+def test_rounded_mathematics_is_accepted(case: Case) -> None:
+    arrays = with_dout(case)
+    assert_gradients_close(rounded(arrays, case.options), **arrays, **case.options)
+
+
+@settings(max_examples=60)
+@given(varlen_cases(max_seqlen=65))
+def test_gradients_of_packed_numpy_arrays_are_accepted(case: Case) -> None:
+    arrays = with_dout(case)
+    forward = {name: array for name, array in arrays.items() if name not in ("dout", "dlse")}
+    out, lse = cufa.attention_varlen(**forward, **case.options, return_lse=True)
+    found = cufa.attention_varlen_backward(**arrays, out=out, lse=lse, **case.options)
+    assert_gradients_close(found, **arrays, **case.options)
+
+
+SIZES: dict[str, Any] = {"seqlen_q": 90, "seqlen_k": 120, "num_heads_q": 4, "num_heads_k": 2}
+SIZES |= {"head_dim": 64, "head_dim_v": 64}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 5.0}], ids=["none", "causal", "softcap"])
+def test_the_noise_is_the_error_of_rounded_mathematics(dtype: str, options: dict[str, Any]) -> None:
+    arrays = with_dout(Case(**SIZES, dtype=dtype))
+    expected = gradients.expect(**arrays, **options)
+    for found, exact, noise in zip(rounded(arrays, options), *expected, strict=False):
+        ratio = np.sqrt(np.mean((found - exact)[noise > 0] ** 2 / noise[noise > 0] ** 2))
+        # Three tf32 products are not as exact as one in float32.
+        assert (0.01 if dtype == "float32" else 0.4) < ratio < 1.1
+
+
+Mistake = Callable[[dict[str, Any], Any], Gradients]
+PLAIN: dict[str, Any] = {}
+CAUSAL = {"causal": True}
+WINDOW = {"window_size": (50, 20)}
+
+
+def with_options(**wrong: Any) -> Mistake:
+    return lambda arrays, options: rounded(arrays, {**options, **wrong})
+
+
+def with_arrays(**wrong: Any) -> Mistake:
+    return lambda arrays, options: rounded({**arrays, **wrong}, options)
+
+
+def with_change(change: Callable[[Gradients], Any]) -> Mistake:
+    def mistake(arrays: dict[str, Any], options: Any) -> Gradients:
+        found = tuple(np.array(each) for each in rounded(arrays, options))
+        change(found)
+        return found
+
+    return mistake
+
+
+def one_head_forgotten(arrays: dict[str, Any], options: Any) -> Gradients:
+    """Of those that share a key head."""
+    dout, dlse = arrays["dout"].copy(), arrays["dlse"].copy()
+    dout[:, :, 1], dlse[:, 1] = 0, 0
+    dq = rounded(arrays, options)[0]
+    return dq, *rounded({**arrays, "dout": dout, "dlse": dlse}, options)[1:]
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], Any, Mistake]] = {
+    "dq is zero": ({}, PLAIN, with_change(lambda found: found[0].fill(0))),
+    "dk is zero": ({}, PLAIN, with_change(lambda found: found[1].fill(0))),
+    "dv is zero": ({}, PLAIN, with_change(lambda found: found[2].fill(0))),
+    "dsinks is zero": ({"sinks": True}, PLAIN, with_change(lambda found: found[3].fill(0))),
+    "causal forgotten": ({}, CAUSAL, with_options(causal=False)),
+    "causal one too far": ({}, CAUSAL, with_options(causal=False, window_size=(None, 1))),
+    "causal one too short": ({}, CAUSAL, with_options(causal=False, window_size=(1000, -2))),
+    "window one too far left": ({}, WINDOW, with_options(window_size=(51, 20))),
+    "window one too short right": ({}, WINDOW, with_options(window_size=(50, 19))),
+    "scale of dq two per cent off": ({}, PLAIN, with_change(lambda found: np.multiply(found[0], 1.02, out=found[0]))),
+    "scale of dk forgotten": ({}, PLAIN, with_change(lambda found: np.multiply(found[1], 8, out=found[1]))),
+    "softcap forgotten": ({}, {"softcap": 5.0}, with_options(softcap=0.0)),
+    "slopes forgotten": ({"alibi_ndim": 1}, PLAIN, with_arrays(alibi_slopes=None)),
+    "dlse forgotten": ({}, PLAIN, with_arrays(dlse=None)),
+    "heads swapped": ({}, PLAIN, with_change(lambda found: found[1].__setitem__(..., found[1][:, :, ::-1].copy()))),
+    "a head forgotten": ({}, PLAIN, one_head_forgotten),
+    "the last row forgotten": ({}, CAUSAL, with_change(lambda found: found[0][0, -1, 1].fill(0))),
+    "the last key forgotten": ({}, CAUSAL, with_change(lambda found: found[1][0, -1, 1].fill(0))),
+    "one element": ({}, CAUSAL, with_change(lambda found: found[2][0, 70, 1].__setitem__(5, 0))),
+    "a row that sees nothing": ({"seqlen_q": 121}, CAUSAL, with_change(lambda found: found[0][0, 0].fill(1e-4))),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_rejected(name: str) -> None:
+    changed, options, mistake = MISTAKES[name]
+    arrays = with_dout(Case(**SIZES | changed, dtype="bfloat16"))  # whose noise is the loudest
+    assert_gradients_close(rounded(arrays, options), **arrays, **options)
+    with pytest.raises(AssertionError, match="differs from the float64 reference"):
+        assert_gradients_close(mistake(arrays, options), **arrays, **options)
