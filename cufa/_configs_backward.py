@@ -5,12 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._configs import SHARED_MEMORY, SIZEOF, Config, _common, _round_up
+from ._configs import REGISTERS_SM90, SHARED_MEMORY, SIZEOF, STAGES, WARPGROUP_ROWS, Config, _common, _round_up
 from ._problem import Static
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConfigBackwardSm80(Config):
+class ConfigBackward(Config):
+    """What every kernel of the backward has beside them.
+
+    Attributes
+    ----------
+    copy_bytes : int
+        Widest copy that all rows allow that are not read through tensor maps.
+    deterministic : bool
+        Whether blocks of keys add to dq in a fixed order.
+    dq_threads : int
+        Threads that hold a tile of dq.
+    split : bool
+        Whether dq has a pass of its own, and is not added up in memory.
+    finishes : bool
+        Whether the main kernel leaves dq finished.
+    """
+
+    copy_bytes: int
+    deterministic: bool
+    dq_threads: int
+    split: bool = False
+    finishes: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigBackwardSm80(ConfigBackward):
     """What ``cuda_src/attention/backward_sm80.cuh`` has beside them.
 
     Attributes
@@ -21,28 +46,18 @@ class ConfigBackwardSm80(Config):
         Warps that split the keys of dk and dv; the others split their columns.
     dq_row_warps : int
         Warps that split the queries of a tile of dq; the others split its columns.
-    dq_threads : int
-        Threads that hold a part of a tile of dq: all.
     stages : int
         Tiles of q and dout in shared memory.
-    copy_bytes : int
     copy_unroll : int
         Passes over a tile's rows that are copied at a time.
-    deterministic : bool
-        Whether blocks of keys add to dq in a fixed order.
     """
 
     score_row_warps: int
     score_column_warps: int
     key_row_warps: int
     dq_row_warps: int
-    dq_threads: int
     stages: int
-    copy_bytes: int
     copy_unroll: int
-    deterministic: bool
-    split: bool = False
-    finishes: bool = False
 
 
 class TileSm80(NamedTuple):
@@ -108,3 +123,80 @@ def _tile_sm80(static: Static, arch: int) -> TileSm80:
     if widest <= 192:
         return TileSm80(64, 64, 8, 2, 4, 2, 2, 2) if memory > 99 else TileSm80(32, 64, 8, 4, 2, 2, 2, 1)
     return TileSm80(64, 64, 8, 2, 4, 2, 2, 1) if memory > 99 else TileSm80(32, 32, 8, 2, 2, 1, 1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigBackwardSm90(ConfigBackward):
+    """What ``cuda_src/attention/backward_sm90.cuh`` and ``backward_split_sm90.cuh`` have beside them.
+
+    Of the threads a warpgroup loads and adds up dq; the others compute.
+
+    Attributes
+    ----------
+    producer_registers, consumer_registers : int
+        Registers a thread of the warpgroup that loads, and of the others.
+    """
+
+    producer_registers: int
+    consumer_registers: int
+
+
+def backward_sm90(static: Static, deterministic: bool) -> ConfigBackwardSm90:
+    """Config of the wgmma backward."""
+    block_m, block_n = _tile_backward_sm90(static)
+    size, row_bytes = SIZEOF[static.element], 4 * block_m
+    tile_head_dim, tile_head_dim_v = _round_up(static.head_dim, 64), _round_up(static.head_dim_v, 64)
+    tiles = size * ((block_n + STAGES * block_m) * (tile_head_dim + tile_head_dim_v) + STAGES * block_m * block_n)
+    producer_registers, consumer_registers = REGISTERS_SM90[block_n // WARPGROUP_ROWS]
+    return ConfigBackwardSm90(
+        **_common(static),
+        tile_head_dim=tile_head_dim,
+        tile_head_dim_v=tile_head_dim_v,
+        block_m=block_m,
+        block_n=block_n,
+        num_threads=128 * (1 + block_n // WARPGROUP_ROWS),
+        smem_bytes=_round_up(tiles + row_bytes * (tile_head_dim + 2 * STAGES) + BACKWARD_BARRIERS_BYTES, 16),
+        copy_bytes=static.copy_bytes,
+        deterministic=deterministic,
+        dq_threads=2 * block_n,
+        finishes=static.short,
+        producer_registers=producer_registers,
+        consumer_registers=consumer_registers,
+    )
+
+
+def backward_split_sm90(static: Static) -> ConfigBackwardSm90:
+    """Config of the wgmma backward in two passes."""
+    block = WARPGROUP_ROWS
+    size = SIZEOF[static.element]
+    tile_head_dim, tile_head_dim_v = _round_up(static.head_dim, 64), _round_up(static.head_dim_v, 64)
+    both = tile_head_dim + tile_head_dim_v
+    weights, rows = size * STAGES * block * block, 2 * 4 * STAGES * block
+    keys = size * (1 + STAGES) * block * both + weights + rows + BACKWARD_BARRIERS_BYTES
+    queries = size * block * (2 * both + STAGES * tile_head_dim + tile_head_dim_v) + (2 * STAGES + 2 + 1) * 8
+    producer_registers, consumer_registers = REGISTERS_SM90[2]
+    return ConfigBackwardSm90(
+        **_common(static),
+        tile_head_dim=tile_head_dim,
+        tile_head_dim_v=tile_head_dim_v,
+        block_m=block,
+        block_n=block,
+        num_threads=3 * 128,
+        smem_bytes=max(keys, queries),
+        copy_bytes=static.copy_bytes,
+        deterministic=True,
+        dq_threads=2 * 128,
+        split=True,
+        finishes=True,
+        producer_registers=producer_registers,
+        consumer_registers=consumer_registers,
+    )
+
+
+BACKWARD_BARRIERS_BYTES = 3 * 2 * STAGES * 8 + 2 * 8
+
+
+def _tile_backward_sm90(static: Static) -> tuple[int, int]:
+    """(block_m, block_n)."""
+    widest = max(static.head_dim, static.head_dim_v)
+    return 128 if widest <= 64 and not static.softcap else 64, 128

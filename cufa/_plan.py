@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from . import _configs, _configs_backward
 from ._configs import Config, ConfigSm90
+from ._configs_backward import ConfigBackward
 from ._problem import Problem, Static
 from .errors import UnsupportedError
 
@@ -82,7 +83,8 @@ class Plan(NamedTuple):
             return (main,)
         if len(self.entries) == 4:
             return ROW_THREADS, main, main, ROW_THREADS
-        return ROW_THREADS, main, self.config.dq_threads  # type: ignore[attr-defined]
+        assert isinstance(self.config, ConfigBackward)
+        return ROW_THREADS, main, self.config.dq_threads
 
     @property
     def smem_bytes(self) -> tuple[int, ...]:
@@ -186,10 +188,10 @@ def make_backward_plan(static: Static, arch: int, deterministic: bool) -> Plan:
     _check_arch(arch)
     if arch // 10 == 9 and static.element != "f32" and static.tma and max(static.head_dim, static.head_dim_v) <= 128:
         reason = "it is the fastest for this GPU"
-        return Plan("attention_backward_sm90", arch, _configs.backward_sm90(static, deterministic), reason)
+        return Plan("attention_backward_sm90", arch, _configs_backward.backward_sm90(static, deterministic), reason)
     if arch // 10 == 9 and static.element != "f32" and static.tma:
         reason = "it is the fastest for this GPU and head_dims above 128"
-        return Plan("attention_backward_split_sm90", arch, _configs.backward_split_sm90(static), reason)
+        return Plan("attention_backward_split_sm90", arch, _configs_backward.backward_split_sm90(static), reason)
     known = max(each for each in _configs.SHARED_MEMORY if each <= arch)
     config = _configs_backward.backward_sm80(static, known, deterministic)
     return Plan("attention_backward_sm80", arch, config, _reason(static, arch))
@@ -217,6 +219,7 @@ class BackwardGrid(NamedTuple):
 def make_backward_grid(plan: Plan, problem: Problem) -> BackwardGrid:
     """How many blocks the kernels of the gradients take."""
     config = plan.config
+    assert isinstance(config, ConfigBackward)
     outer = 1 if problem.varlen else problem.batch
     if problem.varlen:
         # Always enough, without knowing one length: see packed_unit in attention/scheduler.cuh.
@@ -234,7 +237,7 @@ def make_backward_grid(plan: Plan, problem: Problem) -> BackwardGrid:
     least = 1 if problem.varlen else 0  # clears the rows that are no sequence's
     section = _backward_section(plan, problem)
     if len(plan.entries) == 3:
-        left = 0 if config.finishes else tiles  # type: ignore[attr-defined]
+        left = 0 if config.finishes else tiles
         return BackwardGrid((tiles, units, max(least, left + sinks)), m_blocks, n_blocks, section)
     if problem.varlen:
         query_tiles = problem.seqlen_q // SPLIT_QUERIES + problem.batch if problem.batch else 0
@@ -261,7 +264,8 @@ def _backward_section(plan: Plan, problem: Problem) -> int:
     heads, seqlen_q = problem.batch * problem.num_heads_k, problem.seqlen_q
     if problem.varlen:
         heads, seqlen_q = problem.num_heads_k, seqlen_q // max(1, problem.batch)
-    if config.deterministic:  # type: ignore[attr-defined]  # both Configs of the backward have it
+    assert isinstance(config, ConfigBackward)
+    if config.deterministic:
         return max(1, heads)
     ratio = problem.num_heads_q // max(1, problem.num_heads_k)
     size = _configs.SIZEOF[config.element]

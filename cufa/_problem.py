@@ -452,7 +452,7 @@ class _Check:
         # Lengths of packed sequences are not known; and no row's result may depend on its neighbours'.
         short = mask_kind(left, right) == "causal" and (self.varlen or q.shape[1] < LONG)
         if backward:
-            short = not self.varlen and q.shape[1] <= SHORT
+            short = not self.varlen and q.shape[1] <= SHORT and self.specs["k"].shape[1] > 0  # else no block finishes
         stores = [widest_copy(self.specs[name], itemsize) for name in written if name in self.specs]
         return Static(
             element=GPU_DTYPES[q.dtype],

@@ -8,10 +8,9 @@ from typing import Any
 import gradients
 import numpy as np
 import pytest
-from gradients import assert_gradients_close
+from gradients import Call, assert_gradients_close
 from hypothesis import given, settings
 
-import cufa
 from cufa import reference
 from cufa.reference import Precision
 from cufa.testing import DTYPES, Case, dense_cases, varlen_cases
@@ -25,31 +24,25 @@ def rounded(arrays: dict[str, Any], options: Any) -> Gradients:
     return found[: 4 if arrays.get("sinks") is not None else 3]
 
 
-def with_dout(case: Case) -> dict[str, Any]:
-    """The arrays of a case, with gradients by out and lse."""
-    arrays, rng = case.arrays(), np.random.default_rng(case.seed)
-    lse_axes = (1, 0) if case.view("q").shape[:-2] == case.view("q").shape[:1] else (0, 2, 1)
-    rows = case.view("out").shape
-    arrays["dout"] = rng.standard_normal(rows).astype(arrays["q"].dtype)
-    arrays["dlse"] = rng.standard_normal([rows[axis] for axis in lse_axes]).astype(np.float32)
+def arrays_of(case: Case) -> dict[str, Any]:
+    """What the reference takes."""
+    arrays = Call(case=case).arrays()
+    del arrays["out"], arrays["lse"]
     return arrays
 
 
 @settings(max_examples=100)
 @given(dense_cases(max_seqlen=80))
 def test_rounded_mathematics_is_accepted(case: Case) -> None:
-    arrays = with_dout(case)
+    arrays = arrays_of(case)
     assert_gradients_close(rounded(arrays, case.options), **arrays, **case.options)
 
 
 @settings(max_examples=60)
 @given(varlen_cases(max_seqlen=65))
 def test_gradients_of_packed_numpy_arrays_are_accepted(case: Case) -> None:
-    arrays = with_dout(case)
-    forward = {name: array for name, array in arrays.items() if name not in ("dout", "dlse")}
-    out, lse = cufa.attention_varlen(**forward, **case.options, return_lse=True)
-    found = cufa.attention_varlen_backward(**arrays, out=out, lse=lse, **case.options)
-    assert_gradients_close(found, **arrays, **case.options)
+    call = Call(case=case, results=("padded", "offset", "contiguous"))
+    call.check(call.run())
 
 
 SIZES: dict[str, Any] = {"seqlen_q": 90, "seqlen_k": 120, "num_heads_q": 4, "num_heads_k": 2}
@@ -59,7 +52,7 @@ SIZES |= {"head_dim": 64, "head_dim_v": 64}
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 5.0}], ids=["none", "causal", "softcap"])
 def test_the_noise_is_the_error_of_rounded_mathematics(dtype: str, options: dict[str, Any]) -> None:
-    arrays = with_dout(Case(**SIZES, dtype=dtype))
+    arrays = arrays_of(Case(**SIZES, dtype=dtype))
     expected = gradients.expect(**arrays, **options)
     for found, exact, noise in zip(rounded(arrays, options), *expected, strict=False):
         ratio = np.sqrt(np.mean((found - exact)[noise > 0] ** 2 / noise[noise > 0] ** 2))
@@ -125,7 +118,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, Mistake]] = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_rejected(name: str) -> None:
     changed, options, mistake = MISTAKES[name]
-    arrays = with_dout(Case(**SIZES | changed, dtype="bfloat16"))  # whose noise is the loudest
+    arrays = arrays_of(Case(**SIZES | changed, dtype="bfloat16"))  # whose noise is the loudest
     assert_gradients_close(rounded(arrays, options), **arrays, **options)
     with pytest.raises(AssertionError, match="differs from the float64 reference"):
         assert_gradients_close(mistake(arrays, options), **arrays, **options)

@@ -136,7 +136,8 @@ inline void finish(const BackwardParams& params) {
 // For those that leave it in dq_sum.
 template <class Config, class Main>
 inline void finish(const BackwardParams& params) {
-  static_assert(Config::dq_threads == Main::dq_threads, "cufa/_configs.py and the main kernel disagree on threads");
+  static_assert(Config::dq_threads == Main::dq_threads,
+                "cufa/_configs_backward.py and the main kernel disagree on threads");
   const int tiles = gridDim.x - (Config::sinks ? params.forward.num_heads_q : 0);
   if (Config::varlen) clear_outside<Config>(params);
   if (Config::sinks && int(blockIdx.x) >= tiles) return finish_sink<Config>(params, blockIdx.x - tiles);

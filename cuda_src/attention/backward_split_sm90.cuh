@@ -28,7 +28,7 @@ template <class Config>
 inline void backward_split_keys_sm90(const BackwardArgument& argument) {
   using Mainloop = BackwardKeysSm90<Config>;
   static_assert(Config::smem_bytes == max_of(Mainloop::smem_bytes, BackwardQueriesSm90<Config>::smem_bytes),
-                "cufa/_configs.py and the tiles disagree on shared memory");
+                "cufa/_configs_backward.py and the tiles disagree on shared memory");
   extern __shared__ __align__(1024) char dynamic_smem[];
   __shared__ BackwardWork work;
   const Mainloop mainloop{ptx::shared_address(dynamic_smem)};

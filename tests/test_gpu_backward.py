@@ -1,0 +1,444 @@
+"""On a GPU: the properties of the gradients, on every framework at hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import gradients
+import numpy as np
+import pytest
+from gradients import Call, assert_gradients_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_gpu import EDGES, framework, same
+
+import cufa
+from cufa import reference
+from cufa.testing import Case, View, to_numpy
+
+pytestmark = pytest.mark.gpu
+
+
+class Kind(NamedTuple):
+    """What makes another kernel. Each takes a second to compile, so that there are but a few."""
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    mask: str = "none"
+    deterministic: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
+    layouts: str = "aligned"
+
+
+DENSE = (
+    Kind("bfloat16", 64, 64),
+    Kind("bfloat16", 128, 128, "causal"),
+    Kind("float16", 128, 128, "window", deterministic=True, sinks=True),
+    Kind("float16", 64, 64, "causal", softcap=True, alibi=True),
+    Kind("bfloat16", 32, 96, "window", alibi=True),
+    Kind("float16", 16, 8, "causal", deterministic=True, sinks=True),
+    Kind("bfloat16", 128, 64, deterministic=True, softcap=True, layouts="narrow out"),
+    Kind("float16", 256, 256, "causal"),
+    Kind("bfloat16", 192, 128, "window", softcap=True, sinks=True),
+    Kind("float32", 64, 64, "causal"),
+    Kind("float32", 160, 256, "window", deterministic=True, alibi=True, sinks=True),
+    Kind("float32", 1, 7, softcap=True, layouts="narrow"),
+    Kind("float16", 128, 128, "causal", layouts="narrow"),
+    Kind("bfloat16", 255, 57, "window", deterministic=True, layouts="narrow"),
+    Kind("bfloat16", 96, 96, layouts="reversed"),
+)
+PACKED = (
+    Kind("bfloat16", 64, 64, "causal"),
+    Kind("float16", 128, 128, deterministic=True),
+    Kind("bfloat16", 128, 128, "window", softcap=True, alibi=True, sinks=True),
+    Kind("float16", 40, 56, "causal", deterministic=True, alibi=True),
+    Kind("bfloat16", 96, 32, sinks=True, layouts="narrow out"),
+    Kind("bfloat16", 256, 200, "causal", sinks=True),
+    Kind("float16", 64, 160, "window", alibi=True),
+    Kind("float32", 128, 128, "causal", deterministic=True),
+    Kind("float32", 31, 65, "window", softcap=True, sinks=True, layouts="narrow"),
+    Kind("float16", 80, 80, layouts="narrow"),
+)
+# One of each kernel, which give the same bits in every run.
+EXACT = (
+    Kind("bfloat16", 64, 64, "causal", deterministic=True),
+    Kind("bfloat16", 128, 128, "window", deterministic=True),
+    Kind("bfloat16", 256, 256, "causal", deterministic=True),
+    Kind("float32", 64, 64, "causal", deterministic=True),
+)
+
+ALIGNED = ("contiguous", "transposed", "fused")
+NARROW = ("padded", "offset", "strided")
+LENGTHS = (1, 2, 17, 63, 64, 65, 100, 127, 128, 129, 191, 193, 200, 257)
+MASKS: dict[str, tuple[dict[str, Any], ...]] = {
+    "none": ({}, {"window_size": (None, -1)}),
+    "causal": ({"causal": True}, {"window_size": (-1, 0)}),
+    "window": (
+        *({"window_size": window} for window in ((0, 0), (5, 1), (64, None), (None, 3), (65, 31), (400, 300))),
+        {"causal": True, "window_size": (70, 5)},
+    ),
+}
+
+
+@st.composite
+def calls(draw: st.DrawFn, kinds: tuple[Kind, ...], packed: bool) -> Call:
+    """Calls of some kinds, with all that the kernel does not depend on."""
+    kind = draw(st.sampled_from(kinds))
+    readable = st.sampled_from((*ALIGNED, "broadcast"))
+    written = st.sampled_from(ALIGNED)
+    q, k, v, dout = (draw(readable) for _ in range(4))
+    results = tuple(draw(written) for _ in range(3))
+    if kind.layouts == "narrow":
+        q, results = draw(st.sampled_from(NARROW)), (draw(st.sampled_from(NARROW)), *results[1:])
+    elif kind.layouts == "reversed":
+        q = "reversed"
+    elif not draw(st.booleans()):
+        results = None
+    lengths: dict[str, Any] = {"batch": draw(st.integers(1, 3))}
+    length = st.sampled_from(LENGTHS)
+    if packed:
+        batch = draw(st.integers(1, 5))
+        seqlens = st.tuples(*[st.sampled_from((0, *LENGTHS))] * batch)
+        lengths = {"batch": batch, "seqlen_q": draw(seqlens), "seqlen_k": draw(seqlens)}
+        if draw(st.booleans()):
+            gone = draw(st.tuples(*[st.sampled_from((0, 1, 64, 300))] * batch))
+            lengths["seqused_k"] = tuple(max(0, n - m) for n, m in zip(lengths["seqlen_k"], gone, strict=True))
+    else:
+        lengths |= {"seqlen_q": draw(length), "seqlen_k": draw(length)}
+    heads = draw(st.sampled_from(((1, 1), (2, 1), (2, 2), (4, 2), (6, 2), (3, 3), (5, 1))))
+    case = Case(
+        **lengths,
+        num_heads_q=heads[0],
+        num_heads_k=heads[1],
+        head_dim=kind.head_dim,
+        head_dim_v=kind.head_dim_v,
+        dtype=kind.dtype,
+        **draw(st.sampled_from(MASKS[kind.mask])),
+        softmax_scale=draw(st.sampled_from((None, 0.02, 0.25))),
+        softcap=draw(st.sampled_from((0.5, 5.0, 30.0))) if kind.softcap else 0.0,
+        alibi_ndim=draw(st.sampled_from((1, 2))) if kind.alibi else 0,
+        sinks=kind.sinks,
+        layouts=(q, k, v, "padded" if kind.layouts.startswith("narrow") else draw(written)),
+        large=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+    )
+    return Call(case=case, deterministic=kind.deterministic, dlse=draw(st.booleans()), dout=dout, results=results)
+
+
+def plain(call: Call) -> Call:
+    """The same of arrays that are contiguous."""
+    case = replace(call.case, layouts=("contiguous",) * 4)
+    return replace(call, case=case, dout="contiguous", results=None)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("name", ["cupy", "torch"])
+@settings(max_examples=100)
+@given(data=st.data())
+def test_gradients_equal_the_reference(name: str, packed: bool, data: st.DataObject) -> None:
+    xp = framework(name)
+    kinds = PACKED if packed else DENSE
+    if name == "torch":
+        kinds = tuple(kind for kind in kinds if kind.layouts != "reversed")
+    call = data.draw(calls(kinds, packed))
+    call.check(call.run(xp))
+
+
+@settings(max_examples=30)
+@given(call=calls((DENSE[2], DENSE[9], PACKED[1]), packed=False))
+def test_numba_gradients_equal_the_reference(call: Call) -> None:
+    cuda = framework("numba.cuda")
+
+    def upload(flat: np.ndarray, view: View) -> Any:
+        return cuda.to_device(np.ascontiguousarray(view.on(flat)))
+
+    call = plain(call)
+    call.check(call.run(upload))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_errors_are_at_most_twice_those_of_the_same_mathematics(dtype: str, head_dim: int) -> None:
+    """In the storage dtype, and after a forward of the GPU's own."""
+    cupy = framework("cupy")
+    sizes = {"seqlen_q": 700, "seqlen_k": 700, "num_heads_q": 2, "num_heads_k": 1, "head_dim": head_dim}
+    call = Call(case=Case(**sizes, head_dim_v=head_dim, dtype=dtype, causal=True), dlse=False)
+    arrays, host = call.arrays(cupy), call.arrays()
+    out, lse = cufa.attention(*(arrays[name] for name in "qkv"), causal=True, return_lse=True)
+    found = call.run(cupy, out=out, lse=lse)
+    given = {name: host[name] for name in ("dout", "q", "k", "v")} | {"dlse": None, "causal": True}
+    exact = reference._differentiate(**given)
+    rounded = reference._differentiate(**given, precision=reference.Precision(np.float32, host["q"].dtype))
+    for name, gradient, true, other in zip(gradients.NAMES, found, exact, rounded, strict=False):
+        error, bound = (np.linalg.norm(to_numpy(x).astype(np.float64) - true) for x in (gradient, other))
+        assert 0 < error <= 2 * bound, f"the error of {name} is {error / bound:.2f} times that"
+
+
+def nearly_same(some: Any, others: Any) -> bool:
+    """Whether sums of the same terms differ by no more than their order, and a rounding, explain."""
+    one, other = to_numpy(some), to_numpy(others)
+    unit = max(float(ml_dtypes.finfo(other.dtype).eps), 1e-5)
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    return bool(np.linalg.norm(one - other) <= unit * np.linalg.norm(other))
+
+
+exact_calls = st.booleans().flatmap(lambda packed: calls(EXACT, packed))
+
+
+@settings(max_examples=60)
+@given(call=exact_calls, power=st.sampled_from((-3, 1, 5)))
+def test_gradients_scale_with_those_they_are_given(call: Call, power: int) -> None:
+    cupy = framework("cupy")
+    call = replace(call, case=replace(call.case, large=False), results=None)
+    host = call.arrays()
+    scaled = {name: cupy.asarray(host[name] * host[name].dtype.type(2.0**power)) for name in ("dout", "dlse") if name in host}
+    for once, more in zip(call.run(cupy), call.run(cupy, **scaled), strict=True):
+        gradient = to_numpy(once)
+        assert same(gradient * gradient.dtype.type(2.0**power), more)
+
+
+@settings(max_examples=60)
+@given(call=exact_calls)
+def test_gradients_of_lse_alone(call: Call) -> None:
+    cupy = framework("cupy")
+    call = replace(call, dlse=True)
+    host = call.arrays()
+    zeros = {name: np.zeros_like(host[name]) for name in ("dout", "dlse")}
+    found = call.run(cupy, dout=cupy.asarray(zeros["dout"]))
+    assert not to_numpy(found[2]).any()
+    del host["out"], host["lse"]
+    assert_gradients_close(found, **host | {"dout": zeros["dout"]}, **call.case.options)
+    without = replace(call, dlse=False).run(cupy)
+    assert all(map(same, call.run(cupy, dlse=cupy.asarray(zeros["dlse"])), without))
+
+
+@settings(max_examples=60)
+@given(call=exact_calls)
+def test_gradients_of_grouped_heads_add_up(call: Call) -> None:
+    cupy = framework("cupy")
+    call = plain(call)
+    ratio = call.case.num_heads_q // call.case.num_heads_k
+    repeated = {name: cupy.asarray(np.repeat(call.arrays()[name], ratio, axis=-2)) for name in ("k", "v")}
+    dq, *sums = call.run(cupy)
+    other, *parts = call.run(cupy, **repeated)
+    assert same(dq, other)
+    for whole, part in zip(sums, parts, strict=True):
+        heads = to_numpy(part).astype(np.float64).reshape(*whole.shape[:-1], ratio, whole.shape[-1])
+        total = heads.sum(axis=-2).astype(to_numpy(part).dtype)
+        assert nearly_same(whole, total)
+
+
+@settings(max_examples=60)
+@given(call=calls(EXACT, packed=True))
+def test_gradients_of_packed_sequences_equal_dense_ones(call: Call) -> None:
+    cupy = framework("cupy")
+    call = plain(replace(call, case=replace(call.case, seqused_k=None)))
+    arrays, found = call.arrays(cupy), call.run(cupy)
+    starts_q, starts_k = (to_numpy(arrays[f"cu_seqlens_{side}"]) for side in "qk")
+    for b in range(call.case.batch):
+        rows, keys = slice(*starts_q[b : b + 2].tolist()), slice(*starts_k[b : b + 2].tolist())
+        own = {name: arrays[name][None, rows] for name in ("dout", "q", "out")}
+        own |= {name: arrays[name][None, keys] for name in ("k", "v")}
+        own |= {name: arrays[name][None, :, rows] for name in ("lse", "dlse") if name in arrays}
+        alone = cufa.attention_backward(**own, **call.case.options, deterministic=True)
+        for gradient, other, part in zip(found, alone, (rows, keys, keys), strict=True):
+            assert nearly_same(gradient[part], other[0])
+
+
+@settings(max_examples=60)
+@given(call=calls(EXACT, packed=False), seed=st.integers(0, 99))
+def test_gradients_are_permuted_as_batch_and_heads_are(call: Call, seed: int) -> None:
+    cupy = framework("cupy")
+    call, rng = plain(call), np.random.default_rng(seed)
+    batch, heads_k = rng.permutation(call.case.batch), rng.permutation(call.case.num_heads_k)
+    ratio = call.case.num_heads_q // call.case.num_heads_k
+    heads_q = (heads_k[:, None] * ratio + rng.permutation(ratio)).ravel()
+    changed = {}
+    for name, array in call.arrays().items():
+        heads = heads_k if name in ("k", "v") else heads_q
+        permuted = array[batch][:, heads] if "lse" in name else array[batch][:, :, heads]
+        changed[name] = cupy.asarray(np.ascontiguousarray(permuted))
+    for gradient, other, heads in zip(call.run(cupy), call.run(cupy, **changed), (heads_q, heads_k, heads_k), strict=True):
+        # dk and dv add up the heads of a group in their order.
+        equal = same if ratio == 1 or heads is heads_q else nearly_same
+        assert equal(to_numpy(gradient)[batch][:, :, heads], other)
+
+
+@settings(max_examples=60)
+@given(call=exact_calls)
+def test_gradients_of_views_equal_those_of_copies(call: Call) -> None:
+    """All layouts here are served by one kernel."""
+    cupy = framework("cupy")
+    host = call.arrays()
+    copies = {name: cupy.asarray(np.ascontiguousarray(array)) for name, array in host.items()}
+    assert all(map(same, call.run(cupy), plain(call).run(cupy, **copies)))
+
+
+@settings(max_examples=60)
+@given(data=st.data(), packed=st.booleans())
+def test_memory_around_gradients_is_not_written(data: st.DataObject, packed: bool) -> None:
+    cupy = framework("cupy")
+    call = data.draw(calls(PACKED if packed else DENSE, packed))
+    views, memories, into = {}, {}, {}
+    for name, layout in zip("qkv", call.results or ALIGNED, strict=True):
+        view = views[name] = View.of(call.case.view(name).shape, layout)
+        memory = memories[name] = cupy.asarray(np.full(view.size, np.nan, call.arrays()["q"].dtype))
+        strides = [stride * memory.itemsize for stride in view.strides]
+        into[f"d{name}"] = cupy.lib.stride_tricks.as_strided(memory[view.offset :], view.shape, strides)
+    replace(call, results=None).run(cupy, **into)
+    for name, view in views.items():
+        isnan = np.isnan(to_numpy(memories[name]).astype(np.float32))
+        assert (isnan == view.outside()).all()
+
+
+# --- what does not count ----------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(call=calls(EXACT, packed=True), place=st.integers(0, 99))
+def test_what_other_sequences_and_heads_hold_never_counts(call: Call, place: int) -> None:
+    """They share boxes and tiles: here one key head of one sequence is NaN."""
+    cupy = framework("cupy")
+    call = plain(call)
+    sequence, head = place % call.case.batch, place % call.case.num_heads_k
+    ratio = call.case.num_heads_q // call.case.num_heads_k
+    arrays = call.arrays()
+    rows, keys = (slice(*arrays[f"cu_seqlens_{side}"][sequence : sequence + 2]) for side in "qk")
+    heads = slice(head * ratio, (head + 1) * ratio)
+    changed = {}
+    for name in {"q", "k", "v", "dout", "out", "lse", "dlse"} & arrays.keys():
+        array = arrays[name].copy()
+        array[(heads, rows) if "lse" in name else (keys, head) if name in ("k", "v") else (rows, heads)] = np.nan
+        changed[name] = cupy.asarray(array)
+    clean, poisoned = call.run(cupy), call.run(cupy, **changed)
+    for gradient, other, at in zip(clean, poisoned, ((rows, heads), (keys, head), (keys, head)), strict=True):
+        one, two = to_numpy(gradient).copy(), to_numpy(other).copy()
+        assert np.isfinite(one.astype(np.float32)).all()
+        one[at] = two[at] = 0
+        assert same(one, two)
+
+
+@pytest.mark.parametrize("outside", [(5, 0), (0, 130), (200, 70)], ids=str)
+@pytest.mark.parametrize("lengths", [(), (100, 0, 65, 1, 300)], ids=["none", "five"])
+@pytest.mark.parametrize("kind", EXACT, ids=str)
+def test_rows_of_no_sequence_have_no_gradient(kind: Kind, lengths: tuple[int, ...], outside: tuple[int, int]) -> None:
+    """Nor do those beyond the live keys; whatever they hold."""
+    cupy = framework("cupy")
+    starts = np.cumsum((outside[0], *lengths), dtype=np.int32)
+    used = np.array([max(0, length - 30) for length in lengths], np.int32)
+    total, options = int(starts[-1]) + outside[1], MASKS[kind.mask][-1]
+    sizes = {"seqlen_q": (total,), "seqlen_k": (total,), "num_heads_q": 4, "num_heads_k": 2}
+    case = Case(**sizes, head_dim=kind.head_dim, head_dim_v=kind.head_dim_v, dtype=kind.dtype)
+    arrays = Call(case=case).arrays()
+    offsets = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "seqused_k": used}
+    given = {name: arrays[name].copy() for name in ("q", "k", "v", "dout", "dlse")} | offsets
+    live = np.zeros((2, total), bool)  # rows and keys
+    for side, counts in enumerate((lengths, used)):
+        for start, count in zip(starts, counts, strict=False):
+            live[side, start : start + count] = True
+    out, lse = reference.attention_varlen(
+        **{name: x for name, x in given.items() if name not in ("dout", "dlse")}, **options, return_lse=True
+    )
+    out, lse = out.astype(given["q"].dtype), lse.astype(np.float32)
+    for array in (given["q"], given["dout"], out, lse.T, given["dlse"].T):
+        array[~live[0]] = np.nan
+    for array in (given["k"], given["v"]):
+        array[~live[1]] = np.nan
+    found = cufa.attention_varlen_backward(
+        **{name: cupy.asarray(x) for name, x in (given | {"out": out, "lse": lse}).items()}, **options, deterministic=True
+    )
+    assert_gradients_close(found, **given, **options)
+
+
+@pytest.mark.parametrize("kind", EXACT, ids=str)
+def test_a_row_without_keys_gives_no_gradient(kind: Kind) -> None:
+    """Whatever its dout and dlse."""
+    cupy = framework("cupy")
+    sizes = {"seqlen_q": 200, "seqlen_k": 100, "num_heads_q": 2, "num_heads_k": 1, "head_dim": kind.head_dim}
+    options = {"causal": True} if kind.mask == "causal" else {"window_size": (50, 0)}
+    call = Call(case=Case(**sizes, head_dim_v=kind.head_dim_v, dtype=kind.dtype, **options), deterministic=True)
+    host = call.arrays()
+    host["dout"][:, :100], host["dlse"][:, :, :100] = np.nan, np.inf
+    found = call.run(cupy, **{name: cupy.asarray(host[name]) for name in ("dout", "dlse")})
+    assert all(np.isfinite(to_numpy(gradient).astype(np.float32)).all() for gradient in found)
+    call.check(found)
+
+
+@pytest.mark.parametrize("nothing", ["batch", "seqlen_q", "seqlen_k", "heads"])
+@pytest.mark.parametrize("kind", EXACT, ids=str)
+def test_sizes_of_zero(kind: Kind, nothing: str) -> None:
+    cupy = framework("cupy")
+    sizes = {"batch": 2, "seqlen_q": 70, "seqlen_k": 130, "num_heads_q": 4, "num_heads_k": 2}
+    sizes |= {"num_heads_q": 0, "num_heads_k": 0} if nothing == "heads" else {nothing: 0}
+    case = Case(**sizes, head_dim=kind.head_dim, head_dim_v=kind.head_dim_v, dtype=kind.dtype, sinks=True)
+    call = Call(case=case, deterministic=True, results=("contiguous",) * 3)
+    call.check(call.run(cupy))
+
+
+def test_offsets_outside_the_arrays_touch_nothing_else() -> None:
+    cupy = framework("cupy")
+    q, lse = cupy.ones((40, 2, 64), cupy.float16), cupy.zeros((2, 40), cupy.float32)
+    for offsets in ([0, 20, 1000], [-7, 20, 40], [30, 10, 40], [0, 2**31 - 1, 40]):
+        bad = cupy.asarray(offsets, dtype=cupy.int32)
+        memories = [cupy.full((64 + 40 + 64, 2, 64), 5, cupy.float16) for _ in range(3)]
+        into = dict(zip(("dq", "dk", "dv"), (memory[64:104] for memory in memories), strict=True))
+        cufa.attention_varlen_backward(q, q, q, q, q, lse, bad, bad, **into)
+        cupy.cuda.Device().synchronize()
+        assert all((memory[:64] == 5).all() and (memory[104:] == 5).all() for memory in memories)
+
+
+# --- many, long, and again --------------------------------------------------------------------------
+
+
+def check_with_own_forward(case: Case, **options: Any) -> None:
+    cupy = framework("cupy")
+    call = Call(case=case, **options)
+    arrays = call.arrays(cupy)
+    given = {name: array for name, array in arrays.items() if name not in ("dout", "dlse", "out", "lse")}
+    forward = cufa.attention_varlen if call.packed else cufa.attention
+    out, lse = forward(**given, **case.options, return_lse=True)
+    call.check(call.run(cupy, out=out, lse=lse))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window_size": (200, 100)}], ids=["none", "causal", "window"])
+def test_edges_of_tiles(head_dim: int, mask: dict[str, Any]) -> None:
+    for seqlen_q, seqlen_k in zip(EDGES, (*EDGES[12:], *EDGES[:12]), strict=True):
+        sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "head_dim": head_dim, "head_dim_v": head_dim}
+        check_with_own_forward(Case(**sizes, num_heads_q=3, num_heads_k=1, dtype="bfloat16", **mask))
+
+
+@pytest.mark.parametrize(("head_dim", "deterministic"), [(64, True), (128, False), (256, False)])
+@pytest.mark.parametrize("mask", [{"causal": True}, {"window_size": (50, 10)}], ids=["causal", "window"])
+def test_many_packed_sequences(head_dim: int, deterministic: bool, mask: dict[str, Any]) -> None:
+    lengths = np.random.default_rng(0).choice([0, 1, 17, 63, 64, 65, 129, 200], (2, 500)).tolist()
+    sizes = {"seqlen_q": tuple(lengths[0]), "seqlen_k": tuple(lengths[1]), "batch": 500}
+    sizes |= {"head_dim": head_dim, "head_dim_v": head_dim, "num_heads_q": 4, "num_heads_k": 2}
+    check_with_own_forward(Case(**sizes, dtype="bfloat16", **mask), deterministic=deterministic)
+
+
+def test_gradients_of_long_sequences() -> None:
+    """Where the reference can tell: of some rows, and of keys that few rows see; and all by another kernel."""
+    cupy = framework("cupy")
+    seqlen, sizes = 16500, {"num_heads_q": 2, "num_heads_k": 1, "head_dim": 128, "head_dim_v": 128}
+    call = Call(case=Case(seqlen_q=seqlen, seqlen_k=seqlen, **sizes, dtype="bfloat16", causal=True), dlse=False)
+    case = call.case
+    host = {name: case.view(name).on(case.flat(name)) for name in "qkv"}
+    host["dout"] = np.random.default_rng(1).standard_normal(host["q"].shape).astype(host["q"].dtype)
+    q, k, v, dout = (cupy.asarray(host[name]) for name in ("q", "k", "v", "dout"))
+    out, lse = cufa.attention(q, k, v, causal=True, return_lse=True)
+    found = cufa.attention_backward(dout, q, k, v, out, lse, causal=True)
+    for stop in (100, 8300, seqlen):
+        rows = slice(stop - 100, stop)
+        some = gradients.expect(*(host[name][:, rows] for name in ("dout", "q")), *(host[name][:, :stop] for name in "kv"), None, causal=True)
+        parts = [rows, rows, rows] if stop == seqlen else [rows]
+        for name, gradient, part, exact, noise in zip(gradients.NAMES, found, parts, *some, strict=False):
+            within = slice(None) if name == "dq" else part
+            assert_near(name, gradient[:, part], exact[:, within], noise[:, within])
+    unaligned = lay_out(host["q"], "offset", cupy)
+    others = cufa.attention_backward(dout, unaligned, k, v, out, lse, causal=True)
+    assert all(map(nearly_same, found, others))
