@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -72,7 +73,8 @@ def watchdog(pytestconfig: pytest.Config) -> Watchdog:
 
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
     dog = Watchdog(float(os.environ.get("CUFA_HANG_SECONDS", "180")), capture)
-    _launch.Launch.__call__ = dog.watch(_launch.Launch.__call__)  # type: ignore[method-assign]
+    for kind in (_launch.Launch, _launch.BackwardLaunch):
+        kind.__call__ = dog.watch(kind.__call__)  # type: ignore[method-assign]
     dog.start()
     return dog
 
@@ -86,6 +88,9 @@ def _watched(request: pytest.FixtureRequest) -> Iterator[None]:
     dog.kernel, dog.since, dog.test = "", time.monotonic(), request.node.nodeid
     yield
     dog.test = ""
+    cupy = sys.modules.get("cupy")
+    if cupy is not None:  # other processes need the memory too
+        cupy.get_default_memory_pool().free_all_blocks()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

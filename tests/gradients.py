@@ -134,13 +134,15 @@ def assert_gradients_close(
         expected = _expect_packed(dout, q, k, v, dlse, offsets, options)
     count = 3 if options["sinks"] is None else 4
     assert len(found) == count
-    # Errors along a row have much in common, so that elements and the whole are looked at, but no rows.
-    complaints = [
-        testing._complaint(name, *(testing.to_numpy(each)[..., None] for each in compared))
-        for name, *compared in zip(NAMES[:count], found, *(each[:count] for each in expected), strict=True)
-    ]
+    compared = zip(NAMES[:count], found, *(each[:count] for each in expected), strict=True)
+    complaints = [complaint(*each) for each in compared]
     if any(complaints):
         raise AssertionError("\n".join(filter(None, complaints)))
+
+
+def complaint(name: str, found: Any, exact: np.ndarray, noise: np.ndarray) -> str | None:
+    """What is wrong with elements and the whole; errors along a row have too much in common to tell anything."""
+    return testing._complaint(name, *(testing.to_numpy(each)[..., None] for each in (found, exact, noise)))
 
 
 def _expect_packed(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cufa
-from cufa import _arrays, _jit, _launch
+from cufa import _jit, _launch
 from cufa.testing import LAYOUTS, Case, View, assert_close, dense_cases, to_numpy, varlen_cases
 
 pytestmark = pytest.mark.gpu
@@ -715,12 +714,3 @@ def test_second_gpu(cupy: Any) -> None:
         assert_close(out, **case.arrays())
     with pytest.raises(ValueError, match="v is on cuda:0 but q is on cuda:1"):
         cufa.attention(arrays["q"], arrays["k"], case.arrays(cupy)["v"])
-
-
-@pytest.fixture(autouse=True)
-def _free_memory() -> Iterator[None]:
-    yield
-    if importlib.util.find_spec("cupy") is not None and _arrays.CupyAdapter in _arrays._INSTANCES:
-        import cupy
-
-        cupy.get_default_memory_pool().free_all_blocks()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import gradients
+import ml_dtypes
 import numpy as np
 import pytest
 from gradients import Call, assert_gradients_close
@@ -73,7 +74,7 @@ EXACT = (
 
 ALIGNED = ("contiguous", "transposed", "fused")
 NARROW = ("padded", "offset", "strided")
-LENGTHS = (1, 2, 17, 63, 64, 65, 100, 127, 128, 129, 191, 193, 200, 257)
+LENGTHS = (129, 1, 2, 17, 63, 64, 65, 100, 127, 128, 191, 193, 200, 257)
 MASKS: dict[str, tuple[dict[str, Any], ...]] = {
     "none": ({}, {"window_size": (None, -1)}),
     "causal": ({"causal": True}, {"window_size": (-1, 0)}),
@@ -85,31 +86,29 @@ MASKS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 @st.composite
-def calls(draw: st.DrawFn, kinds: tuple[Kind, ...], packed: bool) -> Call:
-    """Calls of some kinds, with all that the kernel does not depend on."""
-    kind = draw(st.sampled_from(kinds))
-    readable = st.sampled_from((*ALIGNED, "broadcast"))
-    written = st.sampled_from(ALIGNED)
-    q, k, v, dout = (draw(readable) for _ in range(4))
-    results = tuple(draw(written) for _ in range(3))
+def calls(draw: st.DrawFn, kind: Kind, packed: bool) -> Call:
+    """Calls of a kind, with all that the kernel does not depend on."""
+    written, narrow = st.sampled_from(ALIGNED), st.sampled_from(NARROW)
+    q, k, v, dout = (draw(st.sampled_from((*ALIGNED, "broadcast"))) for _ in range(4))
+    out = "padded" if kind.layouts.startswith("narrow") else draw(written)
+    results: Any = draw(st.none() | st.tuples(written, written, written))
     if kind.layouts == "narrow":
-        q, results = draw(st.sampled_from(NARROW)), (draw(st.sampled_from(NARROW)), *results[1:])
+        q, results = draw(narrow), draw(st.tuples(narrow, narrow, written))
     elif kind.layouts == "reversed":
         q = "reversed"
-    elif not draw(st.booleans()):
-        results = None
-    lengths: dict[str, Any] = {"batch": draw(st.integers(1, 3))}
-    length = st.sampled_from(LENGTHS)
+    lengths: dict[str, Any] = {"batch": draw(st.integers(1, 5 if packed else 3))}
+    # Of a single query a causal mask removes nothing, which makes another kernel.
+    least = 0 if packed else 2 if kind.mask == "causal" else 1
+    length = st.sampled_from([n for n in (*LENGTHS, 0) if n >= least])
     if packed:
-        batch = draw(st.integers(1, 5))
-        seqlens = st.tuples(*[st.sampled_from((0, *LENGTHS))] * batch)
-        lengths = {"batch": batch, "seqlen_q": draw(seqlens), "seqlen_k": draw(seqlens)}
+        seqlens = st.tuples(*[length] * lengths["batch"])
+        lengths |= {"seqlen_q": draw(seqlens), "seqlen_k": draw(seqlens)}
         if draw(st.booleans()):
-            gone = draw(st.tuples(*[st.sampled_from((0, 1, 64, 300))] * batch))
+            gone = draw(st.tuples(*[st.sampled_from((0, 1, 64, 300))] * lengths["batch"]))
             lengths["seqused_k"] = tuple(max(0, n - m) for n, m in zip(lengths["seqlen_k"], gone, strict=True))
     else:
         lengths |= {"seqlen_q": draw(length), "seqlen_k": draw(length)}
-    heads = draw(st.sampled_from(((1, 1), (2, 1), (2, 2), (4, 2), (6, 2), (3, 3), (5, 1))))
+    heads = draw(st.sampled_from(((4, 2), (1, 1), (2, 1), (2, 2), (6, 2), (3, 3), (5, 1))))
     case = Case(
         **lengths,
         num_heads_q=heads[0],
@@ -122,7 +121,7 @@ def calls(draw: st.DrawFn, kinds: tuple[Kind, ...], packed: bool) -> Call:
         softcap=draw(st.sampled_from((0.5, 5.0, 30.0))) if kind.softcap else 0.0,
         alibi_ndim=draw(st.sampled_from((1, 2))) if kind.alibi else 0,
         sinks=kind.sinks,
-        layouts=(q, k, v, "padded" if kind.layouts.startswith("narrow") else draw(written)),
+        layouts=(q, k, v, out),
         large=draw(st.booleans()),
         seed=draw(st.integers(0, 99)),
     )
@@ -135,21 +134,34 @@ def plain(call: Call) -> Call:
     return replace(call, case=case, dout="contiguous", results=None)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def name_of(kind: Kind) -> str:
+    parts = (kind.dtype, kind.head_dim, kind.head_dim_v, kind.mask, "deterministic" * kind.deterministic)
+    return "-".join(str(part) for part in parts if part)
+
+
+of_every_kind = pytest.mark.parametrize(
+    ("kind", "packed"),
+    [(kind, packed) for packed, kinds in enumerate((DENSE, PACKED)) for kind in kinds],
+    ids=[f"{side}-{name_of(kind)}" for side, kinds in (("dense", DENSE), ("packed", PACKED)) for kind in kinds],
+)
+of_every_kernel = pytest.mark.parametrize("kind", EXACT, ids=name_of)
+dense_or_packed = pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+
+
+@of_every_kind
 @pytest.mark.parametrize("name", ["cupy", "torch"])
-@settings(max_examples=100)
+@settings(max_examples=12)
 @given(data=st.data())
-def test_gradients_equal_the_reference(name: str, packed: bool, data: st.DataObject) -> None:
+def test_gradients_equal_the_reference(name: str, kind: Kind, packed: bool, data: st.DataObject) -> None:
     xp = framework(name)
-    kinds = PACKED if packed else DENSE
-    if name == "torch":
-        kinds = tuple(kind for kind in kinds if kind.layouts != "reversed")
-    call = data.draw(calls(kinds, packed))
+    if kind.layouts == "reversed" and name == "torch":
+        pytest.skip("torch knows no negative strides")
+    call = data.draw(calls(kind, packed))
     call.check(call.run(xp))
 
 
 @settings(max_examples=30)
-@given(call=calls((DENSE[2], DENSE[9], PACKED[1]), packed=False))
+@given(call=st.sampled_from((DENSE[2], DENSE[9])).flatmap(lambda kind: calls(kind, packed=False)))
 def test_numba_gradients_equal_the_reference(call: Call) -> None:
     cuda = framework("numba.cuda")
 
@@ -160,8 +172,9 @@ def test_numba_gradients_equal_the_reference(call: Call) -> None:
     call.check(call.run(upload))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [("float16", 128), ("bfloat16", 64), ("bfloat16", 256), ("float32", 64), ("float32", 128)]
+)
 def test_errors_are_at_most_twice_those_of_the_same_mathematics(dtype: str, head_dim: int) -> None:
     """In the storage dtype, and after a forward of the GPU's own."""
     cupy = framework("cupy")
@@ -183,31 +196,35 @@ def nearly_same(some: Any, others: Any) -> bool:
     one, other = to_numpy(some), to_numpy(others)
     unit = max(float(ml_dtypes.finfo(other.dtype).eps), 1e-5)
     one, other = one.astype(np.float64), other.astype(np.float64)
-    return bool(np.linalg.norm(one - other) <= unit * np.linalg.norm(other))
+    return bool(np.linalg.norm(one - other) <= unit * np.linalg.norm(other) + 1e-6 * np.sqrt(other.size))
 
 
-exact_calls = st.booleans().flatmap(lambda packed: calls(EXACT, packed))
-
-
-@settings(max_examples=60)
-@given(call=exact_calls, power=st.sampled_from((-3, 1, 5)))
-def test_gradients_scale_with_those_they_are_given(call: Call, power: int) -> None:
+@of_every_kernel
+@dense_or_packed
+@settings(max_examples=10)
+@given(data=st.data(), power=st.sampled_from((-3, 1, 5)))
+def test_gradients_scale_with_those_they_are_given(kind: Kind, packed: bool, data: st.DataObject, power: int) -> None:
     cupy = framework("cupy")
-    call = replace(call, case=replace(call.case, large=False), results=None)
+    call = plain(data.draw(calls(kind, packed)))
+    call = replace(call, case=replace(call.case, large=False))
     host = call.arrays()
-    scaled = {name: cupy.asarray(host[name] * host[name].dtype.type(2.0**power)) for name in ("dout", "dlse") if name in host}
+    scaled = {
+        name: cupy.asarray(host[name] * host[name].dtype.type(2.0**power)) for name in ("dout", "dlse") if name in host
+    }
     for once, more in zip(call.run(cupy), call.run(cupy, **scaled), strict=True):
         gradient = to_numpy(once)
         assert same(gradient * gradient.dtype.type(2.0**power), more)
 
 
-@settings(max_examples=60)
-@given(call=exact_calls)
-def test_gradients_of_lse_alone(call: Call) -> None:
+@of_every_kernel
+@dense_or_packed
+@settings(max_examples=10)
+@given(data=st.data())
+def test_gradients_of_lse_alone(kind: Kind, packed: bool, data: st.DataObject) -> None:
     cupy = framework("cupy")
-    call = replace(call, dlse=True)
+    call = replace(data.draw(calls(kind, packed)), dlse=True)
     host = call.arrays()
-    zeros = {name: np.zeros_like(host[name]) for name in ("dout", "dlse")}
+    zeros = {name: np.zeros(host[name].shape, host[name].dtype) for name in ("dout", "dlse")}
     found = call.run(cupy, dout=cupy.asarray(zeros["dout"]))
     assert not to_numpy(found[2]).any()
     del host["out"], host["lse"]
@@ -216,11 +233,13 @@ def test_gradients_of_lse_alone(call: Call) -> None:
     assert all(map(same, call.run(cupy, dlse=cupy.asarray(zeros["dlse"])), without))
 
 
-@settings(max_examples=60)
-@given(call=exact_calls)
-def test_gradients_of_grouped_heads_add_up(call: Call) -> None:
+@of_every_kernel
+@dense_or_packed
+@settings(max_examples=10)
+@given(data=st.data())
+def test_gradients_of_grouped_heads_add_up(kind: Kind, packed: bool, data: st.DataObject) -> None:
     cupy = framework("cupy")
-    call = plain(call)
+    call = plain(data.draw(calls(kind, packed)))
     ratio = call.case.num_heads_q // call.case.num_heads_k
     repeated = {name: cupy.asarray(np.repeat(call.arrays()[name], ratio, axis=-2)) for name in ("k", "v")}
     dq, *sums = call.run(cupy)
@@ -232,15 +251,19 @@ def test_gradients_of_grouped_heads_add_up(call: Call) -> None:
         assert nearly_same(whole, total)
 
 
-@settings(max_examples=60)
-@given(call=calls(EXACT, packed=True))
-def test_gradients_of_packed_sequences_equal_dense_ones(call: Call) -> None:
+@of_every_kernel
+@settings(max_examples=15)
+@given(data=st.data())
+def test_gradients_of_packed_sequences_equal_dense_ones(kind: Kind, data: st.DataObject) -> None:
     cupy = framework("cupy")
-    call = plain(replace(call, case=replace(call.case, seqused_k=None)))
+    call = plain(data.draw(calls(kind, packed=True)))
+    call = replace(call, case=replace(call.case, seqused_k=None))
     arrays, found = call.arrays(cupy), call.run(cupy)
     starts_q, starts_k = (to_numpy(arrays[f"cu_seqlens_{side}"]) for side in "qk")
     for b in range(call.case.batch):
         rows, keys = slice(*starts_q[b : b + 2].tolist()), slice(*starts_k[b : b + 2].tolist())
+        if rows.stop - rows.start < 2 or keys.stop == keys.start:
+            continue
         own = {name: arrays[name][None, rows] for name in ("dout", "q", "out")}
         own |= {name: arrays[name][None, keys] for name in ("k", "v")}
         own |= {name: arrays[name][None, :, rows] for name in ("lse", "dlse") if name in arrays}
@@ -249,11 +272,12 @@ def test_gradients_of_packed_sequences_equal_dense_ones(call: Call) -> None:
             assert nearly_same(gradient[part], other[0])
 
 
-@settings(max_examples=60)
-@given(call=calls(EXACT, packed=False), seed=st.integers(0, 99))
-def test_gradients_are_permuted_as_batch_and_heads_are(call: Call, seed: int) -> None:
+@of_every_kernel
+@settings(max_examples=15)
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_gradients_are_permuted_as_batch_and_heads_are(kind: Kind, data: st.DataObject, seed: int) -> None:
     cupy = framework("cupy")
-    call, rng = plain(call), np.random.default_rng(seed)
+    call, rng = plain(data.draw(calls(kind, packed=False))), np.random.default_rng(seed)
     batch, heads_k = rng.permutation(call.case.batch), rng.permutation(call.case.num_heads_k)
     ratio = call.case.num_heads_q // call.case.num_heads_k
     heads_q = (heads_k[:, None] * ratio + rng.permutation(ratio)).ravel()
@@ -262,27 +286,33 @@ def test_gradients_are_permuted_as_batch_and_heads_are(call: Call, seed: int) ->
         heads = heads_k if name in ("k", "v") else heads_q
         permuted = array[batch][:, heads] if "lse" in name else array[batch][:, :, heads]
         changed[name] = cupy.asarray(np.ascontiguousarray(permuted))
-    for gradient, other, heads in zip(call.run(cupy), call.run(cupy, **changed), (heads_q, heads_k, heads_k), strict=True):
+    for gradient, other, heads in zip(
+        call.run(cupy), call.run(cupy, **changed), (heads_q, heads_k, heads_k), strict=True
+    ):
         # dk and dv add up the heads of a group in their order.
         equal = same if ratio == 1 or heads is heads_q else nearly_same
         assert equal(to_numpy(gradient)[batch][:, :, heads], other)
 
 
-@settings(max_examples=60)
-@given(call=exact_calls)
-def test_gradients_of_views_equal_those_of_copies(call: Call) -> None:
+@of_every_kernel
+@dense_or_packed
+@settings(max_examples=10)
+@given(data=st.data())
+def test_gradients_of_views_equal_those_of_copies(kind: Kind, packed: bool, data: st.DataObject) -> None:
     """All layouts here are served by one kernel."""
     cupy = framework("cupy")
+    call = data.draw(calls(kind, packed))
     host = call.arrays()
     copies = {name: cupy.asarray(np.ascontiguousarray(array)) for name, array in host.items()}
     assert all(map(same, call.run(cupy), plain(call).run(cupy, **copies)))
 
 
-@settings(max_examples=60)
-@given(data=st.data(), packed=st.booleans())
-def test_memory_around_gradients_is_not_written(data: st.DataObject, packed: bool) -> None:
+@of_every_kind
+@settings(max_examples=4)
+@given(data=st.data())
+def test_memory_around_gradients_is_not_written(kind: Kind, packed: bool, data: st.DataObject) -> None:
     cupy = framework("cupy")
-    call = data.draw(calls(PACKED if packed else DENSE, packed))
+    call = data.draw(calls(kind, packed))
     views, memories, into = {}, {}, {}
     for name, layout in zip("qkv", call.results or ALIGNED, strict=True):
         view = views[name] = View.of(call.case.view(name).shape, layout)
@@ -298,12 +328,13 @@ def test_memory_around_gradients_is_not_written(data: st.DataObject, packed: boo
 # --- what does not count ----------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
-@given(call=calls(EXACT, packed=True), place=st.integers(0, 99))
-def test_what_other_sequences_and_heads_hold_never_counts(call: Call, place: int) -> None:
+@of_every_kernel
+@settings(max_examples=20)
+@given(data=st.data(), place=st.integers(0, 99))
+def test_what_other_sequences_and_heads_hold_never_counts(kind: Kind, data: st.DataObject, place: int) -> None:
     """They share boxes and tiles: here one key head of one sequence is NaN."""
     cupy = framework("cupy")
-    call = plain(call)
+    call = plain(data.draw(calls(kind, packed=True)))
     sequence, head = place % call.case.batch, place % call.case.num_heads_k
     ratio = call.case.num_heads_q // call.case.num_heads_k
     arrays = call.arrays()
@@ -324,7 +355,7 @@ def test_what_other_sequences_and_heads_hold_never_counts(call: Call, place: int
 
 @pytest.mark.parametrize("outside", [(5, 0), (0, 130), (200, 70)], ids=str)
 @pytest.mark.parametrize("lengths", [(), (100, 0, 65, 1, 300)], ids=["none", "five"])
-@pytest.mark.parametrize("kind", EXACT, ids=str)
+@of_every_kernel
 def test_rows_of_no_sequence_have_no_gradient(kind: Kind, lengths: tuple[int, ...], outside: tuple[int, int]) -> None:
     """Nor do those beyond the live keys; whatever they hold."""
     cupy = framework("cupy")
@@ -349,12 +380,14 @@ def test_rows_of_no_sequence_have_no_gradient(kind: Kind, lengths: tuple[int, ..
     for array in (given["k"], given["v"]):
         array[~live[1]] = np.nan
     found = cufa.attention_varlen_backward(
-        **{name: cupy.asarray(x) for name, x in (given | {"out": out, "lse": lse}).items()}, **options, deterministic=True
+        **{name: cupy.asarray(x) for name, x in (given | {"out": out, "lse": lse}).items()},
+        **options,
+        deterministic=True,
     )
     assert_gradients_close(found, **given, **options)
 
 
-@pytest.mark.parametrize("kind", EXACT, ids=str)
+@of_every_kernel
 def test_a_row_without_keys_gives_no_gradient(kind: Kind) -> None:
     """Whatever its dout and dlse."""
     cupy = framework("cupy")
@@ -369,12 +402,12 @@ def test_a_row_without_keys_gives_no_gradient(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("nothing", ["batch", "seqlen_q", "seqlen_k", "heads"])
-@pytest.mark.parametrize("kind", EXACT, ids=str)
+@of_every_kernel
 def test_sizes_of_zero(kind: Kind, nothing: str) -> None:
     cupy = framework("cupy")
     sizes = {"batch": 2, "seqlen_q": 70, "seqlen_k": 130, "num_heads_q": 4, "num_heads_k": 2}
     sizes |= {"num_heads_q": 0, "num_heads_k": 0} if nothing == "heads" else {nothing: 0}
-    case = Case(**sizes, head_dim=kind.head_dim, head_dim_v=kind.head_dim_v, dtype=kind.dtype, sinks=True)
+    case = Case(**sizes, head_dim=kind.head_dim, head_dim_v=kind.head_dim_v, dtype=kind.dtype, **MASKS[kind.mask][0])
     call = Call(case=case, deterministic=True, results=("contiguous",) * 3)
     call.check(call.run(cupy))
 
@@ -412,12 +445,15 @@ def test_edges_of_tiles(head_dim: int, mask: dict[str, Any]) -> None:
         check_with_own_forward(Case(**sizes, num_heads_q=3, num_heads_k=1, dtype="bfloat16", **mask))
 
 
-@pytest.mark.parametrize(("head_dim", "deterministic"), [(64, True), (128, False), (256, False)])
-@pytest.mark.parametrize("mask", [{"causal": True}, {"window_size": (50, 10)}], ids=["causal", "window"])
+@pytest.mark.parametrize(
+    ("head_dim", "deterministic", "mask"),
+    [(64, True, {"causal": True}), (128, False, {"window_size": (50, 10)}), (256, False, {"causal": True})],
+    ids=["64", "128", "256"],
+)
 def test_many_packed_sequences(head_dim: int, deterministic: bool, mask: dict[str, Any]) -> None:
-    lengths = np.random.default_rng(0).choice([0, 1, 17, 63, 64, 65, 129, 200], (2, 500)).tolist()
-    sizes = {"seqlen_q": tuple(lengths[0]), "seqlen_k": tuple(lengths[1]), "batch": 500}
-    sizes |= {"head_dim": head_dim, "head_dim_v": head_dim, "num_heads_q": 4, "num_heads_k": 2}
+    lengths = np.random.default_rng(0).choice([0, 1, 17, 63, 64, 65, 129, 200], (2, 200)).tolist()
+    sizes = {"seqlen_q": tuple(lengths[0]), "seqlen_k": tuple(lengths[1]), "batch": 200}
+    sizes |= {"head_dim": head_dim, "head_dim_v": head_dim, "num_heads_q": 2, "num_heads_k": 1}
     check_with_own_forward(Case(**sizes, dtype="bfloat16", **mask), deterministic=deterministic)
 
 
@@ -433,12 +469,129 @@ def test_gradients_of_long_sequences() -> None:
     out, lse = cufa.attention(q, k, v, causal=True, return_lse=True)
     found = cufa.attention_backward(dout, q, k, v, out, lse, causal=True)
     for stop in (100, 8300, seqlen):
-        rows = slice(stop - 100, stop)
-        some = gradients.expect(*(host[name][:, rows] for name in ("dout", "q")), *(host[name][:, :stop] for name in "kv"), None, causal=True)
-        parts = [rows, rows, rows] if stop == seqlen else [rows]
-        for name, gradient, part, exact, noise in zip(gradients.NAMES, found, parts, *some, strict=False):
-            within = slice(None) if name == "dq" else part
-            assert_near(name, gradient[:, part], exact[:, within], noise[:, within])
-    unaligned = lay_out(host["q"], "offset", cupy)
+        rows, keys = slice(stop - 100, stop), slice(0, stop)
+        exact, noise = gradients.expect(
+            host["dout"][:, rows], host["q"][:, rows], host["k"][:, keys], host["v"][:, keys], None, causal=True
+        )
+        assert not gradients.complaint("dq", found[0][:, rows], exact[0], noise[0])
+    for i in (1, 2):
+        assert not gradients.complaint(gradients.NAMES[i], found[i][:, rows], exact[i][:, rows], noise[i][:, rows])
+    unaligned = gradients.lay_out(host["q"], "offset", cupy)
     others = cufa.attention_backward(dout, unaligned, k, v, out, lse, causal=True)
     assert all(map(nearly_same, found, others))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "seqlen", "head_dim"),
+    [("float16", 700, 128), ("bfloat16", 2100, 64), ("bfloat16", 700, 256), ("float32", 700, 64)],
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_are_bitwise_repeatable(dtype: str, seqlen: int, head_dim: int, deterministic: bool) -> None:
+    """dk and dv always, dq if asked for."""
+    cupy = framework("cupy")
+    sizes = {"batch": 2, "num_heads_q": 8, "num_heads_k": 2, "head_dim": head_dim, "head_dim_v": head_dim}
+    case = Case(seqlen_q=seqlen, seqlen_k=seqlen, **sizes, dtype=dtype)
+    q, k, v = (case.view(name).on(case.flat(name), cupy) for name in "qkv")
+    out, lse = cufa.attention(q, k, v, causal=True, return_lse=True)
+    first, *again = (
+        cufa.attention_backward(q, q, k, v, out, lse, causal=True, deterministic=deterministic) for _ in range(51)
+    )
+    for found in again:
+        assert all(map(same, found[1:], first[1:]))
+        assert (same if deterministic else nearly_same)(found[0], first[0])
+
+
+# --- streams and graphs -----------------------------------------------------------------------------
+
+
+def after_forward(xp: Any) -> dict[str, Any]:
+    """A call that keeps a GPU busy for longer than it takes to make."""
+    sizes = {"batch": 2, "seqlen_q": 2048, "seqlen_k": 2048, "num_heads_q": 8, "num_heads_k": 8}
+    case = Case(**sizes, head_dim=64, head_dim_v=64, dtype="float16")
+    q, k, v = (case.view(name).on(case.flat(name), xp) for name in "qkv")
+    out, lse = cufa.attention(q, k, v, return_lse=True)
+    return {"dout": v, "q": q, "k": k, "v": v, "out": out, "lse": lse}
+
+
+def test_gradients_run_on_the_current_stream_without_waiting() -> None:
+    cupy = framework("cupy")
+    arrays = after_forward(cupy)
+    expected = cufa.attention_backward(**arrays, deterministic=True)
+    cupy.cuda.Device().synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        late = {name: cupy.zeros_like(array) for name, array in arrays.items()}
+        for _ in range(200):  # keeps the stream busy, so that a launch elsewhere would read zeros
+            cufa.attention_backward(**late, deterministic=True)
+        for name, array in arrays.items():
+            late[name][...] = array
+        found = cufa.attention_backward(**late, deterministic=True)
+        busy = not stream.done
+    stream.synchronize()
+    assert busy, "the call waited for the GPU"
+    assert all(map(same, found, expected))
+
+
+def test_torch_stream_is_honoured() -> None:
+    torch = framework("torch")
+    arrays = after_forward(torch)
+    expected = cufa.attention_backward(**arrays, deterministic=True)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = {name: torch.zeros_like(array) for name, array in arrays.items()}
+        for _ in range(200):
+            cufa.attention_backward(**late, deterministic=True)
+        for name, array in arrays.items():
+            late[name].copy_(array)
+        found = cufa.attention_backward(**late, deterministic=True)
+    stream.synchronize()
+    assert all(map(same, found, expected))
+
+
+STEADY = Call(
+    case=Case(
+        batch=2, seqlen_q=300, seqlen_k=300, num_heads_q=4, num_heads_k=2, head_dim=64, head_dim_v=64, dtype="float16"
+    ),
+    deterministic=True,
+    results=("contiguous",) * 3,
+)
+
+
+def test_capture_and_replay() -> None:
+    cupy = framework("cupy")
+    arrays, into = STEADY.arrays(cupy), STEADY.into(cupy)
+    changed = {name: cupy.asarray(to_numpy(array)[::-1].copy()) for name, array in arrays.items()}
+    expected = STEADY.run(cupy, **changed)
+    cufa.attention_backward(**arrays, **into, deterministic=True)
+    cupy.cuda.Device().synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        cufa.attention_backward(**arrays, **into, deterministic=True)
+        stream.begin_capture()
+        cufa.attention_backward(**arrays, **into, deterministic=True)
+        graph = stream.end_capture()
+        for name, array in arrays.items():
+            array[...] = changed[name]
+        for gradient in into.values():
+            gradient[...] = 0
+        graph.launch(stream)
+    stream.synchronize()
+    assert all(map(same, into.values(), expected))
+
+
+def test_capture_and_replay_by_torch() -> None:
+    """With gradients and workspace of the graph's own."""
+    torch = framework("torch")
+    call = replace(STEADY, results=None)
+    arrays = call.arrays(torch)
+    changed = {name: array.flip(0) for name, array in arrays.items()}
+    expected = call.run(torch, **changed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = cufa.attention_backward(**arrays, deterministic=True)
+    for name, array in arrays.items():
+        array.copy_(changed[name])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(same, found, expected))
