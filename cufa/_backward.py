@@ -211,7 +211,7 @@ class Workspace(NamedTuple):
     Attributes
     ----------
     offsets : tuple of int
-        Of row_lse, row_delta, dq_sum, turns and blocks_done.
+        Of row_lse, row_delta, dq_sum and turns.
     floats : int
         All of it.
     """
@@ -238,8 +238,7 @@ def _prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[Backwa
     tiles = grid.m_blocks * problem.num_heads_q * (1 if problem.varlen else problem.batch)
     rows = tiles * config.block_m
     split = len(plan.entries) == 4  # dq is not added up in memory
-    sums = (0, 0, 0) if split else (rows * config.tile_head_dim, tiles, problem.batch * problem.num_heads_k)
-    sizes = (rows, rows, *sums)
+    sizes = (rows, rows, 0, 0) if split else (rows, rows, rows * config.tile_head_dim, tiles)
     offsets = [0]
     for size in sizes:
         offsets.append(-(-(offsets[-1] + size) // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT)

@@ -23,15 +23,12 @@ class ConfigBackward(Config):
         Threads that hold a tile of dq.
     split : bool
         Whether dq has a pass of its own, and is not added up in memory.
-    finishes : bool
-        Whether the main kernel leaves dq finished.
     """
 
     copy_bytes: int
     deterministic: bool
     dq_threads: int
     split: bool = False
-    finishes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +156,6 @@ def backward_sm90(static: Static, deterministic: bool) -> ConfigBackwardSm90:
         copy_bytes=static.copy_bytes,
         deterministic=deterministic,
         dq_threads=2 * block_n,
-        finishes=static.short,
         producer_registers=producer_registers,
         consumer_registers=consumer_registers,
     )
@@ -187,7 +183,6 @@ def backward_split_sm90(static: Static) -> ConfigBackwardSm90:
         deterministic=True,
         dq_threads=2 * 128,
         split=True,
-        finishes=True,
         producer_registers=producer_registers,
         consumer_registers=consumer_registers,
     )

@@ -237,8 +237,7 @@ def make_backward_grid(plan: Plan, problem: Problem) -> BackwardGrid:
     least = 1 if problem.varlen else 0  # clears the rows that are no sequence's
     section = _backward_section(plan, problem)
     if len(plan.entries) == 3:
-        left = 0 if config.finishes else tiles
-        return BackwardGrid((tiles, units, max(least, left + sinks)), m_blocks, n_blocks, section)
+        return BackwardGrid((tiles, units, max(least, tiles + sinks)), m_blocks, n_blocks, section)
     if problem.varlen:
         query_tiles = problem.seqlen_q // SPLIT_QUERIES + problem.batch if problem.batch else 0
     else:

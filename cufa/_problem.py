@@ -23,9 +23,6 @@ MAX_SEQLEN = (1 << 30) - 1
 LONG = 8192
 """Rows of q from which on a sequence counts as long."""
 
-SHORT = 2048
-"""Rows of q up to which a thread block has finished dq of all of them sooner than another launch."""
-
 MAX_MAP_STRIDE = 1 << 40
 """Bound of a stride in a tensor map, in bytes."""
 
@@ -65,8 +62,7 @@ class Static(NamedTuple):
     pack : int
         Query heads that share a key head and should share tiles, for want of rows; 1 if none.
     short : bool
-        Whether sequences may be so short that what tiles waste along a causal mask's diagonal counts; of gradients,
-        whether they are so short that another launch counts.
+        Whether sequences may be so short that what tiles waste along a causal mask's diagonal counts.
     """
 
     element: str
@@ -450,9 +446,7 @@ class _Check:
         written = ["dq", "dk", "dv"] if backward else ["out"]
         row_bytes = math.gcd(v.shape[-1], q.shape[-1] if backward else 0) * itemsize
         # Lengths of packed sequences are not known; and no row's result may depend on its neighbours'.
-        short = mask_kind(left, right) == "causal" and (self.varlen or q.shape[1] < LONG)
-        if backward:
-            short = not self.varlen and q.shape[1] <= SHORT and self.specs["k"].shape[1] > 0  # else no block finishes
+        short = not backward and mask_kind(left, right) == "causal" and (self.varlen or q.shape[1] < LONG)
         stores = [widest_copy(self.specs[name], itemsize) for name in written if name in self.specs]
         return Static(
             element=GPU_DTYPES[q.dtype],

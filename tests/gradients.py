@@ -79,6 +79,12 @@ class Call:
         assert all(array is other for array, other in zip(found, into.values(), strict=False))
         return found
 
+    def right(self, xp: Any = np) -> tuple[Any, ...]:
+        """The gradients, held to the reference."""
+        found = self.run(xp)
+        self.check(found)
+        return found
+
     def check(self, found: tuple[Any, ...]) -> None:
         """Hold gradients to the reference, which reads the same arrays made by NumPy."""
         arrays = self.arrays()
@@ -206,8 +212,10 @@ def _noise(
     p_noise = COMPUTE_UNIT * p * s_size
     ds_noise = COMPUTE_UNIT * p * (dp_size + np.abs(gap) * s_size)
     # Roundings to the storage dtype; ds may be made of a rounded p.
-    p_rounding = half * (unit * p + np.where(keep, tiny, 0))
-    ds_rounding = half * (unit * np.abs(ds) + np.where(keep, tiny, 0)) + p_rounding * np.abs(gap * derivative)
+    # Exponentials below float32's normal numbers are 0.
+    least = np.where(keep, max(tiny, 2 * float(np.finfo(np.float32).tiny)), 0)
+    p_rounding = half * (unit * p + least)
+    ds_rounding = half * (unit * np.abs(ds) + least) + p_rounding * np.abs(gap * derivative)
     # What the entries of a row have in common: the roundings of lse, and of out in delta.
     row_noise = COMPUTE_UNIT * (walk_k + lse_size)
     delta_noise = np.sqrt((out_noise_**2 * dout_**2).sum(axis=-1, keepdims=True))

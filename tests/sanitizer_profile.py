@@ -1,8 +1,15 @@
-"""A few calls of every kind, small enough to run under compute-sanitizer; see test_sanitizer.py."""
+"""A few calls of every kind, small enough to run under compute-sanitizer; see test_sanitizer.py.
+
+python tests/sanitizer_profile.py forward|backward
+"""
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import cupy
+from gradients import Call
 
 import cufa
 from cufa.testing import Case, assert_close
@@ -63,13 +70,41 @@ CASES = [
 ]
 
 
+def gradients_of(head_dim: int, head_dim_v: int, dtype: str, deterministic: bool, **features: Any) -> list[Call]:
+    """Dense, and packed."""
+    common = {**COMMON, **features, "head_dim": head_dim, "head_dim_v": head_dim_v, "dtype": dtype}
+    packed = {"batch": 4, "seqlen_q": (0, 130, 1, 40), "seqlen_k": (3, 60, 0, 129), "seqused_k": (1, 60, 0, 100)}
+    cases = (Case(**common, seqlen_q=130, seqlen_k=97), Case(**common, **packed))
+    return [Call(case=case, deterministic=deterministic) for case in cases]
+
+
+# Of every kernel, with and without a fixed order.
+CALLS = [
+    *gradients_of(64, 64, "float16", False, causal=True),
+    *gradients_of(64, 64, "float16", True, causal=True),
+    *gradients_of(128, 96, "bfloat16", False, window_size=(40, 3), sinks=True),
+    *gradients_of(128, 96, "bfloat16", True, softcap=5.0),
+    *gradients_of(256, 192, "bfloat16", False, causal=True),
+    *gradients_of(64, 40, "float32", False, causal=True),
+    *gradients_of(33, 7, "float16", True, layouts=("padded",) * 4),
+]
+
+
+def attend(case: Case) -> None:
+    function = cufa.attention_varlen if isinstance(case.seqlen_q, tuple) else cufa.attention
+    result = function(**case.arrays(cupy), **case.options, return_lse=case.return_lse)
+    out, lse = result if case.return_lse else (result, None)
+    assert_close(out, lse=lse, **case.arrays(), **case.options)
+
+
 def main() -> None:
-    for case in CASES:
-        function = cufa.attention_varlen if isinstance(case.seqlen_q, tuple) else cufa.attention
-        result = function(**case.arrays(cupy), **case.options, return_lse=case.return_lse)
-        out, lse = result if case.return_lse else (result, None)
-        assert_close(out, lse=lse, **case.arrays(), **case.options)
-    print(f"{len(CASES)} cases agree with the reference")
+    if sys.argv[1] == "forward":
+        for case in CASES:
+            attend(case)
+    else:
+        for call in CALLS:
+            call.right(cupy)
+    print(f"the {sys.argv[1]} agrees with the reference")
 
 
 if __name__ == "__main__":

@@ -107,3 +107,13 @@ def test_a_read_only_result_is_refused(call: dict[str, Any]) -> None:
     dq.flags.writeable = False
     with pytest.raises(ValueError, match="dq is read-only"):
         cufa.attention_backward(**call, dq=dq)
+
+
+def test_jax_arrays_are_refused(call: dict[str, Any]) -> None:
+    """And not taken for exporters of DLPack, whose results nobody could write."""
+    jnp = pytest.importorskip("jax").numpy
+    arrays = {name: jnp.asarray(array) for name, array in call.items()}
+    with pytest.raises(
+        cufa.UnsupportedError, match=r"^attention_backward: JAX arrays are not supported yet; pass NumPy"
+    ):
+        cufa.attention_backward(**arrays)

@@ -126,7 +126,7 @@ inline void clear_outside(const BackwardParams& backward) {
   clear_outside<Config, Config::head_dim_v>(backward.dv, backward.dv_strides, heads_k, params.seqlen_k, k_begin, k_end);
 }
 
-// For main kernels that finish dq themselves: one thread block a head.
+// For main kernels that write dq themselves: one thread block a head.
 template <class Config>
 inline void finish(const BackwardParams& params) {
   if (Config::varlen) clear_outside<Config>(params);

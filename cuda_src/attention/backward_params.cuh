@@ -23,8 +23,7 @@ struct BackwardParams {
   float* row_lse;    // lse · log2 e; +infinity for a row that sees no key or is past the end, so that its P is 0
   float* row_delta;  // rowsum(out ∘ dout) - dlse
   float* dq_sum;
-  i32* turns;        // deterministic: of every tile of dq_sum, how many blocks of keys have added to it
-  i32* blocks_done;  // of every key head, if the main kernel finishes dq itself: how many blocks of keys are done
+  i32* turns;  // deterministic: of every tile of dq_sum, how many blocks of keys have added to it
   Strides dout_strides, dq_strides, dk_strides, dv_strides;
   Strides lse_strides, dlse_strides;  // dim is not used
   i64 workspace_rows;                 // a query head, of all sequences together; dense: of one sequence

@@ -51,14 +51,9 @@ struct RowTile {
   }
 };
 
-// Zeros where dq adds up, and where it is counted how far that is.
+// Zeros where dq adds up.
 template <class Config>
-inline void clear_sums(const BackwardParams& params, const RowTile& tile, int live_rows) {
-  const int ratio = params.forward.qheads_per_khead;
-  if (Config::finishes && threadIdx.x == 0 && tile.m_block == 0 && tile.head % ratio == 0) {
-    params.blocks_done[(tile.batch * params.forward.num_heads_q + tile.head) / ratio] = 0;
-  }
-  if (live_rows == 0) return;
+inline void clear_sums(const BackwardParams& params, const RowTile& tile) {
   if (Config::deterministic && threadIdx.x == 0) params.turns[tile.row / Config::block_m] = 0;
   uint4* const sums = reinterpret_cast<uint4*>(params.dq_sum + tile.row * Config::tile_head_dim);
   for (int i = threadIdx.x; i < Config::block_m * Config::tile_head_dim / 4; i += blockDim.x) {
@@ -75,7 +70,9 @@ inline void prepare(const BackwardParams& params) {
   if (tile.row < 0) return;
 
   const int live_rows = clamp(tile.seqlen.q - tile.m_block * Config::block_m, 0, Config::block_m);
-  if constexpr (!Config::split) clear_sums<Config>(params, tile, live_rows);
+  if constexpr (!Config::split) {
+    if (live_rows > 0) clear_sums<Config>(params, tile);
+  }
 
   const element* const out =
       tile.rows(static_cast<const element*>(params.forward.out), params.forward.out_strides, Config::block_m);

@@ -121,13 +121,13 @@ struct BackwardKeysSm90 {
       warpgroup::wait<0>(s);
       Operand scaled;
       probabilities<Config>(p, scaled, s, params, work, head, first_key, m_block, lse(at.stage()));
-      release(queries(), at);
       exchange().wait_empty(at);
       give(Variant::empty ? p : scaled, weights(at.stage()));
       __syncwarp();
       if (tile::lane() == 0) exchange().fill(at);
       gradients().wait_full(at);
       warpgroup::gemm_ab(dv, p, dout(at.stage()), true);
+      release(queries(), at);  // all warps of the group have come to the product, and so have read their row_lse
       at.advance();
     });
     warpgroup::wait<0>(dv, p);
@@ -155,9 +155,9 @@ struct BackwardKeysSm90 {
       __syncwarp();
       if (tile::lane() == 0) exchange().release(at);
       gradients_of_scores<Config>(ds, scaled, dp, delta(at.stage()));
-      release(gradients(), at);
       queries().wait_full(at);
       warpgroup::gemm_ab(dk, ds, q(at.stage()), true);
+      release(gradients(), at);  // likewise row_delta
       at.advance();
     });
     warpgroup::wait<0>(dk, ds);

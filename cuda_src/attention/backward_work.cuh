@@ -95,7 +95,7 @@ struct BackwardWork {
       };
       const PackedUnit found =
           packed_unit(unit, Config::block_n, params.batch, heads, params.heads_per_section, offset);
-      work.n_block = reversed ? found.units - 1 - found.row : found.row;
+      work.n_block = reversed && found.units > 0 ? found.units - 1 - found.row : found.row;
       work.head = found.head;
       work.batch = found.batch;
       work.key_rows = found.length;
