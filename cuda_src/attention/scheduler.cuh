@@ -54,7 +54,7 @@ inline PackedUnit packed_unit(int unit, int unit_rows, int batch, int heads, int
   }
   const int begin = first_unit(low), units = first_unit(low + 1) - begin;
   const int within = unit - begin * heads;
-  if (within >= units * heads) return {};
+  if (within < 0 || within >= units * heads) return {};  // before the first sequence, or past the last
   const UnitIndex index = unit_of(within, units, heads, heads_per_section);
   return {index.row, index.head, low, units, offset(low + 1) - offset(low)};
 }
