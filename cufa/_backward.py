@@ -63,7 +63,8 @@ def attention_backward(
     Returns
     -------
     dq, dk, dv : array
-        Of q's framework, dtype and device. A row that sees no key, and a key that no row sees, have gradient 0.
+        Of q's framework, dtype and device. A row that sees no key, and a key that no row sees, have gradient 0,
+        as long as dout is finite there: 0 times NaN is NaN.
     dsinks : float32 array, (num_heads_q,)
         Only if `sinks` are given.
 

@@ -354,7 +354,7 @@ def test_what_other_sequences_and_heads_hold_never_counts(kind: Kind, data: st.D
 
 
 @pytest.mark.parametrize("outside", [(5, 0), (0, 130), (200, 70)], ids=str)
-@pytest.mark.parametrize("lengths", [(), (100, 0, 65, 1, 300)], ids=["none", "five"])
+@pytest.mark.parametrize("lengths", [(), (300, 0, 65, 1, 100)], ids=["none", "five"])
 @of_every_kernel
 def test_rows_of_no_sequence_have_no_gradient(kind: Kind, lengths: tuple[int, ...], outside: tuple[int, int]) -> None:
     """Nor do those beyond the live keys; whatever they hold."""

@@ -66,15 +66,19 @@ inline void finish_sink(const BackwardParams& backward, int head) {
   const Params& params = backward.forward;
   const float sink = params.sinks[head * params.sinks_stride] * log2_e;
   const int outer = Config::varlen ? 1 : params.batch;
-  i64 rows = backward.workspace_rows;
-  if (Config::varlen) {  // rows past the last sequence's are not written
-    const int end = clamp(params.cu_seqlens_q[params.batch * params.cu_seqlens_q_stride], 0, params.seqlen_q);
-    rows = min_of(int(rows), (end / Config::block_m + params.batch) * Config::block_m);
+  i64 begin = 0, end = backward.workspace_rows;
+  if (Config::varlen) {  // nothing is written of rows before the first sequence's, and past the last one's
+    const auto first_row = [&](int b) {
+      const int offset = clamp(params.cu_seqlens_q[b * params.cu_seqlens_q_stride], 0, params.seqlen_q);
+      return (offset / Config::block_m + b) * Config::block_m;
+    };
+    begin = first_row(0);
+    end = min_of(int(end), first_row(params.batch));
   }
   float sum = 0.0f;
   for (int b = 0; b < outer; ++b) {
     const i64 first = (i64(b) * params.num_heads_q + head) * backward.workspace_rows;
-    for (i64 row = threadIdx.x; row < rows; row += blockDim.x) {
+    for (i64 row = begin + threadIdx.x; row < end; row += blockDim.x) {
       const float p = ptx::ex2_approx_ftz(sink - backward.row_lse[first + row]);
       sum -= p == 0.0f ? 0.0f : p * backward.row_delta[first + row];
     }
