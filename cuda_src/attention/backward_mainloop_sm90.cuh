@@ -194,8 +194,10 @@ struct BackwardMainloopSm90 {
     Dq dq;
     dk.zero();
     dv.zero();
-    tile::wait(keys_full(), 0);
-    tile::wait(values_full(), 0);
+    if (!work.range.empty()) {  // else nothing is loaded
+      tile::wait(keys_full(), 0);
+      tile::wait(values_full(), 0);
+    }
     for_each_query_tile(params, work, [&](int head, int m_block) {
       const u32 stage = at.stage();
       const bool behind = at_dq.count < at.count;  // dq of the step before is still to come
