@@ -86,39 +86,6 @@ struct BackwardMainloopSm90 {
     ptx::fence_mbarrier_init();
   }
 
-  // One thread.
-  void load(const BackwardArgument& argument, const BackwardWork& work) const {
-    const BackwardParams& params = argument.params;
-    typename Ring::Cursor at;
-    bool first = true;
-    for_each_query_tile(params.forward, work, [&](int head, int m_block) {
-      const i64 row = workspace_row<Config>(params, work.seqlen, work.batch, head) + m_block * block_m;
-      const int q_row = m_block * block_m, k_row = work.n_block * block_n;
-      if (first) {
-        ptx::mbarrier_arrive_expect_tx(keys_full(), K::bytes);
-        load_rows<Config>(k(), argument.k, keys_full(), k_row, work.seqlen.k, work.seqlen.k_first_row, work.head,
-                          work.batch);
-      }
-      queries().wait_empty(at);
-      queries().expect(at, Q::bytes + rows_bytes);
-      load_rows<Config>(q(at.stage()), argument.q, queries().full(at.stage()), q_row, work.seqlen.q,
-                        work.seqlen.q_first_row, head, work.batch);
-      ptx::cp_async_bulk(lse(at.stage()), params.row_lse + row, rows_bytes, queries().full(at.stage()));
-      if (first) {
-        ptx::mbarrier_arrive_expect_tx(values_full(), V::bytes);
-        load_rows<Config>(v(), argument.v, values_full(), k_row, work.seqlen.k, work.seqlen.k_first_row, work.head,
-                          work.batch);
-      }
-      gradients().wait_empty(at);
-      gradients().expect(at, Dout::bytes + rows_bytes);
-      load_rows<Config>(dout(at.stage()), argument.dout, gradients().full(at.stage()), q_row, work.seqlen.q,
-                        work.seqlen.q_first_row, head, work.batch);
-      ptx::cp_async_bulk(delta(at.stage()), params.row_delta + row, rows_bytes, gradients().full(at.stage()));
-      first = false;
-      at.advance();
-    });
-  }
-
   // One warp: adds the tiles of dq, as the consumers lay them down, to those in memory.
   void add_dq(const BackwardParams& params, const BackwardWork& work) const {
     constexpr int half = sums_bytes / consumers;

@@ -40,7 +40,7 @@ inline void backward_sm90(const BackwardArgument& argument) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < 4) {
     ptx::setmaxnreg_dec<Config::producer_registers>();
-    if (threadIdx.x == 0) mainloop.load(argument, work);
+    if (threadIdx.x == 0) load_tiles<Config>(mainloop, argument, work);
     if (warp == 1) mainloop.add_dq(argument.params, work);
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();

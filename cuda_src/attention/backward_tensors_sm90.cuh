@@ -2,12 +2,14 @@
 #pragma once
 
 #include "attention/backward_mask.cuh"
+#include "attention/backward_params.cuh"
 #include "attention/backward_rows.cuh"
 #include "attention/backward_work.cuh"
 #include "attention/variant.cuh"
 #include "core/math.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/math.cuh"
+#include "ptx/mbarrier.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/tma.cuh"
 #include "tile/accumulator.cuh"
@@ -26,6 +28,40 @@ inline void load_rows(const Tile& to, const ptx::TensorMap& map, u32 barrier, in
   } else {
     tile::load(to, map, barrier, row, head, batch);
   }
+}
+
+// One thread: loads K and V of the work's block of keys, and Q, dout and what goes with their rows of every tile of
+// queries that sees it, into the stages of a main loop.
+template <class Config, class Loop>
+inline void load_tiles(const Loop& loop, const BackwardArgument& argument, const BackwardWork& work) {
+  const BackwardParams& params = argument.params;
+  constexpr int block_m = Config::block_m, rows_bytes = Loop::rows_bytes;
+  typename Loop::Ring::Cursor at;
+  for_each_query_tile(params.forward, work, [&](int head, int m_block) {
+    const i64 row = workspace_row<Config>(params, work.seqlen, work.batch, head) + m_block * block_m;
+    const int q_row = m_block * block_m, k_row = work.n_block * Config::block_n;
+    if (at.count == 0) {
+      ptx::mbarrier_arrive_expect_tx(loop.keys_full(), Loop::K::bytes);
+      load_rows<Config>(loop.k(), argument.k, loop.keys_full(), k_row, work.seqlen.k, work.seqlen.k_first_row,
+                        work.head, work.batch);
+    }
+    loop.queries().wait_empty(at);
+    loop.queries().expect(at, Loop::Q::bytes + rows_bytes);
+    load_rows<Config>(loop.q(at.stage()), argument.q, loop.queries().full(at.stage()), q_row, work.seqlen.q,
+                      work.seqlen.q_first_row, head, work.batch);
+    ptx::cp_async_bulk(loop.lse(at.stage()), params.row_lse + row, rows_bytes, loop.queries().full(at.stage()));
+    if (at.count == 0) {
+      ptx::mbarrier_arrive_expect_tx(loop.values_full(), Loop::V::bytes);
+      load_rows<Config>(loop.v(), argument.v, loop.values_full(), k_row, work.seqlen.k, work.seqlen.k_first_row,
+                        work.head, work.batch);
+    }
+    loop.gradients().wait_empty(at);
+    loop.gradients().expect(at, Loop::Dout::bytes + rows_bytes);
+    load_rows<Config>(loop.dout(at.stage()), argument.dout, loop.gradients().full(at.stage()), q_row, work.seqlen.q,
+                      work.seqlen.q_first_row, head, work.batch);
+    ptx::cp_async_bulk(loop.delta(at.stage()), params.row_delta + row, rows_bytes, loop.gradients().full(at.stage()));
+    at.advance();
+  });
 }
 
 // p ← the probabilities of transposed scores s; weights ← the same times the derivatives of the variant's scores,

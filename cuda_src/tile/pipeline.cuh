@@ -15,7 +15,6 @@ struct Cursor {
   u32 stage() const { return count % stages; }
   u32 parity() const { return count / stages % 2; }
   void advance() { ++count; }
-  Cursor next() const { return {count + 1}; }
   Cursor previous() const { return {count - 1}; }
 };
 
