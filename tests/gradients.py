@@ -211,11 +211,11 @@ def _noise(
     dp_size = (1 + v.shape[-1] / 128) * (np.abs(dout_) @ np.abs(v_).swapaxes(2, 3)) + np.abs(delta)
     p_noise = COMPUTE_UNIT * p * s_size
     ds_noise = COMPUTE_UNIT * p * (dp_size + np.abs(gap) * s_size)
-    # Roundings to the storage dtype; ds may be made of a rounded p.
+    # Roundings to the storage dtype; ds may be made of a rounded weight.
     # Exponentials below float32's normal numbers are 0.
     least = np.where(keep, max(tiny, 2 * float(np.finfo(np.float32).tiny)), 0)
     p_rounding = half * (unit * p + least)
-    ds_rounding = half * (unit * np.abs(ds) + least) + p_rounding * np.abs(gap * derivative)
+    ds_rounding = half * (unit * np.abs(ds) + least) + half * (unit * weight + least) * np.abs(gap)
     # What the entries of a row have in common: the roundings of lse, and of out in delta.
     row_noise = COMPUTE_UNIT * (walk_k + lse_size)
     delta_noise = np.sqrt((out_noise_**2 * dout_**2).sum(axis=-1, keepdims=True))

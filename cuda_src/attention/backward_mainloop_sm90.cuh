@@ -78,8 +78,8 @@ struct BackwardMainloopSm90 {
   u32 values_full() const { return keys_full() + sizeof(u64); }
 
   void init() const {
-    queries().init(consumers);
-    gradients().init(consumers);
+    queries().init(4 * consumers);
+    gradients().init(4 * consumers);
     exchange().init(4 * consumers, 4 * consumers);
     ptx::mbarrier_init(keys_full(), 1);
     ptx::mbarrier_init(values_full(), 1);
@@ -192,7 +192,7 @@ struct BackwardMainloopSm90 {
       exchange().wait_empty(at);
       store_transposed(this->ds(stage), ds, 64 * consumer);
       warpgroup::wait<1>(dv, dq, p);
-      if (threadIdx.x % 128 == 0) gradients().release(at);
+      gradients().release_warp(at);
       if (behind) lay_down(dq, handover, at_dq);
       ptx::fence_proxy_async_shared();
       __syncwarp();
@@ -202,7 +202,7 @@ struct BackwardMainloopSm90 {
         at_dq.advance();
       }
       warpgroup::wait<0>(dk, ds);
-      if (threadIdx.x % 128 == 0) queries().release(at);
+      queries().release_warp(at);
       at.advance();
     });
     if (at_dq.count < at.count) {
@@ -231,7 +231,7 @@ struct BackwardMainloopSm90 {
 
   // Lays a finished tile's part down for the warp that adds it up, and gives back the dS it came from.
   void lay_down(const Dq& dq, const Handover& handover, const typename Ring::Cursor& at) const {
-    if (tile::lane() == 0) exchange().release(at);
+    exchange().release_warp(at);
     if (at.count > 0) handover.take_empty();
     const u32 to = sums() + handover.consumer * (sums_bytes / consumers) + threadIdx.x % 128 * sizeof(float4);
 #pragma unroll

@@ -10,6 +10,7 @@
 #include "attention/backward_work.cuh"
 #include "attention/variant.cuh"
 #include "core/math.cuh"
+#include "ptx/barrier.cuh"
 #include "ptx/math.cuh"
 #include "ptx/shared.cuh"
 #include "tile/accumulator.cuh"
@@ -46,7 +47,7 @@ struct BackwardKeysSm90 {
   static constexpr int lse_offset = weights_offset + stages * weights_bytes;
   static constexpr int delta_offset = lse_offset + stages * rows_bytes;
   static constexpr int barriers_offset = delta_offset + stages * rows_bytes;
-  static constexpr int smem_bytes = barriers_offset + 3 * Ring::bytes + 2 * sizeof(u64);
+  static constexpr int smem_bytes = barriers_offset + 2 * Ring::bytes + 2 * sizeof(u64);
 
   u32 smem;
 
@@ -59,14 +60,12 @@ struct BackwardKeysSm90 {
   u32 delta(u32 stage) const { return smem + delta_offset + stage * rows_bytes; }
   Ring queries() const { return {smem + barriers_offset}; }
   Ring gradients() const { return {smem + barriers_offset + Ring::bytes}; }
-  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // of weights
-  u32 keys_full() const { return smem + barriers_offset + 3 * Ring::bytes; }
+  u32 keys_full() const { return smem + barriers_offset + 2 * Ring::bytes; }
   u32 values_full() const { return keys_full() + sizeof(u64); }
 
   void init() const {
-    queries().init(2);
-    gradients().init(2);
-    exchange().init(4, 4);
+    queries().init(4 + 4);
+    gradients().init(4 + 4);
     ptx::mbarrier_init(keys_full(), 1);
     ptx::mbarrier_init(values_full(), 1);
     ptx::fence_mbarrier_init();
@@ -86,17 +85,17 @@ struct BackwardKeysSm90 {
       queries().wait_full(at);
       warpgroup::gemm_abt<Config::head_dim>(s, k(), q(at.stage()));
       warpgroup::wait<1>(dv, p);
-      if (at.count > 0) release(gradients(), at.previous());
+      if (at.count > 0) gradients().release_warp(at.previous());
       warpgroup::wait<0>(s);
       Operand scaled;
       probabilities<Config>(p, scaled, s, params, work, head, first_key, m_block, lse(at.stage()));
-      exchange().wait_empty(at);
+      const Exchange exchange{at.stage()};
+      exchange.take_empty();
       give(Variant::empty ? p : scaled, weights(at.stage()));
-      __syncwarp();
-      if (tile::lane() == 0) exchange().fill(at);
+      exchange.give_full();
       gradients().wait_full(at);
       warpgroup::gemm_ab(dv, p, dout(at.stage()), true);
-      release(queries(), at);  // all warps of the group have come to the product, and so have read their row_lse
+      queries().release_warp(at);
       at.advance();
     });
     warpgroup::wait<0>(dv, p);
@@ -110,23 +109,24 @@ struct BackwardKeysSm90 {
     Dk dk;
     Operand ds;
     dk.zero();
+    for (u32 stage = 0; stage < stages; ++stage) Exchange{stage}.give_empty();
     if (!work.range.empty()) tile::wait(values_full(), 0);
     for_each_query_tile(backward.forward, work, [&](int, int) {
       Scores dp;
       gradients().wait_full(at);
       warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(at.stage()));
       warpgroup::wait<1>(dk, ds);
-      if (at.count > 0) release(queries(), at.previous());
+      if (at.count > 0) queries().release_warp(at.previous());
       warpgroup::wait<0>(dp);
       Operand scaled;
-      exchange().wait_full(at);
+      const Exchange exchange{at.stage()};
+      exchange.take_full();
       take(scaled, weights(at.stage()));
-      __syncwarp();
-      if (tile::lane() == 0) exchange().release(at);
+      exchange.give_empty();
       gradients_of_scores<Config>(ds, scaled, dp, delta(at.stage()));
       queries().wait_full(at);
       warpgroup::gemm_ab(dk, ds, q(at.stage()), true);
-      release(gradients(), at);  // likewise row_delta
+      gradients().release_warp(at);
       at.advance();
     });
     warpgroup::wait<0>(dk, ds);
@@ -134,10 +134,16 @@ struct BackwardKeysSm90 {
                                          backward.forward.softmax_scale);
   }
 
-  // One thread speaks for its warpgroup.
-  static void release(const Ring& ring, const typename Ring::Cursor& at) {
-    if (threadIdx.x % 128 == 0) ring.release(at);
-  }
+  // A stage of the shared memory for weights, between the two warpgroups.
+  struct Exchange {
+    static constexpr int threads = 2 * 128;
+    u32 stage;
+
+    void take_full() const { ptx::bar_sync(1 + stage, threads); }
+    void give_full() const { ptx::bar_arrive(1 + stage, threads); }
+    void take_empty() const { ptx::bar_sync(1 + stages + stage, threads); }
+    void give_empty() const { ptx::bar_arrive(1 + stages + stage, threads); }
+  };
 
   // Thread for thread, as the registers of both warpgroups hold the same entries.
   static void give(const Operand& from, u32 to) {

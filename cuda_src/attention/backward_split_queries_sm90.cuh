@@ -82,8 +82,8 @@ struct BackwardQueriesSm90 {
   u32 queries_full() const { return smem + barriers_offset + Keys::bytes + Values::bytes; }
 
   void init() const {
-    keys().init(consumers);
-    values().init(consumers);
+    keys().init(4 * consumers);
+    values().init(4 * consumers);
     ptx::mbarrier_init(queries_full(), 1);
     ptx::fence_mbarrier_init();
   }
@@ -94,9 +94,12 @@ struct BackwardQueriesSm90 {
     const int head_k = tile.head / argument.params.forward.qheads_per_khead;
     Keys::Cursor at_keys;
     Values::Cursor at_values;
-    ptx::mbarrier_arrive_expect_tx(queries_full(), consumers * (Q::bytes + Dout::bytes));
-    for (int w = 0; w < consumers; ++w) {
-      const int row = tile.m_block * Config::block_m + 64 * w;
+    // Not what lies past the end altogether: its rows are not written, whatever they come to.
+    const int first_row = tile.m_block * Config::block_m;
+    const int live = min_of(consumers, ceil_div(tile.seqlen.q - first_row, 64));
+    ptx::mbarrier_arrive_expect_tx(queries_full(), live * (Q::bytes + Dout::bytes));
+    for (int w = 0; w < live; ++w) {
+      const int row = first_row + 64 * w;
       load_rows<Config>(q(w), argument.q, queries_full(), row, tile.seqlen.q, tile.seqlen.q_first_row, tile.head,
                         tile.batch);
       load_rows<Config>(dout(w), argument.dout, queries_full(), row, tile.seqlen.q, tile.seqlen.q_first_row, tile.head,
@@ -149,7 +152,7 @@ struct BackwardQueriesSm90 {
       warpgroup::gemm_abt<Config::head_dim_v>(dp, dout(consumer), v());
       turn.pass();
       warpgroup::wait<2>(dq, ds);
-      if (at_keys.count > 0) release(keys(), at_keys.previous());
+      if (at_keys.count > 0) keys().release_warp(at_keys.previous());
       warpgroup::wait<1>(s);
       if (Variant::empty && unlikely(work.range.is_boundary(n_block))) {
         mask<Config>(s, params, tile.seqlen, first_row, first_key);
@@ -180,7 +183,7 @@ struct BackwardQueriesSm90 {
         }
       }
       warpgroup::wait<0>(dp);
-      release(values(), at_values);
+      values().release_warp(at_values);
 #pragma unroll
       for (int j = 0; j < Scores::n_tiles; ++j) {
 #pragma unroll
@@ -206,12 +209,6 @@ struct BackwardQueriesSm90 {
       write_row<Config::store_bytes, Config::head_dim>(rows + row * backward.dq_strides.seqlen, backward.dq_strides.dim,
                                                        row < tile.seqlen.q, dq, 0, i, params.softmax_scale);
     }
-  }
-
-  // One thread speaks for its warpgroup.
-  template <class Ring, class Cursor>
-  static void release(const Ring& ring, const Cursor& at) {
-    if (threadIdx.x % 128 == 0) ring.release(at);
   }
 
   // Consumers take turns in giving the tensor cores S and dP to do.

@@ -18,12 +18,13 @@
 namespace attention {
 
 // Rows from `row` on of a sequence of `length` rows; those past its end become zeros. For packed sequences see
-// MainloopSm90::Loader.
+// MainloopSm90::Loader. One row at least must be live: a box that is clipped as a whole faults where the map's address,
+// which then lies before the array, is not mapped.
 template <class Config, class Tile>
 inline void load_rows(const Tile& to, const ptx::TensorMap& map, u32 barrier, int row, int length, int first_row,
                       int head, int batch) {
   if constexpr (Config::varlen) {
-    const int live = clamp(length - row, 0, Tile::rows);
+    const int live = min_of(length - row, Tile::rows);
     tile::load(to, map, barrier, Tile::rows - live, head, first_row + row + live);
   } else {
     tile::load(to, map, barrier, row, head, batch);

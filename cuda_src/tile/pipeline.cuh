@@ -35,7 +35,7 @@ struct Ring {
   u32 full(u32 stage) const { return barriers + stage * sizeof(u64); }
   u32 empty(u32 stage) const { return barriers + (stages + stage) * sizeof(u64); }
 
-  // `producers` threads fill a stage; `consumers` threads must say that they are done with it.
+  // `producers` threads fill a stage; `consumers` threads, or warps, must say that they are done with it.
   void init(int consumers, int producers = 1) const {
     for (int stage = 0; stage < stages; ++stage) {
       ptx::mbarrier_init(full(stage), producers);
@@ -52,6 +52,10 @@ struct Ring {
   // The consumers' side.
   void wait_full(const Cursor& at) const { wait(full(at.stage()), at.parity()); }
   void release(const Cursor& at) const { ptx::mbarrier_arrive(empty(at.stage())); }
+  void release_warp(const Cursor& at) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) release(at);
+  }
 };
 
 }  // namespace tile
