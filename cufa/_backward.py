@@ -212,7 +212,7 @@ class Workspace(NamedTuple):
     Attributes
     ----------
     offsets : tuple of int
-        Of row_lse, row_delta, dq_sum and turns.
+        Of row_lse, row_delta, dq_sum, turns, next_unit and heads_done.
     floats : int
         All of it.
     """
@@ -226,7 +226,7 @@ def _prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[Backwa
     assert problem.static is not None
     device = _launch.device(problem.device)
     plan = _plan.make_backward_plan(problem.static, device.arch, deterministic)
-    grid = _plan.make_backward_grid(plan, problem)
+    grid = _plan.make_backward_grid(plan, problem, device.num_sms)
     functions = _jit.load_kernel(plan, problem.device, stream)
     config = plan.config
     maps = _tensor_map.Maps(bytes(_params.BACKWARD_MAPS_BYTES), ())
@@ -239,7 +239,8 @@ def _prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[Backwa
     tiles = grid.m_blocks * problem.num_heads_q * (1 if problem.varlen else problem.batch)
     rows = tiles * config.block_m
     split = len(plan.entries) == 4  # dq is not added up in memory
-    sizes = (rows, rows, 0, 0) if split else (rows, rows, rows * config.tile_head_dim, tiles)
+    sums = (0, 0, 0, 0) if split else (rows * config.tile_head_dim, tiles, 1, problem.batch * problem.num_heads_k)
+    sizes = (rows, rows, *sums)
     offsets = [0]
     for size in sizes:
         offsets.append(-(-(offsets[-1] + size) // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT)

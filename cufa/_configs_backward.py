@@ -168,7 +168,7 @@ def backward_split_sm90(static: Static) -> ConfigBackwardSm90:
     tile_head_dim, tile_head_dim_v = _round_up(static.head_dim, 64), _round_up(static.head_dim_v, 64)
     both = tile_head_dim + tile_head_dim_v
     weights, rows = size * STAGES * block * block, 2 * 4 * STAGES * block
-    keys = size * (1 + STAGES) * block * both + weights + rows + (2 * 2 * STAGES + 2) * 8
+    keys = size * (1 + STAGES) * block * both + weights + rows + (3 * 2 * STAGES + 2 * 2) * 8
     queries = size * block * (2 * both + STAGES * tile_head_dim + tile_head_dim_v) + (2 * STAGES + 2 + 1) * 8
     producer_registers, consumer_registers = REGISTERS_SM90[2]
     return ConfigBackwardSm90(
@@ -188,7 +188,7 @@ def backward_split_sm90(static: Static) -> ConfigBackwardSm90:
     )
 
 
-BACKWARD_BARRIERS_BYTES = 3 * 2 * STAGES * 8 + 2 * 8
+BACKWARD_BARRIERS_BYTES = (4 * 2 * STAGES + 3 * 2) * 8
 
 
 def _tile_backward_sm90(static: Static) -> tuple[int, int]:

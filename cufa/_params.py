@@ -50,14 +50,14 @@ TMA_SIZE = -(-(MAPS_BYTES + LAYOUT.size + DEAL_LAYOUT.size) // 64) * 64
 
 BACKWARD_FIELDS = (
     *(Field(name, "Q") for name in ("dout", "dlse", "dq", "dk", "dv", "dsinks")),
-    *(Field(name, "Q") for name in ("row_lse", "row_delta", "dq_sum", "turns")),
+    *(Field(name, "Q") for name in ("row_lse", "row_delta", "dq_sum", "turns", "next_unit", "heads_done")),
     *(Field(f"{name}_strides", "q", 4) for name in ("dout", "dq", "dk", "dv", "lse", "dlse")),
     Field("workspace_rows", "q"),
     Field("n_blocks", "i"),
     Field("unused", "i"),  # what the compiler pads with
 )
 """The members of ``attention::BackwardParams`` that follow Params there."""
-BACKWARD_POINTERS = 10
+BACKWARD_POINTERS = 12
 
 BACKWARD_LAYOUT = struct.Struct("@" + "".join(f"{field.length}{field.format}" for field in BACKWARD_FIELDS))
 BACKWARD_MAPS_BYTES = 4 * MAP_BYTES

@@ -216,7 +216,7 @@ class BackwardGrid(NamedTuple):
     heads_per_section: int
 
 
-def make_backward_grid(plan: Plan, problem: Problem) -> BackwardGrid:
+def make_backward_grid(plan: Plan, problem: Problem, num_sms: int) -> BackwardGrid:
     """How many blocks the kernels of the gradients take."""
     config = plan.config
     assert isinstance(config, ConfigBackward)
@@ -237,7 +237,13 @@ def make_backward_grid(plan: Plan, problem: Problem) -> BackwardGrid:
     least = 1 if problem.varlen else 0  # clears the rows that are no sequence's
     section = _backward_section(plan, problem)
     if len(plan.entries) == 3:
-        return BackwardGrid((tiles, units, max(least, tiles + sinks)), m_blocks, n_blocks, section)
+        if plan.kernel != "attention_backward_sm90":
+            return BackwardGrid((tiles, units, max(least, tiles + sinks)), m_blocks, n_blocks, section)
+        # One block an SM takes one unit after the other, counted from where the first kernel sets 0; and dense, writes
+        # dq then.
+        main = min(max(units, 0 if problem.varlen else tiles), num_sms)
+        finish = max(1, tiles + sinks) if problem.varlen else sinks
+        return BackwardGrid((max(tiles, min(main, 1)), main, finish), m_blocks, n_blocks, section)
     if problem.varlen:
         query_tiles = problem.seqlen_q // SPLIT_QUERIES + problem.batch if problem.batch else 0
     else:

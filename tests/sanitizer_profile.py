@@ -1,6 +1,6 @@
 """A few calls of every kind, small enough to run under compute-sanitizer; see test_sanitizer.py.
 
-python tests/sanitizer_profile.py forward|backward
+python tests/sanitizer_profile.py forward|backward memcheck|racecheck
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import cupy
 from gradients import Call
 
 import cufa
+from cufa import _jit
 from cufa.testing import Case, assert_close
 
 COMMON = {"num_heads_q": 2, "num_heads_k": 1}
@@ -98,13 +99,18 @@ def attend(case: Case) -> None:
 
 
 def main() -> None:
-    if sys.argv[1] == "forward":
+    direction, tool = sys.argv[1:]
+    if tool == "racecheck":
+        # See cuda_src/tile/pipeline.cuh. Options are part of what names a cubin.
+        options_of = _jit.options_of
+        _jit.options_of = lambda target: [*options_of(target), "--define-macro=CUFA_RACECHECK"]
+    if direction == "forward":
         for case in CASES:
             attend(case)
     else:
         for call in CALLS:
             call.right(cupy)
-    print(f"the {sys.argv[1]} agrees with the reference")
+    print(f"the {direction} agrees with the reference")
 
 
 if __name__ == "__main__":

@@ -680,9 +680,10 @@ def plan_backward(problem: Problem, kernel: str, deterministic: bool) -> tuple[_
     assert plan.kernel == f"attention_backward_{kernel}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_plan, "BACKWARD_SECTION", 1 << 19)
-        return plan, _plan.make_backward_grid(plan, problem)
+        return plan, _plan.make_backward_grid(plan, problem, NUM_SMS)
 
 
+NUM_SMS = 132
 KERNELS = [("sm80", 64), ("sm80", 200), ("sm90", 64), ("sm90", 128), ("split_sm90", 256)]
 backward_lengths = st.sampled_from([0, 1, 64, 65, 128, 2048, 2049]) | st.integers(0, 3000)
 backward_heads = st.sampled_from([(1, 1), (4, 2), (6, 6), (8, 1)])
@@ -717,8 +718,12 @@ def test_gradients_of_all_tiles_and_blocks(
     plan, grid = plan_backward(problem, kernel[0], deterministic)
     config = plan.config
     assert (grid.m_blocks, grid.n_blocks) == (-(-seqlen_q // config.block_m), -(-seqlen_k // config.block_n))
-    tiles, units, *others = grid.blocks
-    assert tiles == batch * heads[0] * grid.m_blocks
+    prepare, main, *others = grid.blocks
+    tiles, units = batch * heads[0] * grid.m_blocks, batch * heads[1] * grid.n_blocks
+    # Thread blocks of the one-pass kernel for Hopper take one unit after the other, which are counted from 0, and then
+    # write dq.
+    assert prepare == max(tiles, kernel[0] == "sm90" and main > 0)
+    assert main == (min(max(units, tiles), NUM_SMS) if kernel[0] == "sm90" else units)
     found = [unit_of(unit, grid.n_blocks, batch * heads[1], grid.heads_per_section) for unit in range(units)]
     assert sorted(found) == [(n, head) for n in range(grid.n_blocks) for head in range(batch * heads[1])]
     # Of every head one after the other: who waits for its turn, waits for one that already runs.
@@ -727,7 +732,7 @@ def test_gradients_of_all_tiles_and_blocks(
     )
     ends = heads[0] if sinks else 0
     queries = batch * heads[0] * -(-seqlen_q // _plan.SPLIT_QUERIES)
-    assert others == ([queries, ends] if kernel[0] == "split_sm90" else [ends + tiles])
+    assert others == {"split_sm90": [queries, ends], "sm90": [ends], "sm80": [ends + tiles]}[kernel[0]]
 
 
 @settings(max_examples=300)
@@ -749,7 +754,9 @@ def test_gradients_of_all_packed_tiles_and_blocks(
     problem = backward_problem(q, k, k, batch=len(lengths), **mask)
     plan, grid = plan_backward(problem, kernel[0], deterministic)
     config = plan.config
-    tiles, units, *queries, ends = grid.blocks
+    tiles, main, *queries, ends = grid.blocks
+    units = grid.n_blocks * heads[1]
+    assert main == (min(units, NUM_SMS) if kernel[0] == "sm90" else units)
     assert ends >= max(1, 0 if kernel[0] == "split_sm90" else tiles)  # someone has to clear the rows of no sequence
 
     def find(count: int, rows: int, offsets: list[int], heads: int, section: int) -> list[tuple[int, int, int]]:

@@ -37,6 +37,7 @@ def test_sanitizer(tool: str, direction: str) -> None:
             sys.executable,
             PROFILE,
             direction,
+            tool,
         ],
         capture_output=True,
         text=True,

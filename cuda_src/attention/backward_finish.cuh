@@ -24,7 +24,7 @@ inline void load_dq(typename Main::Dq& dq, const float* sums, int thread) {
     for (int j = 0; j < Main::Dq::n_tiles; ++j) {
       const float* const from = sums + (t * Main::Dq::n_tiles + j) * 4 * group;
       if constexpr (vector == 4) {
-        const float4 x = *reinterpret_cast<const float4*>(from);
+        const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
         dq.x[t][j][0] = x.x;
         dq.x[t][j][1] = x.y;
         dq.x[t][j][2] = x.z;
@@ -38,24 +38,36 @@ inline void load_dq(typename Main::Dq& dq, const float* sums, int thread) {
   }
 }
 
-// dq of a tile of rows, by Main::dq_threads threads.
-template <class Config, class Main>
-inline void finish_tile(const BackwardParams& params, const RowTile& tile, int thread) {
+// dq of some tiles of rows, by Main::dq_threads threads: all are on their way before the first is waited for. Those
+// that there are not have a negative row.
+template <class Config, class Main, int count>
+inline void finish_tiles(const BackwardParams& params, const RowTile (&tiles)[count], int thread) {
   using element = typename Config::element;
   using Dq = typename Main::Dq;
-  const int live_rows = clamp(tile.seqlen.q - tile.m_block * Config::block_m, 0, Config::block_m);
-  if (live_rows == 0) return;
-  Dq dq;
-  load_dq<Main>(dq, params.dq_sum + tile.row * Config::tile_head_dim, thread);
-  element* const rows = tile.rows(static_cast<element*>(params.dq), params.dq_strides, Config::block_m);
+  Dq dq[count];
+  bool added[count];
 #pragma unroll
-  for (int t = 0; t < Dq::m_tiles; ++t) {
+  for (int each = 0; each < count; ++each) {
+    const RowTile& tile = tiles[each];
+    if (tile.row < 0) continue;
+    added[each] = !Main::first_stores || __ldcg(params.turns + tile.row / Config::block_m) != 0;
+    load_dq<Main>(dq[each], params.dq_sum + tile.row * Config::tile_head_dim, thread);
+  }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = Main::dq_row(thread) + tile::fragment_row(t, i);
-      write_row<Config::store_bytes, Config::head_dim>(rows + row * params.dq_strides.seqlen, params.dq_strides.dim,
-                                                       row < live_rows, dq, t, i, params.forward.softmax_scale,
-                                                       Main::dq_col(thread));
+  for (int each = 0; each < count; ++each) {
+    const RowTile& tile = tiles[each];
+    if (tile.row < 0) continue;
+    const int live_rows = tile.seqlen.q - tile.m_block * Config::block_m;
+    const float factor = added[each] ? params.forward.softmax_scale : 0.0f;  // 0: whatever is there; no row sees a key
+    element* const rows = tile.rows(static_cast<element*>(params.dq), params.dq_strides, Config::block_m);
+#pragma unroll
+    for (int t = 0; t < Dq::m_tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = Main::dq_row(thread) + tile::fragment_row(t, i);
+        write_row<Config::store_bytes, Config::head_dim>(rows + row * params.dq_strides.seqlen, params.dq_strides.dim,
+                                                         row < live_rows, dq[each], t, i, factor, Main::dq_col(thread));
+      }
     }
   }
 }
@@ -130,7 +142,7 @@ inline void clear_outside(const BackwardParams& backward) {
   clear_outside<Config, Config::head_dim_v>(backward.dv, backward.dv_strides, heads_k, params.seqlen_k, k_begin, k_end);
 }
 
-// For main kernels that write dq themselves: one thread block a head.
+// For main kernels that write dq themselves: one thread block a head, if there are sinks.
 template <class Config>
 inline void finish(const BackwardParams& params) {
   if (Config::varlen) clear_outside<Config>(params);
@@ -145,9 +157,8 @@ inline void finish(const BackwardParams& params) {
   const int tiles = gridDim.x - (Config::sinks ? params.forward.num_heads_q : 0);
   if (Config::varlen) clear_outside<Config>(params);
   if (Config::sinks && int(blockIdx.x) >= tiles) return finish_sink<Config>(params, blockIdx.x - tiles);
-  const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
-  if (tile.row < 0) return;
-  finish_tile<Config, Main>(params, tile, threadIdx.x);
+  const RowTile tile[] = {RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks)};
+  finish_tiles<Config, Main>(params, tile, threadIdx.x);
 }
 
 }  // namespace attention

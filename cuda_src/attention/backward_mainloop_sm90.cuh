@@ -1,13 +1,15 @@
-// attention: the backward's main loop with wgmma, for sm_90. A thread block keeps a block of K and V and goes over the
-// tiles of queries. One warp loads them, one adds finished tiles of dq to those in memory; two warpgroups of consumers
-// own 64 of the keys each.
+// attention: the backward's main loop with wgmma, for sm_90. A thread block takes one block of K and V after the other,
+// and goes over the tiles of queries. One warp loads, one adds finished tiles of dq to those in memory; two warpgroups
+// of consumers own 64 of the keys each.
 //
 // FlashAttention-2 (Dao, 2023), Algorithm 2, with transposed scores, as FlashAttention-3 has them: rows are keys, so
 // that P and dS, as they stand in registers, are operands of the products that give dv and dk. Only dS goes through
 // shared memory, once, for dq, of which every consumer computes its columns, or its rows, over all keys of the block.
 #pragma once
 
+#include "attention/backward_finish.cuh"
 #include "attention/backward_params.cuh"
+#include "attention/backward_prepare.cuh"
 #include "attention/backward_rows.cuh"
 #include "attention/backward_tensors_sm90.cuh"
 #include "attention/backward_work.cuh"
@@ -49,8 +51,13 @@ struct BackwardMainloopSm90 {
   static int dq_row(int thread) { return (by_rows ? thread / 128 * 64 : 0) + thread / 32 % 4 * 16; }
   static int dq_col(int thread) { return by_rows ? 0 : thread / 128 * Dq::cols; }
 
+  static constexpr bool first_stores = true;  // dq_sum begins with what comes first, not with zeros
+  // Blocks without more work write dq of heads that are done. Where packed sequences' tiles lie takes too long to find.
+  static constexpr bool finishes = !Config::varlen;
+
   static constexpr int stages = 2;
   using Ring = tile::Ring<stages>;
+  using KeyRing = tile::Ring<1>;
   static constexpr int rows_bytes = block_m * sizeof(float);  // of row_lse, and of row_delta
   static constexpr int sums_bytes = block_m * Config::tile_head_dim * sizeof(float);
 
@@ -59,7 +66,7 @@ struct BackwardMainloopSm90 {
   static constexpr int sums_offset = ds_offset + stages * Ds::bytes, lse_offset = sums_offset + sums_bytes;
   static constexpr int delta_offset = lse_offset + stages * rows_bytes;
   static constexpr int barriers_offset = delta_offset + stages * rows_bytes;
-  static constexpr int smem_bytes = barriers_offset + 3 * Ring::bytes + 2 * sizeof(u64);
+  static constexpr int smem_bytes = barriers_offset + 4 * Ring::bytes + 3 * KeyRing::bytes;
 
   u32 smem;
 
@@ -74,54 +81,156 @@ struct BackwardMainloopSm90 {
   Ring queries() const { return {smem + barriers_offset}; }
   Ring gradients() const { return {smem + barriers_offset + Ring::bytes}; }
   Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // of dS
-  u32 keys_full() const { return smem + barriers_offset + 3 * Ring::bytes; }
-  u32 values_full() const { return keys_full() + sizeof(u64); }
+  Ring works() const { return {smem + barriers_offset + 3 * Ring::bytes}; }
+  KeyRing keys() const { return {smem + barriers_offset + 4 * Ring::bytes}; }
+  KeyRing values() const { return {smem + barriers_offset + 4 * Ring::bytes + KeyRing::bytes}; }
+  KeyRing claims() const { return {smem + barriers_offset + 4 * Ring::bytes + 2 * KeyRing::bytes}; }  // of works
 
   void init() const {
-    queries().init(4 * consumers);
-    gradients().init(4 * consumers);
-    exchange().init(4 * consumers, 4 * consumers);
-    ptx::mbarrier_init(keys_full(), 1);
-    ptx::mbarrier_init(values_full(), 1);
+    constexpr int arrivals = 4 * consumers * tile::warp_arrivals;
+    queries().init(arrivals);
+    gradients().init(arrivals);
+    exchange().init(arrivals, arrivals);
+    works().init(arrivals + 3 * tile::warp_arrivals);
+    keys().init(arrivals);
+    values().init(arrivals);
+    claims().init(1);
     ptx::fence_mbarrier_init();
   }
 
-  // One warp: adds the tiles of dq, as the consumers lay them down, to those in memory.
-  void add_dq(const BackwardParams& params, const BackwardWork& work) const {
-    constexpr int half = sums_bytes / consumers;
-    for_each_query_tile(params.forward, work, [&](int head, int m_block) {
-      const i64 row = workspace_row<Config>(params, work.seqlen, work.batch, head) + m_block * block_m;
-      float* const to = params.dq_sum + row * Config::tile_head_dim;
-      i32* const turn = params.turns + row / block_m;
-#pragma unroll
-      for (int w = 0; w < consumers; ++w) {
-        Handover{w}.take_full();
-        if (tile::lane() == 0) {
-          if (Config::deterministic && w == 0) {
-            const int wanted = turn_of<Config>(params.forward, work.seqlen, m_block, work.n_block);
-            while (ptx::ld_acquire_gpu(turn) != wanted) {
-            }
-          }
-          ptx::cp_reduce_async_bulk_add_f32(to + w * (half / sizeof(float)), sums() + w * half, half);
-          ptx::cp_async_bulk_commit_group();
-        }
-      }
-      if (tile::lane() == 0) ptx::cp_async_bulk_wait_group_read<1>();
-      __syncwarp();
-      Handover{0}.give_empty();
-      if (tile::lane() == 0) {
-        ptx::cp_async_bulk_wait_group_read<0>();
-        if (Config::deterministic) {
-          ptx::cp_async_bulk_wait_group<0>();
-          __threadfence();
-          ptx::red_release_gpu_add(turn, 1);
-        }
-      }
-      __syncwarp();
-      Handover{1}.give_empty();
-    });
-    if (tile::lane() == 0) ptx::cp_async_bulk_wait_group<0>();
+  // The work of the block, two units of it at a time: from the warp that finds it to those that do it.
+  using Works = BackwardWork[stages];
+
+  // One thread. Units are taken in order, so that nobody waits for one that is not being worked on; and not before the
+  // last loads of the unit before are on their way, since another block may come to it sooner.
+  void find_work(const BackwardParams& params, Works& works) const {
+    const int units = BackwardWork::units<Config>(params);
+    typename Ring::Cursor at;
+    int unit;
+    do {
+      claims().wait_empty({at.count});
+      unit = atomicAdd(params.next_unit, 1);
+      BackwardWork work{};
+      if (unit < units)
+        work = BackwardWork::find<Config>(params, unit);
+      else
+        work.n_block = -1;
+      if (unit < units && work.idle<Config>()) continue;
+      this->works().wait_empty(at);
+      works[at.stage()] = work;
+      this->works().fill(at);
+      at.advance();
+    } while (unit < units);
   }
+
+  // A warp that does it.
+  template <class Step>
+  void for_each_work(const Works& works, Step&& step) const {
+#pragma unroll 1
+    for (typename Ring::Cursor at;; at.advance()) {
+      this->works().wait_full(at);
+      const BackwardWork& work = works[at.stage()];
+      if (work.n_block < 0) break;
+      step(work);
+      this->works().release_warp(at);
+    }
+  }
+
+  // One warp a side.
+  template <Side side>
+  void load(const BackwardArgument& argument, const Works& works) const {
+    TileLoader<Config, BackwardMainloopSm90, side> loader{*this, argument};
+    for_each_work(works, [&](const BackwardWork& work) {
+      if (tile::lane() != 0) return;
+      loader.load(work);
+      if (side == Side::queries) claims().release({});
+    });
+  }
+
+  // One warp: adds the tiles of dq, as the consumers lay them down, to those in memory.
+  void add_dq(const BackwardParams& params, const Works& works) const {
+    for_each_work(works, [&](const BackwardWork& work) {
+      for_each_query_tile(params.forward, work, [&](int head, int m_block) {
+        const i64 row = workspace_row<Config>(params, work.seqlen, work.batch, head) + m_block * block_m;
+        Sum sum{params.dq_sum + row * Config::tile_head_dim, params.turns + row / block_m};
+        if (tile::lane() == 0) sum.begin(params, work, m_block);
+#pragma unroll
+        for (int w = 0; w < consumers; ++w) {
+          Handover{w}.take_full();
+          if (tile::lane() == 0) {
+            if (w == 0) sum.wait();
+            sum.add(sums(), w);
+          }
+        }
+        if (tile::lane() == 0) ptx::cp_async_bulk_wait_group_read<1>();
+        __syncwarp();
+        Handover{0}.give_empty();
+        if (tile::lane() == 0) ptx::cp_async_bulk_wait_group_read<0>();
+        __syncwarp();
+        Handover{1}.give_empty();
+        if (tile::lane() == 0) sum.end();
+      });
+      if (finishes && tile::lane() == 0) {
+        ptx::cp_async_bulk_wait_group<0>();
+        ptx::fence_proxy_async_global();
+        ptx::red_release_gpu_add(heads_done(params, work.batch, work.head * params.forward.qheads_per_khead), 1);
+      }
+    });
+  }
+
+  static i32* heads_done(const BackwardParams& params, int batch, int query_head) {
+    return params.heads_done + key_head(params.forward, batch, query_head);
+  }
+
+  // A tile of dq_sum, to one thread.
+  struct Sum {
+    float* numbers;
+    i32* turn;
+    i32 state, wanted;
+
+    // Asks ahead whether anybody has been there.
+    void begin(const BackwardParams& params, const BackwardWork& work, int m_block) {
+      if constexpr (Config::deterministic) {
+        state = wanted = turn_of<Config>(params.forward, work.seqlen, m_block, work.n_block);
+      } else {
+        state = ptx::atom_acquire_gpu_cas(turn, untouched, claimed);
+        wanted = stored;
+      }
+    }
+
+    bool first() const { return state == 0; }
+
+    // Until it is this block's turn, or the tile can be added to.
+    void wait() const {
+      if (first()) return;
+      if (Config::deterministic || state != wanted) {
+        while (ptx::ld_acquire_gpu(turn) != wanted) {
+        }
+      }
+      ptx::fence_proxy_async_global();
+    }
+
+    void add(u32 sums, int part) const {
+      constexpr int bytes = sums_bytes / consumers;
+      float* const to = numbers + part * (bytes / sizeof(float));
+      if (first())
+        ptx::cp_async_bulk_store(to, sums + part * bytes, bytes);
+      else
+        ptx::cp_reduce_async_bulk_add_f32(to, sums + part * bytes, bytes);
+      ptx::cp_async_bulk_commit_group();
+    }
+
+    // Tells those who wait.
+    void end() const {
+      if (!Config::deterministic && !first()) return;
+      ptx::cp_async_bulk_wait_group<0>();
+      ptx::fence_proxy_async_global();
+      if (Config::deterministic)
+        ptx::red_release_gpu_add(turn, 1);
+      else
+        ptx::st_release_gpu(turn, stored);
+    }
+  };
 
   // The shared memory for a consumer's part of dq, between that warpgroup and the warp that adds it up.
   struct Handover {
@@ -150,20 +259,27 @@ struct BackwardMainloopSm90 {
 
   // Warpgroup `consumer` of the consumers. What it computes of dq is one step behind the rest: then dS of the other has
   // long been there, and while one consumer is busy with its scores, the tensor cores work for the other.
-  void consume(const BackwardParams& backward, const BackwardWork& work, int consumer) const {
+  void consume(const BackwardParams& backward, const Works& works, int consumer) const {
+    const Turn turn(consumer);
+    typename Ring::Cursor at, at_dq;
+    typename KeyRing::Cursor at_keys;
+    for_each_work(works,
+                  [&](const BackwardWork& work) { consume_work(backward, work, consumer, turn, at, at_dq, at_keys); });
+  }
+
+  void consume_work(const BackwardParams& backward, const BackwardWork& work, int consumer, const Turn& turn,
+                    typename Ring::Cursor& at, typename Ring::Cursor& at_dq, typename KeyRing::Cursor& at_keys) const {
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
     const Handover handover{consumer};
-    const Turn turn(consumer);
-    typename Ring::Cursor at, at_dq;
     Dk dk;
     Dv dv;
     Dq dq;
     dk.zero();
     dv.zero();
     if (!work.range.empty()) {  // else nothing is loaded
-      tile::wait(keys_full(), 0);
-      tile::wait(values_full(), 0);
+      keys().wait_full(at_keys);
+      values().wait_full(at_keys);
     }
     for_each_query_tile(params, work, [&](int head, int m_block) {
       const u32 stage = at.stage();
@@ -195,8 +311,7 @@ struct BackwardMainloopSm90 {
       gradients().release_warp(at);
       if (behind) lay_down(dq, handover, at_dq);
       ptx::fence_proxy_async_shared();
-      __syncwarp();
-      if (tile::lane() == 0) exchange().fill(at);
+      exchange().fill_warp(at);
       if (behind) {
         handover.give_full();
         at_dq.advance();
@@ -206,12 +321,16 @@ struct BackwardMainloopSm90 {
       at.advance();
     });
     if (at_dq.count < at.count) {
+      values().release_warp(at_keys);
       exchange().wait_full(at_dq);
       begin_dq(dq, at_dq, consumer);
       warpgroup::wait<0>(dq);
+      keys().release_warp(at_keys);
       lay_down(dq, handover, at_dq);
       ptx::fence_proxy_async_shared();
       handover.give_full();
+      at_dq.advance();
+      at_keys.advance();
     }
     write_keys<Config, Config::head_dim>(backward.dk, backward.dk_strides, work, dk, first_key, params.softmax_scale);
     write_keys<Config, Config::head_dim_v>(backward.dv, backward.dv_strides, work, dv, first_key, 1.0f);
@@ -219,6 +338,30 @@ struct BackwardMainloopSm90 {
 
   void begin_dq(Dq& dq, const typename Ring::Cursor& at, int consumer) const {
     warpgroup::gemm_atb(dq, ds(at.stage()), k(), by_rows ? 64 * consumer : 0, by_rows ? 0 : Dq::cols * consumer);
+  }
+
+  // The consumers: dq in its dtype, some tiles of rows at a time, of heads that every block of keys is done with.
+  static void finish(const BackwardParams& params, int thread) {
+    constexpr int together = 4;
+    const int m_blocks = params.forward.m_blocks, tiles = m_blocks * params.forward.num_heads_q * params.forward.batch;
+#pragma unroll 1
+    for (int first = blockIdx.x * together; first < tiles; first += gridDim.x * together) {
+      RowTile each[together];
+#pragma unroll
+      for (int i = 0; i < together; ++i) {
+        each[i] = first + i < tiles ? RowTile::find<Config>(params, first + i, m_blocks) : RowTile{0, 0, 0, {}, -1};
+      }
+      if (thread == 0) {
+#pragma unroll
+        for (int i = 0; i < together; ++i) {
+          const i32* const done = heads_done(params, each[i].batch, each[i].head);
+          while (ptx::ld_acquire_gpu(done) != params.n_blocks) {
+          }
+        }
+      }
+      ptx::bar_sync(1 + 3 * consumers, 128 * consumers);
+      finish_tiles<Config, BackwardMainloopSm90>(params, each, thread);
+    }
   }
 
   // Rows first_row to first_row + 63 of the tile ← the warpgroup's operand.

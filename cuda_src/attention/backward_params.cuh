@@ -23,12 +23,17 @@ struct BackwardParams {
   float* row_lse;    // lse · log2 e; +infinity for a row that sees no key or is past the end, so that its P is 0
   float* row_delta;  // rowsum(out ∘ dout) - dlse
   float* dq_sum;
-  i32* turns;  // deterministic: of every tile of dq_sum, how many blocks of keys have added to it
+  i32* turns;  // of every tile of dq_sum. Deterministic: how many blocks of keys have added to it; else see SumState
+  i32* next_unit;   // of main kernels whose thread blocks take one unit of work after the other
+  i32* heads_done;  // those, dense: of every key head, how many blocks of keys have added all that they have to dq
   Strides dout_strides, dq_strides, dk_strides, dv_strides;
   Strides lse_strides, dlse_strides;  // dim is not used
   i64 workspace_rows;                 // a query head, of all sequences together; dense: of one sequence
   i32 n_blocks;                       // blocks of keys a key head: of a sequence, or (varlen) of the packed batch
 };
+
+// Of a tile of dq_sum that is not set to zeros beforehand: whoever comes first stores, the others add to that.
+enum SumState : i32 { untouched, claimed, stored };
 
 // Kernels that load through tensor maps find those of q, k, v and dout here; their axes are those of TmaParams.
 struct BackwardArgument {

@@ -1,4 +1,4 @@
-// attention: what the backward needs to know of each query row before its main kernel, and zeros where that adds up.
+// attention: what the backward needs to know of each query row before its main kernel, and where that adds up from.
 // One thread block a tile of rows of the workspace.
 #pragma once
 
@@ -33,6 +33,7 @@ struct RowTile {
       tile.batch = found.batch;
       tile.seqlen = varlen_seqlen(params, found.batch);
     } else {
+      if (m_blocks == 0) return {0, 0, 0, {}, -1};
       // From last to first: under a causal mask the last see most keys.
       tile.m_block = m_blocks - 1 - unit % m_blocks;
       tile.head = unit / m_blocks % params.num_heads_q;
@@ -51,10 +52,14 @@ struct RowTile {
   }
 };
 
-// Zeros where dq adds up.
-template <class Config>
-inline void clear_sums(const BackwardParams& params, const RowTile& tile) {
-  if (Config::deterministic && threadIdx.x == 0) params.turns[tile.row / Config::block_m] = 0;
+// Nobody has added to dq yet.
+template <class Config, class Main>
+inline void begin_sums(const BackwardParams& params, const RowTile& tile) {
+  if (threadIdx.x == 0) {
+    params.turns[tile.row / Config::block_m] = 0;
+    if (!Config::varlen && tile.m_block == 0) params.heads_done[key_head(params.forward, tile.batch, tile.head)] = 0;
+  }
+  if (Main::first_stores) return;
   uint4* const sums = reinterpret_cast<uint4*>(params.dq_sum + tile.row * Config::tile_head_dim);
   for (int i = threadIdx.x; i < Config::block_m * Config::tile_head_dim / 4; i += blockDim.x) {
     sums[i] = uint4{0, 0, 0, 0};
@@ -62,18 +67,11 @@ inline void clear_sums(const BackwardParams& params, const RowTile& tile) {
 }
 
 template <class Config>
-inline void prepare(const BackwardParams& params) {
+inline void prepare_rows(const BackwardParams& params, const RowTile& tile) {
   using element = typename Config::element;
   constexpr int chunk_elements = 16 / sizeof(element), chunks = ceil_div(Config::head_dim_v, chunk_elements);
   constexpr int lanes = 8;  // that share a row
-  const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
-  if (tile.row < 0) return;
-
   const int live_rows = clamp(tile.seqlen.q - tile.m_block * Config::block_m, 0, Config::block_m);
-  if constexpr (!Config::split) {
-    if (live_rows > 0) clear_sums<Config>(params, tile);
-  }
-
   const element* const out =
       tile.rows(static_cast<const element*>(params.forward.out), params.forward.out_strides, Config::block_m);
   const element* const dout = tile.rows(static_cast<const element*>(params.dout), params.dout_strides, Config::block_m);
@@ -112,6 +110,23 @@ inline void prepare(const BackwardParams& params) {
       params.row_delta[tile.row + row] = row_lse == infinity ? 0.0f : delta;
     }
   }
+}
+
+// For main kernels that write dq themselves.
+template <class Config>
+inline void prepare(const BackwardParams& params) {
+  const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
+  if (tile.row >= 0) prepare_rows<Config>(params, tile);
+}
+
+// For those, such as Main, that add it up in dq_sum.
+template <class Config, class Main>
+inline void prepare(const BackwardParams& params) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *params.next_unit = 0;
+  const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
+  if (tile.row < 0) return;
+  if (tile.m_block * Config::block_m < tile.seqlen.q) begin_sums<Config, Main>(params, tile);
+  prepare_rows<Config>(params, tile);
 }
 
 }  // namespace attention

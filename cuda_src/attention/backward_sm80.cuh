@@ -64,6 +64,7 @@ struct BackwardSm80 {
   // The order of a tile of dq_sum, which the kernel that finishes dq undoes.
   using Dq = typename DqDivision::Part;
   static constexpr int dq_threads = Config::num_threads, dq_group = dq_threads, dq_vector = 1;
+  static constexpr bool first_stores = false;
   static int dq_row(int thread) { return DqDivision::row(thread); }
   static int dq_col(int thread) { return DqDivision::col(thread); }
 
@@ -348,7 +349,7 @@ struct BackwardSm80 {
 
 template <class Config>
 inline void backward_prepare(const BackwardArgument& argument) {
-  prepare<Config>(argument.params);
+  prepare<Config, BackwardSm80<Config>>(argument.params);
 }
 
 template <class Config>

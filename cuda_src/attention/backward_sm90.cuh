@@ -1,4 +1,4 @@
-// attention: the backward's main kernel for sm_90: one thread block a block of keys.
+// attention: the backward's main kernel for sm_90: thread blocks that take one block of keys after the other.
 #pragma once
 
 #include "attention/backward_finish.cuh"
@@ -13,12 +13,16 @@ namespace attention {
 
 template <class Config>
 inline void backward_prepare(const BackwardArgument& argument) {
-  prepare<Config>(argument.params);
+  prepare<Config, BackwardMainloopSm90<Config>>(argument.params);
 }
 
 template <class Config>
 inline void backward_finish(const BackwardArgument& argument) {
-  finish<Config, BackwardMainloopSm90<Config>>(argument.params);
+  using Main = BackwardMainloopSm90<Config>;
+  if constexpr (Main::finishes)
+    finish<Config>(argument.params);
+  else
+    finish<Config, Main>(argument.params);
 }
 
 template <class Config>
@@ -28,23 +32,22 @@ inline void backward_sm90(const BackwardArgument& argument) {
                 "cufa/_configs_backward.py and the tiles disagree on shared memory");
   static_assert(Config::num_threads == 128 * (1 + Mainloop::consumers), "a warpgroup loads, the others compute");
   extern __shared__ __align__(1024) char dynamic_smem[];
-  __shared__ BackwardWork work;
+  __shared__ typename Mainloop::Works works;
   const Mainloop mainloop{ptx::shared_address(dynamic_smem)};
 
-  if (threadIdx.x == 0) {
-    mainloop.init();
-    work = BackwardWork::find<Config>(argument.params, blockIdx.x);
-  }
+  if (threadIdx.x == 0) mainloop.init();
   __syncthreads();
-  if (work.template idle<Config>()) return;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < 4) {
     ptx::setmaxnreg_dec<Config::producer_registers>();
-    if (threadIdx.x == 0) load_tiles<Config>(mainloop, argument, work);
-    if (warp == 1) mainloop.add_dq(argument.params, work);
+    if (warp == 0) mainloop.template load<Side::queries>(argument, works);
+    if (warp == 1) mainloop.template load<Side::gradients>(argument, works);
+    if (warp == 2) mainloop.add_dq(argument.params, works);
+    if (threadIdx.x == 3 * 32) mainloop.find_work(argument.params, works);
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();
-    mainloop.consume(argument.params, work, warp / 4 - 1);
+    mainloop.consume(argument.params, works, warp / 4 - 1);
+    if constexpr (Mainloop::finishes) mainloop.finish(argument.params, threadIdx.x - 128);
   }
 }
 

@@ -10,7 +10,6 @@
 #include "attention/backward_work.cuh"
 #include "attention/variant.cuh"
 #include "core/math.cuh"
-#include "ptx/barrier.cuh"
 #include "ptx/math.cuh"
 #include "ptx/shared.cuh"
 #include "tile/accumulator.cuh"
@@ -38,6 +37,7 @@ struct BackwardKeysSm90 {
 
   static constexpr int stages = 2;
   using Ring = tile::Ring<stages>;
+  using KeyRing = tile::Ring<1>;
   static constexpr int rows_bytes = block_m * sizeof(float);  // of row_lse, and of row_delta
   static constexpr int weights_bytes = 128 * sizeof(Operand);
 
@@ -47,7 +47,7 @@ struct BackwardKeysSm90 {
   static constexpr int lse_offset = weights_offset + stages * weights_bytes;
   static constexpr int delta_offset = lse_offset + stages * rows_bytes;
   static constexpr int barriers_offset = delta_offset + stages * rows_bytes;
-  static constexpr int smem_bytes = barriers_offset + 2 * Ring::bytes + 2 * sizeof(u64);
+  static constexpr int smem_bytes = barriers_offset + 3 * Ring::bytes + 2 * KeyRing::bytes;
 
   u32 smem;
 
@@ -60,14 +60,17 @@ struct BackwardKeysSm90 {
   u32 delta(u32 stage) const { return smem + delta_offset + stage * rows_bytes; }
   Ring queries() const { return {smem + barriers_offset}; }
   Ring gradients() const { return {smem + barriers_offset + Ring::bytes}; }
-  u32 keys_full() const { return smem + barriers_offset + 2 * Ring::bytes; }
-  u32 values_full() const { return keys_full() + sizeof(u64); }
+  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // of weights
+  KeyRing keys() const { return {smem + barriers_offset + 3 * Ring::bytes}; }
+  KeyRing values() const { return {smem + barriers_offset + 3 * Ring::bytes + KeyRing::bytes}; }
 
   void init() const {
-    queries().init(4 + 4);
-    gradients().init(4 + 4);
-    ptx::mbarrier_init(keys_full(), 1);
-    ptx::mbarrier_init(values_full(), 1);
+    constexpr int arrivals = 4 * tile::warp_arrivals;  // a warpgroup
+    queries().init(2 * arrivals);
+    gradients().init(2 * arrivals);
+    exchange().init(arrivals, arrivals);
+    keys().init(1);  // nobody gives them back
+    values().init(1);
     ptx::fence_mbarrier_init();
   }
 
@@ -79,7 +82,7 @@ struct BackwardKeysSm90 {
     Dv dv;
     Operand p;
     dv.zero();
-    if (!work.range.empty()) tile::wait(keys_full(), 0);
+    if (!work.range.empty()) keys().wait_full({});
     for_each_query_tile(params, work, [&](int head, int m_block) {
       Scores s;
       queries().wait_full(at);
@@ -89,10 +92,9 @@ struct BackwardKeysSm90 {
       warpgroup::wait<0>(s);
       Operand scaled;
       probabilities<Config>(p, scaled, s, params, work, head, first_key, m_block, lse(at.stage()));
-      const Exchange exchange{at.stage()};
-      exchange.take_empty();
+      exchange().wait_empty(at);
       give(Variant::empty ? p : scaled, weights(at.stage()));
-      exchange.give_full();
+      exchange().fill_warp(at);
       gradients().wait_full(at);
       warpgroup::gemm_ab(dv, p, dout(at.stage()), true);
       queries().release_warp(at);
@@ -109,8 +111,7 @@ struct BackwardKeysSm90 {
     Dk dk;
     Operand ds;
     dk.zero();
-    for (u32 stage = 0; stage < stages; ++stage) Exchange{stage}.give_empty();
-    if (!work.range.empty()) tile::wait(values_full(), 0);
+    if (!work.range.empty()) values().wait_full({});
     for_each_query_tile(backward.forward, work, [&](int, int) {
       Scores dp;
       gradients().wait_full(at);
@@ -119,10 +120,9 @@ struct BackwardKeysSm90 {
       if (at.count > 0) queries().release_warp(at.previous());
       warpgroup::wait<0>(dp);
       Operand scaled;
-      const Exchange exchange{at.stage()};
-      exchange.take_full();
+      exchange().wait_full(at);
       take(scaled, weights(at.stage()));
-      exchange.give_empty();
+      exchange().release_warp(at);
       gradients_of_scores<Config>(ds, scaled, dp, delta(at.stage()));
       queries().wait_full(at);
       warpgroup::gemm_ab(dk, ds, q(at.stage()), true);
@@ -133,17 +133,6 @@ struct BackwardKeysSm90 {
     write_keys<Config, Config::head_dim>(backward.dk, backward.dk_strides, work, dk, first_key,
                                          backward.forward.softmax_scale);
   }
-
-  // A stage of the shared memory for weights, between the two warpgroups.
-  struct Exchange {
-    static constexpr int threads = 2 * 128;
-    u32 stage;
-
-    void take_full() const { ptx::bar_sync(1 + stage, threads); }
-    void give_full() const { ptx::bar_arrive(1 + stage, threads); }
-    void take_empty() const { ptx::bar_sync(1 + stages + stage, threads); }
-    void give_empty() const { ptx::bar_arrive(1 + stages + stage, threads); }
-  };
 
   // Thread for thread, as the registers of both warpgroups hold the same entries.
   static void give(const Operand& from, u32 to) {

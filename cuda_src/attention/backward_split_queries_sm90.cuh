@@ -82,8 +82,8 @@ struct BackwardQueriesSm90 {
   u32 queries_full() const { return smem + barriers_offset + Keys::bytes + Values::bytes; }
 
   void init() const {
-    keys().init(4 * consumers);
-    values().init(4 * consumers);
+    keys().init(4 * consumers * tile::warp_arrivals);
+    values().init(4 * consumers * tile::warp_arrivals);
     ptx::mbarrier_init(queries_full(), 1);
     ptx::fence_mbarrier_init();
   }

@@ -31,39 +31,57 @@ inline void load_rows(const Tile& to, const ptx::TensorMap& map, u32 barrier, in
   }
 }
 
-// One thread: loads K and V of the work's block of keys, and Q, dout and what goes with their rows of every tile of
-// queries that sees it, into the stages of a main loop.
-template <class Config, class Loop>
-inline void load_tiles(const Loop& loop, const BackwardArgument& argument, const BackwardWork& work) {
-  const BackwardParams& params = argument.params;
-  constexpr int block_m = Config::block_m, rows_bytes = Loop::rows_bytes;
+enum class Side { queries, gradients };  // Q, K and row_lse, or dout, V and row_delta
+
+// One thread: loads one side of the work's block of keys, and of every tile of queries that sees it, into the stages of
+// a main loop.
+template <class Config, class Loop, Side side>
+struct TileLoader {
+  const Loop& loop;
+  const BackwardArgument& argument;
   typename Loop::Ring::Cursor at;
-  for_each_query_tile(params.forward, work, [&](int head, int m_block) {
-    const i64 row = workspace_row<Config>(params, work.seqlen, work.batch, head) + m_block * block_m;
-    const int q_row = m_block * block_m, k_row = work.n_block * Config::block_n;
-    if (at.count == 0) {
-      ptx::mbarrier_arrive_expect_tx(loop.keys_full(), Loop::K::bytes);
-      load_rows<Config>(loop.k(), argument.k, loop.keys_full(), k_row, work.seqlen.k, work.seqlen.k_first_row,
-                        work.head, work.batch);
-    }
-    loop.queries().wait_empty(at);
-    loop.queries().expect(at, Loop::Q::bytes + rows_bytes);
-    load_rows<Config>(loop.q(at.stage()), argument.q, loop.queries().full(at.stage()), q_row, work.seqlen.q,
-                      work.seqlen.q_first_row, head, work.batch);
-    ptx::cp_async_bulk(loop.lse(at.stage()), params.row_lse + row, rows_bytes, loop.queries().full(at.stage()));
-    if (at.count == 0) {
-      ptx::mbarrier_arrive_expect_tx(loop.values_full(), Loop::V::bytes);
-      load_rows<Config>(loop.v(), argument.v, loop.values_full(), k_row, work.seqlen.k, work.seqlen.k_first_row,
-                        work.head, work.batch);
-    }
-    loop.gradients().wait_empty(at);
-    loop.gradients().expect(at, Loop::Dout::bytes + rows_bytes);
-    load_rows<Config>(loop.dout(at.stage()), argument.dout, loop.gradients().full(at.stage()), q_row, work.seqlen.q,
-                      work.seqlen.q_first_row, head, work.batch);
-    ptx::cp_async_bulk(loop.delta(at.stage()), params.row_delta + row, rows_bytes, loop.gradients().full(at.stage()));
+  typename Loop::KeyRing::Cursor at_keys;
+
+  void load(const BackwardWork& work) {
+    const BackwardParams& params = argument.params;
+    if (work.range.empty()) return;
+    if constexpr (side == Side::queries)
+      load_keys(loop.keys(), loop.k(), argument.k, work);
+    else
+      load_keys(loop.values(), loop.v(), argument.v, work);
+    for_each_query_tile(params.forward, work, [&](int head, int m_block) {
+      const i64 row = workspace_row<Config>(params, work.seqlen, work.batch, head) + m_block * Config::block_m;
+      if constexpr (side == Side::queries)
+        load_queries(loop.queries(), loop.q(at.stage()), argument.q, loop.lse(at.stage()), params.row_lse + row, work,
+                     head, m_block);
+      else
+        load_queries(loop.gradients(), loop.dout(at.stage()), argument.dout, loop.delta(at.stage()),
+                     params.row_delta + row, work, head, m_block);
+    });
+  }
+
+ private:
+  template <class Tile>
+  void load_keys(const typename Loop::KeyRing& ring, const Tile& to, const ptx::TensorMap& map,
+                 const BackwardWork& work) {
+    ring.wait_empty(at_keys);
+    ring.expect(at_keys, Tile::bytes);
+    load_rows<Config>(to, map, ring.full(0), work.n_block * Config::block_n, work.seqlen.k, work.seqlen.k_first_row,
+                      work.head, work.batch);
+    at_keys.advance();
+  }
+
+  template <class Tile>
+  void load_queries(const typename Loop::Ring& ring, const Tile& to, const ptx::TensorMap& map, u32 to_numbers,
+                    const float* numbers, const BackwardWork& work, int head, int m_block) {
+    ring.wait_empty(at);
+    ring.expect(at, Tile::bytes + Loop::rows_bytes);
+    load_rows<Config>(to, map, ring.full(at.stage()), m_block * Config::block_m, work.seqlen.q, work.seqlen.q_first_row,
+                      head, work.batch);
+    ptx::cp_async_bulk(to_numbers, numbers, Loop::rows_bytes, ring.full(at.stage()));
     at.advance();
-  });
-}
+  }
+};
 
 // p ← the probabilities of transposed scores s; weights ← the same times the derivatives of the variant's scores,
 // unless it is empty. row_lse is the shared address of those of the tile's queries.

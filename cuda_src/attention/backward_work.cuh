@@ -60,6 +60,11 @@ inline i64 workspace_row(const BackwardParams& params, const Seqlen& seqlen, int
   return (i64(outer) * params.forward.num_heads_q + head) * params.workspace_rows + padded_row<Config>(seqlen, batch);
 }
 
+// Which of all sequences' key heads a query head reads.
+inline int key_head(const Params& params, int batch, int query_head) {
+  return (batch * params.num_heads_q + query_head) / params.qheads_per_khead;
+}
+
 // The deterministic order: how many blocks of keys add to a tile of dq before this one does. It is an order in which
 // the blocks are launched, so that nobody waits for one that cannot run. Under a causal mask the last come first
 // (reversed): every tile's first block then meets it first, and none has to wait.
@@ -70,7 +75,7 @@ inline int turn_of(const Params& params, const Seqlen& seqlen, int m_block, int 
 }
 
 struct BackwardWork {
-  int n_block, head, batch;  // head: of keys
+  int n_block, head, batch;  // head: of keys; n_block is negative where there is no more work
   Seqlen seqlen;
   int key_rows;  // rows of k and v that are the sequence's, live or not
   QueryRange range;
@@ -110,6 +115,13 @@ struct BackwardWork {
     }
     work.range = query_range<Config>(params, work.seqlen, work.n_block);
     return work;
+  }
+
+  // Units of the launch; some may be idle.
+  template <class Config>
+  static int units(const BackwardParams& backward) {
+    const Params& params = backward.forward;
+    return backward.n_blocks * (params.num_heads_q / params.qheads_per_khead) * (Config::varlen ? 1 : params.batch);
   }
 };
 

@@ -1,4 +1,4 @@
-// ptx: ordered access to counters in global memory (PTX ISA: "ld", "red").
+// ptx: ordered access to flags and counters in global memory (PTX ISA: "ld", "st", "red", "atom").
 #pragma once
 
 #include "core/types.cuh"
@@ -11,8 +11,25 @@ inline i32 ld_acquire_gpu(const i32* address) {
   return value;
 }
 
+inline void st_release_gpu(i32* address, i32 value) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+// What was there; `value` takes its place if that was `expected`.
+inline i32 atom_acquire_gpu_cas(i32* address, i32 expected, i32 value) {
+  i32 found;
+  asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], %2, %3;"
+               : "=r"(found)
+               : "l"(address), "r"(expected), "r"(value)
+               : "memory");
+  return found;
+}
+
 inline void red_release_gpu_add(i32* address, i32 value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
+
+// Orders this thread's plain accesses to global memory and those of the copy engine.
+inline void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 }  // namespace ptx

@@ -38,6 +38,12 @@ inline void cp_async_bulk(u32 destination, const void* source, u32 bytes, u32 ba
       : "memory");
 }
 
+// The other way.
+inline void cp_async_bulk_store(void* destination, u32 source, u32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(bytes)
+               : "memory");
+}
+
 // Adds float32 numbers in shared memory to those in global memory.
 inline void cp_reduce_async_bulk_add_f32(float* destination, u32 source, u32 bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(destination),

@@ -23,6 +23,14 @@ inline void wait(u32 barrier, u32 parity) {
   }
 }
 
+// Arrivals that a warp makes. One lane speaks for all of them, which racecheck of compute-sanitizer does not see: for
+// it, every lane speaks for itself.
+#ifdef CUFA_RACECHECK
+inline constexpr int warp_arrivals = 32;
+#else
+inline constexpr int warp_arrivals = 1;
+#endif
+
 // The barriers of `stages` stages at shared address `barriers`: those that say full, then those that say empty.
 template <int stages_>
 struct Ring {
@@ -35,7 +43,8 @@ struct Ring {
   u32 full(u32 stage) const { return barriers + stage * sizeof(u64); }
   u32 empty(u32 stage) const { return barriers + (stages + stage) * sizeof(u64); }
 
-  // `producers` threads fill a stage; `consumers` threads, or warps, must say that they are done with it.
+  // `producers` threads fill a stage; `consumers` threads must say that they are done with it. A warp counts as
+  // warp_arrivals of them.
   void init(int consumers, int producers = 1) const {
     for (int stage = 0; stage < stages; ++stage) {
       ptx::mbarrier_init(full(stage), producers);
@@ -48,13 +57,17 @@ struct Ring {
   void expect(const Cursor& at, int bytes) const { ptx::mbarrier_arrive_expect_tx(full(at.stage()), bytes); }
 
   void fill(const Cursor& at) const { ptx::mbarrier_arrive(full(at.stage())); }
+  void fill_warp(const Cursor& at) const { arrive_warp(full(at.stage())); }
 
   // The consumers' side.
   void wait_full(const Cursor& at) const { wait(full(at.stage()), at.parity()); }
   void release(const Cursor& at) const { ptx::mbarrier_arrive(empty(at.stage())); }
-  void release_warp(const Cursor& at) const {
+  void release_warp(const Cursor& at) const { arrive_warp(empty(at.stage())); }
+
+ private:
+  static void arrive_warp(u32 barrier) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) release(at);
+    if (warp_arrivals == 32 || threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
   }
 };
 
