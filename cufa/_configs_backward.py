@@ -21,14 +21,11 @@ class ConfigBackward(Config):
         Whether blocks of keys add to dq in a fixed order.
     dq_threads : int
         Threads that hold a tile of dq.
-    split : bool
-        Whether dq has a pass of its own, and is not added up in memory.
     """
 
     copy_bytes: int
     deterministic: bool
     dq_threads: int
-    split: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +109,14 @@ def _tile_sm80(static: Static, arch: int) -> TileSm80:
             return TileSm80(32, 32, 8, 2, 2, 2, 2, 2) if memory > 99 else TileSm80(16, 32, 4, 2, 1, 2, 1, 1)
         return TileSm80(32, 32, 8, 2, 2, 2, 2, 1) if memory > 99 else TileSm80(16, 16, 8, 1, 1, 1, 1, 1)
     if widest <= 64:
-        return TileSm80(128 if memory > 99 else 64, 128, 8, 4, 2, 4, 4, 2)
+        return TileSm80(128, 128, 8, 2, 4, 4, 4, 2) if memory > 99 else TileSm80(64, 128, 8, 4, 2, 4, 4, 2)
     if widest <= 96:
         return TileSm80(64, 128, 8, 4, 2, 4, 4, 2) if memory > 99 else TileSm80(64, 64, 8, 2, 4, 4, 4, 2)
     if widest <= 128:
         return TileSm80(64, 128, 8, 4, 2, 4, 2, 2) if memory > 99 else TileSm80(64, 64, 8, 2, 4, 2, 2, 1)
     if widest <= 192:
         return TileSm80(64, 64, 8, 2, 4, 2, 2, 2) if memory > 99 else TileSm80(32, 64, 8, 4, 2, 2, 2, 1)
-    return TileSm80(64, 64, 8, 2, 4, 2, 2, 1) if memory > 99 else TileSm80(32, 32, 8, 2, 2, 1, 1, 1)
+    return TileSm80(64, 64, 8, 1, 4, 2, 2, 1) if memory > 99 else TileSm80(32, 32, 8, 2, 2, 1, 1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +179,6 @@ def backward_split_sm90(static: Static) -> ConfigBackwardSm90:
         copy_bytes=static.copy_bytes,
         deterministic=True,
         dq_threads=2 * 128,
-        split=True,
         producer_registers=producer_registers,
         consumer_registers=consumer_registers,
     )

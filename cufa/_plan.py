@@ -235,7 +235,7 @@ def make_backward_grid(plan: Plan, problem: Problem, num_sms: int) -> BackwardGr
         )
     sinks = problem.num_heads_q if config.sinks else 0
     least = 1 if problem.varlen else 0  # clears the rows that are no sequence's
-    section = _backward_section(plan, problem)
+    section = _backward_section(plan, problem, num_sms)
     if len(plan.entries) == 3:
         if plan.kernel != "attention_backward_sm90":
             return BackwardGrid((tiles, units, max(least, tiles + sinks)), m_blocks, n_blocks, section)
@@ -260,22 +260,24 @@ BACKWARD_SECTION = 24 << 20
 """Bytes of q, dout and sums of dq that heads running side by side may share."""
 
 
-def _backward_section(plan: Plan, problem: Problem) -> int:
-    """Key heads side by side: as many as keep what their blocks read and add to in the L2.
+def _backward_section(plan: Plan, problem: Problem, num_sms: int) -> int:
+    """Key heads side by side: as many as keep what their blocks read and add to in the L2, but blocks for all SMs.
 
     Blocks that add to dq in a fixed order wait for each other, and least where those of many heads take turns.
     """
     config = plan.config
-    heads, seqlen_q = problem.batch * problem.num_heads_k, problem.seqlen_q
+    heads, seqlen_q, seqlen_k = problem.batch * problem.num_heads_k, problem.seqlen_q, problem.seqlen_k
     if problem.varlen:
-        heads, seqlen_q = problem.num_heads_k, seqlen_q // max(1, problem.batch)
+        heads = problem.num_heads_k
+        seqlen_q, seqlen_k = (seqlen // max(1, problem.batch) for seqlen in (seqlen_q, seqlen_k))
     assert isinstance(config, ConfigBackward)
     if config.deterministic:
         return max(1, heads)
     ratio = problem.num_heads_q // max(1, problem.num_heads_k)
     size = _configs.SIZEOF[config.element]
     head_bytes = max(1, ratio * seqlen_q * ((config.head_dim + config.head_dim_v) * size + 4 * config.tile_head_dim))
-    sections = max(1, -(-heads // max(1, BACKWARD_SECTION // head_bytes)))
+    n_blocks = max(1, -(-seqlen_k // config.block_n))
+    sections = max(1, -(-heads // max(1, BACKWARD_SECTION // head_bytes, num_sms // n_blocks)))
     return max(1, -(-heads // sections))
 
 

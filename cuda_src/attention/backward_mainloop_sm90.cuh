@@ -1,6 +1,6 @@
 // attention: the backward's main loop with wgmma, for sm_90. A thread block takes one block of K and V after the other,
-// and goes over the tiles of queries. One warp loads, one adds finished tiles of dq to those in memory; two warpgroups
-// of consumers own 64 of the keys each.
+// and goes over the tiles of queries. One warp finds the work, two load, one adds finished tiles of dq to those in
+// memory; two warpgroups of consumers own 64 of the keys each.
 //
 // FlashAttention-2 (Dao, 2023), Algorithm 2, with transposed scores, as FlashAttention-3 has them: rows are keys, so
 // that P and dS, as they stand in registers, are operands of the products that give dv and dk. Only dS goes through
@@ -11,6 +11,7 @@
 #include "attention/backward_params.cuh"
 #include "attention/backward_prepare.cuh"
 #include "attention/backward_rows.cuh"
+#include "attention/backward_sums_sm90.cuh"
 #include "attention/backward_tensors_sm90.cuh"
 #include "attention/backward_work.cuh"
 #include "attention/variant.cuh"
@@ -150,87 +151,35 @@ struct BackwardMainloopSm90 {
   // One warp: adds the tiles of dq, as the consumers lay them down, to those in memory.
   void add_dq(const BackwardParams& params, const Works& works) const {
     for_each_work(works, [&](const BackwardWork& work) {
+      DqSum<Config, consumers> sum{params};
       for_each_query_tile(params.forward, work, [&](int head, int m_block) {
-        const i64 row = workspace_row<Config>(params, work.seqlen, work.batch, head) + m_block * block_m;
-        Sum sum{params.dq_sum + row * Config::tile_head_dim, params.turns + row / block_m};
-        if (tile::lane() == 0) sum.begin(params, work, m_block);
+        if (tile::lane() == 0) sum.begin(work, head, m_block);
 #pragma unroll
         for (int w = 0; w < consumers; ++w) {
           Handover{w}.take_full();
           if (tile::lane() == 0) {
             if (w == 0) sum.wait();
-            sum.add(sums(), w);
+            sum.add(sums() + w * sum.part_bytes, w);
+            if (w == 0) sum.template tell<1>();
           }
         }
-        if (tile::lane() == 0) ptx::cp_async_bulk_wait_group_read<1>();
+        if (tile::lane() == 0) {
+          sum.end();
+          ptx::cp_async_bulk_wait_group_read<1>();
+        }
         __syncwarp();
         Handover{0}.give_empty();
         if (tile::lane() == 0) ptx::cp_async_bulk_wait_group_read<0>();
         __syncwarp();
         Handover{1}.give_empty();
-        if (tile::lane() == 0) sum.end();
       });
-      if (finishes && tile::lane() == 0) {
-        ptx::cp_async_bulk_wait_group<0>();
-        ptx::fence_proxy_async_global();
-        ptx::red_release_gpu_add(heads_done(params, work.batch, work.head * params.forward.qheads_per_khead), 1);
-      }
+      if (tile::lane() != 0) return;
+      if (finishes)
+        sum.finish_work(work);
+      else
+        sum.template tell<0>();
     });
   }
-
-  static i32* heads_done(const BackwardParams& params, int batch, int query_head) {
-    return params.heads_done + key_head(params.forward, batch, query_head);
-  }
-
-  // A tile of dq_sum, to one thread.
-  struct Sum {
-    float* numbers;
-    i32* turn;
-    i32 state, wanted;
-
-    // Asks ahead whether anybody has been there.
-    void begin(const BackwardParams& params, const BackwardWork& work, int m_block) {
-      if constexpr (Config::deterministic) {
-        state = wanted = turn_of<Config>(params.forward, work.seqlen, m_block, work.n_block);
-      } else {
-        state = ptx::atom_acquire_gpu_cas(turn, untouched, claimed);
-        wanted = stored;
-      }
-    }
-
-    bool first() const { return state == 0; }
-
-    // Until it is this block's turn, or the tile can be added to.
-    void wait() const {
-      if (first()) return;
-      if (Config::deterministic || state != wanted) {
-        while (ptx::ld_acquire_gpu(turn) != wanted) {
-        }
-      }
-      ptx::fence_proxy_async_global();
-    }
-
-    void add(u32 sums, int part) const {
-      constexpr int bytes = sums_bytes / consumers;
-      float* const to = numbers + part * (bytes / sizeof(float));
-      if (first())
-        ptx::cp_async_bulk_store(to, sums + part * bytes, bytes);
-      else
-        ptx::cp_reduce_async_bulk_add_f32(to, sums + part * bytes, bytes);
-      ptx::cp_async_bulk_commit_group();
-    }
-
-    // Tells those who wait.
-    void end() const {
-      if (!Config::deterministic && !first()) return;
-      ptx::cp_async_bulk_wait_group<0>();
-      ptx::fence_proxy_async_global();
-      if (Config::deterministic)
-        ptx::red_release_gpu_add(turn, 1);
-      else
-        ptx::st_release_gpu(turn, stored);
-    }
-  };
 
   // The shared memory for a consumer's part of dq, between that warpgroup and the warp that adds it up.
   struct Handover {
@@ -261,14 +210,20 @@ struct BackwardMainloopSm90 {
   // long been there, and while one consumer is busy with its scores, the tensor cores work for the other.
   void consume(const BackwardParams& backward, const Works& works, int consumer) const {
     const Turn turn(consumer);
-    typename Ring::Cursor at, at_dq;
-    typename KeyRing::Cursor at_keys;
-    for_each_work(works,
-                  [&](const BackwardWork& work) { consume_work(backward, work, consumer, turn, at, at_dq, at_keys); });
+    Progress progress;
+    for_each_work(works, [&](const BackwardWork& work) { consume_work(backward, work, consumer, turn, progress); });
   }
 
+  // Of a consumer: the step it is at, that whose dq it has not computed yet, and the block of keys.
+  struct Progress {
+    typename Ring::Cursor at, at_dq;
+    typename KeyRing::Cursor at_keys;
+  };
+
   void consume_work(const BackwardParams& backward, const BackwardWork& work, int consumer, const Turn& turn,
-                    typename Ring::Cursor& at, typename Ring::Cursor& at_dq, typename KeyRing::Cursor& at_keys) const {
+                    Progress& progress) const {
+    typename Ring::Cursor &at = progress.at, &at_dq = progress.at_dq;
+    typename KeyRing::Cursor& at_keys = progress.at_keys;
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
     const Handover handover{consumer};
@@ -354,7 +309,7 @@ struct BackwardMainloopSm90 {
       if (thread == 0) {
 #pragma unroll
         for (int i = 0; i < together; ++i) {
-          const i32* const done = heads_done(params, each[i].batch, each[i].head);
+          const i32* const done = DqSum<Config, consumers>::heads_done(params, each[i].batch, each[i].head);
           while (ptx::ld_acquire_gpu(done) != params.n_blocks) {
           }
         }

@@ -44,6 +44,7 @@ template <class Config>
 struct BackwardSm80 {
   using element = typename Config::element;
   static constexpr int block_m = Config::block_m, block_n = Config::block_n, warps = Config::num_threads / 32;
+  static_assert((block_m & (block_m - 1)) == 0, "P's rows are swizzled by powers of two");
   using K = tile::SharedTile<element, block_n, Config::tile_head_dim>;
   using V = tile::SharedTile<element, block_n, Config::tile_head_dim_v>;
   using Q = tile::SharedTile<element, block_m, Config::tile_head_dim>;

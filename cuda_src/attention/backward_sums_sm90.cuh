@@ -1,0 +1,88 @@
+// attention: adds tiles of dq to sums in memory to which other thread blocks add as well, with the bulk copies of
+// sm_90.
+#pragma once
+
+#include "attention/backward_params.cuh"
+#include "attention/backward_work.cuh"
+#include "core/types.cuh"
+#include "ptx/sync.cuh"
+#include "ptx/tma.cuh"
+
+namespace attention {
+
+// One thread's way through tiles of dq_sum, each of which comes from shared memory in `parts`.
+template <class Config, int parts>
+struct DqSum {
+  static constexpr int part_elements = Config::block_m * Config::tile_head_dim / parts;
+  static constexpr int part_bytes = part_elements * sizeof(float);
+
+  const BackwardParams& params;
+  i32 index, found, wanted;  // of the tile; what its turn is, and has to be
+  i32 untold = -1;           // the tile before, of which others may not know yet that it is there
+
+  // Asks ahead whether anybody has been there.
+  void begin(const BackwardWork& work, int head, int m_block) {
+    index = int(workspace_row<Config>(params, work.seqlen, work.batch, head) / Config::block_m) + m_block;
+    if constexpr (Config::deterministic) {
+      wanted = turn_of<Config>(params.forward, work.seqlen, m_block, work.n_block);
+      found = -1;
+    } else {
+      wanted = stored;
+      found = ptx::atom_acquire_gpu_cas(params.turns + index, untouched, claimed);
+    }
+  }
+
+  bool first() const { return (Config::deterministic ? wanted : found) == 0; }
+
+  // Until it is this block's turn, or the tile can be added to.
+  void wait() {
+    if (first()) return;
+    if (found != wanted) found = ptx::ld_acquire_gpu(params.turns + index);
+    if (found != wanted) tell<0>();  // whoever waits owes nobody anything
+    while (found != wanted) found = ptx::ld_acquire_gpu(params.turns + index);
+    ptx::fence_proxy_async_global();
+  }
+
+  // The part of the tile that is at `sums`: stores it or adds it.
+  void add(u32 sums, int part) const {
+    float* const to = params.dq_sum + i64(index) * (parts * part_elements) + part * part_elements;
+    if (first())
+      ptx::cp_async_bulk_store(to, sums, part_bytes);
+    else
+      ptx::cp_reduce_async_bulk_add_f32(to, sums, part_bytes);
+    ptx::cp_async_bulk_commit_group();
+  }
+
+  // Others may wait for this tile. They are told once there is time for it, while the next is laid down: until the
+  // copies have arrived takes longer than this thread can spare.
+  void end() {
+    if (Config::deterministic || first()) untold = index;
+  }
+
+  // `running` of the thread's latest copies are not of that tile.
+  template <int running>
+  void tell() {
+    if (untold < 0) return;
+    ptx::cp_async_bulk_wait_group<running>();
+    ptx::fence_proxy_async_global();
+    if (Config::deterministic)
+      ptx::red_release_gpu_add(params.turns + untold, 1);
+    else
+      ptx::st_release_gpu(params.turns + untold, stored);
+    untold = -1;
+  }
+
+  // All that the block's unit of work has to add is there.
+  void finish_work(const BackwardWork& work) {
+    tell<0>();
+    ptx::cp_async_bulk_wait_group<0>();
+    ptx::fence_proxy_async_global();
+    ptx::red_release_gpu_add(heads_done(params, work.batch, work.head * params.forward.qheads_per_khead), 1);
+  }
+
+  static i32* heads_done(const BackwardParams& params, int batch, int query_head) {
+    return params.heads_done + key_head(params.forward, batch, query_head);
+  }
+};
+
+}  // namespace attention
