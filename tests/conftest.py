@@ -101,23 +101,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """After a whole run of the GPU tests, write down what was verified, where, and on which sources."""
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """After a run of all GPU tests, cut short or not, write down what was verified, where, and on which sources."""
+    config = session.config
     whole = config.getoption("markexpr") == "gpu" and not config.getoption("keyword")
-    counts = {name: len(terminalreporter.stats.get(name, [])) for name in ("passed", "failed", "skipped", "error")}
-    if not whole or hasattr(config, "workerinput") or counts["passed"] == 0 or _why_no_gpu():
+    if not whole or hasattr(config, "workerinput") or _why_no_gpu():
         return
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    reports = {name: reporter.stats.get(name, []) for name in ("passed", "failed", "skipped", "error")}
+    if not reports["passed"]:
+        return
+    counts = {name: len(each) for name, each in reports.items()}
+    finished = {report.nodeid for each in reports.values() for report in each}
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **_verified_on(),
         "passed": counts["passed"],
         "failed": counts["failed"] + counts["error"],
         "skipped": counts["skipped"],
+        "unfinished": session.testscollected - len(finished),
         "digest": source_digest(),
     }
     path = Path(os.environ.get("CUFA_GPU_RECORD", Path(__file__).with_name("gpu_record.json")))
     path.write_text(json.dumps(record, indent=2) + "\n")
-    terminalreporter.write_line(f"wrote {path}")
+    reporter.write_line(f"wrote {path}")
 
 
 def source_digest() -> str:
