@@ -173,6 +173,16 @@ def test_numba_gradients_equal_the_reference(call: Call) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "packed"), [(DENSE[2], False), (DENSE[9], False), (PACKED[0], True), (PACKED[5], True)]
+)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_jax_gradients_equal_the_reference(kind: Kind, packed: bool, data: st.DataObject) -> None:
+    xp = framework("jax").numpy
+    plain(data.draw(calls(kind, packed))).right(xp)
+
+
+@pytest.mark.parametrize(
     ("dtype", "head_dim"), [("float16", 128), ("bfloat16", 64), ("bfloat16", 256), ("float32", 64), ("float32", 128)]
 )
 def test_errors_are_at_most_twice_those_of_the_same_mathematics(dtype: str, head_dim: int) -> None:
