@@ -54,7 +54,7 @@ BACKWARD_FIELDS = (
     *(Field(f"{name}_strides", "q", 4) for name in ("dout", "dq", "dk", "dv", "lse", "dlse")),
     Field("workspace_rows", "q"),
     Field("n_blocks", "i"),
-    Field("unused", "i"),  # what the compiler pads with
+    Field("reversed", "i"),
 )
 """The members of ``attention::BackwardParams`` that follow Params there."""
 BACKWARD_POINTERS = 12
@@ -85,7 +85,7 @@ def backward_static_asserts() -> str:
     params = "static_cast<attention::BackwardArgument*>(nullptr)->params"
     return (
         static_asserts()
-        + _offset_asserts("BackwardParams", BACKWARD_FIELDS[:-1], LAYOUT.size)
+        + _offset_asserts("BackwardParams", BACKWARD_FIELDS, LAYOUT.size)
         + f"static_assert(sizeof(attention::BackwardArgument) == {BACKWARD_SIZE});\n"
         + f"static_assert(__INTADDR__(&{params}) == {BACKWARD_MAPS_BYTES});\n"
     )
@@ -139,7 +139,7 @@ def pack_backward(problem: Problem, grid: BackwardGrid, block_m: int) -> bytes:
     for name in ("lse", "dlse"):  # of batch, heads and rows
         *batch, head, row = strides.get(name, (0, 0, 0))
         values += (batch[0] if batch else 0, row, head, 0)
-    values += (grid.m_blocks * block_m, grid.n_blocks, 0)
+    values += (grid.m_blocks * block_m, grid.n_blocks, grid.reversed)
     params = _pack(problem, grid.m_blocks, grid.heads_per_section, grid.m_blocks)
     return params + BACKWARD_LAYOUT.pack(*values)
 

@@ -268,7 +268,7 @@ struct BackwardSm80 {
 
   void wait_for_turn(const Tile& tile, const i32* turn) const {
     if (threadIdx.x == 0) {
-      const int wanted = turn_of<Config>(backward.forward, work.seqlen, tile.m_block, work.n_block);
+      const int wanted = turn_of<Config>(backward, work.seqlen, tile.m_block, work.n_block);
       while (ptx::ld_acquire_gpu(turn) != wanted) {
       }
     }
