@@ -43,6 +43,9 @@ NAMES = {
 }
 OUT = DENSE_NAMES.index("out")
 
+FLOAT32_RANGE = 2.0**-126, 2.0**128 - 2.0**104
+"""Of the normal numbers."""
+
 
 class Static(NamedTuple):
     """What decides which kernel runs.
@@ -320,12 +323,16 @@ class _Check:
         scale = self.number("softmax_scale", given)
         if not (math.isfinite(scale) and scale > 0.0):
             self.value_error(f"softmax_scale is {scale}; it must be finite and greater than 0.")
+        if scale > FLOAT32_RANGE[1]:
+            self.value_error(f"softmax_scale is {scale}; it must be a float32 number.")
         return scale
 
     def softcap(self) -> float:
         softcap = self.number("softcap", self.options.softcap)
         if not (math.isfinite(softcap) and softcap >= 0.0):
             self.value_error(f"softcap is {softcap}; it must be finite and not negative (0.0 is off).")
+        if softcap != 0.0 and not FLOAT32_RANGE[0] <= softcap <= FLOAT32_RANGE[1]:
+            self.value_error(f"softcap is {softcap}; it must be a normal float32 number, or 0.0, which is off.")
         return softcap
 
     def number(self, name: str, given: Any) -> float:

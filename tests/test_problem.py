@@ -187,6 +187,13 @@ REFUSED: list[tuple[type[Exception], str, Call, dict[str, Any]]] = [
         dense,
         {"softcap": -1},
     ),
+    (
+        ValueError,
+        "attention: softcap is 1e-40; it must be a normal float32 number, or 0.0, which is off.",
+        dense,
+        {"softcap": 1e-40},
+    ),
+    (ValueError, "attention: softmax_scale is 1e+39; it must be a float32 number.", dense, {"softmax_scale": 1e39}),
     (TypeError, "attention: causal is a int; pass True or False.", dense, {"causal": 3}),
     (
         TypeError,
