@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import struct
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ FIELDS = (
     *(Field(f"{name}_stride", "q") for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")),
     *(Field(name, "i") for name in ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "qheads_per_khead")),
     *(Field(name, "i") for name in ("m_blocks", "heads_per_section", "window_left", "window_right")),
-    *(Field(name, "f") for name in ("softmax_scale", "softcap")),
+    *(Field(name, "f") for name in ("softmax_scale", "softcap", "softcap_inverse", "softcap_exponent")),
     Field("m_units", "i"),
 )
 POINTERS = 10
@@ -121,7 +122,8 @@ def _pack(problem: Problem, m_blocks: int, heads_per_section: int, m_units: int)
     values += (problem.batch, problem.seqlen_q, problem.seqlen_k, problem.num_heads_q)
     values += (problem.num_heads_q // max(1, problem.num_heads_k), m_blocks, heads_per_section)
     values += (MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right))
-    values += (problem.softmax_scale, problem.softcap, m_units)
+    inverse = 1.0 / problem.softcap if problem.softcap else 0.0
+    values += (problem.softmax_scale, problem.softcap, inverse, 2.0 * inverse / math.log(2.0), m_units)
     return LAYOUT.pack(*values)
 
 

@@ -283,10 +283,13 @@ def _backward_order(plan: Plan, problem: Problem, num_sms: int) -> tuple[int, bo
     size = _configs.SIZEOF[config.element]
     sums = 0 if plan.kernel == "attention_backward_split_sm90" else 4 * config.tile_head_dim
     head_bytes = max(1, ratio * seqlen_q * ((config.head_dim + config.head_dim_v) * size + sums))
-    n_blocks = max(1, -(-seqlen_k // config.block_n))
+    n_blocks = min(max(1, -(-seqlen_k // config.block_n)), CONTENDING_BLOCKS)
     sections = max(1, -(-heads // max(1, BACKWARD_SECTION // head_bytes, num_sms // n_blocks)))
     return max(1, -(-heads // sections)), False
 
+
+CONTENDING_BLOCKS = 32
+"""Blocks of keys of a head that may run at a time and add to the same tiles of dq as they come."""
 
 FEW_BLOCKS = 5
 """Blocks of keys of a head that may run at a time and wait for each other in the order of the keys."""

@@ -214,15 +214,15 @@ struct BackwardMainloopSm90 {
     for_each_work(works, [&](const BackwardWork& work) { consume_work(backward, work, consumer, turn, progress); });
   }
 
-  // Of a consumer: the step it is at, that whose dq it has not computed yet, and the block of keys.
+  // Of a consumer: the step it is at, and the block of keys.
   struct Progress {
-    typename Ring::Cursor at, at_dq;
+    typename Ring::Cursor at;
     typename KeyRing::Cursor at_keys;
   };
 
   void consume_work(const BackwardParams& backward, const BackwardWork& work, int consumer, const Turn& turn,
                     Progress& progress) const {
-    typename Ring::Cursor &at = progress.at, &at_dq = progress.at_dq;
+    typename Ring::Cursor& at = progress.at;
     typename KeyRing::Cursor& at_keys = progress.at_keys;
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
@@ -236,9 +236,9 @@ struct BackwardMainloopSm90 {
       keys().wait_full(at_keys);
       values().wait_full(at_keys);
     }
+    bool behind = false;  // dq of the step before is still to come
     for_each_query_tile(params, work, [&](int head, int m_block) {
       const u32 stage = at.stage();
-      const bool behind = at_dq.count < at.count;  // dq of the step before is still to come
       Scores s, dp;
       queries().wait_full(at);
       turn.take();
@@ -254,8 +254,8 @@ struct BackwardMainloopSm90 {
       probabilities<Config>(p, weights, s, params, work, head, first_key, m_block, lse(stage));
       if (!early_dp) begin_dp();
       warpgroup::gemm_ab(dv, p, dout(stage), true);
-      if (behind) exchange().wait_full(at_dq);
-      begin_dq(dq, at_dq, consumer);  // of the first step nothing is used: no branch around products
+      if (behind) exchange().wait_full(at.previous());
+      begin_dq(dq, at.previous(), consumer);  // of the first step nothing is used: no branch around products
       turn.pass();
       warpgroup::wait<2>(dp);
       gradients_of_scores<Config>(ds, Variant::empty ? p : weights, dp, delta(stage));
@@ -264,27 +264,24 @@ struct BackwardMainloopSm90 {
       store_transposed(this->ds(stage), ds, 64 * consumer);
       warpgroup::wait<1>(dv, dq, p);
       gradients().release_warp(at);
-      if (behind) lay_down(dq, handover, at_dq);
+      if (behind) lay_down(dq, handover, at.previous());
       ptx::fence_proxy_async_shared();
       exchange().fill_warp(at);
-      if (behind) {
-        handover.give_full();
-        at_dq.advance();
-      }
+      if (behind) handover.give_full();
+      behind = true;
       warpgroup::wait<0>(dk, ds);
       queries().release_warp(at);
       at.advance();
     });
-    if (at_dq.count < at.count) {
+    if (behind) {
       values().release_warp(at_keys);
-      exchange().wait_full(at_dq);
-      begin_dq(dq, at_dq, consumer);
+      exchange().wait_full(at.previous());
+      begin_dq(dq, at.previous(), consumer);
       warpgroup::wait<0>(dq);
       keys().release_warp(at_keys);
-      lay_down(dq, handover, at_dq);
+      lay_down(dq, handover, at.previous());
       ptx::fence_proxy_async_shared();
       handover.give_full();
-      at_dq.advance();
       at_keys.advance();
     }
     write_keys<Config, Config::head_dim>(backward.dk, backward.dk_strides, work, dk, first_key, params.softmax_scale);

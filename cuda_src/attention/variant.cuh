@@ -15,22 +15,21 @@ namespace attention {
 // softcap · tanh(s / softcap).
 template <class element>
 struct Softcap {
-  float softcap, inverse;  // a division of every score would take longer than its exponential
+  float softcap, inverse, exponent;
 
-  Softcap(const Params& params, int, int) : softcap(params.softcap), inverse(1.0f / params.softcap) {}
+  Softcap(const Params& params, int, int)
+      : softcap(params.softcap), inverse(params.softcap_inverse), exponent(params.softcap_exponent) {}
 
-  float score(float s, float) const { return softcap * tanh_of(s * inverse); }
+  float score(float s, float) const {
+    if constexpr (is_same<element, f32>) return softcap * tanhf(s * inverse);
+    // 1 - 2 / (e^2x + 1) is good to 2^-22 absolutely, far below a 16-bit P; tanh.approx (2^-11) would show.
+    const float e = ptx::ex2_approx_ftz(s * exponent);
+    return softcap * fmaf(-2.0f, ptx::rcp_approx_ftz(e + 1.0f), 1.0f);
+  }
 
   float dscore(float score) const {
     const float tanh = score * inverse;
     return fmaf(-tanh, tanh, 1.0f);
-  }
-
-  static float tanh_of(float x) {
-    if constexpr (is_same<element, f32>) return tanhf(x);
-    // 1 - 2 / (e^2x + 1) is good to 2^-22 absolutely, far below a 16-bit P; tanh.approx (2^-11) would show.
-    const float e = ptx::ex2_approx_ftz(x * (2.0f * log2_e));
-    return fmaf(-2.0f, ptx::rcp_approx_ftz(e + 1.0f), 1.0f);
   }
 };
 
