@@ -307,6 +307,8 @@ class _Check:
             self.value_error(
                 f"q has {num_heads_q} heads and k has {num_heads_k}; the heads of q must be a multiple of those of k."
             )
+        if self.function.endswith("_backward") and num_heads_k and not num_heads_q:
+            self.value_error(f"q has no heads but k has {num_heads_k}; there is nothing to differentiate.")
         for name, dim in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
             if dim < 1:
                 self.value_error(f"{name} is 0; it must be at least 1.")

@@ -85,6 +85,7 @@ def test_gradients_are_linear_in_dout(call: dict[str, Any]) -> None:
         ({"dk": np.zeros((2, 7, 4, 8), np.float32)}, ValueError, "dk has shape"),
         ({"dv": np.zeros((2, 7, 2, 8), np.float16)}, ValueError, "dv has dtype float16"),
         ({"deterministic": 1}, TypeError, "deterministic is a int"),
+        ({"q": np.zeros((2, 5, 0, 8), np.float32)}, ValueError, "q has no heads but k has 2"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(

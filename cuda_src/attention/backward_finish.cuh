@@ -158,6 +158,7 @@ inline void finish(const BackwardParams& params) {
   if (Config::varlen) clear_outside<Config>(params);
   if (Config::sinks && int(blockIdx.x) >= tiles) return finish_sink<Config>(params, blockIdx.x - tiles);
   const RowTile tile[] = {RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks)};
+  if (tile[0].m_block * Config::block_m >= tile[0].seqlen.q) return;  // no row of the tile is live
   finish_tiles<Config, Main>(params, tile, threadIdx.x);
 }
 

@@ -28,6 +28,8 @@ class JaxAdapter(Adapter):
 
     def view(self, array: Any) -> tuple[int, Layout]:
         pointer, device = (0, _default_device())
+        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+            device = CPU if next(iter(array.devices())).platform == "cpu" else 0
         if isinstance(array, Buffer):
             try:
                 pointer = array.__cuda_array_interface__["data"][0]
@@ -97,7 +99,7 @@ def gradients(function: str, given: tuple[Any, ...], options: tuple[Any, ...], d
     problem = _problem.check(function, arrays, options)
     present, options = _arguments(given, options)
     program = _gradients_program(function, problem, present, options, deterministic)
-    *results, dsinks, _ = program(*(given[index] for index in present))
+    *results, dsinks = program(*(given[index] for index in present))
     return (*results,) if dsinks is None else (*results, dsinks)
 
 
@@ -117,7 +119,7 @@ def _program(
         jax.ShapeDtypeStruct(problem.out_shape, jax.numpy.dtype(problem.dtype)),
         jax.ShapeDtypeStruct(problem.lse_shape, np.float32) if return_lse else None,
     )
-    return _jitted(function, partial(_compute, function, present, options), shapes)
+    return jax.jit(_differentiable(function, partial(_compute, function, present, options), shapes))
 
 
 @lru_cache(maxsize=256)
@@ -133,13 +135,15 @@ def _gradients_program(
         jax.ShapeDtypeStruct((floats,), np.float32),
     )
     callback = partial(_compute_gradients, function, present, options, deterministic)
-    return _jitted(function, callback, shapes)
+    program = _differentiable(function, callback, shapes)
+    return jax.jit(lambda *arrays: program(*arrays)[:-1])
 
 
-def _jitted(function: str, callback: Any, shapes: Any) -> Any:
+def _differentiable(function: str, callback: Any, shapes: Any) -> Any:
+    """The callback, which refuses to be differentiated in words of cufa's."""
     program = jax.custom_vjp(buffer_callback(callback, shapes, vmap_method="sequential"))
     program.defvjp(partial(_refuse_gradient, function), partial(_refuse_gradient, function))
-    return jax.jit(program)
+    return program
 
 
 def _refuse_gradient(function: str, *_: Any) -> NoReturn:
@@ -188,7 +192,9 @@ def _compute_gradients(
         return
     launch, workspace = _backward.prepare(problem, deterministic, context.stream)
     if workspace.floats > memory.shape[0]:
-        raise UnsupportedError(f"{function}: XLA's buffers are aligned otherwise than cufa takes them to be.")
+        raise UnsupportedError(
+            f"{function}: traced for another device than it runs on; make the GPU JAX's default backend."
+        )
     pointers = [*arrays.pointers[-3:], 0 if dsinks is None else ADAPTER.view(dsinks)[0]]
     _backward.enqueue(launch, arrays, pointers, workspace, ADAPTER.view(memory)[0], context.stream)
 
