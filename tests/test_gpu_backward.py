@@ -452,6 +452,7 @@ def test_offsets_outside_the_arrays_touch_nothing_else() -> None:
         cufa.attention_varlen_backward(q, q, q, q, q, lse, bad, bad, **into)
         cupy.cuda.Device().synchronize()
         assert all((memory[:64] == 5).all() and (memory[104:] == 5).all() for memory in memories)
+        assert all((memory[64:104] != 5).any() for memory in memories)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
