@@ -224,12 +224,14 @@ def make_backward_grid(plan: Plan, problem: Problem, num_sms: int) -> BackwardGr
     config = plan.config
     assert isinstance(config, ConfigBackward)
     outer = 1 if problem.varlen else problem.batch
-    if problem.varlen:
+
+    def blocks_of(length: int, rows: int) -> int:
+        if not problem.varlen:
+            return -(-length // rows)
         # Always enough, without knowing one length: see packed_unit in attention/scheduler.cuh.
-        m_blocks = problem.seqlen_q // config.block_m + problem.batch if problem.batch else 0
-        n_blocks = problem.seqlen_k // config.block_n + problem.batch if problem.batch else 0
-    else:
-        m_blocks, n_blocks = -(-problem.seqlen_q // config.block_m), -(-problem.seqlen_k // config.block_n)
+        return length // rows + problem.batch if problem.batch else 0
+
+    m_blocks, n_blocks = blocks_of(problem.seqlen_q, config.block_m), blocks_of(problem.seqlen_k, config.block_n)
     tiles, units = m_blocks * problem.num_heads_q * outer, n_blocks * problem.num_heads_k * outer
     largest = max(tiles, units)
     if largest > MAX_GRID:
@@ -242,15 +244,11 @@ def make_backward_grid(plan: Plan, problem: Problem, num_sms: int) -> BackwardGr
     if len(plan.entries) == 3:
         if plan.kernel != "attention_backward_sm90":
             return BackwardGrid((tiles, units, max(least, tiles + sinks)), *order)
-        # One block an SM takes one unit after the other, counted from where the first kernel sets 0; and dense, writes
-        # dq then.
-        main = min(max(units, 0 if problem.varlen else tiles), num_sms)
-        finish = max(1, tiles + sinks) if problem.varlen else sinks
+        # One block an SM takes one unit after the other, counted from where the first kernel sets 0.
+        main = min(max(units, tiles if config.finishes else 0), num_sms)
+        finish = sinks if config.finishes else max(least, tiles + sinks)
         return BackwardGrid((max(tiles, min(main, 1)), main, finish), *order)
-    if problem.varlen:
-        query_tiles = problem.seqlen_q // SPLIT_QUERIES + problem.batch if problem.batch else 0
-    else:
-        query_tiles = -(-problem.seqlen_q // SPLIT_QUERIES)
+    query_tiles = blocks_of(problem.seqlen_q, SPLIT_QUERIES)
     return BackwardGrid((tiles, units, query_tiles * problem.num_heads_q * outer, max(least, sinks)), *order)
 
 

@@ -82,7 +82,7 @@ inline void finish_sink(const BackwardParams& backward, int head) {
   if (Config::varlen) {  // nothing is written of rows before the first sequence's, and past the last one's
     const auto first_row = [&](int b) {
       const int offset = clamp(params.cu_seqlens_q[b * params.cu_seqlens_q_stride], 0, params.seqlen_q);
-      return (offset / Config::block_m + b) * Config::block_m;
+      return first_packed_unit(offset, Config::block_m, b) * Config::block_m;
     };
     begin = first_row(0);
     end = min_of(int(end), first_row(params.batch));

@@ -53,8 +53,6 @@ struct BackwardMainloopSm90 {
   static int dq_col(int thread) { return by_rows ? 0 : thread / 128 * Dq::cols; }
 
   static constexpr bool first_stores = true;  // dq_sum begins with what comes first, not with zeros
-  // Blocks without more work write dq of heads that are done. Where packed sequences' tiles lie takes too long to find.
-  static constexpr bool finishes = !Config::varlen;
 
   static constexpr int stages = 2;
   using Ring = tile::Ring<stages>;
@@ -112,11 +110,11 @@ struct BackwardMainloopSm90 {
       claims().wait_empty({at.count});
       unit = atomicAdd(params.next_unit, 1);
       BackwardWork work{};
-      if (unit < units)
+      work.n_block = -1;
+      if (unit < units) {
         work = BackwardWork::find<Config>(params, unit);
-      else
-        work.n_block = -1;
-      if (unit < units && work.idle<Config>()) continue;
+        if (work.idle<Config>()) continue;
+      }
       this->works().wait_empty(at);
       works[at.stage()] = work;
       this->works().fill(at);
@@ -174,7 +172,7 @@ struct BackwardMainloopSm90 {
         Handover{1}.give_empty();
       });
       if (tile::lane() != 0) return;
-      if (finishes)
+      if (Config::finishes)
         sum.finish_work(work);
       else
         sum.template tell<0>();

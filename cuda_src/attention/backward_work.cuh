@@ -50,7 +50,7 @@ inline QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_
 // Where a sequence's rows begin in a head of the workspace.
 template <class Config>
 inline int padded_row(const Seqlen& seqlen, int batch) {
-  return Config::varlen ? (seqlen.q_first_row / Config::block_m + batch) * Config::block_m : 0;
+  return Config::varlen ? first_packed_unit(seqlen.q_first_row, Config::block_m, batch) * Config::block_m : 0;
 }
 
 // The row of the workspace at which query head `head` of sequence `batch` begins.
