@@ -108,7 +108,7 @@ def attention(
     (2, 128, 8, 64)
     """
     if _arrays.is_jax(q):  # its runtime owns streams and results
-        return _interop_jax().attention(
+        return interop_jax().attention(
             (q, k, v, alibi_slopes, sinks, out), (causal, window_size, softmax_scale, softcap), return_lse
         )
     arrays = _arrays.view("attention", _problem.DENSE_NAMES, (q, k, v, alibi_slopes, sinks, out))
@@ -182,7 +182,7 @@ def attention_varlen(
     """
     given = (q, k, v, alibi_slopes, sinks, out, cu_seqlens_q, cu_seqlens_k, seqused_k)
     if _arrays.is_jax(q):
-        return _interop_jax().attention_varlen(given, (causal, window_size, softmax_scale, softcap), return_lse)
+        return interop_jax().attention_varlen(given, (causal, window_size, softmax_scale, softcap), return_lse)
     arrays = _arrays.view("attention_varlen", _problem.VARLEN_NAMES, given)
     problem = _problem.varlen_problem(arrays, causal, window_size, softmax_scale, softcap)
     out, lse, pointers = _outputs(arrays, problem, return_lse)
@@ -266,7 +266,7 @@ def _run_on_cpu(arrays: Arrays, problem: Problem, out: Array, lse: Array | None)
         _cpu.forward(q, k, v, out, lse, **options)
 
 
-def _interop_jax() -> Any:
+def interop_jax() -> Any:
     from .interop import jax
 
     return jax

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from . import _arrays, _jit, _launch, _params, _plan, _problem, _tensor_map
 from ._arrays import CPU, Arrays
-from ._attention import NO_OFFSETS, Array
+from ._attention import NO_OFFSETS, Array, interop_jax
 from ._launch import BackwardLaunch
+from ._plan import BackwardGrid, Plan
 from ._problem import NAMES, Problem
-from .errors import UnsupportedError
 
 SINKS = _problem.DENSE_NAMES.index("sinks")
 
@@ -73,7 +73,7 @@ def attention_backward(
     TypeError, ValueError
         As for `attention`; also if `out`, `lse`, `dout` or `dlse` are not shaped as that call's results.
     UnsupportedError, CompileError, MissingKernelError, CudaError
-        As for `attention`; `UnsupportedError` also for JAX arrays.
+        As for `attention`; `UnsupportedError` also for dq, dk or dv with JAX arrays, which cannot be written.
 
     See Also
     --------
@@ -169,10 +169,8 @@ def attention_varlen_backward(
 def _run(function: str, given: tuple[Any, ...], options: tuple[Any, ...], deterministic: bool) -> Any:
     if type(deterministic).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{function}: deterministic is a {type(deterministic).__name__}; pass True or False.")
-    if _arrays.is_jax(given[0]):
-        raise UnsupportedError(
-            f"{function}: JAX arrays are not supported yet; pass NumPy, CuPy, torch or Numba arrays."
-        )
+    if _arrays.is_jax(given[0]):  # its runtime owns streams and results
+        return interop_jax().gradients(function, given, options, bool(deterministic))
     arrays = _arrays.view(function, NAMES[function], given)
     problem = _problem.backward_problem(function, arrays, options)
     gradients, pointers = [], []
@@ -182,7 +180,7 @@ def _run(function: str, given: tuple[Any, ...], options: tuple[Any, ...], determ
         pointers.append(pointer)
     dsinks, pointer = (None, 0) if given[SINKS] is None else arrays.empty((problem.num_heads_q,), "float32")
     if problem.device == CPU:
-        _run_on_cpu(arrays, problem, gradients, dsinks)
+        run_on_cpu(arrays, problem, gradients, dsinks)
     else:
         _run_on_gpu(arrays, problem, [*pointers, pointer], bool(deterministic))
     return (*gradients,) if dsinks is None else (*gradients, dsinks)
@@ -191,11 +189,16 @@ def _run(function: str, given: tuple[Any, ...], options: tuple[Any, ...], determ
 def _run_on_gpu(arrays: Arrays, problem: Problem, gradients: list[int], deterministic: bool) -> None:
     """Launch the kernels on the caller's stream; `gradients` are the addresses of dq, dk, dv and dsinks."""
     stream = arrays.stream(problem.device)
-    key = f"launch, deterministic={deterministic}"
-    launch, workspace = problem.memo.get(key) or _prepare(problem, deterministic, stream)
-    problem.memo[key] = launch, workspace
+    launch, workspace = prepare(problem, deterministic, stream)
     # Freed when this returns: the framework hands it out again only to what comes later on the stream.
     _memory, address = arrays.empty((workspace.floats,), "float32")
+    enqueue(launch, arrays, gradients, workspace, address, stream)
+
+
+def enqueue(
+    launch: BackwardLaunch, arrays: Arrays, gradients: list[int], workspace: Workspace, address: int, stream: int
+) -> None:
+    """Enqueue the kernels; the workspace is at `address`."""
     q, k, v, alibi_slopes, sinks, out, *others = arrays.pointers
     dout, lse, dlse = others[-6:-3]
     offsets = others[:-6] or NO_OFFSETS
@@ -221,12 +224,13 @@ class Workspace(NamedTuple):
     floats: int
 
 
-def _prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[BackwardLaunch, Workspace]:
+def prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[BackwardLaunch, Workspace]:
     """Choose, compile and load the kernels: once, after which they are remembered with the problem."""
-    assert problem.static is not None
-    device = _launch.device(problem.device)
-    plan = _plan.make_backward_plan(problem.static, device.arch, deterministic)
-    grid = _plan.make_backward_grid(plan, problem, device.num_sms)
+    key = f"launch, deterministic={deterministic}"
+    known: tuple[BackwardLaunch, Workspace] | None = problem.memo.get(key)
+    if known is not None:
+        return known
+    plan, grid = _plan_and_grid(problem, deterministic)
     functions = _jit.load_kernel(plan, problem.device, stream)
     config = plan.config
     maps = _tensor_map.Maps(bytes(_params.BACKWARD_MAPS_BYTES), ())
@@ -235,7 +239,25 @@ def _prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[Backwa
     argument = maps.encoded + _params.pack_backward(problem, grid, config.block_m)
     shapes = list(zip(grid.blocks, plan.threads, plan.smem_bytes, strict=True))
     launch = BackwardLaunch(_jit.describe(plan), functions, problem.device, shapes, argument, maps.shifts)
+    workspace = _workspace(plan, grid, problem)
+    problem.memo[key] = launch, workspace
+    return launch, workspace
 
+
+def _plan_and_grid(problem: Problem, deterministic: bool) -> tuple[Plan, BackwardGrid]:
+    assert problem.static is not None
+    device = _launch.device(problem.device)
+    plan = _plan.make_backward_plan(problem.static, device.arch, deterministic)
+    return plan, _plan.make_backward_grid(plan, problem, device.num_sms)
+
+
+def workspace_of(problem: Problem, deterministic: bool) -> Workspace:
+    """The memory that a call will need."""
+    return _workspace(*_plan_and_grid(problem, deterministic), problem)
+
+
+def _workspace(plan: Plan, grid: BackwardGrid, problem: Problem) -> Workspace:
+    config = plan.config
     tiles = grid.m_blocks * problem.num_heads_q * (1 if problem.varlen else problem.batch)
     rows = tiles * config.block_m
     split = len(plan.entries) == 4  # dq is not added up in memory
@@ -244,14 +266,14 @@ def _prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[Backwa
     offsets = [0]
     for size in sizes:
         offsets.append(-(-(offsets[-1] + size) // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT)
-    return launch, Workspace(tuple(offsets[:-1]), offsets[-1])
+    return Workspace(tuple(offsets[:-1]), offsets[-1])
 
 
 WORKSPACE_ALIGNMENT = 64
 """In float32 numbers."""
 
 
-def _run_on_cpu(arrays: Arrays, problem: Problem, gradients: list[Any], dsinks: Any) -> None:
+def run_on_cpu(arrays: Arrays, problem: Problem, gradients: list[Any], dsinks: Any) -> None:
     from . import _cpu_backward
 
     q, k, v, alibi_slopes, sinks, out, *others = (arrays.numpy(index) for index in range(len(arrays.given)))

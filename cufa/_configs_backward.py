@@ -21,11 +21,15 @@ class ConfigBackward(Config):
         Whether blocks of keys add to dq in a fixed order.
     dq_threads : int
         Threads that hold a tile of dq.
+    finishes : bool
+        Whether thread blocks of the main kernel that find no more work write dq of heads that are done. Where packed
+        sequences' tiles lie takes too long to find.
     """
 
     copy_bytes: int
     deterministic: bool
     dq_threads: int
+    finishes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +142,10 @@ class ConfigBackwardSm90(ConfigBackward):
 def backward_sm90(static: Static, deterministic: bool) -> ConfigBackwardSm90:
     """Config of the wgmma backward."""
     block_m, block_n = _tile_backward_sm90(static)
-    size, row_bytes = SIZEOF[static.element], 4 * block_m
+    size = SIZEOF[static.element]
     tile_head_dim, tile_head_dim_v = _round_up(static.head_dim, 64), _round_up(static.head_dim_v, 64)
     tiles = size * ((block_n + STAGES * block_m) * (tile_head_dim + tile_head_dim_v) + STAGES * block_m * block_n)
+    rows = 4 * block_m * (tile_head_dim + 2 * STAGES)  # sums of dq, row_lse and row_delta
     producer_registers, consumer_registers = REGISTERS_SM90[block_n // WARPGROUP_ROWS]
     return ConfigBackwardSm90(
         **_common(static),
@@ -149,10 +154,11 @@ def backward_sm90(static: Static, deterministic: bool) -> ConfigBackwardSm90:
         block_m=block_m,
         block_n=block_n,
         num_threads=128 * (1 + block_n // WARPGROUP_ROWS),
-        smem_bytes=_round_up(tiles + row_bytes * (tile_head_dim + 2 * STAGES) + BACKWARD_BARRIERS_BYTES, 16),
+        smem_bytes=_round_up(tiles + rows + _barriers_bytes(*[STAGES] * 4, 1, 1, 1), 16),
         copy_bytes=static.copy_bytes,
         deterministic=deterministic,
         dq_threads=2 * block_n,
+        finishes=not static.varlen,
         producer_registers=producer_registers,
         consumer_registers=consumer_registers,
     )
@@ -165,8 +171,8 @@ def backward_split_sm90(static: Static) -> ConfigBackwardSm90:
     tile_head_dim, tile_head_dim_v = _round_up(static.head_dim, 64), _round_up(static.head_dim_v, 64)
     both = tile_head_dim + tile_head_dim_v
     weights, rows = size * STAGES * block * block, 2 * 4 * STAGES * block
-    keys = size * (1 + STAGES) * block * both + weights + rows + (3 * 2 * STAGES + 2 * 2) * 8
-    queries = size * block * (2 * both + STAGES * tile_head_dim + tile_head_dim_v) + (2 * STAGES + 2 + 1) * 8
+    keys = size * (1 + STAGES) * block * both + weights + rows + _barriers_bytes(*[STAGES] * 3, 1, 1)
+    queries = size * block * (2 * both + STAGES * tile_head_dim + tile_head_dim_v) + _barriers_bytes(STAGES, 1) + 8
     producer_registers, consumer_registers = REGISTERS_SM90[2]
     return ConfigBackwardSm90(
         **_common(static),
@@ -177,14 +183,16 @@ def backward_split_sm90(static: Static) -> ConfigBackwardSm90:
         num_threads=3 * 128,
         smem_bytes=max(keys, queries),
         copy_bytes=static.copy_bytes,
-        deterministic=True,
+        deterministic=False,  # in no order: nothing is added up in memory
         dq_threads=2 * 128,
         producer_registers=producer_registers,
         consumer_registers=consumer_registers,
     )
 
 
-BACKWARD_BARRIERS_BYTES = (4 * 2 * STAGES + 3 * 2) * 8
+def _barriers_bytes(*rings: int) -> int:
+    """Of rings of so many stages: ``Ring::bytes`` in tile/pipeline.cuh."""
+    return 2 * 8 * sum(rings)
 
 
 def _tile_backward_sm90(static: Static) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import struct
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ FIELDS = (
     *(Field(f"{name}_stride", "q") for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")),
     *(Field(name, "i") for name in ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "qheads_per_khead")),
     *(Field(name, "i") for name in ("m_blocks", "heads_per_section", "window_left", "window_right")),
-    *(Field(name, "f") for name in ("softmax_scale", "softcap")),
+    *(Field(name, "f") for name in ("softmax_scale", "softcap", "softcap_inverse", "softcap_exponent")),
     Field("m_units", "i"),
 )
 POINTERS = 10
@@ -54,7 +55,7 @@ BACKWARD_FIELDS = (
     *(Field(f"{name}_strides", "q", 4) for name in ("dout", "dq", "dk", "dv", "lse", "dlse")),
     Field("workspace_rows", "q"),
     Field("n_blocks", "i"),
-    Field("unused", "i"),  # what the compiler pads with
+    Field("reversed", "i"),
 )
 """The members of ``attention::BackwardParams`` that follow Params there."""
 BACKWARD_POINTERS = 12
@@ -85,7 +86,7 @@ def backward_static_asserts() -> str:
     params = "static_cast<attention::BackwardArgument*>(nullptr)->params"
     return (
         static_asserts()
-        + _offset_asserts("BackwardParams", BACKWARD_FIELDS[:-1], LAYOUT.size)
+        + _offset_asserts("BackwardParams", BACKWARD_FIELDS, LAYOUT.size)
         + f"static_assert(sizeof(attention::BackwardArgument) == {BACKWARD_SIZE});\n"
         + f"static_assert(__INTADDR__(&{params}) == {BACKWARD_MAPS_BYTES});\n"
     )
@@ -121,7 +122,8 @@ def _pack(problem: Problem, m_blocks: int, heads_per_section: int, m_units: int)
     values += (problem.batch, problem.seqlen_q, problem.seqlen_k, problem.num_heads_q)
     values += (problem.num_heads_q // max(1, problem.num_heads_k), m_blocks, heads_per_section)
     values += (MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right))
-    values += (problem.softmax_scale, problem.softcap, m_units)
+    inverse = 1.0 / problem.softcap if problem.softcap else 0.0
+    values += (problem.softmax_scale, problem.softcap, inverse, 2.0 * inverse / math.log(2.0), m_units)
     return LAYOUT.pack(*values)
 
 
@@ -139,7 +141,7 @@ def pack_backward(problem: Problem, grid: BackwardGrid, block_m: int) -> bytes:
     for name in ("lse", "dlse"):  # of batch, heads and rows
         *batch, head, row = strides.get(name, (0, 0, 0))
         values += (batch[0] if batch else 0, row, head, 0)
-    values += (grid.m_blocks * block_m, grid.n_blocks, 0)
+    values += (grid.m_blocks * block_m, grid.n_blocks, grid.reversed)
     params = _pack(problem, grid.m_blocks, grid.heads_per_section, grid.m_blocks)
     return params + BACKWARD_LAYOUT.pack(*values)
 

@@ -208,12 +208,15 @@ class BackwardGrid(NamedTuple):
         Tiles of queries a query head, and blocks of keys a key head: of a sequence or, packed, of all of them.
     heads_per_section : int
         Key heads that are scheduled side by side.
+    reversed : bool
+        Whether blocks of keys come from last to first.
     """
 
     blocks: tuple[int, ...]
     m_blocks: int
     n_blocks: int
     heads_per_section: int
+    reversed: bool
 
 
 def make_backward_grid(plan: Plan, problem: Problem, num_sms: int) -> BackwardGrid:
@@ -221,12 +224,14 @@ def make_backward_grid(plan: Plan, problem: Problem, num_sms: int) -> BackwardGr
     config = plan.config
     assert isinstance(config, ConfigBackward)
     outer = 1 if problem.varlen else problem.batch
-    if problem.varlen:
+
+    def blocks_of(length: int, rows: int) -> int:
+        if not problem.varlen:
+            return -(-length // rows)
         # Always enough, without knowing one length: see packed_unit in attention/scheduler.cuh.
-        m_blocks = problem.seqlen_q // config.block_m + problem.batch if problem.batch else 0
-        n_blocks = problem.seqlen_k // config.block_n + problem.batch if problem.batch else 0
-    else:
-        m_blocks, n_blocks = -(-problem.seqlen_q // config.block_m), -(-problem.seqlen_k // config.block_n)
+        return length // rows + problem.batch if problem.batch else 0
+
+    m_blocks, n_blocks = blocks_of(problem.seqlen_q, config.block_m), blocks_of(problem.seqlen_k, config.block_n)
     tiles, units = m_blocks * problem.num_heads_q * outer, n_blocks * problem.num_heads_k * outer
     largest = max(tiles, units)
     if largest > MAX_GRID:
@@ -235,21 +240,16 @@ def make_backward_grid(plan: Plan, problem: Problem, num_sms: int) -> BackwardGr
         )
     sinks = problem.num_heads_q if config.sinks else 0
     least = 1 if problem.varlen else 0  # clears the rows that are no sequence's
-    section = _backward_section(plan, problem, num_sms)
+    order = m_blocks, n_blocks, *_backward_order(plan, problem, num_sms)
     if len(plan.entries) == 3:
         if plan.kernel != "attention_backward_sm90":
-            return BackwardGrid((tiles, units, max(least, tiles + sinks)), m_blocks, n_blocks, section)
-        # One block an SM takes one unit after the other, counted from where the first kernel sets 0; and dense, writes
-        # dq then.
-        main = min(max(units, 0 if problem.varlen else tiles), num_sms)
-        finish = max(1, tiles + sinks) if problem.varlen else sinks
-        return BackwardGrid((max(tiles, min(main, 1)), main, finish), m_blocks, n_blocks, section)
-    if problem.varlen:
-        query_tiles = problem.seqlen_q // SPLIT_QUERIES + problem.batch if problem.batch else 0
-    else:
-        query_tiles = -(-problem.seqlen_q // SPLIT_QUERIES)
-    blocks = tiles, units, query_tiles * problem.num_heads_q * outer, max(least, sinks)
-    return BackwardGrid(blocks, m_blocks, n_blocks, section)
+            return BackwardGrid((tiles, units, max(least, tiles + sinks)), *order)
+        # One block an SM takes one unit after the other, counted from where the first kernel sets 0.
+        main = min(max(units, tiles if config.finishes else 0), num_sms)
+        finish = sinks if config.finishes else max(least, tiles + sinks)
+        return BackwardGrid((max(tiles, min(main, 1)), main, finish), *order)
+    query_tiles = blocks_of(problem.seqlen_q, SPLIT_QUERIES)
+    return BackwardGrid((tiles, units, query_tiles * problem.num_heads_q * outer, max(least, sinks)), *order)
 
 
 SPLIT_QUERIES = 128
@@ -260,10 +260,14 @@ BACKWARD_SECTION = 24 << 20
 """Bytes of q, dout and sums of dq that heads running side by side may share."""
 
 
-def _backward_section(plan: Plan, problem: Problem, num_sms: int) -> int:
-    """Key heads side by side: as many as keep what their blocks read and add to in the L2, but blocks for all SMs.
+def _backward_order(plan: Plan, problem: Problem, num_sms: int) -> tuple[int, bool]:
+    """Key heads side by side, and whether their blocks of keys come from last to first.
 
-    Blocks that add to dq in a fixed order wait for each other, and least where those of many heads take turns.
+    As many heads as keep what their blocks read and add to in the L2, but blocks for all SMs. Under a causal mask the
+    first keys come first, which take longest, so that blocks end evenly.
+
+    Blocks that add to dq in a fixed order wait for each other, and least where those of many heads take turns. Where
+    many blocks of a head run at a time, the last keys come first: then every block meets its first tile first.
     """
     config = plan.config
     heads, seqlen_q, seqlen_k = problem.batch * problem.num_heads_k, problem.seqlen_q, problem.seqlen_k
@@ -272,13 +276,21 @@ def _backward_section(plan: Plan, problem: Problem, num_sms: int) -> int:
         seqlen_q, seqlen_k = (seqlen // max(1, problem.batch) for seqlen in (seqlen_q, seqlen_k))
     assert isinstance(config, ConfigBackward)
     if config.deterministic:
-        return max(1, heads)
+        return max(1, heads), config.causal and (problem.varlen or FEW_BLOCKS * heads < num_sms)
     ratio = problem.num_heads_q // max(1, problem.num_heads_k)
     size = _configs.SIZEOF[config.element]
-    head_bytes = max(1, ratio * seqlen_q * ((config.head_dim + config.head_dim_v) * size + 4 * config.tile_head_dim))
-    n_blocks = max(1, -(-seqlen_k // config.block_n))
+    sums = 0 if plan.kernel == "attention_backward_split_sm90" else 4 * config.tile_head_dim
+    head_bytes = max(1, ratio * seqlen_q * ((config.head_dim + config.head_dim_v) * size + sums))
+    n_blocks = min(max(1, -(-seqlen_k // config.block_n)), CONTENDING_BLOCKS)
     sections = max(1, -(-heads // max(1, BACKWARD_SECTION // head_bytes, num_sms // n_blocks)))
-    return max(1, -(-heads // sections))
+    return max(1, -(-heads // sections)), False
+
+
+CONTENDING_BLOCKS = 32
+"""Blocks of keys of a head that may run at a time and add to the same tiles of dq as they come."""
+
+FEW_BLOCKS = 5
+"""Blocks of keys of a head that may run at a time and wait for each other in the order of the keys."""
 
 
 def _share_out(grid: Grid, plan: Plan, problem: Problem) -> Grid:

@@ -43,6 +43,9 @@ NAMES = {
 }
 OUT = DENSE_NAMES.index("out")
 
+FLOAT32_RANGE = 2.0**-126, 2.0**128 - 2.0**104
+"""Of the normal numbers."""
+
 
 class Static(NamedTuple):
     """What decides which kernel runs.
@@ -304,6 +307,8 @@ class _Check:
             self.value_error(
                 f"q has {num_heads_q} heads and k has {num_heads_k}; the heads of q must be a multiple of those of k."
             )
+        if self.function.endswith("_backward") and num_heads_k and not num_heads_q:
+            self.value_error(f"q has no heads but k has {num_heads_k}; there is nothing to differentiate.")
         for name, dim in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
             if dim < 1:
                 self.value_error(f"{name} is 0; it must be at least 1.")
@@ -320,12 +325,16 @@ class _Check:
         scale = self.number("softmax_scale", given)
         if not (math.isfinite(scale) and scale > 0.0):
             self.value_error(f"softmax_scale is {scale}; it must be finite and greater than 0.")
+        if scale > FLOAT32_RANGE[1]:
+            self.value_error(f"softmax_scale is {scale}; it must be a float32 number.")
         return scale
 
     def softcap(self) -> float:
         softcap = self.number("softcap", self.options.softcap)
         if not (math.isfinite(softcap) and softcap >= 0.0):
             self.value_error(f"softcap is {softcap}; it must be finite and not negative (0.0 is off).")
+        if softcap != 0.0 and not FLOAT32_RANGE[0] <= softcap <= FLOAT32_RANGE[1]:
+            self.value_error(f"softcap is {softcap}; it must be a normal float32 number, or 0.0, which is off.")
         return softcap
 
     def number(self, name: str, given: Any) -> float:

@@ -203,7 +203,8 @@ def _noise(piece: _Problem, out: Array, storage: np.dtype[Any]) -> tuple[Array, 
     size = (1 + q.shape[-1] / 128) * reference._scores(np.abs(q), np.abs(k), softmax_scale, 0.0, None)
     if softcap > 0:
         slope = 1 - (s / softcap) ** 2
-        size = np.where(slope > 0, slope * size, 0) + softcap
+        # tanh errs absolutely, but for small arguments relatively.
+        size = np.where(slope > 0, slope * size, 0) + np.minimum(softcap, 16 * np.abs(s))
     if options.get("alibi_slopes") is not None:
         biased = reference._scores(q, k, softmax_scale, softcap, options["alibi_slopes"])
         size, s = size + np.abs(biased - s), biased

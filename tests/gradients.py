@@ -207,7 +207,7 @@ def _noise(
     # What an entry has for itself. Scores err, and so p and ds relatively; so does dp. Sums err like a random walk.
     walk_q, walk_k = (1 + np.sqrt(x.shape[1]) / 4 for x in (q, k))
     s_size = (1 + q.shape[-1] / 128) * reference._scores(np.abs(q), np.abs(k), scale, 0.0, None)
-    s_size = 1 + softcap + s_size + np.abs(s - raw) + np.where(p > 0, np.abs(s - lse), 0)
+    s_size = 1 + np.minimum(softcap, 16 * np.abs(raw)) + s_size + np.abs(s - raw) + np.where(p > 0, np.abs(s - lse), 0)
     dp_size = (1 + v.shape[-1] / 128) * (np.abs(dout_) @ np.abs(v_).swapaxes(2, 3)) + np.abs(delta)
     p_noise = COMPUTE_UNIT * p * s_size
     ds_noise = COMPUTE_UNIT * p * (dp_size + np.abs(gap) * s_size)

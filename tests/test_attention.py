@@ -151,7 +151,7 @@ def test_jax_gradients_are_refused_until_stopped() -> None:
     jax = pytest.importorskip("jax")
     q = jax.numpy.ones((1, 4, 2, 8))
     with pytest.raises(
-        cufa.UnsupportedError, match=r"^attention: a gradient is asked for, and cufa has no backward yet"
+        cufa.UnsupportedError, match=r"^attention: JAX asks for a gradient, and cufa does not answer it yet"
     ):
         jax.grad(lambda q: cufa.attention(q, q, q).sum())(q)
 

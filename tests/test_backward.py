@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradients import Call
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import cufa
 from cufa import reference
@@ -83,6 +85,7 @@ def test_gradients_are_linear_in_dout(call: dict[str, Any]) -> None:
         ({"dk": np.zeros((2, 7, 4, 8), np.float32)}, ValueError, "dk has shape"),
         ({"dv": np.zeros((2, 7, 2, 8), np.float16)}, ValueError, "dv has dtype float16"),
         ({"deterministic": 1}, TypeError, "deterministic is a int"),
+        ({"q": np.zeros((2, 5, 0, 8), np.float32)}, ValueError, "q has no heads but k has 2"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(
@@ -109,11 +112,38 @@ def test_a_read_only_result_is_refused(call: dict[str, Any]) -> None:
         cufa.attention_backward(**call, dq=dq)
 
 
-def test_jax_arrays_are_refused(call: dict[str, Any]) -> None:
-    """And not taken for exporters of DLPack, whose results nobody could write."""
-    jnp = pytest.importorskip("jax").numpy
-    arrays = {name: jnp.asarray(array) for name, array in call.items()}
-    with pytest.raises(
-        cufa.UnsupportedError, match=r"^attention_backward: JAX arrays are not supported yet; pass NumPy"
-    ):
-        cufa.attention_backward(**arrays)
+# --- JAX --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(st.one_of(*(cases(max_seqlen=33, layouts=("contiguous",)) for cases in (dense_cases, varlen_cases))))
+def test_jax_gradients_equal_the_reference(case: Case) -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    Call(case=case).right(jnp)
+
+
+def test_jax_gradients_under_jit_and_vmap(call: dict[str, Any]) -> None:
+    jax = pytest.importorskip("jax")
+    expected = cufa.attention_backward(**call, causal=True)
+    arrays = {name: jax.numpy.asarray(array) for name, array in call.items()}
+
+    def differentiate(arrays: dict[str, Any]) -> Any:
+        return cufa.attention_backward(**arrays, causal=True)
+
+    mapped = jax.vmap(lambda each: differentiate({name: array[None] for name, array in each.items()}))
+    for found in (jax.jit(differentiate)(arrays), [gradient[:, 0] for gradient in mapped(arrays)]):
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_what_jax_refuses(call: dict[str, Any]) -> None:
+    jax = pytest.importorskip("jax")
+    arrays = {name: jax.numpy.asarray(array) for name, array in call.items()}
+    with pytest.raises(cufa.UnsupportedError, match=r"^attention_backward: dk is not supported for JAX arrays"):
+        cufa.attention_backward(**arrays, dk=arrays["k"])
+    with pytest.raises(TypeError, match=r"^attention_backward: dout is a ndarray but q is a jax array"):
+        cufa.attention_backward(**{**arrays, "dout": call["dout"]})
+    with pytest.raises(ValueError, match=r"^attention_backward: lse has shape"):
+        cufa.attention_backward(**{**arrays, "lse": arrays["lse"][:, :2]})
+    with pytest.raises(cufa.UnsupportedError, match=r"^attention_backward: JAX asks for a gradient"):
+        jax.grad(lambda q: cufa.attention_backward(**{**arrays, "q": q})[0].sum())(arrays["q"])

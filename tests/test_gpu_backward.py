@@ -16,7 +16,7 @@ from test_gpu import EDGES, framework, same
 
 import cufa
 from cufa import reference
-from cufa.testing import Case, View, to_numpy
+from cufa.testing import Case, View, assert_close, to_numpy
 
 pytestmark = pytest.mark.gpu
 
@@ -170,6 +170,16 @@ def test_numba_gradients_equal_the_reference(call: Call) -> None:
 
     call = plain(call)
     call.right(upload)
+
+
+@pytest.mark.parametrize(
+    ("kind", "packed"), [(DENSE[2], False), (DENSE[9], False), (PACKED[0], True), (PACKED[5], True)]
+)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_jax_gradients_equal_the_reference(kind: Kind, packed: bool, data: st.DataObject) -> None:
+    xp = framework("jax").numpy
+    plain(data.draw(calls(kind, packed))).right(xp)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +422,26 @@ def test_sizes_of_zero(kind: Kind, nothing: str) -> None:
     call.right(cupy)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_offsets_that_decrease_end(dtype: str) -> None:
+    """And leave the memory behind the results alone; what gradients they make means nothing."""
+    cupy = framework("cupy")
+    total = 4000
+    q = cupy.ones((total, 2, 64), dtype)
+    lse = cupy.zeros((2, total), cupy.float32)
+    right = cupy.asarray([0, 1000, 2000, total], cupy.int32)
+    for offsets in ([0, 3000, 100, total], [0, 100, 50, total], [3000, 2000, 1000, total]):
+        bad = cupy.asarray(offsets, cupy.int32)
+        for pair in ((bad, right), (right, bad), (bad, bad)):
+            # What was in the workspace before must not matter.
+            cupy.full(8 << 20, 1, cupy.int32)
+            memories = [cupy.full((total + 64, 2, 64), 5, q.dtype) for _ in range(3)]
+            into = dict(zip(("dq", "dk", "dv"), (memory[:total] for memory in memories), strict=True))
+            cufa.attention_varlen_backward(q, q, q, q, q, lse, *pair, **into)
+            cupy.cuda.Device().synchronize()
+            assert all((memory[total:] == 5).all() for memory in memories)
+
+
 def test_offsets_outside_the_arrays_touch_nothing_else() -> None:
     cupy = framework("cupy")
     q, lse = cupy.ones((40, 2, 64), cupy.float16), cupy.zeros((2, 40), cupy.float32)
@@ -423,6 +453,19 @@ def test_offsets_outside_the_arrays_touch_nothing_else() -> None:
         cupy.cuda.Device().synchronize()
         assert all((memory[:64] == 5).all() and (memory[104:] == 5).all() for memory in memories)
         assert all((memory[64:104] != 5).any() for memory in memories)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_softcaps_that_hardly_cap(dtype: str, head_dim: int) -> None:
+    """Of a score far below its cap tanh takes a hundred-thousandth, of which 1 - 2 / (e^2x + 1) would know nothing."""
+    cupy = framework("cupy")
+    sizes = {"seqlen_q": 130, "seqlen_k": 70, "num_heads_q": 2, "num_heads_k": 1, "head_dim": head_dim}
+    for softcap in (100.0, 1e6):
+        case = Case(**sizes, head_dim_v=head_dim, dtype=dtype, softcap=softcap)
+        check_with_own_forward(case)
+        out = cufa.attention(**case.arrays(cupy), **case.options)
+        assert_close(out, **case.arrays(), **case.options)
 
 
 # --- many, long, and again --------------------------------------------------------------------------

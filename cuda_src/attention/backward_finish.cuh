@@ -82,7 +82,7 @@ inline void finish_sink(const BackwardParams& backward, int head) {
   if (Config::varlen) {  // nothing is written of rows before the first sequence's, and past the last one's
     const auto first_row = [&](int b) {
       const int offset = clamp(params.cu_seqlens_q[b * params.cu_seqlens_q_stride], 0, params.seqlen_q);
-      return (offset / Config::block_m + b) * Config::block_m;
+      return first_packed_unit(offset, Config::block_m, b) * Config::block_m;
     };
     begin = first_row(0);
     end = min_of(int(end), first_row(params.batch));
@@ -158,6 +158,7 @@ inline void finish(const BackwardParams& params) {
   if (Config::varlen) clear_outside<Config>(params);
   if (Config::sinks && int(blockIdx.x) >= tiles) return finish_sink<Config>(params, blockIdx.x - tiles);
   const RowTile tile[] = {RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks)};
+  if (tile[0].m_block * Config::block_m >= tile[0].seqlen.q) return;  // no row of the tile is live
   finish_tiles<Config, Main>(params, tile, threadIdx.x);
 }
 

@@ -53,8 +53,6 @@ struct BackwardMainloopSm90 {
   static int dq_col(int thread) { return by_rows ? 0 : thread / 128 * Dq::cols; }
 
   static constexpr bool first_stores = true;  // dq_sum begins with what comes first, not with zeros
-  // Blocks without more work write dq of heads that are done. Where packed sequences' tiles lie takes too long to find.
-  static constexpr bool finishes = !Config::varlen;
 
   static constexpr int stages = 2;
   using Ring = tile::Ring<stages>;
@@ -112,11 +110,11 @@ struct BackwardMainloopSm90 {
       claims().wait_empty({at.count});
       unit = atomicAdd(params.next_unit, 1);
       BackwardWork work{};
-      if (unit < units)
+      work.n_block = -1;
+      if (unit < units) {
         work = BackwardWork::find<Config>(params, unit);
-      else
-        work.n_block = -1;
-      if (unit < units && work.idle<Config>()) continue;
+        if (work.idle<Config>()) continue;
+      }
       this->works().wait_empty(at);
       works[at.stage()] = work;
       this->works().fill(at);
@@ -174,7 +172,7 @@ struct BackwardMainloopSm90 {
         Handover{1}.give_empty();
       });
       if (tile::lane() != 0) return;
-      if (finishes)
+      if (Config::finishes)
         sum.finish_work(work);
       else
         sum.template tell<0>();
@@ -214,15 +212,15 @@ struct BackwardMainloopSm90 {
     for_each_work(works, [&](const BackwardWork& work) { consume_work(backward, work, consumer, turn, progress); });
   }
 
-  // Of a consumer: the step it is at, that whose dq it has not computed yet, and the block of keys.
+  // Of a consumer: the step it is at, and the block of keys.
   struct Progress {
-    typename Ring::Cursor at, at_dq;
+    typename Ring::Cursor at;
     typename KeyRing::Cursor at_keys;
   };
 
   void consume_work(const BackwardParams& backward, const BackwardWork& work, int consumer, const Turn& turn,
                     Progress& progress) const {
-    typename Ring::Cursor &at = progress.at, &at_dq = progress.at_dq;
+    typename Ring::Cursor& at = progress.at;
     typename KeyRing::Cursor& at_keys = progress.at_keys;
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
@@ -236,9 +234,9 @@ struct BackwardMainloopSm90 {
       keys().wait_full(at_keys);
       values().wait_full(at_keys);
     }
+    bool behind = false;  // dq of the step before is still to come
     for_each_query_tile(params, work, [&](int head, int m_block) {
       const u32 stage = at.stage();
-      const bool behind = at_dq.count < at.count;  // dq of the step before is still to come
       Scores s, dp;
       queries().wait_full(at);
       turn.take();
@@ -254,8 +252,8 @@ struct BackwardMainloopSm90 {
       probabilities<Config>(p, weights, s, params, work, head, first_key, m_block, lse(stage));
       if (!early_dp) begin_dp();
       warpgroup::gemm_ab(dv, p, dout(stage), true);
-      if (behind) exchange().wait_full(at_dq);
-      begin_dq(dq, at_dq, consumer);  // of the first step nothing is used: no branch around products
+      if (behind) exchange().wait_full(at.previous());
+      begin_dq(dq, at.previous(), consumer);  // of the first step nothing is used: no branch around products
       turn.pass();
       warpgroup::wait<2>(dp);
       gradients_of_scores<Config>(ds, Variant::empty ? p : weights, dp, delta(stage));
@@ -264,27 +262,24 @@ struct BackwardMainloopSm90 {
       store_transposed(this->ds(stage), ds, 64 * consumer);
       warpgroup::wait<1>(dv, dq, p);
       gradients().release_warp(at);
-      if (behind) lay_down(dq, handover, at_dq);
+      if (behind) lay_down(dq, handover, at.previous());
       ptx::fence_proxy_async_shared();
       exchange().fill_warp(at);
-      if (behind) {
-        handover.give_full();
-        at_dq.advance();
-      }
+      if (behind) handover.give_full();
+      behind = true;
       warpgroup::wait<0>(dk, ds);
       queries().release_warp(at);
       at.advance();
     });
-    if (at_dq.count < at.count) {
+    if (behind) {
       values().release_warp(at_keys);
-      exchange().wait_full(at_dq);
-      begin_dq(dq, at_dq, consumer);
+      exchange().wait_full(at.previous());
+      begin_dq(dq, at.previous(), consumer);
       warpgroup::wait<0>(dq);
       keys().release_warp(at_keys);
-      lay_down(dq, handover, at_dq);
+      lay_down(dq, handover, at.previous());
       ptx::fence_proxy_async_shared();
       handover.give_full();
-      at_dq.advance();
       at_keys.advance();
     }
     write_keys<Config, Config::head_dim>(backward.dk, backward.dk_strides, work, dk, first_key, params.softmax_scale);

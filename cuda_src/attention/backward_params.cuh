@@ -30,6 +30,7 @@ struct BackwardParams {
   Strides lse_strides, dlse_strides;  // dim is not used
   i64 workspace_rows;                 // a query head, of all sequences together; dense: of one sequence
   i32 n_blocks;                       // blocks of keys a key head: of a sequence, or (varlen) of the packed batch
+  i32 reversed;                       // whether blocks of keys come, and add to dq, from last to first
 };
 
 // Of a tile of dq_sum that is not set to zeros beforehand: whoever comes first stores, the others add to that.

@@ -52,14 +52,21 @@ struct RowTile {
   }
 };
 
-// Nobody has added to dq yet.
-template <class Config, class Main>
-inline void begin_sums(const BackwardParams& params, const RowTile& tile) {
-  if (threadIdx.x == 0) {
-    params.turns[tile.row / Config::block_m] = 0;
-    if (!Config::varlen && tile.m_block == 0) params.heads_done[key_head(params.forward, tile.batch, tile.head)] = 0;
-  }
-  if (Main::first_stores) return;
+// Nobody has done anything yet. A thread block sets to 0 what has its number: all of it, whichever tiles cu_seqlens
+// that decrease leave out, or a main kernel would wait for what was there before.
+template <class Config>
+inline void begin_counts(const BackwardParams& params) {
+  if (threadIdx.x != 0) return;
+  const Params& forward = params.forward;
+  const int outer = Config::varlen ? 1 : forward.batch, block = blockIdx.x;
+  if (block == 0) *params.next_unit = 0;
+  if (block < forward.m_blocks * forward.num_heads_q * outer) params.turns[block] = 0;
+  if (block < forward.num_heads_q / forward.qheads_per_khead * outer) params.heads_done[block] = 0;
+}
+
+// Zeros where dq adds up.
+template <class Config>
+inline void clear_sums(const BackwardParams& params, const RowTile& tile) {
   uint4* const sums = reinterpret_cast<uint4*>(params.dq_sum + tile.row * Config::tile_head_dim);
   for (int i = threadIdx.x; i < Config::block_m * Config::tile_head_dim / 4; i += blockDim.x) {
     sums[i] = uint4{0, 0, 0, 0};
@@ -122,10 +129,10 @@ inline void prepare(const BackwardParams& params) {
 // For those, such as Main, that add it up in dq_sum.
 template <class Config, class Main>
 inline void prepare(const BackwardParams& params) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) *params.next_unit = 0;
+  begin_counts<Config>(params);
   const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
   if (tile.row < 0) return;
-  if (tile.m_block * Config::block_m < tile.seqlen.q) begin_sums<Config, Main>(params, tile);
+  if (!Main::first_stores && tile.m_block * Config::block_m < tile.seqlen.q) clear_sums<Config>(params, tile);
   prepare_rows<Config>(params, tile);
 }
 

@@ -151,8 +151,15 @@ struct BackwardSm80 {
       mask_transposed<Config>(scores, backward.forward, work.seqlen, work.n_block * block_n + ScoreDivision::row(),
                               tile.m_block * block_m + ScoreDivision::col());
     }
-    probabilities(scores, tile, lse(at));
+    float2 row_lse[Scores::n_tiles];
+#pragma unroll
+    for (int j = 0; j < Scores::n_tiles; ++j) {
+      row_lse[j] =
+          ptx::ld_shared_f32x2(lse(at) + (ScoreDivision::col() + tile::fragment_col() + 8 * j) * sizeof(float));
+    }
+    // Before the probabilities, whose exponentials then run beside these products.
     warp::gemm_abt<Config::head_dim_v>(dp, v(), dout(at), ScoreDivision::row(), ScoreDivision::col());
+    probabilities(scores, tile, row_lse);
     const u32 row_delta = delta(at) + (ScoreDivision::col() + tile::fragment_col()) * sizeof(float);
 #pragma unroll
     for (int j = 0; j < Scores::n_tiles; ++j) {
@@ -178,7 +185,7 @@ struct BackwardSm80 {
 
   // The tile of P ← the probabilities of masked scores, which become their derivatives by the scores before the
   // variant, but for the factor dP - delta.
-  void probabilities(Scores& scores, const Tile& tile, u32 row_lse) const {
+  void probabilities(Scores& scores, const Tile& tile, const float2 (&row_lse)[Scores::n_tiles]) const {
     using Variant = typename Config::variant;
     const Params& params = backward.forward;
     const Variant variant(params, work.batch, tile.head);
@@ -187,7 +194,7 @@ struct BackwardSm80 {
     const int distance = tile.m_block * block_m + to.col + work.seqlen.diagonal() - work.n_block * block_n - to.row;
 #pragma unroll
     for (int j = 0; j < Scores::n_tiles; ++j) {
-      const float2 subtracted = ptx::ld_shared_f32x2(row_lse + (to.col + 8 * j) * sizeof(float));
+      const float2 subtracted = row_lse[j];
 #pragma unroll
       for (int t = 0; t < Scores::m_tiles; ++t) {
 #pragma unroll
@@ -268,7 +275,7 @@ struct BackwardSm80 {
 
   void wait_for_turn(const Tile& tile, const i32* turn) const {
     if (threadIdx.x == 0) {
-      const int wanted = turn_of<Config>(backward.forward, work.seqlen, tile.m_block, work.n_block);
+      const int wanted = turn_of<Config>(backward, work.seqlen, tile.m_block, work.n_block);
       while (ptx::ld_acquire_gpu(turn) != wanted) {
       }
     }

@@ -19,7 +19,7 @@ inline void backward_prepare(const BackwardArgument& argument) {
 template <class Config>
 inline void backward_finish(const BackwardArgument& argument) {
   using Main = BackwardMainloopSm90<Config>;
-  if constexpr (Main::finishes)
+  if constexpr (Config::finishes)
     finish<Config>(argument.params);
   else
     finish<Config, Main>(argument.params);
@@ -47,7 +47,7 @@ inline void backward_sm90(const BackwardArgument& argument) {
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();
     mainloop.consume(argument.params, works, warp / 4 - 1);
-    if constexpr (Mainloop::finishes) mainloop.finish(argument.params, threadIdx.x - 128);
+    if constexpr (Config::finishes) mainloop.finish(argument.params, threadIdx.x - 128);
   }
 }
 

@@ -1,5 +1,5 @@
 // attention: the backward's pass over blocks of keys with wgmma, for sm_90 and head_dims for which dk, dv and dq do not
-// fit a thread block's registers together. A block keeps 64 keys and goes over the tiles of queries. One thread loads
+// fit a thread block's registers together. A block keeps 64 keys and goes over the tiles of queries. Two threads load
 // them. Of two warpgroups one computes P and dv, the other dP, dS and dk; between them P goes through shared memory.
 #pragma once
 

@@ -24,8 +24,8 @@ struct DqSum {
   void begin(const BackwardWork& work, int head, int m_block) {
     index = int(workspace_row<Config>(params, work.seqlen, work.batch, head) / Config::block_m) + m_block;
     if constexpr (Config::deterministic) {
-      wanted = turn_of<Config>(params.forward, work.seqlen, m_block, work.n_block);
-      found = -1;
+      wanted = turn_of<Config>(params, work.seqlen, m_block, work.n_block);
+      found = ptx::ld_acquire_gpu(params.turns + index);
     } else {
       wanted = stored;
       found = ptx::atom_acquire_gpu_cas(params.turns + index, untouched, claimed);

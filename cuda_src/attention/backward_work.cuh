@@ -50,7 +50,7 @@ inline QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_
 // Where a sequence's rows begin in a head of the workspace.
 template <class Config>
 inline int padded_row(const Seqlen& seqlen, int batch) {
-  return Config::varlen ? (seqlen.q_first_row / Config::block_m + batch) * Config::block_m : 0;
+  return Config::varlen ? first_packed_unit(seqlen.q_first_row, Config::block_m, batch) * Config::block_m : 0;
 }
 
 // The row of the workspace at which query head `head` of sequence `batch` begins.
@@ -65,13 +65,12 @@ inline int key_head(const Params& params, int batch, int query_head) {
   return (batch * params.num_heads_q + query_head) / params.qheads_per_khead;
 }
 
-// The deterministic order: how many blocks of keys add to a tile of dq before this one does. It is an order in which
-// the blocks are launched, so that nobody waits for one that cannot run. Under a causal mask the last come first
-// (reversed): every tile's first block then meets it first, and none has to wait.
+// The deterministic order: how many blocks of keys add to a tile of dq before this one does. It is the order in which
+// they are launched, so that nobody waits for one that cannot run.
 template <class Config>
-inline int turn_of(const Params& params, const Seqlen& seqlen, int m_block, int n_block) {
-  const BlockRange range = block_range<Config>(params, seqlen, m_block);
-  return Config::causal ? range.end - 1 - n_block : n_block - range.begin;
+inline int turn_of(const BackwardParams& backward, const Seqlen& seqlen, int m_block, int n_block) {
+  const BlockRange range = block_range<Config>(backward.forward, seqlen, m_block);
+  return backward.reversed ? range.end - 1 - n_block : n_block - range.begin;
 }
 
 struct BackwardWork {
@@ -86,11 +85,9 @@ struct BackwardWork {
     return n_block * Config::block_n >= key_rows;
   }
 
-  // Under a causal mask the first blocks of keys come first, which many queries see: they take longest. A deterministic
-  // kernel has its own order.
+  // The first blocks of keys come first, unless reversed: under a causal mask they are seen by most queries.
   template <class Config>
   static BackwardWork find(const BackwardParams& backward, int unit) {
-    constexpr bool reversed = Config::deterministic && Config::causal;
     const Params& params = backward.forward;
     const int heads = params.num_heads_q / params.qheads_per_khead;
     BackwardWork work;
@@ -100,14 +97,14 @@ struct BackwardWork {
       };
       const PackedUnit found =
           packed_unit(unit, Config::block_n, params.batch, heads, params.heads_per_section, offset);
-      work.n_block = reversed && found.units > 0 ? found.units - 1 - found.row : found.row;
+      work.n_block = backward.reversed && found.units > 0 ? found.units - 1 - found.row : found.row;
       work.head = found.head;
       work.batch = found.batch;
       work.key_rows = found.length;
       work.seqlen = varlen_seqlen(params, found.batch);
     } else {
       const UnitIndex index = unit_of(unit, backward.n_blocks, params.batch * heads, params.heads_per_section);
-      work.n_block = reversed ? backward.n_blocks - 1 - index.row : index.row;
+      work.n_block = backward.reversed ? backward.n_blocks - 1 - index.row : index.row;
       work.head = index.head % heads;
       work.batch = index.head / heads;
       work.key_rows = params.seqlen_k;

@@ -31,7 +31,8 @@ struct Params {
   i32 heads_per_section;  // heads scheduled side by side, so that their K and V share the L2
   i32 window_left, window_right;
   float softmax_scale, softcap;
-  i32 m_units;  // what thread blocks are given, a head: tiles, or pairs of them
+  float softcap_inverse, softcap_exponent;  // 1 / softcap and 2 log2 e / softcap
+  i32 m_units;                              // what thread blocks are given, a head: tiles, or pairs of them
 };
 
 }  // namespace attention

@@ -42,11 +42,14 @@ struct PackedUnit {
   int units, length;  // of the sequence: units a head, and rows
 };
 
+// The first unit of packed sequence b, of each head; offset: of its first row.
+inline int first_packed_unit(int offset, int unit_rows, int b) { return offset / unit_rows + b; }
+
 template <class Offset>
 inline PackedUnit packed_unit(int unit, int unit_rows, int batch, int heads, int heads_per_section,
                               const Offset& offset) {
   if (batch == 0) return {};
-  const auto first_unit = [&](int b) { return offset(b) / unit_rows + b; };
+  const auto first_unit = [&](int b) { return first_packed_unit(offset(b), unit_rows, b); };
   int low = 0, high = batch;  // first_unit(low) <= unit of its head < first_unit(high)
   while (high - low > 1) {
     const int middle = low + (high - low) / 2;

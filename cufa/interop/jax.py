@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from jax.experimental.buffer_callback import Buffer, buffer_callback
 
-from .. import _attention, _launch, _problem
+from .. import _attention, _backward, _launch, _problem
 from .._arrays import ALIGNMENT, CPU, Adapter, Arrays, Layout, Spec, contiguous, register
-from .._problem import OUT, Problem
+from .._problem import NAMES, OUT, Problem
 from ..errors import UnsupportedError
 
 
@@ -28,6 +28,8 @@ class JaxAdapter(Adapter):
 
     def view(self, array: Any) -> tuple[int, Layout]:
         pointer, device = (0, _default_device())
+        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+            device = CPU if next(iter(array.devices())).platform == "cpu" else 0
         if isinstance(array, Buffer):
             try:
                 pointer = array.__cuda_array_interface__["data"][0]
@@ -64,7 +66,7 @@ def attention_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_ls
 
 def view(function: str, given: tuple[Any, ...]) -> Arrays:
     """The arguments without their addresses, which JAX shows only inside a callback."""
-    for name, array in zip(_problem.VARLEN_NAMES, given, strict=False):
+    for name, array in zip(NAMES[function], given, strict=True):
         if array is not None and not isinstance(array, jax.Array):
             raise TypeError(
                 f"{function}: {name} is a {type(array).__name__} but q is a jax array; pass arrays of one framework."
@@ -83,11 +85,29 @@ def _attend(function: str, given: tuple[Any, ...], options: tuple[Any, ...], ret
     arrays = view(function, given)
     # Checked here, where the user's call is; values of offsets, which have none in a program, are not.
     problem = _problem.check(function, arrays, options)
-    if isinstance(options[1], list):
-        options = (options[0], tuple(options[1]), *options[2:])
-    present = tuple(index for index, array in enumerate(given) if array is not None)
+    present, options = _arguments(given, options)
     out, lse = _program(function, problem, present, options, return_lse)(*(given[index] for index in present))
     return (out, lse) if return_lse else out
+
+
+def gradients(function: str, given: tuple[Any, ...], options: tuple[Any, ...], deterministic: bool) -> Any:
+    """The gradients of JAX arrays or tracers; arguments in the order of `_problem.NAMES`."""
+    for name, array in zip(NAMES[function][-3:], given[-3:], strict=True):
+        if array is not None:
+            raise UnsupportedError(f"{function}: {name} is not supported for JAX arrays, which cannot be written.")
+    arrays = view(function, given)
+    problem = _problem.check(function, arrays, options)
+    present, options = _arguments(given, options)
+    program = _gradients_program(function, problem, present, options, deterministic)
+    *results, dsinks = program(*(given[index] for index in present))
+    return (*results,) if dsinks is None else (*results, dsinks)
+
+
+def _arguments(given: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """Which arguments there are, and options that can be hashed."""
+    if isinstance(options[1], list):
+        options = (options[0], tuple(options[1]), *options[2:])
+    return tuple(index for index, array in enumerate(given) if array is not None), options
 
 
 @lru_cache(maxsize=256)
@@ -99,16 +119,37 @@ def _program(
         jax.ShapeDtypeStruct(problem.out_shape, jax.numpy.dtype(problem.dtype)),
         jax.ShapeDtypeStruct(problem.lse_shape, np.float32) if return_lse else None,
     )
-    callback = partial(_compute, function, present, options)
+    return jax.jit(_differentiable(function, partial(_compute, function, present, options), shapes))
+
+
+@lru_cache(maxsize=256)
+def _gradients_program(
+    function: str, problem: Problem, present: tuple[int, ...], options: tuple[Hashable, ...], deterministic: bool
+) -> Any:
+    """The same of the gradients, whose workspace is one more result."""
+    names = NAMES[function]
+    floats = 0 if problem.device == CPU else _backward.workspace_of(problem, deterministic).floats
+    shapes = (
+        *(jax.ShapeDtypeStruct(problem.shape(name), jax.numpy.dtype(problem.dtype)) for name in "qkv"),
+        jax.ShapeDtypeStruct((problem.num_heads_q,), np.float32) if names.index("sinks") in present else None,
+        jax.ShapeDtypeStruct((floats,), np.float32),
+    )
+    callback = partial(_compute_gradients, function, present, options, deterministic)
+    program = _differentiable(function, callback, shapes)
+    return jax.jit(lambda *arrays: program(*arrays)[:-1])
+
+
+def _differentiable(function: str, callback: Any, shapes: Any) -> Any:
+    """The callback, which refuses to be differentiated in words of cufa's."""
     program = jax.custom_vjp(buffer_callback(callback, shapes, vmap_method="sequential"))
     program.defvjp(partial(_refuse_gradient, function), partial(_refuse_gradient, function))
-    return jax.jit(program)
+    return program
 
 
 def _refuse_gradient(function: str, *_: Any) -> NoReturn:
     raise UnsupportedError(
-        f"{function}: a gradient is asked for, and cufa has no backward yet; pass jax.lax.stop_gradient(q), and k "
-        "and v alike."
+        f"{function}: JAX asks for a gradient, and cufa does not answer it yet; call cufa.attention_backward, or pass "
+        "jax.lax.stop_gradient(q), and k and v alike."
     )
 
 
@@ -122,15 +163,47 @@ def _compute(
 ) -> None:
     """What runs within the program, on XLA's stream."""
     out, lse = results
-    given: list[Any] = [None] * (len(_problem.VARLEN_NAMES) if max(present) > OUT else len(_problem.DENSE_NAMES))
-    for index, buffer in zip(present, buffers, strict=True):
-        given[index] = buffer
+    given = _given(function, present, buffers)
     given[OUT] = out
     arrays = _view(tuple(given))
     problem = _problem.check(function, arrays, options)
     lse_pointer = 0 if lse is None else ADAPTER.view(lse)[0]
     pointers = _attention.pointers_of(arrays, arrays.pointers[OUT], lse_pointer)
     _attention.run(arrays, problem, out, lse, pointers, context.stream if problem.device != CPU else 0)
+
+
+def _compute_gradients(
+    function: str,
+    present: tuple[int, ...],
+    options: tuple[Any, ...],
+    deterministic: bool,
+    context: Any,
+    results: Any,
+    *buffers: Any,
+) -> None:
+    """The same of the gradients."""
+    *gradients, dsinks, memory = results
+    given = _given(function, present, buffers)
+    given[-3:] = gradients
+    arrays = _view(tuple(given))
+    problem = _problem.check(function, arrays, options)
+    if problem.device == CPU:
+        _backward.run_on_cpu(arrays, problem, gradients, dsinks)
+        return
+    launch, workspace = _backward.prepare(problem, deterministic, context.stream)
+    if workspace.floats > memory.shape[0]:
+        raise UnsupportedError(
+            f"{function}: traced for another device than it runs on; make the GPU JAX's default backend."
+        )
+    pointers = [*arrays.pointers[-3:], 0 if dsinks is None else ADAPTER.view(dsinks)[0]]
+    _backward.enqueue(launch, arrays, pointers, workspace, ADAPTER.view(memory)[0], context.stream)
+
+
+def _given(function: str, present: tuple[int, ...], buffers: tuple[Any, ...]) -> list[Any]:
+    given: list[Any] = [None] * len(NAMES[function])
+    for index, buffer in zip(present, buffers, strict=True):
+        given[index] = buffer
+    return given
 
 
 def _default_device() -> int:
