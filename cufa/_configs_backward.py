@@ -145,8 +145,9 @@ def backward_sm90(static: Static, deterministic: bool) -> ConfigBackwardSm90:
     size = SIZEOF[static.element]
     tile_head_dim, tile_head_dim_v = _round_up(static.head_dim, 64), _round_up(static.head_dim_v, 64)
     tiles = size * ((block_n + STAGES * block_m) * (tile_head_dim + tile_head_dim_v) + STAGES * block_m * block_n)
-    rows = 4 * block_m * (tile_head_dim + 2 * STAGES)  # sums of dq, row_lse and row_delta
-    producer_registers, consumer_registers = REGISTERS_SM90[block_n // WARPGROUP_ROWS]
+    sums_stages = 1 if block_m == 128 else 2
+    rows = 4 * block_m * (sums_stages * tile_head_dim + 2 * STAGES)  # sums of dq, row_lse and row_delta
+    producer_registers, consumer_registers = (40, 232) if deterministic else REGISTERS_SM90[block_n // WARPGROUP_ROWS]
     return ConfigBackwardSm90(
         **_common(static),
         tile_head_dim=tile_head_dim,
@@ -154,7 +155,7 @@ def backward_sm90(static: Static, deterministic: bool) -> ConfigBackwardSm90:
         block_m=block_m,
         block_n=block_n,
         num_threads=128 * (1 + block_n // WARPGROUP_ROWS),
-        smem_bytes=_round_up(tiles + rows + _barriers_bytes(*[STAGES] * 4, 1, 1, 1), 16),
+        smem_bytes=_round_up(tiles + rows + _barriers_bytes(*[STAGES] * 4, 1, 1, 1, sums_stages, sums_stages), 16),
         copy_bytes=static.copy_bytes,
         deterministic=deterministic,
         dq_threads=2 * block_n,

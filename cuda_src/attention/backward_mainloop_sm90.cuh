@@ -52,20 +52,30 @@ struct BackwardMainloopSm90 {
   static int dq_row(int thread) { return (by_rows ? thread / 128 * 64 : 0) + thread / 32 % 4 * 16; }
   static int dq_col(int thread) { return by_rows ? 0 : thread / 128 * Dq::cols; }
 
+  // What does not wait behind products for shared memory, as far as registers go: columns of K, which stay in them, and
+  // pairs of row_lse.
+  static constexpr bool roomy = Variant::empty && !by_rows;
+  using HeldK = tile::Operand<roomy ? 32 : 0>;
+  static constexpr int lse_ahead = roomy ? 8 : 4;
+
   static constexpr bool first_stores = true;  // dq_sum begins with what comes first, not with zeros
 
   static constexpr int stages = 2;
+  static constexpr int sums_stages = by_rows ? 1 : 2;  // of dq: as many as there is shared memory for
   using Ring = tile::Ring<stages>;
   using KeyRing = tile::Ring<1>;
+  using SumsRing = tile::Ring<sums_stages>;
   static constexpr int rows_bytes = block_m * sizeof(float);  // of row_lse, and of row_delta
   static constexpr int sums_bytes = block_m * Config::tile_head_dim * sizeof(float);
 
   static constexpr int k_offset = 0, v_offset = k_offset + K::bytes, q_offset = v_offset + V::bytes;
   static constexpr int dout_offset = q_offset + stages * Q::bytes, ds_offset = dout_offset + stages * Dout::bytes;
-  static constexpr int sums_offset = ds_offset + stages * Ds::bytes, lse_offset = sums_offset + sums_bytes;
+  static constexpr int sums_offset = ds_offset + stages * Ds::bytes;
+  static constexpr int lse_offset = sums_offset + sums_stages * sums_bytes;
   static constexpr int delta_offset = lse_offset + stages * rows_bytes;
   static constexpr int barriers_offset = delta_offset + stages * rows_bytes;
-  static constexpr int smem_bytes = barriers_offset + 4 * Ring::bytes + 3 * KeyRing::bytes;
+  static constexpr int smem_bytes =
+      barriers_offset + 4 * Ring::bytes + 3 * KeyRing::bytes + consumers * SumsRing::bytes;
 
   u32 smem;
 
@@ -74,7 +84,9 @@ struct BackwardMainloopSm90 {
   Q q(u32 stage) const { return {smem + q_offset + stage * Q::bytes}; }
   Dout dout(u32 stage) const { return {smem + dout_offset + stage * Dout::bytes}; }
   Ds ds(u32 stage) const { return {smem + ds_offset + stage * Ds::bytes}; }
-  u32 sums() const { return smem + sums_offset; }
+  u32 sums(u32 stage, int part) const {
+    return smem + sums_offset + (stage * consumers + part) * (sums_bytes / consumers);
+  }
   u32 lse(u32 stage) const { return smem + lse_offset + stage * rows_bytes; }
   u32 delta(u32 stage) const { return smem + delta_offset + stage * rows_bytes; }
   Ring queries() const { return {smem + barriers_offset}; }
@@ -84,6 +96,9 @@ struct BackwardMainloopSm90 {
   KeyRing keys() const { return {smem + barriers_offset + 4 * Ring::bytes}; }
   KeyRing values() const { return {smem + barriers_offset + 4 * Ring::bytes + KeyRing::bytes}; }
   KeyRing claims() const { return {smem + barriers_offset + 4 * Ring::bytes + 2 * KeyRing::bytes}; }  // of works
+  SumsRing sums_ring(int part) const {
+    return {smem + barriers_offset + 4 * Ring::bytes + 3 * KeyRing::bytes + part * SumsRing::bytes};
+  }
 
   void init() const {
     constexpr int arrivals = 4 * consumers * tile::warp_arrivals;
@@ -94,6 +109,7 @@ struct BackwardMainloopSm90 {
     keys().init(arrivals);
     values().init(arrivals);
     claims().init(1);
+    for (int part = 0; part < consumers; ++part) sums_ring(part).init(1, 4 * tile::warp_arrivals);
     ptx::fence_mbarrier_init();
   }
 
@@ -146,32 +162,27 @@ struct BackwardMainloopSm90 {
     });
   }
 
-  // One warp: adds the tiles of dq, as the consumers lay them down, to those in memory.
+  // One thread: adds the tiles of dq, as the consumers lay them down, to those in memory.
   void add_dq(const BackwardParams& params, const Works& works) const {
+    typename SumsRing::Cursor at;
     for_each_work(works, [&](const BackwardWork& work) {
+      if (tile::lane() != 0) return;
       DqSum<Config, consumers> sum{params};
       for_each_query_tile(params.forward, work, [&](int head, int m_block) {
-        if (tile::lane() == 0) sum.begin(work, head, m_block);
+        sum.begin(work, head, m_block);
+        if (sums_stages > 1) give_back_sums(at);  // of the tile before, while the answer is on its way
 #pragma unroll
-        for (int w = 0; w < consumers; ++w) {
-          Handover{w}.take_full();
-          if (tile::lane() == 0) {
-            if (w == 0) sum.wait();
-            sum.add(sums() + w * sum.part_bytes, w);
-            if (w == 0) sum.template tell<1>();
-          }
+        for (int part = 0; part < consumers; ++part) {
+          sums_ring(part).wait_full(at);
+          ptx::fence_proxy_async_shared();
+          if (part == 0) sum.wait();
+          sum.add(sums(at.stage(), part), part);
+          if (part == 0) sum.template tell<1>();
         }
-        if (tile::lane() == 0) {
-          sum.end();
-          ptx::cp_async_bulk_wait_group_read<1>();
-        }
-        __syncwarp();
-        Handover{0}.give_empty();
-        if (tile::lane() == 0) ptx::cp_async_bulk_wait_group_read<0>();
-        __syncwarp();
-        Handover{1}.give_empty();
+        sum.end();
+        at.advance();
+        if (sums_stages == 1) give_back_sums(at);
       });
-      if (tile::lane() != 0) return;
       if (Config::finishes)
         sum.finish_work(work);
       else
@@ -179,19 +190,16 @@ struct BackwardMainloopSm90 {
     });
   }
 
-  // The shared memory for a consumer's part of dq, between that warpgroup and the warp that adds it up.
-  struct Handover {
-    static constexpr int threads = 128 + 32;
-    int consumer;
+  // What the thread's copies have read: the tile before `at`.
+  void give_back_sums(const typename SumsRing::Cursor& at) const {
+    if (at.count == 0) return;
+    ptx::cp_async_bulk_wait_group_read<0>();
+#pragma unroll
+    for (int part = 0; part < consumers; ++part) sums_ring(part).release(at.previous());
+  }
 
-    void take_full() const { ptx::bar_sync(1 + consumer, threads); }
-    void give_full() const { ptx::bar_arrive(1 + consumer, threads); }
-    void take_empty() const { ptx::bar_sync(1 + consumers + consumer, threads); }
-    void give_empty() const { ptx::bar_arrive(1 + consumers + consumer, threads); }
-  };
-
-  // Consumers take turns in giving the tensor cores S, dP, dV and dq to do, so that one's exponentials run beside the
-  // products of the other.
+  // Consumers take turns from S to the last of their exponentials, so that those of one run beside the products of the
+  // other.
   struct Turn {
     int consumer;
 
@@ -199,13 +207,16 @@ struct BackwardMainloopSm90 {
       if (consumer == 0) ptx::bar_arrive(barrier(0), 128 * consumers);
     }
 
-    static int barrier(int consumer) { return 1 + 2 * consumers + consumer; }
+    static int barrier(int consumer) { return 1 + consumer; }
     void take() const { ptx::bar_sync(barrier(consumer), 128 * consumers); }
     void pass() const { ptx::bar_arrive(barrier(1 - consumer), 128 * consumers); }
   };
 
   // Warpgroup `consumer` of the consumers. What it computes of dq is one step behind the rest: then dS of the other has
   // long been there, and while one consumer is busy with its scores, the tensor cores work for the other.
+  //
+  // An access to shared memory waits until the tensor cores have begun what either consumer gave them before. Hence dS
+  // is stored ahead of the products behind it, and nothing is read twice in a step.
   void consume(const BackwardParams& backward, const Works& works, int consumer) const {
     const Turn turn(consumer);
     Progress progress;
@@ -224,23 +235,27 @@ struct BackwardMainloopSm90 {
     typename KeyRing::Cursor& at_keys = progress.at_keys;
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
-    const Handover handover{consumer};
     Dk dk;
     Dv dv;
     Dq dq;
+    HeldK held_k;
     dk.zero();
     dv.zero();
     if (!work.range.empty()) {  // else nothing is loaded
       keys().wait_full(at_keys);
       values().wait_full(at_keys);
     }
-    bool behind = false;  // dq of the step before is still to come
+    warpgroup::load_operand(held_k, k(), 64 * consumer);  // loaded or not: no branch around what products read
+    const u32 first = at.count;                           // there is no step before it, of which dq is to come
     for_each_query_tile(params, work, [&](int head, int m_block) {
       const u32 stage = at.stage();
       Scores s, dp;
       queries().wait_full(at);
+      const bool boundary = work.range.is_boundary(m_block);
+      ColumnNumbers<block_m> numbers;
+      numbers.load(lse(stage), 0, lse_ahead);
       turn.take();
-      warpgroup::gemm_abt<Config::head_dim>(s, k(), q(stage), 64 * consumer);
+      warpgroup::gemm_abt<Config::head_dim>(s, held_k, k(), q(stage), 64 * consumer);
       const auto begin_dp = [&] {
         gradients().wait_full(at);
         warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(stage), 64 * consumer);
@@ -249,37 +264,35 @@ struct BackwardMainloopSm90 {
       if (early_dp) begin_dp();
       warpgroup::wait<early_dp>(s);
       Operand p, weights, ds;
-      probabilities<Config>(p, weights, s, params, work, head, first_key, m_block, lse(stage));
+      numbers.load(lse(stage), lse_ahead);
+      probabilities<Config>(p, weights, s, numbers, params, work, head, first_key, m_block, boundary);
       if (!early_dp) begin_dp();
-      warpgroup::gemm_ab(dv, p, dout(stage), true);
-      if (behind) exchange().wait_full(at.previous());
-      begin_dq(dq, at.previous(), consumer);  // of the first step nothing is used: no branch around products
       turn.pass();
-      warpgroup::wait<2>(dp);
-      gradients_of_scores<Config>(ds, Variant::empty ? p : weights, dp, delta(stage));
-      warpgroup::gemm_ab(dk, ds, q(stage), true);
+      warpgroup::gemm_ab(dv, p, dout(stage), true);
+      warpgroup::wait<1>(dp);
+      numbers.load(delta(stage));
+      gradients_of_scores<Config>(ds, Variant::empty ? p : weights, dp, numbers);
       exchange().wait_empty(at);
       store_transposed(this->ds(stage), ds, 64 * consumer);
-      warpgroup::wait<1>(dv, dq, p);
-      gradients().release_warp(at);
-      if (behind) lay_down(dq, handover, at.previous());
+      if (at.count != first) exchange().wait_full(at.previous());
+      begin_dq(dq, at.previous(), consumer);  // of the first step nothing is used: no branch around products
+      warpgroup::gemm_ab(dk, ds, q(stage), true);
       ptx::fence_proxy_async_shared();
       exchange().fill_warp(at);
-      if (behind) handover.give_full();
-      behind = true;
+      warpgroup::wait<1>(dv, dq, p);
+      gradients().release_warp(at);
+      if (at.count != first) lay_down(dq, consumer, at.previous());
       warpgroup::wait<0>(dk, ds);
       queries().release_warp(at);
       at.advance();
     });
-    if (behind) {
+    if (at.count != first) {
       values().release_warp(at_keys);
       exchange().wait_full(at.previous());
       begin_dq(dq, at.previous(), consumer);
       warpgroup::wait<0>(dq);
       keys().release_warp(at_keys);
-      lay_down(dq, handover, at.previous());
-      ptx::fence_proxy_async_shared();
-      handover.give_full();
+      lay_down(dq, consumer, at.previous());
       at_keys.advance();
     }
     write_keys<Config, Config::head_dim>(backward.dk, backward.dk_strides, work, dk, first_key, params.softmax_scale);
@@ -309,7 +322,7 @@ struct BackwardMainloopSm90 {
           }
         }
       }
-      ptx::bar_sync(1 + 3 * consumers, 128 * consumers);
+      ptx::bar_sync(1 + consumers, 128 * consumers);
       finish_tiles<Config, BackwardMainloopSm90>(params, each, thread);
     }
   }
@@ -322,17 +335,19 @@ struct BackwardMainloopSm90 {
     for (int step = 0; step < block_m / 16; ++step) ptx::stmatrix_x4(Ds::step_chunks(address, step), from.x[step]);
   }
 
-  // Lays a finished tile's part down for the warp that adds it up, and gives back the dS it came from.
-  void lay_down(const Dq& dq, const Handover& handover, const typename Ring::Cursor& at) const {
+  // Lays a finished tile's part down for the thread that adds it up, and gives back the dS it came from.
+  void lay_down(const Dq& dq, int part, const typename Ring::Cursor& at) const {
     exchange().release_warp(at);
-    if (at.count > 0) handover.take_empty();
-    const u32 to = sums() + handover.consumer * (sums_bytes / consumers) + threadIdx.x % 128 * sizeof(float4);
+    const typename SumsRing::Cursor at_sums{at.count};
+    sums_ring(part).wait_empty(at_sums);
+    const u32 to = sums(at_sums.stage(), part) + threadIdx.x % 128 * sizeof(float4);
 #pragma unroll
     for (int j = 0; j < Dq::n_tiles; ++j) {
       const float (&x)[4] = dq.x[0][j];
       ptx::st_shared_v4(to + j * 128 * sizeof(float4), uint4{__float_as_uint(x[0]), __float_as_uint(x[1]),
                                                              __float_as_uint(x[2]), __float_as_uint(x[3])});
     }
+    sums_ring(part).fill_warp(at_sums);
   }
 };
 

@@ -85,13 +85,16 @@ struct BackwardKeysSm90 {
     if (!work.range.empty()) keys().wait_full({});
     for_each_query_tile(params, work, [&](int head, int m_block) {
       Scores s;
+      ColumnNumbers<block_m> numbers;
+      const bool boundary = work.range.is_boundary(m_block);
       queries().wait_full(at);
+      numbers.load(lse(at.stage()));
       warpgroup::gemm_abt<Config::head_dim>(s, k(), q(at.stage()));
       warpgroup::wait<1>(dv, p);
       if (at.count > 0) gradients().release_warp(at.previous());
       warpgroup::wait<0>(s);
       Operand scaled;
-      probabilities<Config>(p, scaled, s, params, work, head, first_key, m_block, lse(at.stage()));
+      probabilities<Config>(p, scaled, s, numbers, params, work, head, first_key, m_block, boundary);
       exchange().wait_empty(at);
       give(Variant::empty ? p : scaled, weights(at.stage()));
       exchange().fill_warp(at);
@@ -114,7 +117,9 @@ struct BackwardKeysSm90 {
     if (!work.range.empty()) values().wait_full({});
     for_each_query_tile(backward.forward, work, [&](int, int) {
       Scores dp;
+      ColumnNumbers<block_m> numbers;
       gradients().wait_full(at);
+      numbers.load(delta(at.stage()));
       warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(at.stage()));
       warpgroup::wait<1>(dk, ds);
       if (at.count > 0) queries().release_warp(at.previous());
@@ -123,7 +128,7 @@ struct BackwardKeysSm90 {
       exchange().wait_full(at);
       take(scaled, weights(at.stage()));
       exchange().release_warp(at);
-      gradients_of_scores<Config>(ds, scaled, dp, delta(at.stage()));
+      gradients_of_scores<Config>(ds, scaled, dp, numbers);
       queries().wait_full(at);
       warpgroup::gemm_ab(dk, ds, q(at.stage()), true);
       gradients().release_warp(at);

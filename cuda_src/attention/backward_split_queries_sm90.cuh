@@ -146,6 +146,7 @@ struct BackwardQueriesSm90 {
       const int first_key = n_block * block_n;
       Scores s, dp;
       keys().wait_full(at_keys);
+      const bool boundary = work.range.is_boundary(n_block);
       turn.take();
       warpgroup::gemm_abt<Config::head_dim>(s, q(consumer), k(at_keys.stage()));
       values().wait_full(at_values);
@@ -154,7 +155,7 @@ struct BackwardQueriesSm90 {
       warpgroup::wait<2>(dq, ds);
       if (at_keys.count > 0) keys().release_warp(at_keys.previous());
       warpgroup::wait<1>(s);
-      if (Variant::empty && unlikely(work.range.is_boundary(n_block))) {
+      if (Variant::empty && unlikely(boundary)) {
         mask<Config>(s, params, tile.seqlen, first_row, first_key);
       }
       Operand weights;

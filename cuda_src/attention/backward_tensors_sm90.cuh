@@ -83,40 +83,54 @@ struct TileLoader {
   }
 };
 
+// Of each column of transposed scores that a thread holds, a number: the query's lse or delta. They are asked for ahead
+// of products, since whatever goes to shared memory afterwards waits until the tensor cores have begun those.
+template <int cols>
+struct ColumnNumbers {
+  static constexpr int pairs = cols / 8;
+  float2 x[pairs];
+
+  // Pairs [first, last), of the tile's numbers at a shared address.
+  void load(u32 numbers, int first = 0, int last = pairs) {
+    const u32 address = numbers + tile::fragment_col() * sizeof(float);
+#pragma unroll
+    for (int j = first; j < last; ++j) x[j] = ptx::ld_shared_f32x2(address + 8 * j * sizeof(float));
+  }
+};
+
 // p ← the probabilities of transposed scores s; weights ← the same times the derivatives of the variant's scores,
-// unless it is empty. row_lse is the shared address of those of the tile's queries.
+// unless it is empty. In a `boundary` not every query sees every key.
 template <class Config, int block_m>
 inline void probabilities(tile::Operand<block_m>& p, tile::Operand<block_m>& weights, tile::Accumulator<1, block_m>& s,
-                          const Params& params, const BackwardWork& work, int head, int first_key, int m_block,
-                          u32 row_lse) {
+                          const ColumnNumbers<block_m>& lse, const Params& params, const BackwardWork& work, int head,
+                          int first_key, int m_block, bool boundary) {
   using Variant = typename Config::variant;
   using element = typename Config::element;
   const Variant variant(params, work.batch, head);
   const float scale = exponent_scale<Variant>(params);
-  const int first_query = m_block * block_m;
-  if (Variant::empty && unlikely(work.range.is_boundary(m_block))) {
-    mask_transposed<Config>(s, params, work.seqlen, first_key, first_query);
-  }
+  const int first_query = m_block * block_m, thread_query = first_query + tile::fragment_col();
+  const int keys[2] = {first_key + tile::fragment_row(0, 0), first_key + tile::fragment_row(0, 1)};
+  const QuerySpan<Config> spans[2] = {{params, work.seqlen, keys[0], thread_query},
+                                      {params, work.seqlen, keys[1], thread_query}};
+  if (Variant::empty && unlikely(boundary)) mask_transposed<Config>(s, params, work.seqlen, first_key, first_query);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int key = first_key + tile::fragment_row(0, i), thread_query = first_query + tile::fragment_col();
-    const QuerySpan<Config> span(params, work.seqlen, key, thread_query);
-    const float distance = float(thread_query + work.seqlen.diagonal() - key);
+  for (int j = 0; j < block_m / 8; ++j) {
 #pragma unroll
-    for (int j = 0; j < block_m / 8; ++j) {
-      const float2 subtracted = ptx::ld_shared_f32x2(row_lse + (8 * j + tile::fragment_col()) * sizeof(float));
+    for (int i = 0; i < 2; ++i) {
       float x[2], weight[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
+        const int query = 8 * j + e;
         x[e] = s.x[0][j][2 * i + e];
         weight[e] = 1.0f;
         // A variant's derivatives need registers that the scores of a whole tile would take: it comes, with the mask,
         // score by score.
         if constexpr (!Variant::empty) {
-          x[e] = variant.score(x[e] * params.softmax_scale, distance + float(8 * j + e), weight[e]);
-          if (!span.sees(8 * j + e)) x[e] = -infinity;
+          const float distance = float(thread_query + work.seqlen.diagonal() - keys[i]);
+          x[e] = variant.score(x[e] * params.softmax_scale, distance + float(query), weight[e]);
+          if (!spans[i].sees(query)) x[e] = -infinity;
         }
-        x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, e == 0 ? -subtracted.x : -subtracted.y));
+        x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, e == 0 ? -lse.x[j].x : -lse.x[j].y));
       }
       p.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0], x[1]);
       if constexpr (!Variant::empty) {
@@ -129,16 +143,15 @@ inline void probabilities(tile::Operand<block_m>& p, tile::Operand<block_m>& wei
 // ds ← weights · (dp - delta).
 template <class Config, int block_m>
 inline void gradients_of_scores(tile::Operand<block_m>& ds, const tile::Operand<block_m>& weights,
-                                const tile::Accumulator<1, block_m>& dp, u32 row_delta) {
+                                const tile::Accumulator<1, block_m>& dp, const ColumnNumbers<block_m>& delta) {
   using element = typename Config::element;
 #pragma unroll
   for (int j = 0; j < block_m / 8; ++j) {
-    const float2 subtracted = ptx::ld_shared_f32x2(row_delta + (8 * j + tile::fragment_col()) * sizeof(float));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float2 weight = ptx::cvt_f32_x2<element>(weights.x[j / 2][2 * (j % 2) + i]);
-      const float low = weight.x * (dp.x[0][j][2 * i] - subtracted.x);
-      const float high = weight.y * (dp.x[0][j][2 * i + 1] - subtracted.y);
+      const float low = weight.x * (dp.x[0][j][2 * i] - delta.x[j].x);
+      const float high = weight.y * (dp.x[0][j][2 * i + 1] - delta.x[j].y);
       ds.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(low, high);
     }
   }

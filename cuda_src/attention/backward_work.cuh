@@ -125,10 +125,11 @@ struct BackwardWork {
 // Calls step(query head, tile of queries) for all that see the block's keys.
 template <class Step>
 inline void for_each_query_tile(const Params& params, const BackwardWork& work, Step&& step) {
+  const int end = work.range.end;  // which is in shared memory
 #pragma unroll 1
   for (int head = 0; head < params.qheads_per_khead; ++head) {
 #pragma unroll 1
-    for (int m_block = work.range.begin; m_block < work.range.end; ++m_block) {
+    for (int m_block = work.range.begin; m_block < end; ++m_block) {
       step(work.head * params.qheads_per_khead + head, m_block);
     }
   }

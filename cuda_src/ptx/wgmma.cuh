@@ -62,24 +62,24 @@ inline void hold(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
 #define CUFA_BIND_D240 CUFA_BIND_D224, CUFA_BIND16(28)
 #define CUFA_BIND_D256 CUFA_BIND_D240, CUFA_BIND16(30)
 
-// n, and the numbers of the six operands that follow those of D.
-#define CUFA_WGMMA_SHAPES(X, type)           \
-  X(type, 16, 8, 9, 10, 11, 12, 13)          \
-  X(type, 32, 16, 17, 18, 19, 20, 21)        \
-  X(type, 48, 24, 25, 26, 27, 28, 29)        \
-  X(type, 64, 32, 33, 34, 35, 36, 37)        \
-  X(type, 80, 40, 41, 42, 43, 44, 45)        \
-  X(type, 96, 48, 49, 50, 51, 52, 53)        \
-  X(type, 112, 56, 57, 58, 59, 60, 61)       \
-  X(type, 128, 64, 65, 66, 67, 68, 69)       \
-  X(type, 144, 72, 73, 74, 75, 76, 77)       \
-  X(type, 160, 80, 81, 82, 83, 84, 85)       \
-  X(type, 176, 88, 89, 90, 91, 92, 93)       \
-  X(type, 192, 96, 97, 98, 99, 100, 101)     \
-  X(type, 208, 104, 105, 106, 107, 108, 109) \
-  X(type, 224, 112, 113, 114, 115, 116, 117) \
-  X(type, 240, 120, 121, 122, 123, 124, 125) \
-  X(type, 256, 128, 129, 130, 131, 132, 133)
+// n, and the numbers of the seven operands that follow those of D.
+#define CUFA_WGMMA_SHAPES(X, type)                \
+  X(type, 16, 8, 9, 10, 11, 12, 13, 14)           \
+  X(type, 32, 16, 17, 18, 19, 20, 21, 22)         \
+  X(type, 48, 24, 25, 26, 27, 28, 29, 30)         \
+  X(type, 64, 32, 33, 34, 35, 36, 37, 38)         \
+  X(type, 80, 40, 41, 42, 43, 44, 45, 46)         \
+  X(type, 96, 48, 49, 50, 51, 52, 53, 54)         \
+  X(type, 112, 56, 57, 58, 59, 60, 61, 62)        \
+  X(type, 128, 64, 65, 66, 67, 68, 69, 70)        \
+  X(type, 144, 72, 73, 74, 75, 76, 77, 78)        \
+  X(type, 160, 80, 81, 82, 83, 84, 85, 86)        \
+  X(type, 176, 88, 89, 90, 91, 92, 93, 94)        \
+  X(type, 192, 96, 97, 98, 99, 100, 101, 102)     \
+  X(type, 208, 104, 105, 106, 107, 108, 109, 110) \
+  X(type, 224, 112, 113, 114, 115, 116, 117, 118) \
+  X(type, 240, 120, 121, 122, 123, 124, 125, 126) \
+  X(type, 256, 128, 129, 130, 131, 132, 133, 134)
 
 #define CUFA_WGMMA_SS(type, n, o0, o1, o2, o3, ...)                                               \
   if constexpr (columns == n) {                                                                   \
@@ -91,14 +91,14 @@ inline void hold(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
                  : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(transposed)));                   \
   }
 
-#define CUFA_WGMMA_RS(type, n, o0, o1, o2, o3, o4, o5)                                            \
-  if constexpr (columns == n) {                                                                   \
-    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #o5                       \
-                 ", 0;\n"                                                                         \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" CUFA_D##n \
-                 "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", accumulate, 1, 1, 1;\n}" \
-                 : CUFA_BIND_D##n                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));     \
+#define CUFA_WGMMA_RS(type, n, o0, o1, o2, o3, o4, o5, o6)                                                          \
+  if constexpr (columns == n) {                                                                                     \
+    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #o5                                         \
+                 ", 0;\n"                                                                                           \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" CUFA_D##n                   \
+                 "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", accumulate, 1, 1, %" #o6 ";\n}"            \
+                 : CUFA_BIND_D##n                                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(transposed))); \
   }
 
 // The wgmma of that kind for `element` and `columns`.
@@ -119,9 +119,9 @@ inline void wgmma_ss(float (&d)[n_tiles][4], u64 a, u64 b, bool accumulate) {
   CUFA_WGMMA(CUFA_WGMMA_SS)
 }
 
-// The same with A from registers, and with k running down the columns of B (MN-major).
-template <class element, int n_tiles>
-inline void wgmma_rs_transposed(float (&d)[n_tiles][4], const u32 (&a)[4], u64 b, bool accumulate) {
+// The same with A from registers.
+template <class element, bool transposed, int n_tiles>
+inline void wgmma_rs(float (&d)[n_tiles][4], const u32 (&a)[4], u64 b, bool accumulate) {
   constexpr int columns = 8 * n_tiles;
   CUFA_WGMMA(CUFA_WGMMA_RS)
 }

@@ -52,6 +52,11 @@ struct Operand {
   u32 x[cols / 16][4];
 };
 
+template <>
+struct Operand<0> {
+  u32 x[1][4];  // which nobody uses: an array has an element
+};
+
 // The first `steps` steps of `from`.
 template <int steps, int cols>
 inline void copy_steps(Operand<cols>& to, const Operand<cols>& from) {

@@ -4,6 +4,7 @@
 
 #include "core/math.cuh"
 #include "core/types.cuh"
+#include "ptx/shared.cuh"
 #include "ptx/wgmma.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/shared.cuh"
@@ -47,9 +48,20 @@ inline void wait(Registers&... ready) {
   (hold(ready), ...);
 }
 
-// scores = q·kᵀ along `depth` columns, for 64 rows of q from first_row on and all rows of k.
-template <int depth, class Q, class K>
-inline void gemm_abt(tile::Accumulator<1, K::rows>& scores, const Q& q, const K& k, int first_row = 0) {
+// The first columns of 64 rows of q from first_row on, for gemm_abt.
+template <int cols, class Q>
+inline void load_operand(tile::Operand<cols>& operand, const Q& q, int first_row) {
+  const u32 lane = tile::lane();
+  const u32 address = q.address(first_row + int(threadIdx.x / 32 % 4) * 16 + lane % 16, lane / 16);
+#pragma unroll
+  for (int step = 0; step < cols / 16; ++step) ptx::ldmatrix_x4(operand.x[step], Q::step_chunks(address, step));
+}
+
+// scores = q·kᵀ along `depth` columns, for 64 rows of q from first_row on and all rows of k. What `held` holds of q
+// does not come from shared memory.
+template <int depth, int held_cols, class Q, class K>
+inline void gemm_abt(tile::Accumulator<1, K::rows>& scores, const tile::Operand<held_cols>& held, const Q& q,
+                     const K& k, int first_row) {
   static_assert(Q::rows % 64 == 0, "a warpgroup multiplies 64 rows");
   constexpr int panel_steps = K::panel_bytes / 32;
   const u64 a = tile::descriptor<Q>(q.base + first_row * Q::panel_bytes, 16), b = tile::descriptor<K>(k.base, 16);
@@ -58,10 +70,19 @@ inline void gemm_abt(tile::Accumulator<1, K::rows>& scores, const Q& q, const K&
 #pragma unroll
   for (int step = 0; step < ceil_div(depth, 16); ++step) {
     const int panel = step / panel_steps, within = step % panel_steps * 32;
-    ptx::wgmma_ss<typename K::element, false>(scores.x[0], a + ((panel * Q::panel_stride + within) >> 4),
-                                              b + ((panel * K::panel_stride + within) >> 4), step > 0);
+    const u64 b_step = b + ((panel * K::panel_stride + within) >> 4);
+    if (step < held_cols / 16)
+      ptx::wgmma_rs<typename K::element, false>(scores.x[0], held.x[step], b_step, step > 0);
+    else
+      ptx::wgmma_ss<typename K::element, false>(scores.x[0], a + ((panel * Q::panel_stride + within) >> 4), b_step,
+                                                step > 0);
   }
   ptx::wgmma_commit_group();
+}
+
+template <int depth, class Q, class K>
+inline void gemm_abt(tile::Accumulator<1, K::rows>& scores, const Q& q, const K& k, int first_row = 0) {
+  gemm_abt<depth>(scores, tile::Operand<0>{}, q, k, first_row);
 }
 
 // out = aᵀ·b along all rows of both, for 64 columns of a from first_row on, where a panel begins, and out_cols of b
@@ -93,8 +114,8 @@ inline void gemm_ab(tile::Accumulator<1, out_cols>& out, tile::Operand<V::rows>&
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < V::rows / 16; ++step) {
-    ptx::wgmma_rs_transposed<typename V::element>(out.x[0], p.x[step], b + ((step * 16 * V::panel_bytes) >> 4),
-                                                  step > 0 || accumulate);
+    ptx::wgmma_rs<typename V::element, true>(out.x[0], p.x[step], b + ((step * 16 * V::panel_bytes) >> 4),
+                                             step > 0 || accumulate);
   }
   ptx::wgmma_commit_group();
 }
