@@ -265,9 +265,6 @@ def _backward_order(plan: Plan, problem: Problem, num_sms: int) -> tuple[int, bo
 
     As many heads as keep what their blocks read and add to in the L2, but blocks for all SMs. Under a causal mask the
     first keys come first, which take longest, so that blocks end evenly.
-
-    Blocks that add to dq in a fixed order wait for each other, and least where those of many heads take turns. Where
-    many blocks of a head run at a time, the last keys come first: then every block meets its first tile first.
     """
     config = plan.config
     heads, seqlen_q, seqlen_k = problem.batch * problem.num_heads_k, problem.seqlen_q, problem.seqlen_k
@@ -276,7 +273,9 @@ def _backward_order(plan: Plan, problem: Problem, num_sms: int) -> tuple[int, bo
         seqlen_q, seqlen_k = (seqlen // max(1, problem.batch) for seqlen in (seqlen_q, seqlen_k))
     assert isinstance(config, ConfigBackward)
     if config.deterministic:
-        return max(1, heads), config.causal and (problem.varlen or FEW_BLOCKS * heads < num_sms)
+        blocks, last_first = _turns(config, problem.varlen, seqlen_q, seqlen_k)
+        sections = max(1, -(-heads // -(-num_sms // blocks)))
+        return max(1, -(-heads // sections)), last_first
     ratio = problem.num_heads_q // max(1, problem.num_heads_k)
     size = _configs.SIZEOF[config.element]
     sums = 0 if plan.kernel == "attention_backward_split_sm90" else 4 * config.tile_head_dim
@@ -289,8 +288,28 @@ def _backward_order(plan: Plan, problem: Problem, num_sms: int) -> tuple[int, bo
 CONTENDING_BLOCKS = 32
 """Blocks of keys of a head that may run at a time and add to the same tiles of dq as they come."""
 
-FEW_BLOCKS = 5
-"""Blocks of keys of a head that may run at a time and wait for each other in the order of the keys."""
+
+def _turns(config: ConfigBackward, varlen: bool, seqlen_q: int, seqlen_k: int) -> tuple[int, bool]:
+    """Where blocks add to dq in turn: how many of a head's should run at a time, and whether the last keys come first.
+
+    A block waits where it begins, about a tile's time for each one before it, so they should be fewer than half of the
+    head's tiles. They should not be few either: then more heads run side by side than the L2 holds. Under a mask a
+    block of later keys begins with later queries, to which those before it come late. With the last keys first nobody
+    waits for long; but under a causal mask they take shortest, and if a head has many, blocks end unevenly.
+
+    The order decides how sums are rounded. Hence it does not depend on how many heads and sequences there are.
+    """
+    m_blocks, n_blocks = -(-seqlen_q // config.block_m), -(-seqlen_k // config.block_n)
+    blocks = min(WAITING_BLOCKS, max(1, m_blocks // 2))
+    if not config.causal:
+        return blocks, config.window
+    if varlen or n_blocks <= WAITING_BLOCKS:
+        return blocks, True
+    return min(blocks, 4), False
+
+
+WAITING_BLOCKS = 16
+"""Blocks of keys of a head that may run at a time if they wait for each other."""
 
 
 def _share_out(grid: Grid, plan: Plan, problem: Problem) -> Grid:

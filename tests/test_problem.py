@@ -737,12 +737,32 @@ def test_gradients_of_all_tiles_and_blocks(
     assert all(
         [n for n, each in found if each == head] == list(range(grid.n_blocks)) for head in range(batch * heads[1])
     )
-    # Not the longest first only where many blocks of a head wait for each other.
-    in_order = deterministic and kernel[0] != "split_sm90" and config.causal
-    assert grid.reversed == (in_order and _plan.FEW_BLOCKS * batch * heads[1] < NUM_SMS)
+    # The last keys come first only where blocks wait for each other under a mask.
+    in_order = deterministic and kernel[0] != "split_sm90"
+    assert not grid.reversed or (in_order and bool(mask))
     ends = heads[0] if sinks else 0
     queries = batch * heads[0] * -(-seqlen_q // _plan.SPLIT_QUERIES)
     assert others == {"split_sm90": [queries, ends], "sm90": [ends], "sm80": [ends + tiles]}[kernel[0]]
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "heads", "mask", "heads_per_section", "last_first"),
+    [
+        (2048, 128, {}, 9, False),  # 16 blocks of each: one tile in two waits at most
+        (512, 512, {}, 32, False),
+        (100, 512, {}, 128, False),
+        (2048, 128, {"causal": True}, 9, True),
+        (8192, 32, {"causal": True}, 32, False),  # blocks would end unevenly
+        (8192, 1, {"causal": True}, 1, False),  # as with more heads, for the same bits
+        (16384, 16, {"window_size": (1024, 0)}, 8, True),
+    ],
+)
+def test_blocks_that_take_turns(
+    seqlen: int, heads: int, mask: dict[str, Any], heads_per_section: int, last_first: bool
+) -> None:
+    q = OnGpu(1, seqlen, heads, 128)
+    _, grid = plan_backward(backward_problem(q, q, q, **mask), "sm90", True)
+    assert (grid.heads_per_section, grid.reversed) == (heads_per_section, last_first)
 
 
 @settings(max_examples=300)
