@@ -4,7 +4,8 @@
 
 As `attention.py` measures the forward, with 2.5 times its operations. A peer's time is that of its whole gradient, with
 what comes before and after its kernel, such as the sum of dk and dv over the query heads that share a key head. Beside
-the ladder stand other head_dims, windows, packed sequences, float16, and what ``deterministic=True`` costs.
+the ladder stand other head_dims, windows, packed sequences, float16, what ``deterministic=True`` costs, and what a call
+costs the host.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from attention import PEERS as FORWARD
+from attention import host_seconds
 from common import (
     BASELINE,
     LABELS,
@@ -46,9 +48,9 @@ SEQLENS = (512, 2048, 8192)
 
 
 def variants() -> list[Row]:
-    """The ladder's rows at 8k in float16, and with deterministic gradients."""
-    rows = [row for row in ladder((8192,)) if row.num_heads_q == row.num_heads_k]
-    return [row._replace(dtype="float16") for row in rows] + [row._replace(deterministic=True) for row in rows]
+    """The ladder's rows at 8k in float16, and all of them with deterministic gradients."""
+    halves = [row._replace(dtype="float16") for row in ladder((8192,)) if row.num_heads_q == row.num_heads_k]
+    return halves + [row._replace(deterministic=True) for row in ladder(SEQLENS)]
 
 
 # --- peers ------------------------------------------------------------------------------------------
@@ -224,6 +226,33 @@ def report(title: str, ceiling: float, results: Results, eager: set[tuple[Row, s
     return "\n".join(text)
 
 
+def host_costs() -> dict[str, float]:
+    """Microseconds that the gradients of a call cost the host in steady state, outputs allocated."""
+    costs = {}
+    x = torch.randn(2, 128, 4, 128, device="cuda", dtype=torch.float16)
+    out, lse = cufa.attention(x, x, x, causal=True, return_lse=True)
+    costs["torch"] = host_seconds(
+        lambda: cufa.attention_backward(x, x, x, x, out, lse, causal=True), torch.cuda.synchronize
+    )
+    q, k, v = (each.transpose(1, 2).detach().requires_grad_() for each in (x, x, x))
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    dout = torch.ones_like(attended)
+    costs["torch's autograd of scaled_dot_product_attention"] = host_seconds(
+        lambda: torch.autograd.grad(attended, (q, k, v), dout, retain_graph=True), torch.cuda.synchronize
+    )
+    try:
+        import cupy
+    except ImportError:
+        return {name: 1e6 * value for name, value in costs.items()}
+    y = cupy.zeros((2, 128, 4, 128), cupy.float16)
+    cupy_out, cupy_lse = cufa.attention(y, y, y, causal=True, return_lse=True)
+    costs["CuPy"] = host_seconds(
+        lambda: cufa.attention_backward(y, y, y, y, cupy_out, cupy_lse, causal=True),
+        cupy.cuda.Device().synchronize,
+    )
+    return {name: 1e6 * value for name, value in costs.items()}
+
+
 def main() -> None:
     arguments = command_line(__doc__, PEERS)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would count against deterministic gradients
@@ -234,6 +263,10 @@ def main() -> None:
     generic = arguments.kernel == "sm80"
     title = f"Backward on {torch.cuda.get_device_name()}" + ", the kernel for every GPU" * generic
     text = report(title, ceiling, results, eager)
+    if not generic:
+        text += "\n## What a call costs the host\n\n"
+        costs = [[name, f"{value:.1f}"] for name, value in host_costs().items()]
+        text += "\n".join(markdown(["caller", "µs a call"], costs)) + "\n"
     print(text)
     if arguments.out:
         write(arguments.out, "backward-sm80" if generic else "backward", title, text, results, PEERS, ceiling)
