@@ -11,6 +11,7 @@ product, the host's time a call, and the time from ``import cufa`` to the first 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import statistics
@@ -31,6 +32,7 @@ from common import (
     beside_the_ladder,
     command_line,
     conditions,
+    markdown,
     measure,
     offsets_of,
     selected,
@@ -155,43 +157,44 @@ def check_last_rows(row: Row, q: Any, k: Any, v: Any, out: Any, rows: int = 256)
 # --- what a call costs the host -----------------------------------------------------------------------
 
 
-def host_seconds(fn: Call, synchronize: Call, calls: int = 200) -> float:
+def host_seconds(fn: Call, calls: int = 200) -> float:
     """Least mean time, over several batches of calls, until a call returns."""
     for _ in range(50):
         fn()
-    synchronize()
+    torch.cuda.synchronize()
     best = math.inf
     for _ in range(20):
         began = time.perf_counter()
         for _ in range(calls):
             fn()
         best = min(best, (time.perf_counter() - began) / calls)
-        synchronize()
+        torch.cuda.synchronize()
     return best
 
 
-def host_costs() -> dict[str, float]:
-    """Microseconds that a call in steady state costs the host, outputs allocated."""
-    costs = {}
+def host_costs(calls: dict[str, Call]) -> list[str]:
+    """What calls in steady state cost the host, outputs allocated, as Markdown."""
+    costs = [[name, f"{1e6 * host_seconds(call):.1f}"] for name, call in calls.items()]
+    return ["## What a call costs the host", "", *markdown(["caller", "µs a call"], costs), ""]
+
+
+def host_calls() -> dict[str, Call]:
     x = torch.randn(2, 128, 4, 128, device="cuda", dtype=torch.float16)
-    costs["torch"] = host_seconds(lambda: cufa.attention(x, x, x, causal=True), torch.cuda.synchronize)
-    out = torch.empty_like(x)
-    costs["torch, out="] = host_seconds(lambda: cufa.attention(x, x, x, causal=True, out=out), torch.cuda.synchronize)
-    transposed = x.transpose(1, 2)
-    costs["torch's own scaled_dot_product_attention"] = host_seconds(
-        lambda: functional.scaled_dot_product_attention(transposed, transposed, transposed, is_causal=True),
-        torch.cuda.synchronize,
-    )
-    try:
+    out, transposed = torch.empty_like(x), x.transpose(1, 2)
+    calls: dict[str, Call] = {
+        "torch": lambda: cufa.attention(x, x, x, causal=True),
+        "torch, out=": lambda: cufa.attention(x, x, x, causal=True, out=out),
+        "torch's own scaled_dot_product_attention": lambda: functional.scaled_dot_product_attention(
+            transposed, transposed, transposed, is_causal=True
+        ),
+    }
+    with contextlib.suppress(ImportError):
         import cupy
-    except ImportError:
-        return {name: 1e6 * value for name, value in costs.items()}
-    y = cupy.zeros((2, 128, 4, 128), cupy.float16)
-    costs["CuPy"] = host_seconds(lambda: cufa.attention(y, y, y, causal=True), cupy.cuda.Device().synchronize)
-    costs["CuPy, return_lse=True"] = host_seconds(
-        lambda: cufa.attention(y, y, y, causal=True, return_lse=True), cupy.cuda.Device().synchronize
-    )
-    return {name: 1e6 * value for name, value in costs.items()}
+
+        y = cupy.zeros((2, 128, 4, 128), cupy.float16)
+        calls["CuPy"] = lambda: cufa.attention(y, y, y, causal=True)
+        calls["CuPy, return_lse=True"] = lambda: cufa.attention(y, y, y, causal=True, return_lse=True)
+    return calls
 
 
 STARTUP = """
@@ -254,12 +257,7 @@ def main() -> None:
         ]
     if not generic:
         text += [
-            "## What a call costs the host",
-            "",
-            "| caller | µs a call |",
-            "|---|---|",
-            *(f"| {name} | {value:.1f} |" for name, value in host_costs().items()),
-            "",
+            *host_costs(host_calls()),
             "## From `import cufa` to the first result",
             "",
             "| | seconds |",

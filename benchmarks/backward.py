@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from attention import PEERS as FORWARD
-from attention import host_seconds
+from attention import host_costs
 from common import (
     BASELINE,
     LABELS,
@@ -226,31 +226,25 @@ def report(title: str, ceiling: float, results: Results, eager: set[tuple[Row, s
     return "\n".join(text)
 
 
-def host_costs() -> dict[str, float]:
-    """Microseconds that the gradients of a call cost the host in steady state, outputs allocated."""
-    costs = {}
+def host_calls() -> dict[str, Call]:
     x = torch.randn(2, 128, 4, 128, device="cuda", dtype=torch.float16)
     out, lse = cufa.attention(x, x, x, causal=True, return_lse=True)
-    costs["torch"] = host_seconds(
-        lambda: cufa.attention_backward(x, x, x, x, out, lse, causal=True), torch.cuda.synchronize
-    )
-    q, k, v = (each.transpose(1, 2).detach().requires_grad_() for each in (x, x, x))
+    q, k, v = (x.transpose(1, 2).detach().requires_grad_() for _ in range(3))
     attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     dout = torch.ones_like(attended)
-    costs["torch's autograd of scaled_dot_product_attention"] = host_seconds(
-        lambda: torch.autograd.grad(attended, (q, k, v), dout, retain_graph=True), torch.cuda.synchronize
-    )
-    try:
+    calls: dict[str, Call] = {
+        "torch": lambda: cufa.attention_backward(x, x, x, x, out, lse, causal=True),
+        "torch's autograd of scaled_dot_product_attention": lambda: torch.autograd.grad(
+            attended, (q, k, v), dout, retain_graph=True
+        ),
+    }
+    with contextlib.suppress(ImportError):
         import cupy
-    except ImportError:
-        return {name: 1e6 * value for name, value in costs.items()}
-    y = cupy.zeros((2, 128, 4, 128), cupy.float16)
-    cupy_out, cupy_lse = cufa.attention(y, y, y, causal=True, return_lse=True)
-    costs["CuPy"] = host_seconds(
-        lambda: cufa.attention_backward(y, y, y, y, cupy_out, cupy_lse, causal=True),
-        cupy.cuda.Device().synchronize,
-    )
-    return {name: 1e6 * value for name, value in costs.items()}
+
+        y = cupy.zeros((2, 128, 4, 128), cupy.float16)
+        cupy_out, cupy_lse = cufa.attention(y, y, y, causal=True, return_lse=True)
+        calls["CuPy"] = lambda: cufa.attention_backward(y, y, y, y, cupy_out, cupy_lse, causal=True)
+    return calls
 
 
 def main() -> None:
@@ -264,9 +258,7 @@ def main() -> None:
     title = f"Backward on {torch.cuda.get_device_name()}" + ", the kernel for every GPU" * generic
     text = report(title, ceiling, results, eager)
     if not generic:
-        text += "\n## What a call costs the host\n\n"
-        costs = [[name, f"{value:.1f}"] for name, value in host_costs().items()]
-        text += "\n".join(markdown(["caller", "µs a call"], costs)) + "\n"
+        text = "\n".join([text, *host_costs(host_calls())])
     print(text)
     if arguments.out:
         write(arguments.out, "backward-sm80" if generic else "backward", title, text, results, PEERS, ceiling)

@@ -63,10 +63,32 @@ def check_plan(plan: _plan.Plan) -> None:
     assert taken.spill_bytes == 0, f"{_jit.describe(plan)} spills {taken.spill_bytes} bytes"
     assert "C75" not in compiled.log, compiled.log
     assert taken.registers * max(plan.threads) <= 1 << 16
-    assert max(plan.smem_bytes) <= _configs.SHARED_MEMORY[plan.arch]
+    declared = static_memory(compiled.log)  # the launch asks for the rest
+    for entry, asked in zip(plan.entries, plan.smem_bytes, strict=True):
+        assert declared[entry] + asked <= _configs.SHARED_MEMORY[plan.arch]
     assert compiled.cubin[:4] == b"\x7fELF" and all(entry.encode() in compiled.cubin for entry in plan.entries)
     if plan.kernel.endswith("_sm90"):
+        check_registers(plan.config, taken.registers)
         check_sass(plan, compiled.cubin)
+
+
+def static_memory(log: str) -> dict[str, int]:
+    """Bytes of shared memory that the code of each entry declares, from what ``--ptxas-options=-v`` logs."""
+    sizes = {}
+    for entry in log.split("Compiling entry function '")[1:]:
+        used = re.search(r"Used \d+ registers.*", entry)
+        assert used is not None, log
+        declared = re.search(r"(\d+) bytes smem", used[0])
+        sizes[entry.partition("'")[0]] = int(declared[1]) if declared else 0
+    return sizes
+
+
+def check_registers(config: Any, at_launch: int) -> None:
+    """Warpgroups trade registers; more than a block starts with, and they would wait for them for ever."""
+    consumers = config.num_threads // 128 - 1
+    total = config.producer_registers + consumers * config.consumer_registers
+    assert total <= (1 + consumers) * at_launch
+    assert config.producer_registers % 8 == config.consumer_registers % 8 == 0
 
 
 def check_sass(plan: _plan.Plan, cubin: bytes) -> None:
