@@ -9,7 +9,9 @@ before is turned into a `Spec`.
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +41,8 @@ class Spec(NamedTuple):
     misalignment : int
         Address modulo `ALIGNMENT`.
     writable : bool
+    copied : bool
+        Whether what is viewed is but a copy of the array, made to be read.
     """
 
     framework: str
@@ -48,10 +52,29 @@ class Spec(NamedTuple):
     device: int
     misalignment: int
     writable: bool
+    copied: bool = False
 
 
-Layout: TypeAlias = tuple["Adapter", Any, Any, Any, Any, int, bool]
-"""(adapter, shape, strides, dtype, device, misalignment, writable), the middle four in the framework's own terms."""
+Layout: TypeAlias = tuple["Adapter", Any, Any, Any, Any, int, Any]
+"""(adapter, shape, strides, dtype, device, misalignment, writable), all but the sixth in the framework's own terms."""
+
+
+class Refused(Exception):
+    """What is wrong with an array: an error of class `kind` as soon as its name is known."""
+
+    def __init__(self, kind: type[Exception], text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+    def of(self, function: str, name: str) -> Exception:
+        """The error to raise of an argument."""
+        return self.kind(f"{function}: {name} {self}")
+
+
+class Address(int):
+    """An address that keeps alive what lies there, for as long as it is itself."""
+
+    owner: Any
 
 
 class Adapter:
@@ -62,6 +85,10 @@ class Adapter:
     def view(self, array: Any) -> tuple[int, Layout]:
         """Address and layout of `array`."""
         raise NotImplementedError
+
+    def view_written(self, array: Any) -> tuple[int, Layout]:
+        """The same of an array that will be written."""
+        return self.view(array)
 
     def spec(self, layout: Layout) -> Spec:
         """`layout` in cufa's terms."""
@@ -79,6 +106,9 @@ class Adapter:
         """The framework's current GPU; -1 if only the driver knows."""
         return -1
 
+    def check_call(self, function: str, given: tuple[Any, ...]) -> None:
+        """Refuse a call that the framework records or differentiates, of which it would see nothing."""
+
 
 class Arrays:
     """The arrays of one call.
@@ -86,7 +116,8 @@ class Arrays:
     Attributes
     ----------
     pointers : list of int
-        Addresses, in the order given; 0 for an array that is None.
+        Addresses, in the order given; 0 for an array that is None. What is borrowed is given back when they go, which
+        must be after the work is enqueued, and on the CPU after it is done.
     layouts : tuple of (Layout or None)
         The rest, hashable.
     given : tuple
@@ -111,33 +142,74 @@ class Arrays:
 
     def numpy(self, index: int) -> NDArray[Any] | None:
         """The array at `index`, which is in host memory, as a NumPy array that shares it."""
-        array = self.given[index]
-        return None if array is None else as_numpy(array)
+        array, layout = self.given[index], self.layouts[index]
+        if array is None or layout is None:
+            return None
+        if isinstance(array, np.ndarray):
+            return np.asarray(array)  # without the arithmetic of a subclass
+        pointer = self.pointers[index]
+        return borrow(pointer, layout[0].spec(layout), (array, pointer))
 
 
-def view(function: str, names: tuple[str, ...], given: tuple[Any, ...]) -> Arrays:
-    """View the arguments `names` of `function`; those that are None stay out. `given[0]` must not be None."""
+def view(function: str, names: tuple[str, ...], given: tuple[Any, ...], written: tuple[int, ...] = ()) -> Arrays:
+    """View the arguments `names` of `function`; those that are None stay out. `given[0]` must not be None.
+
+    `written` are the indices of results.
+    """
     pointers: list[int] = []
     layouts: list[Layout | None] = []
-    for index, array in enumerate(given):
-        if array is None and index:
-            pointers.append(0)
-            layouts.append(None)
-            continue
-        adapter = _ADAPTERS.get(type(array)) or _find_adapter(function, names[index], array)
-        pointer, layout = adapter.view(array)
-        pointers.append(pointer)
-        layouts.append(layout)
+    try:
+        for index, array in enumerate(given):
+            if array is None and index:
+                pointers.append(0)
+                layouts.append(None)
+                continue
+            adapter = _ADAPTERS.get(type(array)) or _find_adapter(function, names[index], array)
+            pointer, layout = adapter.view_written(array) if index in written else adapter.view(array)
+            if not pointer:
+                _check_empty(layout)
+            pointers.append(pointer)
+            layouts.append(layout)
+    except Refused as refused:
+        raise refused.of(function, names[index]) from refused.__cause__
+    layouts[0][0].check_call(function, given)  # type: ignore[index]  # the first array is never optional
     return Arrays(given, pointers, tuple(layouts))
 
 
+def _check_empty(layout: Layout) -> None:
+    """Refuse an array that has elements, but no address."""
+    try:
+        shape = layout[0].spec(layout).shape
+    except UnsupportedError as error:
+        raise Refused(UnsupportedError, f"cannot be used: {error}") from None
+    if 0 not in shape:
+        raise Refused(ValueError, f"has shape {shape} but no memory (its address is 0); pass an array that has.")
+
+
+def compiling() -> bool:
+    """Whether torch.compile is tracing this very statement, in place of running it."""
+    return "torch._dynamo" in sys.modules and bool(sys.modules["torch"].compiler.is_dynamo_compiling())
+
+
+def uncompiled(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call `function` where torch.compile traces neither it nor what it calls: a break in its graph."""
+    return sys.modules["torch"].compiler.disable(function)(*arguments, **options)
+
+
+def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell torch.compile to break its graph at a call of `function`, which it cannot see through."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = "cufa computes outside of torch"  # type: ignore[attr-defined]
+    return function
+
+
 def as_numpy(array: Any) -> NDArray[Any]:
-    """An array in host memory as a NumPy array that shares it."""
+    """An array in host memory, which will be written, as a NumPy array that shares it."""
     if isinstance(array, np.ndarray):
-        return array
-    adapter = _ADAPTERS[type(array)]
-    pointer, layout = adapter.view(array)
-    return borrow(pointer, adapter.spec(layout), array)
+        return np.asarray(array)
+    adapter = _ADAPTERS.get(type(array)) or _OTHERS[type(array)]
+    pointer, layout = adapter.view_written(array)
+    return borrow(pointer, adapter.spec(layout), (array, pointer))
 
 
 def borrow(pointer: int, spec: Spec, owner: Any) -> NDArray[Any]:
@@ -193,6 +265,8 @@ class NumpyAdapter(Adapter):
     name = "numpy"
 
     def view(self, array: Any) -> tuple[int, Layout]:
+        if type(array) is not np.ndarray:
+            array = np.asarray(array)  # a subclass may state anything
         pointer, read_only = array.__array_interface__["data"]
         return pointer, (
             self,
@@ -263,6 +337,10 @@ class TorchAdapter(Adapter):
         self._empty, self._empty_like = torch.empty, torch.empty_like
         self._dtypes = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
         self._stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or self._public_stream
+        self._forward_ad = torch.autograd.forward_ad
+        self._tracing_state = torch._C._get_tracing_state
+        self._dispatch_modes = torch._C._len_torch_dispatch_stack
+        self._function_modes = torch._C._len_torch_function_stack
 
     def _public_stream(self, device: int) -> int:
         return self._torch.cuda.current_stream(device).cuda_stream  # type: ignore[no-any-return]
@@ -275,8 +353,60 @@ class TorchAdapter(Adapter):
             )
         if array.is_neg():
             raise UnsupportedError("cufa: a torch tensor has its negative bit set; pass tensor.resolve_neg().")
-        pointer = array.data_ptr()
-        return pointer, (self, array.shape, array.stride(), array.dtype, array.device, pointer & 15, True)
+        try:
+            pointer = array.data_ptr()
+            return pointer, (self, array.shape, array.stride(), array.dtype, array.device, pointer & 15, True)
+        except RuntimeError as error:  # torch's word for a tensor that is not a strided one in memory
+            self._refuse(array, error)
+
+    def check_call(self, function: str, given: tuple[Any, ...]) -> None:
+        if self._forward_ad._current_level >= 0:
+            for array in given:
+                if isinstance(array, self._torch.Tensor) and self._forward_ad.unpack_dual(array).tangent is not None:
+                    raise UnsupportedError(
+                        f"{function}: a torch tensor carries a tangent of forward-mode differentiation, which cufa "
+                        "does not propagate; pass the primal, as torch.autograd.forward_ad.unpack_dual gives it."
+                    )
+        if self._tracing_state() is not None:
+            self._refuse_recording(function, "torch.jit.trace")
+        c = self._torch._C
+        if self._dispatch_modes():
+            for kind, what in (("PROXY", "make_fx"), ("FAKE", "FakeTensorMode")):
+                if c._get_dispatch_mode(getattr(c._TorchDispatchModeKey, kind)) is not None:
+                    self._refuse_recording(function, what)
+        if self._function_modes() and c._dispatch_tls_is_dispatch_key_included("PreDispatch"):
+            self._refuse_recording(function, "make_fx")
+
+    def _refuse_recording(self, function: str, what: str) -> NoReturn:
+        raise UnsupportedError(
+            f"{function}: {what} records torch's own operations and would see nothing of this one; call cufa outside "
+            "of what is recorded, or use torch.compile, which breaks its graph at the call."
+        )
+
+    def _refuse(self, array: Any, error: RuntimeError) -> NoReturn:
+        """Say what kind of tensor it is that has no address or no strides."""
+        torch = self._torch
+        functorch = getattr(torch._C, "_functorch", None)
+        if functorch is not None and functorch.is_functorch_wrapped_tensor(array):
+            raise Refused(
+                UnsupportedError,
+                "is inside a transform of torch.func, such as vmap, and stands for many tensors or their gradients; "
+                "call cufa outside of it.",
+            ) from error
+        if array.is_nested:
+            raise Refused(
+                UnsupportedError,
+                "is a nested torch tensor; pass its values() and offsets() to cufa.attention_varlen.",
+            ) from error
+        if array.layout is not torch.strided:
+            name = str(array.layout).removeprefix("torch.")
+            raise Refused(
+                UnsupportedError, f"is a torch tensor of layout {name}; pass a strided one, as to_dense() makes."
+            ) from error
+        raise Refused(
+            UnsupportedError,
+            f"is a torch tensor without memory of its own ({str(error).splitlines()[0]}); pass one that has.",
+        ) from error
 
     def spec(self, layout: Layout) -> Spec:
         _, shape, strides, dtype, device, misalignment, writable = layout
@@ -322,11 +452,15 @@ class NumbaAdapter(Adapter):
 
 
 _ADAPTERS: dict[type, Adapter] = {}
-"""Adapter of every array type seen so far."""
+"""Adapters of the array types themselves, which live as long as their modules, and of those that were registered."""
+
+_OTHERS: WeakKeyDictionary[type, Adapter] = WeakKeyDictionary()
+"""Of their subclasses and of whatever has ``__dlpack__``, which may be made in a function and then be forgotten."""
 
 _KNOWN: tuple[tuple[str, str, type[Adapter]], ...] = (
     ("numpy", "ndarray", NumpyAdapter),
     ("cupy", "ndarray", CupyAdapter),
+    ("torch.nn", "Parameter", TorchAdapter),
     ("torch", "Tensor", TorchAdapter),
     ("numba.cuda.cudadrv.devicearray", "DeviceNDArray", NumbaAdapter),
 )
@@ -339,35 +473,51 @@ def is_jax(array: Any) -> bool:
     return jax is not None and type(array) not in _ADAPTERS and isinstance(array, jax.Array)
 
 
-def adapter_of(array: Any) -> Adapter | None:
-    """The adapter for `array`, or None if it is no array that cufa knows how to read."""
-    for module, name, kind in _KNOWN:
-        found = getattr(sys.modules.get(module), name, None)
-        if found is not None and isinstance(array, found):
-            return _INSTANCES.setdefault(kind, kind())
-    if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
-        from ._dlpack import DLPackAdapter
-
-        return _INSTANCES.setdefault(DLPackAdapter, DLPackAdapter())
-    return None
-
-
 def register(array_type: type, adapter: Adapter) -> None:
     """Read arrays of `array_type` through `adapter`."""
     _ADAPTERS[array_type] = adapter
 
 
 def _find_adapter(function: str, name: str, array: Any) -> Adapter:
+    """The adapter of an array whose type is not in `_ADAPTERS`; it is remembered."""
+    array_type = type(array)
+    known = _OTHERS.get(array_type)
+    if known is not None:
+        return known
     if is_jax(array):
         raise TypeError(f"{function}: {name} is a jax array but q is not one; pass arrays of one framework.")
-    adapter = adapter_of(array)
-    if adapter is None:
-        raise TypeError(
-            f"{function}: {name} is a {type(array).__name__}, not an array; pass a CuPy, torch, JAX, Numba or NumPy "
-            "array, or one with __dlpack__."
-        )
+    for module, attribute, kind in _KNOWN:
+        found = getattr(sys.modules.get(module), attribute, None)
+        if found is not None and isinstance(array, found):
+            _check_subclass(array_type)
+            adapter = _INSTANCES.setdefault(kind, kind())
+            (_ADAPTERS if array_type is found else _OTHERS)[array_type] = adapter
+            return adapter
+    if isinstance(array, type):
+        raise Refused(TypeError, f"is the class {array.__name__}, not an array; pass an array of it.")
+    if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
+        from ._dlpack import DLPackAdapter
+
+        adapter = _OTHERS[array_type] = _INSTANCES.setdefault(DLPackAdapter, DLPackAdapter())
+        return adapter
+    raise TypeError(
+        f"{function}: {name} is a {array_type.__name__}, not an array; pass a CuPy, torch, JAX, Numba or NumPy "
+        "array, or one with __dlpack__."
+    )
+
+
+def _check_subclass(array_type: type) -> None:
+    """Refuse those subclasses of known arrays whose elements are not simply what lies in memory."""
     masked = sys.modules.get("numpy.ma")  # which NumPy imports late, for it takes 30 ms
-    if masked is not None and isinstance(array, masked.MaskedArray):
-        raise TypeError(f"{function}: {name} is a masked array, whose mask would be ignored; pass its .filled(...).")
-    _ADAPTERS[type(array)] = adapter
-    return adapter
+    if masked is not None and issubclass(array_type, masked.MaskedArray):
+        raise Refused(TypeError, "is a masked array, whose mask would be ignored; pass its .filled(...).")
+    torch = sys.modules.get("torch")
+    if torch is None or not issubclass(array_type, torch.Tensor):
+        return
+    # Wrappers of other tensors: DTensor, FakeTensor, FunctionalTensor, jagged NestedTensor, quantized weights.
+    if array_type.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # type: ignore[attr-defined]
+        raise Refused(
+            UnsupportedError,
+            f"is a {array_type.__name__}, whose elements are not simply what lies in memory; pass a plain torch "
+            "tensor, as to_local() of a DTensor is one.",
+        )

@@ -14,10 +14,13 @@ from ._problem import OUT, Problem
 NO_OFFSETS = (0, 0, 0)
 """Addresses of cu_seqlens_q, cu_seqlens_k and seqused_k where sequences are not packed."""
 
+WRITTEN = (OUT,)
+
 Array = Any
 """An array of CuPy, torch, JAX, Numba or NumPy, or any with ``__dlpack__``."""
 
 
+@_arrays.opaque
 def attention(
     q: Array,
     k: Array,
@@ -53,7 +56,8 @@ def attention(
         Keys that a query sees to the (left, right) of the key at its own position ``i + seqlen_k - seqlen_q``, both
         inclusive; None (or -1) is unbounded. The mask is drawn in `cufa.reference`.
     softmax_scale : float, optional
-        Multiplies q·kᵀ; default ``head_dim ** -0.5``.
+        Multiplies q·kᵀ; default ``head_dim ** -0.5``. From 2^-126 to 2^127. This and `softcap` may be arrays of no
+        dimensions, whose value is read at the call, for which the host waits if it is on a GPU.
     softcap : float
         Scores become ``softcap * tanh(scores / softcap)``; 0.0 is off.
     alibi_slopes : float32 array, (num_heads_q,) or (batch, num_heads_q), optional
@@ -71,7 +75,7 @@ def attention(
         Of q's framework, dtype and device. Rows that see no key are 0.
     lse : float32 array, (batch, num_heads_q, seqlen_q)
         Only if `return_lse`: natural logarithm of the sum of exponentials of a row's scores, the sink's included;
-        -inf for a row that sees no key.
+        -inf for a row that sees no key. float64 for float64 arrays.
 
     Raises
     ------
@@ -107,17 +111,21 @@ def attention(
     >>> cufa.attention(q, k, v, causal=True).shape
     (2, 128, 8, 64)
     """
+    given = (q, k, v, alibi_slopes, sinks, out)
+    if _arrays.compiling():
+        return _arrays.uncompiled(_again, attention, given, (causal, window_size, softmax_scale, softcap), return_lse)
+    options = _problem.options("attention", causal, window_size, softmax_scale, softcap)
+    return_lse = _problem.flag("attention", "return_lse", return_lse)
     if _arrays.is_jax(q):  # its runtime owns streams and results
-        return interop_jax().attention(
-            (q, k, v, alibi_slopes, sinks, out), (causal, window_size, softmax_scale, softcap), return_lse
-        )
-    arrays = _arrays.view("attention", _problem.DENSE_NAMES, (q, k, v, alibi_slopes, sinks, out))
-    problem = _problem.dense_problem(arrays, causal, window_size, softmax_scale, softcap)
+        return interop_jax().attention(given, options, return_lse)
+    arrays = _arrays.view("attention", _problem.DENSE_NAMES, given, WRITTEN)
+    problem = _problem.dense_problem(arrays, *options)
     out, lse, pointers = _outputs(arrays, problem, return_lse)
     run(arrays, problem, out, lse, pointers)
     return (out, lse) if return_lse else out
 
 
+@_arrays.opaque
 def attention_varlen(
     q: Array,
     k: Array,
@@ -144,9 +152,10 @@ def attention_varlen(
     v : array, (total_k, num_heads_k, head_dim_v)
         As for `attention`.
     cu_seqlens_q, cu_seqlens_k : int32 array, (batch + 1,)
-        Sequence b is rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. They begin with 0, do not decrease and end with
-        the total: checked on the CPU; on a GPU, where reading them would make the host wait, offsets outside the packed
-        arrays are clamped to them, and rows of q beyond the last offset are left as they are in `out`.
+        Sequence b is rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. They begin with 0 and do not decrease, but for
+        zeros behind the last, with which programs of fixed shapes pad: checked on the CPU. On a GPU, where reading them
+        would make the host wait, an offset counts as the largest up to it, clamped to the packed array. Rows of q that
+        are no sequence's are 0 in a new `out`, left as they are in a given one, and their lse is -infinity.
     seqused_k : int32 array, (batch,), optional
         Live keys of each sequence; whatever its other rows of k and v hold, NaN included, does not count.
     causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, return_lse, out
@@ -156,7 +165,7 @@ def attention_varlen(
     -------
     out : array, (total_q, num_heads_q, head_dim_v)
     lse : float32 array, (num_heads_q, total_q)
-        Only if `return_lse`.
+        Only if `return_lse`; float64 for float64 arrays.
 
     Raises
     ------
@@ -181,13 +190,25 @@ def attention_varlen(
     (12, 4, 32)
     """
     given = (q, k, v, alibi_slopes, sinks, out, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    if _arrays.compiling():
+        asked = causal, window_size, softmax_scale, softcap
+        return _arrays.uncompiled(_again, attention_varlen, given, asked, return_lse)
+    options = _problem.options("attention_varlen", causal, window_size, softmax_scale, softcap)
+    return_lse = _problem.flag("attention_varlen", "return_lse", return_lse)
     if _arrays.is_jax(q):
-        return interop_jax().attention_varlen(given, (causal, window_size, softmax_scale, softcap), return_lse)
-    arrays = _arrays.view("attention_varlen", _problem.VARLEN_NAMES, given)
-    problem = _problem.varlen_problem(arrays, causal, window_size, softmax_scale, softcap)
+        return interop_jax().attention_varlen(given, options, return_lse)
+    arrays = _arrays.view("attention_varlen", _problem.VARLEN_NAMES, given, WRITTEN)
+    problem = _problem.varlen_problem(arrays, *options)
     out, lse, pointers = _outputs(arrays, problem, return_lse)
     run(arrays, problem, out, lse, pointers)
     return (out, lse) if return_lse else out
+
+
+def _again(function: Any, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
+    """Call a function of this module once more, with its arguments in the order of `_problem.NAMES`."""
+    arrays = dict(zip(_problem.NAMES[function.__name__], given, strict=True))
+    names = "causal", "window_size", "softmax_scale", "softcap"
+    return function(**arrays, **dict(zip(names, options, strict=True)), return_lse=return_lse)
 
 
 def _outputs(arrays: Arrays, problem: Problem, return_lse: bool) -> tuple[Array, Array | None, list[int]]:
@@ -196,7 +217,7 @@ def _outputs(arrays: Arrays, problem: Problem, return_lse: bool) -> tuple[Array,
         out, out_pointer = arrays.empty(problem.out_shape, problem.dtype)
     else:
         out, out_pointer = arrays.given[OUT], arrays.pointers[OUT]
-    lse, lse_pointer = arrays.empty(problem.lse_shape, "float32") if return_lse else (None, 0)
+    lse, lse_pointer = arrays.empty(problem.lse_shape, problem.lse_dtype) if return_lse else (None, 0)
     return out, lse, pointers_of(arrays, out_pointer, lse_pointer)
 
 
@@ -261,7 +282,8 @@ def _run_on_cpu(arrays: Arrays, problem: Problem, out: Array, lse: Array | None)
     if problem.varlen:
         cu_seqlens_q, cu_seqlens_k, seqused_k = (arrays.numpy(index) for index in range(OUT + 1, OUT + 4))
         assert cu_seqlens_q is not None and cu_seqlens_k is not None
-        _cpu.varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, out, lse, **options)
+        fresh = arrays.layouts[OUT] is None
+        _cpu.varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, out, lse, fresh=fresh, **options)
     else:
         _cpu.forward(q, k, v, out, lse, **options)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from . import _arrays, _jit, _launch, _params, _plan, _problem, _tensor_map
 from ._arrays import CPU, Arrays
 from ._attention import NO_OFFSETS, Array, interop_jax
+from ._configs_backward import ConfigBackward
 from ._launch import BackwardLaunch
 from ._plan import BackwardGrid, Plan
 from ._problem import NAMES, Problem
@@ -15,6 +16,7 @@ from ._problem import NAMES, Problem
 SINKS = _problem.DENSE_NAMES.index("sinks")
 
 
+@_arrays.opaque
 def attention_backward(
     dout: Array,
     q: Array,
@@ -48,9 +50,10 @@ def attention_backward(
     out : array, (batch, seqlen_q, num_heads_q, head_dim_v)
         What it returned.
     lse : float32 array, (batch, num_heads_q, seqlen_q)
-        What it returned with ``return_lse=True``.
+        What it returned with ``return_lse=True``; for float64 arrays in float64. (They accept a float32 one, too, and
+        then err by its rounding: relatively by 2^-24 times lse.)
     dlse : float32 array, (batch, num_heads_q, seqlen_q), optional
-        Gradient by `lse`; 0 if None.
+        Gradient by `lse`, for float64 arrays float64 or float32; 0 if None.
     causal, window_size, softmax_scale, softcap, alibi_slopes, sinks
         What `attention` was called with.
     deterministic : bool
@@ -63,10 +66,10 @@ def attention_backward(
     Returns
     -------
     dq, dk, dv : array
-        Of q's framework, dtype and device. A row that sees no key, and a key that no row sees, have gradient 0,
-        as long as dout is finite there: 0 times NaN is NaN.
+        Of q's framework, dtype and device. A row that sees no key has gradient 0, whatever its dout and dlse hold, and
+        so has a key that no row sees.
     dsinks : float32 array, (num_heads_q,)
-        Only if `sinks` are given.
+        Only if `sinks` are given; float64 for float64 arrays.
 
     Raises
     ------
@@ -82,7 +85,10 @@ def attention_backward(
     Notes
     -----
     On a GPU the sums of dq take memory while they add up, from the caller's framework: 4 bytes for each element of q,
-    head_dim rounded up to 32 or 64, and 8 for each row; on Hopper above head_dim 128 only the latter.
+    head_dim rounded up to 32 or 64, and 8 for each row; on Hopper above head_dim 128 only the latter. Packed sequences
+    take at most twice the former if they have 128 rows on average, and at most five times as much if they have fewer;
+    none of it on Hopper below 16. To the latter they add 32 bytes for each of them that has rows, and 16 for each that
+    has not, in all.
 
     Dao, *FlashAttention-2*, 2023, Algorithm 2.
 
@@ -101,6 +107,7 @@ def attention_backward(
     return _run("attention_backward", given, (causal, window_size, softmax_scale, softcap), deterministic)
 
 
+@_arrays.opaque
 def attention_varlen_backward(
     dout: Array,
     q: Array,
@@ -140,7 +147,7 @@ def attention_varlen_backward(
     dq, dk, dv : array
         Shaped like q, k and v; 0 for rows that are not live.
     dsinks : float32 array, (num_heads_q,)
-        Only if `sinks` are given.
+        Only if `sinks` are given; float64 for float64 arrays.
 
     Raises
     ------
@@ -167,22 +174,24 @@ def attention_varlen_backward(
 
 
 def _run(function: str, given: tuple[Any, ...], options: tuple[Any, ...], deterministic: bool) -> Any:
-    if type(deterministic).__name__ not in ("bool", "bool_"):
-        raise TypeError(f"{function}: deterministic is a {type(deterministic).__name__}; pass True or False.")
+    if _arrays.compiling():
+        return _arrays.uncompiled(_run, function, given, options, deterministic)
+    options = _problem.options(function, *options)
+    deterministic = _problem.flag(function, "deterministic", deterministic)
     if _arrays.is_jax(given[0]):  # its runtime owns streams and results
-        return interop_jax().gradients(function, given, options, bool(deterministic))
-    arrays = _arrays.view(function, NAMES[function], given)
+        return interop_jax().gradients(function, given, options, deterministic)
+    arrays = _arrays.view(function, NAMES[function], given, _problem.WRITTEN[function])
     problem = _problem.backward_problem(function, arrays, options)
     gradients, pointers = [], []
     for name, into, pointer in zip("qkv", given[-3:], arrays.pointers[-3:], strict=True):
         array, pointer = arrays.empty(problem.shape(name), problem.dtype) if into is None else (into, pointer)
         gradients.append(array)
         pointers.append(pointer)
-    dsinks, pointer = (None, 0) if given[SINKS] is None else arrays.empty((problem.num_heads_q,), "float32")
+    dsinks, pointer = (None, 0) if given[SINKS] is None else arrays.empty((problem.num_heads_q,), problem.lse_dtype)
     if problem.device == CPU:
         run_on_cpu(arrays, problem, gradients, dsinks)
     else:
-        _run_on_gpu(arrays, problem, [*pointers, pointer], bool(deterministic))
+        _run_on_gpu(arrays, problem, [*pointers, pointer], deterministic)
     return (*gradients,) if dsinks is None else (*gradients, dsinks)
 
 
@@ -215,7 +224,7 @@ class Workspace(NamedTuple):
     Attributes
     ----------
     offsets : tuple of int
-        Of row_lse, row_delta, dq_sum, turns, next_unit and heads_done.
+        Of row_lse, row_delta, dq_sum, turns, next_unit, heads_done, offsets_q, offsets_k, not_finite and chains.
     floats : int
         All of it.
     """
@@ -236,7 +245,7 @@ def prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[Backwar
     maps = _tensor_map.Maps(bytes(_params.BACKWARD_MAPS_BYTES), ())
     if plan.kernel.endswith("_sm90"):
         maps = _tensor_map.make_backward_maps(problem, config)
-    argument = maps.encoded + _params.pack_backward(problem, grid, config.block_m)
+    argument = maps.encoded + _params.pack_backward(problem, grid)
     shapes = list(zip(grid.blocks, plan.threads, plan.smem_bytes, strict=True))
     launch = BackwardLaunch(_jit.describe(plan), functions, problem.device, shapes, argument, maps.shifts)
     workspace = _workspace(plan, grid, problem)
@@ -247,7 +256,7 @@ def prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[Backwar
 def _plan_and_grid(problem: Problem, deterministic: bool) -> tuple[Plan, BackwardGrid]:
     assert problem.static is not None
     device = _launch.device(problem.device)
-    plan = _plan.make_backward_plan(problem.static, device.arch, deterministic)
+    plan = _plan.make_backward_plan(problem.static, device.arch, deterministic, _plan.average_rows(problem))
     return plan, _plan.make_backward_grid(plan, problem, device.num_sms)
 
 
@@ -258,15 +267,41 @@ def workspace_of(problem: Problem, deterministic: bool) -> Workspace:
 
 def _workspace(plan: Plan, grid: BackwardGrid, problem: Problem) -> Workspace:
     config = plan.config
-    tiles = grid.m_blocks * problem.num_heads_q * (1 if problem.varlen else problem.batch)
-    rows = tiles * config.block_m
-    split = len(plan.entries) == 4  # dq is not added up in memory
-    sums = (0, 0, 0, 0) if split else (rows * config.tile_head_dim, tiles, 1, problem.batch * problem.num_heads_k)
-    sizes = (rows, rows, *sums)
-    offsets = [0]
-    for size in sizes:
-        offsets.append(-(-(offsets[-1] + size) // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT)
-    return Workspace(tuple(offsets[:-1]), offsets[-1])
+    assert isinstance(config, ConfigBackward)
+    heads = problem.num_heads_q * (1 if problem.varlen else problem.batch)
+    numbers, tiles = grid.workspace_rows * heads, grid.m_blocks * heads
+    sums = 0, 0, 0, 0
+    if plan.kernel != "attention_backward_split_sm90":  # where dq is not added up in memory
+        rows = problem.seqlen_q * heads if config.sums_by_rows else tiles * config.block_m
+        sums = rows * config.tile_head_dim, tiles, 1, (1 if problem.varlen else problem.batch) * problem.num_heads_k
+    packed = 2 * (problem.batch + 1) if problem.varlen else 0
+    # (before, size): what an address has before it and from there on.
+    padding = PADDING_ROWS if problem.varlen else 0
+    chains = _chain_floats(plan, grid, problem)
+    sizes = [(padding, numbers), (padding, numbers), *((0, size) for size in (*sums, packed, packed, 1, chains))]
+    offsets, end = [], 0
+    for before, size in sizes:
+        offsets.append(end + before)
+        end = -(-(end + before + size) // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
+    return Workspace(tuple(offsets), end)
+
+
+def _chain_floats(plan: Plan, grid: BackwardGrid, problem: Problem) -> int:
+    """What the blocks of the one-pass kernel take over of dk and dv, if their sums may be so long as to drift."""
+    config = plan.config
+    steps = -(-problem.seqlen_q // config.block_m) * (problem.num_heads_q // max(1, problem.num_heads_k))
+    if plan.kernel != "attention_backward_sm90" or steps * config.block_m <= LONGEST_SUM:
+        return 0
+    columns = sum(-(-dim // 16) * 16 for dim in (config.head_dim, config.head_dim_v))
+    main = grid.blocks[plan.entries.index(plan.kernel)]
+    return int(main * config.block_n * columns)
+
+
+LONGEST_SUM = 1 << 15
+"""Rows over which the tensor cores add up: twice ``chain_rows`` in tile/local.cuh."""
+
+PADDING_ROWS = 128
+"""``padding_rows`` in attention/backward_work.cuh."""
 
 
 WORKSPACE_ALIGNMENT = 64

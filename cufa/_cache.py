@@ -41,6 +41,12 @@ MAX_ENTRY_SIZE = 64 << 20
 STALE_SECONDS = 3600.0
 """Age after which a temporary file belongs to no living writer."""
 
+LIVELY_SECONDS = 60.0
+"""Age after which it hardly does, so that it goes before any entry where space is needed."""
+
+TROUBLE = (OSError, NameError)
+"""What the disk is in the way with: while the interpreter ends, `open` is the name of nothing."""
+
 _MAGIC = b"CUFA\r\n\x1a\n"  # as in PNG, the line ends show a transfer in text mode
 _HEAD = struct.Struct("<8sIQ")
 _TRAILER_SIZE = 32
@@ -48,6 +54,12 @@ _TEMPORARY = ".tmp-"
 _KEY = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[0-9a-f]{62}\.cufa|\.tmp-.*")
 _logger = logging.getLogger("cufa")
+
+
+def log(level: int, message: str, *arguments: object) -> None:
+    """Log as ``cufa``; a handler that fails, as on a closed stderr, must not fail the call that speaks."""
+    with contextlib.suppress(Exception):
+        _logger.log(level, message, *arguments)
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts of a cache: `entries` and `size` (bytes) are on disk now, the rest happened in this process."""
+    """Counts of a cache: `entries` and `size` are on disk now, the rest happened in this process.
+
+    `size` is in bytes, those of temporary files included.
+    """
 
     entries: int
     size: int
@@ -127,6 +142,10 @@ class CubinCache:
         A second directory, looked at when the first has no entry and never written.
     enabled : bool
         False keeps entries in memory only.
+    named : bool
+        Somebody named `directory`, which is made wherever that is, and parents that it lacks with the modes of
+        ``mkdir -p``. False if it follows from the home: then parents are private, as the XDG specification asks of
+        ``~/.cache``, and root makes nothing in the home of another user, who could not use it.
 
     Notes
     -----
@@ -142,10 +161,12 @@ class CubinCache:
         trust_shared: bool = False,
         read_only_dir: str | os.PathLike[str] | None = None,
         enabled: bool = True,
+        named: bool = True,
     ) -> None:
         self.max_size = max_size
         self.trust_shared = trust_shared
         self.enabled = enabled
+        self.named = named
         self._path = Path(os.path.abspath(directory)) if enabled and directory is not None else None
         self._read_only = Path(os.path.abspath(read_only_dir)) if enabled and read_only_dir is not None else None
         self._memory: dict[str, Entry] = {}
@@ -162,6 +183,7 @@ class CubinCache:
             trust_shared=_env.cache_trust_shared(),
             read_only_dir=_env.cache_read_only_dir(),
             enabled=_env.cache_enabled(),
+            named=_env.cache_dir_is_named(),
         )
 
     @property
@@ -204,7 +226,10 @@ class CubinCache:
         if self._path is None or target is None or len(data) > min(self.max_size, MAX_ENTRY_SIZE):
             return False
         try:
-            _make_directory(self._path, 0o700)
+            if (reason := self._misplaced(self._path)) is not None:
+                self._warn("misplaced", f"compiled kernels stay in memory: {reason}")
+                return False
+            _make_directory(self._path, 0o700, private_parents=not self.named)
             # A shared directory passes its own mode on; without trust it is private, and so is all below.
             mode = stat.S_IMODE(os.stat(self._path).st_mode) if self.trust_shared else 0o700
             if not self._trusts(self._path):
@@ -213,8 +238,8 @@ class CubinCache:
             if not self._trusts(target.parent):
                 return False
             _publish(target, data, 0o600 | (mode & 0o044))
-        except OSError as error:
-            self._write_error = f"writing to {self._path} failed: {error.strerror or error}"
+        except TROUBLE as error:
+            self._write_error = f"writing to {self._path} failed: {getattr(error, 'strerror', None) or error}"
             self._warn("write", f"{self._write_error}; compiled kernels stay in memory")
             return False
         self._write_error = None
@@ -254,9 +279,11 @@ class CubinCache:
 
     def stats(self) -> Stats:
         """Counts of what is on disk now and of what happened in this process."""
-        sizes = [status.st_size for path, status in self._files() if not path.name.startswith(_TEMPORARY)]
+        files = self._files()
+        entries = sum(not path.name.startswith(_TEMPORARY) for path, _ in files)
+        size = sum(status.st_size for _, status in files)
         counts = {name: self._counts[name] for name in ("hits", "misses", "writes", "damaged", "evicted")}
-        return Stats(len(sizes), sum(sizes), self.max_size, len(self._memory), **counts)
+        return Stats(entries, size, self.max_size, len(self._memory), **counts)
 
     def state(self) -> str:
         """Say in one sentence where kernels are kept and, if not on disk, why; this changes nothing."""
@@ -268,8 +295,8 @@ class CubinCache:
             also = f"; reads {self._read_only} too" if reason is None else f"; cannot read a second one: {reason}"
         if self._path is None:
             return f"memory only: no home directory, and CUFA_CACHE_DIR is not set{also}"
-        nearest = next(path for path in (self._path, *self._path.parents) if os.path.lexists(path))
-        reason = self._trouble(self._path) if nearest == self._path else None
+        nearest = _nearest(self._path)
+        reason = self._trouble(self._path) if nearest == self._path else self._misplaced(self._path)
         if reason is not None:
             return f"memory only: {reason}{also}"
         stats = self.stats()
@@ -288,7 +315,7 @@ class CubinCache:
             if not self._trusts(root, path.parent):
                 return None
             data, status = _read(path)
-        except OSError:
+        except TROUBLE:
             return None
         if not self.trust_shared and (reason := _foreign(path, status)) is not None:
             self._warn("unsafe", f"cached kernel not used: {reason}")
@@ -296,7 +323,7 @@ class CubinCache:
         try:
             entry = _decode(data, key)
         except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
-            _logger.info("damaged cached kernel %s: %s", path, error)
+            log(logging.INFO, "damaged cached kernel %s: %s", path, error)
             self._counts["damaged"] += 1
             if damaged is not None:
                 damaged.append(path)
@@ -310,22 +337,28 @@ class CubinCache:
         return entry
 
     def _shrink(self, max_size: int, keep: Path | None = None) -> int:
-        entries = []
+        temporary, entries = [], []
+        total = 0
         now = time.time_ns()
         for path, status in self._files():
             # abs: a time far in the future comes from a wrong clock, and would keep the file for ever.
             if not path.name.startswith(_TEMPORARY):
                 entries.append((abs(now - status.st_atime_ns), path, status))
-            elif abs(now - status.st_mtime_ns) > STALE_SECONDS * 1e9:
-                _unlink_unchanged(path, status)
-        total = sum(status.st_size for _, _, status in entries)
+            else:
+                age = abs(now - status.st_mtime_ns)
+                if age > STALE_SECONDS * 1e9 and _unlink_unchanged(path, status):
+                    continue
+                if age > LIVELY_SECONDS * 1e9:
+                    temporary.append((age, path, status))
+            total += status.st_size
         removed = 0
-        for _, path, status in sorted(entries, key=lambda item: item[0], reverse=True):
-            if total <= max_size:
-                break
-            if path != keep and _unlink_unchanged(path, status):
-                total -= status.st_size
-                removed += 1
+        for files in (temporary, entries):
+            for _, path, status in sorted(files, key=lambda item: item[0], reverse=True):
+                if total <= max_size:
+                    break
+                if path != keep and _unlink_unchanged(path, status):
+                    total -= status.st_size
+                    removed += files is entries
         self._counts["evicted"] += removed
         return removed
 
@@ -335,6 +368,21 @@ class CubinCache:
             if self._path is not None and self._trusts(self._path):
                 return list(_scan(self._path))
         return []
+
+    def _misplaced(self, directory: Path) -> str | None:
+        """Why root does not make `directory`, which nobody named, or None."""
+        if self.named or os.geteuid() != 0 or os.path.lexists(directory):
+            return None
+        home = _nearest(directory)
+        if home not in list(directory.parents)[:2]:  # ~/.cache is made where it is missing, and never a home
+            return f"{directory.parents[1]} does not exist; set CUFA_CACHE_DIR"
+        try:
+            owner = os.stat(home).st_uid
+        except OSError:  # which making it will meet too
+            return None
+        if owner == 0:
+            return None
+        return f"{home} belongs to user {owner}, who could not use what root makes there; set CUFA_CACHE_DIR"
 
     def _trouble(self, directory: Path) -> str | None:
         try:
@@ -361,7 +409,7 @@ class CubinCache:
     def _warn(self, kind: str, message: str) -> None:
         token = object()
         if self._warned.setdefault(kind, token) is token:
-            _logger.warning("%s", message)
+            log(logging.WARNING, "%s", message)
 
 
 def _foreign(path: Path, status: os.stat_result) -> str | None:
@@ -422,9 +470,7 @@ def _read(path: Path) -> tuple[bytes, os.stat_result]:
 
 def _publish(target: Path, data: bytes, mode: int) -> None:
     """Write `target` so that it appears whole or not at all, also if the process is killed on the way."""
-    import tempfile  # takes milliseconds to import, which only a process that has compiled something pays
-
-    descriptor, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=target.parent)
+    descriptor, temporary = _temporary_file(target.parent)
     try:
         with open(descriptor, "wb") as file:
             file.write(data)
@@ -438,13 +484,34 @@ def _publish(target: Path, data: bytes, mode: int) -> None:
         raise
 
 
-def _make_directory(path: Path, mode: int) -> None:
-    """Create `path` with `mode`, whatever the umask, and the parents that it lacks as private ones."""
+def _temporary_file(directory: Path) -> tuple[int, str]:
+    """Descriptor and path of a new private file.
+
+    As tempfile makes it, which takes milliseconds to import and cannot be imported while the interpreter ends.
+    """
+    path = os.path.join(directory, f"{_TEMPORARY}{os.urandom(8).hex()}")
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), path
+
+
+def _nearest(path: Path) -> Path:
+    """`path`, or the nearest of its parents that exists."""
+    return next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+
+
+def _make_directory(path: Path, mode: int, *, private_parents: bool = False) -> None:
+    """Create `path` with `mode`, whatever the umask, and the parents that it lacks.
+
+    Those are private or, as those of ``mkdir -p``, what the umask leaves and the next directory needs.
+    """
     missing = [parent for parent in (path, *path.parents) if not os.path.lexists(parent)]
     for parent in reversed(missing):
         with contextlib.suppress(FileExistsError):
-            os.mkdir(parent, 0o700)
-            os.chmod(parent, mode if parent == path else 0o700)
+            if parent == path or private_parents:
+                os.mkdir(parent, 0o700)
+                os.chmod(parent, mode if parent == path else 0o700)
+            else:
+                os.mkdir(parent)
+                os.chmod(parent, stat.S_IMODE(os.stat(parent).st_mode) | stat.S_IWUSR | stat.S_IXUSR)
 
 
 def _scan(root: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -80,8 +80,14 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, str]] | None:
     for title, section in report.items():
         print(title)
         for name, value in section.items():
-            print(f"  {name:<{width}}  {value}")
+            print(_printable(f"  {name:<{width}}  {value}"))
     return None
+
+
+def _printable(text: str) -> str:
+    """`text` with escapes for what stdout cannot show: a path may hold bytes that are no text at all."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _probe(function: Callable[[], str]) -> str:

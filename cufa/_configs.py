@@ -80,11 +80,14 @@ class ConfigSm80(Config):
     copy_bytes : int
     copy_unroll : int
         Passes over a tile's rows that are copied at a time.
+    many : bool
+        Whether a thread block takes several tiles, one after the other.
     """
 
     column_warps: int
     copy_bytes: int
     copy_unroll: int
+    many: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,7 @@ def forward_sm80(static: Static, arch: int) -> ConfigSm80:
         smem_bytes=size * max(tiles, block_m * tile_head_dim_v),
         copy_bytes=static.copy_bytes,
         copy_unroll=_copy_unroll(static, arch),
+        many=static.many,
     )
 
 
@@ -153,15 +157,16 @@ def _tile_sm80(static: Static, arch: int) -> tuple[int, int, int, int]:
         and static.copy_bytes == static.store_bytes == 16
         and static.mask != "window"
         and not _variant(static)
+        and not static.many
     )
     if widest <= 64:
-        return 128, 128 if plain else 96, 4, 1
+        return 128, 112 if plain else 96, 4, 1
     if widest <= 96:
         return 128, 64, 4, 1
     if widest <= 128:
         if SHARED_MEMORY[arch] <= 99 << 10:
             return 128, 32, 4, 1  # 48 KB: two blocks share an SM
-        if plain and arch < 100:  # ptxas for sm_100 spills where that for sm_90 does not
+        if plain and (arch == 90 or (static.mask == "none" and not static.varlen and arch < 90)):  # others spill
             return 128, 64, 4, 1
         return 128, 32 if static.mask == "window" else 48, 4, 1
     return 64, 64, 4, 1
@@ -170,8 +175,10 @@ def _tile_sm80(static: Static, arch: int) -> tuple[int, int, int, int]:
 def _copy_unroll(static: Static, arch: int) -> int:
     if static.copy_bytes < 16 or static.element == "f32":
         return 1  # short copies are many as it is
+    if static.many:
+        return 1  # its loop needs registers
     if 96 < max(static.head_dim, static.head_dim_v) <= 128:  # the fullest tiles
-        return 2 if arch >= 90 else 4
+        return 2 if arch >= 90 or static.varlen else 4
     return 4
 
 
@@ -192,7 +199,9 @@ def forward_sm90(static: Static) -> ConfigSm90:
     tile_head_dim, tile_head_dim_v = _round_up(static.head_dim, 32), _round_up(static.head_dim_v, 32)
     tiles = block_m * tile_head_dim + STAGES * block_n * (tile_head_dim + tile_head_dim_v)
     consumers = block_m // WARPGROUP_ROWS
-    producer_registers, consumer_registers = REGISTERS_SM90[consumers]
+    # Tiles this narrow leave registers to what finds them.
+    narrow = consumers == 2 and tile_head_dim == tile_head_dim_v == 64
+    producer_registers, consumer_registers = (40, 232) if narrow else REGISTERS_SM90[consumers]
     return ConfigSm90(
         **_common(static),
         tile_head_dim=tile_head_dim,

@@ -24,12 +24,15 @@ class ConfigBackward(Config):
     finishes : bool
         Whether thread blocks of the main kernel that find no more work write dq of heads that are done. Where packed
         sequences' tiles lie takes too long to find.
+    sums_by_rows : bool
+        Whether dq adds up in rows as those of q, and not in whole tiles, of which short sequences fill little.
     """
 
     copy_bytes: int
     deterministic: bool
     dq_threads: int
     finishes: bool = False
+    sums_by_rows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,8 @@ class TileSm80(NamedTuple):
     stages: int
 
 
-def backward_sm80(static: Static, arch: int, deterministic: bool) -> ConfigBackwardSm80:
-    """Config of the mma.sync backward for compute capability `arch` (80 for 8.0)."""
+def backward_sm80(static: Static, arch: int, deterministic: bool, average_rows: int) -> ConfigBackwardSm80:
+    """Config of the mma.sync backward for compute capability `arch` (80 for 8.0); rows: of an average sequence."""
     tile = _tile_sm80(static, arch)
     size = SIZEOF[static.element]
     # Every warp has whole steps of 16 columns.
@@ -98,6 +101,7 @@ def backward_sm80(static: Static, arch: int, deterministic: bool) -> ConfigBackw
         copy_bytes=static.copy_bytes,
         copy_unroll=1 if static.copy_bytes < 16 or static.element == "f32" else 2,
         deterministic=deterministic,
+        sums_by_rows=static.varlen and average_rows < tile.block_m,
     )
 
 
@@ -139,9 +143,9 @@ class ConfigBackwardSm90(ConfigBackward):
     consumer_registers: int
 
 
-def backward_sm90(static: Static, deterministic: bool) -> ConfigBackwardSm90:
+def backward_sm90(static: Static, deterministic: bool, average_rows: int) -> ConfigBackwardSm90:
     """Config of the wgmma backward."""
-    block_m, block_n = _tile_backward_sm90(static)
+    block_m, block_n = _tile_backward_sm90(static, average_rows)
     size = SIZEOF[static.element]
     tile_head_dim, tile_head_dim_v = _round_up(static.head_dim, 64), _round_up(static.head_dim_v, 64)
     tiles = size * ((block_n + STAGES * block_m) * (tile_head_dim + tile_head_dim_v) + STAGES * block_m * block_n)
@@ -196,7 +200,7 @@ def _barriers_bytes(*rings: int) -> int:
     return 2 * 8 * sum(rings)
 
 
-def _tile_backward_sm90(static: Static) -> tuple[int, int]:
+def _tile_backward_sm90(static: Static, average_rows: int) -> tuple[int, int]:
     """(block_m, block_n)."""
     widest = max(static.head_dim, static.head_dim_v)
-    return 128 if widest <= 64 and not static.softcap else 64, 128
+    return 128 if widest <= 64 and not static.softcap and average_rows > 64 else 64, 128

@@ -6,6 +6,10 @@ float32. Arrays may have any strides, negative and zero ones included; they are 
 
 A *slab* is the part of the problem worked on at once: some batch entries × some key heads × `block_m` queries
 of each query head. The heads of a group are folded into the rows, so that k and v are never repeated.
+
+Numbers too large for that show in the result: a score or an output that is not finite. Such a slab is computed once
+more, *carefully*: in float64, which holds whatever float32 arrays can give, and with entries outside the mask left out
+of sums, where NaN and Inf times 0 would count. So finite numbers cost nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ TILE_ELEMENTS = BLOCK_M * BLOCK_N
 """Scores held at once; 2 MiB in float32, so that the passes over them stay in the cache."""
 OPERAND_ELEMENTS = 1 << 21
 """Elements of q, k, v and accumulator held at once, at most; 8 MiB in float32."""
+MAX_FOLDED = 2.0**40
+"""Bound of what q may be multiplied by, or divided, first: then no denormal number costs bits that count."""
 
 
 class Blocks(NamedTuple):
@@ -78,6 +84,21 @@ class _Scoring:
     softcap: float
     alibi_slopes: Array | None
     sinks: Array | None
+    careful: bool
+
+    @classmethod
+    def of(
+        cls, dtype: np.dtype[Any], alibi_slopes: Array | None, sinks: Array | None, seqlen: int, **options: Any
+    ) -> _Scoring:
+        """From what `forward` takes; careful from the start where the work dtype cannot hold the options."""
+        slopes = None if alibi_slopes is None else np.atleast_2d(np.asarray(alibi_slopes))
+        largest = float(np.finfo(dtype).max)
+        bias = 0.0 if slopes is None else seqlen * float(np.abs(slopes).max(initial=0))
+        sink = 0.0 if sinks is None else float(np.abs(sinks, dtype=np.float64).max(initial=0, where=~np.isinf(sinks)))
+        factor = options["softmax_scale"] / (options["softcap"] or 1.0)
+        fits = bias < largest / 4 and sink < largest / 4 and options["softcap"] < MAX_FOLDED
+        careful = not (fits and 1 / MAX_FOLDED < factor < MAX_FOLDED)
+        return cls(**options, alibi_slopes=slopes, sinks=sinks, careful=careful)
 
     def slopes(self, entries: slice, heads: slice) -> Array | None:
         """The slopes of a slab, (1 or batch, heads)."""
@@ -159,17 +180,18 @@ def forward(
     >>> out[0, :, 0, 0].tolist()
     [1.0, 1.0]
     """
-    dtype = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
-    scoring = _Scoring(
-        softmax_scale,
-        window_left,
-        window_right,
-        softcap,
-        None if alibi_slopes is None else np.atleast_2d(np.asarray(alibi_slopes, dtype=dtype)),
-        None if sinks is None else np.asarray(sinks, dtype=dtype),
-    )
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
-        _forward(q, k, v, out, lse, scoring, _Workspace(dtype))
+        scoring = _Scoring.of(
+            work_dtype(q),
+            alibi_slopes,
+            sinks,
+            q.shape[1] + k.shape[1],
+            softmax_scale=softmax_scale,
+            window_left=window_left,
+            window_right=window_right,
+            softcap=softcap,
+        )
+        _forward(q, k, v, out, lse, scoring, _workspaces(q))
 
 
 def varlen_forward(
@@ -182,6 +204,7 @@ def varlen_forward(
     out: Array,
     lse: Array | None,
     *,
+    fresh: bool = False,
     softmax_scale: float,
     window_left: int | None,
     window_right: int | None,
@@ -194,38 +217,85 @@ def varlen_forward(
     Parameters
     ----------
     q, k, v, out : array, (total, num_heads, head_dim or head_dim_v)
-        Rows that belong to no sequence are neither read nor written.
     cu_seqlens_q, cu_seqlens_k : integer array, (batch + 1,)
+        Any numbers; read as `cufa.reference` says.
     seqused_k : integer array or None, (batch,)
         Live keys of each sequence; what lies behind them is not read.
     lse : array or None, (num_heads_q, total_q)
+        -inf in rows that belong to no sequence.
+    fresh : bool
+        Rows of `out` that belong to no sequence become 0; without, they are not written.
     softmax_scale, window_left, window_right, softcap, alibi_slopes, sinks
         As in `forward`.
     """
-    dtype = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
-    slopes = None if alibi_slopes is None else np.atleast_2d(np.asarray(alibi_slopes, dtype=dtype))
-    scoring = _Scoring(
-        softmax_scale,
-        window_left,
-        window_right,
-        softcap,
-        slopes,
-        None if sinks is None else np.asarray(sinks, dtype=dtype),
-    )
-    workspace = _Workspace(dtype)
-    starts_q, starts_k = np.asarray(cu_seqlens_q).tolist(), np.asarray(cu_seqlens_k).tolist()
-    lengths_k = (np.diff(cu_seqlens_k) if seqused_k is None else np.asarray(seqused_k)).tolist()
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
-        for n, length_k in enumerate(lengths_k):
-            rows, keys = slice(starts_q[n], starts_q[n + 1]), slice(starts_k[n], starts_k[n] + length_k)
-            own = slopes[n : n + 1] if slopes is not None and len(slopes) > 1 else slopes
+        scoring = _Scoring.of(
+            work_dtype(q),
+            alibi_slopes,
+            sinks,
+            q.shape[0] + k.shape[0],
+            softmax_scale=softmax_scale,
+            window_left=window_left,
+            window_right=window_right,
+            softcap=softcap,
+        )
+        workspaces, stop = _workspaces(q), 0
+        for rows, keys, own in sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, len(q), len(k), scoring):
+            _clear(slice(stop, rows.start), out if fresh else None, lse)
+            stop = rows.stop
             lse_n = None if lse is None else lse[None, :, rows]
-            qkv_out = q[None, rows], k[None, keys], v[None, keys], out[None, rows]
-            _forward(*qkv_out, lse_n, replace(scoring, alibi_slopes=own), workspace)
+            _forward(q[None, rows], k[None, keys], v[None, keys], out[None, rows], lse_n, own, workspaces)
+        _clear(slice(stop, len(q)), out if fresh else None, lse)
+
+
+def work_dtype(q: Array) -> np.dtype[Any]:
+    """What is computed in, as long as its range is wide enough."""
+    return np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
+
+
+def _workspaces(q: Array) -> tuple[_Workspace, _Workspace]:
+    """Of the first attempt, and of the careful one."""
+    return _Workspace(work_dtype(q)), _Workspace(np.dtype(np.float64))
+
+
+def sequences(
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    seqused_k: Array | None,
+    total_q: int,
+    total_k: int,
+    scoring: _Scoring,
+) -> Iterator[tuple[slice, slice, _Scoring]]:
+    """Rows, live keys and scoring of each sequence; offsets are clamped as `cufa.reference` says."""
+    offsets_q, offsets_k = (
+        np.clip(np.maximum.accumulate(np.asarray(given)), 0, total).tolist()
+        for given, total in ((cu_seqlens_q, total_q), (cu_seqlens_k, total_k))
+    )
+    lengths = np.diff(offsets_k)
+    lengths = (lengths if seqused_k is None else np.clip(seqused_k, 0, lengths)).tolist()
+    slopes = scoring.alibi_slopes
+    for n, length in enumerate(lengths):
+        own = slopes[n : n + 1] if slopes is not None and len(slopes) > 1 else slopes
+        rows, keys = slice(offsets_q[n], offsets_q[n + 1]), slice(offsets_k[n], offsets_k[n] + length)
+        yield rows, keys, replace(scoring, alibi_slopes=own)
+
+
+def _clear(rows: slice, out: Array | None, lse: Array | None) -> None:
+    """Rows of no sequence."""
+    if out is not None:
+        out[rows] = 0
+    if lse is not None:
+        lse[:, rows] = -np.inf
 
 
 def _forward(
-    q: Array, k: Array, v: Array, out: Array, lse: Array | None, scoring: _Scoring, workspace: _Workspace
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array | None,
+    scoring: _Scoring,
+    workspaces: tuple[_Workspace, _Workspace],
 ) -> None:
     batch, seqlen_q, num_heads_q, head_dim = q.shape
     seqlen_k, num_heads_k, head_dim_v = v.shape[1:]
@@ -239,16 +309,14 @@ def _forward(
             # (batch, heads, rows, columns): what np.matmul takes a batch of
             keys, values = (x[entries, :, heads_k].swapaxes(1, 2) for x in (k, v))
             for rows in _cuts(seqlen_q, blocks.block_m):
-                slab = _Slab(
-                    scoring,
-                    workspace,
-                    scoring.slopes(entries, heads),
-                    None if scoring.sinks is None else scoring.sinks[heads],
-                    rows,
-                    seqlen_k - seqlen_q,
-                    group,
-                )
-                acc, row_lse = slab.attend(q[entries, rows, heads], keys, values, blocks.block_n)
+                slab = _Slab(scoring, workspaces[0], entries, heads, rows, seqlen_k - seqlen_q, group)
+                found = None
+                if not scoring.careful:
+                    found = slab.attend(q[entries, rows, heads], keys, values, blocks.block_n)
+                if found is None:
+                    slab = replace(slab, workspace=workspaces[1], careful=True)
+                    found = slab.attend(q[entries, rows, heads], keys, values, blocks.block_n)
+                acc, row_lse = found  # type: ignore[misc]  # the careful one always finds
                 out[entries, rows, heads] = acc.swapaxes(1, 2)
                 if lse is not None:
                     lse[entries, heads, rows] = row_lse
@@ -259,72 +327,160 @@ def _cuts(stop: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, stop)) for start in range(0, stop, step))
 
 
+def select_matmul(a: Array, b: Array, keep: Array | None) -> Array:
+    """a @ b, where entries of a outside `keep`, which are 0, do not count whatever their rows of b hold.
+
+    None keeps all. Rows of b that hold NaN or Inf count as IEEE arithmetic has it elsewhere.
+    """
+    finite = np.isfinite(b)
+    product: Array = a @ np.where(finite, b, 0)
+    if finite.all():
+        return product
+    inside = np.ones(a.shape[-2:], dtype=bool) if keep is None else keep
+
+    def met(chosen: Any, kind: Array) -> Any:
+        """Whether a chosen entry of a's row meets that kind of number in b's column."""
+        return np.matmul(np.asarray(chosen, dtype=a.dtype), kind.astype(a.dtype)) > 0
+
+    plus, minus = np.isposinf(b), np.isneginf(b)
+    up, down, zero = a > 0, a < 0, inside & (a == 0)
+    product[met(up, plus) | met(down, minus)] += np.inf
+    product[met(up, minus) | met(down, plus)] -= np.inf
+    product[met(zero, plus | minus) | met(np.broadcast_to(inside, a.shape), np.isnan(b))] = np.nan
+    return product
+
+
 @dataclass(frozen=True)
 class _Slab:
     """Some rows of some heads of some batch entries, and their way through the keys."""
 
     scoring: _Scoring
     workspace: _Workspace
-    slopes: Array | None
-    sinks: Array | None
+    entries: slice
+    heads: slice
     rows: slice
     offset: int
     group: int
+    careful: bool = False
 
-    def attend(self, q: Array, k: Array, v: Array, block_n: int) -> tuple[Array, Array]:
+    @property
+    def slopes(self) -> Array | None:
+        """(1 or batch, heads)."""
+        slopes = self.scoring.slopes(self.entries, self.heads)
+        return None if slopes is None else slopes.astype(self.workspace.dtype)
+
+    @property
+    def sinks(self) -> Array | None:
+        """(heads,)."""
+        sinks = self.scoring.sinks
+        return None if sinks is None else sinks[self.heads].astype(self.workspace.dtype)
+
+    def attend(self, q: Array, k: Array, v: Array, block_n: int) -> tuple[Array, Array] | None:
         """q (batch, rows, heads, head_dim), k and v (batch, key heads, seqlen_k, ·).
 
-        Returns out (batch, heads, rows, head_dim_v) and lse (batch, heads, rows).
+        Returns out (batch, heads, rows, head_dim_v) and lse (batch, heads, rows); None where care is needed.
         """
-        work, scoring = self.workspace, self.scoring
-        batch, num_rows, heads, head_dim = q.shape
-        # The heads of a group are rows of its key head.
-        shape = (batch, heads // self.group, self.group * num_rows)
-        scaled_q = work.take("q", (batch, heads, num_rows, head_dim))
-        scaled_q[...] = q.swapaxes(1, 2)
-        # Scaling q once is cheaper than scaling every score; so is dividing by the cap.
-        scaled_q *= scoring.softmax_scale / (scoring.softcap if scoring.softcap > 0 else 1.0)
-        scaled_q = scaled_q.reshape(*shape, head_dim)
-
+        work = self.workspace
+        batch, num_rows, heads, _ = q.shape
+        rows = self._scaled(q)
+        shape = rows.shape[:-1]
         row_max, row_sum = work.take("row_max", (*shape, 1)), work.take("row_sum", (*shape, 1))
         acc, product = work.take("acc", (*shape, v.shape[-1])), work.take("product", (*shape, v.shape[-1]))
         self._begin(row_max.reshape(batch, heads, num_rows), row_sum.reshape(batch, heads, num_rows), acc)
-        start, stop = scoring.keys(self.rows.start, self.rows.stop - 1, self.offset, k.shape[2])
+        shrink = self._shrink(v)
+        start, stop = self.scoring.keys(self.rows.start, self.rows.stop - 1, self.offset, k.shape[2])
         for first in range(start, stop, block_n):
             keys = slice(first, min(first + block_n, stop))
             k_block, v_block = work.operand("k", k[:, :, keys]), work.operand("v", v[:, :, keys])
             scores = work.take("scores", (*shape, keys.stop - keys.start))
-            np.matmul(scaled_q, k_block.swapaxes(2, 3), out=scores)
+            np.matmul(rows, k_block.swapaxes(2, 3), out=scores)
+            if not self._in_range(scores):
+                return None
             self._modify(scores.reshape(batch, heads, num_rows, -1), keys)
             decay = self._softmax(scores, row_max, row_sum)
-            np.matmul(scores, v_block, out=product)
+            if self.careful:
+                keep = self.keep(keys)
+                p = scores if keep is None else np.where(keep, scores, 0)
+                product = select_matmul(p, v_block * shrink, keep)
+            else:
+                np.matmul(scores, v_block, out=product)
             acc *= decay
             acc += product
-        # A row that kept no key has the sum 0; whatever a masked NaN left in its accumulator is no output.
+        # A row that kept no key has the sum 0; what its keys' values left in its accumulator is no output.
         empty = row_sum == 0
         np.copyto(acc, 0, where=empty)
         acc /= np.where(empty, 1, row_sum)
+        if shrink != 1.0:  # and no mean is larger than the largest
+            largest = np.finfo(work.dtype).max
+            acc = np.where(np.isinf(acc), acc, np.clip(acc / shrink, -largest, largest))
+        if not (self.careful or np.isfinite(acc).all()):
+            return None
         lse = np.where(np.isposinf(row_max), row_max, row_max + np.log(row_sum))
         return acc.reshape(batch, heads, num_rows, -1), lse.reshape(batch, heads, num_rows)
+
+    def _scaled(self, q: Array) -> Array:
+        """q of a slab in the work dtype, (batch, key heads, rows, head_dim): a group's heads are rows of its key head.
+
+        Scaling q once is cheaper than scaling every score, and so is dividing by the cap; a careful slab does not,
+        since what comes of it may be too large, or so small that bits are lost.
+        """
+        batch, num_rows, heads, head_dim = q.shape
+        scaled = self.workspace.take("q", (batch, heads, num_rows, head_dim))
+        scaled[...] = q.swapaxes(1, 2)
+        if not self.careful:
+            scaled *= self.scoring.softmax_scale / (self.scoring.softcap or 1.0)
+        return scaled.reshape(batch, heads // self.group, self.group * num_rows, head_dim)
+
+    def _in_range(self, products: Array) -> bool:
+        """Whether no product overflowed; +inf is seen in the result, unless a cap hides it."""
+        if self.careful:
+            return True
+        if self.scoring.softcap > 0 and not products.max(initial=0) < np.inf:
+            return False
+        return bool(products.min(initial=0) > -np.inf)
+
+    def _shrink(self, v: Array) -> float:
+        """What v is multiplied by, lest its sums overflow; only float64 arrays can be so large."""
+        if not self.careful or v.dtype != np.float64:
+            return 1.0
+        largest = np.abs(v).max(initial=0, where=np.isfinite(v))
+        return 2.0**-64 if largest > 2.0**900 else 1.0
 
     def _begin(self, row_max: Array, row_sum: Array, acc: Array) -> None:
         """Nothing seen yet, or a sink: a key of score `sink` whose value is 0."""
         acc[...] = 0
-        row_max[...] = -np.inf if self.sinks is None else self.sinks[:, None]
+        sinks = self.sinks
+        row_max[...] = -np.inf if sinks is None else sinks[:, None]
         np.not_equal(row_max, -np.inf, out=row_sum, casting="unsafe")
 
+    def keep(self, keys: slice) -> Array | None:
+        """Which of these keys the rows keep, (rows, keys), a group's heads folded; None if all do."""
+        diagonal = np.arange(self.rows.start + self.offset, self.rows.stop + self.offset)[:, None]
+        j = np.arange(keys.start, keys.stop)
+        left, right = self.scoring.window_left, self.scoring.window_right
+        keep = np.ones((len(diagonal), len(j)), dtype=bool)
+        if right is not None:
+            keep &= j <= diagonal + right
+        if left is not None:
+            keep &= j >= diagonal - left
+        return None if keep.all() else np.tile(keep, (self.group, 1))
+
     def _modify(self, scores: Array, keys: slice) -> None:
-        """Softcap, ALiBi and mask, in place; scores (batch, heads, rows, keys)."""
+        """From products of rows of q and k to scores, in place; scores (batch, heads, rows, keys)."""
         scoring = self.scoring
+        if self.careful:
+            scores *= scoring.softmax_scale
+            scores /= scoring.softcap or 1.0
         if scoring.softcap > 0:
             np.tanh(scores, out=scores)
             scores *= scoring.softcap
         diagonal = np.arange(self.rows.start + self.offset, self.rows.stop + self.offset)[:, None]
         j = np.arange(keys.start, keys.stop)
-        if self.slopes is not None:
+        slopes = self.slopes
+        if slopes is not None:
             bias = self.workspace.take("bias", scores.shape)
             distance = np.abs(diagonal - j).astype(scores.dtype)
-            np.multiply(self.slopes[:, :, None, None], distance, out=bias)
+            np.multiply(slopes[:, :, None, None], distance, out=bias)
             scores -= bias
         left, right = scoring.window_left, scoring.window_right
         if right is not None and keys.stop - 1 > self.rows.start + self.offset + right:
@@ -337,7 +493,8 @@ class _Slab:
         new_max = np.maximum(row_max, scores.max(axis=-1, keepdims=True))
         # Where nothing is kept yet, subtracting 0 makes every exponential 0; subtracting -inf would make NaN.
         shift = np.where(np.isneginf(new_max), scores.dtype.type(0), new_max)
-        decay: Array = np.exp(row_max - shift)
+        # A sink of +inf stays the maximum; inf - inf would make NaN of it.
+        decay: Array = np.exp(np.where(row_max == shift, 0, row_max - shift))
         scores -= shift
         np.exp(scores, out=scores)
         row_sum *= decay

@@ -3,16 +3,34 @@
 Blocked as `_cpu` is: for some key heads of some batch entries, a block of queries, the heads of a group folded into its
 rows, meets one block of keys after the other. Probabilities come back from the scores and lse in one step,
 ``p = exp(s - lse)`` (Dao et al., *FlashAttention*, 2022, Algorithm 4). dk and dv of the slab add up in the work dtype.
+
+Gradients that are not finite are computed once more, carefully, as `_cpu` does; so are those whose lse is so large that
+its own rounding makes probabilities of more than 1.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._cpu import Array, _cuts, _Scoring, _Slab, _Workspace, block_sizes
+from ._cpu import (
+    Array,
+    _cuts,
+    _Scoring,
+    _Slab,
+    _Workspace,
+    _workspaces,
+    block_sizes,
+    select_matmul,
+    sequences,
+    work_dtype,
+)
+
+MAX_LSE = 2.0**10
+"""Beyond it, scores less a lse in float32 are far from what they should be."""
+MAX_EXACT_LSE = 2.0**39
+"""The same in float64."""
 
 
 def backward(
@@ -60,20 +78,22 @@ def backward(
     >>> dv.ravel().round(9).tolist()  # the first key gets all of the first row and half of the second
     [1.5, 0.5]
     """
-    dtype = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
-    scoring = _Scoring(
-        softmax_scale,
-        window_left,
-        window_right,
-        softcap,
-        None if alibi_slopes is None else np.atleast_2d(np.asarray(alibi_slopes, dtype=dtype)),
-        None if sinks is None else np.asarray(sinks, dtype=dtype),
-    )
-    sums = np.zeros(q.shape[2], dtype)  # of the sinks' gradients
+    sums = np.zeros(q.shape[2])  # of the sinks' gradients
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
-        _backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, sums, scoring, _Workspace(dtype))
-    if dsinks is not None:
-        dsinks[...] = sums
+        scoring = _Scoring.of(
+            work_dtype(q),
+            alibi_slopes,
+            sinks,
+            q.shape[1] + k.shape[1],
+            softmax_scale=softmax_scale,
+            window_left=window_left,
+            window_right=window_right,
+            softcap=softcap,
+        )
+        given = _Given(dout, q, k, v, out, lse, dlse)
+        _backward(given, dq, dk, dv, sums, scoring, _workspaces(q))
+        if dsinks is not None:
+            dsinks[...] = sums
 
 
 def varlen_backward(
@@ -106,33 +126,30 @@ def varlen_backward(
     dout, q, k, v, out, dq, dk, dv : array, (total, num_heads, head_dim or head_dim_v)
         Gradients of rows that belong to no sequence, or are not live, become 0.
     cu_seqlens_q, cu_seqlens_k : integer array, (batch + 1,)
+        Any numbers; read as `cufa.reference` says.
     seqused_k : integer array or None, (batch,)
     lse, dlse : array, (num_heads_q, total_q)
         `dlse` may be None.
     dsinks, softmax_scale, window_left, window_right, softcap, alibi_slopes, sinks
         As in `backward`.
     """
-    dtype = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
-    slopes = None if alibi_slopes is None else np.atleast_2d(np.asarray(alibi_slopes, dtype=dtype))
-    scoring = _Scoring(
-        softmax_scale,
-        window_left,
-        window_right,
-        softcap,
-        slopes,
-        None if sinks is None else np.asarray(sinks, dtype=dtype),
-    )
-    workspace = _Workspace(dtype)
-    sums = np.zeros(q.shape[1], dtype)  # of the sinks' gradients
+    sums = np.zeros(q.shape[1])  # of the sinks' gradients
     for gradient in (dq, dk, dv):
         gradient[...] = 0
-    starts_q, starts_k = np.asarray(cu_seqlens_q).tolist(), np.asarray(cu_seqlens_k).tolist()
-    lengths_k = (np.diff(cu_seqlens_k) if seqused_k is None else np.asarray(seqused_k)).tolist()
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
-        for n, length_k in enumerate(lengths_k):
-            rows, keys = slice(starts_q[n], starts_q[n + 1]), slice(starts_k[n], starts_k[n] + length_k)
-            own = slopes[n : n + 1] if slopes is not None and len(slopes) > 1 else slopes
-            _backward(
+        scoring = _Scoring.of(
+            work_dtype(q),
+            alibi_slopes,
+            sinks,
+            q.shape[0] + k.shape[0],
+            softmax_scale=softmax_scale,
+            window_left=window_left,
+            window_right=window_right,
+            softcap=softcap,
+        )
+        workspaces = _workspaces(q)
+        for rows, keys, own in sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, len(q), len(k), scoring):
+            given = _Given(
                 dout[None, rows],
                 q[None, rows],
                 k[None, keys],
@@ -140,81 +157,122 @@ def varlen_backward(
                 out[None, rows],
                 lse[None, :, rows],
                 None if dlse is None else dlse[None, :, rows],
-                dq[None, rows],
-                dk[None, keys],
-                dv[None, keys],
-                sums,
-                replace(scoring, alibi_slopes=own),
-                workspace,
             )
-    if dsinks is not None:
-        dsinks[...] = sums
+            _backward(given, dq[None, rows], dk[None, keys], dv[None, keys], sums, own, workspaces)
+        if dsinks is not None:
+            dsinks[...] = sums
+
+
+class _Given(NamedTuple):
+    """What the gradients of a dense problem are made of."""
+
+    dout: Array
+    q: Array
+    k: Array
+    v: Array
+    out: Array
+    lse: Array
+    dlse: Array | None
 
 
 def _backward(
-    dout: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    out: Array,
-    lse: Array,
-    dlse: Array | None,
+    given: _Given,
     dq: Array,
     dk: Array,
     dv: Array,
     dsinks: Array,
     scoring: _Scoring,
-    workspace: _Workspace,
+    workspaces: tuple[_Workspace, _Workspace],
 ) -> None:
-    batch, seqlen_q, num_heads_q, head_dim = q.shape
-    seqlen_k, num_heads_k, head_dim_v = v.shape[1:]
+    """Gradients of a dense problem, written into dq, dk and dv, and added to dsinks."""
+    batch, seqlen_q, num_heads_q, head_dim = given.q.shape
+    seqlen_k, num_heads_k, head_dim_v = given.v.shape[1:]
     if not num_heads_k:
         return
     group = num_heads_q // num_heads_k
     blocks = block_sizes(batch, seqlen_q, seqlen_k, num_heads_q, num_heads_k, head_dim, head_dim_v)
+    exact = given.lse.dtype == np.float64
     for entries in _cuts(batch, blocks.batch):
         for heads_k in _cuts(num_heads_k, blocks.num_heads_k):
             heads = slice(heads_k.start * group, heads_k.stop * group)
-            # (batch, heads, rows, columns): what np.matmul takes a batch of
-            keys, values = (x[entries, :, heads_k].swapaxes(1, 2) for x in (k, v))
-            dkeys, dvalues = (workspace.take(f"d{name}", x.shape) for name, x in (("k", keys), ("v", values)))
-            dkeys[...] = dvalues[...] = 0
-            for rows in _cuts(seqlen_q, blocks.block_m):
-                at = (entries, rows, heads)
-                slab = _SlabBackward(
-                    scoring,
-                    workspace,
-                    scoring.slopes(entries, heads),
-                    None if scoring.sinks is None else scoring.sinks[heads],
-                    rows,
-                    seqlen_k - seqlen_q,
-                    group,
-                )
-                row_lse = lse[entries, heads, rows]
-                delta = slab.delta(dout[at], out[at], None if dlse is None else dlse[entries, heads, rows])
-                dq[at] = slab.differentiate(
-                    dout[at], q[at], keys, values, row_lse, delta, dkeys, dvalues, blocks.block_n
-                ).swapaxes(1, 2)
-                if scoring.sinks is not None:
-                    dsinks[heads] -= slab.sink_share(row_lse, delta)
-            dk[entries, :, heads_k] = dkeys.swapaxes(1, 2)
-            dv[entries, :, heads_k] = dvalues.swapaxes(1, 2)
+            lse = given.lse[entries, heads]
+            largest = np.abs(lse).max(initial=0, where=~np.isneginf(lse))
+            careful = scoring.careful or not largest <= (MAX_EXACT_LSE if exact else MAX_LSE)
+            part = _Part(scoring, workspaces[careful], entries, heads_k, heads, blocks.block_m, blocks.block_n, careful)
+            share = part.differentiate(given, dq, dk, dv)
+            if share is None:
+                share = part._replace(workspace=workspaces[1], careful=True).differentiate(given, dq, dk, dv)
+            dsinks[heads] += share
+
+
+class _Part(NamedTuple):
+    """Some key heads of some batch entries, whose dk and dv add up in the workspace."""
+
+    scoring: _Scoring
+    workspace: _Workspace
+    entries: slice
+    heads_k: slice
+    heads: slice
+    block_m: int
+    block_n: int
+    careful: bool
+
+    def differentiate(self, given: _Given, dq: Array, dk: Array, dv: Array) -> Array | None:
+        """Write dq, dk and dv; the share of dsinks, by head, or None where care is needed."""
+        dout, q, k, v, out, lse, dlse = given
+        entries, heads_k, heads = self.entries, self.heads_k, self.heads
+        # (batch, heads, rows, columns): what np.matmul takes a batch of
+        keys, values = (x[entries, :, heads_k].swapaxes(1, 2) for x in (k, v))
+        dkeys, dvalues = (self.workspace.take(f"d{name}", x.shape) for name, x in (("k", keys), ("v", values)))
+        dkeys[...] = dvalues[...] = 0
+        dsinks = np.zeros(heads.stop - heads.start)
+        group = len(dsinks) // (heads_k.stop - heads_k.start)
+        for rows in _cuts(q.shape[1], self.block_m):
+            at, in_lse = (entries, rows, heads), (entries, heads, rows)
+            offset = k.shape[1] - q.shape[1]
+            slab = _SlabBackward(self.scoring, self.workspace, entries, heads, rows, offset, group, self.careful)
+            delta = slab.delta(dout[at], out[at], None if dlse is None else dlse[in_lse], k.shape[1])
+            found = slab.differentiate(dout[at], q[at], keys, values, lse[in_lse], delta, dkeys, dvalues, self.block_n)
+            if found is None:
+                return None
+            dq[at] = found.swapaxes(1, 2)
+            dsinks -= slab.sink_share(lse[in_lse], delta)
+        if not self.careful and not all(np.isfinite(x).all() for x in (dkeys, dvalues, dsinks)):
+            return None
+        dk[entries, :, heads_k], dv[entries, :, heads_k] = dkeys.swapaxes(1, 2), dvalues.swapaxes(1, 2)
+        return dsinks
 
 
 class _SlabBackward(_Slab):
     """Some rows of some heads of some batch entries, and their way through the keys once more."""
 
-    def delta(self, dout: Array, out: Array, dlse: Array | None) -> Array:
+    def delta(self, dout: Array, out: Array, dlse: Array | None, seqlen_k: int) -> Array:
         """What is subtracted from a row's dp: dout · out, less dlse; (batch, heads, rows)."""
         dtype = self.workspace.dtype
         delta: Array = np.einsum("bmhd,bmhd->bhm", dout.astype(dtype), out.astype(dtype))
+        if self.careful:  # of a row that keeps no key dout does not count, whatever it holds
+            delta = np.where(self._seeing(seqlen_k), delta, 0)
         return delta if dlse is None else delta - dlse.astype(dtype)
+
+    def _seeing(self, seqlen_k: int) -> Array:
+        """Whether each row keeps a key."""
+        scoring = self.scoring
+        diagonal = np.arange(self.rows.start + self.offset, self.rows.stop + self.offset)
+        start = 0 if scoring.window_left is None else np.maximum(diagonal - scoring.window_left, 0)
+        stop = seqlen_k
+        if scoring.window_right is not None:
+            stop = np.minimum(diagonal + scoring.window_right + 1, seqlen_k)
+        seeing: Array = np.broadcast_to(start < stop, diagonal.shape)
+        return seeing
 
     def sink_share(self, lse: Array, delta: Array) -> Array:
         """The sum, by head, of what the sink takes of each row times delta."""
-        assert self.sinks is not None
-        share = np.where(np.isneginf(lse), 0, np.exp(self.sinks[:, None] - lse))
-        taken: Array = np.where(share != 0, share * delta, 0).sum(axis=(0, 2))
+        if self.sinks is None:
+            return np.zeros(lse.shape[1])
+        sinks = self.sinks[:, None]
+        # A sink that alone makes up lse has probability 1, +inf included.
+        share = np.where(np.isneginf(lse), 0, np.where(sinks == lse, 1, np.exp(sinks - lse)))
+        taken: Array = np.where(share != 0, share * delta, 0).sum(axis=(0, 2), dtype=np.float64)
         return taken
 
     def differentiate(
@@ -228,23 +286,20 @@ class _SlabBackward(_Slab):
         dk: Array,
         dv: Array,
         block_n: int,
-    ) -> Array:
-        """dq (batch, heads, rows, head_dim) of these rows; adds their share to dk and dv.
+    ) -> Array | None:
+        """dq (batch, heads, rows, head_dim) of these rows; adds their share to dk and dv. None where care is needed.
 
         dout and q (batch, rows, heads, ·), k, v, dk and dv (batch, key heads, seqlen_k, ·), lse and delta (batch,
         heads, rows).
         """
         work, scoring = self.workspace, self.scoring
         batch, num_rows, heads, head_dim = q.shape
-        # The heads of a group are rows of its key head.
-        shape = (batch, heads // self.group, self.group * num_rows)
-        cap = scoring.softcap if scoring.softcap > 0 else 1.0
-        scaled_q = work.take("q", (batch, heads, num_rows, head_dim))
-        scaled_q[...] = q.swapaxes(1, 2)
-        scaled_q *= scoring.softmax_scale / cap
-        scaled_q = scaled_q.reshape(*shape, head_dim)
+        rows = self._scaled(q)
+        shape = rows.shape[:-1]
         d_rows = work.take("dout", (batch, heads, num_rows, dout.shape[-1]))
         d_rows[...] = dout.swapaxes(1, 2)
+        if self.careful:
+            np.copyto(d_rows, 0, where=~self._seeing(k.shape[2])[:, None])
         d_rows = d_rows.reshape(*shape, dout.shape[-1])
         # A row without keys has lse -inf; its probabilities are exp(s - inf), and its dout may be anything.
         empty = np.isneginf(lse).reshape(*shape, 1)
@@ -254,24 +309,46 @@ class _SlabBackward(_Slab):
 
         dq = work.take("dq", (*shape, head_dim))
         dq[...] = 0
+        # What q was multiplied by, which is in dk twice otherwise.
+        factor = work.dtype.type(scoring.softmax_scale if self.careful else scoring.softcap or 1.0)
         start, stop = scoring.keys(self.rows.start, self.rows.stop - 1, self.offset, k.shape[2])
         for first in range(start, stop, block_n):
             keys = slice(first, min(first + block_n, stop))
             k_block, v_block = work.operand("k", k[:, :, keys]), work.operand("v", v[:, :, keys])
             scores, ds = (work.take(name, (*shape, keys.stop - keys.start)) for name in ("scores", "ds"))
-            np.matmul(scaled_q, k_block.swapaxes(2, 3), out=scores)
-            slope: Any = 1.0
-            if scoring.softcap > 0:
-                slope = 1 - np.tanh(scores) ** 2
+            np.matmul(rows, k_block.swapaxes(2, 3), out=scores)
+            if not self._in_range(scores):
+                return None
+            slope = self._slope(scores)
             self._modify(scores.reshape(batch, heads, num_rows, -1), keys)
             scores -= subtracted
+            if self.careful:  # a rounded lse may be less than a score
+                np.minimum(scores, 0, out=scores)
             p = np.exp(scores, out=scores)
             np.matmul(d_rows, v_block.swapaxes(2, 3), out=ds)
             ds -= delta
             ds *= p
             ds *= slope
-            dv[:, :, keys] += p.swapaxes(2, 3) @ d_rows
-            dk[:, :, keys] += (ds.swapaxes(2, 3) @ scaled_q) * work.dtype.type(cap)
-            dq += ds @ k_block
+            if not self.careful:
+                dv[:, :, keys] += p.swapaxes(2, 3) @ d_rows
+                dk[:, :, keys] += (ds.swapaxes(2, 3) @ rows) * factor
+                dq += ds @ k_block
+                continue
+            keep = self.keep(keys)
+            if keep is not None:
+                p, ds = np.where(keep, p, 0), np.where(keep, ds, 0)
+            kept = None if keep is None else keep.T
+            dv[:, :, keys] += select_matmul(p.swapaxes(2, 3), d_rows, kept)
+            dk[:, :, keys] += select_matmul(ds.swapaxes(2, 3), rows, kept) * factor
+            dq += select_matmul(ds, k_block, keep)
         dq *= scoring.softmax_scale
+        if not (self.careful or np.isfinite(dq).all()):
+            return None
         return dq.reshape(batch, heads, num_rows, head_dim)
+
+    def _slope(self, products: Array) -> Any:
+        """By what the softcap changes a score when the product changes."""
+        scoring = self.scoring
+        if scoring.softcap == 0:
+            return 1.0
+        return 1 - np.tanh(products * (scoring.softmax_scale / scoring.softcap) if self.careful else products) ** 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from ._arrays import ALIGNMENT, CPU, Adapter, Layout, Spec, contiguous
+from ._arrays import ALIGNMENT, CPU, Adapter, Address, Layout, Refused, Spec, contiguous
 from .errors import UnsupportedError
 
 
@@ -15,19 +15,27 @@ class DLPackAdapter(Adapter):
     name = "dlpack"
 
     def view(self, array: Any) -> tuple[int, Layout]:
-        tensor, capsule, read_only = _dlpack_tensor(array)
-        pointer = (tensor.data or 0) + tensor.byte_offset
+        return self._view(array, {})
+
+    def view_written(self, array: Any) -> tuple[int, Layout]:
+        return self._view(array, {"copy": False})
+
+    def _view(self, array: Any, wish: dict[str, Any]) -> tuple[int, Layout]:
+        tensor, capsule, flags = _dlpack_tensor(array, wish)
+        pointer = Address(tensor.data + tensor.byte_offset if tensor.data else 0)
+        # What is exported may be a copy, which the capsule alone keeps alive. Its deleter frees it in the order of the
+        # stream that was named to the exporter, on which cufa's kernels run; so after the launch it may go.
+        pointer.owner = capsule
         ndim = tensor.ndim
         shape = tuple(tensor.shape[:ndim])
         strides = tuple(tensor.strides[:ndim]) if tensor.strides else contiguous(shape)
         dtype = (tensor.code, tensor.bits, tensor.lanes)
         device = (tensor.device_type, tensor.device_id)
         module = type(array).__module__.partition(".")[0]
-        del capsule  # the caller holds the array for as long as the address is used
-        return pointer, (self, (module, shape), strides, dtype, device, pointer % ALIGNMENT, not read_only)
+        return pointer, (self, (module, shape), strides, dtype, device, pointer % ALIGNMENT, flags)
 
     def spec(self, layout: Layout) -> Spec:
-        _, named_shape, strides, dtype, device, misalignment, writable = layout
+        _, named_shape, strides, dtype, device, misalignment, flags = layout
         module, shape = named_shape
         kind, ordinal = device
         if kind not in (_DL_CPU, _DL_CUDA, _DL_CUDA_HOST):
@@ -43,18 +51,30 @@ class DLPackAdapter(Adapter):
             name,
             ordinal if kind == _DL_CUDA else CPU,
             misalignment,
-            writable,
+            not flags & _DL_READ_ONLY,
+            bool(flags & _DL_COPIED),
         )
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
-        if not hasattr(like, "__array_namespace__"):
+        if getattr(like, "__array_namespace__", None) is None:
             raise TypeError(
                 f"{type(like).__name__} has no __array_namespace__, so cufa cannot make an array of its kind for "
                 "the result; pass out=."
             )
         namespace = like.__array_namespace__()
         array = namespace.empty(shape, dtype=getattr(namespace, dtype), device=like.device)
-        return array, self.view(array)[0]
+        try:
+            pointer, layout = self.view_written(array)
+            spec = self.spec(layout)
+        except Refused as refused:
+            raise refused.of("cufa", "the result that __array_namespace__ made") from refused.__cause__
+        dense = all(a == b or n < 2 for a, b, n in zip(spec.strides, contiguous(shape), shape, strict=True))
+        if not spec.writable or spec.copied or not dense or spec.shape != shape:
+            raise TypeError(
+                f"cufa: {type(like).__name__} has an __array_namespace__ whose empty() makes no array that can be "
+                "written row after row; pass out=."
+            )
+        return array, pointer
 
     def stream(self, array: Any, device: int) -> int:
         return 0
@@ -62,7 +82,7 @@ class DLPackAdapter(Adapter):
 
 _DL_CPU, _DL_CUDA, _DL_CUDA_HOST = 1, 2, 3
 _DL_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
-_DL_READ_ONLY = 1
+_DL_READ_ONLY, _DL_COPIED = 1, 2
 
 
 class _DLTensor(ctypes.Structure):
@@ -102,23 +122,36 @@ _capsule_is_valid = ctypes.pythonapi.PyCapsule_IsValid
 _capsule_is_valid.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
-def _dlpack_tensor(array: Any) -> tuple[_DLTensor, Any, bool]:
-    """Borrow `array` by DLPack: its tensor, the capsule that owns it, and whether it is read-only.
+def _dlpack_tensor(array: Any, wish: dict[str, Any]) -> tuple[_DLTensor, Any, int]:
+    """Borrow `array` by DLPack: its tensor, the capsule that owns it, and its flags.
 
     The capsule is not renamed and its deleter not called: when it is dropped, its own destructor does so.
     """
     on_cuda = array.__dlpack_device__()[0] == _DL_CUDA
     # Stream 1 is the default stream: the producer makes it wait for what is still being written.
-    options: dict[str, Any] = {"stream": 1} if on_cuda else {}
-    try:
-        capsule = array.__dlpack__(max_version=(1, 0), **options)
-    except TypeError:  # a producer from before DLPack 1.0
-        capsule = array.__dlpack__(**options)
+    stream: dict[str, Any] = {"stream": 1} if on_cuda else {}
+    version: dict[str, Any] = {"max_version": (1, 0)}
+    capsule = None
+    for options in (version | stream | wish, version | stream, stream):
+        try:
+            capsule = array.__dlpack__(**options)
+            break
+        except TypeError:  # a producer from before DLPack 1.0, which does not know all of them
+            if options is stream:
+                raise
+        except BufferError as error:  # its word for what it cannot export
+            raise Refused(UnsupportedError, f"is not exported by its __dlpack__ ({error}); pass a copy.") from error
     if _capsule_is_valid(capsule, b"dltensor_versioned"):
         pointer = _capsule_pointer(capsule, b"dltensor_versioned")
         versioned = ctypes.cast(pointer, ctypes.POINTER(_DLManagedTensorVersioned)).contents
         if versioned.major != 1:
-            raise BufferError(f"DLPack version {versioned.major} is not supported; cufa reads version 1.")
-        return versioned.tensor, capsule, bool(versioned.flags & _DL_READ_ONLY)
+            raise Refused(
+                UnsupportedError, f"is exported by DLPack version {versioned.major}; cufa reads version 1 and before."
+            )
+        return versioned.tensor, capsule, versioned.flags
+    if not _capsule_is_valid(capsule, b"dltensor"):
+        raise Refused(
+            TypeError, f"has a __dlpack__ that returned a {type(capsule).__name__}, and not a capsule that is unused."
+        )
     pointer = _capsule_pointer(capsule, b"dltensor")
-    return ctypes.cast(pointer, ctypes.POINTER(_DLManagedTensor)).contents.tensor, capsule, False
+    return ctypes.cast(pointer, ctypes.POINTER(_DLManagedTensor)).contents.tensor, capsule, 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -111,6 +112,11 @@ def cache_dir() -> Path | None:
     return None
 
 
+def cache_dir_is_named() -> bool:
+    """Whether ``CUFA_CACHE_DIR`` names the directory of compiled kernels, which else follows from the home."""
+    return bool(os.environ.get("CUFA_CACHE_DIR", "").strip())
+
+
 def cache_enabled() -> bool:
     """Whether compiled kernels are kept on disk (``CUFA_CACHE``)."""
     return _flag("CUFA_CACHE")
@@ -183,14 +189,25 @@ def _flag(name: str) -> bool:
 
 
 def _path(name: str) -> Path | None:
-    """Read a path; ``~`` is expanded, and a relative path made absolute so that a later chdir is harmless."""
+    """Read a path; ``~`` is expanded, and a relative path made absolute, once, so that a later chdir is harmless."""
     text = os.environ.get(name, "").strip()
     if not text:
         return None
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise _error(name, "a path whose home directory can be found", text)
-    return Path(os.path.abspath(expanded))
+    if os.path.isabs(expanded):
+        return Path(os.path.normpath(expanded))
+    try:
+        return _absolute(name, expanded)
+    except OSError:
+        raise _error(name, "an absolute path, because the working directory is gone", text) from None
+
+
+@cache
+def _absolute(name: str, relative: str) -> Path:
+    """Where a variable with a relative path led when it was first used."""
+    return Path(os.path.abspath(relative))
 
 
 def _error(name: str, expected: str, text: str) -> ValueError:

@@ -9,6 +9,7 @@ from typing import Any
 from . import _arrays, _jit, _launch, _plan, _problem
 from ._arrays import CPU
 from ._problem import Problem
+from .errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,17 @@ return_lse, out
     names = _problem.VARLEN_NAMES if packed else _problem.DENSE_NAMES
     if packed:
         given = (*given, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    options = _problem.options(function, causal, window_size, softmax_scale, softcap)
+    _problem.flag(function, "return_lse", return_lse)
     if _arrays.is_jax(q):
         from .interop import jax
 
-        arrays = jax.view(function, given)
+        if out is not None:
+            raise UnsupportedError(f"{function}: out is not supported for JAX arrays, which cannot be written.")
+        problem = _problem.check(function, arrays := jax.view(function, given), options)
     else:
-        arrays = _arrays.view(function, names, given)
-    options = (causal, window_size, softmax_scale, softcap)
-    problem = _problem.check(function, arrays, options)
+        arrays = _arrays.view(function, names, given, _problem.WRITTEN[function])
+        problem = (_problem.varlen_problem if packed else _problem.dense_problem)(arrays, *options)
     if problem.device == CPU:
         layout = arrays.layouts[0]
         assert layout is not None

@@ -15,16 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import _cache, _env, _launch, _params
+from . import _cache, _env, _forks, _launch, _params, _save
 from ._cache import CubinCache, Entry
 from ._configs import ConfigSm90
 from ._plan import Plan
 from .errors import CompileError, CudaError, MissingKernelError
-
-PROGRESS_AFTER = 0.5
-"""Seconds of compiling after which it is said what takes so long."""
-
-_logger = logging.getLogger("cufa")
 
 
 class Nvrtc(NamedTuple):
@@ -38,6 +33,8 @@ class Nvrtc(NamedTuple):
         Digest that tells builds of one version apart.
     archs : tuple of int
         Compute capabilities it compiles for.
+    bindings : module
+        Kept here, since nothing can be imported while the interpreter ends.
     """
 
     version: tuple[int, int]
@@ -45,6 +42,7 @@ class Nvrtc(NamedTuple):
     found_via: str
     build: str
     archs: tuple[int, ...]
+    bindings: Any
 
 
 class Compiled(NamedTuple):
@@ -99,14 +97,24 @@ def source_of(plan: Plan) -> str:
 @lru_cache(maxsize=1)
 def headers() -> dict[str, bytes]:
     """Every header under ``cuda_src``, by its path there."""
-    package = Path(__file__).parent
-    root = package / "cuda_src"  # installed; in a source tree it lies beside the package
-    if not root.is_dir():
-        root = package.parent / "cuda_src"
-    found = {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*.cuh"))}
-    if not found:
-        raise CompileError(f"cufa: the CUDA sources are missing from {root}; install cufa again.")
-    return found
+    package: Any = Path(__file__).parent
+    if not package.is_dir():  # in a zip file
+        import importlib.resources  # slow to import, and seldom needed
+
+        package = importlib.resources.files(__package__)
+    # Beside the package in a source tree, and in it where it is installed.
+    for root in (package / "cuda_src", package.parent / "cuda_src"):
+        if found := dict(_headers_below(root, "")):
+            return found
+    raise CompileError(f"cufa: the CUDA sources are missing from {package}; install cufa again.")
+
+
+def _headers_below(folder: Any, prefix: str) -> Iterator[tuple[str, bytes]]:
+    for item in sorted(folder.iterdir(), key=lambda item: str(item.name)) if folder.is_dir() else ():
+        if item.name.endswith(".cuh"):
+            yield f"{prefix}{item.name}", item.read_bytes()
+        elif item.is_dir():
+            yield from _headers_below(item, f"{prefix}{item.name}/")
 
 
 @lru_cache(maxsize=1)
@@ -118,14 +126,14 @@ def nvrtc() -> Nvrtc:
     CompileError
         If there is none; the message says what to install.
     """
-    from cuda import pathfinder
-
     try:
-        from cuda.bindings import nvrtc as bindings
+        with _forks.section():
+            from cuda import pathfinder
+            from cuda.bindings import nvrtc as bindings
 
-        found = pathfinder.load_nvidia_dynamic_lib("nvrtc")
-        _, major, minor = _nvrtc_call("nvrtcVersion", bindings.nvrtcVersion())
-        _, archs = _nvrtc_call("nvrtcGetSupportedArchs", bindings.nvrtcGetSupportedArchs())
+            found = pathfinder.load_nvidia_dynamic_lib("nvrtc")
+            _, major, minor = _nvrtc_call("nvrtcVersion", bindings.nvrtcVersion())
+            _, archs = _nvrtc_call("nvrtcGetSupportedArchs", bindings.nvrtcGetSupportedArchs())
     except CompileError:
         raise
     except Exception as error:  # pathfinder and bindings raise classes of their own
@@ -134,7 +142,14 @@ def nvrtc() -> Nvrtc:
             "pip install 'cufa[cuda13]' or 'cufa[cuda12]', whichever CUDA the driver supports."
         ) from error
     path = str(found.abs_path)
-    return Nvrtc((major, minor), path, str(found.found_via), _fingerprint(path), tuple(int(arch) for arch in archs))
+    try:
+        build = _fingerprint(path)
+    except OSError as error:
+        raise CompileError(
+            f"cufa: NVRTC is loaded, but its file {path} cannot be read: {error.strerror or error}. If it was replaced "
+            "or removed while this process ran, start the process again; else install NVRTC again."
+        ) from error
+    return Nvrtc((major, minor), path, str(found.found_via), build, tuple(int(arch) for arch in archs), bindings)
 
 
 def _nvrtc_call(function: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -204,33 +219,38 @@ def compile_source(source: str, options: list[str], what: str) -> Compiled:
     CompileError
         With NVRTC's log.
     """
-    nvrtc()
-    from cuda.bindings import nvrtc as bindings
+    bindings, texts = nvrtc().bindings, headers()
+    with _progress(what), _forks.section():
+        status, compiled = _run_nvrtc(bindings, source, texts, options)
+    saved = _save_source(source, compiled.log)
+    if status != 0:
+        where = f" The source is in {saved}." if saved else " Set CUFA_SAVE_SOURCE to a directory to keep the source."
+        name = getattr(status, "name", status)
+        raise CompileError(f"cufa: compiling {what} failed ({name}).{where}\n{compiled.log}")
+    return compiled
 
-    names, texts = [name.encode() for name in headers()], list(headers().values())
+
+def _run_nvrtc(bindings: Any, source: str, texts: dict[str, bytes], options: list[str]) -> tuple[Any, Compiled]:
+    """The compiler's status and what it made, which has no cubin if that is not 0."""
+    names = [name.encode() for name in texts]
     _, program = _nvrtc_call(
         "nvrtcCreateProgram",
-        bindings.nvrtcCreateProgram(source.encode(), b"kernel.cu", len(names), texts, names),
+        bindings.nvrtcCreateProgram(source.encode(), b"kernel.cu", len(names), list(texts.values()), names),
     )
     try:
         began = time.perf_counter()
-        with _progress(what):
-            (status,) = bindings.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
+        (status,) = bindings.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
         seconds = time.perf_counter() - began
         _, size = _nvrtc_call("nvrtcGetProgramLogSize", bindings.nvrtcGetProgramLogSize(program))
         buffer = bytearray(size)
         bindings.nvrtcGetProgramLog(program, buffer)
         log = buffer.decode(errors="replace").strip("\0 \n")
-        saved = _save(source, log)
-        if status != 0:
-            where = (
-                f" The source is in {saved}." if saved else " Set CUFA_SAVE_SOURCE to a directory to keep the source."
-            )
-            raise CompileError(f"cufa: compiling {what} failed ({getattr(status, 'name', status)}).{where}\n{log}")
-        _, size = _nvrtc_call("nvrtcGetCUBINSize", bindings.nvrtcGetCUBINSize(program))
-        cubin = bytearray(size)
-        _nvrtc_call("nvrtcGetCUBIN", bindings.nvrtcGetCUBIN(program, cubin))
-        return Compiled(bytes(cubin), log, seconds)
+        cubin = bytearray()
+        if status == 0:
+            _, size = _nvrtc_call("nvrtcGetCUBINSize", bindings.nvrtcGetCUBINSize(program))
+            cubin = bytearray(size)
+            _nvrtc_call("nvrtcGetCUBIN", bindings.nvrtcGetCUBIN(program, cubin))
+        return status, Compiled(bytes(cubin), log, seconds)
     finally:
         bindings.nvrtcDestroyProgram(program)
 
@@ -246,41 +266,31 @@ def resources_of(log: str) -> Resources:
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[None]:
-    """Say on an interactive terminal, and in the log, what is being compiled once that takes long."""
+    """Say on an interactive terminal, and in the log, what is being compiled.
+
+    At once and by no other thread: one cannot always be started, and may not run while the interpreter ends. Nor does a
+    stream or a log that fails matter here.
+    """
     wanted = _env.progress()
-    shown = threading.Event()
-
-    def show() -> None:
-        shown.set()
-        _logger.info("compiling %s", what)
-        if wanted or (wanted is None and sys.stderr is not None and sys.stderr.isatty()):
+    _cache.log(logging.INFO, "compiling %s", what)
+    with contextlib.suppress(Exception):
+        if sys.stderr is not None and (wanted or (wanted is None and sys.stderr.isatty())):
             print(f"cufa: compiling {what} ...", file=sys.stderr, flush=True)
-
-    timer = threading.Timer(PROGRESS_AFTER, show)
-    timer.daemon = True
     began = time.perf_counter()
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        if shown.is_set():
-            _logger.info("compiled %s in %.2f s", what, time.perf_counter() - began)
+    yield
+    _cache.log(logging.INFO, "compiled %s in %.2f s", what, time.perf_counter() - began)
 
 
-def _save(source: str, log: str) -> Path | None:
+def _save_source(source: str, log: str) -> Path | None:
     """Keep source, headers and log where ``CUFA_SAVE_SOURCE`` says; trouble in doing so is logged and no more."""
     directory = _env.save_source_dir()
     if directory is None:
         return None
     target = directory / hashlib.sha256(source.encode(), usedforsecurity=False).hexdigest()[:16]
     try:
-        for name, text in {**headers(), "kernel.cu": source.encode(), "log.txt": log.encode()}.items():
-            file = target / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(text)
-    except OSError as error:
-        _logger.warning("the source of a kernel could not be saved: %s", error)
+        _save.save(target, {**headers(), "kernel.cu": source.encode(), "log.txt": log.encode()})
+    except _cache.TROUBLE as error:
+        _cache.log(logging.WARNING, "the source of a kernel could not be saved: %s", error)
         return None
     return target
 
@@ -290,6 +300,16 @@ _kernels: dict[tuple[Plan, int], tuple[Any, ...]] = {}
 _libraries: dict[str, Any] = {}
 _lock = threading.Lock()
 _key_locks: dict[str, threading.Lock] = {}
+
+
+def _renew_locks() -> None:
+    """In a forked child, where those that other threads held would never be released."""
+    global _lock
+    _lock = threading.Lock()
+    _key_locks.clear()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def cache() -> CubinCache:
@@ -369,6 +389,7 @@ def load_kernel(plan: Plan, device: int, stream: int) -> tuple[Any, ...]:
                 f"cufa: {describe(plan)} is not loaded, and the stream is being captured into a CUDA graph, where it "
                 "cannot be; make the same call once before the capture."
             )
+    with _launch.loading(device):
         kernels = _load(plan)
         attribute = _launch.driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         for kernel, smem_bytes in zip(kernels, plan.smem_bytes, strict=True):
@@ -389,7 +410,7 @@ def _load(plan: Plan) -> list[Any]:
         except CudaError as error:
             # Whole and signed, yet the driver refuses it: compile it anew, once.
             path = cache().discard(key)
-            _logger.warning("the driver refused the cached %s: %s %s", describe(plan), error, path or "")
+            _cache.log(logging.WARNING, "the driver refused the cached %s: %s %s", describe(plan), error, path or "")
             library = _load_library(_compile(plan, key).cubin)
         library = _libraries.setdefault(key, library)
     return [_launch.call("cuLibraryGetKernel", library, entry.encode()) for entry in plan.entries]

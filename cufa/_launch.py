@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+from . import _forks
 from ._params import (
     BACKWARD_MAPS_BYTES,
     BACKWARD_POINTERS,
@@ -33,15 +35,25 @@ def driver() -> Any:
     CudaError
         If there is no driver, or it finds no GPU.
     """
-    from cuda.bindings import driver as bindings
-
     try:
-        (status,) = bindings.cuInit(0)
+        with _forks.section():
+            from cuda.bindings import driver as bindings
+
+            (status,) = bindings.cuInit(0)
     except Exception as error:  # the bindings raise classes of their own where the library is missing
         raise CudaError(f"cufa: the CUDA driver cannot be loaded: {error}") from error
+    if status == bindings.CUresult.CUDA_ERROR_NOT_INITIALIZED:  # all that it says to a forked child
+        raise CudaError(
+            f"cufa: the CUDA driver does not start: {_describe(bindings, status)}. A process that is forked from one "
+            "that has used CUDA cannot use it; start it by multiprocessing's 'spawn' or 'forkserver'."
+        )
     if status != 0:
         raise CudaError(f"cufa: the CUDA driver does not start: {_describe(bindings, status)}.")
     return bindings
+
+
+# A child asks anew, and is told why the driver does not work for it.
+os.register_at_fork(after_in_child=driver.cache_clear)
 
 
 def call(function: str, *arguments: Any) -> Any:
@@ -80,17 +92,51 @@ def current(ordinal: int) -> Iterator[None]:
         yield
         return
     handle = call("cuDeviceGet", ordinal)
-    call("cuCtxPushCurrent", call("cuDevicePrimaryCtxRetain", handle))
+    context = call("cuDevicePrimaryCtxRetain", handle)
     try:
-        yield
+        call("cuCtxPushCurrent", context)
+        try:
+            yield
+        finally:
+            call("cuCtxPopCurrent")
     finally:
-        call("cuCtxPopCurrent")
         call("cuDevicePrimaryCtxRelease", handle)
 
 
+@contextmanager
+def loading(ordinal: int) -> Iterator[None]:
+    """`current`, for calls such as loading a library, which break a capture that another thread has under way.
+
+    A capture in global mode, the usual one, does not stand them from any thread but one in relaxed mode. They are no
+    part of what is captured, so that it loses nothing by them.
+    """
+    relaxed = driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = call("cuThreadExchangeStreamCaptureMode", relaxed)
+    try:
+        with current(ordinal):
+            yield
+    finally:
+        call("cuThreadExchangeStreamCaptureMode", before)
+
+
 def is_capturing(stream: int) -> bool:
-    """Whether `stream` is being captured into a CUDA graph."""
-    return bool(call("cuStreamIsCapturing", stream) != driver().CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
+    """Whether `stream` is being captured into a CUDA graph.
+
+    Raises
+    ------
+    CudaError
+        If it is the default stream, and another one that waits for it is being captured.
+    """
+    bindings = driver()
+    status, found = bindings.cuStreamIsCapturing(stream)
+    if status == bindings.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:
+        raise CudaError(
+            "cufa: CUDA's default stream cannot be used while a stream that waits for it is captured into a CUDA "
+            "graph; make the call on another stream, or capture one that does not wait (non_blocking=True)."
+        )
+    if status != 0:
+        raise CudaError(f"cufa: cuStreamIsCapturing failed: {_describe(bindings, status)}.")
+    return bool(found != bindings.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
 
 
 ADDRESS = struct.Struct("@Q")

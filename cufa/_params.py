@@ -30,7 +30,7 @@ FIELDS = (
     *(Field(name, "i") for name in ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "qheads_per_khead")),
     *(Field(name, "i") for name in ("m_blocks", "heads_per_section", "window_left", "window_right")),
     *(Field(name, "f") for name in ("softmax_scale", "softcap", "softcap_inverse", "softcap_exponent")),
-    Field("m_units", "i"),
+    *(Field(name, "i") for name in ("m_units", "units_per_block", "clear_out")),
 )
 POINTERS = 10
 """Leading members that are addresses, in the order that `launch` receives them."""
@@ -52,13 +52,14 @@ TMA_SIZE = -(-(MAPS_BYTES + LAYOUT.size + DEAL_LAYOUT.size) // 64) * 64
 BACKWARD_FIELDS = (
     *(Field(name, "Q") for name in ("dout", "dlse", "dq", "dk", "dv", "dsinks")),
     *(Field(name, "Q") for name in ("row_lse", "row_delta", "dq_sum", "turns", "next_unit", "heads_done")),
+    *(Field(name, "Q") for name in ("offsets_q", "offsets_k", "not_finite", "chains")),
     *(Field(f"{name}_strides", "q", 4) for name in ("dout", "dq", "dk", "dv", "lse", "dlse")),
     Field("workspace_rows", "q"),
     Field("n_blocks", "i"),
     Field("reversed", "i"),
 )
 """The members of ``attention::BackwardParams`` that follow Params there."""
-BACKWARD_POINTERS = 12
+BACKWARD_POINTERS = 16
 
 BACKWARD_LAYOUT = struct.Struct("@" + "".join(f"{field.length}{field.format}" for field in BACKWARD_FIELDS))
 BACKWARD_MAPS_BYTES = 4 * MAP_BYTES
@@ -105,10 +106,10 @@ def tma_static_asserts() -> str:
 
 def pack(problem: Problem, grid: Grid) -> bytes:
     """Params of `problem` with null addresses: what every launch of it shares."""
-    return _pack(problem, grid.m_blocks, grid.heads_per_section, grid.m_units)
+    return _pack(problem, grid.m_blocks, grid.heads_per_section, grid.m_units, grid.units_per_block)
 
 
-def _pack(problem: Problem, m_blocks: int, heads_per_section: int, m_units: int) -> bytes:
+def _pack(problem: Problem, m_blocks: int, heads_per_section: int, m_units: int, units_per_block: int = 1) -> bytes:
     strides = problem.strides
     out = strides.get("out") or contiguous(problem.out_shape)
     lse = contiguous(problem.lse_shape)
@@ -123,7 +124,8 @@ def _pack(problem: Problem, m_blocks: int, heads_per_section: int, m_units: int)
     values += (problem.num_heads_q // max(1, problem.num_heads_k), m_blocks, heads_per_section)
     values += (MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right))
     inverse = 1.0 / problem.softcap if problem.softcap else 0.0
-    values += (problem.softmax_scale, problem.softcap, inverse, 2.0 * inverse / math.log(2.0), m_units)
+    values += (problem.softmax_scale, problem.softcap, inverse, 2.0 * inverse / math.log(2.0))
+    values += (m_units, units_per_block, "out" not in strides)
     return LAYOUT.pack(*values)
 
 
@@ -132,7 +134,7 @@ def _four(strides: tuple[int, ...]) -> tuple[int, ...]:
     return strides if len(strides) == 4 else (0, *strides)
 
 
-def pack_backward(problem: Problem, grid: BackwardGrid, block_m: int) -> bytes:
+def pack_backward(problem: Problem, grid: BackwardGrid) -> bytes:
     """BackwardParams of `problem` with null addresses."""
     strides, values = problem.strides, [0] * BACKWARD_POINTERS
     values += _four(strides["dout"])
@@ -141,7 +143,7 @@ def pack_backward(problem: Problem, grid: BackwardGrid, block_m: int) -> bytes:
     for name in ("lse", "dlse"):  # of batch, heads and rows
         *batch, head, row = strides.get(name, (0, 0, 0))
         values += (batch[0] if batch else 0, row, head, 0)
-    values += (grid.m_blocks * block_m, grid.n_blocks, grid.reversed)
+    values += (grid.workspace_rows, grid.n_blocks, grid.reversed)
     params = _pack(problem, grid.m_blocks, grid.heads_per_section, grid.m_blocks)
     return params + BACKWARD_LAYOUT.pack(*values)
 

@@ -18,6 +18,9 @@ MAX_GRID = (1 << 31) - 1
 PERSISTENT_ROUNDS = 8
 """Rounds of tiles from which on packed sequences, of which no lengths are known, are dealt out evenly enough."""
 
+PASSED_SEQUENCES = 256
+"""Packed sequences that a block without rounds may pass for each of its tiles, on the way to the first of them."""
+
 PAIRED_TILES = 4
 """Tiles of an average packed sequence from which on pairs of them even out a causal mask; shorter ones waste halves."""
 
@@ -36,7 +39,14 @@ gives a causal mask better balance where blocks do not come in rounds. The L2 of
 
 
 ROW_THREADS = 256
-"""Threads a block of kernels that go over rows."""
+"""Threads a block of kernels that go over rows, or offsets."""
+
+SUMMED_ROWS = 16
+"""Rows of an average packed sequence from which on sums of dq are worth their memory, a tile of them at least: the
+kernel that needs none is slower."""
+
+LONG_ROWS = 128
+"""Rows of an average sequence that are no different from more."""
 
 
 class Device(NamedTuple):
@@ -70,27 +80,30 @@ class Plan(NamedTuple):
         """The ``__global__`` functions of the kernel's translation unit, in the order of their launches."""
         if not self.kernel.startswith("attention_backward_"):
             return (self.kernel,)
-        main: tuple[str, ...] = (self.kernel,)
+        before = ("attention_backward_offsets",) if self.config.varlen else ()
+        after = "attention_backward_finish", "attention_backward_repair"
+        return *before, "attention_backward_prepare", *self.main_entries, *after
+
+    @property
+    def main_entries(self) -> tuple[str, ...]:
+        """Those of them that multiply."""
         if self.kernel == "attention_backward_split_sm90":
-            main = "attention_backward_split_keys_sm90", "attention_backward_split_queries_sm90"
-        return "attention_backward_prepare", *main, "attention_backward_finish"
+            return "attention_backward_split_keys_sm90", "attention_backward_split_queries_sm90"
+        return (self.kernel,)
 
     @property
     def threads(self) -> tuple[int, ...]:
         """Threads a block of each."""
-        main = self.config.num_threads
-        if len(self.entries) == 1:
-            return (main,)
-        if len(self.entries) == 4:
-            return ROW_THREADS, main, main, ROW_THREADS
-        assert isinstance(self.config, ConfigBackward)
-        return ROW_THREADS, main, self.config.dq_threads
+        main = tuple(self.config.num_threads for _ in self.main_entries)
+        if not isinstance(self.config, ConfigBackward):
+            return main
+        finish = ROW_THREADS if self.kernel == "attention_backward_split_sm90" else self.config.dq_threads
+        return *((ROW_THREADS,) if self.config.varlen else ()), ROW_THREADS, *main, finish, ROW_THREADS
 
     @property
     def smem_bytes(self) -> tuple[int, ...]:
         """Shared memory a block of each."""
-        main = self.config.smem_bytes
-        return (main,) if len(self.entries) == 1 else (0, *[main] * (len(self.entries) - 2), 0)
+        return tuple(self.config.smem_bytes if entry in self.main_entries else 0 for entry in self.entries)
 
 
 class Grid(NamedTuple):
@@ -106,6 +119,8 @@ class Grid(NamedTuple):
         Units that are dealt to the blocks round by round.
     listed : tuple of tuple of int
         For each block, the tiles it takes after that; empty if there are none for any.
+    units_per_block : int
+        Units that a block of the kernel for sm_80 takes one after the other, if its sequences are `many`.
     """
 
     blocks: int
@@ -114,6 +129,7 @@ class Grid(NamedTuple):
     heads_per_section: int
     round_units: int
     listed: tuple[tuple[int, ...], ...] = ()
+    units_per_block: int = 1
 
 
 @lru_cache(maxsize=1024)
@@ -146,7 +162,7 @@ def make_grid(plan: Plan, problem: Problem, num_sms: int) -> Grid:
     config = plan.config
     heads = problem.batch * problem.num_heads_q // config.pack
     if problem.varlen:
-        # Always enough tiles, without knowing one length: see varlen_tile in attention/scheduler.cuh.
+        # Always enough tiles, without knowing one length: see attention/packed.cuh.
         m_blocks = problem.seqlen_q // config.block_m + problem.batch
         num_tiles = m_blocks * problem.num_heads_q
     else:
@@ -158,9 +174,15 @@ def make_grid(plan: Plan, problem: Problem, num_sms: int) -> Grid:
             f"{problem.function}: {num_tiles} tiles of queries are more than one launch holds ({MAX_GRID}); split the "
             "batch."
         )
-    if not isinstance(config, ConfigSm90) or (problem.varlen and num_tiles < PERSISTENT_ROUNDS * num_sms):
+    # Someone has to clear the rows that are no sequence's, even where there is none.
+    least = 1 if problem.varlen and problem.seqlen_q * problem.num_heads_q > 0 else 0
+    if not isinstance(config, ConfigSm90):
+        units_per_block = max(1, problem.batch // PASSED_SEQUENCES) if problem.static and problem.static.many else 1
+        blocks = max(least, -(-num_tiles // units_per_block))
+        return Grid(blocks, m_blocks, m_blocks, section, num_tiles, units_per_block=units_per_block)
+    if problem.varlen and num_tiles < PERSISTENT_ROUNDS * num_sms:
         # A block a tile. The GPU hands them out in order, longest first.
-        return Grid(num_tiles, m_blocks, m_blocks, section, num_tiles)
+        return Grid(max(least, num_tiles), m_blocks, m_blocks, section, num_tiles)
     # One block an SM works through its share, so that a tile's loads and the last one's output overlap with its
     # neighbours' products.
     blocks = min(num_tiles, num_sms)
@@ -177,8 +199,8 @@ def make_grid(plan: Plan, problem: Problem, num_sms: int) -> Grid:
 
 
 @lru_cache(maxsize=1024)
-def make_backward_plan(static: Static, arch: int, deterministic: bool) -> Plan:
-    """Choose kernel and Config of the gradients.
+def make_backward_plan(static: Static, arch: int, deterministic: bool, average_rows: int = LONG_ROWS) -> Plan:
+    """Choose kernel and Config of the gradients; `average_rows` is `average_rows` of the problem.
 
     Raises
     ------
@@ -186,15 +208,26 @@ def make_backward_plan(static: Static, arch: int, deterministic: bool) -> Plan:
         If the GPU is older than sm_80.
     """
     _check_arch(arch)
-    if arch // 10 == 9 and static.element != "f32" and static.tma and max(static.head_dim, static.head_dim_v) <= 128:
-        reason = "it is the fastest for this GPU"
-        return Plan("attention_backward_sm90", arch, _configs_backward.backward_sm90(static, deterministic), reason)
     if arch // 10 == 9 and static.element != "f32" and static.tma:
-        reason = "it is the fastest for this GPU and head_dims above 128"
+        if max(static.head_dim, static.head_dim_v) > 128:
+            reason = "it is the fastest for this GPU and head_dims above 128"
+        elif static.varlen and average_rows < SUMMED_ROWS:
+            reason = "sequences are so short that sums of dq would take many times the memory of q"
+        else:
+            reason = "it is the fastest for this GPU"
+            config: ConfigBackward = _configs_backward.backward_sm90(static, deterministic, average_rows)
+            return Plan("attention_backward_sm90", arch, config, reason)
         return Plan("attention_backward_split_sm90", arch, _configs_backward.backward_split_sm90(static), reason)
     known = max(each for each in _configs.SHARED_MEMORY if each <= arch)
-    config = _configs_backward.backward_sm80(static, known, deterministic)
+    config = _configs_backward.backward_sm80(static, known, deterministic, average_rows)
     return Plan("attention_backward_sm80", arch, config, _reason(static, arch))
+
+
+def average_rows(problem: Problem) -> int:
+    """Rows of q that an average packed sequence has, as far as they matter: 0, or a power of 2 up to `LONG_ROWS`."""
+    if not problem.varlen or problem.seqlen_q >= LONG_ROWS * problem.batch:
+        return LONG_ROWS
+    return (1 << (problem.seqlen_q // problem.batch).bit_length()) >> 1
 
 
 class BackwardGrid(NamedTuple):
@@ -210,6 +243,8 @@ class BackwardGrid(NamedTuple):
         Key heads that are scheduled side by side.
     reversed : bool
         Whether blocks of keys come from last to first.
+    workspace_rows : int
+        Numbers that row_lse and row_delta have for a query head: of a sequence or, packed, of all of them.
     """
 
     blocks: tuple[int, ...]
@@ -217,6 +252,7 @@ class BackwardGrid(NamedTuple):
     n_blocks: int
     heads_per_section: int
     reversed: bool
+    workspace_rows: int
 
 
 def make_backward_grid(plan: Plan, problem: Problem, num_sms: int) -> BackwardGrid:
@@ -228,8 +264,8 @@ def make_backward_grid(plan: Plan, problem: Problem, num_sms: int) -> BackwardGr
     def blocks_of(length: int, rows: int) -> int:
         if not problem.varlen:
             return -(-length // rows)
-        # Always enough, without knowing one length: see packed_unit in attention/scheduler.cuh.
-        return length // rows + problem.batch if problem.batch else 0
+        # Always enough, without knowing one length: see attention/packed.cuh. Sequences without rows take none.
+        return length // rows + min(problem.batch, length) if problem.batch else 0
 
     m_blocks, n_blocks = blocks_of(problem.seqlen_q, config.block_m), blocks_of(problem.seqlen_k, config.block_n)
     tiles, units = m_blocks * problem.num_heads_q * outer, n_blocks * problem.num_heads_k * outer
@@ -240,16 +276,25 @@ def make_backward_grid(plan: Plan, problem: Problem, num_sms: int) -> BackwardGr
         )
     sinks = problem.num_heads_q if config.sinks else 0
     least = 1 if problem.varlen else 0  # clears the rows that are no sequence's
-    order = m_blocks, n_blocks, *_backward_order(plan, problem, num_sms)
-    if len(plan.entries) == 3:
-        if plan.kernel != "attention_backward_sm90":
-            return BackwardGrid((tiles, units, max(least, tiles + sinks)), *order)
-        # One block an SM takes one unit after the other, counted from where the first kernel sets 0.
-        main = min(max(units, tiles if config.finishes else 0), num_sms)
-        finish = sinks if config.finishes else max(least, tiles + sinks)
-        return BackwardGrid((max(tiles, min(main, 1)), main, finish), *order)
-    query_tiles = blocks_of(problem.seqlen_q, SPLIT_QUERIES)
-    return BackwardGrid((tiles, units, query_tiles * problem.num_heads_q * outer, max(least, sinks)), *order)
+    before = (2,) if problem.varlen else ()
+    repair = min(max(tiles, units), num_sms) if tiles else 0
+    workspace_rows = m_blocks * config.block_m
+    if problem.varlen:
+        workspace_rows = blocks_of(problem.seqlen_q, ALIGNED_ROWS) * ALIGNED_ROWS
+    order = m_blocks, n_blocks, *_backward_order(plan, problem, num_sms), workspace_rows
+    if plan.kernel == "attention_backward_split_sm90":
+        queries = blocks_of(problem.seqlen_q, SPLIT_QUERIES) * problem.num_heads_q * outer
+        return BackwardGrid((*before, tiles, units, queries, max(least, sinks), repair), *order)
+    if plan.kernel == "attention_backward_sm80":
+        return BackwardGrid((*before, tiles, units, max(least, tiles + sinks), repair), *order)
+    # One block an SM takes one unit after the other, counted from where the first kernel sets 0.
+    main = min(max(units, tiles if config.finishes else 0), num_sms)
+    finish = sinks if config.finishes else max(least, tiles + sinks)
+    return BackwardGrid((*before, max(tiles, min(main, 1)), main, finish, repair), *order)
+
+
+ALIGNED_ROWS = 4
+"""Of which the numbers make 16 bytes: ``aligned_rows`` in attention/backward_work.cuh."""
 
 
 SPLIT_QUERIES = 128

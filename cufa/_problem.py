@@ -7,21 +7,30 @@ checked is remembered. Its `static` part is what decides the kernel; the rest ar
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _options, _overlap
 from ._arrays import ALIGNMENT, CPU, Arrays, Layout, Spec
+from ._options import MAX_SEQLEN as MAX_SEQLEN
 from .errors import UnsupportedError
 
+options = _options.plain
+flag = _options.flag
+Plain = _options.Plain
+
 MAX_HEAD_DIM = 256
-MAX_SEQLEN = (1 << 30) - 1
-"""Longest sequence, and widest window; positions and their differences then fit 32 bits."""
 
 LONG = 8192
 """Rows of q from which on a sequence counts as long."""
+
+MANY = 256
+"""Packed sequences from which on there are many."""
 
 MAX_MAP_STRIDE = 1 << 40
 """Bound of a stride in a tensor map, in bytes."""
@@ -42,9 +51,11 @@ NAMES = {
     "attention_varlen_backward": (*VARLEN_NAMES, *BACKWARD_NAMES),
 }
 OUT = DENSE_NAMES.index("out")
-
-FLOAT32_RANGE = 2.0**-126, 2.0**128 - 2.0**104
-"""Of the normal numbers."""
+WRITTEN = {
+    function: tuple(names.index(name) for name in (("dq", "dk", "dv") if "dq" in names else ("out",)))
+    for function, names in NAMES.items()
+}
+"""Indices of what is written."""
 
 
 class Static(NamedTuple):
@@ -66,6 +77,8 @@ class Static(NamedTuple):
         Query heads that share a key head and should share tiles, for want of rows; 1 if none.
     short : bool
         Whether sequences may be so short that what tiles waste along a causal mask's diagonal counts.
+    many : bool
+        Whether packed sequences are so many that a thread block should not look for a single tile among them.
     """
 
     element: str
@@ -81,6 +94,7 @@ class Static(NamedTuple):
     tma: bool
     short: bool
     pack: int = 1
+    many: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,23 +156,19 @@ class Problem:
     def backward(self) -> bool:
         return self.function.endswith("_backward")
 
-
-class Options(NamedTuple):
-    """The keywords that are not arrays, as given."""
-
-    causal: Any
-    window_size: Any
-    softmax_scale: Any
-    softcap: Any
+    @property
+    def lse_dtype(self) -> str:
+        """Of lse, and of dsinks."""
+        return "float64" if self.dtype == "float64" else "float32"
 
 
 def dense_problem(arrays: Arrays, *options: Any) -> Problem:
-    """The problem of ``attention``; arrays in the order of `DENSE_NAMES`, options in that of `Options`."""
+    """The problem of ``attention``; arrays in the order of `DENSE_NAMES`, and the `options` that `options` returned."""
     return _problem("attention", arrays, options)
 
 
 def varlen_problem(arrays: Arrays, *options: Any) -> Problem:
-    """The problem of ``attention_varlen``; arrays in the order of `VARLEN_NAMES`, options in that of `Options`."""
+    """The problem of ``attention_varlen``, likewise; arrays in the order of `VARLEN_NAMES`."""
     return _problem("attention_varlen", arrays, options)
 
 
@@ -168,75 +178,115 @@ def backward_problem(function: str, arrays: Arrays, options: tuple[Any, ...]) ->
 
 
 def check(function: str, arrays: Arrays, options: tuple[Any, ...]) -> Problem:
-    """Check all of a call but what depends on addresses or values."""
-    try:
-        return _checked(function, arrays.layouts, options)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-        # A list as window_size, or a number in an array: right or wrong, it is checked like any other.
-        return _checked.__wrapped__(function, arrays.layouts, options)
+    """Check all of a call but what depends on addresses or values of arrays; the options are plain."""
+    return _checked(function, arrays.layouts, options)
 
 
 def _problem(function: str, arrays: Arrays, options: tuple[Any, ...]) -> Problem:
     problem = check(function, arrays, options)
-    written = ("dq", "dk", "dv") if problem.backward else ("out",)
-    for index in map(NAMES[function].index, written):
+    for index in WRITTEN[function]:
         if arrays.layouts[index] is not None:
             _check_overlap(function, arrays, problem, index)
     if problem.device == CPU and problem.varlen:
-        _check_offsets(function, arrays)
+        _check_offsets(function, [arrays.numpy(index) for index in (0, 1, 6, 7, 8)])
     return problem
 
 
 @lru_cache(maxsize=1024)
-def _checked(function: str, layouts: tuple[Layout | None, ...], options: tuple[Hashable, ...]) -> Problem:
-    return _Check(function, layouts, Options(*options)).problem()
+def _checked(function: str, layouts: tuple[Layout | None, ...], options: tuple[Any, ...]) -> Problem:
+    specs: dict[str, Spec] = {}
+    for name, layout in zip(NAMES[function], layouts, strict=True):
+        if layout is not None:
+            try:
+                specs[name] = layout[0].spec(layout)
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{function}: {name}: {error}") from None
+    return _Check(function, specs, options).problem()
+
+
+def check_host(function: str, arrays: dict[str, NDArray[Any] | None], options: tuple[Any, ...]) -> Plain:
+    """Check NumPy arrays by name as a call does, but for dtypes and limits of size; the options, plain.
+
+    For what computes in float64 whatever it is given: the arrays need not agree in dtype, but must hold real numbers,
+    and integers where offsets are expected.
+    """
+    plain = _options.plain(function, *options)
+    specs = {name: _host_spec(name, array) for name, array in arrays.items() if array is not None}
+    found = _Check(function, specs, plain, limited=False)
+    found.inputs()
+    if "dout" in specs:
+        found.gradients_given()
+    return plain  # offsets may hold anything: `cufa.reference` says how they are read
+
+
+def _host_spec(name: str, array: NDArray[Any]) -> Spec:
+    integers = name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+    wanted = "int32" if integers else "float32" if name in ("alibi_slopes", "sinks", "dlse") else "float64"
+    # Only the dtypes of ml_dtypes are of kind V and have a name of their own.
+    right = array.dtype.kind in "iu" if integers else array.dtype.kind in "iufb" or "float" in array.dtype.name
+    return Spec("numpy", array.shape, array.strides, wanted if right else array.dtype.name, CPU, 0, True)
 
 
 class _Check:
-    """The checks of one call, in the order in which a user would want to hear of them."""
+    """The checks of one call, in the order in which a user would want to hear of them.
 
-    def __init__(self, function: str, layouts: tuple[Layout | None, ...], options: Options) -> None:
+    `limited` is whether sizes must be such as the kernels support.
+    """
+
+    def __init__(
+        self, function: str, specs: dict[str, Spec], options: tuple[Any, ...], *, limited: bool = True
+    ) -> None:
         self.function = function
         self.varlen = function.startswith("attention_varlen")
+        self.specs = specs
         self.options = options
-        self.specs: dict[str, Spec] = {}
-        for name, layout in zip(NAMES[function], layouts, strict=True):
-            if layout is not None:
-                try:
-                    self.specs[name] = layout[0].spec(layout)
-                except UnsupportedError as error:
-                    raise UnsupportedError(f"{function}: {name}: {error}") from None
+        self.limited = limited
 
-    def problem(self) -> Problem:
+    def inputs(self) -> tuple[int | None, int | None, float, float]:
+        """Check what is read by the forward; the options' values are those of `_options.check`."""
         for name in ("q", "k", "v", *(("cu_seqlens_q", "cu_seqlens_k") if self.varlen else ())):
             if name not in self.specs:
                 self.type_error(f"{name} is None; pass an array.")
         q, k, v = (self.specs[name] for name in "qkv")
         self.check_together()
         self.check_shapes(q, k, v)
-        left, right = self.window()
+        values = _options.check(self.function, self.options, q.shape[-1])
         self.check_heads_arrays(q)
         if self.varlen:
             self.check_offsets_arrays()
-        out_shape = (*q.shape[:-1], v.shape[-1])
+        return values
+
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.specs["q"].shape[:-1], self.specs["v"].shape[-1])
+
+    def lse_shape(self) -> tuple[int, ...]:
+        *batch, seqlen_q, num_heads_q, _ = self.specs["q"].shape
+        return (*batch, num_heads_q, seqlen_q)
+
+    def lse_dtypes(self) -> tuple[str, ...]:
+        return ("float64", "float32") if self.specs["q"].dtype == "float64" else ("float32",)
+
+    def gradients_given(self) -> None:
+        """Check the gradients by the results of the forward."""
+        self.check_given("dout", self.out_shape(), self.specs["q"].dtype)
+        if "dlse" in self.specs:
+            self.check_given("dlse", self.lse_shape(), *self.lse_dtypes())
+
+    def problem(self) -> Problem:
+        left, right, softmax_scale, softcap = self.inputs()
+        q, k, v = (self.specs[name] for name in "qkv")
         batch = self.specs["cu_seqlens_q"].shape[0] - 1 if self.varlen else q.shape[0]
         seqlen_q, num_heads_q, head_dim = q.shape[-3:]
-        lse_shape = (num_heads_q, seqlen_q) if self.varlen else (batch, num_heads_q, seqlen_q)
         if self.function.endswith("_backward"):
-            for name in ("out", "dout"):
-                self.check_given(name, out_shape, q.dtype)
-            self.check_given("lse", lse_shape, "float32")
-            if "dlse" in self.specs:
-                self.check_given("dlse", lse_shape, "float32")
+            self.check_given("out", self.out_shape(), q.dtype)
+            self.check_given("lse", self.lse_shape(), *self.lse_dtypes())
+            self.gradients_given()
             for name in "qkv":
                 self.check_written(f"d{name}", self.specs[name].shape, q.dtype)
         else:
-            self.check_written("out", out_shape, q.dtype)
+            self.check_written("out", self.out_shape(), q.dtype)
         if left is None and right == 0 and seqlen_q == 1 and not self.varlen:
             right = None  # the only query is the last one, which sees every key
-        softcap = self.softcap()
         return Problem(
             self.function,
             None if q.device == CPU else self.static(q, v, left, right, softcap),
@@ -250,12 +300,12 @@ class _Check:
             head_dim,
             v.shape[-1],
             {name: spec.strides for name, spec in self.specs.items()},
-            self.softmax_scale(head_dim),
+            softmax_scale,
             softcap,
             left,
             right,
-            out_shape,
-            lse_shape,
+            self.out_shape(),
+            self.lse_shape(),
         )
 
     def check_together(self) -> None:
@@ -283,6 +333,13 @@ class _Check:
             self.unsupported(
                 f"{q.dtype} on a GPU is not supported; pass {listed(supported)}, or NumPy arrays to compute on the CPU."
             )
+        for name, spec in self.specs.items():
+            itemsize = ITEMSIZE.get(spec.dtype, 1)
+            if spec.device != CPU and spec.misalignment % itemsize and 0 not in spec.shape:
+                self.unsupported(
+                    f"{name} begins at an address that is no multiple of its {itemsize}-byte elements, which a GPU "
+                    "cannot read; pass a copy of it."
+                )
 
     def check_shapes(self, q: Spec, k: Spec, v: Spec) -> None:
         rank, meaning = (
@@ -312,63 +369,11 @@ class _Check:
         for name, dim in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
             if dim < 1:
                 self.value_error(f"{name} is 0; it must be at least 1.")
-            if dim > MAX_HEAD_DIM:
+            if self.limited and dim > MAX_HEAD_DIM:
                 self.unsupported(f"{name} {dim} is not supported; it may be 1 to {MAX_HEAD_DIM}.")
         for name, length in (("q", q.shape[-3]), ("k", k.shape[-3])):
-            if length > MAX_SEQLEN:
+            if self.limited and length > MAX_SEQLEN:
                 self.unsupported(f"{name} has {length} rows; sequences of at most {MAX_SEQLEN} are supported.")
-
-    def softmax_scale(self, head_dim: int) -> float:
-        given = self.options.softmax_scale
-        if given is None:
-            return float(head_dim**-0.5)
-        scale = self.number("softmax_scale", given)
-        if not (math.isfinite(scale) and scale > 0.0):
-            self.value_error(f"softmax_scale is {scale}; it must be finite and greater than 0.")
-        if scale > FLOAT32_RANGE[1]:
-            self.value_error(f"softmax_scale is {scale}; it must be a float32 number.")
-        return scale
-
-    def softcap(self) -> float:
-        softcap = self.number("softcap", self.options.softcap)
-        if not (math.isfinite(softcap) and softcap >= 0.0):
-            self.value_error(f"softcap is {softcap}; it must be finite and not negative (0.0 is off).")
-        if softcap != 0.0 and not FLOAT32_RANGE[0] <= softcap <= FLOAT32_RANGE[1]:
-            self.value_error(f"softcap is {softcap}; it must be a normal float32 number, or 0.0, which is off.")
-        return softcap
-
-    def number(self, name: str, given: Any) -> float:
-        if isinstance(given, (str, bytes)) or getattr(given, "ndim", 0) != 0:
-            self.type_error(f"{name} is a {type(given).__name__}; pass a number.")
-        try:
-            return float(given)
-        except (TypeError, ValueError):
-            self.type_error(f"{name} is a {type(given).__name__}; pass a number.")
-
-    def window(self) -> tuple[int | None, int | None]:
-        causal, given = self.options.causal, self.options.window_size
-        if type(causal).__name__ not in ("bool", "bool_"):  # bool_: NumPy's
-            self.type_error(f"causal is a {type(causal).__name__}; pass True or False.")
-        sides = (None, None) if given is None else given
-        if isinstance(sides, str) or not isinstance(sides, Sequence) or len(sides) != 2:
-            self.type_error(f"window_size is {given!r}; pass a pair (left, right), each a number of keys or None.")
-        left, right = (self.side(name, side) for name, side in zip(("left", "right"), sides, strict=True))
-        if causal:
-            right = 0 if right is None else min(right, 0)
-        return left, right
-
-    def side(self, name: str, given: Any) -> int | None:
-        if given is None:
-            return None
-        try:
-            side = operator.index(given)
-        except TypeError:
-            self.type_error(f"the {name} side of window_size is a {type(given).__name__}; pass an integer or None.")
-        if side < -1:
-            self.value_error(
-                f"the {name} side of window_size is {side}; pass at least 0, or None (or -1) for unbounded."
-            )
-        return None if side == -1 else min(side, MAX_SEQLEN)
 
     def check_heads_arrays(self, q: Spec) -> None:
         batch, num_heads_q = self.specs["q"].shape[0], q.shape[-2]
@@ -415,15 +420,15 @@ class _Check:
                 f"seqused_k has {seqused.shape[0]} entries; one for each of the {rows - 1} sequences is expected."
             )
 
-    def check_given(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    def check_given(self, name: str, shape: tuple[int, ...], *dtypes: str) -> None:
         """A result of the forward, or the gradient by one."""
         spec = self.specs.get(name)
         if spec is None:
             self.type_error(f"{name} is None; pass what belongs to the forward's results.")
         if spec.shape != shape:
             self.value_error(f"{name} has shape {spec.shape}; {shape} is expected.")
-        if spec.dtype != dtype:
-            self.value_error(f"{name} has dtype {spec.dtype}; pass {dtype}.")
+        if spec.dtype not in dtypes:
+            self.value_error(f"{name} has dtype {spec.dtype}; pass {' or '.join(dtypes)}.")
 
     def check_written(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
         spec = self.specs.get(name)
@@ -433,12 +438,17 @@ class _Check:
             self.value_error(f"{name} has shape {spec.shape}; {shape} is expected.")
         if spec.dtype != dtype:
             self.value_error(f"{name} has dtype {spec.dtype} but q has {dtype}; they must agree.")
+        if spec.copied:
+            self.value_error(
+                f"{name} exports a copy of its memory, so that what is written there would be lost; pass an array that "
+                "exports its own."
+            )
         if not spec.writable:
             self.value_error(f"{name} is read-only; pass an array that can be written.")
-        if not _distinct(spec):
-            self.value_error(
-                f"{name} has strides {spec.strides}, by which its elements share memory; pass one without."
-            )
+        shared = _overlap.overlaps_itself(_overlap.extent_of(spec, ITEMSIZE[dtype]))
+        if shared is not False:
+            so = "by which" if shared else "of which it is too hard to say whether"
+            self.value_error(f"{name} has strides {spec.strides}, {so} its elements share memory; pass one without.")
 
     def static(
         self,
@@ -471,6 +481,7 @@ class _Check:
             store_bytes=max(itemsize, min([*stores, math.gcd(row_bytes, ALIGNMENT)])),
             pack=1 if backward else self.pack(q),
             short=short,
+            many=not backward and self.varlen and self.specs["cu_seqlens_q"].shape[0] > MANY,
         )
 
     def pack(self, q: Spec) -> int:
@@ -526,82 +537,79 @@ def listed(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _distinct(spec: Spec) -> bool:
-    """Whether no two elements share memory, as far as nested strides can show it."""
-    if 0 in spec.shape:
-        return True
-    axes = sorted((abs(stride), extent) for stride, extent in zip(spec.strides, spec.shape, strict=True) if extent > 1)
-    reach = 0
-    for stride, extent in axes:
-        if stride <= reach:
-            return False
-        reach += stride * (extent - 1)
-    return True
-
-
-def _byte_range(spec: Spec) -> tuple[int, int]:
-    """Where the elements begin and end, in bytes from the array's address; the same twice if there are none."""
-    if 0 in spec.shape:
-        return 0, 0
-    spans = [stride * (extent - 1) for stride, extent in zip(spec.strides, spec.shape, strict=True)]
-    itemsize = ITEMSIZE[spec.dtype]
-    return itemsize * sum(span for span in spans if span < 0), itemsize * (1 + sum(span for span in spans if span > 0))
-
-
 def _check_overlap(function: str, arrays: Arrays, problem: Problem, written: int) -> None:
     """Refuse a result that shares memory with another array: it is written while those are still read."""
-    specs = problem.memo.get("specs")
-    if specs is None:
-        specs = [None if layout is None else layout[0].spec(layout) for layout in arrays.layouts]
-        problem.memo["specs"], problem.memo["ranges"] = specs, [spec and _byte_range(spec) for spec in specs]
-    ranges, pointers, names = problem.memo["ranges"], arrays.pointers, NAMES[function]
-    first, last = (pointers[written] + side for side in ranges[written])
-    for index, extent in enumerate(ranges):
-        if extent is None or index == written:
+    memory = problem.memo.get("memory")
+    if memory is None:
+        memory = problem.memo["memory"] = _Memory(arrays.layouts)
+    pointers = arrays.pointers
+    first, last = (pointers[written] + side for side in memory.spans[written] or (0, 0))
+    for index, span in enumerate(memory.spans):
+        if span is None or index == written:
             continue
-        pointer, name = pointers[index], names[index]
-        apart = pointer + extent[0] >= last or first >= pointer + extent[1]
-        if not apart and not _interleave(specs[written], specs[index], pointers[written] - pointer):
-            own = names[written]
-            raise ValueError(f"{function}: {own} overlaps {name}; pass one that shares no memory with the others.")
+        pointer = pointers[index]
+        apart = pointer + span[0] >= last or first >= pointer + span[1]
+        if apart:
+            continue
+        shared = memory.shared(written, index, pointers[written] - pointer)
+        if shared is not False:
+            own, other = NAMES[function][written], NAMES[function][index]
+            overlaps = "overlaps" if shared else "lies between the elements of, and may overlap,"
+            raise ValueError(f"{function}: {own} {overlaps} {other}; pass one that shares no memory with the others.")
 
 
-def _interleave(a: Spec, b: Spec, distance: int) -> bool:
-    """Whether two views of one buffer take disjoint columns of equally long rows, as slices of a fused array do."""
-    itemsize = ITEMSIZE[a.dtype]
-    if itemsize != ITEMSIZE[b.dtype] or distance % itemsize or len(a.shape) != len(b.shape):
-        return False
-    step = math.gcd(*(stride for stride in (*a.strides[:-2], *b.strides[:-2])))
-    if step == 0:
-        return False
-    width_a, width_b = (
-        1 + sum(stride * (extent - 1) for stride, extent in zip(spec.strides[-2:], spec.shape[-2:], strict=True))
-        for spec in (a, b)
-    )
-    if min(*a.strides[-2:], *b.strides[-2:]) < 0 or max(width_a, width_b) > step:
-        return False
-    gap = (distance // itemsize) % step  # where a's row begins in a period that begins with b's
-    return width_b <= gap and gap + width_a <= step
+class _Memory:
+    """Where the elements of a problem's arrays lie.
+
+    Attributes
+    ----------
+    spans : list of (int, int) or None
+        The bytes from the address of each array at which its elements begin and end.
+    """
+
+    MAX_KNOWN = 64
+
+    def __init__(self, layouts: tuple[Layout | None, ...]) -> None:
+        specs = [None if layout is None else layout[0].spec(layout) for layout in layouts]
+        self._extents = [spec and _overlap.extent_of(spec, ITEMSIZE[spec.dtype]) for spec in specs]
+        self.spans = [extent and extent.span() for extent in self._extents]
+        self._known: dict[tuple[int, int, int], bool | None] = {}
+
+    def shared(self, a: int, b: int, distance: int) -> bool | None:
+        """Whether arrays a and b, that many bytes behind it, share memory; None if that is too hard to say."""
+        key = a, b, distance
+        if key not in self._known:
+            if len(self._known) >= self.MAX_KNOWN:
+                self._known.clear()
+            first, second = self._extents[a], self._extents[b]
+            self._known[key] = None if first is None or second is None else _overlap.overlap(first, second, distance)
+        return self._known[key]
 
 
-def _check_offsets(function: str, arrays: Arrays) -> None:
-    """Check the values of cu_seqlens and seqused_k. On a GPU reading them would make the host wait, so there the
-    kernel clamps them to the packed arrays instead."""
-    for index, total_of in ((6, 0), (7, 1)):
-        name, offsets = VARLEN_NAMES[index], arrays.numpy(index)
-        packed = arrays.numpy(total_of)
-        assert offsets is not None and packed is not None
-        if offsets[0] != 0:
-            raise ValueError(f"{function}: {name} starts at {offsets[0]}; it must start at 0.")
-        if (offsets[1:] < offsets[:-1]).any():
-            raise ValueError(f"{function}: {name} decreases; offsets must not.")
-        if offsets[-1] != packed.shape[0]:
-            raise ValueError(
-                f"{function}: {name} ends at {offsets[-1]} but {VARLEN_NAMES[total_of]} has {packed.shape[0]} rows; "
-                "they must agree."
-            )
-    used, offsets = arrays.numpy(8), arrays.numpy(7)
-    if used is not None and offsets is not None:
-        lengths = offsets[1:] - offsets[:-1]
-        if ((used < 0) | (used > lengths)).any():
+def _check_offsets(function: str, arrays: Sequence[Any]) -> None:
+    """Check the values of cu_seqlens and seqused_k; `arrays` are q, k, cu_seqlens_q, cu_seqlens_k and seqused_k.
+
+    On a GPU reading them would make the host wait, so there the kernel reads the running maximum of any offsets,
+    clamped to the packed arrays.
+    """
+    q, k, cu_seqlens_q, cu_seqlens_k, seqused_k = arrays
+    for name, rows, offsets in (("q", len(q), cu_seqlens_q), ("k", len(k), cu_seqlens_k)):
+        what = f"{function}: cu_seqlens_{name}"
+        for value in (offsets.min(), offsets.max()):
+            if not 0 <= value <= rows:
+                raise ValueError(f"{what} holds {value}; offsets must lie between 0 and the {rows} rows of {name}.")
+        _check_order(what, offsets)
+    if seqused_k is not None:
+        lengths = np.diff(np.maximum.accumulate(cu_seqlens_k))
+        if ((seqused_k < 0) | (seqused_k > lengths)).any():
             raise ValueError(f"{function}: seqused_k must lie between 0 and the lengths in cu_seqlens_k.")
+
+
+def _check_order(what: str, offsets: NDArray[Any]) -> None:
+    """Offsets begin with 0 and do not decrease, but for zeros behind the last: programs of fixed shapes pad so."""
+    if offsets[0] != 0:
+        raise ValueError(f"{what} starts at {offsets[0]}; it must start at 0.")
+    last = int(np.argmax(offsets))
+    behind = offsets[last:]
+    if (offsets[1 : last + 1] < offsets[:last]).any() or ((behind != 0) & (behind != offsets[last])).any():
+        raise ValueError(f"{what} decreases; offsets must not, but for zeros behind the last.")

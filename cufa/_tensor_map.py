@@ -43,17 +43,20 @@ class Shape(NamedTuple):
 
 def make_maps(problem: Problem, config: ConfigSm90) -> Maps:
     """The maps of a problem; see ``attention/tma_params.cuh`` for their axes."""
-    return _encoded([(_queries(problem, config), 0), *(_rows(problem, config, name, config.block_n) for name in "kv")])
+    shapes = [(_queries(problem, config), 0), *(_rows(problem, config, name, config.block_n) for name in "kv")]
+    return _encoded(problem.device, shapes)
 
 
 def make_backward_maps(problem: Problem, config: Config) -> Maps:
     """The maps of q, k, v and dout, all with the axes of k and v."""
     rows = {"q": config.block_m, "k": config.block_n, "v": config.block_n, "dout": config.block_m}
-    return _encoded([_rows(problem, config, name, box_rows) for name, box_rows in rows.items()])
+    return _encoded(problem.device, [_rows(problem, config, name, box_rows) for name, box_rows in rows.items()])
 
 
-def _encoded(maps: list[tuple[Shape, int]]) -> Maps:
-    return Maps(b"".join(_encode(shape) for shape, _ in maps), tuple(shift for _, shift in maps))
+def _encoded(device: int, maps: list[tuple[Shape, int]]) -> Maps:
+    with _launch.current(device):  # no map is made without a context, and the thread may have none
+        encoded = b"".join(_encode(shape) for shape, _ in maps)
+    return Maps(encoded, tuple(shift for _, shift in maps))
 
 
 def _queries(problem: Problem, config: ConfigSm90) -> Shape:

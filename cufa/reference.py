@@ -41,13 +41,32 @@ Drawn is ``window_size=(2, 1)`` and, to its right, ``causal=True`` (``#`` kept, 
 - A row that keeps no key has ``out = 0`` and ``lse = -inf``; with a sink, ``lse = sink``. So has a row whose
   kept scores are all ``-inf``. NaN never arises from emptiness.
 - ``batch``, sequence lengths and numbers of heads may be 0.
-- A removed key contributes nothing, even where its rows of k or v hold NaN or Inf. An implementation must
-  keep this rule beyond a sequence's live length; a NaN or Inf in a live but masked row of v it may let
-  spread, though only to outputs of that row's own sequence and key head.
-- NaN and Inf in kept rows spread as IEEE arithmetic has it: a NaN score makes its row NaN, and a score of
-  ``+inf`` makes the row's ``out`` NaN and its ``lse`` ``+inf``.
-- A row that keeps no key gives no gradient, whatever its dout and dlse, and a removed key gets none: its rows of dk
-  and dv are 0.
+- A removed key contributes nothing to out, lse, dq, dk and dv, whatever its rows of k and v hold, NaN and Inf
+  included. Nor does a row i add anything to dk_j and dv_j of a key that it does not keep, whatever q_i and
+  dout_i hold.
+- A row that keeps no key gives no gradient to q, k and v, whatever its dout and dlse; its dout counts nowhere, and
+  its dlse only for its sink. A key that no row keeps has rows of 0 in dk and dv.
+
+**NaN and Inf** in kept entries spread as IEEE arithmetic has it:
+
+- A NaN score makes its row NaN, out and lse. A score of ``+inf`` makes the row's out NaN and its lse ``+inf``
+  (NaN beside a NaN score), and its gradients NaN. A score of ``-inf`` has probability 0.
+- A sink of ``+inf`` takes all probability: lse is ``+inf``, and out, dq, dk and dv are 0 where the scores are finite.
+- ``+inf`` in a kept row of v gives ``+inf`` in its column where its probability is greater than 0, and 0 times it is
+  NaN where that is 0. (In float32, whose exponentials reach down to about exp(-87) or exp(-103), a probability is 0
+  sooner than in float64.)
+
+**Ranges.** Any finite q, k and v are served whose products, scores and, for the gradients, products dout · v stay
+within ±2^127, as float32 holds them (for float64 arrays, within float64's range), partial sums, ALiBi's term and sinks
+included. Results are finite wherever the exact result fits the dtype, the mean of v near its largest number included.
+softmax_scale is from 2^-126 to 2^127, softcap a normal float32 number or 0. An implementation in float32 errs in a
+score by its rounding, that is by about 2^-24 of the sum of its products' magnitudes, and relatively by as much in its
+probability; gradients made from a float32 lse err relatively by 2^-24 of that lse besides, and are not determined where
+it is beyond about 2^20.
+
+**Packed sequences.** Offsets are read as their running maximum, clamped to [0, total], and ``seqused_k`` is clamped to
+[0, length of its slot]: what static shapes are padded with, zeros or the total, makes empty sequences. Rows of q that
+belong to no sequence have ``out = 0``, ``lse = -inf`` and no gradient.
 
 Source: Dao et al., *FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness*, 2022; ALiBi
 after Press et al., *Train Short, Test Long*, 2022; softcap after *Gemma 2*, 2024; sinks are the learned
@@ -62,6 +81,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, overl
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 from scipy.special import logsumexp
+
+from . import _problem
 
 __all__ = ["attention", "attention_backward", "attention_varlen", "attention_varlen_backward"]
 
@@ -154,8 +175,8 @@ def attention(
 
     Raises
     ------
-    ValueError
-        The shapes do not belong together.
+    TypeError, ValueError
+        As the function of that name in cufa.
 
     Examples
     --------
@@ -167,6 +188,9 @@ def attention(
     >>> attention(q, k, v, causal=True).ravel().tolist()  # the first row sees one key, the second both
     [1.0, 2.0]
     """
+    given = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    options = causal, window_size, softmax_scale, softcap
+    causal, window_size, softmax_scale, softcap = _check("attention", given, options, return_lse)
     out, lse = _attend(
         np.asarray(q),
         np.asarray(k),
@@ -211,8 +235,8 @@ def attention_backward(
 
     Raises
     ------
-    ValueError
-        The shapes do not belong together.
+    TypeError, ValueError
+        As the function of that name in cufa.
 
     Examples
     --------
@@ -223,6 +247,7 @@ def attention_backward(
     >>> dv.ravel().round(9).tolist()  # the first key gets all of the first row and half of the second
     [1.5, 0.5]
     """
+    options = _check_gradients("attention_backward", {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse}, options)
     dlse = None if dlse is None else np.asarray(dlse)
     gradients = _differentiate(np.asarray(dout), np.asarray(q), np.asarray(k), np.asarray(v), dlse, **options)
     return gradients[:3] if options.get("sinks") is None else gradients
@@ -280,9 +305,9 @@ def attention_varlen(
     k : array_like, (total_k, num_heads_k, head_dim)
     v : array_like, (total_k, num_heads_k, head_dim_v)
     cu_seqlens_q, cu_seqlens_k : array_like of int, (batch + 1,)
-        Offsets of the sequences, not decreasing.
+        Offsets of the sequences, read as their running maximum, clamped to [0, total].
     seqused_k : array_like of int, (batch,), optional
-        Live keys of each sequence; all of the slot if None.
+        Live keys of each sequence, clamped to [0, length of its slot]; all of it if None.
     causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, return_lse
         As in `attention`.
 
@@ -295,8 +320,8 @@ def attention_varlen(
 
     Raises
     ------
-    ValueError
-        The shapes do not belong together.
+    TypeError, ValueError
+        As the function of that name in cufa.
 
     Examples
     --------
@@ -308,6 +333,10 @@ def attention_varlen(
     >>> attention_varlen(q, k, v, [0, 1, 2], [0, 1, 3]).ravel().tolist()  # keys {1} and {5, 9}
     [1.0, 7.0]
     """
+    given = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    given |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
+    options = causal, window_size, softmax_scale, softcap
+    causal, window_size, softmax_scale, softcap = _check("attention_varlen", given, options, return_lse)
     q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
     out = np.zeros((*q.shape[:2], v.shape[-1]))
     lse = np.full((q.shape[1], q.shape[0]), -np.inf)
@@ -358,8 +387,8 @@ def attention_varlen_backward(
 
     Raises
     ------
-    ValueError
-        The shapes do not belong together.
+    TypeError, ValueError
+        As the function of that name in cufa.
 
     Examples
     --------
@@ -370,6 +399,9 @@ def attention_varlen_backward(
     >>> dv.ravel().round(9).tolist()
     [1.0, 1.5, 0.5]
     """
+    given = {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse}
+    given |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
+    options = _check_gradients("attention_varlen_backward", given, options)
     dout, q, k, v = np.asarray(dout), np.asarray(q), np.asarray(k), np.asarray(v)
     dlse = None if dlse is None else np.asarray(dlse)
     dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
@@ -382,6 +414,28 @@ def attention_varlen_backward(
         dq[each.rows], dk[each.keys], dv[each.keys] = (gradient[0] for gradient in found[:3])
         dsinks += found[3]
     return (dq, dk, dv) if options.get("sinks") is None else (dq, dk, dv, dsinks)
+
+
+def _check(
+    function: str, given: dict[str, Any], options: tuple[Any, ...], return_lse: bool = False
+) -> tuple[bool, Window, float | None, float]:
+    """Refuse what the function of that name in cufa refuses, in its words; the options as plain values."""
+    _problem.flag(function, "return_lse", return_lse)
+    arrays = {name: None if x is None else np.asarray(x) for name, x in given.items()}
+    return _problem.check_host(function, arrays, options)
+
+
+def _check_gradients(function: str, given: dict[str, Any], options: Options) -> Options:
+    given |= {"alibi_slopes": options.get("alibi_slopes"), "sinks": options.get("sinks")}
+    window_size, softmax_scale = options.get("window_size"), options.get("softmax_scale")
+    asked = options.get("causal", False), window_size, softmax_scale, options.get("softcap", 0.0)
+    causal, window_size, softmax_scale, softcap = _check(function, given, asked)
+    return options | {
+        "causal": causal,
+        "window_size": window_size,
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+    }
 
 
 class _Sequence(NamedTuple):
@@ -405,14 +459,22 @@ def _sequences(
     alibi_slopes: ArrayLike | None,
 ) -> Iterator[_Sequence]:
     """The sequences of a varlen problem."""
-    starts_q, starts_k = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_k)
-    lengths_k = np.diff(starts_k) if seqused_k is None else np.asarray(seqused_k)
+    starts_q, starts_k = _offsets(cu_seqlens_q, len(q)), _offsets(cu_seqlens_k, len(k))
+    lengths_k = np.diff(starts_k)
+    if seqused_k is not None:
+        lengths_k = np.clip(np.asarray(seqused_k), 0, lengths_k)
     slopes = None if alibi_slopes is None else np.asarray(alibi_slopes)
     for n in range(len(starts_q) - 1):
         rows = slice(int(starts_q[n]), int(starts_q[n + 1]))
         keys = slice(int(starts_k[n]), int(starts_k[n]) + int(lengths_k[n]))
         slopes_n = slopes[n] if slopes is not None and slopes.ndim == 2 else slopes
         yield _Sequence(rows, keys, q[None, rows], k[None, keys], v[None, keys], slopes_n)
+
+
+def _offsets(given: ArrayLike, total: int) -> Array:
+    """Offsets as they are read: not decreasing, and within the packed array."""
+    offsets: Array = np.clip(np.maximum.accumulate(np.asarray(given)), 0, total)
+    return offsets
 
 
 def _attend(
@@ -435,7 +497,8 @@ def _attend(
         s = _scores(q, k, softmax_scale, softcap, alibi_slopes, precision)
         p, lse = _softmax(np.where(keep, s, -np.inf), sinks)
         p = p.astype(precision.storage).astype(precision.compute)
-        out = _weighted_sum(p, _match_heads(v, q).astype(precision.compute), keep)
+        out = _mean(p, _match_heads(v, q).astype(precision.compute), keep)
+        out = np.where(np.isneginf(lse).swapaxes(1, 2)[..., None], 0, out)
         return out.astype(precision.storage).astype(precision.compute), lse
 
 
@@ -473,16 +536,20 @@ def _differentiate(
         p = np.where(keep, p, 0)  # also in a row that is NaN
         empty = np.isneginf(lse)
         dlse = np.where(empty, 0, 0 if dlse is None else dlse).astype(compute)
-        dout = np.where(empty.swapaxes(1, 2)[..., None], 0, dout).astype(compute)
+        unseen = empty | ~keep.any(axis=1)
+        dout = np.where(unseen.swapaxes(1, 2)[..., None], 0, dout).astype(compute)
         q = q.astype(compute)
         k_heads, v_heads = (_match_heads(x, q).astype(compute) for x in (k, v))
         dp = dout.swapaxes(1, 2) @ v_heads.transpose(0, 2, 3, 1)
-        delta = (dout * rounded(_weighted_sum(rounded(p), v_heads, keep))).sum(axis=-1).swapaxes(1, 2)
+        out = np.where(unseen.swapaxes(1, 2)[..., None], 0, rounded(_mean(rounded(p), v_heads, keep)))
+        delta = (dout * out).sum(axis=-1).swapaxes(1, 2)
         ds = np.where(keep, p * (dp - delta[..., None] + dlse[..., None]), 0)
         if softcap > 0:
             ds = np.where(keep, ds * (1 - (raw / compute(softcap)) ** 2), 0)
         sink = np.full(q.shape[2], -np.inf) if sinks is None else np.asarray(sinks)
-        p_sink = np.where(empty, 0, np.exp(sink.astype(compute)[:, None] - lse))
+        sink = sink.astype(compute)[:, None]
+        # A sink that alone makes up lse has probability 1, +inf included.
+        p_sink = np.where(empty, 0, np.where(sink == lse, 1, np.exp(sink - lse)))
         dsinks = np.where(p_sink != 0, p_sink * (dlse - delta), 0).sum(axis=(0, 2))
         p, ds = rounded(p), rounded(ds)
         scale = compute(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
@@ -559,13 +626,25 @@ def _softmax(s: Array, sinks: ArrayLike | None) -> tuple[Array, Array]:
     # No sink is a sink of -inf: one more column, which also spares the sum over no keys at all.
     sink = np.full(s.shape[1], -np.inf) if sinks is None else np.asarray(sinks)
     column = np.broadcast_to(sink.astype(s.dtype)[:, None, None], (*s.shape[:3], 1))
-    lse: Array = np.asarray(logsumexp(np.concatenate([s, column], axis=-1), axis=-1), dtype=s.dtype)
-    p = np.exp(s - lse[..., None])
+    s_and_sink = np.concatenate([s, column], axis=-1)
+    largest = s_and_sink.max(axis=-1)  # NaN if there is one
+    lse: Array = np.asarray(logsumexp(s_and_sink, axis=-1), dtype=s.dtype)
+    lse = np.where(np.isfinite(largest), lse, largest)
+    # exp(s - lse), but exact where lse is so large that the logarithm of a sum of ones is lost in it.
+    total = np.exp(s_and_sink - largest[..., None]).sum(axis=-1, keepdims=True)
+    p = np.where(np.isfinite(largest)[..., None], np.exp(s - largest[..., None]) / total, np.exp(s - lse[..., None]))
     return np.where(np.isneginf(lse)[..., None], 0, p).astype(s.dtype), lse
 
 
+def _mean(p: Array, v: Array, keep: NDArray[np.bool_]) -> Array:
+    """Step 6, which cannot overflow: no weighted mean is larger than the largest of v."""
+    largest = np.finfo(v.dtype).max / 2
+    half = _weighted_sum(p, v / 2, keep)
+    return 2 * np.where(np.isinf(half), half, np.clip(half, -largest, largest))
+
+
 def _weighted_sum(p: Array, v: Array, keep: NDArray[np.bool_]) -> Array:
-    """Step 6: p (batch, num_heads_q, seqlen_q, seqlen_k) by v (batch, seqlen_k, num_heads_q, head_dim_v)."""
+    """p (batch, num_heads_q, seqlen_q, seqlen_k) by v (batch, seqlen_k, num_heads_q, ·), over kept entries alone."""
     v_heads = v.swapaxes(1, 2)
     finite = np.isfinite(v).all(axis=(0, 2, 3))
     out: Array = p[..., finite] @ v_heads[:, :, finite]

@@ -38,6 +38,25 @@ inline void load_dq(typename Main::Dq& dq, const float* sums, int thread) {
   }
 }
 
+// The same where sums are in the order of the rows, of which so many are live.
+template <class Config, class Main>
+inline void load_dq_rows(typename Main::Dq& dq, const float* sums, int live_rows, int thread) {
+#pragma unroll
+  for (int t = 0; t < Main::Dq::m_tiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = Main::dq_row(thread) + tile::fragment_row(t, i);
+      const float* const from = sums + row * Config::tile_head_dim + Main::dq_col(thread) + tile::fragment_col();
+#pragma unroll
+      for (int j = 0; j < Main::Dq::n_tiles; ++j) {
+        const float2 x = row < live_rows ? *reinterpret_cast<const float2*>(from + 8 * j) : float2{0.0f, 0.0f};
+        dq.x[t][j][2 * i] = x.x;
+        dq.x[t][j][2 * i + 1] = x.y;
+      }
+    }
+  }
+}
+
 // dq of some tiles of rows, by Main::dq_threads threads: all are on their way before the first is waited for. Those
 // that there are not have a negative row.
 template <class Config, class Main, int count>
@@ -50,14 +69,19 @@ inline void finish_tiles(const BackwardParams& params, const RowTile (&tiles)[co
   for (int each = 0; each < count; ++each) {
     const RowTile& tile = tiles[each];
     if (tile.row < 0) continue;
-    added[each] = !Main::first_stores || __ldcg(params.turns + tile.row / Config::block_m) != 0;
-    load_dq<Main>(dq[each], params.dq_sum + tile.row * Config::tile_head_dim, thread);
+    added[each] = !Main::first_stores || __ldcg(params.turns + tile.template sum_index<Config>(params)) != 0;
+    const float* const sums = params.dq_sum + tile.template sums<Config>(params);
+    if constexpr (Config::sums_by_rows)
+      load_dq_rows<Config, Main>(dq[each], sums, tile.seqlen.q - tile.m_block * Config::block_m, thread);
+    else
+      load_dq<Main>(dq[each], sums, thread);
   }
 #pragma unroll
   for (int each = 0; each < count; ++each) {
     const RowTile& tile = tiles[each];
     if (tile.row < 0) continue;
     const int live_rows = tile.seqlen.q - tile.m_block * Config::block_m;
+    NotFinite<f32> not_finite;
     const float factor = added[each] ? params.forward.softmax_scale : 0.0f;  // 0: whatever is there; no row sees a key
     element* const rows = tile.rows(static_cast<element*>(params.dq), params.dq_strides, Config::block_m);
 #pragma unroll
@@ -66,9 +90,11 @@ inline void finish_tiles(const BackwardParams& params, const RowTile (&tiles)[co
       for (int i = 0; i < 2; ++i) {
         const int row = Main::dq_row(thread) + tile::fragment_row(t, i);
         write_row<Config::store_bytes, Config::head_dim>(rows + row * params.dq_strides.seqlen, params.dq_strides.dim,
-                                                         row < live_rows, dq[each], t, i, factor, Main::dq_col(thread));
+                                                         row < live_rows, dq[each], t, i, factor, not_finite,
+                                                         Main::dq_col(thread));
       }
     }
+    if (unlikely(added[each] && not_finite.found())) *params.not_finite = 1;
   }
 }
 
@@ -80,18 +106,16 @@ inline void finish_sink(const BackwardParams& backward, int head) {
   const int outer = Config::varlen ? 1 : params.batch;
   i64 begin = 0, end = backward.workspace_rows;
   if (Config::varlen) {  // nothing is written of rows before the first sequence's, and past the last one's
-    const auto first_row = [&](int b) {
-      const int offset = clamp(params.cu_seqlens_q[b * params.cu_seqlens_q_stride], 0, params.seqlen_q);
-      return first_packed_unit(offset, Config::block_m, b) * Config::block_m;
-    };
-    begin = first_row(0);
-    end = min_of(int(end), first_row(params.batch));
+    const PackedOffset first = backward.offsets_q[0], last = backward.offsets_q[params.batch];
+    begin = padded_row<Config>(first.row, first.rank);
+    end = padded_row<Config>(last.row, last.rank);
   }
   float sum = 0.0f;
   for (int b = 0; b < outer; ++b) {
     const i64 first = (i64(b) * params.num_heads_q + head) * backward.workspace_rows;
     for (i64 row = begin + threadIdx.x; row < end; row += blockDim.x) {
-      const float p = ptx::ex2_approx_ftz(sink - backward.row_lse[first + row]);
+      const float row_lse = backward.row_lse[first + row];
+      const float p = sink == row_lse ? 1.0f : ptx::ex2_approx_ftz(sink - row_lse);  // both may be infinite
       sum -= p == 0.0f ? 0.0f : p * backward.row_delta[first + row];
     }
   }
@@ -126,15 +150,8 @@ inline void clear_outside(void* gradient, const Strides& strides, int heads, int
 template <class Config>
 inline void clear_outside(const BackwardParams& backward) {
   const Params& params = backward.forward;
-  const auto offset = [&](const i32* cu_seqlens, i64 stride, int index, int total) {
-    return clamp(cu_seqlens[index * stride], 0, total);
-  };
-  const int q_begin = offset(params.cu_seqlens_q, params.cu_seqlens_q_stride, 0, params.seqlen_q);
-  const int q_end =
-      max_of(q_begin, offset(params.cu_seqlens_q, params.cu_seqlens_q_stride, params.batch, params.seqlen_q));
-  const int k_begin = offset(params.cu_seqlens_k, params.cu_seqlens_k_stride, 0, params.seqlen_k);
-  const int k_end =
-      max_of(k_begin, offset(params.cu_seqlens_k, params.cu_seqlens_k_stride, params.batch, params.seqlen_k));
+  const int q_begin = backward.offsets_q[0].row, q_end = backward.offsets_q[params.batch].row;
+  const int k_begin = backward.offsets_k[0].row, k_end = backward.offsets_k[params.batch].row;
   const int heads_k = params.num_heads_q / params.qheads_per_khead;
   clear_outside<Config, Config::head_dim>(backward.dq, backward.dq_strides, params.num_heads_q, params.seqlen_q,
                                           q_begin, q_end);

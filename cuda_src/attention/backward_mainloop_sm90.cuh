@@ -22,6 +22,7 @@
 #include "ptx/tma.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/gemm_sm90.cuh"
+#include "tile/local.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/shared.cuh"
 
@@ -58,6 +59,7 @@ struct BackwardMainloopSm90 {
   using HeldK = tile::Operand<roomy ? 32 : 0>;
   static constexpr int lse_ahead = roomy ? 8 : 4;
 
+  static constexpr int chain_floats = dq_threads * (Dk::cols + Dv::cols) / 2;  // that a block takes over of dk and dv
   static constexpr bool first_stores = true;  // dq_sum begins with what comes first, not with zeros
 
   static constexpr int stages = 2;
@@ -119,23 +121,64 @@ struct BackwardMainloopSm90 {
   // One thread. Units are taken in order, so that nobody waits for one that is not being worked on; and not before the
   // last loads of the unit before are on their way, since another block may come to it sooner.
   void find_work(const BackwardParams& params, Works& works) const {
-    const int units = BackwardWork::units<Config>(params);
     typename Ring::Cursor at;
-    int unit;
+    bool done = false;
+    works[at.previous().stage()].last_chain = true;
     do {
       claims().wait_empty({at.count});
-      unit = atomicAdd(params.next_unit, 1);
-      BackwardWork work{};
-      work.n_block = -1;
-      if (unit < units) {
+      this->works().wait_empty(at);
+      BackwardWork& work = works[at.stage()];
+      const BackwardWork& previous = works[at.previous().stage()];
+      const int chain = previous.last_chain ? 0 : previous.chain + 1;
+      const int unit = chain == 0 ? atomicAdd(params.next_unit, 1) : previous.unit;
+      done = unit >= BackwardWork::units<Config>(params);
+      if (!done) {
         work = BackwardWork::find<Config>(params, unit);
         if (work.idle<Config>()) continue;
+        work.unit = unit;
+        work.chain = chain;
+        __threadfence_block();  // the compiler forgets what is in it: registers are few
+        work.take_chain<Config>();
+      } else {
+        work.n_block = -1;
       }
-      this->works().wait_empty(at);
-      works[at.stage()] = work;
       this->works().fill(at);
       at.advance();
-    } while (unit < units);
+    } while (!done);
+  }
+
+  // The same for packed sequences, which a warp looks for.
+  void find_packed_work(const BackwardParams& params, Works& works) const {
+    typename Ring::Cursor at;
+    bool done = false;
+    if (tile::lane() == 0) works[at.previous().stage()].last_chain = true;
+    __syncwarp();
+    do {
+      claims().wait_empty({at.count});
+      this->works().wait_empty(at);
+      BackwardWork& work = works[at.stage()];  // what it is to be is written down early: registers are few
+      if (tile::lane() == 0) {
+        const BackwardWork& previous = works[at.previous().stage()];
+        work.chain = previous.last_chain ? 0 : previous.chain + 1;
+        work.unit = work.chain == 0 ? atomicAdd(params.next_unit, 1) : previous.unit;
+      }
+      __syncwarp();
+      done = work.unit >= BackwardWork::units<Config>(params);
+      if (!done) {
+        const PackedUnit found = BackwardWork::find_packed<Config>(params, work.unit);
+        if (found.units == 0) continue;
+        const PackedOffset* const keys = params.offsets_k + found.batch;
+        if (found.row * block_n >= keys[1].row - keys[0].row) continue;
+        if (tile::lane() == 0) work.take_packed<Config>(params, found);
+        __syncwarp();
+      }
+      if (tile::lane() == 0) {
+        done ? void(work.n_block = -1) : work.take_chain<Config>();
+        this->works().fill(at);
+      }
+      __syncwarp();
+      at.advance();
+    } while (!done);
   }
 
   // A warp that does it.
@@ -147,6 +190,7 @@ struct BackwardMainloopSm90 {
       const BackwardWork& work = works[at.stage()];
       if (work.n_block < 0) break;
       step(work);
+      ptx::hold(at.count);  // what follows from it is computed anew, not held
       this->works().release_warp(at);
     }
   }
@@ -168,7 +212,7 @@ struct BackwardMainloopSm90 {
     for_each_work(works, [&](const BackwardWork& work) {
       if (tile::lane() != 0) return;
       DqSum<Config, consumers> sum{params};
-      for_each_query_tile(params.forward, work, [&](int head, int m_block) {
+      for_each_query_tile(work, [&](int head, int m_block) {
         sum.begin(work, head, m_block);
         if (sums_stages > 1) give_back_sums(at);  // of the tile before, while the answer is on its way
 #pragma unroll
@@ -183,7 +227,7 @@ struct BackwardMainloopSm90 {
         at.advance();
         if (sums_stages == 1) give_back_sums(at);
       });
-      if (Config::finishes)
+      if (Config::finishes && work.last_chain)
         sum.finish_work(work);
       else
         sum.template tell<0>();
@@ -223,16 +267,11 @@ struct BackwardMainloopSm90 {
     for_each_work(works, [&](const BackwardWork& work) { consume_work(backward, work, consumer, turn, progress); });
   }
 
-  // Of a consumer: the step it is at, and the block of keys.
-  struct Progress {
-    typename Ring::Cursor at;
-    typename KeyRing::Cursor at_keys;
-  };
+  using Progress = tile::CursorPair<stages>;  // the step it is at, and the block of keys
 
   void consume_work(const BackwardParams& backward, const BackwardWork& work, int consumer, const Turn& turn,
                     Progress& progress) const {
-    typename Ring::Cursor& at = progress.at;
-    typename KeyRing::Cursor& at_keys = progress.at_keys;
+    typename Ring::Cursor& at = progress.first;
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
     Dk dk;
@@ -242,12 +281,12 @@ struct BackwardMainloopSm90 {
     dk.zero();
     dv.zero();
     if (!work.range.empty()) {  // else nothing is loaded
-      keys().wait_full(at_keys);
-      values().wait_full(at_keys);
+      keys().wait_full(progress.second());
+      values().wait_full(progress.second());
     }
     warpgroup::load_operand(held_k, k(), 64 * consumer);  // loaded or not: no branch around what products read
     const u32 first = at.count;                           // there is no step before it, of which dq is to come
-    for_each_query_tile(params, work, [&](int head, int m_block) {
+    for_each_query_tile(work, [&](int head, int m_block) {
       const u32 stage = at.stage();
       Scores s, dp;
       queries().wait_full(at);
@@ -287,16 +326,22 @@ struct BackwardMainloopSm90 {
       at.advance();
     });
     if (at.count != first) {
-      values().release_warp(at_keys);
+      values().release_warp(progress.second());
       exchange().wait_full(at.previous());
       begin_dq(dq, at.previous(), consumer);
       warpgroup::wait<0>(dq);
-      keys().release_warp(at_keys);
+      keys().release_warp(progress.second());
       lay_down(dq, consumer, at.previous());
-      at_keys.advance();
+      progress.advance_second();
     }
-    write_keys<Config, Config::head_dim>(backward.dk, backward.dk_strides, work, dk, first_key, params.softmax_scale);
-    write_keys<Config, Config::head_dim_v>(backward.dv, backward.dv_strides, work, dv, first_key, 1.0f);
+    if (unlikely(!(work.first_chain && work.last_chain))) {
+      float* const chains = backward.chains + i64(blockIdx.x) * chain_floats + threadIdx.x - 128;
+      tile::take_over<dq_threads>(dk, chains, work.first_chain, work.last_chain);
+      tile::take_over<dq_threads>(dv, chains + dq_threads * Dk::cols / 2, work.first_chain, work.last_chain);
+      if (!work.last_chain) return;
+    }
+    write_keys<Config, false>(backward, work, dk, first_key);
+    write_keys<Config, true>(backward, work, dv, first_key);
   }
 
   void begin_dq(Dq& dq, const typename Ring::Cursor& at, int consumer) const {
@@ -312,7 +357,7 @@ struct BackwardMainloopSm90 {
       RowTile each[together];
 #pragma unroll
       for (int i = 0; i < together; ++i) {
-        each[i] = first + i < tiles ? RowTile::find<Config>(params, first + i, m_blocks) : RowTile{0, 0, 0, {}, -1};
+        each[i] = first + i < tiles ? RowTile::find<Config>(params, first + i, m_blocks) : RowTile::none();
       }
       if (thread == 0) {
 #pragma unroll

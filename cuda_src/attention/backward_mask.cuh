@@ -4,6 +4,7 @@
 #include "attention/params.cuh"
 #include "attention/seqlen.cuh"
 #include "core/math.cuh"
+#include "core/types.cuh"
 #include "tile/accumulator.cuh"
 
 namespace attention {
@@ -23,10 +24,15 @@ struct QuerySpan {
   bool sees(int query) const { return query >= first && (!Config::window || query <= last); }
 };
 
-// first_key is the key of the warp's first row, first_query the query row of the tile's first column.
+// An entry that is masked before a variant's terms are applied: not -infinity, of which they may make something, nor a
+// NaN that a product can be.
+inline constexpr u32 masked_entry = 0x7fc00001;
+
+// first_key is the key of the warp's first row, first_query the query row of the tile's first column. Masked entries
+// become `masked`.
 template <class Config, int m_tiles, int block_m>
 inline void mask_transposed(tile::Accumulator<m_tiles, block_m>& scores, const Params& params, const Seqlen& seqlen,
-                            int first_key, int first_query) {
+                            int first_key, int first_query, float masked = -infinity) {
 #pragma unroll
   for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
@@ -37,7 +43,7 @@ inline void mask_transposed(tile::Accumulator<m_tiles, block_m>& scores, const P
       for (int j = 0; j < block_m / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (!span.sees(8 * j + e)) scores.x[t][j][2 * i + e] = -infinity;
+          if (!span.sees(8 * j + e)) scores.x[t][j][2 * i + e] = masked;
         }
       }
     }

@@ -1,6 +1,7 @@
 // attention: the one argument of every kernel of the backward. cufa/_params.py mirrors it.
 #pragma once
 
+#include "attention/packed.cuh"
 #include "attention/params.cuh"
 #include "core/types.cuh"
 #include "ptx/tma.cuh"
@@ -9,9 +10,11 @@ namespace attention {
 
 // What the forward was given (its lse strides are not used here), then the gradients and the workspace.
 //
-// The workspace has, for every query head, rows in tiles of Config::block_m: those of a sequence begin with a tile, so
-// that no tile mixes sequences (padded_row). `row_lse` and `row_delta` have a number a row, `dq_sum` a tile of
-// block_m × tile_head_dim float32 numbers, in an order of the main kernel's own, a tile of rows.
+// The workspace has a number for every row of every query head in `row_lse` and `row_delta`. Packed sequences begin
+// there with a multiple of four rows (workspace_row), whose numbers make 16 bytes, and the rows up to the next one's
+// are written too; before all of them are padding_rows as if past an end. `dq_sum` has a tile of block_m ×
+// tile_head_dim float32 numbers, in an order of the main kernel's own, for every tile of rows (sum_tile), none of which
+// mixes sequences; or, with Config::sums_by_rows, tile_head_dim numbers for every row of q.
 struct BackwardParams {
   Params forward;
   const void* dout;
@@ -26,9 +29,13 @@ struct BackwardParams {
   i32* turns;  // of every tile of dq_sum. Deterministic: how many blocks of keys have added to it; else see SumState
   i32* next_unit;   // of main kernels whose thread blocks take one unit of work after the other
   i32* heads_done;  // those, dense: of every key head, how many blocks of keys have added all that they have to dq
+  PackedOffset* offsets_q;  // packed: (batch + 1,)
+  PackedOffset* offsets_k;
+  i32* not_finite;  // whether anything is in the gradients that is not finite: see backward_repair.cuh
+  float* chains;    // what the thread blocks of a main kernel take over: see tile/local.cuh; null: no sum is so long
   Strides dout_strides, dq_strides, dk_strides, dv_strides;
   Strides lse_strides, dlse_strides;  // dim is not used
-  i64 workspace_rows;                 // a query head, of all sequences together; dense: of one sequence
+  i64 workspace_rows;                 // numbers of a query head, of all sequences together; dense: of one sequence
   i32 n_blocks;                       // blocks of keys a key head: of a sequence, or (varlen) of the packed batch
   i32 reversed;                       // whether blocks of keys come, and add to dq, from last to first
 };

@@ -4,6 +4,7 @@
 
 #include "attention/backward_params.cuh"
 #include "attention/backward_work.cuh"
+#include "attention/block_range.cuh"
 #include "core/math.cuh"
 #include "ptx/convert.cuh"
 #include "tile/copy.cuh"
@@ -14,34 +15,60 @@ namespace attention {
 // end, of one query head.
 struct RowTile {
   int m_block, head, batch;
+  int rank;  // packed: of the sequence's rows of q
   Seqlen seqlen;
-  i64 row;  // of the workspace, where the tile begins; negative: there is none
+  i64 row;             // of the workspace, where the tile begins; negative: there is none
+  int workspace_rows;  // from there on, that are the tile's
 
-  // m_blocks: tiles of rows that a head has, unless packed.
+  // m_blocks: tiles of rows that a head has, unless packed. Called by whole warps.
   template <class Config>
   static RowTile find(const BackwardParams& backward, int unit, int m_blocks) {
     const Params& params = backward.forward;
     RowTile tile;
     if constexpr (Config::varlen) {
-      const auto offset = [&](int b) {
-        return clamp(params.cu_seqlens_q[b * params.cu_seqlens_q_stride], 0, params.seqlen_q);
-      };
-      const PackedUnit found = packed_unit(unit, Config::block_m, params.batch, params.num_heads_q, 1, offset);
-      if (found.units == 0) return {0, 0, 0, {}, -1};
+      const PackedUnit found =
+          packed_unit<Config::block_m>(unit, backward.offsets_q, params.batch, params.num_heads_q, 1);
+      if (found.units == 0) return none();
       tile.m_block = found.units - 1 - found.row;
       tile.head = found.head;
       tile.batch = found.batch;
-      tile.seqlen = varlen_seqlen(params, found.batch);
+      tile.rank = backward.offsets_q[found.batch].rank;
+      tile.seqlen = packed_seqlen(params, packed_sequence(backward, found.batch));
     } else {
-      if (m_blocks == 0) return {0, 0, 0, {}, -1};
+      if (m_blocks == 0) return none();
+      tile.rank = 0;
       // From last to first: under a causal mask the last see most keys.
       tile.m_block = m_blocks - 1 - unit % m_blocks;
       tile.head = unit / m_blocks % params.num_heads_q;
       tile.batch = unit / m_blocks / params.num_heads_q;
       tile.seqlen = dense_seqlen(params);
     }
-    tile.row = workspace_row<Config>(backward, tile.seqlen, tile.batch, tile.head) + tile.m_block * Config::block_m;
+    const int first_row = tile.m_block * Config::block_m;
+    tile.row = workspace_row<Config>(backward, tile, tile.head) + first_row;
+    tile.workspace_rows = Config::block_m;
+    if (Config::varlen && first_row + Config::block_m >= tile.seqlen.q) {  // the last live one has all that are left
+      const int begin = tile.seqlen.q_first_row, rank = tile.rank;
+      const int rows = padded_row<Config>(begin + tile.seqlen.q, rank + 1) - padded_row<Config>(begin, rank);
+      tile.workspace_rows = first_row < tile.seqlen.q ? rows - first_row : 0;
+    }
     return tile;
+  }
+
+  static RowTile none() { return {0, 0, 0, 0, {0, 0, 0, 0}, -1, 0}; }
+
+  // Which tile of the sums of dq it is, and where they begin.
+  template <class Config>
+  i64 sum_index(const BackwardParams& backward) const {
+    if constexpr (!Config::varlen) return row / Config::block_m;
+    return sum_tile<Config>(backward, *this, head, m_block);
+  }
+
+  template <class Config>
+  i64 sums(const BackwardParams& backward) const {
+    if constexpr (!Config::varlen) return row * Config::tile_head_dim;
+    if constexpr (!Config::sums_by_rows) return sum_index<Config>(backward) * (Config::block_m * Config::tile_head_dim);
+    const i64 q_row = i64(head) * backward.forward.seqlen_q + seqlen.q_first_row + m_block * Config::block_m;
+    return q_row * Config::tile_head_dim;
   }
 
   // Element 0 of the tile's first row in an array like q.
@@ -52,14 +79,13 @@ struct RowTile {
   }
 };
 
-// Nobody has done anything yet. A thread block sets to 0 what has its number: all of it, whichever tiles cu_seqlens
-// that decrease leave out, or a main kernel would wait for what was there before.
+// Nobody has done anything yet. A thread block sets to 0 what has its number.
 template <class Config>
 inline void begin_counts(const BackwardParams& params) {
   if (threadIdx.x != 0) return;
   const Params& forward = params.forward;
   const int outer = Config::varlen ? 1 : forward.batch, block = blockIdx.x;
-  if (block == 0) *params.next_unit = 0;
+  if (block == 0) *params.next_unit = *params.not_finite = 0;
   if (block < forward.m_blocks * forward.num_heads_q * outer) params.turns[block] = 0;
   if (block < forward.num_heads_q / forward.qheads_per_khead * outer) params.heads_done[block] = 0;
 }
@@ -67,15 +93,16 @@ inline void begin_counts(const BackwardParams& params) {
 // Zeros where dq adds up.
 template <class Config>
 inline void clear_sums(const BackwardParams& params, const RowTile& tile) {
-  uint4* const sums = reinterpret_cast<uint4*>(params.dq_sum + tile.row * Config::tile_head_dim);
-  for (int i = threadIdx.x; i < Config::block_m * Config::tile_head_dim / 4; i += blockDim.x) {
-    sums[i] = uint4{0, 0, 0, 0};
-  }
+  const int first_row = tile.m_block * Config::block_m;
+  const int rows = Config::sums_by_rows ? min_of(Config::block_m, tile.seqlen.q - first_row) : Config::block_m;
+  uint4* const sums = reinterpret_cast<uint4*>(params.dq_sum + tile.sums<Config>(params));
+  for (int i = threadIdx.x; i < rows * Config::tile_head_dim / 4; i += blockDim.x) sums[i] = uint4{0, 0, 0, 0};
 }
 
 template <class Config>
 inline void prepare_rows(const BackwardParams& params, const RowTile& tile) {
   using element = typename Config::element;
+  using Span = KeySpan<Config::causal, Config::window>;
   constexpr int chunk_elements = 16 / sizeof(element), chunks = ceil_div(Config::head_dim_v, chunk_elements);
   constexpr int lanes = 8;  // that share a row
   const int live_rows = clamp(tile.seqlen.q - tile.m_block * Config::block_m, 0, Config::block_m);
@@ -86,7 +113,8 @@ inline void prepare_rows(const BackwardParams& params, const RowTile& tile) {
       tile.rows(static_cast<const float*>(params.forward.lse), params.lse_strides, Config::block_m);
   const float* const dlse = params.dlse ? tile.rows(params.dlse, params.dlse_strides, Config::block_m) : nullptr;
   const int lane = threadIdx.x % lanes;
-  for (int row = threadIdx.x / lanes; row < Config::block_m; row += blockDim.x / lanes) {
+  // Of packed tiles four rows together at least: a warp has as many, and its lanes trade numbers.
+  for (int row = threadIdx.x / lanes; row < tile.workspace_rows; row += blockDim.x / lanes) {
     const bool live = row < live_rows;
     float delta = 0.0f;
 #pragma unroll
@@ -106,22 +134,34 @@ inline void prepare_rows(const BackwardParams& params, const RowTile& tile) {
 #pragma unroll
     for (int step = 1; step < lanes; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
     if (lane == 0) {
-      float row_lse = infinity;
-      if (live) {
-        row_lse = lse[row * params.lse_strides.seqlen] * log2_e;
-        // A row that sees no key: its scores are all -infinity, and so would their differences be, not NaN.
-        if (row_lse == -infinity) row_lse = infinity;
-        if (dlse) delta -= dlse[row * params.dlse_strides.seqlen];
+      // A row that sees no key: its scores are all -infinity, and so would their differences be, not NaN.
+      const float own_lse = live ? lse[row * params.lse_strides.seqlen] * log2_e : -infinity;
+      const bool empty = own_lse == -infinity;
+      const float row_lse = empty ? infinity : own_lse;
+      const int own_row = tile.m_block * Config::block_m + row;
+      if (Span::first(params.forward, tile.seqlen, own_row) > Span::last(params.forward, tile.seqlen, own_row)) {
+        delta = 0.0f;  // of a row that sees no key, whatever its dout holds, dlse counts for the sink
       }
+      if (live && dlse) delta -= dlse[row * params.dlse_strides.seqlen];
       params.row_lse[tile.row + row] = row_lse;
-      params.row_delta[tile.row + row] = row_lse == infinity ? 0.0f : delta;
+      params.row_delta[tile.row + row] = empty ? 0.0f : delta;
     }
   }
+}
+
+// What packed tiles get for rows past their end.
+template <class Config>
+inline void write_padding(const BackwardParams& params) {
+  if (!Config::varlen || blockIdx.x != 0 || threadIdx.x >= padding_rows) return;
+  params.row_lse[int(threadIdx.x) - padding_rows] = infinity;
+  params.row_delta[int(threadIdx.x) - padding_rows] = 0.0f;
 }
 
 // For main kernels that write dq themselves.
 template <class Config>
 inline void prepare(const BackwardParams& params) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *params.not_finite = 0;
+  write_padding<Config>(params);
   const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
   if (tile.row >= 0) prepare_rows<Config>(params, tile);
 }
@@ -130,6 +170,7 @@ inline void prepare(const BackwardParams& params) {
 template <class Config, class Main>
 inline void prepare(const BackwardParams& params) {
   begin_counts<Config>(params);
+  write_padding<Config>(params);
   const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
   if (tile.row < 0) return;
   if (!Main::first_stores && tile.m_block * Config::block_m < tile.seqlen.q) clear_sums<Config>(params, tile);

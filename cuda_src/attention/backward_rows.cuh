@@ -1,6 +1,7 @@
 // attention: writes rows of gradients straight from the registers of an accumulator.
 #pragma once
 
+#include "attention/repair.cuh"
 #include "core/math.cuh"
 #include "core/types.cuh"
 #include "ptx/convert.cuh"
@@ -14,8 +15,13 @@ namespace attention {
 // of 16 bytes; all of them must call this.
 template <int store_bytes, int valid_cols, class element, int m_tiles, int cols>
 inline void write_row(element* row, i64 col_stride, bool live, const tile::Accumulator<m_tiles, cols>& from, int t,
-                      int i, float factor, int first_col = 0) {
+                      int i, float factor, NotFinite<f32>& not_finite, int first_col = 0) {
   constexpr int n_tiles = cols / 8;
+#pragma unroll
+  for (int j = 0; j < n_tiles; ++j) {
+    not_finite.look(from.x[t][j][2 * i]);
+    not_finite.look(from.x[t][j][2 * i + 1]);
+  }
   const auto value = [&](int j, int e) { return factor == 0.0f ? 0.0f : factor * from.x[t][j][2 * i + e]; };
   if constexpr (is_same<element, f32>) {
     const bool odd = tile::lane() % 2;  // its chunk is of the second of two n-tiles

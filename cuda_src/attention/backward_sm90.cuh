@@ -3,8 +3,10 @@
 
 #include "attention/backward_finish.cuh"
 #include "attention/backward_mainloop_sm90.cuh"
+#include "attention/backward_offsets.cuh"
 #include "attention/backward_params.cuh"
 #include "attention/backward_prepare.cuh"
+#include "attention/backward_repair.cuh"
 #include "attention/backward_work.cuh"
 #include "ptx/setmaxnreg.cuh"
 #include "ptx/shared.cuh"
@@ -43,7 +45,11 @@ inline void backward_sm90(const BackwardArgument& argument) {
     if (warp == 0) mainloop.template load<Side::queries>(argument, works);
     if (warp == 1) mainloop.template load<Side::gradients>(argument, works);
     if (warp == 2) mainloop.add_dq(argument.params, works);
-    if (threadIdx.x == 3 * 32) mainloop.find_work(argument.params, works);
+    if constexpr (Config::varlen) {
+      if (warp == 3) mainloop.find_packed_work(argument.params, works);
+    } else {
+      if (threadIdx.x == 3 * 32) mainloop.find_work(argument.params, works);
+    }
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();
     mainloop.consume(argument.params, works, warp / 4 - 1);

@@ -14,6 +14,7 @@
 #include "ptx/shared.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/gemm_sm90.cuh"
+#include "tile/local.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/shared.cuh"
 
@@ -34,6 +35,8 @@ struct BackwardKeysSm90 {
   using Operand = tile::Operand<block_m>;
   using Dk = tile::Accumulator<1, round_up(Config::head_dim, 16)>;
   using Dv = tile::Accumulator<1, round_up(Config::head_dim_v, 16)>;
+
+  static constexpr int chain_steps = tile::chain_blocks(block_m);
 
   static constexpr int stages = 2;
   using Ring = tile::Ring<stages>;
@@ -81,9 +84,10 @@ struct BackwardKeysSm90 {
     typename Ring::Cursor at;
     Dv dv;
     Operand p;
+    tile::LocalSums<1, Dv::cols> local_dv;
     dv.zero();
     if (!work.range.empty()) keys().wait_full({});
-    for_each_query_tile(params, work, [&](int head, int m_block) {
+    const auto step = [&](int head, int m_block) {
       Scores s;
       ColumnNumbers<block_m> numbers;
       const bool boundary = work.range.is_boundary(m_block);
@@ -102,9 +106,12 @@ struct BackwardKeysSm90 {
       warpgroup::gemm_ab(dv, p, dout(at.stage()), true);
       queries().release_warp(at);
       at.advance();
+    };
+    for_each_query_chain(params, work, chain_steps, step, [&](bool first, bool last) {
+      warpgroup::wait<0>(dv, p);
+      if (!(first && last)) local_dv.take_over(dv, first, last);
     });
-    warpgroup::wait<0>(dv, p);
-    write_keys<Config, Config::head_dim_v>(backward.dv, backward.dv_strides, work, dv, first_key, 1.0f);
+    write_keys<Config, true>(backward, work, dv, first_key);
   }
 
   // The second: dP, dS and dk.
@@ -113,9 +120,10 @@ struct BackwardKeysSm90 {
     typename Ring::Cursor at;
     Dk dk;
     Operand ds;
+    tile::LocalSums<1, Dk::cols> local_dk;
     dk.zero();
     if (!work.range.empty()) values().wait_full({});
-    for_each_query_tile(backward.forward, work, [&](int, int) {
+    const auto step = [&](int, int) {
       Scores dp;
       ColumnNumbers<block_m> numbers;
       gradients().wait_full(at);
@@ -133,10 +141,12 @@ struct BackwardKeysSm90 {
       warpgroup::gemm_ab(dk, ds, q(at.stage()), true);
       gradients().release_warp(at);
       at.advance();
+    };
+    for_each_query_chain(backward.forward, work, chain_steps, step, [&](bool first, bool last) {
+      warpgroup::wait<0>(dk, ds);
+      if (!(first && last)) local_dk.take_over(dk, first, last);
     });
-    warpgroup::wait<0>(dk, ds);
-    write_keys<Config, Config::head_dim>(backward.dk, backward.dk_strides, work, dk, first_key,
-                                         backward.forward.softmax_scale);
+    write_keys<Config, false>(backward, work, dk, first_key);
   }
 
   // Thread for thread, as the registers of both warpgroups hold the same entries.

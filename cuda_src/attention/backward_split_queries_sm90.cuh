@@ -15,6 +15,7 @@
 #include "ptx/math.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/gemm_sm90.cuh"
+#include "tile/local.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/shared.cuh"
 
@@ -32,7 +33,7 @@ struct QueryWork {
     QueryWork work;
     work.tile = RowTile::find<Config>(backward, unit, Config::varlen ? 0 : ceil_div(params.seqlen_q, Config::block_m));
     work.range = block_range<Config>(params, work.tile.seqlen, work.tile.m_block);
-    work.row = workspace_row<typename Config::Workspace>(backward, work.tile.seqlen, work.tile.batch, work.tile.head);
+    work.row = workspace_row<Config>(backward, work.tile, work.tile.head);
     return work;
   }
 
@@ -43,7 +44,6 @@ struct QueryWork {
 // Config, for tiles of 128 queries.
 template <class Config>
 struct QueriesConfig : Config {
-  using Workspace = Config;
   static constexpr int block_m = 128;
 };
 
@@ -63,6 +63,8 @@ struct BackwardQueriesSm90 {
   using Scores = tile::Accumulator<1, block_n>;
   using Operand = tile::Operand<block_n>;
   using Dq = tile::Accumulator<1, round_up(Config::head_dim, 16)>;
+
+  static constexpr int chain_steps = tile::chain_blocks(block_n);
 
   using Keys = tile::Ring<2>;
   using Values = tile::Ring<1>;
@@ -139,10 +141,10 @@ struct BackwardQueriesSm90 {
     Values::Cursor at_values;
     Dq dq;
     Operand ds;
+    tile::LocalSums<1, Dq::cols> local_dq;
     dq.zero();
     tile::wait(queries_full(), 0);
-#pragma unroll 1
-    for (int n_block = work.range.end - 1; n_block >= work.range.begin; --n_block) {
+    const auto step = [&](int n_block) {
       const int first_key = n_block * block_n;
       Scores s, dp;
       keys().wait_full(at_keys);
@@ -200,16 +202,27 @@ struct BackwardQueriesSm90 {
       if (!Variant::empty) warpgroup::wait<0>(dq, ds);
       at_keys.advance();
       at_values.advance();
+    };
+    const int begin = work.range.begin, end = work.range.end;
+#pragma unroll 1
+    for (int chain = end; chain > begin; chain -= chain_steps) {
+      const int chain_begin = max_of(begin, chain - chain_steps);
+#pragma unroll 1
+      for (int n_block = chain - 1; n_block >= chain_begin; --n_block) step(n_block);
+      warpgroup::wait<0>(dq, ds);
+      const bool first = chain == end, last = chain_begin == begin;
+      if (!(first && last)) local_dq.take_over(dq, first, last);
     }
-    warpgroup::wait<0>(dq, ds);
 
+    NotFinite<f32> not_finite;
     element* const rows = tile.rows(static_cast<element*>(backward.dq), backward.dq_strides, 0);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row + tile::fragment_row(0, i);
       write_row<Config::store_bytes, Config::head_dim>(rows + row * backward.dq_strides.seqlen, backward.dq_strides.dim,
-                                                       row < tile.seqlen.q, dq, 0, i, params.softmax_scale);
+                                                       row < tile.seqlen.q, dq, 0, i, params.softmax_scale, not_finite);
     }
+    if (unlikely(not_finite.found())) *backward.not_finite = 1;
   }
 
   // Consumers take turns in giving the tensor cores S and dP to do.

@@ -3,8 +3,10 @@
 #pragma once
 
 #include "attention/backward_finish.cuh"
+#include "attention/backward_offsets.cuh"
 #include "attention/backward_params.cuh"
 #include "attention/backward_prepare.cuh"
+#include "attention/backward_repair.cuh"
 #include "attention/backward_split_keys_sm90.cuh"
 #include "attention/backward_split_queries_sm90.cuh"
 #include "attention/backward_work.cuh"
@@ -33,9 +35,10 @@ inline void backward_split_keys_sm90(const BackwardArgument& argument) {
   __shared__ BackwardWork work;
   const Mainloop mainloop{ptx::shared_address(dynamic_smem)};
 
-  if (threadIdx.x == 0) {
-    mainloop.init();
-    work = BackwardWork::find<Config>(argument.params, blockIdx.x);
+  if (threadIdx.x == 0) mainloop.init();
+  if (threadIdx.x < (Config::varlen ? 32 : 1)) {
+    const BackwardWork found = BackwardWork::find<Config>(argument.params, blockIdx.x);
+    if (threadIdx.x == 0) work = found;
   }
   __syncthreads();
   if (work.template idle<Config>()) return;
@@ -61,9 +64,10 @@ inline void backward_split_queries_sm90(const BackwardArgument& argument) {
   __shared__ typename Mainloop::Work work;
   const Mainloop mainloop{ptx::shared_address(dynamic_smem)};
 
-  if (threadIdx.x == 0) {
-    mainloop.init();
-    work = Mainloop::Work::find(argument.params, blockIdx.x);
+  if (threadIdx.x == 0) mainloop.init();
+  if (threadIdx.x < (Config::varlen ? 32 : 1)) {
+    const typename Mainloop::Work found = Mainloop::Work::find(argument.params, blockIdx.x);
+    if (threadIdx.x == 0) work = found;
   }
   __syncthreads();
   if (work.idle()) return;

@@ -22,7 +22,7 @@ struct DqSum {
 
   // Asks ahead whether anybody has been there.
   void begin(const BackwardWork& work, int head, int m_block) {
-    index = int(workspace_row<Config>(params, work.seqlen, work.batch, head) / Config::block_m) + m_block;
+    index = sum_tile<Config>(params, work, head, m_block);
     if constexpr (Config::deterministic) {
       wanted = turn_of<Config>(params, work.seqlen, m_block, work.n_block);
       found = ptx::ld_acquire_gpu(params.turns + index);

@@ -13,6 +13,7 @@
 #include "ptx/shared.cuh"
 #include "ptx/tma.cuh"
 #include "tile/accumulator.cuh"
+#include "tile/pipeline.cuh"
 #include "tile/tensor_sm90.cuh"
 
 namespace attention {
@@ -39,8 +40,7 @@ template <class Config, class Loop, Side side>
 struct TileLoader {
   const Loop& loop;
   const BackwardArgument& argument;
-  typename Loop::Ring::Cursor at;
-  typename Loop::KeyRing::Cursor at_keys;
+  tile::CursorPair<Loop::Ring::stages> progress;  // the tile of queries, and the block of keys
 
   void load(const BackwardWork& work) {
     const BackwardParams& params = argument.params;
@@ -49,8 +49,9 @@ struct TileLoader {
       load_keys(loop.keys(), loop.k(), argument.k, work);
     else
       load_keys(loop.values(), loop.v(), argument.v, work);
-    for_each_query_tile(params.forward, work, [&](int head, int m_block) {
-      const i64 row = workspace_row<Config>(params, work.seqlen, work.batch, head) + m_block * Config::block_m;
+    const auto& at = progress.first;
+    for_each_query_tile(work, [&](int head, int m_block) {
+      const i64 row = workspace_row<Config>(params, work, head) + m_block * Config::block_m;
       if constexpr (side == Side::queries)
         load_queries(loop.queries(), loop.q(at.stage()), argument.q, loop.lse(at.stage()), params.row_lse + row, work,
                      head, m_block);
@@ -64,21 +65,30 @@ struct TileLoader {
   template <class Tile>
   void load_keys(const typename Loop::KeyRing& ring, const Tile& to, const ptx::TensorMap& map,
                  const BackwardWork& work) {
-    ring.wait_empty(at_keys);
-    ring.expect(at_keys, Tile::bytes);
+    ring.wait_empty(progress.second());
+    ring.expect(progress.second(), Tile::bytes);
     load_rows<Config>(to, map, ring.full(0), work.n_block * Config::block_n, work.seqlen.k, work.seqlen.k_first_row,
                       work.head, work.batch);
-    at_keys.advance();
+    progress.advance_second();
   }
 
   template <class Tile>
   void load_queries(const typename Loop::Ring& ring, const Tile& to, const ptx::TensorMap& map, u32 to_numbers,
                     const float* numbers, const BackwardWork& work, int head, int m_block) {
+    typename Loop::Ring::Cursor& at = progress.first;
     ring.wait_empty(at);
     ring.expect(at, Tile::bytes + Loop::rows_bytes);
     load_rows<Config>(to, map, ring.full(at.stage()), m_block * Config::block_m, work.seqlen.q, work.seqlen.q_first_row,
                       head, work.batch);
-    ptx::cp_async_bulk(to_numbers, numbers, Loop::rows_bytes, ring.full(at.stage()));
+    int own = Loop::rows_bytes;  // what comes after them in memory is another sequence's
+    if (Config::varlen) {
+      own = min_of(own, round_up(work.seqlen.q - m_block * Config::block_m, aligned_rows) * int(sizeof(float)));
+      const float* const padding = side == Side::queries ? argument.params.row_lse : argument.params.row_delta;
+      if (own < Loop::rows_bytes) {
+        ptx::cp_async_bulk(to_numbers + own, padding - Config::block_m, Loop::rows_bytes - own, ring.full(at.stage()));
+      }
+    }
+    ptx::cp_async_bulk(to_numbers, numbers, own, ring.full(at.stage()));
     at.advance();
   }
 };
@@ -159,17 +169,23 @@ inline void gradients_of_scores(tile::Operand<block_m>& ds, const tile::Operand<
 
 // dk or dv ← factor · a warpgroup's accumulator, whose rows are keys from first_key, the warp's first, on. Those past
 // the live length get zeros, whatever dout holds.
-template <class Config, int valid_cols, int cols>
-inline void write_keys(void* gradient, const Strides& strides, const BackwardWork& work,
-                       const tile::Accumulator<1, cols>& from, int first_key, float factor) {
+template <class Config, bool of_values, int cols>
+inline void write_keys(const BackwardParams& backward, const BackwardWork& work, const tile::Accumulator<1, cols>& from,
+                       int first_key) {
+  constexpr int valid_cols = of_values ? Config::head_dim_v : Config::head_dim;
+  const float factor = of_values ? 1.0f : backward.forward.softmax_scale;
+  const Strides& strides = of_values ? backward.dv_strides : backward.dk_strides;
+  void* const gradient = of_values ? backward.dv : backward.dk;
+  NotFinite<f32> not_finite;
   typename Config::element* const rows = static_cast<typename Config::element*>(gradient) + work.batch * strides.batch +
                                          work.head * strides.head + i64(work.seqlen.k_first_row) * strides.seqlen;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = first_key + tile::fragment_row(0, i);
     write_row<Config::store_bytes, valid_cols>(rows + row * strides.seqlen, strides.dim, row < work.key_rows, from, 0,
-                                               i, row < work.seqlen.k ? factor : 0.0f);
+                                               i, row < work.seqlen.k ? factor : 0.0f, not_finite);
   }
+  if (unlikely(not_finite.found())) *backward.not_finite = 1;
 }
 
 }  // namespace attention

@@ -7,6 +7,7 @@
 #include "attention/scheduler.cuh"
 #include "attention/seqlen.cuh"
 #include "core/math.cuh"
+#include "tile/local.cuh"
 
 namespace attention {
 
@@ -47,17 +48,67 @@ inline QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_
   return range;
 }
 
-// Where a sequence's rows begin in a head of the workspace.
-template <class Config>
-inline int padded_row(const Seqlen& seqlen, int batch) {
-  return Config::varlen ? first_packed_unit(seqlen.q_first_row, Config::block_m, batch) * Config::block_m : 0;
+// Which unit of which head of which sequence.
+struct PackedUnit {
+  int row, head, batch;
+  int units;  // of the sequence, a head; 0 where the unit is no sequence's
+};
+
+// Of units of `rows` rows of one of the packed arrays. Called by a whole warp, with the same unit. A lane probes a 32nd
+// of the offsets that are left.
+template <int rows>
+inline PackedUnit packed_unit(int unit, const PackedOffset* offsets, int batch, int heads, int heads_per_section) {
+  const auto first_unit = [&](int b) { return first_packed_unit<rows>(offsets[b].row, offsets[b].rank); };
+  int low = 0, high = batch + 1;  // offsets whose first unit is past this one begin at one of [low, high]
+#pragma unroll 1
+  while (low < high) {
+    const int step = ceil_div(high - low, 32), probe = low + (int(tile::lane()) + 1) * step - 1;
+    const bool before = probe < high && first_unit(probe) <= unit / heads;
+    const int count = __popc(__ballot_sync(0xffffffffu, before));
+    high = min_of(high, low + (count + 1) * step - 1);
+    low += count * step;
+  }
+  const int b = low - 1;
+  if (b < 0 || b == batch) return {0, 0, 0, 0};  // before the first sequence, or past the last
+  const int begin = first_unit(b), units = first_unit(b + 1) - begin;
+  const UnitIndex index = unit_of(unit - begin * heads, units, heads, heads_per_section);
+  return {index.row, index.head, b, units};
 }
 
-// The row of the workspace at which query head `head` of sequence `batch` begins.
+inline PackedSequence packed_sequence(const BackwardParams& params, int b) {
+  return {b, params.offsets_q[b].row, params.offsets_q[b + 1].row, params.offsets_k[b].row,
+          params.offsets_k[b + 1].row};
+}
+
+// Rows of packed sequences begin with a multiple of so many in the workspace, of which a copy takes 16 bytes.
+inline constexpr int aligned_rows = 4;
+
+// Numbers before the first row, which rows of packed tiles past their sequence's end have: of the largest tile.
+inline constexpr int padding_rows = 128;
+
+// Where the rows of a sequence begin in a head of the workspace; `rank`, packed, is that of its rows of q.
 template <class Config>
-inline i64 workspace_row(const BackwardParams& params, const Seqlen& seqlen, int batch, int head) {
-  const int outer = Config::varlen ? 0 : batch;
-  return (i64(outer) * params.forward.num_heads_q + head) * params.workspace_rows + padded_row<Config>(seqlen, batch);
+inline int padded_row(int first_row, int rank) {
+  return Config::varlen ? first_packed_unit<aligned_rows>(first_row, rank) * aligned_rows : 0;
+}
+
+// The row of the workspace at which query head `head` of the sequence of a work or tile begins.
+template <class Config, class Where>
+inline i64 workspace_row(const BackwardParams& params, const Where& at, int head) {
+  const int outer = Config::varlen ? 0 : at.batch;
+  return (i64(outer) * params.forward.num_heads_q + head) * params.workspace_rows +
+         padded_row<Config>(at.seqlen.q_first_row, at.rank);
+}
+
+// Which tile of the sums of dq is tile m_block of that head.
+template <class Config, class Where>
+inline int sum_tile(const BackwardParams& params, const Where& at, int head, int m_block) {
+  if constexpr (Config::varlen) {
+    return head * params.forward.m_blocks + first_packed_unit<Config::block_m>(at.seqlen.q_first_row, at.rank) +
+           m_block;
+  } else {
+    return int(workspace_row<Config>(params, at, head) / Config::block_m) + m_block;
+  }
 }
 
 // Which of all sequences' key heads a query head reads.
@@ -78,6 +129,43 @@ struct BackwardWork {
   Seqlen seqlen;
   int key_rows;  // rows of k and v that are the sequence's, live or not
   QueryRange range;
+  int rank;                        // packed: of the sequence's rows of q
+  int query_head, query_head_end;  // the query heads, of those that share the keys
+
+  // Where there are so many tiles of queries that sums over them would drift (tile/local.cuh), they come in chains,
+  // parts of the work: all tiles of a few query heads, or a part of those of one.
+  bool first_chain, last_chain;
+  int unit, chain;  // which of the unit's it is
+
+  // Makes the whole work, as it was found, one of its chains. Called where registers are few: nothing is divided.
+  template <class Config>
+  void take_chain() {
+    int index = chain;
+    constexpr int chain = tile::chain_blocks(Config::block_m);
+    const int tiles = range.end - range.begin, heads_end = query_head_end;
+    if (tiles * (heads_end - query_head) <= 2 * chain) return;
+    int heads = 1;
+    while (2 * heads * tiles <= chain) heads *= 2;
+    int begin = range.begin;
+    first_chain = index == 0;
+    for (; index > 0; --index) {
+      begin += chain;
+      if (begin < range.end) continue;
+      begin = range.begin;
+      query_head += heads;
+    }
+    query_head_end = min_of(query_head + heads, heads_end);
+    last_chain = begin + chain >= range.end && query_head_end == heads_end;
+    range.begin = begin;
+    range.end = min_of(range.end, begin + chain);
+  }
+
+  // Makes it whole.
+  void take_all(const Params& params) {
+    query_head = head * params.qheads_per_khead;
+    query_head_end = query_head + params.qheads_per_khead;
+    first_chain = last_chain = true;
+  }
 
   // Whether the block lies past the end.
   template <class Config>
@@ -85,33 +173,59 @@ struct BackwardWork {
     return n_block * Config::block_n >= key_rows;
   }
 
-  // The first blocks of keys come first, unless reversed: under a causal mask they are seen by most queries.
+  // The first blocks of keys come first, unless reversed: under a causal mask they are seen by most queries. Called by
+  // a whole warp.
   template <class Config>
   static BackwardWork find(const BackwardParams& backward, int unit) {
     const Params& params = backward.forward;
     const int heads = params.num_heads_q / params.qheads_per_khead;
-    BackwardWork work;
     if constexpr (Config::varlen) {
-      const auto offset = [&](int b) {
-        return clamp(params.cu_seqlens_k[b * params.cu_seqlens_k_stride], 0, params.seqlen_k);
-      };
-      const PackedUnit found =
-          packed_unit(unit, Config::block_n, params.batch, heads, params.heads_per_section, offset);
-      work.n_block = backward.reversed && found.units > 0 ? found.units - 1 - found.row : found.row;
-      work.head = found.head;
-      work.batch = found.batch;
-      work.key_rows = found.length;
-      work.seqlen = varlen_seqlen(params, found.batch);
+      return of_packed<Config>(backward, find_packed<Config>(backward, unit));
     } else {
       const UnitIndex index = unit_of(unit, backward.n_blocks, params.batch * heads, params.heads_per_section);
+      BackwardWork work;
       work.n_block = backward.reversed ? backward.n_blocks - 1 - index.row : index.row;
       work.head = index.head % heads;
       work.batch = index.head / heads;
+      work.rank = 0;
       work.key_rows = params.seqlen_k;
       work.seqlen = dense_seqlen(params);
+      work.range = query_range<Config>(params, work.seqlen, work.n_block);
+      work.take_all(params);
+      return work;
     }
-    work.range = query_range<Config>(params, work.seqlen, work.n_block);
+  }
+
+  // The same for packed sequences in two parts, of which one thread does the second.
+  template <class Config>
+  static PackedUnit find_packed(const BackwardParams& backward, int unit) {
+    const Params& params = backward.forward;
+    const int heads = params.num_heads_q / params.qheads_per_khead;
+    PackedUnit found =
+        packed_unit<Config::block_n>(unit, backward.offsets_k, params.batch, heads, params.heads_per_section);
+    if (backward.reversed) found.row = found.units - 1 - found.row;
+    return found;
+  }
+
+  template <class Config>
+  static BackwardWork of_packed(const BackwardParams& backward, const PackedUnit& found) {
+    BackwardWork work{};
+    if (found.units > 0) work.take_packed<Config>(backward, found);
     return work;
+  }
+
+  template <class Config>
+  void take_packed(const BackwardParams& backward, const PackedUnit& found) {
+    BackwardWork& work = *this;
+    const PackedSequence sequence = packed_sequence(backward, found.batch);
+    work.n_block = found.row;
+    work.head = found.head;
+    work.batch = found.batch;
+    work.seqlen = packed_seqlen(backward.forward, sequence);
+    work.key_rows = sequence.k_end - sequence.k_begin;
+    work.range = query_range<Config>(backward.forward, work.seqlen, found.row);
+    work.rank = backward.offsets_q[found.batch].rank;
+    work.take_all(backward.forward);
   }
 
   // Units of the launch; some may be idle.
@@ -122,16 +236,37 @@ struct BackwardWork {
   }
 };
 
-// Calls step(query head, tile of queries) for all that see the block's keys.
+// Calls step(query head, tile of queries) for all that see the block's keys. The work is in shared memory, where the
+// last head is read again, for the sake of a register.
 template <class Step>
-inline void for_each_query_tile(const Params& params, const BackwardWork& work, Step&& step) {
-  const int end = work.range.end;  // which is in shared memory
+inline void for_each_query_tile(const BackwardWork& work, Step&& step) {
+  const volatile int& last_head = work.query_head_end;
+  const int end = work.range.end;
 #pragma unroll 1
-  for (int head = 0; head < params.qheads_per_khead; ++head) {
+  for (int head = work.query_head; head < int(last_head); ++head) {
 #pragma unroll 1
-    for (int m_block = work.range.begin; m_block < end; ++m_block) {
+    for (int m_block = work.range.begin; m_block < end; ++m_block) step(head, m_block);
+  }
+}
+
+// The same in chains of at most `chain` steps, each of which end_chain(first, last) follows.
+template <class Step, class EndChain>
+inline void for_each_query_chain(const Params& params, const BackwardWork& work, int chain, Step&& step,
+                                 EndChain&& end_chain) {
+  const int begin = work.range.begin, end = work.range.end, last_head = params.qheads_per_khead - 1;
+  if (begin >= end) return;
+  int head = 0, m_block = begin;
+#pragma unroll 1
+  for (bool first = true, last = false; !last; first = false) {
+#pragma unroll 1
+    for (int left = chain; left > 0 && !last; --left) {
       step(work.head * params.qheads_per_khead + head, m_block);
+      const bool next_head = ++m_block == end;
+      last = next_head && head == last_head;
+      head += next_head;
+      if (next_head) m_block = begin;
     }
+    end_chain(first, last);
   }
 }
 

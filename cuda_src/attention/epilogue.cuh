@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/params.cuh"
+#include "attention/repair.cuh"
 #include "attention/softmax.cuh"
 #include "attention/work.cuh"
 #include "core/types.cuh"
@@ -13,9 +14,11 @@
 
 namespace attention {
 
+// True if something is not finite, of the warp's part of the tile.
 template <class Tile, int m_tiles, int cols>
-inline void stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& out, int warp_row, int warp_col) {
+inline bool stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& out, int warp_row, int warp_col) {
   using element = typename Tile::element;
+  NotFinite<element> not_finite;
 #pragma unroll
   for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
@@ -28,36 +31,46 @@ inline void stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& o
         const u32 address = staging.address(row, byte / 16) + byte % 16;
         if constexpr (is_same<element, f32>) {
           ptx::st_shared_v2(address, __float_as_uint(low), __float_as_uint(high));
+          not_finite.look(low);
+          not_finite.look(high);
         } else {
-          ptx::st_shared_u32(address, ptx::cvt_rn_x2<element>(low, high));
+          const u32 packed = ptx::cvt_rn_x2<element>(low, high);
+          ptx::st_shared_u32(address, packed);
+          not_finite.look(packed);
         }
       }
     }
   }
+  return not_finite.found();
 }
 
 // Writes the rows of the work's tile; the staging tile is free when this is called.
 template <class Config, int m_tiles, int cols, class Tile>
-inline void epilogue(const tile::Accumulator<m_tiles, cols>& out, const Softmax<m_tiles>& statistics,
-                     const Params& params, const Work<typename Config::element>& work, int warp_row, int warp_col,
-                     const Tile& staging) {
+inline void epilogue(const tile::Accumulator<m_tiles, cols>& out,
+                     const Softmax<typename Config::element, m_tiles>& statistics, const Params& params,
+                     const Work<typename Config::element>& work, int warp_row, int warp_col, const Tile& staging) {
   const int first_row = work.tile.m_block * Config::block_m;
-  stage(staging, out, warp_row, warp_col);
+  const bool not_finite = stage(staging, out, warp_row, warp_col);
   if (work.lse && warp_col + tile::fragment_col() == 0) {
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = first_row + warp_row + tile::fragment_row(t, i);
-        if (row < work.seqlen.q) work.lse[row] = statistics.row_max[t][i];
+        if (row < work.seqlen.q) work.lse[row] = statistics.base[t][i];
       }
     }
   }
-  __syncthreads();
+  const bool to_repair = __syncthreads_or(repairs<Config> && not_finite);
   const tile::GlobalRows<typename Config::element> rows{work.out, params.out_strides.seqlen, params.out_strides.dim};
   const block::Chunks<Config::num_threads, Config::copy_unroll, Tile, typename Config::element> chunks(
       staging, rows, first_row, work.seqlen.q);
   block::store<Config::store_bytes, Config::head_dim_v>(chunks);
+  if (unlikely(to_repair)) {
+    __syncthreads();  // all is written
+    constexpr int rows = Config::block_m / (Config::num_threads / 32);
+    repair<Config>(params, work, first_row + int(threadIdx.x / 32) * rows, rows);
+  }
 }
 
 }  // namespace attention

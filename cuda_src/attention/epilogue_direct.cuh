@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/params.cuh"
+#include "attention/repair.cuh"
 #include "attention/softmax.cuh"
 #include "attention/work.cuh"
 #include "core/types.cuh"
@@ -12,17 +13,19 @@
 namespace attention {
 
 // Writes the warp's 16 rows of the work's tile, from row warp_row of it on. Lanes of a quad trade columns first, so
-// that each has whole chunks of 16 bytes.
+// that each has whole chunks of 16 bytes. True if something is not finite.
 template <class Config, int cols>
-inline void epilogue_direct(const tile::Accumulator<1, cols>& out, const Softmax<1>& statistics, const Params& params,
+inline bool epilogue_direct(const tile::Accumulator<1, cols>& out,
+                            const Softmax<typename Config::element, 1>& statistics, const Params& params,
                             const Work<typename Config::element>& work, int warp_row) {
   using element = typename Config::element;
+  NotFinite<element> not_finite[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = work.tile.m_block * Config::block_m + warp_row + tile::fragment_row(0, i);
     const bool live = row < work.template rows<Config>();
     if (live && work.lse && tile::fragment_col() == 0) {
-      *work.template lse_row<Config>(params, row) = statistics.row_max[0][i];
+      *work.template lse_row<Config>(params, row) = statistics.base[0][i];
     }
     element* const to = work.template out_row<Config>(params, row);
 #pragma unroll
@@ -31,6 +34,8 @@ inline void epilogue_direct(const tile::Accumulator<1, cols>& out, const Softmax
 #pragma unroll
       for (int t = 0; t < min_of(4, cols / 8 - j); ++t) {
         x[t] = ptx::cvt_rn_x2<element>(out.x[0][j + t][2 * i], out.x[0][j + t][2 * i + 1]);
+        // What spoils a column spoils it in all rows of a product: every other one tells.
+        if (repairs<Config> && i == 1) not_finite[t % 2].look(x[t]);
       }
       warp::quad_transpose(x);
       if (live) {
@@ -39,23 +44,7 @@ inline void epilogue_direct(const tile::Accumulator<1, cols>& out, const Softmax
       }
     }
   }
-}
-
-// Writes the tile of a work whose rows see no key: zeros, and the sink for lse. Called by one warp.
-template <class Config>
-inline void epilogue_empty(const Params& params, const Work<typename Config::element>& work, float sink) {
-  const int first_row = work.tile.m_block * Config::block_m;
-  const int last_row = min_of(first_row + Config::block_m, work.template rows<Config>());
-  constexpr int chunks = ceil_div(Config::head_dim_v * sizeof(typename Config::element), 16);
-#pragma unroll 1
-  for (int row = first_row; row < last_row; ++row) {
-    if (work.lse && tile::lane() == 0) *work.template lse_row<Config>(params, row) = sink;
-#pragma unroll 1
-    for (int chunk = tile::lane(); chunk < chunks; chunk += 32) {
-      tile::store_chunk<Config::store_bytes, Config::head_dim_v>(work.template out_row<Config>(params, row),
-                                                                 params.out_strides.dim, chunk, uint4{0, 0, 0, 0});
-    }
-  }
+  return repairs<Config> && (not_finite[0].found() || not_finite[1].found());
 }
 
 }  // namespace attention

@@ -1,43 +1,83 @@
-// attention: the forward kernel for sm_80 and newer: one thread block a tile of queries.
+// attention: the forward kernel for sm_80 and newer: one thread block a tile of queries, or, packed, some of them.
 #pragma once
 
-#include "attention/block_range.cuh"
 #include "attention/epilogue.cuh"
+#include "attention/epilogue_empty.cuh"
 #include "attention/mainloop_sm80.cuh"
+#include "attention/packed.cuh"
 #include "attention/params.cuh"
 #include "attention/work.cuh"
 #include "core/math.cuh"
 #include "ptx/shared.cuh"
+#include "ptx/thread.cuh"
 #include "tile/shared.cuh"
 
 namespace attention {
 
 template <class Config>
-inline void forward_sm80(const Params& params) {
+inline void forward_tile(const Params& params, const PointerWork<typename Config::element>& work, u32 smem) {
   using element = typename Config::element;
   using Mainloop = MainloopSm80<Config>;
   using Staging = tile::SharedTile<element, Config::block_m, Config::tile_head_dim_v>;
   static_assert(Config::smem_bytes == max_of(Mainloop::smem_bytes, Staging::bytes),
                 "cufa/_configs.py and the tiles disagree on shared memory");
-  extern __shared__ __align__(1024) char dynamic_smem[];
-  __shared__ PointerWork<element> work;
-  const u32 smem = ptx::shared_address(dynamic_smem);
-
-  if (threadIdx.x == 0) work.template find<Config>(params, blockIdx.x);
-  __syncthreads();
   if (work.template idle<Config>()) return;
-
+  const auto sink = [&] { return Config::sinks ? params.sinks[work.tile.head * params.sinks_stride] : -infinity; };
+  constexpr bool often_empty = Config::causal || Config::window || Config::varlen;
+  if (often_empty && work.range.empty()) {
+    return epilogue_empty<Config, Config::num_threads>(params, work, sink(), ptx::tid_x());
+  }
   typename Mainloop::Out out;
   typename Mainloop::Statistics statistics;
-  if (work.range.empty()) {
+  typename Mainloop::Maxima maxima;
+  if (!often_empty && work.range.empty()) {  // there is no key at all
     out.zero();
     statistics.init();
   } else {
-    Mainloop::run(out, statistics, params, work, smem);
+    Mainloop::run(out, statistics, maxima, params, work, smem);
     __syncthreads();  // every warp is done with the tiles the epilogue writes over
   }
-  statistics.finish(out, Config::sinks ? params.sinks[work.tile.head * params.sinks_stride] : -infinity);
+  statistics.settle(exponent_scale<typename Config::variant>(params), maxima);
+  statistics.finish(out, sink());
   epilogue<Config>(out, statistics, params, work, Mainloop::warp_row(), Mainloop::warp_col(), Staging{smem});
+}
+
+template <class Config>
+inline void forward_sm80(const Params& params) {
+  extern __shared__ __align__(1024) char dynamic_smem[];
+  __shared__ PointerWork<typename Config::element> work;
+  __shared__ PackedScan scan;
+  const u32 smem = ptx::shared_address(dynamic_smem);
+
+  if constexpr (Config::many) {
+    // Who looks for one of many sequences passes many: a block takes some units in a row. What it needs to know from
+    // one to the next is in shared memory, for the sake of registers.
+    __shared__ int unit, end;
+    if (ptx::tid_x() == 0) {
+      scan.init();
+      unit = blockIdx.x * params.units_per_block;
+      end = min_of(unit + params.units_per_block, params.m_units * params.num_heads_q);
+    }
+    __syncthreads();
+#pragma unroll 1
+    while (unit < end) {
+      if (ptx::tid_x() < 32) work.template find<Config>(params, scan, unit);
+      __syncthreads();
+      forward_tile<Config>(params, work, smem);
+      __syncthreads();  // every warp is done with it
+      if (ptx::tid_x() == 0) ++unit;
+      __syncthreads();
+    }
+  } else {
+    if (Config::varlen && ptx::tid_x() == 0) scan.init();
+    if (ptx::tid_x() < 32) {
+      __syncwarp();
+      work.template find<Config>(params, scan, blockIdx.x);
+    }
+    __syncthreads();
+    forward_tile<Config>(params, work, smem);
+  }
+  if constexpr (Config::varlen) clear_outside<Config>(params, ptx::tid_x() / 32, Config::num_threads / 32);
 }
 
 }  // namespace attention

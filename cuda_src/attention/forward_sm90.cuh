@@ -2,6 +2,7 @@
 // loads and others that compute.
 #pragma once
 
+#include "attention/epilogue_empty.cuh"
 #include "attention/mainloop_sm90.cuh"
 #include "attention/tma_params.cuh"
 #include "ptx/setmaxnreg.cuh"
@@ -16,17 +17,27 @@ inline void forward_sm90(const TmaParams& params) {
   static_assert(Config::num_threads == 128 * (1 + Mainloop::consumers), "a warpgroup loads, the others compute");
   extern __shared__ __align__(1024) char dynamic_smem[];
   const Mainloop mainloop(dynamic_smem);
+  __shared__ PackedScan scan;
 
-  if (threadIdx.x == 0) mainloop.init();
+  if (threadIdx.x == 0) {
+    mainloop.init();
+    if (Config::varlen) scan.init();
+  }
   __syncthreads();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < 4) {
     ptx::setmaxnreg_dec<Config::producer_registers>();
-    if (warp == 0) mainloop.find_tiles(params);
-    if (threadIdx.x == 32) mainloop.load_tiles(params);
+    if (warp == 0)
+      mainloop.find_tiles(params, scan);
+    else if (threadIdx.x == 32)
+      mainloop.load_tiles(params);
+    if constexpr (Config::varlen) {
+      if (threadIdx.x >= 64) clear_outside<Config>(params.params, threadIdx.x / 32 - 2, 2);
+    }
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();
     mainloop.consume(params.params, warp / 4 - 1);
+    mainloop.repair_tiles(params, warp / 4 - 1);
   }
 }
 

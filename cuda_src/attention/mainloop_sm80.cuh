@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/block_range.cuh"
+#include "attention/chains.cuh"
 #include "attention/mask.cuh"
 #include "attention/params.cuh"
 #include "attention/seqlen.cuh"
@@ -14,6 +15,7 @@
 #include "tile/accumulator.cuh"
 #include "tile/copy.cuh"
 #include "tile/gemm.cuh"
+#include "tile/local.cuh"
 #include "tile/shared.cuh"
 
 namespace attention {
@@ -38,7 +40,9 @@ struct MainloopSm80 {
 
   using Scores = tile::Accumulator<m_tiles, Config::block_n>;
   using Out = tile::Accumulator<m_tiles, warp_cols>;
-  using Statistics = Softmax<m_tiles>;
+  using Statistics = Softmax<element, m_tiles>;
+  using Maxima = tile::LocalRows<m_tiles>;
+  static constexpr int chain_blocks = tile::chain_blocks(Config::block_n);
 
   static constexpr int smem_bytes = Q::bytes + K::bytes + V::bytes;
 
@@ -47,7 +51,8 @@ struct MainloopSm80 {
 
   // Sets out and its statistics to the sums over the blocks of the range, which is not empty, last block first. K and V
   // have one buffer each: V arrives while Q·Kᵀ runs, the next K while the softmax and P·V do.
-  static void run(Out& out, Statistics& statistics, const Params& params, const PointerWork<element>& work, u32 smem) {
+  static void run(Out& out, Statistics& statistics, Maxima& maxima, const Params& params,
+                  const PointerWork<element>& work, u32 smem) {
     const Q q{smem};
     const K k{smem + Q::bytes};
     const V v{smem + Q::bytes + K::bytes};
@@ -61,6 +66,7 @@ struct MainloopSm80 {
     ptx::cp_async_commit_group();
     out.zero();
     statistics.init();
+    Chains<element, m_tiles, Out::cols> chains;
 #pragma unroll 1
     for (int n_block = range.end - 1; n_block >= range.begin; --n_block) {
       const int first_col = n_block * Config::block_n;
@@ -83,10 +89,15 @@ struct MainloopSm80 {
       }
 #pragma unroll
       for (int t = 0; t < m_tiles; ++t) {
-        if (statistics.advance(scores, scale, t)) statistics.rescale(out, t);
-        statistics.exponentiate(scores, scale, t);
+        statistics.update(scores, out, scale, maxima, t);
       }
       warp::gemm_ab(out, scores, v, warp_col());
+      const int blocks = range.end - n_block;
+      const bool last = n_block == range.begin;
+      if (unlikely(last ? blocks > chain_blocks : blocks % chain_blocks == 0)) {
+        chains.end(out, statistics, maxima, scale, blocks == chain_blocks, last);
+        if (!last) statistics.init();
+      }
     }
   }
 

@@ -9,9 +9,12 @@
 #pragma once
 
 #include "attention/block_range.cuh"
+#include "attention/chains.cuh"
 #include "attention/epilogue_direct.cuh"
+#include "attention/epilogue_empty.cuh"
 #include "attention/mask.cuh"
 #include "attention/params.cuh"
+#include "attention/repair.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/softmax.cuh"
 #include "attention/tma_params.cuh"
@@ -19,9 +22,11 @@
 #include "attention/work.cuh"
 #include "core/math.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/opaque.cuh"
 #include "ptx/shared.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/gemm_sm90.cuh"
+#include "tile/local.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/shared.cuh"
 #include "tile/tensor_sm90.cuh"
@@ -42,19 +47,34 @@ struct MainloopSm90 {
   using Scores = tile::Accumulator<1, Config::block_n>;
   using Probabilities = tile::Operand<Config::block_n>;
   using Out = tile::Accumulator<1, round_up(Config::head_dim_v, 16)>;
-  using Statistics = Softmax<1>;
+  using Statistics = Softmax<element, 1>;
+  static constexpr int chain_blocks = tile::chain_blocks(Config::block_n);
 
   // The tiles on their way through the block: found by one warp, then loaded, then computed, and given back when their
   // output is written.
   using Tiles = tile::Ring<4>;
+  //
+  // Of a tile with so many blocks of keys that sums over them would drift (tile/local.cuh) each chain of them is an
+  // entry of its own.
   struct Entry {
     Work<element> work;
     bool end;  // there is none: all are done
+    int ends;  // of the tile that its chain has
+
+    // Makes the whole tile, as it was found, one of its chains.
+    void take_chain(int index) {
+      const int whole_end = work.range.end, end = whole_end - index * chain_blocks;
+      const int begin = max_of(work.range.begin, end - chain_blocks);
+      ends = (index == 0 ? first_end : 0) | (begin <= work.range.begin ? last_end : 0);
+      work.range.begin = begin;
+      work.range.end = end;
+    }
   };
 
   static constexpr int tiles_bytes = consumers * Q::bytes + Config::stages * (K::bytes + V::bytes);
   static constexpr int barriers_bytes = 2 * Keys::bytes + Tiles::bytes + consumers * Queries::bytes;
-  static constexpr int smem_bytes = tiles_bytes + barriers_bytes + Tiles::stages * sizeof(Entry);
+  static constexpr int entries_bytes = Tiles::stages * sizeof(Entry);
+  static constexpr int smem_bytes = tiles_bytes + barriers_bytes + entries_bytes + sizeof(i32);
 
   u32 smem;
   Entry* entries;
@@ -69,6 +89,7 @@ struct MainloopSm90 {
   Keys keys() const { return {smem + tiles_bytes}; }
   Keys values() const { return {smem + tiles_bytes + Keys::bytes}; }
   Tiles tiles() const { return {smem + tiles_bytes + 2 * Keys::bytes}; }
+  u32 to_repair() const { return smem + tiles_bytes + barriers_bytes + entries_bytes; }  // whether some output is
   Queries queries(int warpgroup) const {
     return {smem + tiles_bytes + 2 * Keys::bytes + Tiles::bytes + warpgroup * Queries::bytes};
   }
@@ -78,29 +99,37 @@ struct MainloopSm90 {
     values().init(consumers);
     tiles().init(4 * consumers);
     for (int w = 0; w < consumers; ++w) queries(w).init(1);
+    ptx::st_shared_u32(to_repair(), 0);
     ptx::fence_mbarrier_init();
   }
 
   // One warp: finds the block's tiles ahead of the others. Those that see no key it writes itself.
-  void find_tiles(const TmaParams& params) const {
+  void find_tiles(const TmaParams& params, PackedScan& scan) const {
     typename Tiles::Cursor at_tiles;
-    for (TileCursor<Config> at(params);; at.advance()) {
+    int chain = 0;
+    for (TileCursor<Config> at(params);;) {
       Entry& entry = entries[at_tiles.stage()];
       tiles().wait_empty(at_tiles);
       __syncwarp();
-      if (tile::lane() == 0) {
-        entry.end = at.done;
-        if (!at.done) entry.work.template find<Config>(params.params, at.unit, at.second);
-      }
+      if (tile::lane() == 0) entry.end = at.done();
+      if (!at.done()) entry.work.template find<Config>(params.params, scan, at.unit(), at.second());
       __syncwarp();
-      if (at.done) break;
-      if (entry.work.template idle<Config>()) continue;
-      if (entry.work.range.empty()) {
-        epilogue_empty<Config>(params.params, entry.work, sink(params.params, entry.work));
-        continue;
+      if (at.done()) break;
+      const bool idle = entry.work.template idle<Config>(), empty = entry.work.range.empty();
+      if (!idle && empty) {
+        epilogue_empty<Config, 32>(params.params, entry.work, sink(params.params, entry.work), tile::lane());
       }
-      if (tile::lane() == 0) tiles().fill(at_tiles);
-      at_tiles.advance();
+      if (!idle && !empty) {
+        __syncwarp();  // all lanes have read of the whole tile
+        if (tile::lane() == 0) {
+          entry.take_chain(chain);
+          tiles().fill(at_tiles);
+        }
+        __syncwarp();
+        chain = entry.ends & last_end ? 0 : chain + 1;
+        at_tiles.advance();
+      }
+      if (chain == 0) at.advance();
     }
     if (tile::lane() == 0) tiles().fill(at_tiles);
   }
@@ -189,8 +218,8 @@ struct MainloopSm90 {
     const Queries queries = this->queries(warpgroup);
     const Turn turn(warpgroup);
     const float scale = exponent_scale<typename Config::variant>(params);
-    typename Tiles::Cursor at_tiles, unwritten;  // the tile whose scores are computed, and whose output comes next
-    Queries::Cursor at_queries;
+    typename Tiles::Cursor at_tiles;  // the tile whose scores are computed
+    const auto at_queries = [&] { return Queries::Cursor{at_tiles.count}; };
     typename Keys::Cursor at_keys, at_values;
 
     tiles().wait_full(at_tiles);
@@ -207,18 +236,19 @@ struct MainloopSm90 {
     Probabilities p;
     Out out;
     Statistics statistics, finished;  // of p's tile, and of the tile in `out` once that is finished
+    tile::LocalRows<1> maxima;
+    Chains<element, 1, Out::cols> chains;
     {
       Scores scores;
-      queries.wait_full(at_queries);
+      queries.wait_full(at_queries());
       keys().wait_full(at_keys);
       warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage()));
       warpgroup::wait<0>(scores);
       release(keys(), at_keys);
-      release_if(n_block == range.begin, queries, at_queries);
+      if (threadIdx.x % 128 == 0 && n_block == range.begin) queries.release(at_queries());
       finish_scores(scores);
       statistics.init();
-      statistics.advance(scores, scale);
-      statistics.exponentiate(scores, scale);
+      statistics.follow_far(scores, scale, maxima, {true, true});
       tile::pack<element>(p, scores);
       if (early_steps > 0 && n_block > range.begin) keys().wait_full(at_keys);
     }
@@ -235,7 +265,7 @@ struct MainloopSm90 {
         range = work->range;
         n_block = range.end;
         variant = typename Config::variant(params, work->tile.batch, work->tile.head);
-        queries.wait_full(at_queries);
+        queries.wait_full(at_queries());
         keys().wait_full(at_keys);
       } else if (early_steps == 0) {
         keys().wait_full(at_keys);
@@ -243,22 +273,23 @@ struct MainloopSm90 {
       --n_block;
       Scores scores;
       turn.take();
-      warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage()));
+      const int own = Config::head_dim > 192 ? ptx::opaque(warpgroup) : warpgroup;  // else descriptors take registers
+      warpgroup::gemm_abt<Config::head_dim>(scores, q(own), k(at_keys.stage()));
       if (unlikely(unwritten_out)) {  // this takes a while, and P·V has to wait for it
         turn.pass();
-        write(out, finished, params, unwritten);
+        write(out, finished, params, at_tiles.before(seam ? 2 : 1));
       }
       values().wait_full(at_values);
       warpgroup::gemm_ab(out, p, v(at_values.stage()), !first);
       if (!Config::whole_turns && !unwritten_out) turn.pass();
       warpgroup::wait<1>(scores);
       release(keys(), at_keys);
-      release_if(n_block == range.begin, queries, at_queries);
+      if (threadIdx.x % 128 == 0 && n_block == range.begin) queries.release(at_queries());
       finish_scores(scores);
       // The products still read p, so the next one begins in registers of its own.
       Probabilities early_p;
       float sum[2] = {statistics.row_sum[0][0], statistics.row_sum[0][1]};
-      if (!seam) statistics.template exponentiate_at_once<element, 0, early_steps>(early_p, scores, scale, sum);
+      if (!seam) statistics.template exponentiate_at_once<0, early_steps>(early_p, scores, scale, sum);
       // Without a branch here the compiler would move the wait for the products up, above the exponentials, and believe
       // that p may be overwritten there.
       if (early_steps > 0 && n_block > range.begin) keys().wait_full(at_keys);
@@ -267,17 +298,16 @@ struct MainloopSm90 {
       release(values(), at_values);
       bool far[2] = {true, true}, accepted = false;
       if (unlikely(seam)) {
-        finished = statistics;
+        finished = chains.finished(out, statistics, maxima, scale, entries[at_tiles.previous().stage()].ends);
         statistics.init();
       } else {
         tile::copy_steps<early_steps>(p, early_p);
-        statistics.template exponentiate_at_once<element, early_steps, steps>(p, scores, scale, sum);
+        statistics.template exponentiate_at_once<early_steps, steps>(p, scores, scale, sum);
         accepted = statistics.template accept<Config::block_n>(sum, far);
       }
       if (unlikely(!accepted)) {  // the textbook's way
-        statistics.advance(scores, scale, far);
+        statistics.follow_far(scores, scale, maxima, far);
         if (!seam) statistics.rescale(out);
-        statistics.exponentiate(scores, scale);
         tile::pack<element>(p, scores);
       }
       first = unwritten_out = seam;
@@ -289,9 +319,9 @@ struct MainloopSm90 {
         values().wait_full(at_values);
         warpgroup::gemm_ab(out, p, v(at_values.stage()), !first);
         warpgroup::wait<0>(out, p);
-        finished = statistics;
+        finished = chains.finished(out, statistics, maxima, scale, entries[at_tiles.previous().stage()].ends);
       }
-      write(out, finished, params, unwritten);
+      write(out, finished, params, at_tiles.before(last ? 1 : 2));
       if (last) break;
     }
   }
@@ -299,14 +329,41 @@ struct MainloopSm90 {
   // Where the rows of this warp, one of the consumers', begin in the tile.
   static int warp_row() { return (int(threadIdx.x / 32) - 4) * 16; }
 
-  // Writes a tile's output and gives back what is known of the tile.
-  void write(Out& out, Statistics& statistics, const Params& params, typename Tiles::Cursor& at) const {
-    const Work<element>& work = entries[at.stage()].work;
-    statistics.finish(out, sink(params, work));
-    epilogue_direct<Config>(out, statistics, params, work, warp_row());
+  // Writes a tile's output, if `out` has all of it, and gives back what is known of the tile.
+  void write(Out& out, Statistics& statistics, const Params& params, typename Tiles::Cursor at) const {
+    const Entry& entry = entries[at.stage()];
+    if (likely(entry.ends & last_end)) {
+      statistics.finish(out, sink(params, entry.work));
+      if (unlikely(epilogue_direct<Config>(out, statistics, params, entry.work, warp_row()))) {
+        ptx::st_shared_u32(to_repair(), 1);
+      }
+    }
     __syncwarp();
     if (tile::lane() == 0) tiles().release(at);
-    at.advance();
+  }
+
+  // The consumers: goes over the block's tiles once more if some output is not finite. By then no product runs any
+  // more.
+  void repair_tiles(const TmaParams& params, int warpgroup) const {
+    __syncwarp();
+    if (!repairs<Config> || likely(ptx::ld_shared_u32(to_repair()) == 0)) return;
+    // Where the warp's rows of Q were, which it needs no more.
+    struct Place {
+      Work<element> work;
+      PackedScan scan;
+    };
+    static_assert(sizeof(Place) <= 16 * Q::panel_bytes, "a warp has 16 rows");
+    char* const queries = reinterpret_cast<char*>(entries) - barriers_bytes - tiles_bytes + warpgroup * Q::bytes;
+    Place& place = *reinterpret_cast<Place*>(queries + threadIdx.x / 32 % 4 * (16 * Q::panel_bytes));
+    place.scan.init();
+#pragma unroll 1
+    for (TileCursor<Config> at(params); !at.done(); at.advance()) {
+      __syncwarp();
+      place.work.template find<Config>(params.params, place.scan, at.unit(), at.second());
+      __syncwarp();
+      if (place.work.template idle<Config>() || place.work.range.empty()) continue;
+      repair<Config>(params.params, place.work, place.work.tile.m_block * Config::block_m + warp_row(), 16);
+    }
   }
 
   // Gives a stage that wgmma has read back, and moves on to the next. One thread speaks for its warpgroup.
@@ -314,13 +371,6 @@ struct MainloopSm90 {
   static void release(const Ring& ring, Cursor& at) {
     if (threadIdx.x % 128 == 0) ring.release(at);
     at.advance();
-  }
-
-  // The same under a condition, without a branch.
-  template <class Ring, class Cursor>
-  static void release_if(bool condition, const Ring& ring, Cursor& at) {
-    if (condition && threadIdx.x % 128 == 0) ring.release(at);
-    at.count += condition;
   }
 
   // Warpgroups take turns in giving the tensor cores work, so that the softmax of one runs during the products of the

@@ -33,6 +33,8 @@ struct Params {
   float softmax_scale, softcap;
   float softcap_inverse, softcap_exponent;  // 1 / softcap and 2 log2 e / softcap
   i32 m_units;                              // what thread blocks are given, a head: tiles, or pairs of them
+  i32 units_per_block;                      // of those that a block finds by itself, one after the other
+  i32 clear_out;                            // whether rows of `out` that are no sequence's are to hold zeros
 };
 
 }  // namespace attention

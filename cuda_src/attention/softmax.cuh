@@ -2,57 +2,99 @@
 #pragma once
 
 #include "core/math.cuh"
+#include "core/types.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/math.cuh"
 #include "tile/accumulator.cuh"
+#include "tile/local.cuh"
 
 namespace attention {
 
-// State of the rows a thread holds. Exponents are of 2, that is, scores after scaling, and relative to `row_max`: the
+// State of the rows a thread holds. `scale` takes scores to exponents of 2, which are relative to `base`: that of the
 // maximum of the row, or so little less that no probability comes near an overflow. Following only large steps of the
-// maximum leaves out and the sums as they are in almost every block and costs no precision. The rounding of the scaled
-// maximum is the same in every exponent it is subtracted from and cancels.
-template <int m_tiles>
+// maximum leaves out and the sums as they are in almost every block and costs no precision.
+//
+// An exponent is one multiply-add, fma(score, scale, -base). The rounding of the base is the same in every exponent of
+// the row and cancels, as long as it is small against 1. Where scores are too large for that, a row is steep: its base
+// is NaN, its maximum is in `maxima`, and scores are subtracted before they are scaled. The base of a row that has seen
+// no key is -infinity.
+template <class element, int m_tiles>
 struct Softmax {
-  static constexpr float slack = 8.0f;
+  static constexpr float slack = 8.0f, steep = 1 << 22;
 
-  float row_max[m_tiles][2];
+  // The base is higher by this, so that 2^16 keys do not overflow out, whatever finite numbers v holds. Probabilities
+  // in float16 have no room for it, and its numbers no need; float32 has need of every bit of an exponent.
+  static constexpr float shift = is_same<element, bf16> ? 24.0f : 0.0f;
+
+  float base[m_tiles][2];
   float row_sum[m_tiles][2];  // of this thread's columns; the quad's lanes are added once, at the end
   float correction[2];        // what the last `advance` wants its rows of out multiplied by
 
   void init() {
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
-      row_max[t][0] = row_max[t][1] = -infinity;
+      base[t][0] = base[t][1] = -infinity;
       row_sum[t][0] = row_sum[t][1] = 0.0f;
     }
   }
 
-  // Lets the maxima of m-tile t follow a block of scores where they exceed row_max by more than slack. True if the warp
-  // must `rescale` it.
-  template <int block_n>
-  bool advance(const tile::Accumulator<m_tiles, block_n>& scores, float scale, int t = 0) {
-    bool stepped = false;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float block_max = maximum(scores, t, i) * scale;
-      const bool step = block_max > row_max[t][i] + slack;
-      follow(block_max, step, t, i);
-      stepped |= step;
-    }
-    return __any_sync(0xffffffffu, stepped);
+  static bool is_steep(float base) { return base != base; }
+
+  // The exponent, without shift, that a row's sums are relative to.
+  static float top(float base, float max, float scale) { return is_steep(base) ? max * scale : base - shift; }
+
+  // Takes in a block of scores, which become exponentials: the maxima of m-tile t follow where they exceed those before
+  // by more than slack, and out is rescaled.
+  template <int block_n, int out_cols>
+  void update(tile::Accumulator<m_tiles, block_n>& scores, tile::Accumulator<m_tiles, out_cols>& out, float scale,
+              tile::LocalRows<m_tiles>& maxima, int t) {
+    const float over[2] = {slack, slack};
+    const bool stepped = advance(scores, scale, maxima, over, t);
+    if (__any_sync(0xffffffffu, stepped)) rescale(out, t);
   }
 
-  // The same for the rows that `accept` found `far`, on any lane of the quad.
+  // The same for the rows that `accept` found `far`, on any lane of the quad, and whatever they exceed them by; out is
+  // to be rescaled after that.
   template <int block_n>
-  void advance(const tile::Accumulator<m_tiles, block_n>& scores, float scale, const bool (&far)[2]) {
+  void follow_far(tile::Accumulator<m_tiles, block_n>& scores, float scale, tile::LocalRows<m_tiles>& maxima,
+                  const bool (&far)[2]) {
+    float over[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float block_max = maximum(scores, 0, i) * scale;
-      follow(block_max, warp::quad_max(float(far[i])) > 0.0f && block_max > row_max[0][i], 0, i);
-    }
+    for (int i = 0; i < 2; ++i) over[i] = warp::quad_max(float(far[i])) > 0.0f ? 0.0f : infinity;
+    advance(scores, scale, maxima, over, 0);
   }
 
+  // The maxima of m-tile t follow where they exceed those before by more than `over`, and scores become exponentials.
+  // True if some of the thread's did.
+  template <int block_n>
+  bool advance(tile::Accumulator<m_tiles, block_n>& scores, float scale, tile::LocalRows<m_tiles>& maxima,
+               const float (&over)[2], int t) {
+    const float block_max[2] = {maximum(scores, t, 0), maximum(scores, t, 1)};
+    const bool steep = is_or_gets_steep(block_max[0], scale, t, 0) || is_or_gets_steep(block_max[1], scale, t, 1);
+    bool stepped = true;
+    if (unlikely(__any_sync(0xffffffffu, steep))) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) follow_steeply(block_max[i], scale, over[i], maxima, t, i);
+      exponentiate<true>(scores, scale, maxima, t);
+    } else {
+      stepped = false;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float exponent = block_max[i] * scale;
+        const bool step = exponent + shift > base[t][i] + over[i];
+        follow(exponent, step, t, i);
+        stepped |= step;
+      }
+      exponentiate<false>(scores, scale, maxima, t);
+    }
+    return stepped;
+  }
+
+  bool is_or_gets_steep(float block_max, float scale, int t, int i) const {
+    return is_steep(base[t][i]) || (fabsf(block_max * scale) > steep && block_max > -infinity);
+  }
+
+  // At most the largest number: a score of infinity then has an infinite probability, not a NaN that looks like any.
   template <int block_n>
   static float maximum(const tile::Accumulator<m_tiles, block_n>& scores, int t, int i) {
     float even = scores.x[t][0][2 * i], odd = scores.x[t][0][2 * i + 1];  // two chains: a maximum has latency
@@ -61,14 +103,29 @@ struct Softmax {
       even = fmaxf(even, scores.x[t][j][2 * i]);
       odd = fmaxf(odd, scores.x[t][j][2 * i + 1]);
     }
-    return warp::quad_max(fmaxf(even, odd));
+    return fminf(warp::quad_max(fmaxf(even, odd)), largest_float);
   }
 
-  void follow(float block_max, bool step, int t, int i) {
-    const float old_max = row_max[t][i];
-    row_max[t][i] = step ? block_max : old_max;
-    correction[i] = step ? ptx::ex2_approx_ftz(old_max - block_max) : 1.0f;
+  // Steps, or not, to a maximum whose exponent this is.
+  void follow(float exponent, bool step, int t, int i) {
+    const float old_base = base[t][i], new_base = exponent + shift;
+    base[t][i] = step ? new_base : old_base;
+    correction[i] = step ? ptx::ex2_approx_ftz(old_base - new_base) : 1.0f;
     row_sum[t][i] *= correction[i];
+  }
+
+  // The same of a row that may be steep, or become so, where the maximum exceeds that before by more than `over`.
+  void follow_steeply(float block_max, float scale, float over, tile::LocalRows<m_tiles>& maxima, int t, int i) {
+    const float exponent = block_max * scale, old_base = base[t][i];
+    float higher = exponent + shift - old_base;  // infinite where the first key is seen, NaN where still none is
+    if (is_steep(old_base)) higher = (block_max - maxima.load(t, i)) * scale;
+    const bool step = higher > over;
+    correction[i] = step ? ptx::ex2_approx_ftz(-higher) : 1.0f;
+    row_sum[t][i] *= correction[i];
+    if (!step) return;
+    const bool steep_now = !(fabsf(exponent) <= steep);
+    base[t][i] = steep_now ? not_a_number : exponent + shift;
+    if (steep_now) maxima.store(t, i, block_max);
   }
 
   template <int out_cols>
@@ -83,28 +140,33 @@ struct Softmax {
     }
   }
 
-  // scores ← exp2(scale · scores − row_max), and their sums. A row that has seen no key yet subtracts 0, not -infinity,
-  // which would give NaN.
-  template <int block_n>
-  void exponentiate(tile::Accumulator<m_tiles, block_n>& scores, float scale, int t = 0) {
+  // scores ← exponentials, and their sums. In a row that is not steep, `any_steep` or not gives the same bits. A row
+  // that has seen no key subtracts 0, not -infinity, which would give NaN.
+  template <bool any_steep, int block_n>
+  void exponentiate(tile::Accumulator<m_tiles, block_n>& scores, float scale, const tile::LocalRows<m_tiles>& maxima,
+                    int t = 0) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float subtracted = row_max[t][i] == -infinity ? 0.0f : row_max[t][i];
+      float first = 0.0f, then = base[t][i] == -infinity ? 0.0f : base[t][i];
+      if (any_steep && is_steep(then)) {
+        first = maxima.load(t, i);
+        then = shift;
+      }
 #pragma unroll
       for (int j = 0; j < block_n / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& s = scores.x[t][j][2 * i + e];
-          s = ptx::ex2_approx_ftz(fmaf(s, scale, -subtracted));
+          s = ptx::ex2_approx_ftz(fmaf(any_steep ? s - first : s, scale, -then));
           row_sum[t][i] += s;
         }
       }
     }
   }
 
-  // p ← what `exponentiate` and packing give for steps [begin, end) of P·V, as long as `accept` then finds that row_max
-  // would do. Nothing else changes but `sum`, which begins as row_sum.
-  template <class element, int begin, int end, int block_n>
+  // p ← what `exponentiate` and packing give for steps [begin, end) of P·V, as long as `accept` then finds that the
+  // base would do. Nothing else changes but `sum`, which begins as row_sum.
+  template <int begin, int end, int block_n>
   void exponentiate_at_once(tile::Operand<block_n>& p, const tile::Accumulator<1, block_n>& scores, float scale,
                             float (&sum)[2]) const {
 #pragma unroll
@@ -112,8 +174,8 @@ struct Softmax {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* const pair = &scores.x[0][2 * s + i / 2][2 * (i % 2)];
-        const float low = ptx::ex2_approx_ftz(fmaf(pair[0], scale, -row_max[0][i % 2]));
-        const float high = ptx::ex2_approx_ftz(fmaf(pair[1], scale, -row_max[0][i % 2]));
+        const float low = ptx::ex2_approx_ftz(fmaf(pair[0], scale, -base[0][i % 2]));
+        const float high = ptx::ex2_approx_ftz(fmaf(pair[1], scale, -base[0][i % 2]));
         sum[i % 2] += low;
         sum[i % 2] += high;
         p.x[s][i] = ptx::cvt_rn_x2<element>(low, high);
@@ -122,37 +184,52 @@ struct Softmax {
   }
 
   // Whether that kept every exponential within bounds; else `far` are the thread's rows where it did not. No maximum is
-  // sought: that the sums, needed anyway, stay small says that row_max will do, and so it does in almost every block.
+  // sought: that the sums, needed anyway, stay small says that the base will do, and so it does in almost every block.
   // The bound on what a thread adds bounds each of its probabilities too, and only a term above 2^slack exceeds it.
-  // A row that has seen no key is far: its row_max is -infinity, and the sum infinite or NaN. What a row gets depends
-  // on itself alone: if it is not far, the other path gives it the same bits.
+  // A row that is steep or has seen no key is far: its sum is infinite or NaN. What a row gets depends on itself alone:
+  // if it is not far, the other path gives it the same bits.
   template <int block_n>
   bool accept(const float (&sum)[2], bool (&far)[2]) {
-    constexpr float bound = block_n / 4 * (1 << int(slack));
+    constexpr float bound = block_n / 4 * (1 << int(slack)), shifted = bound / (1 << int(shift));
     static_assert(bound < 65504.0f, "a float16 holds it");
-    far[0] = !(sum[0] <= row_sum[0][0] + bound);
-    far[1] = !(sum[1] <= row_sum[0][1] + bound);
+    far[0] = !(sum[0] <= row_sum[0][0] + shifted);
+    far[1] = !(sum[1] <= row_sum[0][1] + shifted);
     if (__any_sync(0xffffffffu, far[0] || far[1])) return false;
     row_sum[0][0] = sum[0];
     row_sum[0][1] = sum[1];
     return true;
   }
 
-  // Divides out by the sum and leaves the natural log-sum-exp in row_max. sink, the score of a key without a value, is
-  // -infinity where there is none. A row without keys gets out = 0 and lse = sink.
-  template <int out_cols>
-  void finish(tile::Accumulator<m_tiles, out_cols>& out, float sink) {
-    const float sink_exponent = sink * log2_e;
+  // Gives steep rows a base, as is fit for `finish` and for nothing else.
+  void settle(float scale, const tile::LocalRows<m_tiles>& maxima) {
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float keys_max = row_max[t][i], new_max = fmaxf(keys_max, sink_exponent);
-        const float subtracted = new_max == -infinity ? 0.0f : new_max;
-        const float rescale = ptx::ex2_approx_ftz(keys_max - subtracted);
-        const float sum = warp::quad_sum(row_sum[t][i]) * rescale + ptx::ex2_approx_ftz(sink_exponent - subtracted);
-        const float factor = sum == 0.0f ? 0.0f : rescale * ptx::rcp_approx_ftz(sum);
-        row_max[t][i] = (subtracted + ptx::lg2_approx(sum)) * ln_2;
+        if (unlikely(is_steep(base[t][i]))) base[t][i] = maxima.load(t, i) * scale + shift;
+      }
+    }
+  }
+
+  // Divides out by the sum and leaves the natural log-sum-exp in `base`. sink, the score of a key without a value, is
+  // -infinity where there is none. A row without keys gets out = 0 and lse = sink.
+  template <int out_cols>
+  void finish(tile::Accumulator<m_tiles, out_cols>& out, float sink) {
+    const float sink_exponent = sink * log2_e;
+    constexpr float unshifted = 1 << int(shift);
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float keys_base = base[t][i] - shift;
+        // Finite, so that an infinite sum or sink makes an infinite lse.
+        const float new_base = fminf(fmaxf(keys_base, sink_exponent), largest_float);
+        const float subtracted = new_base == -infinity ? 0.0f : new_base;
+        const float keys_sum = warp::quad_sum(row_sum[t][i]);
+        const float rescale = keys_sum == infinity ? 1.0f : ptx::ex2_approx_ftz(keys_base - subtracted);
+        const float sum = keys_sum * unshifted * rescale + ptx::ex2_approx_ftz(sink_exponent - subtracted);
+        const float factor = sum == 0.0f ? 0.0f : rescale * ptx::rcp_approx_ftz(sum) * unshifted;
+        base[t][i] = (subtracted + ptx::lg2_approx(sum)) * ln_2;
 #pragma unroll
         for (int j = 0; j < out_cols / 8; ++j) {
           out.x[t][j][2 * i] *= factor;

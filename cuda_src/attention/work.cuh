@@ -3,9 +3,11 @@
 #pragma once
 
 #include "attention/block_range.cuh"
+#include "attention/packed.cuh"
 #include "attention/params.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/seqlen.cuh"
+#include "tile/accumulator.cuh"
 #include "tile/copy.cuh"
 
 namespace attention {
@@ -42,12 +44,14 @@ struct Work {
     return lse + row / Config::pack + row % Config::pack * params.lse_head_stride;
   }
 
-  // Called by one thread, and followed by a barrier.
-  template <class Config>
-  void find(const Params& params, int unit, bool second) {
+  // Called by a warp, and followed by a barrier. Packed: with units that do not decrease.
+  template <class Config, int groups = 2>
+  void find(const Params& params, PackedScan& scan, int unit, bool second) {
+    if (Config::varlen) scan.find<Config::block_m, groups>(params, unit / params.num_heads_q, in_pairs(params));
+    if (tile::lane() != 0) return;
     if constexpr (Config::varlen) {
-      tile = varlen_tile<Config>(params, unit, second);
-      seqlen = varlen_seqlen(params, tile.batch);
+      tile = packed_tile<Config>(params, scan.found, unit, second);
+      seqlen = packed_seqlen(params, scan.found);
     } else {
       tile = dense_tile<Config>(params, unit, second);
       seqlen = dense_seqlen(params);
@@ -74,8 +78,9 @@ struct PointerWork : Work<element> {
   const element* v;
 
   template <class Config>
-  void find(const Params& params, int unit) {
-    Work<element>::template find<Config>(params, unit, false);
+  void find(const Params& params, PackedScan& scan, int unit) {
+    Work<element>::template find<Config, 2>(params, scan, unit, false);
+    if (tile::lane() != 0) return;
     const int head_k = this->tile.head / params.qheads_per_khead;
     q = this->origin(params.q, params.q_strides, this->tile.head, this->seqlen.q_first_row);
     k = this->origin(params.k, params.k_strides, head_k, this->seqlen.k_first_row);

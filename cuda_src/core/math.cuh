@@ -3,12 +3,15 @@
 
 // Whether `condition`, which is seldom: the code for it moves out of the way of the rest.
 inline bool unlikely(bool condition) { return __builtin_expect(condition, false); }
+inline bool likely(bool condition) { return __builtin_expect(condition, true); }
 
 inline constexpr float log2_e = 1.4426950408889634f;
 inline constexpr float ln_2 = 0.6931471805599453f;
 
 // NVRTC defines no INFINITY.
 inline constexpr float infinity = __builtin_bit_cast(float, 0x7f800000);
+inline constexpr float not_a_number = __builtin_bit_cast(float, 0x7fffffff);
+inline constexpr float largest_float = __builtin_bit_cast(float, 0x7f7fffff);
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -19,3 +22,6 @@ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 constexpr int clamp(int x, int low, int high) { return min_of(max_of(x, low), high); }
+
+// The largest power of 2 that divides both.
+constexpr int common_power_of_2(int a, int b) { return (a | b) & -(a | b); }

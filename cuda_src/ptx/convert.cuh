@@ -29,6 +29,15 @@ inline float cvt_f32(f16 x) {
   return wide;
 }
 
+// A float32 value as an element.
+template <class element>
+inline element cvt_rn(float x) {
+  if constexpr (is_same<element, f32>)
+    return x;
+  else
+    return {u16(cvt_rn_x2<element>(x, 0.0f))};
+}
+
 // The two elements of a register.
 template <class element>
 inline float2 cvt_f32_x2(u32 packed) {
@@ -37,13 +46,6 @@ inline float2 cvt_f32_x2(u32 packed) {
   } else {
     return {cvt_f32(f16{u16(packed)}), cvt_f32(f16{u16(packed >> 16)})};
   }
-}
-
-// Nearest tf32 (8 bits of exponent, 10 of mantissa), ties away from zero: the only rounding sm_80 has.
-inline u32 cvt_rna_tf32(float x) {
-  u32 bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
 }
 
 }  // namespace ptx

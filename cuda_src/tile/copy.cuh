@@ -1,6 +1,7 @@
 // tile: block-wide copies between strided global memory and shared tiles.
 #pragma once
 
+#include "core/math.cuh"
 #include "core/types.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/shared.cuh"
@@ -63,11 +64,13 @@ inline void store_chunk(element* row, i64 col_stride, int chunk, const uint4& wo
   }
 }
 
-// 16-byte chunk `chunk` of a row in global memory; columns from valid_cols on are zeros and never read. copy_bytes as
-// for store_chunk.
-template <int copy_bytes, int valid_cols, class element>
+// 16-byte chunk `chunk` of a row in global memory; columns from valid_cols on are zeros and never read: they may be
+// another array's. Rows are aligned for copies of aligned_bytes, or elements are read singly, with any col_stride.
+template <int aligned_bytes, int valid_cols, class element>
 inline uint4 load_chunk(const element* row, i64 col_stride, int chunk) {
   constexpr int chunk_elements = 16 / sizeof(element);
+  constexpr int copy_bytes =
+      max_of(int(sizeof(element)), common_power_of_2(aligned_bytes, valid_cols * sizeof(element)));
   union {
     uint4 words;
     element elements[chunk_elements];

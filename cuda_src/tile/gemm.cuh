@@ -15,24 +15,33 @@
 
 namespace tile {
 
-// A float32 register fragment as the sum of two tf32 fragments.
-template <int n>
+// A float32 register fragment as the sum of two tf32 fragments. Of a tf32 operand the tensor cores read the upper 19
+// bits. `high` is rounded to them, ties away from zero. It never is infinite: rounding would make infinity of the
+// largest numbers, and infinity less infinity is NaN; so those, infinity and NaN leave what is beyond the largest tf32
+// to `low`. That is truncated where it is read, for which a factor makes up on average.
+//
+// `small`: nothing is near the largest number, but may be infinite, where whatever is multiplied by it becomes NaN.
+template <int n, bool small = false>
 struct SplitTf32 {
   u32 high[n], low[n];
 
   explicit SplitTf32(const u32 (&bits)[n]) {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const float x = __uint_as_float(bits[i]);
-      high[i] = ptx::cvt_rna_tf32(x);
-      low[i] = ptx::cvt_rna_tf32(x - __uint_as_float(high[i]));
+      constexpr u32 mask = 0xffffe000, half = 0x1000;
+      constexpr float largest = __builtin_bit_cast(float, 0x7f7fe000), truncated = 1.0f + 0.34f / 1024;
+      float rounded = __uint_as_float((bits[i] + half) & mask);
+      if (!small) rounded = fminf(fmaxf(rounded, -largest), largest);
+      high[i] = __float_as_uint(rounded);
+      low[i] = __float_as_uint((__uint_as_float(bits[i]) - rounded) * truncated);
     }
   }
 };
 
-// d += A·B: the smallest products first; low·low, 2^-22 of the whole, is left out.
+// d += A·B: the smallest products first; low·low, 2^-22 of the whole, is left out. `weights`: A is of probabilities.
+template <bool weights = false>
 inline void mma_3xtf32(float (&d)[4], const u32 (&a_bits)[4], const u32 (&b_bits)[2]) {
-  const SplitTf32<4> a(a_bits);
+  const SplitTf32<4, weights> a(a_bits);
   const SplitTf32<2> b(b_bits);
   ptx::mma_m16n8k8_tf32(d, a.low, b.high[0], b.high[1]);
   ptx::mma_m16n8k8_tf32(d, a.high, b.low[0], b.low[1]);
@@ -160,10 +169,10 @@ inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accum
 #pragma unroll
         for (int step = first_step; step < min_of(block_n / 8, first_step + tile::tf32_chain); ++step) {
           const float (&c)[4] = p.x[t][step];
-          tile::mma_3xtf32(sums,
-                           {__float_as_uint(c[0]), __float_as_uint(c[2]), __float_as_uint(c[1]), __float_as_uint(c[3])},
-                           {ptx::ld_shared_u32(V::step_chunks(even, j) + V::step_rows(8 * step)),
-                            ptx::ld_shared_u32(V::step_chunks(odd, j) + V::step_rows(8 * step))});
+          tile::mma_3xtf32<true>(
+              sums, {__float_as_uint(c[0]), __float_as_uint(c[2]), __float_as_uint(c[1]), __float_as_uint(c[3])},
+              {ptx::ld_shared_u32(V::step_chunks(even, j) + V::step_rows(8 * step)),
+               ptx::ld_shared_u32(V::step_chunks(odd, j) + V::step_rows(8 * step))});
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) out.x[t][j][i] += sums[i];

@@ -15,7 +15,17 @@ struct Cursor {
   u32 stage() const { return count % stages; }
   u32 parity() const { return count / stages % 2; }
   void advance() { ++count; }
-  Cursor previous() const { return {count - 1}; }
+  Cursor before(u32 steps) const { return {count - steps}; }
+  Cursor previous() const { return before(1); }
+};
+
+// Two cursors in one register: the first's count, and, in its highest bit, the parity of a ring of one stage.
+template <int stages>
+struct CursorPair {
+  Cursor<stages> first;
+
+  Cursor<1> second() const { return {first.count >> 31}; }
+  void advance_second() { first.count ^= 1u << 31; }
 };
 
 inline void wait(u32 barrier, u32 parity) {

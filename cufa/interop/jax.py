@@ -7,7 +7,6 @@ included, and its stream. It works under jit, scan, remat and shard_map; vmap lo
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from functools import lru_cache, partial
 from typing import Any, NoReturn
 
@@ -15,9 +14,9 @@ import jax
 import numpy as np
 from jax.experimental.buffer_callback import Buffer, buffer_callback
 
-from .. import _attention, _backward, _launch, _problem
+from .. import _arrays, _attention, _backward, _launch, _problem
 from .._arrays import ALIGNMENT, CPU, Adapter, Arrays, Layout, Spec, contiguous, register
-from .._problem import NAMES, OUT, Problem
+from .._problem import NAMES, OUT
 from ..errors import UnsupportedError
 
 
@@ -71,7 +70,24 @@ def view(function: str, given: tuple[Any, ...]) -> Arrays:
             raise TypeError(
                 f"{function}: {name} is a {type(array).__name__} but q is a jax array; pass arrays of one framework."
             )
+        if array is not None:
+            _check_readable(function, name, array)
     return _view(given)
+
+
+def _check_readable(function: str, name: str, array: jax.Array) -> None:
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
+        raise ValueError(f"{function}: {name} has dtype {array.dtype}, which is no number; pass an array of numbers.")
+    if isinstance(array, jax.core.Tracer):
+        return
+    if array.is_deleted():
+        raise ValueError(f"{function}: {name} was deleted, or donated to a program; pass an array that still is.")
+    devices = len(array.sharding.device_set)
+    if devices > 1:
+        raise UnsupportedError(
+            f"{function}: {name} lies on {devices} devices; call under jax.shard_map, which passes each device its own "
+            "part, or move it to one with jax.device_put."
+        )
 
 
 def _view(given: tuple[Any, ...]) -> Arrays:
@@ -84,9 +100,9 @@ def _attend(function: str, given: tuple[Any, ...], options: tuple[Any, ...], ret
         raise UnsupportedError(f"{function}: out is not supported for JAX arrays, which cannot be written.")
     arrays = view(function, given)
     # Checked here, where the user's call is; values of offsets, which have none in a program, are not.
-    problem = _problem.check(function, arrays, options)
-    present, options = _arguments(given, options)
-    out, lse = _program(function, problem, present, options, return_lse)(*(given[index] for index in present))
+    _problem.check(function, arrays, options)
+    program = _program(function, arrays.layouts, options, return_lse)
+    out, lse = program(*(array for array in given if array is not None))
     return (out, lse) if return_lse else out
 
 
@@ -96,42 +112,40 @@ def gradients(function: str, given: tuple[Any, ...], options: tuple[Any, ...], d
         if array is not None:
             raise UnsupportedError(f"{function}: {name} is not supported for JAX arrays, which cannot be written.")
     arrays = view(function, given)
-    problem = _problem.check(function, arrays, options)
-    present, options = _arguments(given, options)
-    program = _gradients_program(function, problem, present, options, deterministic)
-    *results, dsinks = program(*(given[index] for index in present))
+    _problem.check(function, arrays, options)
+    program = _gradients_program(function, arrays.layouts, options, deterministic)
+    *results, dsinks = program(*(array for array in given if array is not None))
     return (*results,) if dsinks is None else (*results, dsinks)
 
 
-def _arguments(given: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
-    """Which arguments there are, and options that can be hashed."""
-    if isinstance(options[1], list):
-        options = (options[0], tuple(options[1]), *options[2:])
-    return tuple(index for index, array in enumerate(given) if array is not None), options
+Layouts = tuple[Layout | None, ...]
+
+
+def _present(layouts: Layouts) -> tuple[int, ...]:
+    """Which arguments there are."""
+    return tuple(index for index, layout in enumerate(layouts) if layout is not None)
 
 
 @lru_cache(maxsize=256)
-def _program(
-    function: str, problem: Problem, present: tuple[int, ...], options: tuple[Hashable, ...], return_lse: bool
-) -> Any:
-    """The jitted callback for one problem and choice of arguments."""
+def _program(function: str, layouts: Layouts, options: _problem.Plain, return_lse: bool) -> Any:
+    """The jitted callback for arrays of these layouts: compiled once, however the options were written."""
+    problem = _problem.check(function, Arrays((), [], layouts), options)
     shapes = (
         jax.ShapeDtypeStruct(problem.out_shape, jax.numpy.dtype(problem.dtype)),
-        jax.ShapeDtypeStruct(problem.lse_shape, np.float32) if return_lse else None,
+        jax.ShapeDtypeStruct(problem.lse_shape, problem.lse_dtype) if return_lse else None,
     )
-    return jax.jit(_differentiable(function, partial(_compute, function, present, options), shapes))
+    return jax.jit(_differentiable(function, partial(_compute, function, _present(layouts), options), shapes))
 
 
 @lru_cache(maxsize=256)
-def _gradients_program(
-    function: str, problem: Problem, present: tuple[int, ...], options: tuple[Hashable, ...], deterministic: bool
-) -> Any:
+def _gradients_program(function: str, layouts: Layouts, options: _problem.Plain, deterministic: bool) -> Any:
     """The same of the gradients, whose workspace is one more result."""
-    names = NAMES[function]
+    problem, present = _problem.check(function, Arrays((), [], layouts), options), _present(layouts)
     floats = 0 if problem.device == CPU else _backward.workspace_of(problem, deterministic).floats
+    dsinks = jax.ShapeDtypeStruct((problem.num_heads_q,), problem.lse_dtype)
     shapes = (
         *(jax.ShapeDtypeStruct(problem.shape(name), jax.numpy.dtype(problem.dtype)) for name in "qkv"),
-        jax.ShapeDtypeStruct((problem.num_heads_q,), np.float32) if names.index("sinks") in present else None,
+        dsinks if NAMES[function].index("sinks") in present else None,
         jax.ShapeDtypeStruct((floats,), np.float32),
     )
     callback = partial(_compute_gradients, function, present, options, deterministic)
@@ -163,12 +177,12 @@ def _compute(
 ) -> None:
     """What runs within the program, on XLA's stream."""
     out, lse = results
-    given = _given(function, present, buffers)
-    given[OUT] = out
-    arrays = _view(tuple(given))
+    arrays = _view(tuple(_given(function, present, buffers)))  # without `out`, which is new
     problem = _problem.check(function, arrays, options)
     lse_pointer = 0 if lse is None else ADAPTER.view(lse)[0]
-    pointers = _attention.pointers_of(arrays, arrays.pointers[OUT], lse_pointer)
+    pointers = _attention.pointers_of(arrays, ADAPTER.view(out)[0], lse_pointer)
+    if problem.device == CPU and problem.varlen:
+        _arrays.as_numpy(out)[...] = 0  # a new array's rows that belong to no sequence
     _attention.run(arrays, problem, out, lse, pointers, context.stream if problem.device != CPU else 0)
 
 

@@ -1,0 +1,372 @@
+// attention: the backward's main loop with mma.sync and cp.async, for sm_80 and every newer GPU: a block of keys, which
+// stays while a thread block goes over the tiles of queries that see them.
+//
+// FlashAttention-2 (Dao, 2023), Algorithm 2, with transposed scores: rows are keys. P and dS go through shared memory,
+// so that each product has the division of labour among warps that suits it.
+#pragma once
+
+#include "attention/backward_finish.cuh"
+#include "attention/backward_mask.cuh"
+#include "attention/backward_params.cuh"
+#include "attention/backward_prepare.cuh"
+#include "attention/backward_sums_sm80.cuh"
+#include "attention/backward_work.cuh"
+#include "attention/epilogue.cuh"
+#include "attention/params.cuh"
+#include "attention/variant.cuh"
+#include "core/math.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/math.cuh"
+#include "ptx/red.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/sync.cuh"
+#include "ptx/thread.cuh"
+#include "tile/accumulator.cuh"
+#include "tile/copy.cuh"
+#include "tile/gemm.cuh"
+#include "tile/local.cuh"
+#include "tile/shared.cuh"
+
+namespace attention {
+
+template <class Config>
+struct BackwardSm80 {
+  using element = typename Config::element;
+  static constexpr int block_m = Config::block_m, block_n = Config::block_n, warps = Config::num_threads / 32;
+  static_assert((block_m & (block_m - 1)) == 0, "P's rows are swizzled by powers of two");
+  using K = tile::SharedTile<element, block_n, Config::tile_head_dim>;
+  using V = tile::SharedTile<element, block_n, Config::tile_head_dim_v>;
+  using Q = tile::SharedTile<element, block_m, Config::tile_head_dim>;
+  using Dout = tile::SharedTile<element, block_m, Config::tile_head_dim_v>;
+  using P = tile::SharedTile<element, block_n, block_m>;  // and dS
+
+  // Of P and dS; of dK and dV; of dQ. The first may leave warps idle, where a tile is small.
+  using ScoreDivision = Division<block_n, block_m, Config::score_row_warps, Config::score_column_warps>;
+  template <int cols>
+  using KeyDivision = Division<block_n, cols, Config::key_row_warps, warps / Config::key_row_warps>;
+  using DkDivision = KeyDivision<Config::tile_head_dim>;
+  using DvDivision = KeyDivision<Config::tile_head_dim_v>;
+  using DqDivision = Division<block_m, Config::tile_head_dim, Config::dq_row_warps, warps / Config::dq_row_warps>;
+  using Scores = typename ScoreDivision::Part;
+  using Dk = typename DkDivision::Part;
+  using Dv = typename DvDivision::Part;
+
+  // The order of a tile of dq_sum, which the kernel that finishes dq undoes.
+  using Dq = typename DqDivision::Part;
+  static constexpr int dq_threads = Config::num_threads, dq_group = dq_threads, dq_vector = 1;
+  static constexpr bool first_stores = false;
+  static int dq_row(int thread) { return DqDivision::row(thread); }
+  static int dq_col(int thread) { return DqDivision::col(thread); }
+
+  static constexpr int chain_steps = tile::chain_blocks(block_m);
+
+  // Tiles of queries in shared memory: with two, one arrives while the other is worked on.
+  static constexpr int stages = Config::stages;
+  static constexpr int rows_bytes = block_m * sizeof(float);  // of row_lse, and of row_delta
+  static constexpr int stage_bytes = Q::bytes + Dout::bytes + 2 * rows_bytes;
+  static constexpr int p_offset = K::bytes + V::bytes, ds_offset = p_offset + P::bytes;
+  static constexpr int stages_offset = ds_offset + P::bytes;
+  static constexpr int smem_bytes = stages_offset + stages * stage_bytes;
+
+  // A tile of queries of one of the heads that share the keys.
+  struct Tile {
+    int head, m_block;
+
+    Tile next(const QueryRange& range) const {
+      return m_block + 1 < range.end ? Tile{head, m_block + 1} : Tile{head + 1, range.begin};
+    }
+  };
+
+  // In shared memory, and read where it is needed: the accumulators leave no registers to carry it in.
+  struct State {
+    BackwardWork work;
+    Tile tiles[2];  // this and the next, by turns
+  };
+
+  const BackwardParams& backward;
+  State& state;
+  const BackwardWork& work;
+  u32 smem;
+
+  K k() const { return {smem}; }
+  V v() const { return {smem + K::bytes}; }
+  P p() const { return {smem + p_offset}; }
+  P ds() const { return {smem + ds_offset}; }
+  u32 buffer(int index) const { return smem + stages_offset + (stages == 1 ? 0 : index * stage_bytes); }
+  static Q q(u32 stage) { return {stage}; }
+  static Dout dout(u32 stage) { return {stage + Q::bytes}; }
+  static u32 lse(u32 stage) { return stage + Q::bytes + Dout::bytes; }
+  static u32 delta(u32 stage) { return lse(stage) + rows_bytes; }
+
+  // Sets dk and dv, but for the scale of dk, to the sums over the tiles of the range, which is not empty, and adds to
+  // dq_sum. There are two barriers a tile, before P and behind dS, and where there is but one stage a third, behind
+  // which the next tile may arrive.
+  void run(Dk& dk, Dv& dv) const {
+    const int first_key = work.n_block * block_n;
+    load<Config::head_dim>(k(),
+                           origin(backward.forward.k, backward.forward.k_strides, work.head, work.seqlen.k_first_row),
+                           backward.forward.k_strides, first_key, work.seqlen.k);
+    load<Config::head_dim_v>(v(),
+                             origin(backward.forward.v, backward.forward.v_strides, work.head, work.seqlen.k_first_row),
+                             backward.forward.v_strides, first_key, work.seqlen.k);
+    load_queries({work.head * backward.forward.qheads_per_khead, work.range.begin}, buffer(0));
+    tile::LocalSums<Dk::m_tiles, Dk::cols> local_dk;
+    tile::LocalSums<Dv::m_tiles, Dv::cols> local_dv;
+    dk.zero();
+    dv.zero();
+    int index = 0, steps = 0;
+    do {
+      const Tile& tile = state.tiles[index];
+      const u32 at = buffer(index);
+      index ^= 1;
+      ptx::cp_async_wait_group<0>();
+      __syncthreads();  // the tile has arrived, and every warp is done with the one before
+      if (threadIdx.x == 0) state.tiles[index] = tile.next(work.range);
+      if (stages == 2) load_next(tile.next(work.range), buffer(index));
+      if (ScoreDivision::warps == warps || threadIdx.x < 32 * ScoreDivision::warps) gradients_of_scores(tile, at);
+      __syncthreads();  // P and dS are complete
+      warp::gemm_ab(dv, p(), dout(at), DvDivision::row(), DvDivision::col());
+      warp::gemm_ab(dk, ds(), q(at), DkDivision::row(), DkDivision::col());
+      if constexpr (stages == 1) {
+        __syncthreads();  // every warp is done with q and dout
+        load_next(tile.next(work.range), at);
+      }
+      add_dq(tile);
+      if (unlikely(++steps % chain_steps == 0)) {
+        local_dk.take_over(dk, steps == chain_steps, false);
+        local_dv.take_over(dv, steps == chain_steps, false);
+      }
+    } while (is_live(state.tiles[index]));
+    if (unlikely(steps >= chain_steps)) {
+      local_dk.take_over(dk, false, true);
+      local_dv.take_over(dv, false, true);
+    }
+  }
+
+  // The tiles of P and dS ← this warp's part of them. Where it lies is found anew for each use: no register is left to
+  // carry that through the products.
+  void gradients_of_scores(const Tile& tile, u32 at) const {
+    Scores scores, dp;
+    warp::gemm_abt<Config::head_dim>(scores, k(), q(at), ScoreDivision::row(), ScoreDivision::col());
+    if (work.range.is_boundary(tile.m_block)) {
+      mask_transposed<Config>(scores, backward.forward, work.seqlen, work.n_block * block_n + ScoreDivision::row(),
+                              tile.m_block * block_m + ScoreDivision::col(),
+                              Config::variant::empty ? -infinity : __uint_as_float(masked_entry));
+    }
+    float2 row_lse[Scores::n_tiles];
+#pragma unroll
+    for (int j = 0; j < Scores::n_tiles; ++j) {
+      row_lse[j] =
+          ptx::ld_shared_f32x2(lse(at) + (ScoreDivision::col() + tile::fragment_col() + 8 * j) * sizeof(float));
+    }
+    // Before the probabilities, whose exponentials then run beside these products.
+    warp::gemm_abt<Config::head_dim_v>(dp, v(), dout(at), ScoreDivision::row(), ScoreDivision::col());
+    probabilities(scores, tile, row_lse);
+    const u32 row_delta = delta(at) + (ScoreDivision::col() + tile::fragment_col()) * sizeof(float);
+#pragma unroll
+    for (int j = 0; j < Scores::n_tiles; ++j) {
+      const float2 subtracted = ptx::ld_shared_f32x2(row_delta + 8 * j * sizeof(float));
+#pragma unroll
+      for (int t = 0; t < Scores::m_tiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          scores.x[t][j][i] *= dp.x[t][j][i] - (i % 2 == 0 ? subtracted.x : subtracted.y);
+        }
+      }
+    }
+    const Staged to(ds());
+#pragma unroll
+    for (int j = 0; j < Scores::n_tiles; ++j) {
+#pragma unroll
+      for (int t = 0; t < Scores::m_tiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) to.store(t, i, j, scores.x[t][j][2 * i], scores.x[t][j][2 * i + 1]);
+      }
+    }
+  }
+
+  // The tile of P ← the probabilities of masked scores, which become their derivatives by the scores before the
+  // variant, but for the factor dP - delta.
+  void probabilities(Scores& scores, const Tile& tile, const float2 (&row_lse)[Scores::n_tiles]) const {
+    using Variant = typename Config::variant;
+    const Params& params = backward.forward;
+    const Variant variant(params, work.batch, tile.head);
+    const float scale = exponent_scale<Variant>(params);
+    const Staged to(p());
+    const int distance = tile.m_block * block_m + to.col + work.seqlen.diagonal() - work.n_block * block_n - to.row;
+#pragma unroll
+    for (int j = 0; j < Scores::n_tiles; ++j) {
+      const float2 subtracted = row_lse[j];
+#pragma unroll
+      for (int t = 0; t < Scores::m_tiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float p[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& s = scores.x[t][j][2 * i + e];
+            float exponent = s, derivative = 1.0f;
+            if constexpr (!Variant::empty) {
+              exponent =
+                  variant.score(s * params.softmax_scale, float(distance + 8 * j + e - 16 * t - 8 * i), derivative);
+              if (__float_as_uint(s) == masked_entry) exponent = -infinity;
+            }
+            p[e] = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));
+            s = p[e] * derivative;
+          }
+          to.store(t, i, j, p[0], p[1]);
+        }
+      }
+    }
+  }
+
+  // Where this thread's first elements of P or dS go.
+  struct Staged {
+    P tile;
+    int row, col;
+
+    explicit Staged(const P& tile) : tile(tile) {
+      const u32 lane = tile::lane();
+      row = ScoreDivision::row() + lane / 4;
+      col = ScoreDivision::col() + 2 * (lane % 4);
+    }
+
+    // Elements 2 * i and 2 * i + 1 of the accumulator's part (t, j).
+    void store(int t, int i, int j, float low, float high) const {
+      const int byte = (col + 8 * j) * int(sizeof(element));
+      const u32 address = tile.address(row, byte / 16) + byte % 16 + P::step_rows(16 * t + 8 * i);
+      if constexpr (is_same<element, f32>) {
+        ptx::st_shared_v2(address, __float_as_uint(low), __float_as_uint(high));
+      } else {
+        ptx::st_shared_u32(address, ptx::cvt_rn_x2<element>(low, high));
+      }
+    }
+  };
+
+  // Adds dS·K to the tile's dq_sum, in passes over its columns where it would take too many registers at once.
+  void add_dq(const Tile& tile) const {
+    constexpr int most = Config::sums_by_rows && Dq::n_tiles % 4 == 0 ? 24 : 48;
+    constexpr int passes = Dq::m_tiles * Dq::n_tiles * 4 > most ? 2 : 1, n_tiles = Dq::n_tiles / passes;
+    const int index = sum_tile<Config>(backward, work, tile.head, tile.m_block);
+    float* const sums = backward.dq_sum + i64(index) * (block_m * Config::tile_head_dim) + ptx::tid_x();
+#pragma unroll
+    for (int pass = 0; pass < passes; ++pass) {
+      tile::Accumulator<Dq::m_tiles, 8 * n_tiles> dq;
+      dq.zero();
+      warp::gemm_atb(dq, ds(), k(), DqDivision::row(), DqDivision::col() + 8 * n_tiles * pass);
+      if (Config::deterministic && pass == 0) wait_for_turn(tile, backward.turns + index);
+      if constexpr (Config::sums_by_rows) {
+        add_rows<Config>(backward, work, tile.head, tile.m_block * block_m + DqDivision::row(),
+                         DqDivision::col() + 8 * n_tiles * pass, dq);
+        continue;
+      }
+#pragma unroll
+      for (int t = 0; t < Dq::m_tiles; ++t) {
+#pragma unroll
+        for (int j = 0; j < n_tiles; ++j) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int element = (t * Dq::n_tiles + n_tiles * pass + j) * 4 + i;
+            ptx::red_add_f32(sums + element * dq_threads, dq.x[t][j][i]);
+          }
+        }
+      }
+    }
+    if constexpr (Config::deterministic) {
+      __syncthreads();  // every warp has added
+      if (threadIdx.x == 0) {
+        __threadfence();
+        ptx::red_release_gpu_add(backward.turns + index, 1);
+      }
+    }
+  }
+
+  void wait_for_turn(const Tile& tile, const i32* turn) const {
+    if (threadIdx.x == 0) {
+      const int wanted = turn_of<Config>(backward, work.seqlen, tile.m_block, work.n_block);
+      while (ptx::ld_acquire_gpu(turn) != wanted) {
+      }
+    }
+    __syncthreads();
+  }
+
+  bool is_live(const Tile& tile) const { return tile.head < (work.head + 1) * backward.forward.qheads_per_khead; }
+
+  void load_next(const Tile& tile, u32 to) const {
+    if (is_live(tile)) load_queries(tile, to);
+  }
+
+  // Starts the copies of a tile's q, dout, row_lse and row_delta.
+  void load_queries(const Tile& tile, u32 to) const {
+    const Params& params = backward.forward;
+    const int first_row = tile.m_block * block_m;
+    load<Config::head_dim>(q(to), origin(params.q, params.q_strides, tile.head, work.seqlen.q_first_row),
+                           params.q_strides, first_row, work.seqlen.q);
+    load<Config::head_dim_v>(dout(to), origin(backward.dout, backward.dout_strides, tile.head, work.seqlen.q_first_row),
+                             backward.dout_strides, first_row, work.seqlen.q);
+    constexpr int chunks = rows_bytes / 16;
+    static_assert(2 * chunks <= Config::num_threads, "a thread copies at most one");
+    if (threadIdx.x < 2 * chunks) {
+      const float* const rows = threadIdx.x < chunks ? backward.row_lse : backward.row_delta;
+      const int tile_row = first_row + threadIdx.x % chunks * aligned_rows;
+      i64 row = workspace_row<Config>(backward, work, tile.head) + tile_row;
+      if (Config::varlen && tile_row >= work.seqlen.q) row = -aligned_rows;  // what is in memory there is another's
+      ptx::cp_async<16>(lse(to) + threadIdx.x * 16, rows + row, 16);
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  const element* origin(const void* pointer, const Strides& strides, int head, int row) const {
+    return static_cast<const element*>(pointer) + work.batch * strides.batch + head * strides.head +
+           row * strides.seqlen;
+  }
+
+  template <int valid_cols, class Tile>
+  static void load(const Tile& to, const element* pointer, const Strides& strides, int first_row, int row_limit) {
+    const tile::GlobalRows<const element> rows{pointer, strides.seqlen, strides.dim};
+    block::load<Config::copy_bytes, valid_cols>(
+        block::Chunks<Config::num_threads, Config::copy_unroll, Tile, const element>(to, rows, first_row, row_limit));
+  }
+
+  // Writes the block's rows of dk and dv; the tiles of K and V are free when this is called.
+  void write(Dk& dk, Dv& dv) const {
+    scale_live_rows(dk, DkDivision::row(), backward.forward.softmax_scale);
+    scale_live_rows(dv, DvDivision::row(), 1.0f);
+    NotFinite<f32> not_finite;
+    not_finite.look_at(dk);
+    not_finite.look_at(dv);
+    stage(k(), dk, DkDivision::row(), DkDivision::col());
+    stage(v(), dv, DvDivision::row(), DvDivision::col());
+    if (unlikely(not_finite.found())) *backward.not_finite = 1;
+    __syncthreads();
+    store<Config::head_dim>(k(), backward.dk, backward.dk_strides);
+    store<Config::head_dim_v>(v(), backward.dv, backward.dv_strides);
+  }
+
+  // Rows past the live length get zeros, whatever dout holds.
+  template <class Sums>
+  void scale_live_rows(Sums& sums, int first_row, float factor) const {
+#pragma unroll
+    for (int t = 0; t < Sums::m_tiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < Sums::n_tiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = work.n_block * block_n + first_row + tile::fragment_row(t, i / 2);
+          sums.x[t][j][i] = row < work.seqlen.k ? factor * sums.x[t][j][i] : 0.0f;
+        }
+      }
+    }
+  }
+
+  template <int valid_cols, class Tile>
+  void store(const Tile& from, void* gradient, const Strides& strides) const {
+    element* const pointer = const_cast<element*>(origin(gradient, strides, work.head, work.seqlen.k_first_row));
+    const tile::GlobalRows<element> rows{pointer, strides.seqlen, strides.dim};
+    block::store<Config::store_bytes, valid_cols>(
+        block::Chunks<Config::num_threads, Config::copy_unroll, Tile, element>(from, rows, work.n_block * block_n,
+                                                                               work.key_rows));
+  }
+};
+
+}  // namespace attention

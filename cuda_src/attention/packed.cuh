@@ -1,0 +1,108 @@
+// attention: how packed sequences are found. cu_seqlens may hold anything: an offset counts as the largest up to it,
+// clamped to the packed array. So sequences follow each other, no row is in two of them, and no address outside the
+// arrays is formed.
+#pragma once
+
+#include "attention/params.cuh"
+#include "core/math.cuh"
+#include "core/types.cuh"
+#include "tile/accumulator.cuh"
+
+namespace attention {
+
+// Sequences are worked on in units of so many rows, or twice as many where units are `pairs`. They are numbered so that
+// the host needs to know no length: those of a sequence that begins with row `offset` come from this one on, always
+// enough for its rows. `rank` is how many sequences come before it, or how many that have rows.
+template <int rows>
+inline int first_packed_unit(int offset, int rank, bool pairs = false) {
+  return int(u32(offset) / rows >> pairs) + rank;
+}
+
+struct PackedSequence {
+  int batch;  // which; negative: there is none
+  int q_begin, q_end, k_begin, k_end;
+};
+
+// A warp's way through cu_seqlens, for units that never decrease from one question to the next. It lives in shared
+// memory, since the warp may have few registers.
+struct PackedScan {
+  int first;         // offsets before this one are behind it
+  int q_max, k_max;  // the largest of those
+  PackedSequence found;
+
+  // Called by one thread, and followed by a barrier.
+  void init() { first = q_max = k_max = 0; }
+
+  // found ← the sequence whose unit this is. Called by a whole warp, which asks for `groups` of 32 offsets at a time.
+  template <int rows, int groups>
+  void find(const Params& params, int unit, bool pairs) {
+    PackedScan at{first, q_max, k_max, {-1, 0, 0, 0, 0}};
+    at.advance<rows, groups>(params, unit, pairs);
+    __syncwarp();  // all lanes have read
+    if (tile::lane() == 0) *this = at;
+    __syncwarp();
+  }
+
+ private:
+  template <int rows, int groups>
+  void advance(const Params& params, int unit, bool pairs) {
+#pragma unroll 1
+    while (first <= params.batch) {
+      int q[groups] = {}, k[groups] = {};
+#pragma unroll
+      for (int g = 0; g < groups; ++g) {
+        const int b = first + 32 * g + int(tile::lane());
+        if (b <= params.batch) {
+          q[g] = clamp(params.cu_seqlens_q[b * params.cu_seqlens_q_stride], 0, params.seqlen_q);
+          k[g] = clamp(params.cu_seqlens_k[b * params.cu_seqlens_k_stride], 0, params.seqlen_k);
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < groups; ++g) {
+        const int group_max = max_of(q_max, __reduce_max_sync(0xffffffffu, q[g]));
+        if (first_packed_unit<rows>(group_max, min_of(first + 31, params.batch), pairs) > unit) {
+          return within<rows>(unit, pairs, q[g], k[g]);
+        }
+        q_max = group_max;
+        k_max = max_of(k_max, __reduce_max_sync(0xffffffffu, k[g]));
+        first += 32;
+      }
+    }
+  }
+
+  // The sequence ends with one of the 32 offsets from `first` on, of which each lane has one.
+  template <int rows>
+  void within(int unit, bool pairs, int q, int k) {
+    q = max_of(q_max, prefix_max(q));
+    k = max_of(k_max, prefix_max(k));
+    const bool beyond = first_packed_unit<rows>(q, first + int(tile::lane()), pairs) > unit;
+    const int end = __ffs(__ballot_sync(0xffffffffu, beyond)) - 1;
+    found.batch = first + end - 1;
+    const int q_before = __shfl_sync(0xffffffffu, q, end - 1), k_before = __shfl_sync(0xffffffffu, k, end - 1);
+    found.q_begin = end == 0 ? q_max : q_before;
+    found.k_begin = end == 0 ? k_max : k_before;
+    found.q_end = __shfl_sync(0xffffffffu, q, end);
+    found.k_end = __shfl_sync(0xffffffffu, k, end);
+  }
+
+  static int prefix_max(int x) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      x = max_of(x, __shfl_up_sync(0xffffffffu, x, step));  // the lane's own, where there is none before
+    }
+    return x;
+  }
+};
+
+// What an offset counts as, and how many sequences before it have rows: of every offset the backward's first kernel
+// writes this down, in memory, and the others find it there.
+struct alignas(8) PackedOffset {
+  i32 row, rank;
+};
+
+// Live keys of a packed sequence with so many.
+inline int live_keys(const Params& params, int batch, int keys) {
+  return params.seqused_k ? clamp(params.seqused_k[batch * params.seqused_k_stride], 0, keys) : keys;
+}
+
+}  // namespace attention

@@ -1,0 +1,21 @@
+// ptx: addresses and numbers that the compiler knows nothing about.
+#pragma once
+
+namespace ptx {
+
+// The same address. What is read there is not read ahead of this, in the loop around it for example, to be held in
+// registers that are needed for something else.
+template <class T>
+inline const T& opaque(const T& at) {
+  const T* address = &at;
+  asm volatile("" : "+l"(address));
+  return *address;
+}
+
+// The same number. What follows from it is computed anew after this.
+inline int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+}  // namespace ptx

@@ -1,0 +1,151 @@
+"""The arguments that are not arrays, as plain Python values: read anew at every call, before anything is looked up.
+
+An array of no dimensions may change in place, and ``True == 1 == 1.0``: neither may be the key by which a problem is
+remembered. What `plain` returns has the types bool, int, float, tuple and None only, so equal options are the same.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+MAX_SEQLEN = (1 << 30) - 1
+"""Longest sequence, and widest window; positions and their differences then fit 32 bits."""
+
+FLOAT32_RANGE = 2.0**-126, 2.0**128 - 2.0**104
+"""Of the normal numbers."""
+
+SCALE_RANGE = 2.0**-126, 2.0**127
+
+Window = tuple[int | None, int | None]
+
+_PAIRS = {(left, right) for left in (int, type(None)) for right in (int, type(None))}
+
+
+Plain = tuple[bool, Window | None, float | None, float]
+"""causal, window_size, softmax_scale and softcap, as `plain` returns them."""
+
+
+def plain(function: str, causal: Any, window_size: Any, softmax_scale: Any, softcap: Any) -> Plain:
+    """The options of a call as plain values, or TypeError; whether their values will do, `check` says.
+
+    Plain values come back as they are, in a fraction of a microsecond.
+    """
+    if (
+        type(causal) is bool
+        and type(softcap) is float
+        and (softmax_scale is None or type(softmax_scale) is float)
+        and (window_size is None or (type(window_size) is tuple and tuple(map(type, window_size)) in _PAIRS))
+    ):
+        return causal, window_size, softmax_scale, softcap
+    causal = flag(function, "causal", causal)
+    sides = None if window_size is None else _sides(function, window_size)
+    scale = None if softmax_scale is None else _number(function, "softmax_scale", softmax_scale)
+    return causal, sides, scale, _number(function, "softcap", softcap)
+
+
+def flag(function: str, name: str, given: Any) -> bool:
+    """A bool, Python's or NumPy's."""
+    if given is True or given is False:
+        return bool(given)
+    if type(given).__name__ not in ("bool", "bool_"):  # NumPy calls its own one or the other, by version
+        raise TypeError(f"{function}: {name} is a {type(given).__name__}; pass True or False.")
+    return bool(given)
+
+
+def _sides(function: str, given: Any) -> Window:
+    binary = isinstance(given, (str, bytes, bytearray, memoryview))
+    if binary or not isinstance(given, Sequence) or len(given) != 2:
+        raise TypeError(
+            f"{function}: window_size is {given!r}; pass a pair (left, right), each a number of keys or None."
+        )
+    return _side(function, "left", given[0]), _side(function, "right", given[1])
+
+
+def _side(function: str, name: str, given: Any) -> int | None:
+    if given is None or type(given) is int:
+        return given
+    try:
+        if isinstance(given, bool) or _kind(given) == "bool":
+            raise TypeError
+        return operator.index(given)
+    except TypeError:
+        raise TypeError(
+            f"{function}: the {name} side of window_size is a {type(given).__name__}; pass an integer or None."
+        ) from None
+
+
+def _number(function: str, name: str, given: Any) -> float:
+    """The value of a real number, or of an array of no dimensions."""
+    if type(given) is bool or not isinstance(given, (int, float)):
+        kind = _kind(given)
+        if kind is not None:
+            real = kind.startswith(("float", "bfloat", "int", "uint")) and getattr(given, "ndim", 1) == 0
+        else:  # texts can be read as numbers too, but have no __float__
+            real = hasattr(type(given), "__float__") and type(given) is not bool
+        if not real:
+            raise TypeError(f"{function}: {name} is a {type(given).__name__}; pass a number.")
+        _refuse_what_is_traced(function, name, given)
+    try:
+        return float(given)
+    except OverflowError:  # an int beyond all floats
+        return math.inf if given > 0 else -math.inf
+    except (TypeError, ValueError, RuntimeError) as error:  # an array that is deleted, on no device, traced, ...
+        raise TypeError(
+            f"{function}: {name} is a {type(given).__name__} whose value cannot be read ({error}); pass a number."
+        ) from error
+
+
+def _kind(given: Any) -> str | None:
+    """The name of the dtype, without its framework's; None for what has none."""
+    dtype = getattr(given, "dtype", None)
+    return None if dtype is None else str(dtype).rpartition(".")[2]
+
+
+def _refuse_what_is_traced(function: str, name: str, given: Any) -> None:
+    """A kernel is given the value, and no gradient by it is ever computed."""
+    jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
+    if jax is not None and isinstance(given, jax.core.Tracer):
+        raise TypeError(
+            f"{function}: {name} is traced by JAX, and its value must be known by then; pass a number, or name it in "
+            "static_argnames."
+        )
+    if torch is not None and isinstance(given, torch.Tensor) and given.requires_grad and torch.is_grad_enabled():
+        raise TypeError(
+            f"{function}: {name} is a torch tensor that requires grad, and would get none; pass a number, as "
+            f"{name}.item() is, or call under torch.no_grad()."
+        )
+
+
+def check(function: str, options: tuple[Any, ...], head_dim: int) -> tuple[int | None, int | None, float, float]:
+    """Check the values of what `plain` returned: the window that causality leaves, softmax_scale and softcap."""
+    causal, window_size, softmax_scale, softcap = options
+    left, right = (
+        _checked_side(function, name, side)
+        for name, side in zip(("left", "right"), window_size or (None, None), strict=True)
+    )
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    if not (math.isfinite(scale) and scale > 0.0):
+        raise ValueError(f"{function}: softmax_scale is {scale}; it must be finite and greater than 0.")
+    if not SCALE_RANGE[0] <= scale <= SCALE_RANGE[1]:
+        raise ValueError(f"{function}: softmax_scale is {scale}; it must be from 2^-126 to 2^127, as float32 holds it.")
+    if not (math.isfinite(softcap) and softcap >= 0.0):
+        raise ValueError(f"{function}: softcap is {softcap}; it must be finite and not negative (0.0 is off).")
+    if softcap != 0.0 and not FLOAT32_RANGE[0] <= softcap <= FLOAT32_RANGE[1]:
+        raise ValueError(f"{function}: softcap is {softcap}; it must be a normal float32 number, or 0.0, which is off.")
+    return left, right, scale, softcap
+
+
+def _checked_side(function: str, name: str, side: int | None) -> int | None:
+    if side is None or side == -1:
+        return None
+    if side < 0:
+        raise ValueError(
+            f"{function}: the {name} side of window_size is {side}; pass at least 0, or None (or -1) for unbounded."
+        )
+    return min(side, MAX_SEQLEN)
