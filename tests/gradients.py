@@ -17,6 +17,9 @@ from cufa.testing import Case, View
 
 NAMES = ("dq", "dk", "dv", "dsinks")
 
+VALUES = tuple(values for values in testing.VALUES if values not in ("huge scores", "constant"))
+"""Of the cases whose gradients can be told from a lse in float32: scores that are not larger than 2^24 can."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
@@ -51,12 +54,19 @@ class Call:
         dtype, rng = host["q"].dtype, np.random.default_rng([case.seed, 1])
         forward = reference.attention_varlen if self.packed else reference.attention
         out, lse = forward(**host, **case.options, return_lse=True)
-        more = {
-            "out": (out.astype(dtype), case.layouts[3]),
-            "dout": (rng.standard_normal(out.shape).astype(dtype), self.dout),
-            "lse": (lse.astype(np.float32), "contiguous"),
-            "dlse": (rng.standard_normal(lse.shape).astype(np.float32), "strided"),
-        }
+        lse_dtype = np.float64 if dtype == np.float64 else np.float32
+        dout, dlse = rng.standard_normal(out.shape), rng.standard_normal(lse.shape)
+        if case.values == "huge":  # v is; its products with dout are still to fit float32
+            dout *= 2.0**-12 if case.dtype == "float16" else 2.0**-24
+        if case.values == "garbage":  # where it counts nowhere
+            dout[case.counts("q") == 0] = np.nan
+        with np.errstate(all="ignore"):
+            more = {
+                "out": (out.astype(dtype), case.layouts[3]),
+                "dout": (dout.astype(dtype), self.dout),
+                "lse": (lse.astype(lse_dtype), "contiguous"),
+                "dlse": (dlse.astype(lse_dtype), "strided"),
+            }
         if not self.dlse:
             del more["dlse"]
         return case.arrays(xp) | {name: lay_out(array, layout, xp) for name, (array, layout) in more.items()}
@@ -148,7 +158,9 @@ def assert_gradients_close(
 
 def complaint(name: str, found: Any, exact: np.ndarray, noise: np.ndarray) -> str | None:
     """What is wrong with elements and the whole; errors along a row have too much in common to tell anything."""
-    return testing._complaint(name, *(testing.to_numpy(each)[..., None] for each in (found, exact, noise)))
+    got, exact, noise = (testing.to_numpy(each)[..., None] for each in (found, exact, noise))
+    # Sums of NaN and Inf are one or the other, depending on what they meet first, and on what was rounded to 0.
+    return testing._complaint(name, got, exact, noise, ~np.isfinite(exact))
 
 
 def _expect_packed(
@@ -168,6 +180,11 @@ def _expect_packed(
     return expected
 
 
+def finite(x: np.ndarray) -> np.ndarray:
+    """x, with 0 in place of NaN and Inf."""
+    return np.where(np.isfinite(x), x, 0)
+
+
 def expect(dout: Any, q: Any, k: Any, v: Any, dlse: Any, **options: Any) -> Expected:
     """Of a dense problem."""
     exact = reference._differentiate(dout, q, k, v, dlse, **options)
@@ -179,25 +196,32 @@ def _noise(
     exact: tuple[Any, ...], dout: Any, q: Any, k: Any, v: Any, dlse: Any, options: dict[str, Any]
 ) -> tuple[np.ndarray, ...]:
     storage = q.dtype
-    unit, tiny = float(ml_dtypes.finfo(storage).eps) / 2, float(ml_dtypes.finfo(storage).smallest_subnormal)
+    unit = float(ml_dtypes.finfo(storage).eps) / 2
+    # Numbers below this are spaced absolutely, or flushed to zero.
+    tiny = max(float(ml_dtypes.finfo(storage).smallest_subnormal), float(np.finfo(np.float32).tiny))
     half = 0.5  # root mean square of a rounding error in units
     scale, softcap = options.get("softmax_scale"), options.get("softcap", 0.0)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     keep = reference._keep(q.shape[1], k.shape[1], options.get("causal", False), options.get("window_size"))
 
-    # By (batch, head, row, key or column), in float64. Rows that see no key count for nothing.
+    # By (batch, head, row, key or column), in float64. Rows that see no key count for nothing; nor do NaN and Inf here,
+    # since what they meet is not finite and has no noise.
     out, lse = reference.attention(q, k, v, return_lse=True, **options)
-    out_noise, _ = testing._noise(testing._Problem(q, k, v, None, None, None, options), out, storage)
+    out_noise, _, _ = testing._noise(testing._Problem(q, k, v, None, None, None, options), out, storage)
     raw = reference._scores(q, k, scale, softcap, None)
     s = reference._scores(q, k, scale, softcap, options.get("alibi_slopes"))
+    p, _ = reference._softmax(np.where(keep, s, -np.inf), options.get("sinks"))
+    raw, s, p = (finite(x) for x in (raw, s, p))
+    q, k, v, dout, out, out_noise = (finite(x.astype(np.float64)) for x in (q, k, v, dout, out, out_noise))
     k_heads, v_heads = (reference._match_heads(x, q) for x in (k, v))
-    by_head = (x.swapaxes(1, 2).astype(np.float64) for x in (q, k_heads, v_heads, dout, out, out_noise))
+    by_head = (x.swapaxes(1, 2) for x in (q, k_heads, v_heads, dout, out, out_noise))
     q_, k_, v_, dout_, out_, out_noise_ = by_head
     lse = lse[..., None]
     empty = np.isneginf(lse)
+    lse = np.where(empty, lse, finite(lse))
     dout_, lse_size = np.where(empty, 0, dout_), np.where(empty, 0, np.abs(lse))
-    dlse_ = np.where(empty, 0, 0 if dlse is None else dlse[..., None])
-    p = np.where(keep & ~empty, np.exp(s - lse), 0)
+    dlse_ = np.where(empty, 0, 0 if dlse is None else finite(dlse)[..., None])
+    p = np.where(keep & ~empty, p, 0)
     delta = (dout_ * out_).sum(axis=-1, keepdims=True) - dlse_
     derivative = 1 - (raw / softcap) ** 2 if softcap > 0 else np.ones_like(raw)
     weight = p * derivative

@@ -36,6 +36,21 @@ def packages(name: str) -> list[Path]:
     return [Path(place) / name for place in places or () if (Path(place) / name).is_dir()]
 
 
+def older_nvrtcs() -> dict[str, list[Path]]:
+    """Libraries of NVRTC, by version, that are not the one which cufa finds: what ``make test`` has installed.
+
+    That of CUDA 12 is a package of its own; for another of CUDA 13 there is a directory beside the environment's.
+    """
+    places = {"12.9": [package / "lib" for package in packages("cuda_nvrtc")]}
+    for path in sorted((Path(__file__).parents[1] / ".venv").glob("nvrtc-*")):
+        places[path.name.removeprefix("nvrtc-")] = [path / "nvidia" / "cu13" / "lib"]
+    found = {
+        version: [file for lib in libs for file in sorted(lib.glob("libnvrtc*.so.*")) if "alt" not in file.name]
+        for version, libs in places.items()
+    }
+    return {version: libraries for version, libraries in found.items() if libraries}
+
+
 def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
     """The instructions of each function of a cubin; nothing without the tools to tell."""
     tools = [found / "bin" for found in packages("cu13") if (found / "bin" / "cuobjdump").exists()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import subprocess
 import sys
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 
 import cufa
-from cufa import _env, _launch
+from cufa import _env, _launch, _problem, reference
 from cufa.errors import CudaError
 from cufa.testing import LAYOUTS, Case, assert_close, dense_cases, varlen_cases
 
@@ -160,6 +161,66 @@ def test_jax_gradients_are_refused_until_stopped() -> None:
         return (q * cufa.attention(still, still, still)).sum()
 
     assert np.allclose(jax.grad(stopped)(q), 1)
+
+
+def test_jax_reads_offsets_as_a_gpu_does() -> None:
+    """In a program no value can be refused: the running maximum, clamped; what belongs to no sequence is 0."""
+    jax = pytest.importorskip("jax")
+    rng = np.random.default_rng(0)
+    q, k, dout = (rng.standard_normal((8, 2, 16), dtype=np.float32) for _ in range(3))
+    for offsets, used in (([0, 3, 5], None), ([0, 4, 8], [8, 5]), ([-1, 6, 2, 90], [-4, 3, 9]), ([0, 5, 0, 0], None)):
+        packed = {"cu_seqlens_q": np.array(offsets, np.int32), "cu_seqlens_k": np.array(offsets, np.int32)}
+        if used is not None:
+            packed["seqused_k"] = np.array(used, np.int32)
+        ours = {name: jax.numpy.asarray(x) for name, x in packed.items()}
+        program = jax.jit(lambda q, k, ours: cufa.attention_varlen(q, k, k, return_lse=True, **ours))
+        out, lse = program(q, k, ours)
+        expected, expected_lse = reference.attention_varlen(q, k, k, **packed, return_lse=True)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+        np.testing.assert_allclose(lse, expected_lse, atol=1e-5)
+        dout_, q_, k_ = map(jax.numpy.asarray, (dout, q, k))
+        found = cufa.attention_varlen_backward(dout_, q_, k_, k_, out, lse, **ours)
+        for x, right in zip(found, reference.attention_varlen_backward(dout, q, k, k, **packed), strict=True):
+            np.testing.assert_allclose(x, right, atol=2e-5)
+
+
+def test_jax_programs_are_compiled_once_for_each_layout() -> None:
+    jax = pytest.importorskip("jax")
+    from cufa.interop import jax as interop
+
+    q = jax.numpy.ones((1, 8, 2, 16))
+    cufa.attention(q, q, q, window_size=(2, 1), softmax_scale=0.5)
+    before = interop._program.cache_info().misses
+    for window, scale in (([2, 1], 0.5), ((np.int64(2), 1), np.float32(0.5)), ([2, 1], jax.numpy.float32(0.5))):
+        _problem._checked.cache_clear()  # what is remembered of problems is no part of it
+        cufa.attention(q, q, q, window_size=window, softmax_scale=scale)
+    assert interop._program.cache_info().misses == before
+
+
+def test_jax_arrays_that_cannot_be_read() -> None:
+    jax = pytest.importorskip("jax")
+    q = jax.numpy.ones((1, 4, 2, 8))
+    gone = jax.numpy.ones((1, 4, 2, 8))
+    gone.delete()
+    with pytest.raises(ValueError, match=r"^attention: k was deleted"):
+        cufa.attention(q, gone, q)
+    with pytest.raises(ValueError, match=r"^attention: q has dtype key<fry>, which is no number"):
+        cufa.attention(*[jax.random.split(jax.random.key(0), (1, 4, 2, 8))] * 3)
+    with pytest.raises(TypeError, match=r"^attention: softmax_scale is traced by JAX"):
+        jax.jit(lambda scale: cufa.attention(q, q, q, softmax_scale=scale))(0.5)
+    script = (
+        "import jax, cufa\n"
+        "mesh = jax.make_mesh((2,), ('x',))\n"
+        "q = jax.device_put(jax.numpy.ones((2, 4, 2, 8)), jax.sharding.NamedSharding(mesh, jax.P('x')))\n"
+        "call = lambda q: cufa.attention(q, q, q)\n"
+        "sharded = jax.shard_map(call, mesh=mesh, in_specs=jax.P('x'), out_specs=jax.P('x'), check_vma=False)\n"
+        "assert (sharded(q) == 1).all()\n"
+        "try: call(q)\n"
+        "except cufa.UnsupportedError as error: print(error)\n"
+    )
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.startswith("attention: q lies on 2 devices; call under jax.shard_map")
 
 
 def test_jax_refusals() -> None:

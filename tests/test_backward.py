@@ -15,14 +15,16 @@ from cufa import reference
 from cufa.testing import Case, dense_cases, varlen_cases
 
 F64: dict[str, Any] = {"max_seqlen": 20, "head_dims": (1, 8), "dtypes": ("float64",)}
+F64["values"] = ("normal", "large rows", "tiny")
 
 
 def close(gradients: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> None:
-    """lse is float32, and what comes of it."""
+    """float64 is computed in float64, lse included."""
     assert len(gradients) == len(expected)
     for gradient, exact in zip(gradients, expected, strict=True):
         scale = np.abs(exact).max(initial=0)
-        np.testing.assert_allclose(gradient, exact, rtol=1e-4, atol=1e-5 * (1 + scale))
+        assert gradient.dtype == np.float64
+        np.testing.assert_allclose(gradient, exact, rtol=1e-9, atol=1e-10 * (1 + scale))
 
 
 @settings(max_examples=60)
@@ -31,7 +33,7 @@ def test_dense_gradients(case: Case) -> None:
     arrays = case.arrays()
     out, lse = cufa.attention(**arrays, **case.options, return_lse=True)
     rng = np.random.default_rng(case.seed)
-    dout, dlse = rng.standard_normal(out.shape), rng.standard_normal(lse.shape).astype(np.float32)
+    dout, dlse = rng.standard_normal(out.shape), rng.standard_normal(lse.shape)
     found = cufa.attention_backward(dout, **arrays, out=out, lse=lse, dlse=dlse, **case.options)
     close(found, reference.attention_backward(dout, **arrays, dlse=dlse, **case.options))
 

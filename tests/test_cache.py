@@ -321,18 +321,66 @@ def test_reading_creates_nothing(cache: CubinCache, tmp_path: Path, warnings: Ca
 # Permissions of what is created
 
 
-@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o277])
-def test_modes_do_not_depend_on_the_umask(
-    mask: int, tmp_path: Path, umask: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("mask", "named", "parent"),
+    [
+        *((mask, False, 0o700) for mask in (0o000, 0o022, 0o077, 0o277)),
+        (0o000, True, 0o777),
+        (0o022, True, 0o755),
+        (0o277, True, 0o700),
+    ],
+)
+def test_only_the_mode_of_a_named_parent_depends_on_the_umask(
+    mask: int, named: bool, parent: int, tmp_path: Path, umask: Callable[[int], int]
 ) -> None:
     umask(mask)
-    cache = CubinCache(tmp_path / "new" / "store")
+    cache = CubinCache(tmp_path / "new" / "store", named=named)
     assert cache.put(KEY, ENTRY)
     umask(0o022)
     file = cache.file(KEY)
     assert file is not None
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (file, *list(file.parents)[:3])]
-    assert modes == [0o600, 0o700, 0o700, 0o700]
+    assert modes == [0o600, 0o700, 0o700, parent]
+
+
+@pytest.mark.parametrize("below", ["", ".cache"])
+def test_root_makes_nothing_in_the_home_of_another_user(
+    below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
+) -> None:
+    for name in ("CUFA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    (home / below).mkdir(parents=True)
+    before = listing(tmp_path)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    pretend_owner(monkeypatch, home / below, SOMEONE)
+    cache = CubinCache.from_env()
+    reason = f"{home / below} belongs to user {SOMEONE}, who could not use what root makes there; set CUFA_CACHE_DIR"
+    assert not cache.put(KEY, ENTRY) and not cache.put(key(1), ENTRY)
+    assert cache.get(KEY) == ENTRY  # in memory
+    assert warnings() == [f"compiled kernels stay in memory: {reason}"]
+    assert cache.state() == f"memory only: {reason}"
+    monkeypatch.setenv("HOME", str(tmp_path / "missing"))
+    cache = CubinCache.from_env()
+    assert not cache.put(KEY, ENTRY)
+    assert cache.state() == f"memory only: {tmp_path / 'missing'} does not exist; set CUFA_CACHE_DIR"
+    assert listing(tmp_path) == before
+    monkeypatch.setenv("CUFA_CACHE_DIR", str(home / below / "asked"))
+    monkeypatch.setattr(os, "geteuid", os.getuid)
+    assert CubinCache.from_env().put(KEY, ENTRY)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory to another user")
+def test_root_leaves_the_home_of_another_user_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUFA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    os.chown(tmp_path, SOMEONE, SOMEONE)
+    assert not CubinCache.from_env().put(KEY, ENTRY)
+    assert not list(tmp_path.iterdir())
+    os.chown(tmp_path, 0, 0)
+    assert CubinCache.from_env().put(KEY, ENTRY)
 
 
 def test_a_directory_is_private_from_its_first_moment(
@@ -747,7 +795,7 @@ def test_a_file_in_place_of_the_directory(trust_shared: bool, root: Path) -> Non
 
 # A disk that fails
 
-WRITING = ["os.mkdir", "os.chmod", "tempfile.mkstemp", "open", "os.fsync", "os.fchmod", "os.replace"]
+WRITING = ["os.mkdir", "os.chmod", "cufa._cache._temporary_file", "open", "os.fsync", "os.fchmod", "os.replace"]
 CODES = [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO]
 
 
@@ -831,7 +879,7 @@ def test_a_read_only_file_system_still_serves(
     damaged.write_bytes(b"damaged")
     for function in ("mkdir", "chmod", "fchmod", "replace", "rename", "unlink", "utime"):
         monkeypatch.setattr(os, function, failing(errno.EROFS))
-    monkeypatch.setattr("tempfile.mkstemp", failing(errno.EROFS))
+    monkeypatch.setattr("cufa._cache._temporary_file", failing(errno.EROFS))
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     before = listing(root)
     fresh = CubinCache(root)
@@ -1066,6 +1114,24 @@ def test_a_killed_writer_leaves_a_temporary_file_which_goes_in_time(cache: Cubin
     assert cache.prune() == 0
     assert not left.exists()
     assert cache.stats().entries == 1
+
+
+def test_temporary_files_count_and_go_before_entries(root: Path) -> None:
+    cache = CubinCache(root, max_size=10 * file_size())
+    for number in range(4):
+        assert cache.put(key(number), ENTRY)
+        set_atime(root / key(number)[:2] / f"{key(number)[2:]}.cufa", 1000 - number)
+    shard = root / key(0)[:2]
+    for name, age in (("old", 200), ("older", 300), ("new", 1)):
+        (shard / f".tmp-{name}").write_bytes(bytes(4 * file_size()))
+        os.utime(shard / f".tmp-{name}", (time.time() - age,) * 2)
+    assert cache.stats().size == 16 * file_size()
+    assert cache.prune() == 0
+    assert sorted(path.name for path in temporaries(root)) == [".tmp-new"]  # 8 are left, which fits
+    assert (cache.stats().entries, cache.stats().size) == (4, 8 * file_size())
+    assert cache.prune(6 * file_size()) == 2
+    assert temporaries(root) and cache.stats().size == 6 * file_size()
+    assert [CubinCache(root).get(key(number)) for number in range(4)] == [None, None, ENTRY, ENTRY]
 
 
 def test_a_temporary_file_from_the_future_goes_with_the_next_write(cache: CubinCache, root: Path) -> None:

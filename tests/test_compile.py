@@ -1,20 +1,27 @@
 """Every row of the tile tables compiles for every architecture: without spills, and without a performance warning.
 
-No GPU is needed. head_dims lie at the edges of the tables and between them. As a program, this compiles the rows of
-sm_90 with the NVRTC it is given: python tests/test_compile.py FEATURES LIBRARY...
+No GPU is needed. head_dims lie at the edges of the tables and between them. Several versions of NVRTC take turns; each
+compiles every family of Configs. As a program, this checks plans with the NVRTC it is given, see `OtherNvrtc`.
 """
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import dataclasses
+import functools
+import itertools
+import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import sass
@@ -33,6 +40,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "packed": {"mask": "causal", "short": True, "varlen": True},
     "everything": {"mask": "window", "softcap": True, "alibi": True, "sinks": True, "varlen": True},
     "elementwise": {"mask": "causal", "varlen": True, "copy_bytes": 0, "store_bytes": 0},
+    "many": {"varlen": True, "many": True},
 }
 
 
@@ -49,12 +57,61 @@ def compile_plan(plan: _plan.Plan) -> _jit.Compiled:
     return _jit.compile_source(_jit.source_of(plan), _jit.options_of(_jit.target_of(plan)), _jit.describe(plan))
 
 
-def check(facts: Static, arch: int) -> None:
-    check_plan(_plan.make_plan(facts, arch))
+NEWEST = "newest"
+"""The NVRTC that cufa finds by itself."""
+OLDER = ("12.9", "13.0")
+NVRTCS = (*OLDER, NEWEST)
 
 
-def check_backward(facts: Static, arch: int, deterministic: bool) -> None:
-    check_plan(_plan.make_backward_plan(facts, arch, deterministic))
+class OtherNvrtc:
+    """A process that checks plans with another NVRTC: of one name only one library can be loaded into a process."""
+
+    def __init__(self, libraries: list[Path]) -> None:
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, __file__, *map(str, libraries)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.version = self._read()
+
+    def check(self, plan: _plan.Plan) -> None:
+        """`check_plan` there."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(base64.b64encode(pickle.dumps(plan)).decode() + "\n")
+        self.process.stdin.flush()
+        failure = self._read()
+        assert not failure, f"with NVRTC {self.version}: {failure}"
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None
+        answer: str = json.loads(self.process.stdout.readline() or '"the process has ended"')
+        return answer
+
+
+@functools.lru_cache
+def other_nvrtc(version: str) -> OtherNvrtc:
+    """The process for a version, which lives as long as this one."""
+    libraries = sass.older_nvrtcs().get(version)
+    if libraries is None:
+        pytest.skip(f"needs NVRTC {version}, which make test installs")
+    found = OtherNvrtc(libraries)
+    assert found.version == version
+    return found
+
+
+def check(facts: Static, arch: int, nvrtc: str = NEWEST) -> None:
+    check_with(nvrtc, _plan.make_plan(facts, arch))
+
+
+def check_backward(facts: Static, arch: int, deterministic: bool, nvrtc: str = NEWEST, average_rows: int = 128) -> None:
+    check_with(nvrtc, _plan.make_backward_plan(facts, arch, deterministic, average_rows))
+
+
+def check_with(nvrtc: str, plan: _plan.Plan) -> None:
+    if nvrtc == NEWEST:
+        check_plan(plan)
+    else:
+        other_nvrtc(nvrtc).check(plan)
 
 
 def check_plan(plan: _plan.Plan) -> None:
@@ -155,25 +212,59 @@ def test_hazards_are_seen(instruction: str, hazard: bool) -> None:
     assert bool(sass.wgmma_hazards(sass.parse(listing))) == hazard
 
 
-@pytest.mark.parametrize("features", FEATURES)
-def test_the_oldest_nvrtc_too(features: str) -> None:
-    found = [package / "lib" for package in sass.packages("cuda_nvrtc")]
-    libraries = [str(path) for lib in found for path in sorted(lib.glob("libnvrtc*.so.*")) if "alt" not in path.name]
-    if not libraries:
-        pytest.skip("needs nvidia-cuda-nvrtc-cu12")
-    command = [sys.executable, __file__, features, *libraries]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert re.search(rf"NVRTC 12\.\d+: {len(HEAD_DIMS)} rows", run.stdout)
+class Cell(NamedTuple):
+    """One kernel of the forward, and who compiles it."""
+
+    element: str
+    features: str
+    arch: int
+    head_dims: tuple[int, int]
+    nvrtc: str
+
+    @property
+    def plan(self) -> _plan.Plan:
+        return _plan.make_plan(static(self.element, *self.head_dims, **FEATURES[self.features]), self.arch)
+
+
+def cells(element: str, features: str, arch: int) -> Iterator[Cell]:
+    """Every row of the tables, by one NVRTC in turn; by each where tiles leave no register over, and usual for Hopper.
+
+    The table of float32 is the same for all architectures, so half of its rows do on each.
+    """
+    fullest = ((64, 64), (128, 128), (256, 256)) if arch == 90 else ((96, 96), (128, 128))
+    turn = ARCHS.index(arch) + list(FEATURES).index(features)
+    for row, head_dims in enumerate(HEAD_DIMS):
+        if element == "f32" and (turn + row) % 2:
+            continue
+        nvrtcs: tuple[str, ...] = (NVRTCS[(turn + row) // (2 if element == "f32" else 1) % len(NVRTCS)],)
+        if element == "bf16" and head_dims in fullest:
+            nvrtcs = NVRTCS
+        for nvrtc in nvrtcs:
+            yield Cell(element, features, arch, head_dims, nvrtc)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("element", ["bf16", "f32"])
 def test_every_row_of_the_tables(element: str, features: str, arch: int) -> None:
-    for head_dim, head_dim_v in HEAD_DIMS:
-        check(static(element, head_dim, head_dim_v, **FEATURES[features]), arch)
+    for cell in cells(element, features, arch):
+        check_with(cell.nvrtc, cell.plan)
+
+
+def test_every_nvrtc_compiles_every_family() -> None:
+    """A family is a kernel with an element, and the tiles that head_dims have."""
+    found: dict[Any, set[str]] = {}
+    for element, features, arch in itertools.product(("bf16", "f32"), FEATURES, ARCHS):
+        for cell in cells(element, features, arch):
+            found.setdefault((cell.plan.kernel, element, cell.head_dims), set()).add(cell.nvrtc)
+    assert len(found) == 3 * len(HEAD_DIMS) and all(nvrtcs == set(NVRTCS) for nvrtcs in found.values())
+
+
+@pytest.mark.parametrize("nvrtc", NVRTCS)
+def test_what_hopper_leaves_to_the_other_kernel(nvrtc: str) -> None:
+    """Aligned rows that no tensor map can describe."""
+    for head_dim, mask in ((64, "causal"), (96, "causal"), (96, "window"), (128, "none"), (128, "window")):
+        check(static("bf16", head_dim, head_dim, mask=mask, tma=False), 90, nvrtc)
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -214,8 +305,32 @@ BACKWARD: dict[str, dict[str, Any]] = {
     ],
 )
 def test_gradients_with_wgmma(features: str, deterministic: bool, head_dims: tuple[tuple[int, int], ...]) -> None:
-    for head_dim, head_dim_v in head_dims:
-        check_backward(static("bf16", head_dim, head_dim_v, **BACKWARD[features]), 90, deterministic)
+    for turn, (head_dim, head_dim_v) in enumerate(head_dims, start=list(BACKWARD).index(features)):
+        facts = static("bf16", head_dim, head_dim_v, **BACKWARD[features])
+        check_backward(facts, 90, deterministic, NVRTCS[turn % len(NVRTCS)])
+
+
+@pytest.mark.parametrize("nvrtc", NVRTCS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_score_terms_of_gradients_by_every_nvrtc(head_dim: int, nvrtc: str) -> None:
+    """Each score term under each mask: what fills the registers."""
+    terms = itertools.product((False, True), (False, True), ("none", "causal", "window"))
+    for turn, (softcap, alibi, mask) in enumerate(terms):
+        if head_dim != 128 and (turn + NVRTCS.index(nvrtc)) % 2:
+            continue
+        element, varlen, deterministic = ("bf16", "f16")[turn % 2], turn % 4 > 1, turn % 3 == 0
+        facts = static(element, head_dim, head_dim, mask=mask, softcap=softcap, alibi=alibi, varlen=varlen)
+        check_backward(facts, 90, deterministic, nvrtc)
+        if softcap and not alibi and head_dim == 128:
+            check_backward(facts, 90, not deterministic, nvrtc)
+
+
+@pytest.mark.parametrize("average_rows", [0, 16])
+@pytest.mark.parametrize("features", ["packed", "everything"])
+def test_gradients_of_short_sequences(features: str, average_rows: int) -> None:
+    """Without sums of dq, or with small tiles of them."""
+    for head_dim in (64, 96, 128):
+        check_backward(static("bf16", head_dim, head_dim, **BACKWARD[features]), 90, False, average_rows=average_rows)
 
 
 @pytest.mark.parametrize("arch", [80, 86, 100, 120])
@@ -226,7 +341,8 @@ def test_gradients_for_every_gpu(element: str, arch: int) -> None:
     head_dims = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256))
     for row, (head_dim, head_dim_v) in enumerate(head_dims):
         turn = row + (80, 86, 100, 120).index(arch)
-        check_backward(static(element, head_dim, head_dim_v, **BACKWARD[features[turn % 4]]), arch, turn % 3 == 0)
+        facts = static(element, head_dim, head_dim_v, **BACKWARD[features[turn % 4]])
+        check_backward(facts, arch, turn % 3 == 0, NVRTCS[turn % 3], 16 if turn % 2 else 128)
 
 
 def test_gradients_that_wgmma_does_not_serve() -> None:
@@ -261,15 +377,27 @@ def test_params_that_disagree_do_not_compile(monkeypatch: pytest.MonkeyPatch, na
         compile_plan(plan)
 
 
+def test_another_nvrtc_tells_what_is_wrong() -> None:
+    """And goes on: with a plan that it cannot compile before one that it can."""
+    other = other_nvrtc("12.9")
+    plan = _plan.make_plan(static("bf16", 64, 64), 80)
+    wrong = plan._replace(config=dataclasses.replace(plan.config, smem_bytes=plan.config.smem_bytes - 16))
+    with pytest.raises(AssertionError, match=r"with NVRTC 12\.9: (.|\n)*disagree on shared memory"):
+        other.check(wrong)
+    other.check(plan)
+
+
 def main() -> None:
-    for library in sys.argv[2:]:  # the first of that name to be loaded is the one that is used
+    for library in sys.argv[1:]:  # the first of that name to be loaded is the one that is used
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
-    for head_dim, head_dim_v in HEAD_DIMS:
-        check(static("bf16", head_dim, head_dim_v, **FEATURES[sys.argv[1]]), 90)
-    if sys.argv[1] == "everything":
-        for head_dim in (64, 128, 256):
-            check_backward(static("bf16", head_dim, head_dim, **BACKWARD["everything"]), 90, True)
-    print("NVRTC {}.{}:".format(*_jit.nvrtc().version), len(HEAD_DIMS), "rows")
+    print(json.dumps("{}.{}".format(*_jit.nvrtc().version)), flush=True)
+    for line in sys.stdin:
+        try:
+            check_plan(pickle.loads(base64.b64decode(line)))
+            failure = ""
+        except Exception:
+            failure = traceback.format_exc()
+        print(json.dumps(failure), flush=True)
 
 
 if __name__ == "__main__":

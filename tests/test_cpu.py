@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cufa import _cpu
-from cufa.testing import DTYPES, Case, assert_close, dense_cases, varlen_cases
+from cufa.testing import DTYPES, OFFSETS, Case, assert_close, dense_cases, varlen_cases
 
 ALL_DTYPES = (*DTYPES, "float64")
 Result = tuple[np.ndarray, np.ndarray | None]
@@ -23,7 +23,8 @@ def attend(case: Case, arrays: dict[str, Any], out: np.ndarray | None = None) ->
     varlen = "cu_seqlens_q" in arrays
     lse_shape = (case.num_heads_q, sum(case.seqlen_q)) if isinstance(case.seqlen_q, tuple) else ()
     lse_shape = lse_shape or (case.batch, case.num_heads_q, case.seqlen_q)
-    lse = np.full(lse_shape, np.nan, np.float32) if case.return_lse else None
+    lse_dtype = np.float64 if case.dtype == "float64" else np.float32
+    lse = np.full(lse_shape, np.nan, lse_dtype) if case.return_lse else None
     left, right = (None if side == -1 else side for side in case.window_size or (None, None))
     if case.causal:
         right = 0 if right is None else min(right, 0)
@@ -66,7 +67,7 @@ def test_dense_cases_agree_with_the_reference(case: Case, blocking: tuple[int, .
 
 
 @settings(max_examples=300)
-@given(varlen_cases(max_seqlen=65, dtypes=ALL_DTYPES), blockings)
+@given(varlen_cases(max_seqlen=65, dtypes=ALL_DTYPES, offsets=OFFSETS), blockings)
 def test_varlen_cases_agree_with_the_reference(case: Case, blocking: tuple[int, ...]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in zip(BLOCKING, blocking, strict=True):
@@ -117,7 +118,7 @@ def test_varlen_is_a_loop_of_dense(case: Case) -> None:
             np.testing.assert_array_equal(lse[:, rows], lse_n[0])
 
 
-def test_rows_of_no_sequence_are_neither_read_nor_written() -> None:
+def test_rows_of_no_sequence_are_not_read_and_only_lse_is_written() -> None:
     case = Case(seqlen_q=(3, 1, 6), seqlen_k=(3, 5, 2), batch=3, num_heads_q=2, num_heads_k=2, return_lse=True)
     arrays = case.arrays()
     arrays["cu_seqlens_q"], arrays["cu_seqlens_k"] = np.array([1, 4, 8]), np.array([2, 7, 9])
@@ -127,7 +128,7 @@ def test_rows_of_no_sequence_are_neither_read_nor_written() -> None:
         arrays[name][dead] = np.nan
     out, lse = check(case, arrays)
     assert lse is not None
-    assert np.isnan(out[[0, 8, 9]]).all() and np.isnan(lse[:, [0, 8, 9]]).all()
+    assert np.isnan(out[[0, 8, 9]]).all() and np.isneginf(lse[:, [0, 8, 9]]).all()
     assert np.isfinite(out[1:8]).all() and np.isfinite(lse[:, 1:8]).all()
 
 
@@ -198,14 +199,26 @@ def test_results_are_repeatable() -> None:
 @pytest.mark.parametrize("name", ["q", "k", "v", "sinks"])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 2.0, "alibi_ndim": 1}])
 def test_nan_and_inf_spread_as_the_reference_has_it(name: str, value: float, options: dict[str, Any]) -> None:
-    if name == "sinks" and value == np.inf:
-        pytest.skip("a sink takes part of the probability, not all of it")
     sizes = {"batch": 2, "seqlen_q": 20, "seqlen_k": 24, "num_heads_q": 4, "num_heads_k": 2}
     case = Case(**sizes, **options, sinks=name == "sinks", return_lse=True)
     arrays = case.arrays()
     arrays[name][(1,) if name == "sinks" else (1, 11, 1, 3)] = value
     out, _ = check(case, arrays)
     assert np.isfinite(out[0]).all() or name == "sinks"
+
+
+def test_numbers_that_float32_does_not_hold() -> None:
+    """Slopes and sinks of float64 beyond float32, and sums of products whose parts overflow while they do not."""
+    case = Case(seqlen_q=20, seqlen_k=24, num_heads_q=2, num_heads_k=2, return_lse=True, causal=True)
+    arrays = case.arrays()
+    check(case, arrays | {"alibi_slopes": np.array([1e300, 1.0]), "sinks": np.array([0.0, -1e300])})
+    out, lse = check(case, arrays | {"sinks": np.array([1e300, 0.0])})
+    assert lse is not None and np.isposinf(lse[:, 0]).all() and not out[:, :, 0].any()
+    for factor in (1e19, -1e19):  # terms of 1e38, which cancel
+        wide = {name: arrays[name] * np.float32(1e-3) for name in "qk"}
+        wide["q"][..., :8] = np.float32(1e19)
+        wide["k"][..., :8] = np.float32(factor) * np.array([8, 8, 8, 8, -8, -8, -8, -8], np.float32)
+        check(case, arrays | wide)
 
 
 def test_scores_far_apart() -> None:

@@ -40,6 +40,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith(("CUFA_", "XDG_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", "/home/someone")
+    _env._absolute.cache_clear()
 
 
 def fails_with(message: str) -> pytest.RaisesExc[ValueError]:
@@ -222,10 +223,28 @@ def test_cache_dir_follows_the_xdg_rules(
 def test_a_later_chdir_does_not_move_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUFA_CACHE_DIR", "kernels")
-    path = _env.cache_dir()
+    assert _env.cache_dir() == tmp_path / "kernels"
     monkeypatch.chdir("/")
-    assert path is not None and path.is_absolute()
-    assert path == tmp_path / "kernels"
+    assert _env.cache_dir() == tmp_path / "kernels"
+    monkeypatch.setenv("CUFA_CACHE_DIR", "others")
+    assert _env.cache_dir() == Path("/others")
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_relative_path_in_a_directory_that_is_gone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setenv(name, "kernels")
+    with fails_with(
+        f"{name}: expected an absolute path, because the working directory is gone, got 'kernels'; {MEANINGS[name]}."
+    ):
+        PATHS[name]()
+    monkeypatch.setenv(name, "/kernels")
+    assert PATHS[name]() == Path("/kernels")
 
 
 def test_describe_without_any_variable_set() -> None:

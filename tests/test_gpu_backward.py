@@ -51,6 +51,9 @@ DENSE = (
     Kind("float16", 128, 128, "causal", layouts="narrow"),
     Kind("bfloat16", 255, 57, "window", deterministic=True, layouts="narrow"),
     Kind("bfloat16", 96, 96, layouts="reversed"),
+    Kind("float16", 60, 20, "causal", layouts="wide"),
+    Kind("bfloat16", 190, 100, layouts="wide"),
+    Kind("float32", 21, 61, "window", layouts="wide"),
 )
 PACKED = (
     Kind("bfloat16", 64, 64, "causal"),
@@ -63,6 +66,8 @@ PACKED = (
     Kind("float32", 128, 128, "causal", deterministic=True),
     Kind("float32", 31, 65, "window", softcap=True, sinks=True, layouts="narrow"),
     Kind("float16", 80, 80, layouts="narrow"),
+    Kind("bfloat16", 100, 60, "causal", layouts="wide"),
+    Kind("float32", 30, 22, layouts="wide"),
 )
 # One of each kernel, which give the same bits in every run.
 EXACT = (
@@ -72,7 +77,7 @@ EXACT = (
     Kind("float32", 64, 64, "causal", deterministic=True),
 )
 
-ALIGNED = ("contiguous", "transposed", "fused")
+ALIGNED = ("contiguous", "transposed", "fused", "fused heads", "fused batch", "fused transposed", "wide")
 NARROW = ("padded", "offset", "strided")
 LENGTHS = (129, 1, 2, 17, 63, 64, 65, 100, 127, 128, 191, 193, 200, 257)
 MASKS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -92,7 +97,11 @@ def calls(draw: st.DrawFn, kind: Kind, packed: bool) -> Call:
     q, k, v, dout = (draw(st.sampled_from((*ALIGNED, "broadcast"))) for _ in range(4))
     out = "padded" if kind.layouts.startswith("narrow") else draw(written)
     results: Any = draw(st.none() | st.tuples(written, written, written))
-    if kind.layouts == "narrow":
+    if kind.layouts == "wide":
+        # Rows that are aligned as none of their width are side by side.
+        q = k = v = dout = out = "wide"
+        results = draw(st.sampled_from((None, ("wide", "wide", "wide"))))
+    elif kind.layouts == "narrow":
         q, results = draw(narrow), draw(st.tuples(narrow, narrow, written))
     elif kind.layouts == "reversed":
         q = "reversed"
@@ -122,7 +131,7 @@ def calls(draw: st.DrawFn, kind: Kind, packed: bool) -> Call:
         alibi_ndim=draw(st.sampled_from((1, 2))) if kind.alibi else 0,
         sinks=kind.sinks,
         layouts=(q, k, v, out),
-        large=draw(st.booleans()),
+        values=draw(st.sampled_from(("normal", "large rows"))),
         seed=draw(st.integers(0, 99)),
     )
     return Call(case=case, deterministic=kind.deterministic, dlse=draw(st.booleans()), dout=dout, results=results)
@@ -216,7 +225,7 @@ def nearly_same(some: Any, others: Any) -> bool:
 def test_gradients_scale_with_those_they_are_given(kind: Kind, packed: bool, data: st.DataObject, power: int) -> None:
     cupy = framework("cupy")
     call = plain(data.draw(calls(kind, packed)))
-    call = replace(call, case=replace(call.case, large=False))
+    call = replace(call, case=replace(call.case, values="normal"))
     host = call.arrays()
     scaled = {
         name: cupy.asarray(host[name] * host[name].dtype.type(2.0**power)) for name in ("dout", "dlse") if name in host
@@ -325,7 +334,7 @@ def test_memory_around_gradients_is_not_written(kind: Kind, packed: bool, data: 
     cupy = framework("cupy")
     call = data.draw(calls(kind, packed))
     views, memories, into = {}, {}, {}
-    for name, layout in zip("qkv", call.results or ALIGNED, strict=True):
+    for name, layout in zip("qkv", call.results or ("wide", "fused heads", "fused batch"), strict=True):
         view = views[name] = View.of(call.case.view(name).shape, layout)
         memory = memories[name] = cupy.asarray(np.full(view.size, np.nan, call.arrays()["q"].dtype))
         strides = [stride * memory.itemsize for stride in view.strides]
@@ -423,24 +432,59 @@ def test_sizes_of_zero(kind: Kind, nothing: str) -> None:
     call.right(cupy)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_offsets_that_decrease_end(dtype: str) -> None:
-    """And leave the memory behind the results alone; what gradients they make means nothing."""
+OFFSETS: dict[str, tuple[list[int], int]] = {
+    "padded with zeros": ([0, 100, 300, 0, 0, 0], 300),
+    "padded with the last": ([0, 100, 300, 300, 300], 300),
+    "begins late, ends early": ([37, 100, 129], 300),
+    "decreases": ([0, 1000, 0, 1000, 2000], 2000),
+    "decreases at once": ([1500, 1000, 500, 2000], 2000),
+    "beyond": ([-9, 64, 1000, 5, 2**31 - 1], 300),
+    "nothing": ([0, 0, 0], 50),
+    "no sequence": ([7], 50),
+    "many": ([*range(0, 700, 2), *[0] * 9, *range(650, 1500, 5)], 1600),
+    "one row each": ([*range(800)], 800),
+    "twenty rows each": ([*range(0, 1600, 20)], 1600),
+}
+"""Offsets of any content, and how many rows there are."""
+
+
+@pytest.mark.parametrize("content", OFFSETS)
+@of_every_kernel
+def test_offsets_of_any_content(kind: Kind, content: str) -> None:
+    """They count as the largest up to each, within the array; so every row of q has its turn, once."""
     cupy = framework("cupy")
-    total = 4000
-    q = cupy.ones((total, 2, 64), dtype)
-    lse = cupy.zeros((2, total), cupy.float32)
-    right = cupy.asarray([0, 1000, 2000, total], cupy.int32)
-    for offsets in ([0, 3000, 100, total], [0, 100, 50, total], [3000, 2000, 1000, total]):
-        bad = cupy.asarray(offsets, cupy.int32)
-        for pair in ((bad, right), (right, bad), (bad, bad)):
-            # What was in the workspace before must not matter.
-            cupy.full(8 << 20, 1, cupy.int32)
-            memories = [cupy.full((total + 64, 2, 64), 5, q.dtype) for _ in range(3)]
-            into = dict(zip(("dq", "dk", "dv"), (memory[:total] for memory in memories), strict=True))
-            cufa.attention_varlen_backward(q, q, q, q, q, lse, *pair, **into)
-            cupy.cuda.Device().synchronize()
-            assert all((memory[total:] == 5).all() for memory in memories)
+    offsets, total = OFFSETS[content]
+    options = MASKS[kind.mask][-1]
+    mirrored = [total - offset if 0 <= offset <= total else offset for offset in reversed(offsets)]
+    for offsets_k in (offsets, mirrored):
+        starts, starts_k = (
+            np.maximum.accumulate(np.clip(np.asarray(each, np.int64), 0, total)).astype(np.int32)
+            for each in (offsets, offsets_k)
+        )
+        sizes = {"seqlen_q": (total,), "seqlen_k": (total,), "num_heads_q": 4, "num_heads_k": 2}
+        case = Case(**sizes, head_dim=kind.head_dim, head_dim_v=kind.head_dim_v, dtype=kind.dtype)
+        arrays = Call(case=case).arrays()
+        given = {name: arrays[name].copy() for name in ("q", "k", "v", "dout", "dlse")}
+        right = {"cu_seqlens_q": starts, "cu_seqlens_k": starts_k}
+        out, lse = reference.attention_varlen(
+            *(given[name] for name in "qkv"), starts, starts_k, **options, return_lse=True
+        )
+        results = {"out": out.astype(given["q"].dtype), "lse": lse.astype(np.float32)}
+        wide = {
+            f"cu_seqlens_{side}": np.stack([np.asarray(each, np.int64).astype(np.int32)] * 2, axis=1)
+            for side, each in (("q", offsets), ("k", offsets_k))
+        }
+        on_gpu = {name: cupy.asarray(array) for name, array in (given | results).items()}
+        on_gpu |= {name: cupy.asarray(array)[:, 1] for name, array in wide.items()}
+        # What was in the workspace before must not matter.
+        dirty = cupy.full(8 << 20, np.nan, cupy.float32)
+        del dirty
+        for deterministic in (False, True):
+            found = cufa.attention_varlen_backward(**on_gpu, **options, deterministic=deterministic)
+            assert_gradients_close(found, **given, **right, **options)
+            inside = np.zeros(total, bool)
+            inside[starts[0] : starts[-1]] = True
+            assert (to_numpy(found[0])[~inside] == 0).all()
 
 
 def test_offsets_outside_the_arrays_touch_nothing_else() -> None:

@@ -32,14 +32,14 @@ def arrays_of(case: Case) -> dict[str, Any]:
 
 
 @settings(max_examples=100)
-@given(dense_cases(max_seqlen=80))
+@given(dense_cases(max_seqlen=80, values=gradients.VALUES))
 def test_rounded_mathematics_is_accepted(case: Case) -> None:
     arrays = arrays_of(case)
     assert_gradients_close(rounded(arrays, case.options), **arrays, **case.options)
 
 
 @settings(max_examples=60)
-@given(varlen_cases(max_seqlen=65))
+@given(varlen_cases(max_seqlen=65, values=gradients.VALUES, offsets=("exact", "zeros", "totals", "short")))
 def test_gradients_of_packed_numpy_arrays_are_accepted(case: Case) -> None:
     call = Call(case=case, results=("padded", "offset", "contiguous"))
     call.check(call.run())

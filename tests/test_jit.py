@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 import threading
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,17 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(_jit, "compile_source", counted)
     return asked
+
+
+def run_script(script: str, *arguments: object, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a script in a new interpreter that imports cufa from `path`."""
+    return subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(script), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +144,37 @@ def test_the_source_can_be_kept(plan: _plan.Plan, tmp_path: Path, monkeypatch: p
     assert "registers" in (kept / "log.txt").read_text()
 
 
+def test_keeping_the_source_follows_no_link(plan: _plan.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may have planted what lies in the directory, if they can write it."""
+    precious, elsewhere = tmp_path / "precious", tmp_path / "elsewhere"
+    precious.write_text("unharmed")
+    elsewhere.mkdir()
+    monkeypatch.setenv("CUFA_SAVE_SOURCE", str(tmp_path / "kept"))
+    source = _jit.source_of(plan)
+    kept = _jit._save_source(source, "log")
+    assert kept is not None
+    (kept / "kernel.cu").unlink()
+    (kept / "kernel.cu").symlink_to(precious)
+    (kept / "log.txt").unlink()
+    os.link(precious, kept / "log.txt")
+    assert _jit._save_source(source, "another log") == kept
+    assert precious.read_text() == "unharmed"
+    assert (kept / "kernel.cu").read_text() == source and not (kept / "kernel.cu").is_symlink()
+    assert (kept / "log.txt").read_text() == "another log"
+    (kept / "core").rename(tmp_path / "core")
+    (kept / "core").symlink_to(elsewhere)
+    assert _jit._save_source(source, "log") is None
+    kept.rename(tmp_path / "kept before")
+    kept.symlink_to(elsewhere)
+    assert _jit._save_source(source, "log") is None
+    assert not list(elsewhere.iterdir())
+    assert not list(tmp_path.rglob(".tmp-*"))
+    monkeypatch.setenv("CUFA_SAVE_SOURCE", str(tmp_path / "link"))
+    (tmp_path / "link").symlink_to(elsewhere)  # named by the user, and so followed
+    assert _jit._save_source(source, "log") == tmp_path / "link" / kept.name
+    assert (elsewhere / kept.name / "kernel.cu").read_text() == source
+
+
 def test_a_broken_source_shows_the_log() -> None:
     with pytest.raises(cufa.CompileError) as raised:
         _jit.compile_source("int f() { return nothing; }", _jit.options_of("80"), "a broken kernel")
@@ -152,6 +198,25 @@ def test_a_missing_nvrtc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         _jit.nvrtc.cache_clear()
 
 
+def test_an_nvrtc_that_went_from_disk_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from cuda import pathfinder
+
+    found = pathfinder.load_nvidia_dynamic_lib("nvrtc")
+
+    class Gone:
+        abs_path, found_via = str(tmp_path / "libnvrtc.so"), found.found_via
+
+    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", lambda name: Gone)
+    _jit.nvrtc.cache_clear()
+    try:
+        with pytest.raises(
+            cufa.CompileError, match=r"libnvrtc\.so cannot be read: No such file .* start the process again"
+        ):
+            _jit.nvrtc()
+    finally:
+        _jit.nvrtc.cache_clear()
+
+
 @pytest.mark.parametrize(("arch", "target"), [(80, "80"), (89, "89"), (90, "90"), (120, "120"), (129, "121")])
 def test_a_gpu_newer_than_nvrtc_takes_its_family(plan: _plan.Plan, arch: int, target: str) -> None:
     assert _jit.target_of(plan._replace(arch=arch)) == target
@@ -167,34 +232,172 @@ def test_a_gpu_of_a_new_family_needs_a_newer_nvrtc(plan: _plan.Plan) -> None:
         _jit.target_of(plan._replace(arch=990))
 
 
-@pytest.mark.parametrize("wanted", ["1", "0"])
-def test_a_long_compile_is_announced(
+SMALL = 'extern "C" __global__ void small() {}'
+
+
+@pytest.mark.parametrize(("wanted", "terminal", "said"), [("1", False, True), ("0", True, False), ("", True, True)])
+def test_compiling_is_announced(
     wanted: str,
+    terminal: bool,
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("CUFA_PROGRESS", wanted)
+    caplog.set_level(logging.INFO, "cufa")
+    _jit.compile_source(SMALL, _jit.options_of("80"), "a kernel")
+    assert stderr.getvalue() == ("cufa: compiling a kernel ...\n" if said else "")
+    assert [record.getMessage()[:18] for record in caplog.records] == ["compiling a kernel", "compiled a kernel "]
+
+
+class BrokenStream(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("trouble", ["no thread", "closed", "broken", "none", "log"])
+def test_announcing_never_fails_a_call(
+    trouble: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setenv("CUFA_PROGRESS", wanted)
-    monkeypatch.setattr(_jit, "PROGRESS_AFTER", 0.01)
-    caplog.set_level(logging.INFO, "cufa")
-    with _jit._progress("something large"):
-        time.sleep(0.2)
-    assert capsys.readouterr().err == ("cufa: compiling something large ...\n" if wanted == "1" else "")
-    assert [record.getMessage()[:25] for record in caplog.records] == [
-        "compiling something large",
-        "compiled something large ",
-    ]
-    caplog.clear()
-    monkeypatch.setattr(_jit, "PROGRESS_AFTER", 5)
-    with _jit._progress("something small"):
-        pass
-    assert capsys.readouterr().err == "" and not caplog.records
+    def fail(*_: object) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    streams: dict[str, Any] = {"closed": io.StringIO(), "broken": BrokenStream(), "none": None}
+    if trouble in streams:
+        monkeypatch.setattr(sys, "stderr", streams[trouble])
+    if trouble == "closed":
+        streams["closed"].close()
+    elif trouble == "no thread":
+        monkeypatch.setattr(threading.Thread, "start", fail)
+    elif trouble == "log":
+        caplog.set_level(logging.INFO, "cufa")
+        monkeypatch.setattr(logging.getLogger("cufa"), "_log", fail)
+    monkeypatch.setenv("CUFA_PROGRESS", "1")
+    monkeypatch.setenv("CUFA_SAVE_SOURCE", os.devnull)  # a warning too
+    assert b"small" in _jit.compile_source(SMALL, _jit.options_of("80"), "a kernel").cubin
+    assert not capsys.readouterr().out
+
+
+def test_kernels_compile_while_the_interpreter_ends(own_cache: Path) -> None:
+    run = run_script(
+        f"""
+        import atexit, os, sys
+        from cufa import _jit, _plan
+        from cufa._problem import Static
+        facts = Static("f16", 64, 64, "none", False, False, False, False, 16, 16, True, False)
+        plans = [_plan.make_plan(facts, arch) for arch in (80, 86)]
+        _jit.source_of = dict.fromkeys(plans, {SMALL!r}).__getitem__  # no function, which would hold this module
+        def compile(plan, entry_of=_jit.entry_of, write=os.write):
+            write(1, b"%d " % len(entry_of(plan).cubin))
+        class Final:
+            def __del__(self, compile=compile, plan=plans[1]):
+                compile(plan)
+        last = Final()  # finalized with this module, when nothing can be imported any more
+        _jit.nvrtc()
+        atexit.register(compile, plans[0])
+        os.environ["CUFA_PROGRESS"] = "1"
+        sys.stderr.close()
+        """
+    )
+    sizes = [int(size) for size in run.stdout.split()]
+    assert run.returncode == 0 and len(sizes) == 2 and min(sizes) > 100, run.stdout
+    assert len(list(own_cache.rglob("*.cufa"))) >= 1 and not list(own_cache.rglob(".tmp-*"))
+
+
+def test_a_child_forked_while_threads_compile_can_compile() -> None:
+    """Whether cufa's locks are held at that moment or NVRTC's own."""
+    run = run_script(
+        """
+        import os, signal, threading, time, warnings
+        from cufa import _jit, _plan
+        from cufa._problem import Static
+        warnings.simplefilter("ignore")  # about the fork of a process with threads, which is the point
+        os.environ["CUFA_CACHE"] = "0"
+        plan = _plan.make_plan(Static("f16", 64, 64, "none", False, False, False, False, 16, 16, True, False), 80)
+
+        def child(work):
+            pid = os.fork()
+            if not pid:
+                try:
+                    signal.alarm(20)
+                    work()
+                    os._exit(0)
+                except BaseException as error:
+                    print(repr(error), flush=True)
+                    os._exit(1)
+            return os.waitpid(pid, 0)[1]
+
+        compile_source = _jit.compile_source
+        small = 'extern "C" __global__ void small() {}'
+        source_of = _jit.source_of
+        for moment in (0.02, 0.05):  # where NVRTC is loaded, and in it
+            _jit.source_of = source_of if moment == 0.05 else lambda plan: small
+            thread = threading.Thread(target=_jit.entry_of, args=(plan,))
+            thread.start()
+            time.sleep(moment)
+            print("nvrtc", child(lambda: compile_source(small, _jit.options_of("80"), "small")))
+            thread.join()
+            _jit._caches.clear()
+
+        _jit.source_of = lambda plan: small
+        inside, go_on = threading.Event(), threading.Event()
+        def slow(source, options, what):
+            inside.set()
+            go_on.wait(20)
+            return compile_source(source, options, what)
+        _jit.compile_source = slow
+        thread = threading.Thread(target=_jit.entry_of, args=(plan,))
+        thread.start()
+        inside.wait(20)
+        def same_kernel():
+            _jit.compile_source = compile_source
+            assert not _jit._key_locks
+            assert b"small" in _jit.entry_of(plan).cubin
+        with _jit._lock:
+            locked = _jit._lock
+            print("locks", child(same_kernel))
+            assert _jit._lock is locked
+        go_on.set()
+        thread.join()
+        print("parent", b"small" in _jit.entry_of(plan).cubin)
+        """
+    )
+    assert run.stdout.split("\n")[:-1] == ["nvrtc 0", "nvrtc 0", "locks 0", "parent True"], run.stdout + run.stderr
+
+
+def test_cufa_works_from_a_zip_file(plan: _plan.Plan, tmp_path: Path) -> None:
+    """Laid out as a wheel is, and as the source tree is."""
+    for prefix in ("cufa/", ""):
+        archive = tmp_path / f"package{len(prefix)}.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            for top, below in (("cufa", ""), ("cuda_src", prefix)):
+                for path in (ROOT / top).rglob("*"):
+                    if path.suffix in (".py", ".cuh", ".typed"):
+                        file.write(path, below + path.relative_to(ROOT).as_posix())
+        run = run_script(
+            """
+            import numpy
+            import cufa
+            from cufa import _jit, _plan
+            from cufa._problem import Static
+            assert ".zip" in cufa.__file__
+            plan = _plan.make_plan(Static("bf16", 64, 64, "causal", True, True, True, False, 16, 16, True, False), 80)
+            q = numpy.ones((1, 4, 1, 8), numpy.float32)
+            print(_jit.key_of(plan), len(_jit.headers()), cufa.attention(q, q, q).sum(), cufa.show_config())
+            """,
+            path=archive,
+        )
+        expected = f"{_jit.key_of(plan)} {len(_jit.headers())} 32.0 None"
+        assert run.stdout.splitlines()[-1:] == [expected], run.stderr
 
 
 def test_the_wheel_is_small_and_whole(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode and "No matching distribution" in run.stderr:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cufa
-from cufa import _arrays, _params, _plan, _problem
+from cufa import _arrays, _backward, _launch, _overlap, _params, _plan, _problem, reference, testing
 from cufa._arrays import CPU, Adapter, Spec, contiguous
+from cufa._overlap import Extent
 from cufa._problem import Problem
 
 Call = Callable[..., Any]
@@ -38,7 +41,9 @@ def packed(**changed: Any) -> Any:
 class OnGpu:
     """An array that claims to be on a GPU, so that what would run there can be planned here."""
 
-    def __init__(self, *shape: int, dtype: str = "float16", device: int = 0, pointer: int = 0, strides: Any = None):
+    def __init__(
+        self, *shape: int, dtype: str = "float16", device: int = 0, pointer: int = 1 << 41, strides: Any = None
+    ):
         self.shape, self.dtype, self.device, self.pointer = shape, dtype, device, pointer
         self.strides = contiguous(shape) if strides is None else strides
 
@@ -193,7 +198,47 @@ REFUSED: list[tuple[type[Exception], str, Call, dict[str, Any]]] = [
         dense,
         {"softcap": 1e-40},
     ),
-    (ValueError, "attention: softmax_scale is 1e+39; it must be a float32 number.", dense, {"softmax_scale": 1e39}),
+    (
+        ValueError,
+        "attention: softmax_scale is 1e+39; it must be from 2^-126 to 2^127, as float32 holds it.",
+        dense,
+        {"softmax_scale": 1e39},
+    ),
+    (
+        ValueError,
+        "attention: softmax_scale is 1e-46; it must be from 2^-126 to 2^127, as float32 holds it.",
+        dense,
+        {"softmax_scale": 1e-46, "out": None} | {name: zeros(2, 8, 4, 16, dtype=np.float64) for name in "qkv"},
+    ),
+    (
+        ValueError,
+        "attention: softmax_scale is inf; it must be finite and greater than 0.",
+        dense,
+        {"softmax_scale": 10**400},
+    ),
+    (TypeError, "attention: softmax_scale is a complex; pass a number.", dense, {"softmax_scale": 1j}),
+    (TypeError, "attention: softmax_scale is a bytearray; pass a number.", dense, {"softmax_scale": bytearray(b"1")}),
+    (TypeError, "attention: softcap is a ndarray; pass a number.", dense, {"softcap": np.array("1")}),
+    (TypeError, "attention: softcap is a complex64; pass a number.", dense, {"softcap": np.complex64(1)}),
+    (TypeError, "attention: return_lse is a str; pass True or False.", dense, {"return_lse": "no"}),
+    (
+        TypeError,
+        "attention: window_size is b'ab'; pass a pair (left, right), each a number of keys or None.",
+        dense,
+        {"window_size": b"ab"},
+    ),
+    (
+        TypeError,
+        "attention: the left side of window_size is a bool; pass an integer or None.",
+        dense,
+        {"window_size": (True, False)},
+    ),
+    (
+        TypeError,
+        "attention: k is the class Array, not an array; pass an array of it.",
+        dense,
+        {"k": type("Array", (), {"__dlpack__": None, "__dlpack_device__": None})},
+    ),
     (TypeError, "attention: causal is a int; pass True or False.", dense, {"causal": 3}),
     (
         TypeError,
@@ -289,15 +334,27 @@ REFUSED: list[tuple[type[Exception], str, Call, dict[str, Any]]] = [
     ),
     (
         ValueError,
-        "attention_varlen: cu_seqlens_k decreases; offsets must not.",
+        "attention_varlen: cu_seqlens_k decreases; offsets must not, but for zeros behind the last.",
         packed,
-        {"cu_seqlens_k": np.array([0, 9, 8], np.int32)},
+        {"cu_seqlens_k": np.array([0, 8, 3], np.int32)},
     ),
     (
         ValueError,
-        "attention_varlen: cu_seqlens_k ends at 7 but k has 8 rows; they must agree.",
+        "attention_varlen: cu_seqlens_q decreases; offsets must not, but for zeros behind the last.",
         packed,
-        {"cu_seqlens_k": np.array([0, 3, 7], np.int32)},
+        {"cu_seqlens_q": np.array([0, 4, 0, 8], np.int32), "cu_seqlens_k": np.array([0, 4, 4, 8], np.int32)},
+    ),
+    (
+        ValueError,
+        "attention_varlen: cu_seqlens_k holds 9; offsets must lie between 0 and the 8 rows of k.",
+        packed,
+        {"cu_seqlens_k": np.array([0, 3, 9], np.int32)},
+    ),
+    (
+        ValueError,
+        "attention_varlen: cu_seqlens_q holds -1; offsets must lie between 0 and the 8 rows of q.",
+        packed,
+        {"cu_seqlens_q": np.array([0, -1, 8], np.int32)},
     ),
     (
         ValueError,
@@ -374,8 +431,38 @@ def test_the_widest_copy_divides_every_row(axes: list[tuple[int, int]], itemsize
             assert (pointer + itemsize * int(np.dot(index, strides[:-1]))) % width == 0
 
 
+def elements(extent: Extent, start: int = 0) -> np.ndarray:
+    """The address of every element."""
+    index = np.indices(extent.shape).reshape(len(extent.shape), -1)
+    return start + np.asarray(extent.strides, np.int64) @ index
+
+
+extents = st.integers(1, 4).flatmap(
+    lambda rank: st.builds(
+        lambda axes, itemsize: Extent(
+            tuple(count for count, _ in axes), tuple(itemsize * step for _, step in axes), itemsize
+        ),
+        st.lists(st.tuples(st.sampled_from([0, 1, 2, 2, 3, 4]), st.integers(-30, 30)), min_size=rank, max_size=rank),
+        st.sampled_from([2, 4]),
+    )
+)
+
+
+@settings(max_examples=500)
+@given(extents, extents, st.integers(-150, 150))
+def test_shared_memory_is_found_exactly(a: Extent, b: Extent, distance: int) -> None:
+    where, other = (
+        (each[:, None] + np.arange(extent.itemsize)).ravel()
+        for each, extent in ((elements(a, distance), a), (elements(b), b))
+    )
+    assert _overlap.overlap(a, b, distance) == bool(np.intersect1d(where, other).size)
+    assert _overlap.overlaps_itself(a) == (len(np.unique(elements(a))) < len(elements(a)))
+    first, last = a.span()
+    assert where.size == 0 or (where.min(), where.max() + 1) == (distance + first, distance + last)
+
+
 @given(st.data())
-def test_an_out_that_overlaps_an_input_is_never_accepted(data: st.DataObject) -> None:
+def test_an_out_is_accepted_unless_it_overlaps(data: st.DataObject) -> None:
     memory = np.zeros(4096, np.float32)
     views = []
     for _ in range(2):
@@ -386,27 +473,211 @@ def test_an_out_that_overlaps_an_input_is_never_accepted(data: st.DataObject) ->
         )
     q, out = views
     other = zeros(2, 4, 2, 4)
+    own = _overlap.overlaps_itself(Extent(out.shape, out.strides, 4))
     try:
         cufa.attention(q, other, other, out=out)
     except ValueError as error:
-        assert "overlap" in str(error) or "share memory" in str(error)
+        assert ("share memory" if own else "out overlaps q") in str(error)
+        assert own or np.shares_memory(q, out)
     else:
-        assert not np.shares_memory(q, out)
+        assert not own and not np.shares_memory(q, out)
 
 
-def test_slices_of_a_fused_array_may_be_written() -> None:
-    fused = np.random.default_rng(0).standard_normal((2, 8, 4 * 3, 16), dtype=np.float32)
-    q, k, v = fused[:, :, :3], fused[:, :, 3:6], fused[:, :, 6:9]
-    expected = cufa.attention(q, k, v)
-    assert np.array_equal(cufa.attention(q, k, v, out=fused[:, :, 9:]), expected)
+def test_what_is_too_hard_to_decide_is_refused() -> None:
+    """The numbers are those of a test of NumPy's."""
+    a, b = Extent((1049,) * 3, (36674, 61119, 85569), 1), Extent((1049, 1049, 1), (12223, 12224, 1), 1)
+    assert _overlap.overlap(a, b, -64023025) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "shares_memory", hard)
+        memory = zeros(2, 8, 4, 2, 16)
+        with pytest.raises(ValueError, match=r"^attention: out lies between the elements of, and may overlap, q; pass"):
+            cufa.attention(memory[..., 0, :], zeros(2, 8, 4, 16), zeros(2, 8, 4, 16), out=memory[..., 1, :])
+        odd = np.lib.stride_tricks.as_strided(zeros(4096), (2, 2, 2, 4), (44, 28, 20, 4))
+        with pytest.raises(ValueError, match=r"of which it is too hard to say whether its elements share memory"):
+            cufa.attention(*[zeros(2, 2, 2, 4)] * 3, out=odd)
+
+
+def hard(*_: Any, **__: Any) -> bool:
+    raise np.exceptions.TooHardError
+
+
+FUSED = ["fused", "fused heads", "fused batch", "fused transposed"]
+
+
+def parts(layout: str, shape: tuple[int, ...], count: int) -> list[np.ndarray]:
+    """Arrays that lie side by side in memory, as slices of one."""
+    b, s, h, d = shape
+    whole, axis, order = {
+        "fused": ((b, s, count, h, d), 2, (0, 1, 2, 3)),
+        "fused heads": ((b, s, h, count, d), 3, (0, 1, 2, 3)),
+        "fused batch": ((b, count, s, h, d), 1, (0, 1, 2, 3)),
+        "fused transposed": ((b, count, h, s, d), 1, (0, 2, 1, 3)),
+    }[layout]
+    memory = np.random.default_rng(0).standard_normal(whole, dtype=np.float32)
+    return [np.moveaxis(memory, axis, 0)[n].transpose(order) for n in range(count)]
+
+
+@pytest.mark.parametrize("layout", FUSED)
+def test_slices_of_a_fused_array_may_be_written(layout: str) -> None:
+    q, k, v, out, dout, dq, dk, dv = parts(layout, (2, 8, 4, 16), 8)
+    assert not dq.flags.c_contiguous and np.may_share_memory(q, dq)
+    copies = [array.copy() for array in (q, k, v)]
+    expected, lse = cufa.attention(*copies, return_lse=True)
+    for _ in range(2):  # the second time it is remembered
+        assert np.array_equal(cufa.attention(q, k, v, out=out), expected)
+    gradients = cufa.attention_backward(dout.copy(), *copies, expected, lse)
+    cufa.attention_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv)
+    assert all(map(np.array_equal, (dq, dk, dv), gradients))
+    with pytest.raises(ValueError, match=r"^attention: out overlaps v; pass one that shares no memory"):
+        cufa.attention(q, k, v, out=v)
+    with pytest.raises(ValueError, match=r"^attention_backward: dq overlaps dk"):
+        cufa.attention_backward(dout, q, k, v, out, lse, dq=dq, dk=dq)
+
+
+def test_slices_that_share_some_heads_are_refused() -> None:
+    fused = np.zeros((2, 8, 4 * 3, 16), np.float32)
     with pytest.raises(ValueError, match="out overlaps v"):
-        cufa.attention(q, k, v, out=fused[:, :, 8:11])
+        cufa.attention(fused[:, :, :3], fused[:, :, 3:6], fused[:, :, 6:9], out=fused[:, :, 8:11])
 
 
-def test_lists_and_numpy_numbers_are_options_too() -> None:
-    plain = dense(window_size=(3, 2), softmax_scale=0.5, softcap=2.0)
-    other = dense(window_size=[np.int64(3), 2], softmax_scale=np.float32(0.5), softcap=np.array(2.0))
-    assert np.array_equal(plain, other)
+def test_options_of_every_kind_of_number() -> None:
+    plain = dense(window_size=(3, 2), softmax_scale=0.5, softcap=2.0, causal=True)
+    for half, two in [(np.float32(0.5), np.array(2)), (Fraction(1, 2), 2), (np.array(0.5), Decimal(2))]:
+        other = dense(window_size=[np.int64(3), 2], softmax_scale=half, softcap=two, causal=np.bool_(True))
+        assert np.array_equal(plain, other)
+
+
+def test_what_was_called_before_does_not_decide_what_is_refused() -> None:
+    q = np.random.default_rng(0).standard_normal((1, 8, 2, 16), dtype=np.float32)
+    cufa.attention(q, q, q, causal=True, window_size=(2, 0), softmax_scale=1.0, softcap=1.0)
+    for wrong in (
+        {"causal": 1},
+        {"causal": 1.0},
+        {"window_size": (2.0, 0.0)},
+        {"window_size": (2, False)},
+        {"softmax_scale": True},
+        {"softcap": np.True_},
+        {"return_lse": 1},
+    ):
+        with pytest.raises(TypeError, match=r"^attention: .*; pass"):
+            cufa.attention(q, q, q, **({"causal": True, "window_size": (2, 0), "softcap": 1.0} | wrong))
+
+
+def test_numbers_in_arrays_are_read_at_every_call() -> None:
+    q, scale = np.random.default_rng(0).standard_normal((1, 8, 2, 16), dtype=np.float32), np.array(0.5)
+    for value in (0.5, 2.0):
+        scale[...] = value
+        expected = cufa.attention(q, q, q, softmax_scale=value, softcap=value)
+        assert np.array_equal(cufa.attention(q, q, q, softmax_scale=scale, softcap=scale), expected)
+
+
+def test_numbers_in_jax_arrays() -> None:
+    jax = pytest.importorskip("jax")
+    q = jax.numpy.asarray(np.random.default_rng(0).standard_normal((1, 8, 2, 16), dtype=np.float32))
+    half = jax.numpy.float32(0.5) * jax.numpy.ones(())
+    expected = cufa.attention(q, q, q, softmax_scale=0.5, softcap=0.5)
+    assert np.array_equal(cufa.attention(q, q, q, softmax_scale=half, softcap=half), expected)
+    with pytest.raises(TypeError, match=r"^attention: softmax_scale is traced by JAX, and its value must be known"):
+        jax.jit(lambda q, scale: cufa.attention(q, q, q, softmax_scale=scale))(q, 0.5)
+
+
+PADDINGS: list[tuple[list[int], list[int]]] = [
+    ([0, 3, 8], [0, 5, 8]),
+    ([0, 3, 6], [0, 5, 5]),  # the last rows belong to no sequence
+    ([0, 3, 8, 8, 8], [0, 5, 8, 0, 0]),
+    ([0, 0, 3, 0, 0], [0, 8, 8, 8, 8]),
+    ([0, 0, 0], [0, 0, 0]),
+]
+
+
+@pytest.mark.parametrize(("rows", "keys"), PADDINGS, ids=str)
+def test_offsets_that_are_padded_are_accepted(rows: list[int], keys: list[int]) -> None:
+    q = np.random.default_rng(0).standard_normal((8, 4, 16), dtype=np.float32)
+    given = {"cu_seqlens_q": np.array(rows, np.int32), "cu_seqlens_k": np.array(keys, np.int32)}
+    out, lse = cufa.attention_varlen(q, q, q, **given, return_lse=True)
+    testing.assert_close(out, q, q, q, lse=lse, **given)
+
+
+EVERYONE: list[Callable[..., Any]] = [
+    cufa.attention,
+    cufa.explain,
+    reference.attention,
+    testing.tolerance,
+    testing.lse_tolerance,
+    lambda q, k, v, **options: testing.assert_close(q, q, k, v, **options),
+]
+
+
+@pytest.mark.parametrize("function", EVERYONE, ids=["call", "explain", "reference", "tolerance", "lse", "close"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"window_size": (-5, 0)},
+        {"window_size": (True, False)},
+        {"softmax_scale": -1.0},
+        {"softmax_scale": 1e-46},
+        {"softmax_scale": "1"},
+        {"softcap": 1e-40},
+        {"causal": 1},
+        {"alibi_slopes": zeros(3)},
+        {"sinks": zeros(2, 4)},
+    ],
+    ids=str,
+)
+def test_one_set_of_checks_serves_all(function: Callable[..., Any], wrong: dict[str, Any]) -> None:
+    q = zeros(2, 8, 4, 16)
+    with pytest.raises((TypeError, ValueError)) as expected:
+        cufa.attention(q, q, q, **wrong)
+    with pytest.raises(type(expected.value)) as raised:
+        function(q, q, q, **wrong)
+    assert str(raised.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cu_seqlens_k": np.array([0.0, 3.0, 8.0])},
+        {"cu_seqlens_k": OFFSETS[:2]},
+        {"seqused_k": OFFSETS},
+        {"alibi_slopes": zeros(3, 4)},
+    ],
+    ids=str,
+)
+def test_one_set_of_checks_serves_all_of_packed_sequences(wrong: dict[str, Any]) -> None:
+    q = zeros(8, 4, 16)
+    given = {"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OFFSETS} | wrong
+    with pytest.raises(ValueError) as expected:
+        cufa.attention_varlen(q, q, q, **given)
+    for function in (cufa.explain, reference.attention_varlen, testing.tolerance):
+        with pytest.raises(ValueError) as raised:
+            function(q, q, q, **given)
+        assert str(raised.value) == str(expected.value)
+    with pytest.raises(ValueError) as raised:
+        reference.attention_varlen_backward(q, q, q, q, **given)
+    assert str(raised.value) == str(expected.value).replace("varlen", "varlen_backward")
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k", "seqused_k"])
+def test_explain_refuses_the_offsets_that_the_call_refuses(name: str) -> None:
+    q = zeros(8, 4, 16)
+    given = {"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OFFSETS, name: np.array([0, 9, 8], np.int32)}
+    if name == "seqused_k":
+        given[name] = np.array([4, 5], np.int32)
+    with pytest.raises(ValueError, match=f"^attention_varlen: {name}") as expected:
+        cufa.attention_varlen(q, q, q, **given)
+    with pytest.raises(ValueError) as raised:
+        cufa.explain(q, q, q, **given)
+    assert str(raised.value) == str(expected.value)
+
+
+def test_explain_refuses_results_as_the_call_does() -> None:
+    q = np.zeros((2, 8, 4, 16), np.float32)
+    for wrong in ({"out": q}, {"out": q[:, :4]}, {"return_lse": "no"}):
+        with pytest.raises((TypeError, ValueError)) as expected:
+            cufa.attention(q, q, q, **wrong)
+        with pytest.raises(type(expected.value)) as raised:
+            cufa.explain(q, q, q, **wrong)
+        assert str(raised.value) == str(expected.value)
 
 
 def test_params_are_packed_as_they_are_declared() -> None:
@@ -440,7 +711,7 @@ def unit_of(unit: int, rows: int, heads: int, heads_per_section: int) -> tuple[i
 
 
 class PackedUnit(NamedTuple):
-    """``PackedUnit`` in scheduler.cuh."""
+    """``PackedUnit`` in backward_work.cuh."""
 
     sequence: int
     head: int
@@ -448,9 +719,11 @@ class PackedUnit(NamedTuple):
     units: int
 
 
-def packed_unit(unit: int, unit_rows: int, offsets: list[int], heads: int, heads_per_section: int) -> PackedUnit | None:
-    """What a unit is of, None if rows of no sequence: ``packed_unit`` there."""
-    first = [offset // unit_rows + b for b, offset in enumerate(offsets)]
+def packed_unit(
+    unit: int, unit_rows: int, offsets: list[int], heads: int, heads_per_section: int, ranks: list[int] | None = None
+) -> PackedUnit | None:
+    """What a unit is of, None if rows of no sequence; with `ranks` as ``packed_unit`` in backward_work.cuh has it."""
+    first = [offset // unit_rows + b for offset, b in zip(offsets, ranks or range(len(offsets)), strict=True)]
     sequence = max((b for b in range(len(offsets) - 1) if first[b] <= unit // heads), default=0)
     if len(offsets) == 1:
         return None
@@ -459,6 +732,11 @@ def packed_unit(unit: int, unit_rows: int, offsets: list[int], heads: int, heads
         return None
     row, head = unit_of(within, units, heads, heads_per_section)
     return PackedUnit(sequence, head, row, units)
+
+
+def ranks_of(offsets: list[int]) -> list[int]:
+    """Of each offset, how many sequences before it have rows."""
+    return [len(set(offsets[: b + 1])) - 1 for b in range(len(offsets))]
 
 
 def blocks_of(lengths: list[int], heads: int, rows: int) -> list[tuple[int, int, int]]:
@@ -650,8 +928,8 @@ def test_which_kernel_gives_the_gradients(
     assert static is not None
     plan = _plan.make_backward_plan(static, arch, deterministic)
     assert plan.kernel == kernel and plan.arch == arch
-    assert (plan.entries[0], plan.entries[-1]) == ("attention_backward_prepare", "attention_backward_finish")
-    assert len(plan.entries) == len(plan.threads) == len(plan.smem_bytes) == (4 if "split" in kernel else 3)
+    assert (plan.entries[0], plan.entries[-1]) == ("attention_backward_prepare", "attention_backward_repair")
+    assert len(plan.entries) == len(plan.threads) == len(plan.smem_bytes) == (5 if "split" in kernel else 4)
     # What adds nothing up in memory is deterministic in any order.
     assert plan.config.deterministic == (deterministic and "split" not in kernel)  # type: ignore[attr-defined]
     with pytest.raises(cufa.UnsupportedError, match=r"compute capability 7\.5 is not supported"):
@@ -725,8 +1003,9 @@ def test_gradients_of_all_tiles_and_blocks(
     plan, grid = plan_backward(problem, kernel[0], deterministic)
     config = plan.config
     assert (grid.m_blocks, grid.n_blocks) == (-(-seqlen_q // config.block_m), -(-seqlen_k // config.block_n))
-    prepare, main, *others = grid.blocks
+    prepare, main, *others, repair = grid.blocks
     tiles, units = batch * heads[0] * grid.m_blocks, batch * heads[1] * grid.n_blocks
+    assert repair == (min(max(tiles, units), NUM_SMS) if tiles else 0)
     # Thread blocks of the one-pass kernel for Hopper take one unit after the other, which are counted from 0, and then
     # write dq.
     assert prepare == max(tiles, kernel[0] == "sm90" and main > 0)
@@ -765,6 +1044,9 @@ def test_blocks_that_take_turns(
     assert (grid.heads_per_section, grid.reversed) == (heads_per_section, last_first)
 
 
+OTHERS = [("float16", 256, True), ("float16", 64, False), ("float32", 128, True)]
+
+
 @settings(max_examples=300)
 @given(packings, backward_heads, st.sampled_from(KERNELS), masks, st.booleans(), st.integers(1, 4))
 def test_gradients_of_all_packed_tiles_and_blocks(
@@ -784,13 +1066,14 @@ def test_gradients_of_all_packed_tiles_and_blocks(
     problem = backward_problem(q, k, k, batch=len(lengths), **mask)
     plan, grid = plan_backward(problem, kernel[0], deterministic)
     config = plan.config
-    tiles, main, *queries, ends = grid.blocks
+    both, tiles, main, *queries, ends, _ = grid.blocks
     units = grid.n_blocks * heads[1]
+    assert both == 2
     assert main == (min(units, NUM_SMS) if kernel[0] == "sm90" else units)
     assert ends >= max(1, 0 if kernel[0] == "split_sm90" else tiles)  # someone has to clear the rows of no sequence
 
     def find(count: int, rows: int, offsets: list[int], heads: int, section: int) -> list[tuple[int, int, int]]:
-        found = [packed_unit(unit, rows, offsets, heads, section) for unit in range(count)]
+        found = [packed_unit(unit, rows, offsets, heads, section, ranks_of(offsets)) for unit in range(count)]
         blocks = [(each.sequence, each.head, each.row) for each in found if each is not None]
         assert sorted(blocks, key=lambda block: block[:2]) == sorted(blocks)  # as above
         return sorted(each for each in blocks if each[2] * rows < offsets[each[0] + 1] - offsets[each[0]])
@@ -800,8 +1083,35 @@ def test_gradients_of_all_packed_tiles_and_blocks(
     )
     for count, rows in ((tiles, config.block_m), *((count, _plan.SPLIT_QUERIES) for count in queries)):
         assert find(count, rows, offsets, heads[0], 1) == blocks_of(lengths, heads[0], rows)
+    ranks = ranks_of(offsets)
     places = [
-        head * grid.m_blocks + offsets[b] // config.block_m + b + m
+        head * grid.m_blocks + offsets[b] // config.block_m + ranks[b] + m
         for b, head, m in blocks_of(lengths, heads[0], config.block_m)
     ]
     assert len(set(places)) == len(places) and all(0 <= place < tiles for place in places)
+    # Rows of a sequence have theirs as well, aligned, and up to the next one's.
+    rows = [4 * (offset // 4 + rank) for offset, rank in zip(offsets, ranks, strict=True)]
+    assert all(end - begin >= length for begin, end, length in zip(rows, rows[1:], lengths, strict=False))
+    assert not lengths or rows[-1] <= grid.workspace_rows
+    assert grid.workspace_rows % 4 == 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "total"),
+    [(1 << 16, 1 << 16), (1 << 14, 1 << 18), (1 << 12, 1 << 18), (1 << 10, 1 << 18), (1 << 20, 100), (1, 1 << 16)],
+)
+@pytest.mark.parametrize(("dtype", "head_dim", "hopper"), [("float16", 64, True), ("float16", 128, True), *OTHERS])
+def test_gradients_of_short_sequences_take_little_memory(
+    batch: int, total: int, dtype: str, head_dim: int, hopper: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile for each of them would take hundreds of times the memory of q."""
+    q = OnGpu(total, 4, head_dim, dtype=dtype)
+    problem = backward_problem(q, q, q, batch=batch)
+    monkeypatch.setattr(_launch, "device", lambda _: _plan.Device(90 if hopper else 80, 132))
+    for deterministic in (False, True):
+        floats = _backward.workspace_of(problem, deterministic).floats
+        elements = total * 4 * head_dim
+        numbers, table = 2 * 4 * (total + 4 * min(batch, total)), 4 * (batch + 1)
+        turns = 4 * (total // 16 + 2 * min(batch, total))
+        chains = 132 * 128 * 2 * head_dim if hopper and total > 1 << 15 else 0  # of sums that may be long
+        assert floats <= (5 if hopper else 2) * elements + numbers + table + turns + chains + 1024

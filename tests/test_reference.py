@@ -17,6 +17,7 @@ from cufa.testing import Case, dense_cases, varlen_cases
 
 INF, NAN = np.inf, np.nan
 SMALL: dict[str, Any] = {"max_seqlen": 9, "head_dims": (1, 2, 7), "dtypes": ("float64",)}
+FINITE = ("normal", "large rows")
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -52,7 +53,7 @@ def brute_force(q: Any, k: Any, v: Any, b: int, h: int, i: int, options: dict[st
 
 
 @settings(max_examples=60)
-@given(dense_cases(max_seqlen=7, head_dims=(1, 2, 7, 16), dtypes=("float16", "bfloat16", "float64")))
+@given(dense_cases(max_seqlen=7, head_dims=(1, 2, 7, 16), dtypes=("float16", "bfloat16", "float64"), values=FINITE))
 def test_every_feature_agrees_with_brute_force(case: Case) -> None:
     arrays = case.arrays()
     out, lse = reference.attention(**arrays, **case.options, return_lse=True)
@@ -182,6 +183,63 @@ def test_scores_that_are_not_finite() -> None:
     np.testing.assert_equal(attend(0, NAN, 0), (NAN, NAN))
 
 
+def test_sinks_of_infinity_take_everything() -> None:
+    q, k, v, dout = (random(1, rows, 2, 4, seed=rows) for rows in (3, 5, 5, 3))
+    sinks, dlse = [INF, 0.0], np.ones((1, 2, 3))
+    out, lse = reference.attention(q, k, v, sinks=sinks, return_lse=True)
+    assert not out[:, :, 0].any() and (lse[:, 0] == INF).all() and np.isfinite(lse[:, 1]).all() and out[:, :, 1].all()
+    *gradients, dsinks = reference.attention_backward(dout, q, k, v, sinks=sinks, dlse=dlse)
+    assert all(not x[:, :, 0].any() and x[:, :, 1].all() for x in gradients)
+    assert dsinks[0] == 3 and np.isfinite(dsinks[1])  # lse moves with the sink
+    k[0, 1, 0] = INF  # a score of +-inf; beside one of +inf nothing is a number
+    out, lse = reference.attention(np.abs(q), k, v, sinks=sinks, return_lse=True)
+    assert np.isnan(out[:, :, 0]).all() and (lse[:, 0] == INF).all() and np.isfinite(out[:, :, 1]).all()
+    *gradients, _ = reference.attention_backward(dout, np.abs(q), k, v, sinks=[-INF, 0.0])
+    assert np.isnan(gradients[0][:, :, 0]).all() and np.isfinite(gradients[0][:, :, 1]).all()
+
+
+def test_large_numbers_do_not_overflow_on_the_way() -> None:
+    """The logarithm of a sum is lost in a score of 1e11, the sum is not; and no mean is larger than the largest."""
+    x = np.full((1, 300, 1, 4), 133120.0)
+    np.testing.assert_allclose(reference.attention(x, x, x), x, rtol=1e-14)
+    q, v = random(1, 30, 1, 4), np.full((1, 30, 1, 2), np.finfo(np.float64).max)
+    np.testing.assert_allclose(reference.attention(q, q, v), v, rtol=1e-14)
+    np.testing.assert_allclose(reference.attention(q, q, -v, causal=True), -v, rtol=1e-14)
+    for options in ({"softcap": 1.2e-38, "softmax_scale": 30.0}, {"softmax_scale": 2.0**-126}):
+        np.testing.assert_allclose(reference.attention(q, q, q, **options)[0, 0], q.mean(axis=1)[0], atol=1e-14)
+
+
+def test_a_row_adds_nothing_to_keys_that_it_does_not_keep() -> None:
+    """Whatever its q and dout hold; and of a row without keys dout does not count even with a sink."""
+    q, k, v, dout = (random(1, rows, 2, 4, seed=rows) for rows in (6, 4, 4, 6))
+    clean = reference.attention_backward(dout, q, k, v, causal=True, sinks=[0.5, 0.0])
+    q[:, :2] = dout[:, :2] = NAN  # see no key
+    for x, other in zip(reference.attention_backward(dout, q, k, v, causal=True, sinks=[0.5, 0.0]), clean, strict=True):
+        np.testing.assert_array_equal(x, other)
+    q[:, 2] = dout[:, 2] = INF  # sees key 0 alone
+    for x, other in zip(reference.attention_backward(dout, q, k, v, causal=True)[1:], clean[1:], strict=False):
+        assert not np.isfinite(x[:, 0]).all()
+        assert np.isfinite(x[:, 1:]).all() and x.shape == other.shape
+
+
+def test_offsets_are_read_as_their_clamped_running_maximum() -> None:
+    q, k = random(8, 2, 4), random(9, 2, 4, seed=1)
+    dout = random(8, 2, 4, seed=2)
+
+    def both(*offsets: Any, **options: Any) -> list[np.ndarray]:
+        forward = reference.attention_varlen(q, k, k, *offsets, return_lse=True, causal=True, **options)
+        return [*forward, *reference.attention_varlen_backward(dout, q, k, k, *offsets, causal=True, **options)]
+
+    right = both([0, 3, 3, 8, 8], [0, 4, 7, 7, 9], seqused_k=[4, 0, 0, 2])
+    wild = both([-5, 3, 1, 100, 2], [0, 4, 7, -9, 9], seqused_k=[9, -3, 5, 2])
+    for x, other in zip(right, wild, strict=True):
+        np.testing.assert_array_equal(x, other)
+    padded = both([0, 3, 6, 0, 0], [0, 4, 9, 0, 0])
+    for x, other in zip(padded, both([0, 3, 6], [0, 4, 9]), strict=True):
+        np.testing.assert_array_equal(x, other)
+    assert not padded[0][6:].any() and (padded[1][:, 6:] == -INF).all() and not padded[2][6:].any()
+
+
 def test_what_lies_behind_the_live_length_has_no_effect() -> None:
     q, k, v = random(5, 2, 4), random(9, 2, 4, seed=1), random(9, 2, 4, seed=2)
     expected = reference.attention_varlen(q, k, v, [0, 3, 5], [0, 4, 9], seqused_k=[2, 5], return_lse=True)
@@ -201,17 +259,17 @@ def test_rows_of_no_sequence_are_zero() -> None:
 @pytest.mark.parametrize(
     ("k_shape", "v_shape", "words"),
     [
-        ((1, 3, 2, 4), (1, 3, 2, 4), "batch, seqlen_k and num_heads_k"),
-        ((2, 3, 2, 4), (2, 1, 2, 4), "batch, seqlen_k and num_heads_k"),
-        ((2, 3, 2, 4), (2, 3, 1, 4), "batch, seqlen_k and num_heads_k"),
-        ((3, 2, 4), (3, 2, 4), "batch, seqlen_k and num_heads_k"),
-        ((2, 3, 2, 1), (2, 3, 2, 4), "head_dim"),
-        ((2, 3, 3, 4), (2, 3, 3, 4), "num_heads_q is not a multiple of num_heads_k"),
-        ((2, 3, 0, 4), (2, 3, 0, 4), "num_heads_q is not a multiple of num_heads_k"),
+        ((1, 3, 2, 4), (1, 3, 2, 4), "batch sizes 2, 1 and 1"),
+        ((2, 3, 2, 4), (2, 1, 2, 4), "v has seqlen 1 but k has 3"),
+        ((2, 3, 2, 4), (2, 3, 1, 4), "v has 1 heads but k has 2"),
+        ((3, 2, 4), (3, 2, 4), "4 dimensions"),
+        ((2, 3, 2, 1), (2, 3, 2, 4), "k has head_dim 1 but q has 4"),
+        ((2, 3, 3, 4), (2, 3, 3, 4), "q has 4 heads and k has 3"),
+        ((2, 3, 0, 4), (2, 3, 0, 4), "q has 4 heads and k has 0"),
     ],
 )
 def test_shapes_that_do_not_agree(k_shape: tuple[int, ...], v_shape: tuple[int, ...], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=f"^attention: .*{words}"):
         reference.attention(np.ones((2, 3, 4, 4)), np.ones(k_shape), np.ones(v_shape))
 
 
@@ -226,7 +284,7 @@ def weighted(arrays: dict[str, Any], options: dict[str, Any], dout: Any, dlse: A
 
 
 @settings(max_examples=120)
-@given(st.one_of(dense_cases(**SMALL), varlen_cases(**SMALL)))
+@given(st.one_of(dense_cases(**SMALL, values=FINITE), varlen_cases(**SMALL, values=FINITE)))
 def test_gradients_are_the_limits_of_differences(case: Case) -> None:
     arrays, rng = case.arrays(), np.random.default_rng(case.seed)
     varlen = "cu_seqlens_q" in arrays

@@ -1,0 +1,144 @@
+"""What the benchmarks do without a GPU: rows, colors and plots, and the comparison of two source trees."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    known = set(sys.modules)
+    yield
+    for name in set(sys.modules) - known:
+        if name.split(".")[0] in ("reports", "compare", "cufa_base", "cufa_new"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_peer_has_one_color_in_every_panel_and_is_in_the_legend(path: Path) -> None:
+    import reports
+    from matplotlib.colors import same_color
+
+    results = reports.read_rows(path)
+    figure = reports.figure_of(results, 800.0, "title")
+    peers = set(reports.names_in({row: each for row, each in results.items() if row.on_the_ladder}, reports.COLORS))
+    (legend,) = figure.legends
+    shown = {text.get_text(): handle for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)}
+    assert len(legend.get_texts()) == len(shown) and shown.keys() == peers | {reports.CEILING}
+    drawn = set()
+    for axis in figure.axes:
+        assert axis.get_legend() is None
+        for line in axis.get_lines():
+            name = line.get_label()
+            drawn.add(name)
+            assert same_color(line.get_color(), shown[name].get_color())
+            assert name == reports.CEILING or same_color(line.get_color(), reports.COLORS[name])
+            assert list(line.get_xdata()) == sorted(line.get_xdata())
+    assert drawn == shown.keys()
+
+
+def test_colors_tell_peers_apart() -> None:
+    import reports
+    from matplotlib.colors import to_hex
+
+    assert len({to_hex(color) for color in reports.COLORS.values()}) == len(reports.COLORS)
+    with pytest.raises(ValueError, match="'FA9' has no color"):
+        reports.check_colors({"cufa", "FA9"})
+
+
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    import reports
+
+    rows = [*reports.ladder((512,)), reports.Row(64, 2, 65536, 8, 8, True, dtype="float16", seqlen_k=3)]
+    packed = reports.Row(64, 16, 2, 8, 8, True, lengths=(16, 16))
+    results = {row: {"cufa": 100.0 + i} for i, row in enumerate([*rows, packed])}
+    reports.write_rows(results, ["cufa", "FA3"], tmp_path / "rows.csv")
+    assert reports.read_rows(tmp_path / "rows.csv") == {row: results[row] for row in rows}
+
+
+def test_pairs_are_counted() -> None:
+    import reports
+
+    for queries, keys, causal in itertools.product((40, 100), (40, 100), (False, True)):
+        row = reports.Row(64, queries, 3, 2, 2, causal, seqlen_k=keys)
+        keep = np.tri(queries, keys, keys - queries) if causal else np.ones((queries, keys))
+        assert row.flop == pytest.approx(4 * 3 * 2 * 64 * keep.sum(), rel=0.03)
+
+
+def test_two_trees_live_in_one_process(tmp_path: Path) -> None:
+    import compare
+
+    import cufa
+
+    shutil.copytree(ROOT / "cufa", tmp_path / "cufa")
+    source = tmp_path / "cufa" / "_cpu.py"
+    source.write_text(source.read_text() + "\ndef forward(q, k, v, out, lse, **_):\n    out[...] = 7\n")
+    base, new = compare.load(tmp_path, "cufa_base"), compare.load(ROOT, "cufa_new")
+    job = compare.Job(compare.Row(16, 8, 1, 2, 2, True), False)
+    given = tuple(np.random.default_rng(0).standard_normal((4, 1, 8, 2, 16), dtype=np.float32))
+    assert (compare.call_of(job, base, given, None)() == 7).all()
+    expected = cufa.attention(*given[:3], causal=True)
+    np.testing.assert_array_equal(compare.call_of(job, new, given, None)(), expected)
+    found = compare.call_of(job._replace(backward=True), new, given, None)()
+    assert [each.shape for each in found] == [(1, 8, 2, 16)] * 3
+    with pytest.raises(FileNotFoundError, match=r"holds no cufa/__init__\.py"):
+        compare.load(tmp_path / "cufa", "cufa_base")
+
+
+def test_both_take_turns() -> None:
+    """By a clock that moves when something is called, more slowly from call to call."""
+    import compare
+
+    now, order = [0.0], []
+
+    def call(name: str, cost: float) -> Any:
+        def run() -> None:
+            order.append(name)
+            now[0] += cost * (1 + len(order) / 1000)
+
+        return run
+
+    gpu = SimpleNamespace(
+        flush=lambda: order.append("flush"),
+        record=lambda: now[0],
+        synchronize=lambda: None,
+        seconds=lambda start, stop: stop - start,
+    )
+    found = compare.take_turns((call("base", 3.0), call("new", 2.0)), gpu, seconds=0.0)
+    assert found.pairs >= 20 and found.ratio == pytest.approx(1.5, rel=1e-2) and found.error < 0.01
+    assert order[:8] == ["flush", "base", "flush", "new", "flush", "new", "flush", "base"]
+    text = compare.report({compare.Job(compare.Row(64, 512, 1, 2, 2, True), True): found}, limit=2.0)
+    assert "backward: geometric mean 1.5" in text and "1 of 1 rows below 2.0" in text
+
+
+def test_the_ladder_is_compared() -> None:
+    import compare
+
+    asked = {"forward": False, "backward": False, "beside": False, "deterministic": False, "only": ""}
+    jobs = compare.jobs_of(SimpleNamespace(**asked))
+    assert [sum(job.backward == backward for job in jobs) for backward in (False, True)] == [26, 20]
+
+
+def test_times_of_shapes_that_are_easily_slow() -> None:
+    import reports
+
+    rows = reports.cliffs()
+    assert len(set(rows)) == len(rows) and not any(row.on_the_ladder for row in rows)
+    results = {row: {"cufa": 1.0, "cufa, dense": 9.0, "FA2 (torch)": 1.2, "cuDNN (torch)": 0.5} for row in rows}
+    results[rows[1]] = results[rows[1]] | {"cufa": 0.5}
+    text = reports.times(results, reports.COLORS, set(), work=2.0, limit=1.3)
+    assert f"Greatest 2.40×; 1 of {len(rows)} rows above 1.3×." in text
+    assert f"| 16384 over 128 | 2 | 16/16 | full | {2 * rows[0].flop / 1e6:.1f} |" in text

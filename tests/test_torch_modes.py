@@ -1,0 +1,77 @@
+"""torch's ways to record, compile and differentiate a call: it works, or is refused in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cufa
+from cufa import UnsupportedError, reference
+
+torch: Any = pytest.importorskip("torch")
+
+# torch says of some of its own ways that they will go.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def q(request: pytest.FixtureRequest) -> Any:
+    return torch.randn(1, 12, 2, 8, generator=torch.Generator().manual_seed(0)).to(request.param)
+
+
+def call(q: Any) -> Any:
+    return cufa.attention(q * 1.0, q, q, causal=True) + 1
+
+
+def right(q: Any) -> np.ndarray:
+    x = q.cpu().numpy()
+    return reference.attention(x, x, x, causal=True) + 1
+
+
+def test_compiled_functions_call_it_as_it_is(q: Any) -> None:
+    torch._dynamo.reset()
+    for backend in ("eager", "aot_eager"):
+        compiled = torch.compile(call, backend=backend)
+        for length in range(1, 13):  # more shapes than torch compiles anew for
+            part = q[:, :length]
+            np.testing.assert_allclose(compiled(part).cpu(), right(part), atol=1e-5)
+    itself = torch.compile(cufa.attention, backend="eager")
+    np.testing.assert_allclose(itself(q, q, q, causal=True).cpu() + 1, right(q), atol=1e-5)
+    out, lse = cufa.attention(q, q, q, causal=True, return_lse=True)
+
+    def differentiate(q: Any) -> Any:
+        return cufa.attention_backward(q * 1.0, q, q, q, out, lse, causal=True)[1] * 2
+
+    expected = differentiate(q).cpu()
+    np.testing.assert_allclose(torch.compile(differentiate, backend="eager")(q).cpu(), expected, atol=1e-5)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="cufa computes outside of torch"):
+        torch.compile(call, backend="eager", fullgraph=True)(q)
+
+
+def test_what_is_recorded_is_refused(q: Any) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with pytest.raises(UnsupportedError, match=r"^attention: torch.jit.trace records torch's own operations"):
+        torch.jit.trace(call, (q,))
+    for options in ({}, {"pre_dispatch": True}):
+        with pytest.raises(UnsupportedError, match=r"^attention: make_fx records torch's own operations"):
+            make_fx(call, **options)(q)
+    with pytest.raises(UnsupportedError, match=r"^attention: "):
+        make_fx(call, tracing_mode="fake")(q)
+    with torch.utils.flop_counter.FlopCounterMode(display=False):  # counts what it sees, and changes nothing
+        np.testing.assert_allclose(call(q).cpu(), right(q), atol=1e-5)
+
+
+def test_forward_mode_is_refused(q: Any) -> None:
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(UnsupportedError, match=r"^attention: a torch tensor carries a tangent"):
+            cufa.attention(q, q, dual)
+        np.testing.assert_allclose(call(q).cpu(), right(q), atol=1e-5)
+        np.testing.assert_allclose(call(forward_ad.unpack_dual(dual).primal).cpu(), right(q), atol=1e-5)
+    with pytest.raises(UnsupportedError, match=r"^attention: "):
+        torch.func.jvp(call, (q,), (q,))
