@@ -1,12 +1,13 @@
 """cufa's forward beside every peer that can be imported, and what a call costs the host.
 
-    python benchmarks/attention.py [--out DIR] [--ladder] [--quick] [--only REGEX]
+    python benchmarks/attention.py [--out DIR] [--ladder] [--quick] [--cliffs] [--only REGEX]
 
 Same inputs for all, in one run on one GPU: bfloat16, medians of CUDA-graph replays with the L2 flushed before each, so
 that a slow host does not count against a kernel. Work is counted as 4 · batch · seqlen_q · seqlen_k · heads · head_dim
 floating-point operations, half of it under a causal mask. Beside the kernels it measures the ceiling of a large matrix
 product, the host's time a call, and the time from ``import cufa`` to the first result. ``--out`` receives a table
-(Markdown), the rows (CSV) and a plot (PNG).
+(Markdown), the rows (CSV) and a plot (PNG). ``--cliffs`` measures, within a minute, shapes that are easily slow beside
+torch's backends instead.
 """
 
 from __future__ import annotations
@@ -24,22 +25,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from common import (
-    BASELINE,
-    Call,
-    Peer,
-    Row,
-    beside_the_ladder,
-    command_line,
-    conditions,
-    markdown,
-    measure,
-    offsets_of,
-    selected,
-    start,
-    table,
-    write,
-)
+from cliffs import FORWARD as CLIFFS
+from cliffs import as_dense, run_cliffs
+from common import Call, Peer, command_line, conditions, measure, offsets_of, selected, start, write
+from reports import BASELINE, Row, beside_the_ladder, markdown, table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cufa
@@ -230,6 +219,9 @@ def startup() -> dict[str, float]:
 
 def main() -> None:
     arguments = command_line(__doc__, PEERS)
+    if arguments.cliffs:
+        run_cliffs(arguments, "forward", {"cufa": _cufa, "cufa, dense": as_dense(_cufa)} | CLIFFS, 1.0)
+        return
     ceiling = start()
     rows = selected(arguments, (512, 2048, 8192, 16384), beside_the_ladder())
     results, eager = measure(rows, PEERS, check_alone=check_last_rows)

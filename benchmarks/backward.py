@@ -1,6 +1,6 @@
 """cufa's backward beside that of every peer that can be imported.
 
-    python benchmarks/backward.py [--out DIR] [--ladder] [--quick] [--only REGEX] [--kernel sm80]
+    python benchmarks/backward.py [--out DIR] [--ladder] [--quick] [--cliffs] [--only REGEX] [--kernel sm80]
 
 As `attention.py` measures the forward, with 2.5 times its operations. A peer's time is that of its whole gradient, with
 what comes before and after its kernel, such as the sum of dk and dv over the query heads that share a key head. Beside
@@ -12,34 +12,38 @@ from __future__ import annotations
 
 import contextlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from attention import PEERS as FORWARD
 from attention import host_costs
+from cliffs import FORWARD as CLIFFS
+from cliffs import as_dense, run_cliffs
 from common import (
-    BASELINE,
-    LABELS,
+    BACKWARD_WORK,
     Call,
     Peer,
+    command_line,
+    compile_ahead,
+    conditions,
+    measure,
+    offsets_of,
+    selected,
+    start,
+    write,
+)
+from reports import (
+    BASELINE,
+    LABELS,
     Results,
     Row,
     beside_the_ladder,
     cell,
-    command_line,
-    conditions,
-    inputs,
     labels,
     ladder,
     markdown,
-    measure,
     names_in,
-    offsets_of,
-    selected,
-    start,
     table,
-    write,
 )
 
 import cufa
@@ -153,19 +157,6 @@ COMPILED = ("FlexAttention", "cuDNN (JAX)*")
 """Peers that are measured on few rows."""
 
 
-def compile_ahead(rows: list[Row]) -> None:
-    """Let cufa compile what `rows` take side by side: in turn it would take longer than the measurements."""
-
-    def call(row: Row) -> None:
-        with contextlib.suppress(Exception):  # what fails, fails again where it is told
-            _cufa(row, *inputs(row, 0))()
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(call, rows))
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-
-
 # --- report -----------------------------------------------------------------------------------------
 
 
@@ -250,9 +241,15 @@ def host_calls() -> dict[str, Call]:
 def main() -> None:
     arguments = command_line(__doc__, PEERS)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would count against deterministic gradients
+    if arguments.cliffs:
+        peers = {"cufa": _cufa, "cufa, dense": as_dense(_cufa)} | {
+            name: _autograd(make) for name, make in CLIFFS.items()
+        }
+        run_cliffs(arguments, "backward", peers, BACKWARD_WORK)
+        return
     ceiling = start()
     rows = selected(arguments, SEQLENS, beside_the_ladder() + variants())
-    compile_ahead(rows)
+    compile_ahead(rows, _cufa, backward=True)
     results, eager = measure(rows, PEERS, backward=True, repeats=20)
     generic = arguments.kernel == "sm80"
     title = f"Backward on {torch.cuda.get_device_name()}" + ", the kernel for every GPU" * generic

@@ -1,29 +1,29 @@
-"""What the benchmarks on a GPU share: rows, clocks, measurements and reports."""
+"""What the benchmarks on a GPU share: command line, inputs, clocks and measurements."""
 
 from __future__ import annotations
 
 import argparse
-import csv
+import contextlib
 import datetime
 import itertools
 import math
+import os
 import re
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
+from reports import BASELINE, COLORS, Results, Row, check_colors, ladder, plot, write_rows
 
 import cufa
 from cufa import _problem
 
 Call = Callable[[], Any]
 Peer = Callable[..., Call]
-BASELINE = "FA2 (torch)"
-LADDER_HEAD_DIMS = (64, 128, 256)
 BACKWARD_WORK = 2.5
 """Five matrix products to the forward's two."""
 
@@ -31,93 +31,18 @@ MAX_ERROR = 0.01
 """What peers may differ by, relatively: about three times what rounding to bfloat16 makes of it."""
 
 
-class Row(NamedTuple):
-    """One rung of the ladder.
-
-    `window` keys before its own are seen by a row of q, beside causality; None is all of them. With `lengths` the
-    sequences are packed, and batch and seqlen only tell how many there are and how long one is on average.
-    """
-
-    head_dim: int
-    seqlen: int
-    batch: int
-    num_heads_q: int
-    num_heads_k: int
-    causal: bool
-    window: int | None = None
-    lengths: tuple[int, ...] | None = None
-    dtype: str = "bfloat16"
-    deterministic: bool = False
-
-    @property
-    def flop(self) -> float:
-        """Floating-point operations of the forward."""
-        lengths = self.lengths or (self.seqlen,) * self.batch
-        pairs = sum(self._pairs(length) for length in lengths)
-        return 4.0 * pairs * self.num_heads_q * self.head_dim
-
-    def _pairs(self, length: int) -> float:
-        """Pairs of a query and a key it sees; half of all under a causal mask."""
-        if self.window is None:
-            return length**2 / 2 if self.causal else length**2
-        reach = min(length, self.window + 1)
-        return reach * (reach + 1) / 2 + (length - reach) * reach
-
-    @property
-    def mask(self) -> str:
-        if self.window is not None:
-            return f"window {self.window}"
-        return "causal" if self.causal else "full"
-
-    @property
-    def on_the_ladder(self) -> bool:
-        return self in ladder((self.seqlen,))
-
-    def __str__(self) -> str:
-        packed = f" {self.batch} packed" if self.lengths else ""
-        dtype = "" if self.dtype == "bfloat16" else f" {self.dtype}"
-        deterministic = " deterministic" if self.deterministic else ""
-        heads = f"{self.num_heads_q}/{self.num_heads_k}"
-        return f"hd{self.head_dim} {self.seqlen}{packed} {heads} {self.mask}{dtype}{deterministic}"
-
-
-Results = dict[Row, dict[str, float]]
-
-
-def ladder(seqlens: Iterable[int]) -> list[Row]:
-    """16k tokens of hidden size 2048 at every length, and a grouped-head row."""
-    rows = [
-        Row(head_dim, seqlen, 16384 // seqlen, 2048 // head_dim, 2048 // head_dim, causal)
-        for head_dim in LADDER_HEAD_DIMS
-        for seqlen in seqlens
-        for causal in (False, True)
-    ]
-    return rows + [Row(128, 4096, 4, 32, 8, causal) for causal in (False, True)]
-
-
-def beside_the_ladder() -> list[Row]:
-    """Other head_dims, a sliding window, and packed sequences of mixed lengths with, for comparison, equal ones."""
-    rows = [
-        Row(head_dim, seqlen, 16384 // seqlen, heads, heads, causal)
-        for head_dim, heads in ((96, 20), (192, 10))
-        for seqlen in (2048, 8192)
-        for causal in (False, True)
-    ]
-    rows += [Row(head_dim, 16384, 1, 2048 // head_dim, 2048 // head_dim, True, 1024) for head_dim in LADDER_HEAD_DIMS]
-    lengths = tuple(int(length) for length in np.random.default_rng(0).integers(100, 8000, 64))
-    mean = sum(lengths) // 64
-    for causal in (False, True):
-        rows += [Row(128, mean, 64, 8, 8, causal, None, lengths), Row(128, mean, 64, 8, 8, causal)]
-    return rows
-
-
 def inputs(row: Row, seed: int) -> tuple[Any, Any, Any, Any]:
     """Random q, k, v and dout."""
     generator = torch.Generator("cuda").manual_seed(seed)
-    tokens = (row.batch, row.seqlen) if row.lengths is None else (sum(row.lengths),)
+    dtype = getattr(torch, row.dtype)
+
+    def tokens(seqlen: int) -> tuple[int, ...]:
+        return (row.batch, seqlen) if row.lengths is None else (sum(row.lengths),)
+
+    queries = (*tokens(row.seqlen), row.num_heads_q, row.head_dim)
+    keys = (*tokens(row.seqlen_k or row.seqlen), row.num_heads_k, row.head_dim)
     q, k, v, dout = (
-        torch.randn((*tokens, heads, row.head_dim), generator=generator, device="cuda", dtype=getattr(torch, row.dtype))
-        for heads in (row.num_heads_q, row.num_heads_k, row.num_heads_k, row.num_heads_q)
+        torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for shape in (queries, keys, keys, queries)
     )
     return q, k, v, dout
 
@@ -144,17 +69,19 @@ def command_line(description: str | None, peers: dict[str, Peer]) -> argparse.Na
         default="best",
         help=f"sm80: the kernel that serves every GPU, on the ladder, beside {BASELINE} alone",
     )
+    parser.add_argument("--cliffs", action="store_true", help="nothing but the rows of shapes that are easily slow")
     arguments = parser.parse_args()
+    check_colors(peers)
     unwanted = set(filter(None, arguments.without.split(",")))
     for name in unwanted:
-        if name not in peers or name == "cufa":
-            parser.error(f"{name!r} is no peer; there are {', '.join(peers)}")
+        if name not in COLORS or name == "cufa":
+            parser.error(f"{name!r} is no peer; there are {', '.join(COLORS)}")
     if arguments.kernel == "sm80":
         arguments.ladder = True
         unwanted |= peers.keys() - {"cufa", BASELINE}
         # It is what serves inputs of which no tensor map can be made.
         _problem.has_tensor_map = lambda *_: False
-    for name in unwanted:
+    for name in unwanted & peers.keys():
         del peers[name]
     return arguments
 
@@ -165,6 +92,19 @@ def selected(arguments: argparse.Namespace, seqlens: Iterable[int], beside: Iter
     if not (arguments.ladder or arguments.quick):
         rows += beside
     return [row for row in rows if re.search(arguments.only, str(row))]
+
+
+def compile_ahead(rows: list[Row], make: Peer, *, backward: bool = False) -> None:
+    """Let cufa compile what `rows` take side by side: in turn it would take longer than the measurements."""
+
+    def call(row: Row) -> None:
+        with contextlib.suppress(Exception):  # what fails, fails again where it is told
+            make(row, *inputs(row, 0)[: 4 if backward else 3])()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(call, rows))
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
 
 
 # --- clocks -----------------------------------------------------------------------------------------
@@ -312,6 +252,8 @@ def measure(
             try:
                 fn = peers[name](row, *given)
                 found = tuple(map(torch.from_dlpack, results_of(fn())))
+                if not all(bool(each.isfinite().all()) for each in found):
+                    raise ArithmeticError("the result is not finite")
                 if expected is not None:
                     error = difference(found, expected)
                     if not error < MAX_ERROR:
@@ -345,125 +287,6 @@ def measure(
     return results, eager
 
 
-# --- reports ----------------------------------------------------------------------------------------
-
-LABELS = ("head_dim", "seqlen", "batch", "heads q/kv", "mask")
-
-
-def labels(row: Row) -> list[str]:
-    """What a table's line begins with, as LABELS say."""
-    packed = f"{row.batch}, packed" if row.lengths else str(row.batch)
-    return [str(row.head_dim), str(row.seqlen), packed, f"{row.num_heads_q}/{row.num_heads_k}", row.mask]
-
-
-def markdown(head: list[str], lines: list[list[str]]) -> list[str]:
-    text = ["| " + " | ".join(cells) + " |" for cells in (head, *lines)]
-    return [text[0], "|" + "---|" * len(head), *text[1:]]
-
-
-def cell(row: Row, name: str, speeds: dict[str, float], eager: set[tuple[Row, str]]) -> str:
-    """A peer's TFLOP/s on a row, marked if it could not be captured."""
-    return f"{speeds[name]:.0f}{'†' * ((row, name) in eager)}" if name in speeds else "–"
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(statistics.fmean(math.log(value) for value in values))
-
-
-def names_in(results: Results, peers: Collection[str]) -> list[str]:
-    """Those of `peers` that were measured on any row."""
-    return [name for name in peers if any(name in speeds for speeds in results.values())]
-
-
-def table(results: Results, peers: Collection[str], eager: set[tuple[Row, str]]) -> str:
-    """The rows as Markdown, with cufa over the baseline and over the best peer."""
-    names = names_in(results, peers)
-    lines = []
-    to_baseline: list[float] = []
-    to_best: list[float] = []
-    for row, speeds in results.items():
-        others = [value for name, value in speeds.items() if name != "cufa"]
-        cells = [*labels(row), *(cell(row, name, speeds, eager) for name in names)]
-        for base, ratios in ((speeds.get(BASELINE), to_baseline), (max(others, default=None), to_best)):
-            if base is None or "cufa" not in speeds:
-                cells.append("–")
-                continue
-            ratios.append(speeds["cufa"] / base)
-            cells.append(f"{ratios[-1]:.2f}×")
-        lines.append(cells)
-    text = markdown([*LABELS, *names, f"cufa / {BASELINE}", "cufa / best peer"], lines)
-    if to_baseline:
-        text += [
-            "",
-            f"cufa / {BASELINE}: geometric mean {geometric_mean(to_baseline):.3f}×, least {min(to_baseline):.2f}×. "
-            f"cufa / best peer: geometric mean {geometric_mean(to_best):.3f}×, least {min(to_best):.2f}×.",
-        ]
-    return "\n".join(text) + "\n"
-
-
-def plot(results: Results, peers: Collection[str], ceiling: float, title: str, path: Path) -> None:
-    """TFLOP/s over seqlen on the ladder, one panel a head_dim and mask; grouped heads are left out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    results = {
-        row: speeds for row, speeds in results.items() if row.on_the_ladder and row.num_heads_q == row.num_heads_k
-    }
-    head_dims = sorted({row.head_dim for row in results})
-    if not head_dims:
-        return
-    figure, axes = pyplot.subplots(
-        2,
-        len(head_dims),
-        figsize=(4 * len(head_dims), 6.5),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    colors = {name: f"C{index}" for index, name in enumerate(peers)}  # a peer's is the same in every panel
-    for line, causal in enumerate((False, True)):
-        for column, head_dim in enumerate(head_dims):
-            axis = axes[line][column]
-            for name, color in colors.items():
-                points = [
-                    (row.seqlen, speeds[name])
-                    for row, speeds in results.items()
-                    if row.head_dim == head_dim and row.causal == causal and name in speeds
-                ]
-                if points:
-                    width = 3 if name == "cufa" else 1.5
-                    axis.plot(*zip(*points, strict=True), marker="o", color=color, linewidth=width, label=name)
-            axis.axhline(ceiling, color="grey", linestyle=":", label="8192³ matmul")
-            axis.set_title(f"head_dim {head_dim}, {'causal' if causal else 'full'}")
-            axis.set_xscale("log", base=2)
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
-            if line:
-                axis.set_xlabel("seqlen (16k tokens in all)")
-            if not column:
-                axis.set_ylabel("TFLOP/s")
-    handles = {
-        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    axes[0][0].legend(handles.values(), handles.keys(), fontsize="small")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def write_rows(results: Results, peers: Collection[str], path: Path) -> None:
-    """Results as CSV, a line a row."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["packed" if field == "lengths" else field for field in Row._fields] + [*peers])
-        for row, speeds in results.items():
-            fields = row._asdict() | {"lengths": row.lengths is not None}
-            writer.writerow([*fields.values(), *(f"{speeds[name]:.2f}" if name in speeds else "" for name in peers)])
-
-
 def write(
     directory: Path, name: str, title: str, text: str, results: Results, peers: Collection[str], ceiling: float
 ) -> None:
@@ -473,5 +296,5 @@ def write(
     stem = directory / f"{name}-{re.sub(r'[^a-z0-9]+', '-', gpu).strip('-')}"
     stem.with_suffix(".md").write_text(text)
     write_rows(results, peers, stem.with_suffix(".csv"))
-    plot(results, peers, ceiling, title, stem.with_suffix(".png"))
+    plot(results, ceiling, title, stem.with_suffix(".png"))
     print(f"# wrote {stem}.md, .csv and .png")
