@@ -25,22 +25,6 @@ struct LocalRows {
   void store(int t, int i, float value) {
     ptx::st_local_f32(ptx::local_address(x) + (2 * t + i) * sizeof(float), value);
   }
-
-  void fill(float value) {
-#pragma unroll
-    for (int t = 0; t < m_tiles; ++t) {
-      store(t, 0, value);
-      store(t, 1, value);
-    }
-  }
-
-  void copy(const LocalRows& from) {
-#pragma unroll
-    for (int t = 0; t < m_tiles; ++t) {
-      store(t, 0, from.load(t, 0));
-      store(t, 1, from.load(t, 1));
-    }
-  }
 };
 
 template <int m_tiles, int cols>
