@@ -47,6 +47,8 @@ class Config:
     smem_bytes : int
     store_bytes : int
     causal, window, varlen, sinks : bool
+    chains : bool
+        Whether sums are taken over at intervals.
     pack : int
         Heads that share a key head and a tile of queries.
     """
@@ -66,6 +68,7 @@ class Config:
     window: bool
     varlen: bool
     sinks: bool
+    chains: bool
     pack: int = 1
 
 
@@ -188,8 +191,8 @@ WARPGROUP_ROWS = 64
 STAGES = 2
 """Blocks of K, and of V, in its shared memory: more gain nothing."""
 
-CONTROL_BYTES = 1 << 10
-"""Its shared memory for barriers and for what it knows of its tiles."""
+CONTROL_BYTES = 4 << 10
+"""Its shared memory for barriers and for what it knows of its tiles and rows."""
 
 
 def forward_sm90(static: Static) -> ConfigSm90:
@@ -238,7 +241,7 @@ def _tile_sm90(static: Static) -> tuple[int, int, int, bool]:
     by_smem = (SHARED_MEMORY[90] - CONTROL_BYTES - size * 128 * dim) // (size * STAGES * (dim + dim_v))
     longest = 64 if widest > 192 else 128 if window or static.short else 176
     block_n = min((registers - dim_v // 2) * 4 // 3, by_smem, longest) // 16 * 16
-    early_steps = 4 if widest <= 128 else 2 if widest <= 192 else 0
+    early_steps = 4 if widest <= 128 else 1 if widest <= 160 else 2 if widest <= 192 else 0
     return 128, block_n, early_steps if plain else 0, False
 
 
@@ -254,6 +257,7 @@ def _common(static: Static) -> dict[str, Any]:
         "window": static.mask == "window",
         "varlen": static.varlen,
         "sinks": static.sinks,
+        "chains": static.chains,
     }
 
 

@@ -69,8 +69,10 @@ def source_of(plan: Plan) -> str:
         if isinstance(value, int)
     ]
     header = plan.kernel.removeprefix("attention_")
+    begin = ""
     if len(plan.entries) > 1:
         record, asserts = "BackwardArgument", _params.backward_static_asserts
+        begin = "  ptx::grid_begin();\n"
     elif isinstance(config, ConfigSm90):
         record, asserts = "TmaParams", _params.tma_static_asserts
     else:
@@ -78,12 +80,14 @@ def source_of(plan: Plan) -> str:
     kernels = [
         f'extern "C" __global__ __launch_bounds__({threads}, 1)\n'
         f"void {entry}(const __grid_constant__ attention::{record} params) {{\n"
+        f"{begin}"
         f"  attention::{entry.removeprefix('attention_')}<Config>(params);\n"
         "}\n"
         for entry, threads in zip(plan.entries, plan.threads, strict=True)
     ]
     return (
-        f'#include "attention/{header}.cuh"\n\n'
+        f'#include "attention/{header}.cuh"\n'
+        '#include "ptx/grid.cuh"\n\n'
         "struct Config {\n"
         f"  using element = {config.element};\n"
         f"  using variant = attention::Variant<{', '.join(config.variant)}>;\n"

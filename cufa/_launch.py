@@ -239,6 +239,8 @@ class Launch:
 class BackwardLaunch:
     """The loaded kernels of the gradients, launched one after the other with the same argument.
 
+    Where the GPU can, each begins while the one before it ends: see ptx/grid.cuh.
+
     `argument` is BackwardArgument with null addresses; `shifts`, if it has maps, are what the addresses of q, k, v and
     dout differ by in them. `shapes` are (blocks, threads, bytes of shared memory) of each kernel.
     """
@@ -274,24 +276,41 @@ class BackwardLaunch:
         if configs is None:
             if len(self._configs) >= Launch.MAX_STREAMS:
                 self._configs.clear()
-            configs = self._configs[stream] = [_config(shape, stream) for shape in self._shapes]
+            configs = self._configs[stream] = self._make_configs(stream)
         with current(self.device):
-            for config, function, (blocks, _, _) in zip(configs, self._functions, self._shapes, strict=True):
-                if blocks == 0:
-                    continue
+            for config, function in configs:
                 (status,) = driver().cuLaunchKernelEx(config, function, scratch.arguments, 0)
                 if status != 0:
                     raise CudaError(f"cufa: launching {self.what} failed: {_describe(driver(), status)}.")
 
 
+    def _make_configs(self, stream: int) -> list[Any]:
+        """What the driver is told of each kernel that has blocks, and the kernel."""
+        shapes = [(shape, each) for shape, each in zip(self._shapes, self._functions, strict=True) if shape[0] > 0]
+        overlap = overlaps(self.device)
+        return [(_config(shape, stream, overlap and i > 0), each) for i, (shape, each) in enumerate(shapes)]
+
+
 BACKWARD_POINTER_LAYOUT = struct.Struct(f"@{BACKWARD_POINTERS}Q")
 
 
-def _config(shape: tuple[int, int, int], stream: int) -> Any:
-    """What the driver is told of the shape of a launch."""
+@lru_cache(maxsize=64)
+def overlaps(ordinal: int) -> bool:
+    """Whether a GPU begins a grid while the one before it ends, in CUDA graphs too."""
+    return device(ordinal).arch >= 90 and int(call("cuDriverGetVersion")) >= 12030
+
+
+def _config(shape: tuple[int, int, int], stream: int, overlap: bool = False) -> Any:
+    """What the driver is told of the shape of a launch, and whether it may `overlap` with the one before it."""
     config = driver().CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = shape[0], 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = shape[1], 1, 1
     config.sharedMemBytes = shape[2]
     config.hStream = stream
+    if overlap:
+        attribute = driver().CUlaunchAttribute()
+        attribute.id = driver().CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs = [attribute]
+        config.numAttrs = 1
     return config

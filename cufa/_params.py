@@ -31,13 +31,14 @@ FIELDS = (
     *(Field(name, "i") for name in ("m_blocks", "heads_per_section", "window_left", "window_right")),
     *(Field(name, "f") for name in ("softmax_scale", "softcap", "softcap_inverse", "softcap_exponent")),
     *(Field(name, "i") for name in ("m_units", "units_per_block", "clear_out")),
+    Field("exponent_scale", "f"),
 )
 POINTERS = 10
 """Leading members that are addresses, in the order that `launch` receives them."""
 
 MAP_BYTES = 128
 
-LAYOUT = struct.Struct("@" + "".join(f"{field.length}{field.format}" for field in FIELDS))
+LAYOUT = struct.Struct("@" + "".join(f"{field.length}{field.format}" for field in FIELDS) + "0q")
 POINTER_LAYOUT = struct.Struct(f"@{POINTERS}Q")
 
 
@@ -125,7 +126,7 @@ def _pack(problem: Problem, m_blocks: int, heads_per_section: int, m_units: int,
     values += (MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right))
     inverse = 1.0 / problem.softcap if problem.softcap else 0.0
     values += (problem.softmax_scale, problem.softcap, inverse, 2.0 * inverse / math.log(2.0))
-    values += (m_units, units_per_block, "out" not in strides)
+    values += (m_units, units_per_block, "out" not in strides, problem.softmax_scale / math.log(2.0))
     return LAYOUT.pack(*values)
 
 

@@ -29,6 +29,9 @@ MAX_HEAD_DIM = 256
 LONG = 8192
 """Rows of q from which on a sequence counts as long."""
 
+CHAIN_ROWS = 1 << 14
+"""Rows over which the tensor cores add up by themselves: ``chain_rows`` in cuda_src/tile/local.cuh."""
+
 MANY = 256
 """Packed sequences from which on there are many."""
 
@@ -79,6 +82,8 @@ class Static(NamedTuple):
         Whether sequences may be so short that what tiles waste along a causal mask's diagonal counts.
     many : bool
         Whether packed sequences are so many that a thread block should not look for a single tile among them.
+    chains : bool
+        Whether there may be sums over so many rows that they would drift: see cuda_src/tile/local.cuh.
     """
 
     element: str
@@ -95,6 +100,7 @@ class Static(NamedTuple):
     short: bool
     pack: int = 1
     many: bool = False
+    chains: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -482,7 +488,16 @@ class _Check:
             pack=1 if backward else self.pack(q),
             short=short,
             many=not backward and self.varlen and self.specs["cu_seqlens_q"].shape[0] > MANY,
+            chains=self.longest_sum(q, backward) > CHAIN_ROWS,
         )
+
+    def longest_sum(self, q: Spec, backward: bool) -> int:
+        """Rows over which out is summed, or dq, and dk and dv."""
+        k = self.specs["k"]
+        seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
+        if not backward:
+            return seqlen_k
+        return max(seqlen_k, seqlen_q * (q.shape[-2] // max(1, k.shape[-2])))
 
     def pack(self, q: Spec) -> int:
         """Packing pays where it leaves at most three quarters of the tiles of 128 rows."""

@@ -17,6 +17,9 @@ import numpy as np
 COMPUTE_UNIT = 2.0**-22
 """Of a float32 product by three of tf32, and of the exponential: `gradients.COMPUTE_UNIT`."""
 
+BASE_SHIFT = 24 * np.log(2)
+"""What bfloat16's exponents are lower by than they need to be: see `Softmax::shift` in cuda_src/attention/softmax.cuh."""
+
 HALF = 0.5
 """Root mean square of a rounding error, in units."""
 
@@ -133,7 +136,8 @@ def forward(problem: Padded) -> Forward:
     out = p @ v
 
     score_noise = xp.where(keep, compute_unit * (size + 1), 0)
-    p_noise = xp.where(p > 0, p * (score_noise + compute_unit * xp.abs(s - lse)), 0)
+    base_shift = BASE_SHIFT if problem.dtype == "bfloat16" else 0
+    p_noise = xp.where(p > 0, p * (score_noise + compute_unit * (xp.abs(s - lse) + base_shift)), 0)
     finite_lse = finite(xp, xp.abs(lse))
     sum_noise = p_noise.sum(axis=-1, keepdims=True) + compute_unit * (xp.sqrt(problem.lengths_k) + finite_lse)
     # Scores so large that their rounding exceeds 1 leave open which of several keys takes the probability.
@@ -239,11 +243,13 @@ def backward(problem: Padded, found: Forward, dout: Any, dlse: Any) -> Backward:
     sees, seen = keep.any(axis=3)[..., None], keep.any(axis=2)[..., None]
 
     def result(variance: Any, gradient: Any, counts: Any, factor: float) -> Any:
-        return xp.where(counts, factor * xp.sqrt(variance) + HALF * (unit * xp.abs(gradient) + tiny), 0)
+        # Sums are float32 before they are scaled.
+        return xp.where(counts, factor * (xp.sqrt(variance) + HALF * tiny) + HALF * (unit * xp.abs(gradient) + tiny), 0)
 
     noise = tuple(map(result, variances, exact, (sees, seen, seen), (scale, scale, 1.0)))
     sink_size = 0 if problem.sinks is None else finite(xp, xp.abs(problem.sinks))
     sink_noise = p_sink * (delta_noise + COMPUTE_UNIT * xp.abs(delta) * (lse_size + sink_size))
+    sink_noise = sink_noise + float(np.finfo(np.float32).tiny) * (1 + xp.abs(delta))
     return Backward(exact, (*noise, xp.where(p_sink > 0, sink_noise, 0)))
 
 

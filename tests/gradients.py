@@ -246,7 +246,8 @@ def _noise(
     delta_noise = delta_noise + COMPUTE_UNIT * ((np.abs(dout_ * out_)).sum(axis=-1, keepdims=True) + np.abs(dlse_))
 
     def result(variance: Any, gradient: Any, seen: Any, factor: float) -> np.ndarray:
-        noise = factor * np.sqrt(variance.swapaxes(1, 2)) + half * (unit * np.abs(gradient) + tiny)
+        # Sums are float32 before they are scaled.
+        noise = factor * (np.sqrt(variance.swapaxes(1, 2)) + half * tiny) + half * (unit * np.abs(gradient) + tiny)
         return np.where(seen[:, None, None], noise, 0)
 
     def by_keys(variance: Any, x: Any, like: Any) -> Any:
@@ -260,9 +261,8 @@ def _noise(
     sinks = options.get("sinks")
     sink = np.full((q.shape[2], 1, 1), -np.inf) if sinks is None else np.asarray(sinks, np.float64)[:, None, None]
     p_sink = np.where(empty, 0, np.exp(sink - lse))
-    sink_noise = np.where(
-        p_sink > 0, p_sink * (delta_noise + COMPUTE_UNIT * np.abs(delta) * (lse_size + np.abs(sink))), 0
-    )
+    sink_noise = p_sink * (delta_noise + COMPUTE_UNIT * np.abs(delta) * (lse_size + np.abs(sink)))
+    sink_noise = np.where(p_sink > 0, sink_noise + np.finfo(np.float32).tiny * (1 + np.abs(delta)), 0)
     return (
         result(dq_variance, exact[0], keep.any(axis=1), scale),
         result(by_keys(dk_variance, q_, k), exact[1], keep.any(axis=0), scale),

@@ -132,12 +132,12 @@ struct BackwardSm80 {
         load_next(tile.next(work.range), at);
       }
       add_dq(tile);
-      if (unlikely(++steps % chain_steps == 0)) {
+      if (Config::chains && unlikely(++steps % chain_steps == 0)) {
         local_dk.take_over(dk, steps == chain_steps, false);
         local_dv.take_over(dv, steps == chain_steps, false);
       }
     } while (is_live(state.tiles[index]));
-    if (unlikely(steps >= chain_steps)) {
+    if (Config::chains && unlikely(steps >= chain_steps)) {
       local_dk.take_over(dk, false, true);
       local_dv.take_over(dv, false, true);
     }

@@ -123,22 +123,24 @@ struct BackwardMainloopSm90 {
   void find_work(const BackwardParams& params, Works& works) const {
     typename Ring::Cursor at;
     bool done = false;
-    works[at.previous().stage()].last_chain = true;
+    if (Config::chains) works[at.previous().stage()].last_chain = true;
     do {
       claims().wait_empty({at.count});
       this->works().wait_empty(at);
       BackwardWork& work = works[at.stage()];
       const BackwardWork& previous = works[at.previous().stage()];
-      const int chain = previous.last_chain ? 0 : previous.chain + 1;
+      const int chain = !Config::chains || previous.last_chain ? 0 : previous.chain + 1;
       const int unit = chain == 0 ? atomicAdd(params.next_unit, 1) : previous.unit;
       done = unit >= BackwardWork::units<Config>(params);
       if (!done) {
         work = BackwardWork::find<Config>(params, unit);
         if (work.idle<Config>()) continue;
-        work.unit = unit;
-        work.chain = chain;
-        __threadfence_block();  // the compiler forgets what is in it: registers are few
-        work.take_chain<Config>();
+        if constexpr (Config::chains) {
+          work.unit = unit;
+          work.chain = chain;
+          __threadfence_block();  // the compiler forgets what is in it: registers are few
+          work.take_chain<Config>();
+        }
       } else {
         work.n_block = -1;
       }
@@ -151,7 +153,7 @@ struct BackwardMainloopSm90 {
   void find_packed_work(const BackwardParams& params, Works& works) const {
     typename Ring::Cursor at;
     bool done = false;
-    if (tile::lane() == 0) works[at.previous().stage()].last_chain = true;
+    if (Config::chains && tile::lane() == 0) works[at.previous().stage()].last_chain = true;
     __syncwarp();
     do {
       claims().wait_empty({at.count});
@@ -159,7 +161,7 @@ struct BackwardMainloopSm90 {
       BackwardWork& work = works[at.stage()];  // what it is to be is written down early: registers are few
       if (tile::lane() == 0) {
         const BackwardWork& previous = works[at.previous().stage()];
-        work.chain = previous.last_chain ? 0 : previous.chain + 1;
+        work.chain = !Config::chains || previous.last_chain ? 0 : previous.chain + 1;
         work.unit = work.chain == 0 ? atomicAdd(params.next_unit, 1) : previous.unit;
       }
       __syncwarp();
@@ -173,7 +175,8 @@ struct BackwardMainloopSm90 {
         __syncwarp();
       }
       if (tile::lane() == 0) {
-        done ? void(work.n_block = -1) : work.take_chain<Config>();
+        if (done) work.n_block = -1;
+        if (Config::chains && !done) work.take_chain<Config>();
         this->works().fill(at);
       }
       __syncwarp();
@@ -212,7 +215,7 @@ struct BackwardMainloopSm90 {
     for_each_work(works, [&](const BackwardWork& work) {
       if (tile::lane() != 0) return;
       DqSum<Config, consumers> sum{params};
-      for_each_query_tile(work, [&](int head, int m_block) {
+      for_each_query_tile<Config::chains>(params.forward, work, [&](int head, int m_block) {
         sum.begin(work, head, m_block);
         if (sums_stages > 1) give_back_sums(at);  // of the tile before, while the answer is on its way
 #pragma unroll
@@ -227,10 +230,8 @@ struct BackwardMainloopSm90 {
         at.advance();
         if (sums_stages == 1) give_back_sums(at);
       });
-      if (Config::finishes && work.last_chain)
-        sum.finish_work(work);
-      else
-        sum.template tell<0>();
+      const bool last = Config::finishes && (!Config::chains || work.last_chain);
+      last ? sum.finish_work(work) : sum.template tell<0>();
     });
   }
 
@@ -286,7 +287,7 @@ struct BackwardMainloopSm90 {
     }
     warpgroup::load_operand(held_k, k(), 64 * consumer);  // loaded or not: no branch around what products read
     const u32 first = at.count;                           // there is no step before it, of which dq is to come
-    for_each_query_tile(work, [&](int head, int m_block) {
+    for_each_query_tile<Config::chains>(params, work, [&](int head, int m_block) {
       const u32 stage = at.stage();
       Scores s, dp;
       queries().wait_full(at);
@@ -334,7 +335,7 @@ struct BackwardMainloopSm90 {
       lay_down(dq, consumer, at.previous());
       progress.advance_second();
     }
-    if (unlikely(!(work.first_chain && work.last_chain))) {
+    if (Config::chains && unlikely(!(work.first_chain && work.last_chain))) {
       float* const chains = backward.chains + i64(blockIdx.x) * chain_floats + threadIdx.x - 128;
       tile::take_over<dq_threads>(dk, chains, work.first_chain, work.last_chain);
       tile::take_over<dq_threads>(dv, chains + dq_threads * Dk::cols / 2, work.first_chain, work.last_chain);

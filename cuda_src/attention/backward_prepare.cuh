@@ -105,6 +105,12 @@ inline void prepare_rows(const BackwardParams& params, const RowTile& tile) {
   using Span = KeySpan<Config::causal, Config::window>;
   constexpr int chunk_elements = 16 / sizeof(element), chunks = ceil_div(Config::head_dim_v, chunk_elements);
   constexpr int lanes = 8;  // that share a row
+  constexpr int lane_chunks = ceil_div(chunks, lanes);
+  constexpr int together = max_of(1, 4 / lane_chunks);  // rows that a lane asks for before it waits for any
+  union Chunk {
+    uint4 words;
+    element elements[chunk_elements];
+  };
   const int live_rows = clamp(tile.seqlen.q - tile.m_block * Config::block_m, 0, Config::block_m);
   const element* const out =
       tile.rows(static_cast<const element*>(params.forward.out), params.forward.out_strides, Config::block_m);
@@ -112,38 +118,50 @@ inline void prepare_rows(const BackwardParams& params, const RowTile& tile) {
   const float* const lse =
       tile.rows(static_cast<const float*>(params.forward.lse), params.lse_strides, Config::block_m);
   const float* const dlse = params.dlse ? tile.rows(params.dlse, params.dlse_strides, Config::block_m) : nullptr;
-  const int lane = threadIdx.x % lanes;
+  const int lane = threadIdx.x % lanes, rows_apart = blockDim.x / lanes;
   // Of packed tiles four rows together at least: a warp has as many, and its lanes trade numbers.
-  for (int row = threadIdx.x / lanes; row < tile.workspace_rows; row += blockDim.x / lanes) {
-    const bool live = row < live_rows;
-    float delta = 0.0f;
+#pragma unroll 1
+  for (int first = threadIdx.x / lanes; first < tile.workspace_rows; first += together * rows_apart) {
+    Chunk a[together][lane_chunks], b[together][lane_chunks];
+    float row_lse[together];
 #pragma unroll
-    for (int chunk = lane; live && chunk < chunks; chunk += lanes) {
-      union {
-        uint4 words;
-        element elements[chunk_elements];
-      } a, b;
-      a.words = tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(out + row * params.forward.out_strides.seqlen,
-                                                                         params.forward.out_strides.dim, chunk);
-      b.words = tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(dout + row * params.dout_strides.seqlen,
-                                                                         params.dout_strides.dim, chunk);
+    for (int t = 0; t < together; ++t) {
+      const int row = first + t * rows_apart;
+      const bool live = row < live_rows;
 #pragma unroll
-      for (int i = 0; i < chunk_elements; ++i)
-        delta = fmaf(ptx::cvt_f32(a.elements[i]), ptx::cvt_f32(b.elements[i]), delta);
+      for (int c = 0; c < lane_chunks; ++c) {
+        const int chunk = lane + c * lanes;
+        a[t][c].words = b[t][c].words = uint4{0, 0, 0, 0};
+        if (!live || chunk >= chunks) continue;
+        a[t][c].words = tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(
+            out + row * params.forward.out_strides.seqlen, params.forward.out_strides.dim, chunk);
+        b[t][c].words = tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(
+            dout + row * params.dout_strides.seqlen, params.dout_strides.dim, chunk);
+      }
+      row_lse[t] = live ? lse[row * params.lse_strides.seqlen] * log2_e : -infinity;
     }
 #pragma unroll
-    for (int step = 1; step < lanes; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
-    if (lane == 0) {
+    for (int t = 0; t < together; ++t) {
+      const int row = first + t * rows_apart;
+      float delta = 0.0f;
+#pragma unroll
+      for (int c = 0; c < lane_chunks; ++c) {
+#pragma unroll
+        for (int i = 0; i < chunk_elements; ++i) {
+          delta = fmaf(ptx::cvt_f32(a[t][c].elements[i]), ptx::cvt_f32(b[t][c].elements[i]), delta);
+        }
+      }
+#pragma unroll
+      for (int step = 1; step < lanes; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+      if (lane != 0 || row >= tile.workspace_rows) continue;
       // A row that sees no key: its scores are all -infinity, and so would their differences be, not NaN.
-      const float own_lse = live ? lse[row * params.lse_strides.seqlen] * log2_e : -infinity;
-      const bool empty = own_lse == -infinity;
-      const float row_lse = empty ? infinity : own_lse;
+      const bool empty = row_lse[t] == -infinity;
       const int own_row = tile.m_block * Config::block_m + row;
       if (Span::first(params.forward, tile.seqlen, own_row) > Span::last(params.forward, tile.seqlen, own_row)) {
         delta = 0.0f;  // of a row that sees no key, whatever its dout holds, dlse counts for the sink
       }
-      if (live && dlse) delta -= dlse[row * params.dlse_strides.seqlen];
-      params.row_lse[tile.row + row] = row_lse;
+      if (row < live_rows && dlse) delta -= dlse[row * params.dlse_strides.seqlen];
+      params.row_lse[tile.row + row] = empty ? infinity : row_lse[t];
       params.row_delta[tile.row + row] = empty ? 0.0f : delta;
     }
   }

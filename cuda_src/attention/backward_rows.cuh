@@ -19,8 +19,7 @@ inline void write_row(element* row, i64 col_stride, bool live, const tile::Accum
   constexpr int n_tiles = cols / 8;
 #pragma unroll
   for (int j = 0; j < n_tiles; ++j) {
-    not_finite.look(from.x[t][j][2 * i]);
-    not_finite.look(from.x[t][j][2 * i + 1]);
+    not_finite.look(from.x[t][j][2 * i], from.x[t][j][2 * i + 1]);
   }
   const auto value = [&](int j, int e) { return factor == 0.0f ? 0.0f : factor * from.x[t][j][2 * i + e]; };
   if constexpr (is_same<element, f32>) {

@@ -107,9 +107,9 @@ struct BackwardKeysSm90 {
       queries().release_warp(at);
       at.advance();
     };
-    for_each_query_chain(params, work, chain_steps, step, [&](bool first, bool last) {
+    for_each_query_chain<Config::chains>(params, work, chain_steps, step, [&](bool first, bool last) {
       warpgroup::wait<0>(dv, p);
-      if (!(first && last)) local_dv.take_over(dv, first, last);
+      if (Config::chains && !(first && last)) local_dv.take_over(dv, first, last);
     });
     write_keys<Config, true>(backward, work, dv, first_key);
   }
@@ -142,9 +142,9 @@ struct BackwardKeysSm90 {
       gradients().release_warp(at);
       at.advance();
     };
-    for_each_query_chain(backward.forward, work, chain_steps, step, [&](bool first, bool last) {
+    for_each_query_chain<Config::chains>(backward.forward, work, chain_steps, step, [&](bool first, bool last) {
       warpgroup::wait<0>(dk, ds);
-      if (!(first && last)) local_dk.take_over(dk, first, last);
+      if (Config::chains && !(first && last)) local_dk.take_over(dk, first, last);
     });
     write_keys<Config, false>(backward, work, dk, first_key);
   }

@@ -205,13 +205,13 @@ struct BackwardQueriesSm90 {
     };
     const int begin = work.range.begin, end = work.range.end;
 #pragma unroll 1
-    for (int chain = end; chain > begin; chain -= chain_steps) {
-      const int chain_begin = max_of(begin, chain - chain_steps);
+    for (int chain = end; chain > begin; chain = Config::chains ? chain - chain_steps : begin) {
+      const int chain_begin = Config::chains ? max_of(begin, chain - chain_steps) : begin;
 #pragma unroll 1
       for (int n_block = chain - 1; n_block >= chain_begin; --n_block) step(n_block);
       warpgroup::wait<0>(dq, ds);
       const bool first = chain == end, last = chain_begin == begin;
-      if (!(first && last)) local_dq.take_over(dq, first, last);
+      if (Config::chains && !(first && last)) local_dq.take_over(dq, first, last);
     }
 
     NotFinite<f32> not_finite;

@@ -50,7 +50,7 @@ struct TileLoader {
     else
       load_keys(loop.values(), loop.v(), argument.v, work);
     const auto& at = progress.first;
-    for_each_query_tile(work, [&](int head, int m_block) {
+    for_each_query_tile<Config::chains>(params.forward, work, [&](int head, int m_block) {
       const i64 row = workspace_row<Config>(params, work, head) + m_block * Config::block_m;
       if constexpr (side == Side::queries)
         load_queries(loop.queries(), loop.q(at.stage()), argument.q, loop.lse(at.stage()), params.row_lse + row, work,

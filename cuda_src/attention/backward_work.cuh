@@ -236,23 +236,29 @@ struct BackwardWork {
   }
 };
 
-// Calls step(query head, tile of queries) for all that see the block's keys. The work is in shared memory, where the
-// last head is read again, for the sake of a register.
-template <class Step>
-inline void for_each_query_tile(const BackwardWork& work, Step&& step) {
-  const volatile int& last_head = work.query_head_end;
+// Calls step(query head, tile of queries) for all that see the block's keys, or, of a work in chains, for those of its
+// chain. The work is in shared memory, where the last head is read again, for the sake of a register.
+template <bool chains, class Step>
+inline void for_each_query_tile(const Params& params, const BackwardWork& work, Step&& step) {
+  const volatile int& chain_end = work.query_head_end;
+  const int first_head = chains ? work.query_head : work.head * params.qheads_per_khead;
   const int end = work.range.end;
 #pragma unroll 1
-  for (int head = work.query_head; head < int(last_head); ++head) {
+  for (int head = first_head; head < (chains ? int(chain_end) : first_head + params.qheads_per_khead); ++head) {
 #pragma unroll 1
     for (int m_block = work.range.begin; m_block < end; ++m_block) step(head, m_block);
   }
 }
 
-// The same in chains of at most `chain` steps, each of which end_chain(first, last) follows.
-template <class Step, class EndChain>
+// The same in chains of at most `chain` steps, each of which end_chain(first, last) follows; without chains, once.
+template <bool chains, class Step, class EndChain>
 inline void for_each_query_chain(const Params& params, const BackwardWork& work, int chain, Step&& step,
                                  EndChain&& end_chain) {
+  if constexpr (!chains) {
+    for_each_query_tile<false>(params, work, step);
+    end_chain(true, true);
+    return;
+  }
   const int begin = work.range.begin, end = work.range.end, last_head = params.qheads_per_khead - 1;
   if (begin >= end) return;
   int head = 0, m_block = begin;

@@ -12,7 +12,8 @@ namespace attention {
 // The ends of a tile that a chain may have.
 inline constexpr int first_end = 1, last_end = 2;
 
-template <class element, int m_tiles, int cols>
+// With `any` there may be chains; else none is looked for.
+template <bool any, class element, int m_tiles, int cols>
 struct Chains {
   using Statistics = Softmax<element, m_tiles>;
 
@@ -20,9 +21,10 @@ struct Chains {
   tile::LocalRows<m_tiles> base, maxima, row_sum;
 
   // The statistics of a finished tile, or of a chain of one with such ends, in `out`.
-  Statistics finished(tile::Accumulator<m_tiles, cols>& out, Statistics statistics,
-                      tile::LocalRows<m_tiles>& its_maxima, float scale, int ends) {
-    if (unlikely(ends != (first_end | last_end))) {
+  template <class Maxima>
+  Statistics finished(tile::Accumulator<m_tiles, cols>& out, Statistics statistics, Maxima& its_maxima, float scale,
+                      int ends) {
+    if (any && unlikely(ends != (first_end | last_end))) {
       end(out, statistics, its_maxima, scale, ends & first_end, ends & last_end);
     }
     statistics.settle(scale, its_maxima);
@@ -30,8 +32,9 @@ struct Chains {
   }
 
   // Takes over out and its statistics, which are a chain's; the `last` one gets what all of them have together.
-  void end(tile::Accumulator<m_tiles, cols>& out, Statistics& statistics, tile::LocalRows<m_tiles>& its_maxima,
-           float scale, bool first, bool last) {
+  template <class Maxima>
+  void end(tile::Accumulator<m_tiles, cols>& out, Statistics& statistics, Maxima& its_maxima, float scale, bool first,
+           bool last) {
     float old_factors[m_tiles][2], factors[m_tiles][2];
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {

@@ -18,12 +18,14 @@ namespace attention {
 template <class Tile, int m_tiles, int cols>
 inline bool stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& out, int warp_row, int warp_col) {
   using element = typename Tile::element;
+  static_assert(cols % 16 == 0, "fragments are looked at in pairs");
   NotFinite<element> not_finite;
 #pragma unroll
   for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = warp_row + tile::fragment_row(t, i);
+      u32 before = 0;
 #pragma unroll
       for (int j = 0; j < cols / 8; ++j) {
         const float low = out.x[t][j][2 * i], high = out.x[t][j][2 * i + 1];
@@ -31,12 +33,12 @@ inline bool stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& o
         const u32 address = staging.address(row, byte / 16) + byte % 16;
         if constexpr (is_same<element, f32>) {
           ptx::st_shared_v2(address, __float_as_uint(low), __float_as_uint(high));
-          not_finite.look(low);
-          not_finite.look(high);
+          not_finite.look(low, high);
         } else {
           const u32 packed = ptx::cvt_rn_x2<element>(low, high);
           ptx::st_shared_u32(address, packed);
-          not_finite.look(packed);
+          if (j % 2 == 1) not_finite.look(before, packed);
+          before = packed;
         }
       }
     }
@@ -61,7 +63,7 @@ inline void epilogue(const tile::Accumulator<m_tiles, cols>& out,
       }
     }
   }
-  const bool to_repair = __syncthreads_or(repairs<Config> && not_finite);
+  const bool to_repair = __syncthreads_or(not_finite);
   const tile::GlobalRows<typename Config::element> rows{work.out, params.out_strides.seqlen, params.out_strides.dim};
   const block::Chunks<Config::num_threads, Config::copy_unroll, Tile, typename Config::element> chunks(
       staging, rows, first_row, work.seqlen.q);

@@ -19,7 +19,7 @@ inline bool epilogue_direct(const tile::Accumulator<1, cols>& out,
                             const Softmax<typename Config::element, 1>& statistics, const Params& params,
                             const Work<typename Config::element>& work, int warp_row) {
   using element = typename Config::element;
-  NotFinite<element> not_finite[2];
+  NotFinite<element> not_finite;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = work.tile.m_block * Config::block_m + warp_row + tile::fragment_row(0, i);
@@ -34,9 +34,9 @@ inline bool epilogue_direct(const tile::Accumulator<1, cols>& out,
 #pragma unroll
       for (int t = 0; t < min_of(4, cols / 8 - j); ++t) {
         x[t] = ptx::cvt_rn_x2<element>(out.x[0][j + t][2 * i], out.x[0][j + t][2 * i + 1]);
-        // What spoils a column spoils it in all rows of a product: every other one tells.
-        if (repairs<Config> && i == 1) not_finite[t % 2].look(x[t]);
       }
+      not_finite.look(x[0], x[1]);
+      not_finite.look(x[2], x[3]);
       warp::quad_transpose(x);
       if (live) {
         tile::store_chunk<Config::store_bytes, Config::head_dim_v>(to, params.out_strides.dim, j + tile::lane() % 4,
@@ -44,7 +44,7 @@ inline bool epilogue_direct(const tile::Accumulator<1, cols>& out,
       }
     }
   }
-  return repairs<Config> && (not_finite[0].found() || not_finite[1].found());
+  return not_finite.found();
 }
 
 }  // namespace attention

@@ -6,13 +6,14 @@
 #include "attention/mainloop_sm90.cuh"
 #include "attention/tma_params.cuh"
 #include "ptx/setmaxnreg.cuh"
+#include "ptx/thread.cuh"
 
 namespace attention {
 
 template <class Config>
 inline void forward_sm90(const TmaParams& params) {
   using Mainloop = MainloopSm90<Config>;
-  static_assert(Config::smem_bytes >= Mainloop::smem_bytes && Config::smem_bytes < Mainloop::smem_bytes + 1024,
+  static_assert(Config::smem_bytes >= Mainloop::smem_bytes && Config::smem_bytes < Mainloop::smem_bytes + 2048,
                 "cufa/_configs.py and the tiles disagree on shared memory");
   static_assert(Config::num_threads == 128 * (1 + Mainloop::consumers), "a warpgroup loads, the others compute");
   extern __shared__ __align__(1024) char dynamic_smem[];
@@ -32,7 +33,7 @@ inline void forward_sm90(const TmaParams& params) {
     else if (threadIdx.x == 32)
       mainloop.load_tiles(params);
     if constexpr (Config::varlen) {
-      if (threadIdx.x >= 64) clear_outside<Config>(params.params, threadIdx.x / 32 - 2, 2);
+      if (ptx::tid_x() >= 64) clear_outside<Config>(params.params, ptx::tid_x() / 32 - 2, 2);
     }
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();

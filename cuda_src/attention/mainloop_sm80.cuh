@@ -66,7 +66,7 @@ struct MainloopSm80 {
     ptx::cp_async_commit_group();
     out.zero();
     statistics.init();
-    Chains<element, m_tiles, Out::cols> chains;
+    Chains<Config::chains, element, m_tiles, Out::cols> chains;
 #pragma unroll 1
     for (int n_block = range.end - 1; n_block >= range.begin; --n_block) {
       const int first_col = n_block * Config::block_n;
@@ -94,7 +94,7 @@ struct MainloopSm80 {
       warp::gemm_ab(out, scores, v, warp_col());
       const int blocks = range.end - n_block;
       const bool last = n_block == range.begin;
-      if (unlikely(last ? blocks > chain_blocks : blocks % chain_blocks == 0)) {
+      if (Config::chains && unlikely(last ? blocks > chain_blocks : blocks % chain_blocks == 0)) {
         chains.end(out, statistics, maxima, scale, blocks == chain_blocks, last);
         if (!last) statistics.init();
       }

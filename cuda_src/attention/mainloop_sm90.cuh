@@ -59,7 +59,7 @@ struct MainloopSm90 {
   struct Entry {
     Work<element> work;
     bool end;  // there is none: all are done
-    int ends;  // of the tile that its chain has
+    int ends;  // of the tile that its chain has, if there are chains
 
     // Makes the whole tile, as it was found, one of its chains.
     void take_chain(int index) {
@@ -74,7 +74,9 @@ struct MainloopSm90 {
   static constexpr int tiles_bytes = consumers * Q::bytes + Config::stages * (K::bytes + V::bytes);
   static constexpr int barriers_bytes = 2 * Keys::bytes + Tiles::bytes + consumers * Queries::bytes;
   static constexpr int entries_bytes = Tiles::stages * sizeof(Entry);
-  static constexpr int smem_bytes = tiles_bytes + barriers_bytes + entries_bytes + sizeof(i32);
+  using Maxima = tile::SharedRows<128>;
+  static constexpr int maxima_bytes = 128 * consumers * Maxima::thread_bytes;
+  static constexpr int smem_bytes = tiles_bytes + barriers_bytes + entries_bytes + maxima_bytes + sizeof(i32);
 
   u32 smem;
   Entry* entries;
@@ -89,7 +91,8 @@ struct MainloopSm90 {
   Keys keys() const { return {smem + tiles_bytes}; }
   Keys values() const { return {smem + tiles_bytes + Keys::bytes}; }
   Tiles tiles() const { return {smem + tiles_bytes + 2 * Keys::bytes}; }
-  u32 to_repair() const { return smem + tiles_bytes + barriers_bytes + entries_bytes; }  // whether some output is
+  u32 maxima() const { return smem + tiles_bytes + barriers_bytes + entries_bytes; }
+  u32 to_repair() const { return maxima() + maxima_bytes; }  // whether some output is
   Queries queries(int warpgroup) const {
     return {smem + tiles_bytes + 2 * Keys::bytes + Tiles::bytes + warpgroup * Queries::bytes};
   }
@@ -120,13 +123,13 @@ struct MainloopSm90 {
         epilogue_empty<Config, 32>(params.params, entry.work, sink(params.params, entry.work), tile::lane());
       }
       if (!idle && !empty) {
-        __syncwarp();  // all lanes have read of the whole tile
-        if (tile::lane() == 0) {
-          entry.take_chain(chain);
-          tiles().fill(at_tiles);
+        if constexpr (Config::chains) {
+          __syncwarp();  // all lanes have read of the whole tile
+          if (tile::lane() == 0) entry.take_chain(chain);
+          __syncwarp();
+          chain = entry.ends & last_end ? 0 : chain + 1;
         }
-        __syncwarp();
-        chain = entry.ends & last_end ? 0 : chain + 1;
+        if (tile::lane() == 0) tiles().fill(at_tiles);
         at_tiles.advance();
       }
       if (chain == 0) at.advance();
@@ -236,8 +239,8 @@ struct MainloopSm90 {
     Probabilities p;
     Out out;
     Statistics statistics, finished;  // of p's tile, and of the tile in `out` once that is finished
-    tile::LocalRows<1> maxima;
-    Chains<element, 1, Out::cols> chains;
+    Maxima maxima{this->maxima()};
+    Chains<Config::chains, element, 1, Out::cols> chains;
     {
       Scores scores;
       queries.wait_full(at_queries());
@@ -248,13 +251,15 @@ struct MainloopSm90 {
       if (threadIdx.x % 128 == 0 && n_block == range.begin) queries.release(at_queries());
       finish_scores(scores);
       statistics.init();
-      statistics.follow_far(scores, scale, maxima, {true, true});
+      bool far[2] = {true, true};
+      statistics.follow_far(scores, scale, maxima, far);
       tile::pack<element>(p, scores);
       if (early_steps > 0 && n_block > range.begin) keys().wait_full(at_keys);
     }
     // Each step begins the scores of a block and P·V of the block before, then turns the scores into the next P.
-    bool first = true;           // p is of its tile's first block: P·V begins the output
-    bool unwritten_out = false;  // `out` is finished, but not written
+    out.zero();
+    bool unwritten_out =
+        false;  // `out` is finished, but not written; and p is of the next tile, whose output it begins
     while (true) {
       const bool seam = n_block == range.begin;  // p is of its tile's last block, and the next tile's scores come
       if (unlikely(seam)) {
@@ -273,14 +278,14 @@ struct MainloopSm90 {
       --n_block;
       Scores scores;
       turn.take();
-      const int own = Config::head_dim > 192 ? ptx::opaque(warpgroup) : warpgroup;  // else descriptors take registers
+      const int own = Config::head_dim > 160 ? ptx::opaque(warpgroup) : warpgroup;  // else descriptors take registers
       warpgroup::gemm_abt<Config::head_dim>(scores, q(own), k(at_keys.stage()));
       if (unlikely(unwritten_out)) {  // this takes a while, and P·V has to wait for it
         turn.pass();
         write(out, finished, params, at_tiles.before(seam ? 2 : 1));
       }
       values().wait_full(at_values);
-      warpgroup::gemm_ab(out, p, v(at_values.stage()), !first);
+      warpgroup::gemm_ab(out, p, v(at_values.stage()), !unwritten_out);
       if (!Config::whole_turns && !unwritten_out) turn.pass();
       warpgroup::wait<1>(scores);
       release(keys(), at_keys);
@@ -308,16 +313,19 @@ struct MainloopSm90 {
       if (unlikely(!accepted)) {  // the textbook's way
         statistics.follow_far(scores, scale, maxima, far);
         if (!seam) statistics.rescale(out);
-        tile::pack<element>(p, scores);
+        // Other rows of p have these bits already. To ask keeps the copies of early steps among the exponentials; else
+        // the compiler puts them on the way around this, behind all that can run beside them. Two are left there, where
+        // registers are few.
+        tile::pack_rows<element, early_steps <= 2 ? 0 : early_steps>(p, scores, far);
       }
-      first = unwritten_out = seam;
+      unwritten_out = seam;
     }
     // What is left: the output of the tile before, if the last has a single block, and that of the last.
 #pragma unroll 1
     for (bool last = !unwritten_out;; last = true) {
       if (last) {
         values().wait_full(at_values);
-        warpgroup::gemm_ab(out, p, v(at_values.stage()), !first);
+        warpgroup::gemm_ab(out, p, v(at_values.stage()), !unwritten_out);
         warpgroup::wait<0>(out, p);
         finished = chains.finished(out, statistics, maxima, scale, entries[at_tiles.previous().stage()].ends);
       }
@@ -332,7 +340,7 @@ struct MainloopSm90 {
   // Writes a tile's output, if `out` has all of it, and gives back what is known of the tile.
   void write(Out& out, Statistics& statistics, const Params& params, typename Tiles::Cursor at) const {
     const Entry& entry = entries[at.stage()];
-    if (likely(entry.ends & last_end)) {
+    if (!Config::chains || likely(entry.ends & last_end)) {
       statistics.finish(out, sink(params, entry.work));
       if (unlikely(epilogue_direct<Config>(out, statistics, params, entry.work, warp_row()))) {
         ptx::st_shared_u32(to_repair(), 1);
@@ -346,7 +354,7 @@ struct MainloopSm90 {
   // more.
   void repair_tiles(const TmaParams& params, int warpgroup) const {
     __syncwarp();
-    if (!repairs<Config> || likely(ptx::ld_shared_u32(to_repair()) == 0)) return;
+    if (likely(ptx::ld_shared_u32(to_repair()) == 0)) return;
     // Where the warp's rows of Q were, which it needs no more.
     struct Place {
       Work<element> work;

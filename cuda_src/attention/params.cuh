@@ -35,6 +35,7 @@ struct Params {
   i32 m_units;                              // what thread blocks are given, a head: tiles, or pairs of them
   i32 units_per_block;                      // of those that a block finds by itself, one after the other
   i32 clear_out;                            // whether rows of `out` that are no sequence's are to hold zeros
+  float exponent_scale;                     // softmax_scale · log2 e
 };
 
 }  // namespace attention

@@ -1,8 +1,9 @@
 // attention: rows whose output is not finite, computed once more, key by key.
 //
-// In a tile's products a key that a row does not see has probability 0, but 0 times NaN or infinity is NaN; and sums
-// that are not yet divided may overflow where their mean does not. Both show in the output, seldom, and then the rows'
-// columns where they do are made anew: only keys that the row sees are read, and a mean is kept instead of sums.
+// In a tile's products a key that a row does not see has probability 0, but 0 times NaN or infinity is NaN. Sums that
+// are not yet divided may overflow where their mean does not, and so may means of the largest numbers by probabilities
+// that were rounded. All show in the output, seldom, and then the rows' columns where they do are made anew: only keys
+// that the row sees are read, probabilities stay float32, and sums of the largest numbers are kept small.
 #pragma once
 
 #include "attention/block_range.cuh"
@@ -12,24 +13,33 @@
 #include "core/math.cuh"
 #include "core/types.cuh"
 #include "ptx/convert.cuh"
-#include "ptx/finite.cuh"
+#include "ptx/fma.cuh"
 #include "ptx/math.cuh"
 #include "ptx/opaque.cuh"
 #include "tile/accumulator.cuh"
 
 namespace attention {
 
-// Whether outputs may have to be: where there is a mask, or values for which float32 sums may be too small.
-template <class Config>
-inline constexpr bool repairs = Config::causal || Config::window || !is_same<typename Config::element, f16>;
-
-// Whether something that was written is not finite; one of them speaks for all of its rows.
+// Whether something that was written is not finite. Infinity times anything is not: so, where the range is wide, one
+// multiply-add looks at two numbers. Those above 2^62 may then be taken for infinite, and looked at once more in vain.
 template <class element>
 struct NotFinite {
   u32 seen = 0;
 
-  void look(u32 packed) { ptx::fma_zero_x2<element>(seen, packed); }
-  bool found() const { return (seen & 0x7fff7fff) != 0; }
+  void look(u32 packed, u32 other) {
+    if constexpr (is_same<element, bf16>) {
+      ptx::fma_x2<element>(seen, packed, other);
+    } else {
+      ptx::fma_x2<element>(seen, packed, 0);
+      ptx::fma_x2<element>(seen, other, 0);
+    }
+  }
+
+  bool found() const {
+    u32 nothing = 0;
+    ptx::fma_x2<element>(nothing, seen, 0);
+    return (nothing & 0x7fff7fff) != 0;
+  }
 };
 
 // Of sums that are still float32: what overflows only in float16 is not looked for.
@@ -37,7 +47,7 @@ template <>
 struct NotFinite<f32> {
   float seen = 0.0f;
 
-  void look(float x) { seen = fmaf(x, 0.0f, seen); }
+  void look(float x, float y) { seen = fmaf(x, y, seen); }
 
   template <int m_tiles, int cols>
   void look_at(const tile::Accumulator<m_tiles, cols>& sums) {
@@ -45,13 +55,13 @@ struct NotFinite<f32> {
     for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
       for (int j = 0; j < cols / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) look(sums.x[t][j][e]);
+        look(sums.x[t][j][0], sums.x[t][j][1]);
+        look(sums.x[t][j][2], sums.x[t][j][3]);
       }
     }
   }
 
-  bool found() const { return seen != 0.0f; }
+  bool found() const { return !(fabsf(seen) <= largest_float); }
 };
 
 // A lane's columns of a row: lane, lane + 32, and so on.
@@ -100,13 +110,46 @@ struct LaneColumns {
   }
 };
 
-// a · a_weight + b · b_weight, where the weights are 1 together but for their rounding, which must not make infinity of
-// the largest numbers.
-inline float mean_of(float a, float a_weight, float b, float b_weight) {
-  const float mean = fmaf(a, a_weight, b * b_weight);
-  const bool finite = fabsf(a) <= largest_float && fabsf(b) <= largest_float;
-  return finite && fabsf(mean) == infinity ? copysignf(largest_float, mean) : mean;
-}
+// Weighted sums of a lane's columns of v. Of columns that hold numbers near the largest they are kept 2^-24 times as
+// large, so that they do not overflow.
+template <class Columns>
+struct WeightedSums {
+  static constexpr float large = float(1ull << 50) * float(1ull << 50), shrunk = 1.0f / (1 << 24);
+
+  Columns sums;
+  float factors[Columns::count];
+
+  void clear() {
+    sums.clear();
+#pragma unroll
+    for (int i = 0; i < Columns::count; ++i) factors[i] = 1.0f;
+  }
+
+  // sums ← kept · sums + weight · row. True if all of `columns` are NaN, as they then stay.
+  bool add(float kept, float weight, const Columns& row, u32 columns) {
+    bool settled = true;
+#pragma unroll
+    for (int i = 0; i < Columns::count; ++i) {
+      if (fabsf(row.x[i]) > large && factors[i] == 1.0f) {
+        factors[i] = shrunk;
+        sums.x[i] *= shrunk;
+      }
+      sums.x[i] = fmaf(weight, row.x[i] * factors[i], kept * sums.x[i]);
+      settled &= !(columns >> i & 1) || sums.x[i] != sums.x[i];
+    }
+    return __all_sync(0xffffffffu, settled);
+  }
+
+  // sums ← factor · sums, which are means then. Of finite numbers rounding must not make infinity.
+  void finish(float factor) {
+#pragma unroll
+    for (int i = 0; i < Columns::count; ++i) {
+      const float small = factor * sums.x[i], mean = small / factors[i];
+      const bool overflows = fabsf(mean) == infinity && fabsf(small) <= largest_float;
+      sums.x[i] = overflows ? copysignf(largest_float, mean) : mean;
+    }
+  }
+};
 
 // One warp: rows [first_row, first_row + rows) of the work's tiles, as far as they are live and not finite.
 template <class Config>
@@ -130,9 +173,10 @@ inline void repair(const Params& all, const Work<typename Config::element>& work
     const int head_k = head / params.qheads_per_khead;
     const typename Config::variant variant(params, work.tile.batch, head);
     Qk q, k;
-    Out v, mean;
+    Out v;
+    WeightedSums<Out> sums;
     q.load(work.origin(params.q, params.q_strides, head, seqlen.q_first_row + row), params.q_strides.dim);
-    mean.clear();
+    sums.clear();
     float row_max = -infinity, sum = 0.0f;  // of exponentials relative to row_max
     const int last = Span::last(params, seqlen, row);
 #pragma unroll 1
@@ -142,28 +186,21 @@ inline void repair(const Params& all, const Work<typename Config::element>& work
       const float score = variant.score(q.dot(k) * params.softmax_scale, float(row + seqlen.diagonal() - key));
       const float new_max = fminf(fmaxf(row_max, score), largest_float);
       const float subtracted = new_max == -infinity ? 0.0f : new_max;
-      const float kept = sum * ptx::ex2_approx_ftz((row_max - subtracted) * log2_e);
+      const float kept = ptx::ex2_approx_ftz((row_max - subtracted) * log2_e);
       const float p = ptx::ex2_approx_ftz((score - subtracted) * log2_e);
-      sum = kept + p;
+      sum = fmaf(kept, sum, p);
       row_max = new_max;
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      bool settled = true;  // the columns are NaN, and so they stay
-#pragma unroll
-      for (int i = 0; i < Out::count; ++i) {
-        mean.x[i] = mean_of(mean.x[i], kept * inverse, v.x[i], p * inverse);
-        settled &= !(columns >> i & 1) || mean.x[i] != mean.x[i];
-      }
-      if (__all_sync(0xffffffffu, settled)) break;
+      if (sums.add(kept, p, v, columns)) break;
     }
+    float kept = 1.0f;
     if (Config::sinks) {
       const float sink = params.sinks[head * params.sinks_stride];
       const float top = fminf(fmaxf(row_max, sink), largest_float), subtracted = top == -infinity ? 0.0f : top;
-      const float kept = sum * ptx::ex2_approx_ftz((row_max - subtracted) * log2_e);
-      const float all = kept + ptx::ex2_approx_ftz((sink - subtracted) * log2_e);
-#pragma unroll
-      for (int i = 0; i < Out::count; ++i) mean.x[i] *= all == 0.0f ? 0.0f : kept / all;
+      kept = ptx::ex2_approx_ftz((row_max - subtracted) * log2_e);
+      sum = fmaf(kept, sum, ptx::ex2_approx_ftz((sink - subtracted) * log2_e));
     }
-    mean.store(to, params.out_strides.dim, 1.0f, columns);
+    sums.finish(sum == 0.0f ? 0.0f : kept / sum);
+    sums.sums.store(to, params.out_strides.dim, 1.0f, columns);
   }
 }
 

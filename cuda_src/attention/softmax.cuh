@@ -16,8 +16,8 @@ namespace attention {
 //
 // An exponent is one multiply-add, fma(score, scale, -base). The rounding of the base is the same in every exponent of
 // the row and cancels, as long as it is small against 1. Where scores are too large for that, a row is steep: its base
-// is NaN, its maximum is in `maxima`, and scores are subtracted before they are scaled. The base of a row that has seen
-// no key is -infinity.
+// is NaN, its maximum is in `maxima`, a LocalRows or SharedRows, and scores are subtracted before they are scaled. The
+// base of a row that has seen no key is -infinity.
 template <class element, int m_tiles>
 struct Softmax {
   static constexpr float slack = 8.0f, steep = 1 << 22;
@@ -45,32 +45,34 @@ struct Softmax {
 
   // Takes in a block of scores, which become exponentials: the maxima of m-tile t follow where they exceed those before
   // by more than slack, and out is rescaled.
-  template <int block_n, int out_cols>
+  template <int block_n, int out_cols, class Maxima>
   void update(tile::Accumulator<m_tiles, block_n>& scores, tile::Accumulator<m_tiles, out_cols>& out, float scale,
-              tile::LocalRows<m_tiles>& maxima, int t) {
+              Maxima& maxima, int t) {
     const float over[2] = {slack, slack};
     const bool stepped = advance(scores, scale, maxima, over, t);
     if (__any_sync(0xffffffffu, stepped)) rescale(out, t);
   }
 
-  // The same for the rows that `accept` found `far`, on any lane of the quad, and whatever they exceed them by; out is
-  // to be rescaled after that.
-  template <int block_n>
-  void follow_far(tile::Accumulator<m_tiles, block_n>& scores, float scale, tile::LocalRows<m_tiles>& maxima,
-                  const bool (&far)[2]) {
+  // The same for the rows that `accept` found `far`, on any lane of the quad, and then on all of them, and whatever
+  // they exceed them by; out is to be rescaled after that.
+  template <int block_n, class Maxima>
+  void follow_far(tile::Accumulator<m_tiles, block_n>& scores, float scale, Maxima& maxima, bool (&far)[2]) {
     float over[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) over[i] = warp::quad_max(float(far[i])) > 0.0f ? 0.0f : infinity;
+    for (int i = 0; i < 2; ++i) {
+      far[i] = warp::quad_max(float(far[i])) > 0.0f;
+      over[i] = far[i] ? 0.0f : infinity;
+    }
     advance(scores, scale, maxima, over, 0);
   }
 
   // The maxima of m-tile t follow where they exceed those before by more than `over`, and scores become exponentials.
   // True if some of the thread's did.
-  template <int block_n>
-  bool advance(tile::Accumulator<m_tiles, block_n>& scores, float scale, tile::LocalRows<m_tiles>& maxima,
-               const float (&over)[2], int t) {
+  template <int block_n, class Maxima>
+  bool advance(tile::Accumulator<m_tiles, block_n>& scores, float scale, Maxima& maxima, const float (&over)[2],
+               int t) {
     const float block_max[2] = {maximum(scores, t, 0), maximum(scores, t, 1)};
-    const bool steep = is_or_gets_steep(block_max[0], scale, t, 0) || is_or_gets_steep(block_max[1], scale, t, 1);
+    const bool steep = is_or_gets_steep(block_max[0], scale, t, 0) | is_or_gets_steep(block_max[1], scale, t, 1);
     bool stepped = true;
     if (unlikely(__any_sync(0xffffffffu, steep))) {
 #pragma unroll
@@ -90,8 +92,9 @@ struct Softmax {
     return stepped;
   }
 
+  // Without a branch, as the operators that stop early would make one.
   bool is_or_gets_steep(float block_max, float scale, int t, int i) const {
-    return is_steep(base[t][i]) || (fabsf(block_max * scale) > steep && block_max > -infinity);
+    return is_steep(base[t][i]) | (fabsf(block_max * scale) > steep & block_max > -infinity);
   }
 
   // At most the largest number: a score of infinity then has an infinite probability, not a NaN that looks like any.
@@ -115,7 +118,8 @@ struct Softmax {
   }
 
   // The same of a row that may be steep, or become so, where the maximum exceeds that before by more than `over`.
-  void follow_steeply(float block_max, float scale, float over, tile::LocalRows<m_tiles>& maxima, int t, int i) {
+  template <class Maxima>
+  void follow_steeply(float block_max, float scale, float over, Maxima& maxima, int t, int i) {
     const float exponent = block_max * scale, old_base = base[t][i];
     float higher = exponent + shift - old_base;  // infinite where the first key is seen, NaN where still none is
     if (is_steep(old_base)) higher = (block_max - maxima.load(t, i)) * scale;
@@ -142,9 +146,8 @@ struct Softmax {
 
   // scores ← exponentials, and their sums. In a row that is not steep, `any_steep` or not gives the same bits. A row
   // that has seen no key subtracts 0, not -infinity, which would give NaN.
-  template <bool any_steep, int block_n>
-  void exponentiate(tile::Accumulator<m_tiles, block_n>& scores, float scale, const tile::LocalRows<m_tiles>& maxima,
-                    int t = 0) {
+  template <bool any_steep, int block_n, class Maxima>
+  void exponentiate(tile::Accumulator<m_tiles, block_n>& scores, float scale, const Maxima& maxima, int t = 0) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float first = 0.0f, then = base[t][i] == -infinity ? 0.0f : base[t][i];
@@ -201,7 +204,8 @@ struct Softmax {
   }
 
   // Gives steep rows a base, as is fit for `finish` and for nothing else.
-  void settle(float scale, const tile::LocalRows<m_tiles>& maxima) {
+  template <class Maxima>
+  void settle(float scale, const Maxima& maxima) {
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll

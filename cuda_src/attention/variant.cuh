@@ -87,7 +87,7 @@ struct Variant<Term, Rest...> {
 // softmax's multiply-add and apply() does nothing.
 template <class Variant>
 inline float exponent_scale(const Params& params) {
-  return Variant::empty ? params.softmax_scale * log2_e : log2_e;
+  return Variant::empty ? params.exponent_scale : log2_e;
 }
 
 template <class Variant, int m_tiles, int block_n>

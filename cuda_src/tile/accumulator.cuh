@@ -80,6 +80,20 @@ inline void pack(Operand<cols>& operand, const Accumulator<1, cols>& from) {
   }
 }
 
+// The same, but of the first `steps` steps only rows i of the thread's that are `chosen`.
+template <class element, int steps, int cols>
+inline void pack_rows(Operand<cols>& operand, const Accumulator<1, cols>& from, const bool (&chosen)[2]) {
+  Operand<cols> packed;
+  pack<element>(packed, from);
+#pragma unroll
+  for (int s = 0; s < cols / 16; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (s >= steps || chosen[i % 2]) operand.x[s][i] = packed.x[s][i];
+    }
+  }
+}
+
 }  // namespace tile
 
 namespace warp {

@@ -6,6 +6,8 @@
 #pragma once
 
 #include "ptx/local.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/thread.cuh"
 #include "tile/accumulator.cuh"
 
 namespace tile {
@@ -25,6 +27,18 @@ struct LocalRows {
   void store(int t, int i, float value) {
     ptx::st_local_f32(ptx::local_address(x) + (2 * t + i) * sizeof(float), value);
   }
+};
+
+// The same in shared memory, of one m-tile, for threads from first_thread on. Wherever local memory appears the
+// compiler holds in registers of each thread what all of them share, which some loops cannot spare.
+template <int first_thread>
+struct SharedRows {
+  static constexpr int thread_bytes = 2 * sizeof(float);
+  u32 base;
+
+  u32 address(int i) const { return base + (ptx::tid_x() - first_thread) * thread_bytes + i * sizeof(float); }
+  float load(int, int i) const { return __uint_as_float(ptx::ld_shared_u32(address(i))); }
+  void store(int, int i, float value) { ptx::st_shared_u32(address(i), __float_as_uint(value)); }
 };
 
 template <int m_tiles, int cols>
@@ -63,9 +77,8 @@ struct LocalSums {
   }
 };
 
-// The same in other memory, where the numbers of one thread are `threads` apart, and where all terms count alike. With
-// local memory the compiler holds what all threads of a block share in registers of each, which some loops cannot
-// spare.
+// The same in other memory, where the numbers of one thread are `threads` apart, and where all terms count alike; see
+// SharedRows.
 template <int threads, int cols>
 inline void take_over(Accumulator<1, cols>& sums, float* memory, bool first, bool last) {
 #pragma unroll
