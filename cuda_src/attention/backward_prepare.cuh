@@ -123,8 +123,8 @@ inline void prepare_rows(const BackwardParams& params, const RowTile& tile) {
         uint4 words;
         element elements[chunk_elements];
       } a, b;
-      a.words = tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(out + row * params.forward.out_strides.seqlen,
-                                                                         params.forward.out_strides.dim, chunk);
+      a.words = tile::load_chunk<Config::out_copy_bytes, Config::head_dim_v>(
+          out + row * params.forward.out_strides.seqlen, params.forward.out_strides.dim, chunk);
       b.words = tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(dout + row * params.dout_strides.seqlen,
                                                                          params.dout_strides.dim, chunk);
 #pragma unroll
