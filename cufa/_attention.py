@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import _arrays, _jit, _launch, _params, _plan, _problem, _tensor_map
+from . import _align, _arrays, _jit, _launch, _params, _plan, _problem, _tensor_map
+from ._align import Copies
 from ._arrays import CPU, Arrays
 from ._configs import ConfigSm90
-from ._launch import Launch
+from ._launch import Copying, Launch
 from ._problem import OUT, Problem
 
 NO_OFFSETS = (0, 0, 0)
@@ -100,6 +101,10 @@ def attention(
     Dao, *FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning*, 2023. Results are bitwise
     repeatable, and a row does not depend on what else is in the batch. All arguments are checked before anything is
     written.
+
+    On a GPU 16-bit arrays q, k and v that cannot be copied 16 bytes at a time, as if head_dim is odd, are first copied
+    into rows that can, where there are queries enough for that to pay. For as long as the call takes, the copies need
+    memory from the caller's framework: as much as the arrays, with rows rounded up to 16 bytes.
 
     Examples
     --------
@@ -234,19 +239,71 @@ def run(
     lse: Array | None,
     pointers: list[int],
     stream: int | None = None,
+    workspace: tuple[int, int] | None = None,
 ) -> None:
-    """Compute out and lse: on the CPU, or by one launch on `stream`, by default the caller's."""
+    """Compute out and lse: on the CPU, or by a launch on `stream`, by default the caller's.
+
+    `workspace` is the address of memory for copies, and how many float32 numbers it holds. By default there is as much
+    as is needed.
+    """
     if problem.device == CPU:
         _run_on_cpu(arrays, problem, out, lse)
         return
     if stream is None:
         stream = arrays.stream(problem.device)
-    launch = problem.memo.get("launch") or prepare(problem, stream)
-    launch(pointers, stream, arrays.adapter.current_device())
+    launch = problem.memo.get("launch")
+    current_device = arrays.adapter.current_device()
+    if launch is None:  # the first call, or one of arrays that are copied first
+        launch, copying = prepare(problem, stream, None if workspace is None else workspace[1])
+        if copying is not None:
+            # Freed when this returns: the framework hands it out again only to what comes later on the stream.
+            _memory, address = (None, workspace[0]) if workspace else arrays.empty((copying.floats,), "float32")
+            pointers = copying(pointers, address, stream, current_device)
+    launch(pointers, stream, current_device)
 
 
-def prepare(problem: Problem, stream: int) -> Launch:
-    """Choose, compile and load the kernel of `problem`: once, after which it is remembered with the problem."""
+def prepare(problem: Problem, stream: int, most_floats: int | None = None) -> tuple[Launch, Copying | None]:
+    """Choose, compile and load the kernel of `problem`, and the one that copies arrays for it, if they should be.
+
+    Once, after which they are remembered with the problem: where nothing is copied, as its launch. Where copies would
+    take more than `most_floats` numbers, there are none.
+    """
+    copies = copies_of(problem)
+    if copies is None:
+        problem.memo["launch"] = launch = _load(problem, stream)
+        return launch, None
+    copied = most_floats is None or copies.floats <= most_floats
+    key = f"launch, copied={copied}"
+    known: tuple[Launch, Copying | None] | None = problem.memo.get(key)
+    if known is None:
+        copying = load_copying(copies, stream) if copied else None
+        known = problem.memo[key] = _load(copies.problem if copied else problem, stream), copying
+    return known
+
+
+def copies_of(problem: Problem) -> Copies | None:
+    """What is copied for a problem, on its GPU."""
+    if "copies" not in problem.memo:
+        problem.memo["copies"] = _align.copies_of(problem, _launch.device(problem.device).arch)
+    copies: Copies | None = problem.memo["copies"]
+    return copies
+
+
+def load_copying(copies: Copies, stream: int) -> Copying:
+    """Compile and load the kernel that copies."""
+    problem = copies.problem
+    device = _launch.device(problem.device)
+    plan = _plan.make_align_plan(device.arch)
+    (kernel,) = _jit.load_kernel(plan, problem.device, stream)
+    blocks = _plan.make_align_blocks(plan, copies, device.num_sms)
+    params, layout = _params.pack_align(copies), _params.ALIGN_POINTER_LAYOUT
+    threads = plan.config.num_threads
+    launch = Launch(_jit.describe(plan), kernel, problem.device, blocks, threads, 0, params, layout=layout)
+    return Copying(launch, copies, _problem.read_by_tiles(problem.function))
+
+
+def _load(problem: Problem, stream: int) -> Launch:
+    """Choose, compile and load the kernel of a problem as it is."""
     assert problem.static is not None
     device = _launch.device(problem.device)
     plan = _plan.make_plan(problem.static, device.arch)
@@ -259,9 +316,7 @@ def prepare(problem: Problem, stream: int) -> Launch:
         params = (maps.encoded + params + _params.pack_deal(grid)).ljust(_params.TMA_SIZE, b"\0")
         shifts = maps.shifts
     what = _jit.describe(plan)
-    launch = Launch(what, kernel, problem.device, grid.blocks, config.num_threads, config.smem_bytes, params, shifts)
-    problem.memo["launch"] = launch
-    return launch
+    return Launch(what, kernel, problem.device, grid.blocks, config.num_threads, config.smem_bytes, params, shifts)
 
 
 def _run_on_cpu(arrays: Arrays, problem: Problem, out: Array, lse: Array | None) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import _arrays, _jit, _launch, _params, _plan, _problem, _tensor_map
+from ._align import WORKSPACE_ALIGNMENT
 from ._arrays import CPU, Arrays
-from ._attention import NO_OFFSETS, Array, interop_jax
+from ._attention import NO_OFFSETS, Array, copies_of, interop_jax, load_copying
 from ._configs_backward import ConfigBackward
-from ._launch import BackwardLaunch
+from ._launch import BackwardLaunch, Copying
 from ._plan import BackwardGrid, Plan
 from ._problem import NAMES, Problem
 
@@ -88,7 +89,7 @@ def attention_backward(
     head_dim rounded up to 32 or 64, and 8 for each row; on Hopper above head_dim 128 only the latter. Packed sequences
     take at most twice the former if they have 128 rows on average, and at most five times as much if they have fewer;
     none of it on Hopper below 16. To the latter they add 32 bytes for each of them that has rows, and 16 for each that
-    has not, in all.
+    has not, in all. Copies of q, k, v and dout, as `attention` makes of arrays that are not aligned, come on top.
 
     Dao, *FlashAttention-2*, 2023, Algorithm 2.
 
@@ -198,19 +199,30 @@ def _run(function: str, given: tuple[Any, ...], options: tuple[Any, ...], determ
 def _run_on_gpu(arrays: Arrays, problem: Problem, gradients: list[int], deterministic: bool) -> None:
     """Launch the kernels on the caller's stream; `gradients` are the addresses of dq, dk, dv and dsinks."""
     stream = arrays.stream(problem.device)
-    launch, workspace = prepare(problem, deterministic, stream)
+    kernels, workspace = prepare(problem, deterministic, stream)
     # Freed when this returns: the framework hands it out again only to what comes later on the stream.
     _memory, address = arrays.empty((workspace.floats,), "float32")
-    enqueue(launch, arrays, gradients, workspace, address, stream)
+    enqueue(kernels, arrays, gradients, workspace, address, stream)
+
+
+class Kernels(NamedTuple):
+    """What a call launches: what copies arrays first, if they should be, and the gradients' kernels."""
+
+    copying: Copying | None
+    launch: BackwardLaunch
 
 
 def enqueue(
-    launch: BackwardLaunch, arrays: Arrays, gradients: list[int], workspace: Workspace, address: int, stream: int
+    kernels: Kernels, arrays: Arrays, gradients: list[int], workspace: Workspace, address: int, stream: int
 ) -> None:
     """Enqueue the kernels; the workspace is at `address`."""
     q, k, v, alibi_slopes, sinks, out, *others = arrays.pointers
     dout, lse, dlse = others[-6:-3]
     offsets = others[:-6] or NO_OFFSETS
+    copying, launch = kernels
+    if copying is not None:
+        memory = address + 4 * workspace.copies
+        q, k, v, dout = copying([q, k, v, dout], memory, stream, arrays.adapter.current_device())
     launch(
         [q, k, v, out, lse, alibi_slopes, sinks, *offsets],
         [dout, dlse, *gradients, *(address + 4 * offset for offset in workspace.offsets)],
@@ -225,20 +237,33 @@ class Workspace(NamedTuple):
     ----------
     offsets : tuple of int
         Of row_lse, row_delta, dq_sum, turns, next_unit, heads_done, offsets_q, offsets_k, not_finite and chains.
+    copies : int
+        Of copies of arrays.
     floats : int
         All of it.
     """
 
     offsets: tuple[int, ...]
+    copies: int
     floats: int
 
 
-def prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[BackwardLaunch, Workspace]:
+def prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[Kernels, Workspace]:
     """Choose, compile and load the kernels: once, after which they are remembered with the problem."""
     key = f"launch, deterministic={deterministic}"
-    known: tuple[BackwardLaunch, Workspace] | None = problem.memo.get(key)
+    known: tuple[Kernels, Workspace] | None = problem.memo.get(key)
     if known is not None:
         return known
+    workspace = workspace_of(problem, deterministic)
+    copies = copies_of(problem)
+    copying = None if copies is None else load_copying(copies, stream)
+    kernels = Kernels(copying, _load(problem if copies is None else copies.problem, deterministic, stream))
+    problem.memo[key] = kernels, workspace
+    return kernels, workspace
+
+
+def _load(problem: Problem, deterministic: bool, stream: int) -> BackwardLaunch:
+    """Choose, compile and load the gradients' kernels for a problem as it is."""
     plan, grid = _plan_and_grid(problem, deterministic)
     functions = _jit.load_kernel(plan, problem.device, stream)
     config = plan.config
@@ -247,10 +272,7 @@ def prepare(problem: Problem, deterministic: bool, stream: int) -> tuple[Backwar
         maps = _tensor_map.make_backward_maps(problem, config)
     argument = maps.encoded + _params.pack_backward(problem, grid)
     shapes = list(zip(grid.blocks, plan.threads, plan.smem_bytes, strict=True))
-    launch = BackwardLaunch(_jit.describe(plan), functions, problem.device, shapes, argument, maps.shifts)
-    workspace = _workspace(plan, grid, problem)
-    problem.memo[key] = launch, workspace
-    return launch, workspace
+    return BackwardLaunch(_jit.describe(plan), functions, problem.device, shapes, argument, maps.shifts)
 
 
 def _plan_and_grid(problem: Problem, deterministic: bool) -> tuple[Plan, BackwardGrid]:
@@ -262,10 +284,14 @@ def _plan_and_grid(problem: Problem, deterministic: bool) -> tuple[Plan, Backwar
 
 def workspace_of(problem: Problem, deterministic: bool) -> Workspace:
     """The memory that a call will need."""
-    return _workspace(*_plan_and_grid(problem, deterministic), problem)
+    copies = copies_of(problem)
+    if copies is not None:
+        problem = copies.problem
+    copied = 0 if copies is None else copies.floats
+    return _workspace(*_plan_and_grid(problem, deterministic), problem, copied)
 
 
-def _workspace(plan: Plan, grid: BackwardGrid, problem: Problem) -> Workspace:
+def _workspace(plan: Plan, grid: BackwardGrid, problem: Problem, copied: int) -> Workspace:
     config = plan.config
     assert isinstance(config, ConfigBackward)
     heads = problem.num_heads_q * (1 if problem.varlen else problem.batch)
@@ -283,7 +309,7 @@ def _workspace(plan: Plan, grid: BackwardGrid, problem: Problem) -> Workspace:
     for before, size in sizes:
         offsets.append(end + before)
         end = -(-(end + before + size) // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
-    return Workspace(tuple(offsets), end)
+    return Workspace(tuple(offsets), end, end + copied)
 
 
 def _chain_floats(plan: Plan, grid: BackwardGrid, problem: Problem) -> int:
@@ -302,10 +328,6 @@ LONGEST_SUM = 1 << 15
 
 PADDING_ROWS = 128
 """``padding_rows`` in attention/backward_work.cuh."""
-
-
-WORKSPACE_ALIGNMENT = 64
-"""In float32 numbers."""
 
 
 def run_on_cpu(arrays: Arrays, problem: Problem, gradients: list[Any], dsinks: Any) -> None:

@@ -119,6 +119,21 @@ class ConfigSm90(Config):
     whole_turns: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConfigAlign:
+    """The members of the C++ ``Config`` of ``cuda_src/attention/align.cuh``, which serves all arrays.
+
+    Attributes
+    ----------
+    num_threads : int
+    blocks_per_sm : int
+        Thread blocks that an SM is to hold at a time, which leaves them so many registers.
+    """
+
+    num_threads: int
+    blocks_per_sm: int
+
+
 def forward_sm80(static: Static, arch: int) -> ConfigSm80:
     """Config of the mma.sync forward for compute capability `arch` (80 for 8.0)."""
     block_m, block_n, warps, column_warps = _tile_sm80(static, arch)

@@ -15,8 +15,8 @@ class ConfigBackward(Config):
 
     Attributes
     ----------
-    copy_bytes : int
-        Widest copy that all rows allow that are not read through tensor maps.
+    copy_bytes, out_copy_bytes : int
+        Widest copy that all rows allow that are not read through tensor maps, and those of out.
     deterministic : bool
         Whether blocks of keys add to dq in a fixed order.
     dq_threads : int
@@ -29,6 +29,7 @@ class ConfigBackward(Config):
     """
 
     copy_bytes: int
+    out_copy_bytes: int
     deterministic: bool
     dq_threads: int
     finishes: bool = False
@@ -99,6 +100,7 @@ def backward_sm80(static: Static, arch: int, deterministic: bool, average_rows: 
         stages=tile.stages,
         smem_bytes=size * keys + tile.stages * queries,
         copy_bytes=static.copy_bytes,
+        out_copy_bytes=static.out_copy_bytes,
         copy_unroll=1 if static.copy_bytes < 16 or static.element == "f32" else 2,
         deterministic=deterministic,
         sums_by_rows=static.varlen and average_rows < tile.block_m,
@@ -161,6 +163,7 @@ def backward_sm90(static: Static, deterministic: bool, average_rows: int) -> Con
         num_threads=128 * (1 + block_n // WARPGROUP_ROWS),
         smem_bytes=_round_up(tiles + rows + _barriers_bytes(*[STAGES] * 4, 1, 1, 1, sums_stages, sums_stages), 16),
         copy_bytes=static.copy_bytes,
+        out_copy_bytes=static.out_copy_bytes,
         deterministic=deterministic,
         dq_threads=2 * block_n,
         finishes=not static.varlen,
@@ -188,6 +191,7 @@ def backward_split_sm90(static: Static) -> ConfigBackwardSm90:
         num_threads=3 * 128,
         smem_bytes=max(keys, queries),
         copy_bytes=static.copy_bytes,
+        out_copy_bytes=static.out_copy_bytes,
         deterministic=False,  # in no order: nothing is added up in memory
         dq_threads=2 * 128,
         producer_registers=producer_registers,

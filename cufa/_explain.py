@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import _arrays, _jit, _launch, _plan, _problem
+from . import _arrays, _attention, _jit, _launch, _plan, _problem
+from ._align import Copies
 from ._arrays import CPU
 from ._problem import Problem
 from .errors import UnsupportedError
@@ -139,9 +140,23 @@ return_lse, out
     return _explain_kernel(problem)
 
 
+def _said(copies: Copies) -> str:
+    """What is copied, in words."""
+    names = [each.name for each in copies.made]
+    what = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    memory = -(-4 * copies.floats // (1 << 20))
+    are = "is" if len(names) == 1 else "are"
+    return f"{what} {are} copied first, into rows aligned to 16 bytes, for which it takes {memory} MiB while it runs"
+
+
 def _explain_kernel(problem: Problem) -> Explanation:
     assert problem.static is not None
     device = _launch.device(problem.device)
+    copies = _attention.copies_of(problem)
+    if copies is not None:
+        _jit.entry_of(_plan.make_align_plan(device.arch))
+        problem = copies.problem
+    assert problem.static is not None
     plan = _plan.make_plan(problem.static, device.arch)
     grid = _plan.make_grid(plan, problem, device.num_sms)
     if _jit.is_loaded(plan, problem.device):
@@ -155,7 +170,7 @@ def _explain_kernel(problem: Problem) -> Explanation:
         kernel=f"{plan.kernel} (sm_{meta['arch']})",
         device=_problem.device_name(problem.device),
         state=state,
-        reason=plan.reason,
+        reason=plan.reason if copies is None else f"{plan.reason}; {_said(copies)}",
         block_m=config.block_m,
         block_n=config.block_n,
         num_threads=config.num_threads,

@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from . import _cache, _env, _forks, _launch, _params, _save
 from ._cache import CubinCache, Entry
-from ._configs import ConfigSm90
-from ._plan import Plan
+from ._configs import ConfigAlign, ConfigSm90
+from ._plan import AlignPlan, Plan
 from .errors import CompileError, CudaError, MissingKernelError
 
 
@@ -60,9 +60,17 @@ class Resources(NamedTuple):
     spill_bytes: int
 
 
-def source_of(plan: Plan) -> str:
+AnyPlan: TypeAlias = Plan | AlignPlan
+
+
+def source_of(plan: AnyPlan) -> str:
     """The generated translation unit: the only code that is generated."""
     config = plan.config
+    types = ""
+    if not isinstance(config, ConfigAlign):
+        types = (
+            f"  using element = {config.element};\n  using variant = attention::Variant<{', '.join(config.variant)}>;\n"
+        )
     constants = [
         f"  static constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};\n"
         for name, value in vars(config).items()
@@ -70,15 +78,18 @@ def source_of(plan: Plan) -> str:
     ]
     header = plan.kernel.removeprefix("attention_")
     begin = ""
-    if len(plan.entries) > 1:
+    if isinstance(config, ConfigAlign):
+        record, asserts = "AlignParams", _params.align_static_asserts
+    elif len(plan.entries) > 1:
         record, asserts = "BackwardArgument", _params.backward_static_asserts
         begin = "  ptx::grid_begin();\n"
     elif isinstance(config, ConfigSm90):
         record, asserts = "TmaParams", _params.tma_static_asserts
     else:
         record, asserts = "Params", _params.static_asserts
+    blocks = config.blocks_per_sm if isinstance(config, ConfigAlign) else 1
     kernels = [
-        f'extern "C" __global__ __launch_bounds__({threads}, 1)\n'
+        f'extern "C" __global__ __launch_bounds__({threads}, {blocks})\n'
         f"void {entry}(const __grid_constant__ attention::{record} params) {{\n"
         f"{begin}"
         f"  attention::{entry.removeprefix('attention_')}<Config>(params);\n"
@@ -89,9 +100,7 @@ def source_of(plan: Plan) -> str:
         f'#include "attention/{header}.cuh"\n'
         '#include "ptx/grid.cuh"\n\n'
         "struct Config {\n"
-        f"  using element = {config.element};\n"
-        f"  using variant = attention::Variant<{', '.join(config.variant)}>;\n"
-        f"{''.join(constants)}"
+        f"{types}{''.join(constants)}"
         "};\n\n"
         f"{asserts()}\n"
         f"{''.join(kernels)}"
@@ -186,7 +195,7 @@ def options_of(target: str) -> list[str]:
     return [*options, "--generate-line-info"] if _env.lineinfo() else options
 
 
-def target_of(plan: Plan) -> str:
+def target_of(plan: AnyPlan) -> str:
     """The architecture to compile for: the GPU's own, or an older one of its family that NVRTC knows.
 
     Instructions that one architecture alone has, as wgmma, need an ``a`` behind it.
@@ -202,7 +211,7 @@ def target_of(plan: Plan) -> str:
     return f"{max(family)}{'a' if plan.kernel.endswith('_sm90') else ''}"
 
 
-def key_of(plan: Plan) -> str:
+def key_of(plan: AnyPlan) -> str:
     """Digest of everything that goes into compiling the kernel."""
     found = nvrtc()
     fields: dict[str, bytes | str | list[str]] = {
@@ -300,7 +309,7 @@ def _save_source(source: str, log: str) -> Path | None:
 
 
 _caches: dict[str, CubinCache] = {}
-_kernels: dict[tuple[Plan, int], tuple[Any, ...]] = {}
+_kernels: dict[tuple[AnyPlan, int], tuple[Any, ...]] = {}
 _libraries: dict[str, Any] = {}
 _lock = threading.Lock()
 _key_locks: dict[str, threading.Lock] = {}
@@ -325,9 +334,11 @@ def cache() -> CubinCache:
     return found
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: AnyPlan) -> str:
     """A kernel in the words of a user, for messages."""
     config = plan.config
+    if isinstance(config, ConfigAlign):
+        return f"{plan.kernel} for sm_{plan.arch}"
     parts = [config.element, f"head_dim {config.head_dim}"]
     if config.head_dim_v != config.head_dim:
         parts.append(f"head_dim_v {config.head_dim_v}")
@@ -337,7 +348,7 @@ def describe(plan: Plan) -> str:
     return f"{plan.kernel} ({', '.join(parts)}) for sm_{plan.arch}"
 
 
-def entry_of(plan: Plan) -> Entry:
+def entry_of(plan: AnyPlan) -> Entry:
     """The compiled kernel, from the cache or the compiler."""
     key = key_of(plan)
     with _lock:
@@ -347,7 +358,7 @@ def entry_of(plan: Plan) -> Entry:
         return entry if entry is not None else _compile(plan, key)
 
 
-def _compile(plan: Plan, key: str) -> Entry:
+def _compile(plan: AnyPlan, key: str) -> Entry:
     if _env.jit_disabled():
         raise MissingKernelError(
             f"cufa: {describe(plan)} is not in the cache, and CUFA_DISABLE_JIT forbids compiling it; unset it, or fill "
@@ -369,12 +380,12 @@ def _compile(plan: Plan, key: str) -> Entry:
     return entry
 
 
-def is_loaded(plan: Plan, device: int) -> bool:
+def is_loaded(plan: AnyPlan, device: int) -> bool:
     """Whether the next call finds the kernel ready."""
     return (plan, device) in _kernels
 
 
-def load_kernel(plan: Plan, device: int, stream: int) -> tuple[Any, ...]:
+def load_kernel(plan: AnyPlan, device: int, stream: int) -> tuple[Any, ...]:
     """The functions of the kernel, in the order of `Plan.entries`, loaded and ready to launch on `device`.
 
     Raises
@@ -404,7 +415,7 @@ def load_kernel(plan: Plan, device: int, stream: int) -> tuple[Any, ...]:
     return _kernels.setdefault((plan, device), functions)
 
 
-def _load(plan: Plan) -> list[Any]:
+def _load(plan: AnyPlan) -> list[Any]:
     key = key_of(plan)
     library = _libraries.get(key)
     if library is None:

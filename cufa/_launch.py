@@ -12,10 +12,12 @@ from functools import lru_cache
 from typing import Any
 
 from . import _forks
+from ._align import Copies
 from ._params import (
     BACKWARD_MAPS_BYTES,
     BACKWARD_POINTERS,
     BACKWARD_SIZE,
+    COPIED_ARRAYS,
     LAYOUT,
     MAP_BYTES,
     MAPS_BYTES,
@@ -159,7 +161,7 @@ class Launch:
     """A loaded kernel with the shape of its launch and the part of its argument that every launch shares.
 
     `what` names it in messages. `params` are Params, or all of TmaParams; with its maps come their `shifts`, what the
-    addresses of q, k and v differ by in them.
+    addresses of q, k and v differ by in them. Another argument leads with addresses in a `layout` of its own.
     """
 
     __slots__ = (
@@ -168,6 +170,7 @@ class Launch:
         "_enqueue",
         "_function",
         "_offset",
+        "_pack_into",
         "_params",
         "_shifts",
         "_smem_bytes",
@@ -188,6 +191,7 @@ class Launch:
         smem_bytes: int,
         params: bytes,
         shifts: tuple[int, ...] = (),
+        layout: struct.Struct = POINTER_LAYOUT,
     ) -> None:
         self.what = what
         self.device = device
@@ -197,6 +201,7 @@ class Launch:
         self._smem_bytes = smem_bytes
         self._params = params
         self._shifts = shifts
+        self._pack_into = layout.pack_into
         self._offset = MAPS_BYTES if shifts else 0
         self._enqueue = driver().cuLaunchKernelEx
         self._configs: dict[int, Any] = {}
@@ -210,7 +215,7 @@ class Launch:
             return
         scratch = _scratch
         ctypes.memmove(scratch.params, self._params, len(self._params))
-        POINTER_LAYOUT.pack_into(scratch.params, self._offset, *pointers)
+        self._pack_into(scratch.params, self._offset, *pointers)
         if self._shifts:
             q, k, v = self._shifts
             ADDRESS.pack_into(scratch.params, 0, pointers[0] + q)
@@ -234,6 +239,27 @@ class Launch:
             self._configs.clear()
         self._configs[stream] = config
         return config
+
+
+class Copying:
+    """The loaded kernel that copies arrays; it is given addresses of arrays whose names are `order`."""
+
+    __slots__ = ("_launch", "_missing", "_places", "floats")
+
+    def __init__(self, launch: Launch, copies: Copies, order: tuple[str, ...]) -> None:
+        self.floats = copies.floats
+        self._launch = launch
+        self._places = [(order.index(each.name), 4 * each.offset) for each in copies.made]
+        self._missing = [0] * (COPIED_ARRAYS - len(copies.made))
+
+    def __call__(self, addresses: list[int], memory: int, stream: int, current_device: int) -> list[int]:
+        """Enqueue on `stream`, with copies in the memory at `memory`; the addresses, the copies' in place of theirs."""
+        replaced = [*addresses]
+        for index, offset in self._places:
+            replaced[index] = memory + offset
+        arrays, copies = ([each[index] for index, _ in self._places] for each in (addresses, replaced))
+        self._launch([*arrays, *self._missing, *copies, *self._missing], stream, current_device)
+        return replaced
 
 
 class BackwardLaunch:

@@ -7,6 +7,7 @@ import math
 import struct
 from typing import NamedTuple
 
+from ._align import Copies
 from ._arrays import contiguous
 from ._plan import MAX_LISTED_BLOCKS, BackwardGrid, Grid
 from ._problem import MAX_SEQLEN, Problem
@@ -68,6 +69,23 @@ BACKWARD_SIZE = -(-(BACKWARD_MAPS_BYTES + LAYOUT.size + BACKWARD_LAYOUT.size) //
 """Size of ``attention::BackwardArgument``: the tensor maps of q, k, v and dout, and BackwardParams."""
 
 
+COPIED_ARRAYS = 4
+"""Arrays that a launch may copy: ``attention::AlignParams::arrays``."""
+COPIED_AXES = 4
+
+ALIGN_FIELDS = (
+    *(Field(name, "Q", COPIED_ARRAYS) for name in ("sources", "copies")),
+    *(Field(name, "q", COPIED_ARRAYS * COPIED_AXES) for name in ("source_steps", "copy_steps")),
+    Field("column_strides", "q", COPIED_ARRAYS),
+    Field("extents", "i", COPIED_ARRAYS * COPIED_AXES),
+    *(Field(name, "i", COPIED_ARRAYS) for name in ("columns", "chunk_axes", "copy_bytes")),
+)
+"""The members of ``attention::AlignParams``."""
+
+ALIGN_LAYOUT = struct.Struct("@" + "".join(f"{field.length}{field.format}" for field in ALIGN_FIELDS))
+ALIGN_POINTER_LAYOUT = struct.Struct(f"@{2 * COPIED_ARRAYS}Q")
+
+
 def static_asserts() -> str:
     """C++ that fails to compile where the struct there is laid out differently from the one here."""
     return f"static_assert(sizeof(attention::Params) == {LAYOUT.size});\n" + _offset_asserts("Params", FIELDS, 0)
@@ -103,6 +121,27 @@ def tma_static_asserts() -> str:
         f"static_assert(__INTADDR__(&{params}->deal) == {MAPS_BYTES + LAYOUT.size});\n"
         f"static_assert(attention::Deal::max_blocks == {MAX_LISTED_BLOCKS});\n"
     )
+
+
+def align_static_asserts() -> str:
+    """The same for the argument of the kernel that copies."""
+    asserts = f"static_assert(sizeof(attention::AlignParams) == {ALIGN_LAYOUT.size});\n"
+    return asserts + _offset_asserts("AlignParams", ALIGN_FIELDS, 0)
+
+
+def pack_align(copies: Copies) -> bytes:
+    """AlignParams with null addresses."""
+    made, missing = copies.made, COPIED_ARRAYS - len(copies.made)
+    axes = [[*each.axes, *[(1, 0, 0)] * (COPIED_AXES - len(each.axes))] for each in made]
+    axes += [[(0, 0, 0)] * COPIED_AXES] * missing  # no chunks
+    extents, source_steps, copy_steps = zip(*itertools.chain.from_iterable(axes), strict=True)
+    others = [
+        [(each.source.strides[-1], each.source.shape[-1], each.chunk_axis, each.copy_bytes) for each in made],
+        [(0, 0, 0, 0)] * missing,
+    ]
+    column_strides, columns, chunk_axes, copy_bytes = zip(*itertools.chain.from_iterable(others), strict=True)
+    values = (*source_steps, *copy_steps, *column_strides, *extents, *columns, *chunk_axes, *copy_bytes)
+    return ALIGN_LAYOUT.pack(*[0] * (2 * COPIED_ARRAYS), *values)
 
 
 def pack(problem: Problem, grid: Grid) -> bytes:

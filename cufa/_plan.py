@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import heapq
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
 from . import _configs, _configs_backward
-from ._configs import Config, ConfigSm90
+from ._align import Copies
+from ._configs import Config, ConfigAlign, ConfigSm90
 from ._configs_backward import ConfigBackward
 from ._problem import Problem, Static
 from .errors import UnsupportedError
@@ -104,6 +106,42 @@ class Plan(NamedTuple):
     def smem_bytes(self) -> tuple[int, ...]:
         """Shared memory a block of each."""
         return tuple(self.config.smem_bytes if entry in self.main_entries else 0 for entry in self.entries)
+
+
+class AlignPlan(NamedTuple):
+    """The kernel that copies arrays whose rows are not aligned; members as of `Plan`."""
+
+    kernel: str
+    arch: int
+    config: ConfigAlign
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        return (self.kernel,)
+
+    @property
+    def threads(self) -> tuple[int, ...]:
+        return (self.config.num_threads,)
+
+    @property
+    def smem_bytes(self) -> tuple[int, ...]:
+        return (0,)
+
+
+def make_align_plan(arch: int) -> AlignPlan:
+    """The kernel that copies, for a GPU of compute capability `arch`."""
+    blocks = (2048 if arch in LARGE_SMS else 1536) // ROW_THREADS
+    return AlignPlan("attention_align", arch, ConfigAlign(num_threads=ROW_THREADS, blocks_per_sm=blocks))
+
+
+LARGE_SMS = (80, 90, 100, 103)
+"""Compute capabilities whose SMs hold 2048 threads; those of others hold 1536 at least."""
+
+
+def make_align_blocks(plan: AlignPlan, copies: Copies, num_sms: int) -> int:
+    """Thread blocks that copy: as many as run at a time, or as there are chunks for."""
+    chunks = max(math.prod(axis.extent for axis in each.axes) for each in copies.made)
+    return min(-(-chunks // plan.config.num_threads), plan.config.blocks_per_sm * num_sms)
 
 
 class Grid(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
@@ -71,7 +71,7 @@ class Static(NamedTuple):
     mask : {'none', 'causal', 'window'}
     softcap, alibi, sinks, varlen : bool
     copy_bytes : {16, 8, 4, 2}
-        Widest copy that the alignment of all that is read allows; the size of an element copies them singly.
+        Widest copy that the alignment of q, k and v, and of dout, allows; the size of an element copies them singly.
     store_bytes : {16, 8, 4, 2}
         The same for what is written.
     tma : bool
@@ -84,6 +84,8 @@ class Static(NamedTuple):
         Whether packed sequences are so many that a thread block should not look for a single tile among them.
     chains : bool
         Whether there may be sums over so many rows that they would drift: see cuda_src/tile/local.cuh.
+    out_copy_bytes : {16, 8, 4, 2}
+        As copy_bytes, for the out that the gradients read; 16 in the forward.
     """
 
     element: str
@@ -101,6 +103,7 @@ class Static(NamedTuple):
     pack: int = 1
     many: bool = False
     chains: bool = False
+    out_copy_bytes: int = ALIGNMENT
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +121,8 @@ class Problem:
     dtype : str
     batch, seqlen_q, seqlen_k, num_heads_q, num_heads_k, head_dim, head_dim_v : int
         Of packed arrays, the lengths are the totals.
-    strides : dict
-        Of every array, by name, in elements.
+    specs : dict
+        Every array but for its address, by name.
     softmax_scale, softcap : float
     window_left, window_right : int or None
         None is unbounded; causal is ``window_right = 0``.
@@ -139,7 +142,7 @@ class Problem:
     num_heads_k: int
     head_dim: int
     head_dim_v: int
-    strides: dict[str, tuple[int, ...]]
+    specs: dict[str, Spec]
     softmax_scale: float
     softcap: float
     window_left: int | None
@@ -161,6 +164,18 @@ class Problem:
     @property
     def backward(self) -> bool:
         return self.function.endswith("_backward")
+
+    @property
+    def strides(self) -> dict[str, tuple[int, ...]]:
+        """Of every array, by name, in elements."""
+        return {name: spec.strides for name, spec in self.specs.items()}
+
+    def of_other_memory(self, specs: dict[str, Spec]) -> Problem:
+        """The same problem where some of the arrays that are read lie otherwise in memory."""
+        assert self.static is not None
+        specs = self.specs | specs
+        static = self.static._replace(**_access(self.function, specs))
+        return replace(self, static=static, specs=specs, memo={})
 
     @property
     def lse_dtype(self) -> str:
@@ -305,7 +320,7 @@ class _Check:
             k.shape[-2],
             head_dim,
             v.shape[-1],
-            {name: spec.strides for name, spec in self.specs.items()},
+            self.specs,
             softmax_scale,
             softcap,
             left,
@@ -466,8 +481,6 @@ class _Check:
     ) -> Static:
         itemsize = ITEMSIZE[q.dtype]
         backward = self.function.endswith("_backward")
-        mapped = ["q", "k", "v", *(["dout"] if backward else [])]
-        read = [*mapped, *(["out"] if backward else [])]
         written = ["dq", "dk", "dv"] if backward else ["out"]
         row_bytes = math.gcd(v.shape[-1], q.shape[-1] if backward else 0) * itemsize
         # Lengths of packed sequences are not known; and no row's result may depend on its neighbours'.
@@ -482,8 +495,7 @@ class _Check:
             alibi="alibi_slopes" in self.specs,
             sinks="sinks" in self.specs,
             varlen=self.varlen,
-            copy_bytes=min(widest_copy(self.specs[name], itemsize) for name in read),
-            tma=all(has_tensor_map(self.specs[name], itemsize) for name in mapped),
+            **_access(self.function, self.specs),
             store_bytes=max(itemsize, min([*stores, math.gcd(row_bytes, ALIGNMENT)])),
             pack=1 if backward else self.pack(q),
             short=short,
@@ -518,6 +530,22 @@ class _Check:
         raise UnsupportedError(f"{self.function}: {text}")
 
 
+def read_by_tiles(function: str) -> tuple[str, ...]:
+    """The arrays of which the kernels read tiles."""
+    return ("q", "k", "v", "dout") if function.endswith("_backward") else ("q", "k", "v")
+
+
+def _access(function: str, specs: dict[str, Spec]) -> dict[str, Any]:
+    """The members of Static that say how the arrays that are read can be."""
+    itemsize = ITEMSIZE[specs["q"].dtype]
+    tiles = [specs[name] for name in read_by_tiles(function)]
+    return {
+        "copy_bytes": min(widest_copy(spec, itemsize) for spec in tiles),
+        "tma": all(has_tensor_map(spec, itemsize) for spec in tiles),
+        "out_copy_bytes": widest_copy(specs["out"], itemsize) if function.endswith("_backward") else ALIGNMENT,
+    }
+
+
 def mask_kind(left: int | None, right: int | None) -> str:
     """Which mask a window asks for: none, causal, or window."""
     if left is not None or right not in (None, 0):
@@ -538,6 +566,8 @@ def widest_copy(spec: Spec, itemsize: int) -> int:
 
 def has_tensor_map(spec: Spec, itemsize: int) -> bool:
     """Whether a tensor map can describe the array: 16-byte aligned rows, and strides from 0 to 2^40 bytes."""
+    if 0 in spec.shape:
+        return True
     steps = (stride for extent, stride in zip(spec.shape[:-1], spec.strides[:-1], strict=True) if extent > 1)
     return widest_copy(spec, itemsize) == ALIGNMENT and all(0 <= step * itemsize < MAX_MAP_STRIDE for step in steps)
 

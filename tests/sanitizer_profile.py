@@ -35,7 +35,16 @@ CASES = [
         head_dim=33,
         head_dim_v=7,
         dtype="float16",
-        layouts=("padded",) * 4,
+        layouts=("padded",) * 4,  # which are copied first
+    ),
+    Case(
+        **COMMON,
+        seqlen_q=30,
+        seqlen_k=97,
+        head_dim=33,
+        head_dim_v=7,
+        dtype="float16",
+        layouts=("padded",) * 4,  # whose queries are too few for that
     ),
     Case(
         **COMMON,

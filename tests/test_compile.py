@@ -48,12 +48,13 @@ def static(element: str, head_dim: int, head_dim_v: int, **features: Any) -> Sta
     size = _configs.SIZEOF[element]
     facts: dict[str, Any] = {"mask": "none", "softcap": False, "alibi": False, "sinks": False, "varlen": False}
     facts |= {"tma": features.get("copy_bytes", 16) == 16, "short": False}
-    facts |= {"copy_bytes": 16, "store_bytes": max(size, math.gcd(16, head_dim_v * size))} | features
-    facts |= {name: facts[name] or size for name in ("copy_bytes", "store_bytes")}
+    facts |= {"copy_bytes": 16, "out_copy_bytes": 16, "store_bytes": max(size, math.gcd(16, head_dim_v * size))}
+    facts |= features
+    facts |= {name: facts[name] or size for name in ("copy_bytes", "store_bytes", "out_copy_bytes")}
     return Static(element=element, head_dim=head_dim, head_dim_v=head_dim_v, **facts)
 
 
-def compile_plan(plan: _plan.Plan) -> _jit.Compiled:
+def compile_plan(plan: _jit.AnyPlan) -> _jit.Compiled:
     return _jit.compile_source(_jit.source_of(plan), _jit.options_of(_jit.target_of(plan)), _jit.describe(plan))
 
 
@@ -74,7 +75,7 @@ class OtherNvrtc:
         )
         self.version = self._read()
 
-    def check(self, plan: _plan.Plan) -> None:
+    def check(self, plan: _jit.AnyPlan) -> None:
         """`check_plan` there."""
         assert self.process.stdin is not None
         self.process.stdin.write(base64.b64encode(pickle.dumps(plan)).decode() + "\n")
@@ -107,14 +108,14 @@ def check_backward(facts: Static, arch: int, deterministic: bool, nvrtc: str = N
     check_with(nvrtc, _plan.make_backward_plan(facts, arch, deterministic, average_rows))
 
 
-def check_with(nvrtc: str, plan: _plan.Plan) -> None:
+def check_with(nvrtc: str, plan: _jit.AnyPlan) -> None:
     if nvrtc == NEWEST:
         check_plan(plan)
     else:
         other_nvrtc(nvrtc).check(plan)
 
 
-def check_plan(plan: _plan.Plan) -> None:
+def check_plan(plan: _jit.AnyPlan) -> None:
     compiled = compile_plan(plan)
     taken = _jit.resources_of(compiled.log)
     assert taken.spill_bytes == 0, f"{_jit.describe(plan)} spills {taken.spill_bytes} bytes"
@@ -279,6 +280,26 @@ def test_narrow_copies(copy_bytes: int) -> None:
         check(static("bf16", head_dim, head_dim, mask="causal", copy_bytes=copy_bytes, store_bytes=copy_bytes), 90)
 
 
+@pytest.mark.parametrize("arch", sorted(_configs.SHARED_MEMORY))
+def test_what_copies_arrays_that_are_not_aligned(arch: int) -> None:
+    plan = _plan.make_align_plan(arch)
+    for nvrtc in NVRTCS if arch in ARCHS else (NEWEST,):
+        check_with(nvrtc, plan)
+    compiled = compile_plan(plan)
+    threads = plan.config.num_threads * plan.config.blocks_per_sm
+    assert "warning" not in compiled.log  # of more threads than an SM holds
+    assert _jit.resources_of(compiled.log).registers * threads <= 1 << 16
+
+
+@pytest.mark.parametrize("features", ["plain", "causal", "packed", "everything"])
+def test_copies_of_rows_of_any_width(features: str) -> None:
+    """Read 16 bytes at a time; results are written as their own rows allow."""
+    for turn, head_dim in enumerate((33, 65, 129, 1, 100)):
+        facts = static("f16", head_dim, head_dim, **FEATURES[features])
+        check(facts, 90, NVRTCS[turn % 3])
+        check(facts, 80, NVRTCS[(turn + 1) % 3])
+
+
 BACKWARD: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"mask": "causal"},
@@ -286,8 +307,8 @@ BACKWARD: dict[str, dict[str, Any]] = {
     "window": {"mask": "window", "sinks": True},
     "slopes": {"alibi": True},
     "everything": {"mask": "window", "softcap": True, "alibi": True, "sinks": True, "varlen": True},
-    "elementwise": {"mask": "causal", "varlen": True, "copy_bytes": 0, "store_bytes": 0},
-    "elementwise results": {"mask": "causal", "varlen": True, "copy_bytes": 0, "store_bytes": 0, "tma": True},
+    "elementwise": {"mask": "causal", "varlen": True, "copy_bytes": 0, "out_copy_bytes": 0, "store_bytes": 0},
+    "elementwise results": {"mask": "causal", "varlen": True, "out_copy_bytes": 0, "store_bytes": 0},
 }
 
 
@@ -301,7 +322,7 @@ BACKWARD: dict[str, dict[str, Any]] = {
         ("slopes", False, ((64, 64), (128, 64))),
         ("everything", True, ((64, 64), (128, 128), (256, 256))),
         ("everything", False, ((64, 128), (96, 200))),
-        ("elementwise results", False, ((128, 96),)),
+        ("elementwise results", False, ((128, 96), (33, 65), (129, 129))),
     ],
 )
 def test_gradients_with_wgmma(features: str, deterministic: bool, head_dims: tuple[tuple[int, int], ...]) -> None:
@@ -362,13 +383,19 @@ def test_a_config_that_disagrees_with_the_tiles_does_not_compile(arch: int | Non
 
 @pytest.mark.parametrize(
     ("name", "member"),
-    [("params", b"float softmax_scale, softcap;"), ("backward_params", b"const void* dout;\n  const float* dlse;")],
+    [
+        ("params", b"float softmax_scale, softcap;"),
+        ("backward_params", b"const void* dout;\n  const float* dlse;"),
+        ("align", b"const void* sources[arrays];\n  void* copies[arrays];"),
+    ],
 )
 def test_params_that_disagree_do_not_compile(monkeypatch: pytest.MonkeyPatch, name: str, member: bytes) -> None:
-    plan = _plan.make_backward_plan(static("bf16", 64, 64), 80, False)
+    plan: _jit.AnyPlan = _plan.make_backward_plan(static("bf16", 64, 64), 80, False)
+    if name == "align":
+        plan = _plan.make_align_plan(80)
     headers = dict(_jit.headers())
     name = f"attention/{name}.cuh"
-    first, second = re.findall(rb"\w+(?=[,;])", member)
+    first, second = re.findall(rb"\w+(?=[,;[])", member)
     swapped = member.replace(first, b"_").replace(second, first).replace(b"_", second)
     headers[name] = headers[name].replace(member, swapped)
     assert headers[name] != _jit.headers()[name]

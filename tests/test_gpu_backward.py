@@ -591,6 +591,69 @@ def test_gradients_are_bitwise_repeatable(dtype: str, seqlen: int, head_dim: int
         assert (same if deterministic else nearly_same)(found[0], first[0])
 
 
+# --- arrays that are not aligned ----------------------------------------------------------------------
+
+
+COPIED: dict[str, dict[str, Any]] = {
+    "33": {"head_dim": 33, "head_dim_v": 33},
+    "65": {"head_dim": 65, "head_dim_v": 65, "causal": True},
+    "129": {"head_dim": 129, "head_dim_v": 129, "causal": True},
+    "100 and 1": {"head_dim": 100, "head_dim_v": 1},
+    "only k": {"head_dim": 64, "head_dim_v": 64, "layouts": ("contiguous", "offset", "contiguous", "contiguous")},
+    "only dout": {"head_dim": 64, "head_dim_v": 64, "dout": "offset", "causal": True},
+    "only out": {"head_dim": 64, "head_dim_v": 64, "layouts": ("contiguous",) * 3 + ("offset",)},
+    "apart": {"head_dim": 128, "head_dim_v": 64, "layouts": ("strided", "padded", "strided", "offset")},
+    "reversed": {"head_dim": 64, "head_dim_v": 64, "layouts": ("reversed",) * 4, "window_size": (100, 3)},
+    "one head": {"head_dim": 33, "head_dim_v": 65, "layouts": ("broadcast",) * 3 + ("contiguous",)},
+    "many terms": {"head_dim": 65, "head_dim_v": 33, "softcap": 5.0, "alibi_ndim": 1, "sinks": True, "causal": True},
+}
+
+
+def copied_call(kind: str, dtype: str, packed: bool, **changed: Any) -> Call:
+    lengths: dict[str, Any] = {"batch": 2, "seqlen_q": 200, "seqlen_k": 333}
+    if packed:
+        lengths = {"batch": 3, "seqlen_q": (129, 0, 300), "seqlen_k": (200, 70, 301)}
+    sizes = lengths | COPIED[kind] | changed
+    dout = sizes.pop("dout", "contiguous")
+    case = Case(**sizes, num_heads_q=4, num_heads_k=2, dtype=dtype)
+    return Call(case=case, dout=dout, deterministic=True)
+
+
+@dense_or_packed
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", COPIED)
+def test_arrays_that_are_not_aligned(kind: str, dtype: str, packed: bool) -> None:
+    """They are copied, and then the very same is computed as of aligned ones. Memory between their elements is NaN."""
+    cupy = framework("cupy")
+    call = copied_call(kind, dtype, packed)
+    found = call.right(cupy)
+    replace(call, case=replace(call.case, values="garbage"), results=("padded", "offset", "strided")).right(cupy)
+    arrays = call.arrays()
+    wide = {name: gradients.lay_out(arrays[name], "wide", cupy) for name in ("q", "k", "v", "out", "dout")}
+    assert all(map(same, call.run(cupy, **wide), found))
+
+
+@pytest.mark.parametrize("head_dim", [33, 129])
+def test_copies_are_captured_and_replayed_by_torch(head_dim: int) -> None:
+    torch = framework("torch")
+    call = copied_call("33", "float16", False, head_dim=head_dim, head_dim_v=head_dim)
+    arrays = call.arrays(torch)
+    expected = [to_numpy(gradient)[::-1].copy() for gradient in call.right(torch)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = cufa.attention_backward(**arrays, deterministic=True)
+    for array in arrays.values():
+        array.copy_(array.flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(same, found, expected))
+
+
+@pytest.mark.parametrize("head_dim", [33, 129])
+def test_jax_has_memory_for_copies(head_dim: int) -> None:
+    copied_call("33", "bfloat16", False, head_dim=head_dim, head_dim_v=head_dim).right(framework("jax").numpy)
+
+
 # --- streams and graphs -----------------------------------------------------------------------------
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import struct
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cufa
-from cufa import _arrays, _backward, _launch, _overlap, _params, _plan, _problem, reference, testing
+from cufa import (
+    _align,
+    _arrays,
+    _backward,
+    _jit,
+    _launch,
+    _overlap,
+    _params,
+    _plan,
+    _problem,
+    _tensor_map,
+    reference,
+    testing,
+)
 from cufa._arrays import CPU, Adapter, Spec, contiguous
 from cufa._overlap import Extent
 from cufa._problem import Problem
@@ -900,6 +916,299 @@ def test_what_tensor_maps_cannot_describe_is_served_without_them() -> None:
             assert "tensor memory accelerator" in plan.reason
 
 
+# --- copies of arrays that are not aligned ------------------------------------------------------------
+
+
+UNALIGNED: dict[str, tuple[OnGpu, int, bool]] = {
+    "one off": (OnGpu(2, 100, 4, 64, pointer=(1 << 41) + 2), 2, False),
+    "four off": (OnGpu(2, 100, 4, 64, pointer=(1 << 41) + 4), 4, False),
+    "odd": (OnGpu(2, 100, 4, 64, strides=(26000, 260, 65, 1)), 2, False),
+    "even": (OnGpu(2, 100, 4, 64, strides=(27200, 272, 68, 1)), 8, False),
+    "negative": (OnGpu(2, 100, 4, 64, strides=(25600, -256, 64, 1)), 16, False),
+    "far": (OnGpu(2, 100, 4, 64, strides=(1 << 40, 256, 64, 1)), 16, False),
+    "columns apart": (OnGpu(2, 100, 4, 64, strides=(51200, 512, 128, 2)), 2, False),
+    "columns last": (OnGpu(2, 100, 4, 64, strides=(100, 1, 12800, 200)), 2, False),
+    "one head": (OnGpu(2, 100, 4, 64, strides=(6500, 65, 0, 1)), 2, True),
+}
+"""Arrays, their `widest_copy`, and whether an axis is repeated."""
+
+
+@pytest.mark.parametrize("layout", UNALIGNED)
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout", "out"])
+def test_what_is_copied(name: str, layout: str) -> None:
+    """Nothing but what keeps the fastest kernel away, or is copied in single elements."""
+    array, copy_bytes, _ = UNALIGNED[layout]
+    given = {each: OnGpu(2, 100, 4, 64) for each in "qkv"} | {name: array}
+    for problem in (backward_problem(**given), *([gpu_problem(**given)] if name in "qkv" else [])):
+        assert problem.static is not None
+        for arch in (80, 90, 120):
+            copies = _align.copies_of(problem, arch)
+            if name == "out" or (arch != 90 and copy_bytes > 2):
+                assert copies is None
+                continue
+            assert copies is not None and [each.name for each in copies.made] == [name]
+            assert copies.made[0].copy_bytes == copy_bytes
+            # All else is as it was, and what the kernel is specialised by.
+            copied, static = copies.problem, copies.problem.static
+            assert static == problem.static._replace(tma=True, copy_bytes=16)
+            assert {**copied.specs, name: None} == {**problem.specs, name: None}
+            kept = {key: value for key, value in vars(copied).items() if key not in ("static", "specs", "memo")}
+            assert kept.items() <= vars(problem).items() and copied.memo is not problem.memo
+            plan = _plan.make_plan(static, arch)
+            assert plan.kernel == f"attention_forward_sm{90 if arch == 90 else 80}"
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_k", "heads", "options", "pays"),
+    [
+        (2048, 2048, (4, 4), {}, True),
+        (64, 1 << 20, (4, 4), {}, True),
+        (63, 1 << 20, (4, 4), {}, False),
+        (1, 4096, (32, 4), {}, False),
+        (8, 4096, (32, 4), {}, True),
+        (64, 0, (4, 4), {}, False),
+        (0, 64, (4, 4), {}, False),
+        (2048, 2048, (4, 4), {"window_size": (0, 0)}, True),  # tiles read 128 keys, and each key once
+        (64, 1 << 16, (4, 4), {"window_size": (127, 0)}, False),  # one key in 256 is read
+        (64, 1 << 16, (4, 4), {"window_size": (None, 0)}, True),
+    ],
+)
+def test_copies_are_made_where_they_pay(
+    seqlen_q: int, seqlen_k: int, heads: tuple[int, int], options: dict[str, Any], pays: bool
+) -> None:
+    q, k = OnGpu(2, seqlen_q, heads[0], 33), OnGpu(2, seqlen_k, heads[1], 33)
+    assert _align.pays(gpu_problem(q, k, k, **options)) == pays
+    assert (_align.copies_of(gpu_problem(q, k, k, **options), 90) is not None) == pays
+    # Packed, by the average of the sequences.
+    packed_q, packed_k = OnGpu(16 * seqlen_q, heads[0], 33), OnGpu(16 * seqlen_k, heads[1], 33)
+    assert _align.pays(packed_gpu_problem(packed_q, packed_k, 16, **options)) == pays
+
+
+def test_keys_that_may_be_dead_count_as_the_queries() -> None:
+    offsets, used = OnGpu(9, dtype="int32"), OnGpu(8, dtype="int32")
+    for total_k, pays in ((8 * 512, True), (8 * 512 * 64, False)):
+        q, k = OnGpu(8 * 512, 4, 33), OnGpu(total_k, 4, 33)
+        given = (q, k, k, None, None, None, offsets, offsets, used)
+        view = _arrays.view("attention_varlen", _problem.VARLEN_NAMES, given)
+        assert _align.pays(_problem.varlen_problem(view, *OPTIONS.values())) == pays
+
+
+def test_float32_is_not_copied() -> None:
+    q = OnGpu(2, 2048, 4, 33, dtype="float32")
+    assert all(_align.copies_of(gpu_problem(q, q, q), arch) is None for arch in (80, 90))
+
+
+def run_align(copies: _align.Copies, memories: dict[str, np.ndarray], threads: int) -> np.ndarray:
+    """What the kernel in align.cuh does, of arrays that begin at element 0 of memories with negative indices too."""
+    values: Any = _params.ALIGN_LAYOUT.unpack(_params.pack_align(copies))
+    named: dict[str, Any] = {}
+    for field in _params.ALIGN_FIELDS:
+        named[field.name] = np.reshape(values[: field.length], (_params.COPIED_ARRAYS, -1))
+        values = values[field.length :]
+    assert not named["sources"].any() and not named["copies"].any()
+    written = np.full(2 * copies.floats, -1, np.int64)
+    for array, each in enumerate(copies.made):
+        extents = named["extents"][array].tolist()
+        source_steps, copy_steps = named["source_steps"][array], named["copy_steps"][array]
+
+        def digits(number: int, extents: list[int] = extents) -> list[int]:
+            found = []
+            for extent in extents[:-1]:
+                number, digit = divmod(number, extent)
+                found.append(digit)
+            return [*found, number]
+
+        step = digits(threads)
+        for thread in range(threads):
+            index = digits(thread)
+            while index[-1] < extents[-1]:
+                chunk = index[named["chunk_axes"][array, 0]]
+                columns = named["columns"][array, 0] - 8 * chunk
+                source, copy = int(np.dot(index, source_steps)), 2 * each.offset + int(np.dot(index, copy_steps))
+                assert copy % 8 == 0 and (written[copy : copy + 8] == -1).all()  # whole, and once
+                written[copy : copy + 8] = [
+                    memories[each.name][source + i * named["column_strides"][array, 0]] if i < columns else 0
+                    for i in range(8)
+                ]
+                carry = 0
+                for axis, extent in enumerate(extents[:-1]):
+                    index[axis] += step[axis] + carry
+                    carry = int(index[axis] >= extent)
+                    index[axis] -= carry * extent
+                index[-1] += step[-1] + carry
+        assert (extents[0] == 0) == (array >= len(copies.made))
+    assert not named["extents"][len(copies.made) :].any()
+    return written
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from([*testing.LAYOUTS, "columns last"]), min_size=3, max_size=3),
+    st.sampled_from([1, 7, 8, 33, 65, 100]),
+    st.sampled_from([(1, 70, 1), (2, 64, 3), (3, 65, 2)]),
+    st.booleans(),
+    st.sampled_from([1, 5, 64, 10000]),
+)
+def test_copies_hold_what_the_arrays_do(
+    layouts: list[str], head_dim: int, extents: tuple[int, int, int], packed: bool, threads: int
+) -> None:
+    """As the main kernels read them, with zeros behind the last column; repeated axes are not."""
+    shape = (*extents, head_dim)[packed:]
+    arrays, memories, positions = {}, {}, {}
+    for name, layout in zip("qkv", layouts, strict=True):
+        if layout == "columns last":
+            view = testing.View.of((*shape[:-3], shape[-1], *shape[-3:-1]))
+            strides = (*view.strides[:-3], *view.strides[-2:], view.strides[-3])
+            view = testing.View(shape, strides, 0, view.size)
+        else:
+            view = testing.View.of(shape, layout)
+        arrays[name] = OnGpu(*shape, strides=view.strides, pointer=(1 << 41) + 2 * view.offset)
+        memories[name] = np.roll(np.arange(1, view.size + 1), -view.offset)  # element 0 is at view.offset
+        positions[name] = view.on(np.arange(1, view.size + 1))
+    q, k, v = arrays.values()
+    offsets = OnGpu(2, dtype="int32")
+    if packed:
+        given = (q, k, v, None, None, None, offsets, offsets, None)
+        view = _arrays.view("attention_varlen", _problem.VARLEN_NAMES, given)
+        problem = _problem.varlen_problem(view, *OPTIONS.values())
+    else:
+        problem = gpu_problem(q, k, v)
+    copies = _align.copies_of(problem, 90)
+    if copies is None:
+        assert problem.static is not None and problem.static.tma
+        return
+    written = run_align(copies, memories, threads)
+    for each in copies.made:
+        strides = each.copy.strides
+        size = 1 + sum(stride * (extent - 1) for stride, extent in zip(strides, each.copy.shape, strict=True))
+        begin = 2 * each.offset
+        read = testing.View(each.copy.shape, strides, begin, begin + size).on(written)
+        assert np.array_equal(read, positions[each.name])
+        assert _problem.has_tensor_map(each.copy, 2) and each.offset % _align.WORKSPACE_ALIGNMENT == 0
+        wide = testing.View((*shape[:-1], -(-head_dim // 8) * 8), strides, begin, written.size).on(written)
+        assert not wide[..., head_dim:].any()
+        for extent, own, stride in zip(shape, each.source.strides, strides, strict=True):
+            assert own or not stride or extent == 1
+    assert (written != -1).sum() <= sum(8 * -(-each.size // 8) * 8 for each in positions.values())
+
+
+def test_copies_take_memory_of_the_framework() -> None:
+    """Of the forward in all, and of the gradients behind what they need anyway."""
+    q = OnGpu(2, 2048, 4, 33)
+    copies = _align.copies_of(gpu_problem(q, q, q), 90)
+    assert copies is not None and copies.floats == 3 * 2 * 2048 * 4 * 40 // 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_launch, "device", lambda _: _plan.Device(90, 132))
+        problem = backward_problem(q, q, q)
+        workspace = _backward.workspace_of(problem, False)
+        copies = _align.copies_of(problem, 90)
+        assert copies is not None
+        without = _backward.workspace_of(copies.problem, False)
+    assert without.copies == without.floats == workspace.copies
+    assert workspace == without._replace(floats=without.floats + 4 * 2 * 2048 * 4 * 40 // 2)
+
+
+class Launched:
+    """What a call on a pretended Hopper allocates and enqueues."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.allocated: list[tuple[tuple[int, ...], str]] = []
+        self.kernels: list[tuple[str, bytes]] = []
+        self.plans: dict[str, Any] = {}
+        patch.setattr(_launch, "device", lambda _: _plan.Device(90, 132))
+        patch.setattr(_launch, "current", lambda _: contextlib.nullcontext())
+        patch.setattr(_launch, "driver", lambda: self)
+        patch.setattr(_jit, "load_kernel", lambda plan, *_: self.plans.update({plan.kernel: plan}) or plan.entries)
+        patch.setattr(_tensor_map, "_driver_encode", lambda shape, address: address.to_bytes(8, "little") + bytes(120))
+        patch.setattr(OnGpuAdapter, "empty", self.empty)
+        patch.setattr(OnGpuAdapter, "stream", lambda *_: 7)
+        _problem._checked.cache_clear()
+
+    CUlaunchConfig = SimpleNamespace
+
+    def cuLaunchKernelEx(self, config: Any, function: str, *_: Any) -> tuple[int]:
+        self.kernels.append((function, _launch._scratch.params.raw))
+        return (0,)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: OnGpu) -> tuple[OnGpu, int]:
+        self.allocated.append((shape, dtype))
+        pointer = (1 << 40) * len(self.allocated)
+        return OnGpu(*shape, dtype=dtype, pointer=pointer), pointer
+
+
+def test_a_call_makes_copies_and_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (OnGpu(2, 200, 4, dim, pointer=i << 44) for i, dim in ((1, 64), (2, 64), (3, 33)))
+    k.pointer += 2
+    floats = {"k": 2 * 200 * 4 * 64 // 2, "v": 2 * 200 * 4 * 40 // 2}
+    with monkeypatch.context() as patch:
+        launched = Launched(patch)
+        for time in range(2):
+            cufa.attention(q, k, v)
+            (copying, copied), (attending, argument) = launched.kernels[-2:]
+            assert (copying, attending) == ("attention_align", "attention_forward_sm90")
+            assert len(launched.kernels) == len(launched.allocated) == 2 * (time + 1)
+            assert launched.allocated[-1] == ((sum(floats.values()),), "float32")
+            memory = (1 << 40) * len(launched.allocated)
+            copies = memory, memory + 4 * floats["k"]
+            assert struct.unpack_from("8Q", copied) == (k.pointer, v.pointer, 0, 0, *copies, 0, 0)
+            assert struct.unpack_from("3Q", argument, _params.MAPS_BYTES) == (q.pointer, *copies)
+            maps = [struct.unpack_from("Q", argument, i * _params.MAP_BYTES)[0] for i in range(3)]
+            assert maps == [q.pointer, *copies]
+            values = _params.LAYOUT.unpack_from(argument, _params.MAPS_BYTES)
+            assert values[10:22] == ((51200, 256, 64, 1) * 2 + (200 * 160, 160, 40, 1))
+        # Arrays that are aligned launch and take no more than before.
+        before = len(launched.kernels), len(launched.allocated)
+        cufa.attention(q, q, q)
+        assert (len(launched.kernels), len(launched.allocated)) == (before[0] + 1, before[1] + 1)
+    _problem._checked.cache_clear()
+
+
+def test_gradients_make_copies_and_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, out = (OnGpu(2, 200, 4, 64, pointer=i << 44) for i in (1, 2, 3))
+    lse, dout = OnGpu(2, 4, 200, dtype="float32"), OnGpu(2, 200, 4, 64, pointer=(4 << 44) + 2)
+    with monkeypatch.context() as patch:
+        launched = Launched(patch)
+        cufa.attention_backward(dout, q, k, k, out, lse)
+        (copying, copied), *others = launched.kernels
+        assert copying == "attention_align"
+        assert [name for name, _ in others] == [
+            name for name in launched.plans["attention_backward_sm90"].entries if "finish" not in name
+        ]
+        ((size,), _), memory = launched.allocated[-1], (1 << 40) * 4
+        copy = memory + 4 * (size - 2 * 200 * 4 * 64 // 2)
+        assert struct.unpack_from("8Q", copied) == (dout.pointer, 0, 0, 0, copy, 0, 0, 0)
+        for _, argument in others:
+            assert struct.unpack_from("4Q", argument, _params.BACKWARD_MAPS_BYTES) == (
+                q.pointer,
+                k.pointer,
+                k.pointer,
+                out.pointer,
+            )
+            assert struct.unpack_from("Q", argument, _params.BACKWARD_MAPS_BYTES + _params.LAYOUT.size) == (copy,)
+            assert struct.unpack_from("Q", argument, 3 * _params.MAP_BYTES) == (copy,)
+    _problem._checked.cache_clear()
+
+
+def test_explain_says_what_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launch, "device", lambda _: _plan.Device(90, 132))
+    aligned, odd = OnGpu(2, 2048, 4, 64), OnGpu(2, 2048, 4, 64, pointer=(1 << 41) + 2)
+    few = OnGpu(2, 63, 4, 64)
+    for q, k, v, kernel, reason in (
+        (aligned, aligned, aligned, "sm90 (sm_90a)", "it is the fastest for this GPU"),
+        (
+            aligned,
+            odd,
+            odd,
+            "sm90 (sm_90a)",
+            "it is the fastest for this GPU; k and v are copied first, into rows aligned to 16 bytes, for which it "
+            "takes 4 MiB while it runs",
+        ),
+        (few, odd, aligned, "sm80 (sm_90)", "q, k and v are copied 2 bytes at a time; 16-byte aligned rows would let "),
+    ):
+        told = cufa.explain(q, k, v)
+        assert told.kernel == f"attention_forward_{kernel}" and told.reason.startswith(reason)
+
+
 # --- the gradients ----------------------------------------------------------------------------------
 
 
@@ -943,7 +1252,8 @@ def test_gradients_are_served_as_alignment_allows(name: str) -> None:
     given = {each: OnGpu(2, 100, 4, 64) for each in "qkv"} | {name: array}
     static = backward_problem(**given).static
     assert static is not None
-    assert static.copy_bytes == (4 if name in ("q", "k", "v", "out", "dout") else 16)
+    assert static.copy_bytes == (4 if name in ("q", "k", "v", "dout") else 16)
+    assert static.out_copy_bytes == (4 if name == "out" else 16)
     assert static.tma == (name not in ("q", "k", "v", "dout"))
     assert static.store_bytes == (4 if name in ("dq", "dk", "dv") else 16)
     assert static.pack == 1

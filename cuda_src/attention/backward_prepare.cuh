@@ -133,7 +133,7 @@ inline void prepare_rows(const BackwardParams& params, const RowTile& tile) {
         const int chunk = lane + c * lanes;
         a[t][c].words = b[t][c].words = uint4{0, 0, 0, 0};
         if (!live || chunk >= chunks) continue;
-        a[t][c].words = tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(
+        a[t][c].words = tile::load_chunk<Config::out_copy_bytes, Config::head_dim_v>(
             out + row * params.forward.out_strides.seqlen, params.forward.out_strides.dim, chunk);
         b[t][c].words = tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(
             dout + row * params.dout_strides.seqlen, params.dout_strides.dim, chunk);

@@ -128,13 +128,19 @@ def _present(layouts: Layouts) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def _program(function: str, layouts: Layouts, options: _problem.Plain, return_lse: bool) -> Any:
-    """The jitted callback for arrays of these layouts: compiled once, however the options were written."""
+    """The jitted callback for arrays of these layouts: compiled once, however the options were written.
+
+    Memory for copies, if there will be any, is one more result.
+    """
     problem = _problem.check(function, Arrays((), [], layouts), options)
+    copies = None if problem.device == CPU else _attention.copies_of(problem)
     shapes = (
         jax.ShapeDtypeStruct(problem.out_shape, jax.numpy.dtype(problem.dtype)),
         jax.ShapeDtypeStruct(problem.lse_shape, problem.lse_dtype) if return_lse else None,
+        None if copies is None else jax.ShapeDtypeStruct((copies.floats,), np.float32),
     )
-    return jax.jit(_differentiable(function, partial(_compute, function, _present(layouts), options), shapes))
+    program = _differentiable(function, partial(_compute, function, _present(layouts), options), shapes)
+    return jax.jit(lambda *arrays: program(*arrays)[:-1])
 
 
 @lru_cache(maxsize=256)
@@ -176,14 +182,16 @@ def _compute(
     *buffers: Any,
 ) -> None:
     """What runs within the program, on XLA's stream."""
-    out, lse = results
+    out, lse, memory = results
     arrays = _view(tuple(_given(function, present, buffers)))  # without `out`, which is new
     problem = _problem.check(function, arrays, options)
     lse_pointer = 0 if lse is None else ADAPTER.view(lse)[0]
     pointers = _attention.pointers_of(arrays, ADAPTER.view(out)[0], lse_pointer)
     if problem.device == CPU and problem.varlen:
         _arrays.as_numpy(out)[...] = 0  # a new array's rows that belong to no sequence
-    _attention.run(arrays, problem, out, lse, pointers, context.stream if problem.device != CPU else 0)
+    # Traced for another device than it runs on, there may be no memory for copies; then there are none.
+    workspace = (0, 0) if memory is None else (ADAPTER.view(memory)[0], memory.shape[0])
+    _attention.run(arrays, problem, out, lse, pointers, context.stream if problem.device != CPU else 0, workspace)
 
 
 def _compute_gradients(
@@ -204,13 +212,13 @@ def _compute_gradients(
     if problem.device == CPU:
         _backward.run_on_cpu(arrays, problem, gradients, dsinks)
         return
-    launch, workspace = _backward.prepare(problem, deterministic, context.stream)
+    kernels, workspace = _backward.prepare(problem, deterministic, context.stream)
     if workspace.floats > memory.shape[0]:
         raise UnsupportedError(
             f"{function}: traced for another device than it runs on; make the GPU JAX's default backend."
         )
     pointers = [*arrays.pointers[-3:], 0 if dsinks is None else ADAPTER.view(dsinks)[0]]
-    _backward.enqueue(launch, arrays, pointers, workspace, ADAPTER.view(memory)[0], context.stream)
+    _backward.enqueue(kernels, arrays, pointers, workspace, ADAPTER.view(memory)[0], context.stream)
 
 
 def _given(function: str, present: tuple[int, ...], buffers: tuple[Any, ...]) -> list[Any]:

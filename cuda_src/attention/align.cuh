@@ -1,0 +1,119 @@
+// attention: copies arrays whose rows are not aligned into rows that are, for kernels that read 16 bytes at a time.
+// Threads write whole 16-byte chunks and read as wide as the array allows.
+#pragma once
+
+#include "core/types.cuh"
+#include "tile/copy.cuh"
+
+namespace attention {
+
+// Arrays of 16-bit elements, and their copies, whose rows are whole chunks. The chunks are counted along four axes, the
+// fastest first, of which chunk_axes says the one along a row. Steps are in elements. cufa/_params.py mirrors this.
+struct AlignParams {
+  static constexpr int arrays = 4, axes = 4;
+
+  const void* sources[arrays];
+  void* copies[arrays];
+  i64 source_steps[arrays][axes], copy_steps[arrays][axes];
+  i64 column_strides[arrays];  // of the array
+  i32 extents[arrays][axes];   // 0: there is no such array, nor one behind it
+  i32 columns[arrays];         // that an array has; those behind them are zeros in the copy
+  i32 chunk_axes[arrays];
+  i32 copy_bytes[arrays];  // that can be read at once; those of an element: only singly, with any column stride
+};
+
+// A chunk by its index along each axis, or how far two are apart. The first axes are less than their extents.
+struct ChunkIndex {
+  u32 along[AlignParams::axes];
+
+  ChunkIndex(u32 number, const i32* extents) {
+#pragma unroll
+    for (int axis = 0; axis < AlignParams::axes - 1; ++axis) {
+      along[axis] = number % u32(extents[axis]);
+      number /= u32(extents[axis]);
+    }
+    along[AlignParams::axes - 1] = number;
+  }
+
+  // Without a division: those of 64 bits that large arrays would need are slow.
+  void advance(const ChunkIndex& step, const i32* extents) {
+    u32 carry = 0;
+#pragma unroll
+    for (int axis = 0; axis < AlignParams::axes - 1; ++axis) {
+      along[axis] += step.along[axis] + carry;
+      carry = along[axis] >= u32(extents[axis]);
+      if (carry) along[axis] -= extents[axis];
+    }
+    along[AlignParams::axes - 1] += step.along[AlignParams::axes - 1] + carry;
+  }
+
+  i64 element(const i64* steps) const {
+    i64 sum = 0;
+#pragma unroll
+    for (int axis = 0; axis < AlignParams::axes; ++axis) sum += along[axis] * steps[axis];
+    return sum;
+  }
+};
+
+// The first `columns` elements of a chunk, then zeros: what is behind them may be another array's, and is not read.
+template <int copy_bytes>
+inline uint4 load_columns(const u16* source, i64 column_stride, int columns) {
+  constexpr int chunk_elements = 8;
+  if constexpr (copy_bytes > 2) {
+    if (columns >= chunk_elements) return tile::load_chunk<copy_bytes, chunk_elements>(source, 1, 0);
+  }
+  union {
+    uint4 words;
+    u16 elements[chunk_elements];
+  } held;
+#pragma unroll
+  for (int i = 0; i < chunk_elements; ++i) held.elements[i] = i < columns ? source[i * column_stride] : u16(0);
+  return held.words;
+}
+
+// The chunks from `index` on, a `step` apart. side_by_side: whether the elements of a row are, as they are where
+// copy_bytes are more than one's.
+template <int copy_bytes, bool side_by_side>
+inline void align_chunks(const AlignParams& params, int array, ChunkIndex index, const ChunkIndex& step) {
+  const i32* const extents = params.extents[array];
+#pragma unroll 1
+  while (index.along[AlignParams::axes - 1] < u32(extents[AlignParams::axes - 1])) {
+    const int chunk = params.chunk_axes[array] == 0 ? index.along[0] : index.along[1];
+    const uint4 words = load_columns<copy_bytes>(
+        static_cast<const u16*>(params.sources[array]) + index.element(params.source_steps[array]),
+        side_by_side ? 1 : params.column_strides[array], params.columns[array] - 8 * chunk);
+    u16* const copy = static_cast<u16*>(params.copies[array]) + index.element(params.copy_steps[array]);
+    *reinterpret_cast<uint4*>(copy) = words;
+    index.advance(step, extents);
+  }
+}
+
+template <class Config>
+inline void align(const AlignParams& params) {
+  static_assert(Config::num_threads % 32 == 0, "whole warps, whose lanes read side by side");
+  // Unrolled, so that what is known of an array is read where it is needed, and takes no registers.
+#pragma unroll
+  for (int array = 0; array < AlignParams::arrays; ++array) {
+    if (params.extents[array][0] == 0) return;
+    const ChunkIndex step(gridDim.x * Config::num_threads, params.extents[array]);
+    const ChunkIndex index(blockIdx.x * Config::num_threads + threadIdx.x, params.extents[array]);
+    switch (params.copy_bytes[array]) {
+      case 16:
+        align_chunks<16, true>(params, array, index, step);
+        break;
+      case 8:
+        align_chunks<8, true>(params, array, index, step);
+        break;
+      case 4:
+        align_chunks<4, true>(params, array, index, step);
+        break;
+      default:
+        if (params.column_strides[array] == 1)
+          align_chunks<2, true>(params, array, index, step);
+        else
+          align_chunks<2, false>(params, array, index, step);
+    }
+  }
+}
+
+}  // namespace attention
