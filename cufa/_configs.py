@@ -249,7 +249,7 @@ def _tile_sm90(static: Static) -> tuple[int, int, int, bool]:
     if widest <= 64:
         if window and plain:
             return 128, 128, 4, False
-        return 128 if window or static.short else 192, 128, 0, True
+        return 128 if window or (static.short and static.mask == "causal") else 192, 128, 0, True
     # Scores, P and output share a thread's registers; Q and the stages of K and V the shared memory.
     registers = 196 if plain else 184
     size = SIZEOF[static.element]

@@ -309,7 +309,6 @@ class BackwardLaunch:
                 if status != 0:
                     raise CudaError(f"cufa: launching {self.what} failed: {_describe(driver(), status)}.")
 
-
     def _make_configs(self, stream: int) -> list[Any]:
         """What the driver is told of each kernel that has blocks, and the kernel."""
         shapes = [(shape, each) for shape, each in zip(self._shapes, self._functions, strict=True) if shape[0] > 0]

@@ -29,6 +29,9 @@ MAX_HEAD_DIM = 256
 LONG = 8192
 """Rows of q from which on a sequence counts as long."""
 
+FEW_KEYS = 128
+"""Keys up to which a row sees them all in one small tile."""
+
 CHAIN_ROWS = 1 << 14
 """Rows over which the tensor cores add up by themselves: ``chain_rows`` in cuda_src/tile/local.cuh."""
 
@@ -79,7 +82,8 @@ class Static(NamedTuple):
     pack : int
         Query heads that share a key head and should share tiles, for want of rows; 1 if none.
     short : bool
-        Whether sequences may be so short that what tiles waste along a causal mask's diagonal counts.
+        Whether sequences may be so short that what large tiles waste, along a causal mask's diagonal or behind the
+        last key, counts.
     many : bool
         Whether packed sequences are so many that a thread block should not look for a single tile among them.
     chains : bool
@@ -484,13 +488,15 @@ class _Check:
         written = ["dq", "dk", "dv"] if backward else ["out"]
         row_bytes = math.gcd(v.shape[-1], q.shape[-1] if backward else 0) * itemsize
         # Lengths of packed sequences are not known; and no row's result may depend on its neighbours'.
-        short = not backward and mask_kind(left, right) == "causal" and (self.varlen or q.shape[1] < LONG)
+        mask = mask_kind(left, right)
+        short = mask == "causal" and (self.varlen or q.shape[1] < LONG)
+        few_keys = not self.varlen and self.specs["k"].shape[1] <= FEW_KEYS
         stores = [widest_copy(self.specs[name], itemsize) for name in written if name in self.specs]
         return Static(
             element=GPU_DTYPES[q.dtype],
             head_dim=q.shape[-1],
             head_dim_v=v.shape[-1],
-            mask=mask_kind(left, right),
+            mask=mask,
             softcap=softcap > 0.0,
             alibi="alibi_slopes" in self.specs,
             sinks="sinks" in self.specs,
@@ -498,7 +504,7 @@ class _Check:
             **_access(self.function, self.specs),
             store_bytes=max(itemsize, min([*stores, math.gcd(row_bytes, ALIGNMENT)])),
             pack=1 if backward else self.pack(q),
-            short=short,
+            short=not backward and (short or few_keys),
             many=not backward and self.varlen and self.specs["cu_seqlens_q"].shape[0] > MANY,
             chains=self.longest_sum(q, backward) > CHAIN_ROWS,
         )

@@ -11,8 +11,7 @@
 namespace attention {
 
 // row ← factor · the thread's row i of m-tile t, or zeros if factor is 0, whatever the row holds, as far as its
-// columns, from first_col on, are within valid_cols. Lanes of a quad trade columns first, so that each has whole chunks
-// of 16 bytes; all of them must call this.
+// columns, from first_col on, are within valid_cols. Lanes of a quad trade columns first; all of them must call this.
 template <int store_bytes, int valid_cols, class element, int m_tiles, int cols>
 inline void write_row(element* row, i64 col_stride, bool live, const tile::Accumulator<m_tiles, cols>& from, int t,
                       int i, float factor, NotFinite<f32>& not_finite, int first_col = 0) {
@@ -38,16 +37,12 @@ inline void write_row(element* row, i64 col_stride, bool live, const tile::Accum
       }
     }
   } else {
+    const tile::RowWriter<store_bytes, valid_cols, element> to(row, col_stride, first_col / 4 + warp::traded_chunk());
 #pragma unroll
-    for (int j = 0; j < n_tiles; j += 4) {
-      u32 x[4] = {};
-#pragma unroll
-      for (int k = 0; k < min_of(4, n_tiles - j); ++k) x[k] = ptx::cvt_rn_x2<element>(value(j + k, 0), value(j + k, 1));
-      warp::quad_transpose(x);
-      if (live && j + int(tile::lane() % 4) < n_tiles) {
-        tile::store_chunk<store_bytes, valid_cols>(row, col_stride, first_col / 8 + j + tile::lane() % 4,
-                                                   uint4{x[0], x[1], x[2], x[3]});
-      }
+    for (int j = 0; j < n_tiles; j += 2) {
+      const auto packed = [&](int j) { return ptx::cvt_rn_x2<element>(value(j, 0), value(j, 1)); };
+      const uint2 traded = warp::trade(packed(j), packed(j + 1));
+      if (live) to.store(2 * j, traded);
     }
   }
 }

@@ -12,8 +12,7 @@
 
 namespace attention {
 
-// Writes the warp's 16 rows of the work's tile, from row warp_row of it on. Lanes of a quad trade columns first, so
-// that each has whole chunks of 16 bytes. True if something is not finite.
+// Writes the warp's 16 rows of the work's tile, from row warp_row of it on. True if something is not finite.
 template <class Config, int cols>
 inline bool epilogue_direct(const tile::Accumulator<1, cols>& out,
                             const Softmax<typename Config::element, 1>& statistics, const Params& params,
@@ -27,21 +26,15 @@ inline bool epilogue_direct(const tile::Accumulator<1, cols>& out,
     if (live && work.lse && tile::fragment_col() == 0) {
       *work.template lse_row<Config>(params, row) = statistics.base[0][i];
     }
-    element* const to = work.template out_row<Config>(params, row);
+    const tile::RowWriter<Config::store_bytes, Config::head_dim_v, element> to(
+        work.template out_row<Config>(params, row), params.out_strides.dim, warp::traded_chunk());
 #pragma unroll
-    for (int j = 0; j < cols / 8; j += 4) {
-      u32 x[4] = {};
-#pragma unroll
-      for (int t = 0; t < min_of(4, cols / 8 - j); ++t) {
-        x[t] = ptx::cvt_rn_x2<element>(out.x[0][j + t][2 * i], out.x[0][j + t][2 * i + 1]);
-      }
-      not_finite.look(x[0], x[1]);
-      not_finite.look(x[2], x[3]);
-      warp::quad_transpose(x);
-      if (live) {
-        tile::store_chunk<Config::store_bytes, Config::head_dim_v>(to, params.out_strides.dim, j + tile::lane() % 4,
-                                                                   uint4{x[0], x[1], x[2], x[3]});
-      }
+    for (int j = 0; j < cols / 8; j += 2) {
+      const auto packed = [&](int j) { return ptx::cvt_rn_x2<element>(out.x[0][j][2 * i], out.x[0][j][2 * i + 1]); };
+      const u32 first = packed(j), second = packed(j + 1);
+      not_finite.look(first, second);
+      const uint2 traded = warp::trade(first, second);
+      if (live) to.store(2 * j, traded);
     }
   }
   return not_finite.found();

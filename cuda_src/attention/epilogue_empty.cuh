@@ -1,6 +1,7 @@
 // attention: writes rows that nothing is computed for: those that see no key, and packed rows that are no sequence's.
 #pragma once
 
+#include "attention/block_range.cuh"
 #include "attention/packed.cuh"
 #include "attention/params.cuh"
 #include "attention/work.cuh"
@@ -15,18 +16,48 @@ namespace attention {
 template <class Config, int threads>
 inline void epilogue_empty(const Params& params, const Work<typename Config::element>& work, float sink, int thread) {
   constexpr int chunks = ceil_div(Config::head_dim_v * sizeof(typename Config::element), 16);
-  constexpr int unroll = Config::store_bytes == 16 ? 2 : 1;  // else there are more stores in one
   const int first_row = work.tile.m_block * Config::block_m;
   const int rows = min_of(Config::block_m, work.template rows<Config>() - first_row);
-#pragma unroll unroll
-  for (int i = thread; i < rows * chunks; i += threads) {
-    tile::store_chunk<Config::store_bytes, Config::head_dim_v>(
-        work.template out_row<Config>(params, first_row + i / chunks), params.out_strides.dim, i % chunks,
-        uint4{0, 0, 0, 0});
+  if constexpr (threads % chunks == 0 && Config::pack == 1 && Config::store_bytes == 16) {  // a thread has a column
+    constexpr int step = threads / chunks;
+    auto* to = reinterpret_cast<char*>(work.template out_row<Config>(params, first_row + thread / chunks)) +
+               thread % chunks * 16;
+    const i64 step_bytes = step * params.out_strides.seqlen * int(sizeof(typename Config::element));
+#pragma unroll 4
+    for (int row = thread / chunks; row < rows; row += step) {
+      *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+      to += step_bytes;
+    }
+  } else {
+#pragma unroll 1
+    for (int i = thread; i < rows * chunks; i += threads) {
+      tile::store_chunk<Config::store_bytes, Config::head_dim_v>(
+          work.template out_row<Config>(params, first_row + i / chunks), params.out_strides.dim, i % chunks,
+          uint4{0, 0, 0, 0});
+    }
   }
   if (!work.lse) return;
 #pragma unroll 1
   for (int row = thread; row < rows; row += threads) *work.template lse_row<Config>(params, first_row + row) = sink;
+}
+
+// The warp's share of all tiles of dense arrays whose rows see no key. `warp` of `warps` of each block, which may have
+// few registers; `work` is in shared memory, and its own.
+template <class Config>
+inline void write_empty_tiles(const Params& params, Work<typename Config::element>& work, int warp, int warps) {
+  const Seqlen seqlen = dense_seqlen(params);
+  const auto is_empty = [&](int m_block) { return block_range<Config>(params, seqlen, m_block).empty(); };
+  if (!is_empty(0) && !is_empty(params.m_blocks - 1)) return;  // then those between see some, too
+  const int heads = params.num_heads_q / Config::pack, tiles = params.m_blocks * heads * params.batch;
+#pragma unroll 1
+  for (int i = blockIdx.x * warps + warp; i < tiles; i += gridDim.x * warps) {
+    const int m_block = i % params.m_blocks, head = i / params.m_blocks;
+    if (!is_empty(m_block)) continue;
+    __syncwarp();  // all lanes have read of the tile before
+    if (tile::lane() == 0) work.template take<Config>(params, {m_block, head % heads, head / heads}, seqlen);
+    __syncwarp();
+    epilogue_empty<Config, 32>(params, work, work.template sink<Config>(params), tile::lane());
+  }
 }
 
 // The thread block's share of the packed rows of q that are no sequence's: zeros in `out`, if that is new, and

@@ -22,10 +22,9 @@ inline void forward_tile(const Params& params, const PointerWork<typename Config
   static_assert(Config::smem_bytes == max_of(Mainloop::smem_bytes, Staging::bytes),
                 "cufa/_configs.py and the tiles disagree on shared memory");
   if (work.template idle<Config>()) return;
-  const auto sink = [&] { return Config::sinks ? params.sinks[work.tile.head * params.sinks_stride] : -infinity; };
   constexpr bool often_empty = Config::causal || Config::window || Config::varlen;
   if (often_empty && work.range.empty()) {
-    return epilogue_empty<Config, Config::num_threads>(params, work, sink(), ptx::tid_x());
+    return epilogue_empty<Config, Config::num_threads>(params, work, work.template sink<Config>(params), ptx::tid_x());
   }
   typename Mainloop::Out out;
   typename Mainloop::Statistics statistics;
@@ -38,7 +37,7 @@ inline void forward_tile(const Params& params, const PointerWork<typename Config
     __syncthreads();  // every warp is done with the tiles the epilogue writes over
   }
   statistics.settle(exponent_scale<typename Config::variant>(params), maxima);
-  statistics.finish(out, sink());
+  statistics.finish(out, work.template sink<Config>(params));
   epilogue<Config>(out, statistics, params, work, Mainloop::warp_row(), Mainloop::warp_col(), Staging{smem});
 }
 

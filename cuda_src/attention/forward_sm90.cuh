@@ -18,7 +18,8 @@ inline void forward_sm90(const TmaParams& params) {
   static_assert(Config::num_threads == 128 * (1 + Mainloop::consumers), "a warpgroup loads, the others compute");
   extern __shared__ __align__(1024) char dynamic_smem[];
   const Mainloop mainloop(dynamic_smem);
-  __shared__ PackedScan scan;
+  __shared__ PackedScan scan;                                // packed
+  __shared__ Work<typename Config::element> empty_works[2];  // dense
 
   if (threadIdx.x == 0) {
     mainloop.init();
@@ -32,8 +33,12 @@ inline void forward_sm90(const TmaParams& params) {
       mainloop.find_tiles(params, scan);
     else if (threadIdx.x == 32)
       mainloop.load_tiles(params);
-    if constexpr (Config::varlen) {
-      if (ptx::tid_x() >= 64) clear_outside<Config>(params.params, ptx::tid_x() / 32 - 2, 2);
+    if (warp >= 2) {
+      const int idle_warp = ptx::tid_x() / 32 - 2;
+      if constexpr (Config::varlen)
+        clear_outside<Config>(params.params, idle_warp, 2);
+      else
+        write_empty_tiles<Config>(params.params, empty_works[idle_warp], idle_warp, 2);
     }
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();

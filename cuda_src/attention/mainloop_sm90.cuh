@@ -106,7 +106,7 @@ struct MainloopSm90 {
     ptx::fence_mbarrier_init();
   }
 
-  // One warp: finds the block's tiles ahead of the others. Those that see no key it writes itself.
+  // One warp: finds the block's tiles ahead of the others. Packed ones that see no key it writes itself.
   void find_tiles(const TmaParams& params, PackedScan& scan) const {
     typename Tiles::Cursor at_tiles;
     int chain = 0;
@@ -119,8 +119,9 @@ struct MainloopSm90 {
       __syncwarp();
       if (at.done()) break;
       const bool idle = entry.work.template idle<Config>(), empty = entry.work.range.empty();
-      if (!idle && empty) {
-        epilogue_empty<Config, 32>(params.params, entry.work, sink(params.params, entry.work), tile::lane());
+      if (Config::varlen && !idle && empty) {
+        epilogue_empty<Config, 32>(params.params, entry.work, entry.work.template sink<Config>(params.params),
+                                   tile::lane());
       }
       if (!idle && !empty) {
         if constexpr (Config::chains) {
@@ -135,10 +136,6 @@ struct MainloopSm90 {
       if (chain == 0) at.advance();
     }
     if (tile::lane() == 0) tiles().fill(at_tiles);
-  }
-
-  static float sink(const Params& params, const Work<element>& work) {
-    return Config::sinks ? params.sinks[work.tile.head * params.sinks_stride] : -infinity;
   }
 
   // One thread: loads, in the order in which the consumers want it, K of every block and, one block behind, V.
@@ -341,7 +338,7 @@ struct MainloopSm90 {
   void write(Out& out, Statistics& statistics, const Params& params, typename Tiles::Cursor at) const {
     const Entry& entry = entries[at.stage()];
     if (!Config::chains || likely(entry.ends & last_end)) {
-      statistics.finish(out, sink(params, entry.work));
+      statistics.finish(out, entry.work.template sink<Config>(params));
       if (unlikely(epilogue_direct<Config>(out, statistics, params, entry.work, warp_row()))) {
         ptx::st_shared_u32(to_repair(), 1);
       }

@@ -49,19 +49,29 @@ struct Work {
   void find(const Params& params, PackedScan& scan, int unit, bool second) {
     if (Config::varlen) scan.find<Config::block_m, groups>(params, unit / params.num_heads_q, in_pairs(params));
     if (tile::lane() != 0) return;
-    if constexpr (Config::varlen) {
-      tile = packed_tile<Config>(params, scan.found, unit, second);
-      seqlen = packed_seqlen(params, scan.found);
-    } else {
-      tile = dense_tile<Config>(params, unit, second);
-      seqlen = dense_seqlen(params);
-    }
+    if constexpr (Config::varlen)
+      take<Config>(params, packed_tile<Config>(params, scan.found, unit, second), packed_seqlen(params, scan.found));
+    else
+      take<Config>(params, dense_tile<Config>(params, unit, second), dense_seqlen(params));
+  }
+
+  // Becomes that of a tile. Called by one thread.
+  template <class Config>
+  void take(const Params& params, const TileIndex& its_tile, const Seqlen& its_seqlen) {
+    tile = its_tile;
+    seqlen = its_seqlen;
     range = block_range<Config>(params, seqlen, tile.m_block);
     const int head = tile.head * Config::pack;
     out = const_cast<element*>(origin(params.out, params.out_strides, head, seqlen.q_first_row));
     lse = params.lse
               ? params.lse + tile.batch * params.lse_batch_stride + head * params.lse_head_stride + seqlen.q_first_row
               : nullptr;
+  }
+
+  // The score of a key without a value.
+  template <class Config>
+  float sink(const Params& params) const {
+    return Config::sinks ? params.sinks[tile.head * params.sinks_stride] : -infinity;
   }
 
   const element* origin(const void* pointer, const Strides& strides, int head, int row) const {

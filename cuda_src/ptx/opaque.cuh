@@ -12,6 +12,13 @@ inline const T& opaque(const T& at) {
   return *address;
 }
 
+// The same pointer, which is therefore computed but once.
+template <class T>
+inline T* opaque(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 // The same number. What follows from it is computed anew after this.
 inline int opaque(int x) {
   asm volatile("" : "+r"(x));

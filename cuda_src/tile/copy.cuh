@@ -4,6 +4,7 @@
 #include "core/math.cuh"
 #include "core/types.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/opaque.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/thread.cuh"
 #include "tile/shared.cuh"
@@ -34,23 +35,24 @@ struct Words<4> {
   using type = u32;
 };
 
-// 16-byte chunk `chunk` of a row in global memory ← words; columns from valid_cols on are not written. Words of
-// copy_bytes are written at a time, or single elements with any col_stride.
-template <int copy_bytes, int valid_cols, class element>
-inline void store_chunk(element* row, i64 col_stride, int chunk, const uint4& words) {
-  constexpr int chunk_elements = 16 / sizeof(element);
+// Chunk `chunk` of a row in global memory, of 16 or 8 bytes, ← words; columns from valid_cols on are not written. Words
+// of copy_bytes are written at a time, or of the chunk if it is smaller, or single elements with any col_stride.
+template <int copy_bytes, int valid_cols, class element, class Chunk>
+inline void store_chunk(element* row, i64 col_stride, int chunk, const Chunk& words) {
+  constexpr int chunk_elements = sizeof(Chunk) / sizeof(element);
   union {
-    uint4 words;
+    Chunk words;
     element elements[chunk_elements];
   } held;
   held.words = words;
   if constexpr (copy_bytes > sizeof(element) || copy_bytes == 16) {
-    using Word = typename Words<copy_bytes>::type;
+    constexpr int word_bytes = min_of(copy_bytes, sizeof(Chunk));
+    using Word = typename Words<word_bytes>::type;
     constexpr int valid_bytes = valid_cols * sizeof(element);
-    static_assert(valid_bytes % copy_bytes == 0, "a row must be whole words");
+    static_assert(valid_bytes % word_bytes == 0, "a row must be whole words");
 #pragma unroll
-    for (int i = 0; i < 16 / copy_bytes; ++i) {
-      const int byte = chunk * 16 + i * copy_bytes;
+    for (int i = 0; i < int(sizeof(Chunk)) / word_bytes; ++i) {
+      const int byte = chunk * int(sizeof(Chunk)) + i * word_bytes;
       if (byte < valid_bytes) {
         *reinterpret_cast<Word*>(reinterpret_cast<char*>(row) + byte) = reinterpret_cast<const Word*>(&held)[i];
       }
@@ -63,6 +65,27 @@ inline void store_chunk(element* row, i64 col_stride, int chunk, const uint4& wo
     }
   }
 }
+
+// Where a thread writes some 8-byte chunks of a row: those `first` further than asked for.
+template <int copy_bytes, int valid_cols, class element>
+struct RowWriter {
+  static constexpr bool whole = copy_bytes >= 8;
+  static constexpr int chunk_elements = 8 / sizeof(element);
+  element* row;
+  i64 col_stride;
+  int first;
+
+  RowWriter(element* row, i64 col_stride, int first)
+      : row(ptx::opaque(whole ? row + first * chunk_elements : row)), col_stride(col_stride), first(first) {}
+
+  void store(int chunk, const uint2& words) const {
+    if constexpr (whole) {
+      if ((chunk + first) * chunk_elements < valid_cols) reinterpret_cast<uint2*>(row)[chunk] = words;
+    } else {
+      store_chunk<copy_bytes, valid_cols>(row, col_stride, chunk + first, words);
+    }
+  }
+};
 
 // 16-byte chunk `chunk` of a row in global memory; columns from valid_cols on are zeros and never read: they may be
 // another array's. Rows are aligned for copies of aligned_bytes, or elements are read singly, with any col_stride.
