@@ -32,6 +32,12 @@ LONG = 8192
 MANY = 256
 """Packed sequences from which on there are many."""
 
+SHORT_ROWS, SHORT_KEYS = (16, 32), (16, 32, 64)
+"""Rows of q, and of k, of the tiles that short sequences may have to themselves; longer ones have usual tiles."""
+
+MAX_SHORT_SEQUENCES = 1 << 29
+"""Sequences, each head's counted, whose small tiles surely are few enough for one launch."""
+
 MAX_MAP_STRIDE = 1 << 40
 """Bound of a stride in a tensor map, in bytes."""
 
@@ -79,6 +85,9 @@ class Static(NamedTuple):
         Whether sequences may be so short that what tiles waste along a causal mask's diagonal counts.
     many : bool
         Whether packed sequences are so many that a thread block should not look for a single tile among them.
+    short_rows, short_keys : int
+        Where sequences, packed ones on average, are so short that usual tiles hold little but padding: the least of
+        `SHORT_ROWS` and of `SHORT_KEYS` that hold one. Else 0.
     """
 
     element: str
@@ -95,6 +104,8 @@ class Static(NamedTuple):
     short: bool
     pack: int = 1
     many: bool = False
+    short_rows: int = 0
+    short_keys: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -467,6 +478,7 @@ class _Check:
         # Lengths of packed sequences are not known; and no row's result may depend on its neighbours'.
         short = not backward and mask_kind(left, right) == "causal" and (self.varlen or q.shape[1] < LONG)
         stores = [widest_copy(self.specs[name], itemsize) for name in written if name in self.specs]
+        short_rows, short_keys = self.short_tile()
         return Static(
             element=GPU_DTYPES[q.dtype],
             head_dim=q.shape[-1],
@@ -482,7 +494,20 @@ class _Check:
             pack=1 if backward else self.pack(q),
             short=short,
             many=not backward and self.varlen and self.specs["cu_seqlens_q"].shape[0] > MANY,
+            short_rows=short_rows,
+            short_keys=short_keys,
         )
+
+    def short_tile(self) -> tuple[int, int]:
+        """Rows of q and of k that a tile needs to hold a short sequence; 0 and 0 if sequences are longer."""
+        q, k = self.specs["q"].shape, self.specs["k"].shape
+        batch, rows, keys = q[0], q[-3], k[-3]
+        if self.varlen:
+            batch = self.specs["cu_seqlens_q"].shape[0] - 1
+            rows, keys = rows // max(1, batch), keys // max(1, batch)
+        if rows > SHORT_ROWS[-1] or keys > SHORT_KEYS[-1] or batch * q[-2] > MAX_SHORT_SEQUENCES:
+            return 0, 0
+        return min(each for each in SHORT_ROWS if each >= rows), min(each for each in SHORT_KEYS if each >= keys)
 
     def pack(self, q: Spec) -> int:
         """Packing pays where it leaves at most three quarters of the tiles of 128 rows."""
