@@ -86,9 +86,10 @@ def attention_backward(
     Notes
     -----
     On a GPU the sums of dq take memory while they add up, from the caller's framework: 4 bytes for each element of q,
-    head_dim rounded up to 32 or 64, and 8 for each row; on Hopper above head_dim 128 only the latter. Packed sequences
-    take at most twice the former if they have 128 rows on average, and at most five times as much if they have fewer;
-    none of it on Hopper below 16. To the latter they add 32 bytes for each of them that has rows, and 16 for each that
+    head_dim rounded up to 32, 64 or 128, and 8 for each row; on Hopper above head_dim 128 only the latter. Packed
+    sequences take at most twice the former if they have 128 rows on average, and at most five times as much if they
+    have fewer. Where sequences have up to 32 rows and 64 keys, packed ones take the former on every GPU, once, and
+    dense ones none of it. To the latter packed ones add 32 bytes for each of them that has rows, and 16 for each that
     has not, in all. Copies of q, k, v and dout, as `attention` makes of arrays that are not aligned, come on top.
 
     Dao, *FlashAttention-2*, 2023, Algorithm 2.
@@ -299,6 +300,8 @@ def _workspace(plan: Plan, grid: BackwardGrid, problem: Problem, copied: int) ->
     sums = 0, 0, 0, 0
     if plan.kernel != "attention_backward_split_sm90":  # where dq is not added up in memory
         rows = problem.seqlen_q * heads if config.sums_by_rows else tiles * config.block_m
+        if config.writes_dq and not problem.varlen:  # nothing is added up
+            rows = 0
         sums = rows * config.tile_head_dim, tiles, 1, (1 if problem.varlen else problem.batch) * problem.num_heads_k
     packed = 2 * (problem.batch + 1) if problem.varlen else 0
     # (before, size): what an address has before it and from there on.

@@ -85,12 +85,18 @@ class ConfigSm80(Config):
         Passes over a tile's rows that are copied at a time.
     many : bool
         Whether a thread block takes several tiles, one after the other.
+    scan_groups : int
+        Of 32 offsets each, that a warp asks for at a time when it looks for a packed sequence.
+    early_v : bool
+        Whether a tile's first block of V is loaded with that of K.
     """
 
     column_warps: int
     copy_bytes: int
     copy_unroll: int
     many: bool
+    scan_groups: int
+    early_v: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +145,8 @@ def forward_sm80(static: Static, arch: int) -> ConfigSm80:
     block_m, block_n, warps, column_warps = _tile_sm80(static, arch)
     size = SIZEOF[static.element]
     tile_head_dim = _round_up(static.head_dim, 32)
-    tile_head_dim_v = _round_up(static.head_dim_v, 32 * column_warps)
+    # Warps that share columns have whole panels of them, of 128 bytes.
+    tile_head_dim_v = _round_up(static.head_dim_v, 32 if column_warps == 1 else 128 // size * column_warps)
     tiles = (block_m + block_n) * tile_head_dim + block_n * tile_head_dim_v
     return ConfigSm80(
         **_common(static),
@@ -153,12 +160,27 @@ def forward_sm80(static: Static, arch: int) -> ConfigSm80:
         copy_bytes=static.copy_bytes,
         copy_unroll=_copy_unroll(static, arch),
         many=static.many,
+        scan_groups=8 if has_short_tile(static) else 2,  # many offsets, and registers to hold them
+        early_v=has_short_tile(static),  # most have no other block whose products it could arrive beside
     )
+
+
+def has_short_tile(static: Static) -> bool:
+    """Whether the tables have a small tile, of either direction, that short sequences fill."""
+    if static.short_rows == 0:
+        return False
+    # Of float32 larger ones take too many registers, or more shared memory than some GPUs have.
+    return static.element != "f32" or (static.short_keys <= 32 and max(static.head_dim, static.head_dim_v) <= 128)
 
 
 def _tile_sm80(static: Static, arch: int) -> tuple[int, int, int, int]:
     """(block_m, block_n, warps, column_warps)."""
     widest = max(static.head_dim, static.head_dim_v)
+    if has_short_tile(static):
+        # A warp for every 16 rows: dozens of thread blocks share an SM and hide each other's latency. Short copies take
+        # registers that the widest output leaves to two warps only.
+        column_warps = 2 if widest > 128 and static.copy_bytes < 16 else 1
+        return static.short_rows, min(static.short_keys, 32), static.short_rows // 16 * column_warps, column_warps
     if static.element == "f32":
         if widest <= 64:
             return 64, 64, 4, 1
@@ -193,6 +215,8 @@ def _tile_sm80(static: Static, arch: int) -> tuple[int, int, int, int]:
 def _copy_unroll(static: Static, arch: int) -> int:
     if static.copy_bytes < 16 or static.element == "f32":
         return 1  # short copies are many as it is
+    if has_short_tile(static):
+        return 4
     if static.many:
         return 1  # its loop needs registers
     if 96 < max(static.head_dim, static.head_dim_v) <= 128:  # the fullest tiles

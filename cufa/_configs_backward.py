@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._configs import REGISTERS_SM90, SHARED_MEMORY, SIZEOF, STAGES, WARPGROUP_ROWS, Config, _common, _round_up
+from ._configs import (
+    REGISTERS_SM90,
+    SHARED_MEMORY,
+    SIZEOF,
+    STAGES,
+    WARPGROUP_ROWS,
+    Config,
+    _common,
+    _round_up,
+    has_short_tile,
+)
 from ._problem import Static
 
 
@@ -26,6 +36,11 @@ class ConfigBackward(Config):
         sequences' tiles lie takes too long to find.
     sums_by_rows : bool
         Whether dq adds up in rows as those of q, and not in whole tiles, of which short sequences fill little.
+    writes_dq : bool
+        Whether the main kernel writes dq of sequences whose keys are all in one block, as dense ones then must be, and
+        adds up nothing for them.
+    row_tiles : int
+        Tiles of rows that a thread block of the kernels before and after it takes.
     """
 
     copy_bytes: int
@@ -34,6 +49,8 @@ class ConfigBackward(Config):
     dq_threads: int
     finishes: bool = False
     sums_by_rows: bool = False
+    writes_dq: bool = False
+    row_tiles: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +94,13 @@ class TileSm80(NamedTuple):
 
 def backward_sm80(static: Static, arch: int, deterministic: bool, average_rows: int) -> ConfigBackwardSm80:
     """Config of the mma.sync backward for compute capability `arch` (80 for 8.0); rows: of an average sequence."""
-    tile = _tile_sm80(static, arch)
+    short = has_short_tile(static)
+    tile = _short_tile_sm80(static) if short else _tile_sm80(static, arch)
     size = SIZEOF[static.element]
     # Every warp has whole steps of 16 columns.
     key_columns, dq_columns = 16 * tile.warps // tile.key_row_warps, 16 * tile.warps // tile.dq_row_warps
+    if dq_columns == 32 and static.head_dim > 128:
+        dq_columns = 64  # in two passes
     tile_head_dim = _round_up(static.head_dim, max(32, key_columns, dq_columns))
     tile_head_dim_v = _round_up(static.head_dim_v, max(32, key_columns))
     keys = tile.block_n * (tile_head_dim + tile_head_dim_v + 2 * tile.block_m)
@@ -103,8 +123,20 @@ def backward_sm80(static: Static, arch: int, deterministic: bool, average_rows: 
         out_copy_bytes=static.out_copy_bytes,
         copy_unroll=1 if static.copy_bytes < 16 or static.element == "f32" else 2,
         deterministic=deterministic,
-        sums_by_rows=static.varlen and average_rows < tile.block_m,
+        sums_by_rows=static.varlen and (short or average_rows < tile.block_m),
+        writes_dq=short,
+        row_tiles=8 // tile.warps if short else 1,
     )
+
+
+def _short_tile_sm80(static: Static) -> TileSm80:
+    """One block of keys holds those of a short sequence, a warp 16 of them; some share them where columns are many."""
+    row_warps, widest = static.short_keys // 16, max(static.head_dim, static.head_dim_v)
+    column_warps = 1
+    if widest > (64 if static.element == "f32" else 128):
+        column_warps = 4 if widest > 192 and row_warps == 1 else 2
+    block_m = static.short_rows if column_warps == 1 and row_warps <= 2 else 16
+    return TileSm80(block_m, static.short_keys, row_warps * column_warps, row_warps, 1, row_warps, 1, 1)
 
 
 def _tile_sm80(static: Static, arch: int) -> TileSm80:

@@ -23,6 +23,12 @@ PERSISTENT_ROUNDS = 8
 PASSED_SEQUENCES = 256
 """Packed sequences that a block without rounds may pass for each of its tiles, on the way to the first of them."""
 
+SHARED_ROWS = 128
+"""Rows of the small tiles that one tile of heads sharing it would replace, from which on it is the faster way."""
+
+RESIDENT_THREADS = 1024
+"""Threads an SM for which such blocks should be enough, before they are spared the way."""
+
 PAIRED_TILES = 4
 """Tiles of an average packed sequence from which on pairs of them even out a causal mask; shorter ones waste halves."""
 
@@ -99,7 +105,9 @@ class Plan(NamedTuple):
         main = tuple(self.config.num_threads for _ in self.main_entries)
         if not isinstance(self.config, ConfigBackward):
             return main
-        finish = ROW_THREADS if self.kernel == "attention_backward_split_sm90" else self.config.dq_threads
+        finish = self.config.dq_threads * self.config.row_tiles
+        if self.kernel == "attention_backward_split_sm90":
+            finish = ROW_THREADS
         return *((ROW_THREADS,) if self.config.varlen else ()), ROW_THREADS, *main, finish, ROW_THREADS
 
     @property
@@ -180,7 +188,9 @@ def make_plan(static: Static, arch: int) -> Plan:
         If the GPU is older than sm_80.
     """
     _check_arch(arch)
-    if arch // 10 == 9 and static.element != "f32" and static.tma:
+    shared = static.pack * static.short_rows >= SHARED_ROWS
+    short = _configs.has_short_tile(static) and not shared
+    if arch // 10 == 9 and static.element != "f32" and static.tma and not short:
         reason = "it is the fastest for this GPU"
         return Plan("attention_forward_sm90", arch, _configs.forward_sm90(static), reason)
     known = max(each for each in _configs.SHARED_MEMORY if each <= arch)
@@ -215,7 +225,10 @@ def make_grid(plan: Plan, problem: Problem, num_sms: int) -> Grid:
     # Someone has to clear the rows that are no sequence's, even where there is none.
     least = 1 if problem.varlen and problem.seqlen_q * problem.num_heads_q > 0 else 0
     if not isinstance(config, ConfigSm90):
-        units_per_block = max(1, problem.batch // PASSED_SEQUENCES) if problem.static and problem.static.many else 1
+        units_per_block = 1
+        if problem.static and problem.static.many:
+            resident = num_sms * RESIDENT_THREADS // config.num_threads
+            units_per_block = max(1, min(problem.batch // PASSED_SEQUENCES, num_tiles // max(1, resident)))
         blocks = max(least, -(-num_tiles // units_per_block))
         return Grid(blocks, m_blocks, m_blocks, section, num_tiles, units_per_block=units_per_block)
     if problem.varlen and num_tiles < PERSISTENT_ROUNDS * num_sms:
@@ -246,8 +259,12 @@ def make_backward_plan(static: Static, arch: int, deterministic: bool, average_r
         If the GPU is older than sm_80.
     """
     _check_arch(arch)
-    if arch // 10 == 9 and static.element != "f32" and static.tma:
-        if max(static.head_dim, static.head_dim_v) > 128:
+    wide = max(static.head_dim, static.head_dim_v) > 128
+    if arch // 10 == 9 and static.element != "f32" and static.tma and _configs.has_short_tile(static):
+        # As the two passes are. Blocks take turns only where sequences have several, as packed ones may.
+        deterministic |= wide and static.varlen
+    elif arch // 10 == 9 and static.element != "f32" and static.tma:
+        if wide:
             reason = "it is the fastest for this GPU and head_dims above 128"
         elif static.varlen and average_rows < SUMMED_ROWS:
             reason = "sequences are so short that sums of dq would take many times the memory of q"
@@ -324,11 +341,20 @@ def make_backward_grid(plan: Plan, problem: Problem, num_sms: int) -> BackwardGr
         queries = blocks_of(problem.seqlen_q, SPLIT_QUERIES) * problem.num_heads_q * outer
         return BackwardGrid((*before, tiles, units, queries, max(least, sinks), repair), *order)
     if plan.kernel == "attention_backward_sm80":
-        return BackwardGrid((*before, tiles, units, max(least, tiles + sinks), repair), *order)
+        groups = -(-tiles // config.row_tiles)
+        finish = 0 if _writes_all_dq(config, problem) else groups
+        return BackwardGrid((*before, groups, units, max(least, finish + sinks), repair), *order)
     # One block an SM takes one unit after the other, counted from where the first kernel sets 0.
     main = min(max(units, tiles if config.finishes else 0), num_sms)
     finish = sinks if config.finishes else max(least, tiles + sinks)
     return BackwardGrid((*before, max(tiles, min(main, 1)), main, finish, repair), *order)
+
+
+def _writes_all_dq(config: ConfigBackward, problem: Problem) -> bool:
+    """Whether the main kernel writes every row of dq: each tile of queries has one that sees a key."""
+    if not config.writes_dq or problem.varlen or config.window or problem.seqlen_k == 0:
+        return False
+    return not config.causal or problem.seqlen_q - problem.seqlen_k < config.block_m
 
 
 ALIGNED_ROWS = 4
@@ -454,6 +480,9 @@ def heads_per_section(plan: Plan, problem: Problem) -> int:
 
 
 def _reason(static: Static, arch: int) -> str:
+    if _configs.has_short_tile(static):
+        average = "on average " if static.varlen else ""
+        return f"sequences are {average}so short that small tiles, many of which share an SM, are the fastest"
     if static.element == "f32":
         return "float32 takes three tf32 products for one; float16 and bfloat16 are at least seven times as fast"
     if static.copy_bytes < 16:

@@ -38,6 +38,12 @@ CHAIN_ROWS = 1 << 14
 MANY = 256
 """Packed sequences from which on there are many."""
 
+SHORT_ROWS, SHORT_KEYS = (16, 32), (16, 32, 64)
+"""Rows of q, and of k, of the tiles that short sequences may have to themselves; longer ones have usual tiles."""
+
+MAX_SHORT_SEQUENCES = 1 << 29
+"""Sequences, each head's counted, whose small tiles surely are few enough for one launch."""
+
 MAX_MAP_STRIDE = 1 << 40
 """Bound of a stride in a tensor map, in bytes."""
 
@@ -90,6 +96,9 @@ class Static(NamedTuple):
         Whether there may be sums over so many rows that they would drift: see cuda_src/tile/local.cuh.
     out_copy_bytes : {16, 8, 4, 2}
         As copy_bytes, for the out that the gradients read; 16 in the forward.
+    short_rows, short_keys : int
+        Where sequences, packed ones on average, are so short that usual tiles hold little but padding: the least of
+        `SHORT_ROWS` and of `SHORT_KEYS` that hold one. Else 0.
     """
 
     element: str
@@ -108,6 +117,8 @@ class Static(NamedTuple):
     many: bool = False
     chains: bool = False
     out_copy_bytes: int = ALIGNMENT
+    short_rows: int = 0
+    short_keys: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -492,6 +503,7 @@ class _Check:
         short = mask == "causal" and (self.varlen or q.shape[1] < LONG)
         few_keys = not self.varlen and self.specs["k"].shape[1] <= FEW_KEYS
         stores = [widest_copy(self.specs[name], itemsize) for name in written if name in self.specs]
+        short_rows, short_keys = self.short_tile()
         return Static(
             element=GPU_DTYPES[q.dtype],
             head_dim=q.shape[-1],
@@ -507,7 +519,20 @@ class _Check:
             short=not backward and (short or few_keys),
             many=not backward and self.varlen and self.specs["cu_seqlens_q"].shape[0] > MANY,
             chains=self.longest_sum(q, backward) > CHAIN_ROWS,
+            short_rows=short_rows,
+            short_keys=short_keys,
         )
+
+    def short_tile(self) -> tuple[int, int]:
+        """Rows of q and of k that a tile needs to hold a short sequence; 0 and 0 if sequences are longer."""
+        q, k = self.specs["q"].shape, self.specs["k"].shape
+        batch, rows, keys = q[0], q[-3], k[-3]
+        if self.varlen:
+            batch = self.specs["cu_seqlens_q"].shape[0] - 1
+            rows, keys = rows // max(1, batch), keys // max(1, batch)
+        if rows > SHORT_ROWS[-1] or keys > SHORT_KEYS[-1] or batch * q[-2] > MAX_SHORT_SEQUENCES:
+            return 0, 0
+        return min(each for each in SHORT_ROWS if each >= rows), min(each for each in SHORT_KEYS if each >= keys)
 
     def longest_sum(self, q: Spec, backward: bool) -> int:
         """Rows over which out is summed, or dq, and dk and dv."""

@@ -371,6 +371,48 @@ def test_gradients_that_wgmma_does_not_serve() -> None:
         check_backward(static(element, head_dim, head_dim_v, **BACKWARD[features]), 90, True)
 
 
+SHORT_TILES = ((16, 16), (32, 32), (16, 64), (32, 16), (16, 32), (32, 64))
+
+
+def short(element: str, head_dims: tuple[int, int], tile: tuple[int, int], features: dict[str, Any]) -> Static:
+    """Of sequences that have small tiles to themselves."""
+    facts = static(element, *head_dims, **features)._replace(pack=1, short_rows=tile[0], short_keys=tile[1])
+    assert _configs.has_short_tile(facts)
+    return facts
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("element", ["bf16", "f32"])
+def test_tiles_of_short_sequences(element: str, arch: int) -> None:
+    """A third of the rows on each architecture, each with other tiles and features, in both directions."""
+    for row, head_dims in enumerate(HEAD_DIMS):
+        turn = row + ARCHS.index(arch)
+        if turn % 3 or (element == "f32" and max(head_dims) > 128):
+            continue
+        tile = SHORT_TILES[(turn // 3 + row) % 6]
+        if element == "f32":
+            tile = tile[0], min(tile[1], 32)
+        forward, backward = (list(table.values())[(turn + row) % len(table)] for table in (FEATURES, BACKWARD))
+        check(short(element, head_dims, tile, forward), arch, NVRTCS[row % 3])
+        check_backward(short(element, head_dims, tile, backward), arch, row % 2 == 0, NVRTCS[row % 3], 16)
+
+
+@pytest.mark.parametrize("nvrtc", NVRTCS)
+def test_tiles_of_short_sequences_that_have_most_registers(nvrtc: str) -> None:
+    """And those that are usual."""
+    for head_dims, tile in (((64, 64), (16, 16)), ((256, 256), (16, 32))):
+        for features in ("plain", "many", "elementwise"):
+            check(short("bf16", head_dims, tile, FEATURES[features]), 90, nvrtc)
+    for head_dims, tile, features in (
+        ((64, 64), (16, 16), "packed"),
+        ((128, 128), (32, 16), "everything"),
+        ((192, 192), (16, 16), "elementwise"),
+        ((256, 256), (32, 32), "elementwise"),
+    ):
+        check_backward(short("bf16", head_dims, tile, BACKWARD[features]), 90, True, nvrtc, 16)
+    check_backward(short("f32", (128, 128), (32, 16), BACKWARD["everything"]), 90, True, nvrtc, 16)
+
+
 @pytest.mark.parametrize(("arch", "head_dim"), [(None, 64), (80, 64), (90, 64), (90, 256)])
 def test_a_config_that_disagrees_with_the_tiles_does_not_compile(arch: int | None, head_dim: int) -> None:
     """Of the forward, and of each kernel of the gradients."""

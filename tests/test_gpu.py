@@ -272,8 +272,12 @@ def test_grouped_heads_equal_repeated_ones(case: Case) -> None:
     ratio = case.num_heads_q // case.num_heads_k
     repeated = {name: cupy.repeat(arrays[name], ratio, axis=2) for name in ("k", "v")}
     other, other_lse, _ = attend(case, cupy, **repeated)
-    assert same(out, other)
-    assert same(lse, other_lse)
+    if explain(case, arrays) == explain(case, arrays | repeated):
+        assert same(out, other)
+        assert same(lse, other_lse)
+    else:  # short sequences have small tiles, unless heads fill larger ones together
+        assert_close(out, lse=lse, **case.arrays(), **case.options)
+        assert_close(other, lse=other_lse, **case.arrays(), **case.options)
 
 
 @settings(max_examples=60)
@@ -284,22 +288,21 @@ def test_packed_sequences_equal_dense_ones(case: Case) -> None:
     out, lse, arrays = attend(case, cupy)
     assert isinstance(case.seqlen_q, tuple) and isinstance(case.seqlen_k, tuple)
     starts_q, starts_k = np.cumsum((0, *case.seqlen_q)), np.cumsum((0, *case.seqlen_k))
+    assert_close(out, lse=lse, **case.arrays(), **case.options)
+    together = explain(case, arrays)
     for b in range(case.batch):
         rows_q, rows_k = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
         slopes = arrays.get("alibi_slopes")
         if case.alibi_ndim == 2:
             slopes = slopes[b]
-        one, one_lse = cufa.attention(
-            arrays["q"][None, rows_q],
-            arrays["k"][None, rows_k],
-            arrays["v"][None, rows_k],
-            alibi_slopes=slopes,
-            sinks=arrays.get("sinks"),
-            return_lse=True,
-            **case.options,
-        )
-        assert same(out[rows_q], one[0])
-        assert same(lse[:, rows_q], one_lse[0])
+        own = {name: arrays[name][None, rows] for name, rows in (("q", rows_q), ("k", rows_k), ("v", rows_k))}
+        own |= {"alibi_slopes": slopes, "sinks": arrays.get("sinks")}
+        one, one_lse = cufa.attention(**own, return_lse=True, **case.options)
+        if explain(case, own) == together:
+            assert same(out[rows_q], one[0])
+            assert same(lse[:, rows_q], one_lse[0])
+        else:  # tiles are smaller where all sequences are short, or, packed, the average one is
+            assert_close(one, lse=one_lse, **own, **case.options)
 
 
 @settings(max_examples=60)

@@ -726,6 +726,11 @@ def unit_of(unit: int, rows: int, heads: int, heads_per_section: int) -> tuple[i
     return row, section * heads_per_section + head
 
 
+def usual(static: _problem.Static) -> _problem.Static:
+    """The same, but that sequences may not have small tiles, however short they are."""
+    return static._replace(short_rows=0, short_keys=0)
+
+
 class PackedUnit(NamedTuple):
     """``PackedUnit`` in backward_work.cuh."""
 
@@ -767,17 +772,31 @@ packings = st.tuples(
 
 
 @settings(max_examples=300)
-@given(packings, st.sampled_from([(1, 1), (4, 2), (6, 6)]), st.sampled_from([64, 256]), st.booleans(), st.booleans())
+@given(
+    packings,
+    st.sampled_from([(1, 1), (4, 2), (6, 6)]),
+    st.sampled_from([64, 256]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0, 16, 32]),
+)
 def test_packed_tiles_are_all_found(
-    packing: tuple[list[int], tuple[int, int]], heads: tuple[int, int], head_dim: int, causal: bool, hopper: bool
+    packing: tuple[list[int], tuple[int, int]],
+    heads: tuple[int, int],
+    head_dim: int,
+    causal: bool,
+    hopper: bool,
+    short_rows: int,
 ) -> None:
     lengths, (before, behind) = packing
     offsets = [before + sum(lengths[:b]) for b in range(len(lengths) + 1)]
     q, k = (OnGpu(offsets[-1] + behind, each, head_dim) for each in heads)
     problem = packed_gpu_problem(q, k, len(lengths), causal=causal)
     assert problem.static is not None
-    plan = _plan.make_plan(problem.static, 90 if hopper else 80)
+    static = problem.static._replace(short_rows=short_rows, short_keys=short_rows)
+    plan = _plan.make_plan(static, 90 if hopper else 80)
     grid, block_m = _plan.make_grid(plan, problem, 2), plan.config.block_m
+    assert not short_rows or block_m == short_rows
     pairs = grid.m_units < grid.m_blocks
     assert grid.round_units == grid.m_units * heads[0]
     assert not pairs or (causal and hopper)
@@ -857,7 +876,7 @@ def test_persistent_blocks_share_all_tiles(
     k = OnGpu(batch, seqlen_k, heads[1], head_dim)
     problem = gpu_problem(OnGpu(batch, seqlen_q, heads[0], head_dim), k, k, **mask)
     assert problem.static is not None
-    plan = _plan.make_plan(problem.static, 90)
+    plan = _plan.make_plan(usual(problem.static), 90)
     causal = problem.static.mask == "causal"
     grid = _plan.make_grid(plan, problem, num_sms)
     packed = batch * heads[0] // plan.config.pack
@@ -1271,15 +1290,18 @@ def test_gradients_are_stored_as_widths_allow(head_dim: int, head_dim_v: int, st
 def plan_backward(problem: Problem, kernel: str, deterministic: bool) -> tuple[_plan.Plan, _plan.BackwardGrid]:
     """Plan and grid with one of the kernels, and few heads side by side."""
     assert problem.static is not None
-    plan = _plan.make_backward_plan(problem.static, 80 if kernel == "sm80" else 90, deterministic)
-    assert plan.kernel == f"attention_backward_{kernel}"
+    static = usual(problem.static)
+    if kernel == "short":
+        static = static._replace(short_rows=16, short_keys=next(n for n in (16, 32, 64) if n >= problem.seqlen_k % 65))
+    plan = _plan.make_backward_plan(static, 80 if kernel == "sm80" else 90, deterministic)
+    assert plan.kernel == f"attention_backward_{kernel.replace('short', 'sm80')}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_plan, "BACKWARD_SECTION", 1 << 19)
         return plan, _plan.make_backward_grid(plan, problem, NUM_SMS)
 
 
 NUM_SMS = 132
-KERNELS = [("sm80", 64), ("sm80", 200), ("sm90", 64), ("sm90", 128), ("split_sm90", 256)]
+KERNELS = [("sm80", 64), ("sm80", 200), ("sm90", 64), ("sm90", 128), ("split_sm90", 256), ("short", 64), ("short", 200)]
 backward_lengths = st.sampled_from([0, 1, 64, 65, 128, 2048, 2049]) | st.integers(0, 3000)
 backward_heads = st.sampled_from([(1, 1), (4, 2), (6, 6), (8, 1)])
 masks = st.sampled_from([{}, {"causal": True}, {"window_size": (300, 0)}])
@@ -1307,6 +1329,8 @@ def test_gradients_of_all_tiles_and_blocks(
     sinks: bool,
 ) -> None:
     """``BackwardWork`` and ``RowTile`` in backward_work.cuh and backward_prepare.cuh: each is one block's."""
+    if kernel[0] == "short":
+        seqlen_q, seqlen_k = seqlen_q % 33, seqlen_k % 65
     q, k = OnGpu(batch, seqlen_q, heads[0], kernel[1]), OnGpu(batch, seqlen_k, heads[1], kernel[1])
     given = {"sinks": OnGpu(heads[0], dtype="float32")} if sinks else {}
     problem = backward_problem(q, k, k, **given, **mask)
@@ -1318,7 +1342,8 @@ def test_gradients_of_all_tiles_and_blocks(
     assert repair == (min(max(tiles, units), NUM_SMS) if tiles else 0)
     # Thread blocks of the one-pass kernel for Hopper take one unit after the other, which are counted from 0, and then
     # write dq.
-    assert prepare == max(tiles, kernel[0] == "sm90" and main > 0)
+    groups = -(-tiles // config.row_tiles)  # type: ignore[attr-defined]
+    assert prepare == max(groups, kernel[0] == "sm90" and main > 0)
     assert main == (min(max(units, tiles), NUM_SMS) if kernel[0] == "sm90" else units)
     found = [unit_of(unit, grid.n_blocks, batch * heads[1], grid.heads_per_section) for unit in range(units)]
     assert sorted(found) == [(n, head) for n in range(grid.n_blocks) for head in range(batch * heads[1])]
@@ -1331,7 +1356,20 @@ def test_gradients_of_all_tiles_and_blocks(
     assert not grid.reversed or (in_order and bool(mask))
     ends = heads[0] if sinks else 0
     queries = batch * heads[0] * -(-seqlen_q // _plan.SPLIT_QUERIES)
-    assert others == {"split_sm90": [queries, ends], "sm90": [ends], "sm80": [ends + tiles]}[kernel[0]]
+    if kernel[0] != "short":
+        assert others == {"split_sm90": [queries, ends], "sm90": [ends], "sm80": [ends + tiles]}[kernel[0]]
+        return
+    # One block of keys has them all and writes dq, but for the tiles that see none, which are the last kernel's.
+    assert grid.n_blocks <= 1
+    diagonal, (left, right) = seqlen_k - seqlen_q, mask.get("window_size", (seqlen_q + seqlen_k, None))
+    right = 0 if mask.get("causal") and seqlen_q > 1 else seqlen_q + seqlen_k if right is None else right
+    seen = {
+        row // config.block_m
+        for row in range(seqlen_q)
+        if max(0, row + diagonal - left) <= min(seqlen_k - 1, row + diagonal + right)
+    }
+    assert others in ([ends + groups], [ends])
+    assert others != [ends] or not tiles or seen == set(range(grid.m_blocks))
 
 
 @pytest.mark.parametrize(
@@ -1378,9 +1416,12 @@ def test_gradients_of_all_packed_tiles_and_blocks(
     config = plan.config
     both, tiles, main, *queries, ends, _ = grid.blocks
     units = grid.n_blocks * heads[1]
+    row_tiles = config.row_tiles  # type: ignore[attr-defined]
+    tiles *= row_tiles  # of the last block some may be none
     assert both == 2
     assert main == (min(units, NUM_SMS) if kernel[0] == "sm90" else units)
-    assert ends >= max(1, 0 if kernel[0] == "split_sm90" else tiles)  # someone has to clear the rows of no sequence
+    # Someone has to clear the rows of no sequence.
+    assert ends >= max(1, 0 if kernel[0] == "split_sm90" else tiles // row_tiles)
 
     def find(count: int, rows: int, offsets: list[int], heads: int, section: int) -> list[tuple[int, int, int]]:
         found = [packed_unit(unit, rows, offsets, heads, section, ranks_of(offsets)) for unit in range(count)]
@@ -1424,4 +1465,125 @@ def test_gradients_of_short_sequences_take_little_memory(
         numbers, table = 2 * 4 * (total + 4 * min(batch, total)), 4 * (batch + 1)
         turns = 4 * (total // 16 + 2 * min(batch, total))
         chains = 132 * 128 * 2 * head_dim if hopper and total > 1 << 15 else 0  # of sums that may be long
-        assert floats <= (5 if hopper else 2) * elements + numbers + table + turns + chains + 1024
+        short = 1 << 9 <= batch <= 1 << 16 and total <= 32 * batch
+        sums = 1 if short and (dtype != "float32" or head_dim <= 128) else 5 if hopper else 2
+        assert floats <= sums * elements + numbers + table + turns + chains + 1024
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 1), (2, 2), (16, 16), (32, 64), (1, 64)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_of_short_dense_sequences_add_up_nothing(
+    seqlen_q: int, seqlen_k: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k = OnGpu(1 << 14, seqlen_q, 8, 64), OnGpu(1 << 14, seqlen_k, 8, 64)
+    problem = backward_problem(q, k, k)
+    monkeypatch.setattr(_launch, "device", lambda _: _plan.Device(90, 132))
+    floats = _backward.workspace_of(problem, deterministic).floats
+    tiles = -(-seqlen_q // 16)
+    assert floats <= (1 << 14) * 8 * (2 * 32 * -(-seqlen_q // 32) + tiles + 1) + 1024
+
+
+# --- short sequences --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_k", "tile"),
+    [
+        (1, 1, (16, 16)),
+        (16, 16, (16, 16)),
+        (16, 17, (16, 32)),
+        (17, 16, (32, 16)),
+        (32, 32, (32, 32)),
+        (32, 33, (32, 64)),
+        (1, 64, (16, 64)),
+        (33, 16, (0, 0)),
+        (1, 65, (0, 0)),  # a query over many keys is another matter
+        (300, 300, (0, 0)),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_short_sequences_have_small_tiles(seqlen_q: int, seqlen_k: int, tile: tuple[int, int], packed: bool) -> None:
+    """Packed ones by their average lengths."""
+    if packed:
+        extra = 4  # rows that leave the average as it is
+        q, k = (OnGpu(5 * seqlen + extra, 4, 64) for seqlen in (seqlen_q, seqlen_k))
+        problem, gradients = packed_gpu_problem(q, k, 5), backward_problem(q, k, k, batch=5)
+    else:
+        q, k = (OnGpu(5, seqlen, 4, 64) for seqlen in (seqlen_q, seqlen_k))
+        problem, gradients = gpu_problem(q, k, k), backward_problem(q, k, k)
+    for static in (problem.static, gradients.static):
+        assert static is not None and (static.short_rows, static.short_keys) == tile
+    assert problem.static is not None and gradients.static is not None
+    for arch in (80, 90, 120):
+        plan = _plan.make_plan(problem.static, arch)
+        backward = _plan.make_backward_plan(gradients.static, arch, False, _plan.average_rows(gradients))
+        if tile == (0, 0):
+            assert plan.config.block_m >= 64 and "so short that small tiles" not in plan.reason
+            continue
+        assert (plan.kernel, backward.kernel) == ("attention_forward_sm80", "attention_backward_sm80")
+        assert (plan.config.block_m, plan.config.block_n) == (tile[0], min(tile[1], 32))
+        assert plan.config.num_threads == 2 * tile[0]  # a warp for 16 rows
+        assert backward.config.block_n == tile[1] and backward.config.block_m <= tile[0]
+        assert backward.config.num_threads == 2 * tile[1]
+        for each in (plan, backward):
+            assert "so short that small tiles" in each.reason and ("on average" in each.reason) == packed
+
+
+@pytest.mark.parametrize(("arch", "head_dim", "exact"), [(90, 256, True), (90, 128, False), (80, 256, False)])
+def test_gradients_that_are_deterministic_on_hopper_stay_so(arch: int, head_dim: int, exact: bool) -> None:
+    q = OnGpu(800, 4, head_dim)
+    static = backward_problem(q, q, q, batch=50).static
+    assert static is not None
+    for deterministic in (False, True):
+        config = _plan.make_backward_plan(static, arch, deterministic, 16).config
+        assert config.deterministic == (exact or deterministic)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "heads", "kernel"),
+    [
+        (16, (8, 8), "attention_forward_sm80"),
+        (16, (8, 2), "attention_forward_sm80"),
+        (16, (8, 1), "attention_forward_sm90"),  # a tile takes the place of eight small ones
+        (17, (8, 2), "attention_forward_sm90"),
+        (1, (8, 1), "attention_forward_sm90"),
+        (1, (4, 1), "attention_forward_sm80"),
+    ],
+)
+def test_heads_that_share_tiles_instead(seqlen_q: int, heads: tuple[int, int], kernel: str) -> None:
+    q, k = (OnGpu(5, rows, each, 64) for rows, each in zip((seqlen_q, 20), heads, strict=True))
+    static = gpu_problem(q, k, k).static
+    assert static is not None
+    assert _plan.make_plan(static, 90).kernel == kernel
+    assert _plan.make_plan(static, 80).kernel == "attention_forward_sm80"
+    assert _plan.make_plan(static, 80).config.block_m == 16 * -(-seqlen_q // 16)
+
+
+def test_float32_has_few_small_tiles() -> None:
+    for head_dim, keys, small in ((64, 16, True), (128, 32, True), (64, 33, False), (129, 16, False)):
+        q, k = OnGpu(5, 16, 4, head_dim, dtype="float32"), OnGpu(5, keys, 4, head_dim, dtype="float32")
+        static = gpu_problem(q, k, k).static
+        assert static is not None
+        assert (_plan.make_plan(static, 90).config.block_m == 16) == small
+        assert (_plan.make_backward_plan(static, 90, False).config.num_threads < 256) == small
+
+
+def test_sequences_that_one_launch_cannot_hold_have_usual_tiles() -> None:
+    for batch, small in ((1 << 29, True), ((1 << 29) + 1, False)):
+        q = OnGpu(batch, 20, 1, 8)
+        problem = gpu_problem(q, q, q)
+        assert problem.static is not None and (problem.static.short_rows == 32) == small
+        _plan.make_grid(_plan.make_plan(problem.static, 90), problem, 132)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "units"), [(200, 8, 1), (1 << 14, 8, 62), (1 << 14, 1, 7), (1 << 18, 8, 992), (300, 8, 1)]
+)
+def test_blocks_of_short_sequences_take_several(batch: int, heads: int, units: int) -> None:
+    """So that few of them go through all offsets, but enough to fill the GPU."""
+    q = OnGpu(16 * batch, heads, 64)
+    problem = packed_gpu_problem(q, q, batch)
+    assert problem.static is not None
+    grid = _plan.make_grid(_plan.make_plan(problem.static, 90), problem, 132)
+    assert grid.units_per_block == units
+    assert grid.blocks == -(-grid.m_blocks * heads // units)

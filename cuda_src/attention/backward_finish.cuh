@@ -1,5 +1,6 @@
 // attention: what is left to do after the backward's main kernel: dq in its dtype, the sinks' gradients, and zeros for
-// rows that are no sequence's. One thread block a tile of rows of the workspace, then one a head.
+// rows that are no sequence's. One thread block a tile of rows of the workspace, or Config::row_tiles small ones, then
+// one a head.
 #pragma once
 
 #include "attention/backward_params.cuh"
@@ -98,6 +99,19 @@ inline void finish_tiles(const BackwardParams& params, const RowTile (&tiles)[co
   }
 }
 
+// Zeros for the live rows of a tile of dq that the main kernel would have written if they saw a key.
+template <class Config>
+inline void clear_rows(const BackwardParams& params, const RowTile& tile, int thread, int threads) {
+  using element = typename Config::element;
+  constexpr int chunks = ceil_div(Config::head_dim * int(sizeof(element)), 16);
+  const int rows = min_of(Config::block_m, tile.seqlen.q - tile.m_block * Config::block_m);
+  element* const to = tile.rows(static_cast<element*>(params.dq), params.dq_strides, Config::block_m);
+  for (int i = thread; i < rows * chunks; i += threads) {
+    tile::store_chunk<Config::store_bytes, Config::head_dim>(to + i / chunks * params.dq_strides.seqlen,
+                                                             params.dq_strides.dim, i % chunks, uint4{0, 0, 0, 0});
+  }
+}
+
 // Of the sink of a head, whose probability in row i is exp(sink - lse): -Σ p · delta.
 template <class Config>
 inline void finish_sink(const BackwardParams& backward, int head) {
@@ -111,13 +125,13 @@ inline void finish_sink(const BackwardParams& backward, int head) {
     end = padded_row<Config>(last.row, last.rank);
   }
   float sum = 0.0f;
-  for (int b = 0; b < outer; ++b) {
-    const i64 first = (i64(b) * params.num_heads_q + head) * backward.workspace_rows;
-    for (i64 row = begin + threadIdx.x; row < end; row += blockDim.x) {
-      const float row_lse = backward.row_lse[first + row];
-      const float p = sink == row_lse ? 1.0f : ptx::ex2_approx_ftz(sink - row_lse);  // both may be infinite
-      sum -= p == 0.0f ? 0.0f : p * backward.row_delta[first + row];
-    }
+  const i64 rows = end - begin;  // of all sequences together, of which each may have few
+#pragma unroll 4
+  for (i64 i = threadIdx.x; i < outer * rows; i += blockDim.x) {
+    const i64 b = i / rows, row = (b * params.num_heads_q + head) * backward.workspace_rows + begin + i - b * rows;
+    const float row_lse = backward.row_lse[row];
+    const float p = sink == row_lse ? 1.0f : ptx::ex2_approx_ftz(sink - row_lse);  // both may be infinite
+    sum -= p == 0.0f ? 0.0f : p * backward.row_delta[row];
   }
   __shared__ float sums[32];
 #pragma unroll
@@ -171,12 +185,18 @@ template <class Config, class Main>
 inline void finish(const BackwardParams& params) {
   static_assert(Config::dq_threads == Main::dq_threads,
                 "cufa/_configs_backward.py and the main kernel disagree on threads");
-  const int tiles = gridDim.x - (Config::sinks ? params.forward.num_heads_q : 0);
+  using Threads = RowThreads<Config::dq_threads * Config::row_tiles, Config::row_tiles>;
+  const int tiles = gridDim.x - (Config::sinks ? params.forward.num_heads_q : 0);  // or groups of them
   if (Config::varlen) clear_outside<Config>(params);
   if (Config::sinks && int(blockIdx.x) >= tiles) return finish_sink<Config>(params, blockIdx.x - tiles);
-  const RowTile tile[] = {RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks)};
-  if (tile[0].m_block * Config::block_m >= tile[0].seqlen.q) return;  // no row of the tile is live
-  finish_tiles<Config, Main>(params, tile, threadIdx.x);
+  if (!Threads::template live<Config>(params)) return;
+  const RowTile tile[] = {RowTile::find<Config>(params, Threads::unit(), params.forward.m_blocks)};
+  const int m_block = tile[0].m_block;
+  if (m_block * Config::block_m >= tile[0].seqlen.q) return;  // no row of the tile is live
+  if (!writes_dq<Config>(tile[0].seqlen)) return finish_tiles<Config, Main>(params, tile, Threads::thread());
+  const QueryRange written = query_range<Config>(params.forward, tile[0].seqlen, 0);
+  if (m_block >= written.begin && m_block < written.end) return;
+  clear_rows<Config>(params, tile[0], Threads::thread(), Threads::threads);
 }
 
 }  // namespace attention

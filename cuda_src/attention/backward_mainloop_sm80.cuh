@@ -9,6 +9,7 @@
 #include "attention/backward_mask.cuh"
 #include "attention/backward_params.cuh"
 #include "attention/backward_prepare.cuh"
+#include "attention/backward_rows.cuh"
 #include "attention/backward_sums_sm80.cuh"
 #include "attention/backward_work.cuh"
 #include "attention/epilogue.cuh"
@@ -243,8 +244,10 @@ struct BackwardSm80 {
     }
   };
 
-  // Adds dS·K to the tile's dq_sum, in passes over its columns where it would take too many registers at once.
+  // Adds dS·K to the tile's dq_sum, in passes over its columns where it would take too many registers at once; or
+  // writes it, where nobody else adds to it.
   void add_dq(const Tile& tile) const {
+    const bool whole = writes_dq<Config>(work.seqlen);
     constexpr int most = Config::sums_by_rows && Dq::n_tiles % 4 == 0 ? 24 : 48;
     constexpr int passes = Dq::m_tiles * Dq::n_tiles * 4 > most ? 2 : 1, n_tiles = Dq::n_tiles / passes;
     const int index = sum_tile<Config>(backward, work, tile.head, tile.m_block);
@@ -254,6 +257,10 @@ struct BackwardSm80 {
       tile::Accumulator<Dq::m_tiles, 8 * n_tiles> dq;
       dq.zero();
       warp::gemm_atb(dq, ds(), k(), DqDivision::row(), DqDivision::col() + 8 * n_tiles * pass);
+      if (whole) {
+        write_dq(dq, tile, DqDivision::col() + 8 * n_tiles * pass);
+        continue;
+      }
       if (Config::deterministic && pass == 0) wait_for_turn(tile, backward.turns + index);
       if constexpr (Config::sums_by_rows) {
         add_rows<Config>(backward, work, tile.head, tile.m_block * block_m + DqDivision::row(),
@@ -272,13 +279,33 @@ struct BackwardSm80 {
         }
       }
     }
-    if constexpr (Config::deterministic) {
+    if (Config::deterministic && !whole) {
       __syncthreads();  // every warp has added
       if (threadIdx.x == 0) {
         __threadfence();
         ptx::red_release_gpu_add(backward.turns + index, 1);
       }
     }
+  }
+
+  // Writes this warp's part of a tile of dq, from column first_col on, but for its scale.
+  template <class Part>
+  void write_dq(const Part& dq, const Tile& tile, int first_col) const {
+    const Strides& strides = backward.dq_strides;
+    element* const rows = const_cast<element*>(origin(backward.dq, strides, tile.head, work.seqlen.q_first_row));
+    const int first_row = tile.m_block * block_m + DqDivision::row();
+    NotFinite<f32> not_finite;
+#pragma unroll
+    for (int t = 0; t < Part::m_tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row + tile::fragment_row(t, i);
+        write_row<Config::store_bytes, Config::head_dim>(rows + row * strides.seqlen, strides.dim, row < work.seqlen.q,
+                                                         dq, t, i, backward.forward.softmax_scale, not_finite,
+                                                         first_col);
+      }
+    }
+    if (unlikely(not_finite.found())) *backward.not_finite = 1;
   }
 
   void wait_for_turn(const Tile& tile, const i32* turn) const {

@@ -14,7 +14,8 @@ namespace attention {
 // there with a multiple of four rows (workspace_row), whose numbers make 16 bytes, and the rows up to the next one's
 // are written too; before all of them are padding_rows as if past an end. `dq_sum` has a tile of block_m ×
 // tile_head_dim float32 numbers, in an order of the main kernel's own, for every tile of rows (sum_tile), none of which
-// mixes sequences; or, with Config::sums_by_rows, tile_head_dim numbers for every row of q.
+// mixes sequences; or, with Config::sums_by_rows, tile_head_dim numbers for every row of q. With Config::writes_dq
+// those of sequences whose keys are all in one block are not used, and dense there are none.
 struct BackwardParams {
   Params forward;
   const void* dout;

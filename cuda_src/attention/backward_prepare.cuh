@@ -1,5 +1,5 @@
 // attention: what the backward needs to know of each query row before its main kernel, and where that adds up from.
-// One thread block a tile of rows of the workspace.
+// One thread block a tile of rows of the workspace, or Config::row_tiles small ones.
 #pragma once
 
 #include "attention/backward_params.cuh"
@@ -54,6 +54,13 @@ struct RowTile {
     return tile;
   }
 
+  // Of all heads and sequences; packed, some may be none.
+  template <class Config>
+  static int count(const BackwardParams& backward) {
+    const Params& params = backward.forward;
+    return params.m_blocks * params.num_heads_q * (Config::varlen ? 1 : params.batch);
+  }
+
   static RowTile none() { return {0, 0, 0, 0, {0, 0, 0, 0}, -1, 0}; }
 
   // Which tile of the sums of dq it is, and where they begin.
@@ -79,28 +86,46 @@ struct RowTile {
   }
 };
 
-// Nobody has done anything yet. A thread block sets to 0 what has its number.
+// The threads of a block that share a tile of rows: whole warps.
+template <int block_threads, int row_tiles>
+struct RowThreads {
+  static constexpr int threads = block_threads / row_tiles;
+  static_assert(threads % 32 == 0 && threads * row_tiles == block_threads, "tiles are shared by whole warps");
+
+  static int thread() { return row_tiles == 1 ? threadIdx.x : threadIdx.x % threads; }
+  static int unit() { return row_tiles == 1 ? blockIdx.x : blockIdx.x * row_tiles + threadIdx.x / threads; }
+
+  // Whether the unit is one of those there are. The last block may have fewer than others.
+  template <class Config>
+  static bool live(const BackwardParams& params) {
+    return row_tiles == 1 || unit() < RowTile::count<Config>(params);
+  }
+};
+
+inline constexpr int prepare_threads = 256;  // ROW_THREADS in cufa/_plan.py
+
+// Nobody has done anything yet. The threads of a unit set to 0 what has its number.
 template <class Config>
-inline void begin_counts(const BackwardParams& params) {
-  if (threadIdx.x != 0) return;
+inline void begin_counts(const BackwardParams& params, int unit, int thread) {
+  if (thread != 0) return;
   const Params& forward = params.forward;
-  const int outer = Config::varlen ? 1 : forward.batch, block = blockIdx.x;
-  if (block == 0) *params.next_unit = *params.not_finite = 0;
-  if (block < forward.m_blocks * forward.num_heads_q * outer) params.turns[block] = 0;
-  if (block < forward.num_heads_q / forward.qheads_per_khead * outer) params.heads_done[block] = 0;
+  const int outer = Config::varlen ? 1 : forward.batch;
+  if (unit == 0) *params.next_unit = *params.not_finite = 0;
+  if (unit < RowTile::count<Config>(params)) params.turns[unit] = 0;
+  if (unit < forward.num_heads_q / forward.qheads_per_khead * outer) params.heads_done[unit] = 0;
 }
 
 // Zeros where dq adds up.
 template <class Config>
-inline void clear_sums(const BackwardParams& params, const RowTile& tile) {
+inline void clear_sums(const BackwardParams& params, const RowTile& tile, int thread, int threads) {
   const int first_row = tile.m_block * Config::block_m;
   const int rows = Config::sums_by_rows ? min_of(Config::block_m, tile.seqlen.q - first_row) : Config::block_m;
   uint4* const sums = reinterpret_cast<uint4*>(params.dq_sum + tile.sums<Config>(params));
-  for (int i = threadIdx.x; i < rows * Config::tile_head_dim / 4; i += blockDim.x) sums[i] = uint4{0, 0, 0, 0};
+  for (int i = thread; i < rows * Config::tile_head_dim / 4; i += threads) sums[i] = uint4{0, 0, 0, 0};
 }
 
 template <class Config>
-inline void prepare_rows(const BackwardParams& params, const RowTile& tile) {
+inline void prepare_rows(const BackwardParams& params, const RowTile& tile, int thread, int threads) {
   using element = typename Config::element;
   using Span = KeySpan<Config::causal, Config::window>;
   constexpr int chunk_elements = 16 / sizeof(element), chunks = ceil_div(Config::head_dim_v, chunk_elements);
@@ -118,10 +143,10 @@ inline void prepare_rows(const BackwardParams& params, const RowTile& tile) {
   const float* const lse =
       tile.rows(static_cast<const float*>(params.forward.lse), params.lse_strides, Config::block_m);
   const float* const dlse = params.dlse ? tile.rows(params.dlse, params.dlse_strides, Config::block_m) : nullptr;
-  const int lane = threadIdx.x % lanes, rows_apart = blockDim.x / lanes;
+  const int lane = thread % lanes, rows_apart = threads / lanes;
   // Of packed tiles four rows together at least: a warp has as many, and its lanes trade numbers.
 #pragma unroll 1
-  for (int first = threadIdx.x / lanes; first < tile.workspace_rows; first += together * rows_apart) {
+  for (int first = thread / lanes; first < tile.workspace_rows; first += together * rows_apart) {
     Chunk a[together][lane_chunks], b[together][lane_chunks];
     float row_lse[together];
 #pragma unroll
@@ -181,18 +206,23 @@ inline void prepare(const BackwardParams& params) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *params.not_finite = 0;
   write_padding<Config>(params);
   const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
-  if (tile.row >= 0) prepare_rows<Config>(params, tile);
+  if (tile.row >= 0) prepare_rows<Config>(params, tile, threadIdx.x, prepare_threads);
 }
 
 // For those, such as Main, that add it up in dq_sum.
 template <class Config, class Main>
 inline void prepare(const BackwardParams& params) {
-  begin_counts<Config>(params);
+  using Threads = RowThreads<prepare_threads, Config::row_tiles>;
+  const int unit = Threads::unit(), thread = Threads::thread();
+  begin_counts<Config>(params, unit, thread);
   write_padding<Config>(params);
-  const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
+  if (!Threads::template live<Config>(params)) return;
+  const RowTile tile = RowTile::find<Config>(params, unit, params.forward.m_blocks);
   if (tile.row < 0) return;
-  if (!Main::first_stores && tile.m_block * Config::block_m < tile.seqlen.q) clear_sums<Config>(params, tile);
-  prepare_rows<Config>(params, tile);
+  if (!Main::first_stores && !writes_dq<Config>(tile.seqlen) && tile.m_block * Config::block_m < tile.seqlen.q) {
+    clear_sums<Config>(params, tile, thread, Threads::threads);
+  }
+  prepare_rows<Config>(params, tile, thread, Threads::threads);
 }
 
 }  // namespace attention

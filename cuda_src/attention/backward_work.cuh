@@ -48,6 +48,13 @@ inline QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_
   return range;
 }
 
+// Whether one block has all live keys of a sequence, and so all there is of dq of the tiles that see them: then it
+// writes them itself. Dense, Config::writes_dq means that it has.
+template <class Config>
+inline bool writes_dq(const Seqlen& seqlen) {
+  return Config::writes_dq && (!Config::varlen || seqlen.k <= Config::block_n);
+}
+
 // Which unit of which head of which sequence.
 struct PackedUnit {
   int row, head, batch;

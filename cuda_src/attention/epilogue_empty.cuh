@@ -62,7 +62,7 @@ inline void write_empty_tiles(const Params& params, Work<typename Config::elemen
 
 // The thread block's share of the packed rows of q that are no sequence's: zeros in `out`, if that is new, and
 // -infinity for lse. Called by whole warps, `warp` of `warps` of each block, which may have few registers.
-template <class Config>
+template <class Config, int unroll = 1>
 inline void clear_outside(const Params& params, int warp, int warps) {
   using element = typename Config::element;
   constexpr int chunks = ceil_div(Config::head_dim_v * sizeof(element), 16);
@@ -71,7 +71,7 @@ inline void clear_outside(const Params& params, int warp, int warps) {
   };
   int end = offset(params.batch);
   if (end < params.seqlen_q) {  // else there is no need to look for a larger one before it
-#pragma unroll 1
+#pragma unroll unroll
     for (int b = tile::lane(); b < params.batch; b += 32) end = max_of(end, offset(b));
     end = __reduce_max_sync(0xffffffffu, end);
   }

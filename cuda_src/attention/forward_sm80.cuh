@@ -76,7 +76,9 @@ inline void forward_sm80(const Params& params) {
     __syncthreads();
     forward_tile<Config>(params, work, smem);
   }
-  if constexpr (Config::varlen) clear_outside<Config>(params, ptx::tid_x() / 32, Config::num_threads / 32);
+  if constexpr (Config::varlen) {
+    clear_outside<Config, Config::scan_groups>(params, ptx::tid_x() / 32, Config::num_threads / 32);
+  }
 }
 
 }  // namespace attention

@@ -50,7 +50,8 @@ struct MainloopSm80 {
   static int warp_col() { return int(threadIdx.x / 32 / row_warps) * warp_cols; }
 
   // Sets out and its statistics to the sums over the blocks of the range, which is not empty, last block first. K and V
-  // have one buffer each: V arrives while Q·Kᵀ runs, the next K while the softmax and P·V do.
+  // have one buffer each: V arrives while Q·Kᵀ runs, or with Config::early_v the first one with its K, and the next K
+  // while the softmax and P·V do.
   static void run(Out& out, Statistics& statistics, Maxima& maxima, const Params& params,
                   const PointerWork<element>& work, u32 smem) {
     const Q q{smem};
@@ -63,6 +64,10 @@ struct MainloopSm80 {
 
     load<Config::head_dim>(chunks(q, work.q, params.q_strides, first_row(), work.seqlen.q));
     load<Config::head_dim>(key_chunks(k, params, work, range.end - 1));
+    if constexpr (Config::early_v) {
+      const int first_col = (range.end - 1) * Config::block_n;
+      load<Config::head_dim_v>(chunks(v, work.v, params.v_strides, first_col, work.seqlen.k));
+    }
     ptx::cp_async_commit_group();
     out.zero();
     statistics.init();
@@ -74,7 +79,7 @@ struct MainloopSm80 {
       const auto v_chunks = chunks(v, work.v, params.v_strides, first_col, work.seqlen.k);
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // this block's K has arrived, and every warp is done with V
-      load<Config::head_dim_v>(v_chunks);
+      if (!Config::early_v || n_block != range.end - 1) load<Config::head_dim_v>(v_chunks);
       ptx::cp_async_commit_group();
       warp::gemm_abt<Config::head_dim>(scores, q, k, warp_row());
 

@@ -31,7 +31,16 @@ struct PackedScan {
   PackedSequence found;
 
   // Called by one thread, and followed by a barrier.
-  void init() { first = q_max = k_max = 0; }
+  void init() {
+    first = q_max = k_max = 0;
+    found.batch = -1;
+  }
+
+  // Whether the sequence found last is still that of a unit, which is not before the one it was found for.
+  template <int rows>
+  bool holds(int unit, bool pairs) const {
+    return found.batch >= 0 && unit < first_packed_unit<rows>(found.q_end, found.batch + 1, pairs);
+  }
 
   // found ← the sequence whose unit this is. Called by a whole warp, which asks for `groups` of 32 offsets at a time.
   template <int rows, int groups>

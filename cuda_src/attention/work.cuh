@@ -44,10 +44,15 @@ struct Work {
     return lse + row / Config::pack + row % Config::pack * params.lse_head_stride;
   }
 
-  // Called by a warp, and followed by a barrier. Packed: with units that do not decrease.
-  template <class Config, int groups = 2>
+  // Called by a warp, and followed by a barrier. Packed: with units that do not decrease, of which many in a row may be
+  // `alike`, of one sequence.
+  template <class Config, int groups = 2, bool alike = false>
   void find(const Params& params, PackedScan& scan, int unit, bool second) {
-    if (Config::varlen) scan.find<Config::block_m, groups>(params, unit / params.num_heads_q, in_pairs(params));
+    if constexpr (Config::varlen) {
+      const int slot = unit / params.num_heads_q;
+      const bool pairs = in_pairs(params);
+      if (!alike || !scan.holds<Config::block_m>(slot, pairs)) scan.find<Config::block_m, groups>(params, slot, pairs);
+    }
     if (tile::lane() != 0) return;
     if constexpr (Config::varlen)
       take<Config>(params, packed_tile<Config>(params, scan.found, unit, second), packed_seqlen(params, scan.found));
@@ -89,7 +94,7 @@ struct PointerWork : Work<element> {
 
   template <class Config>
   void find(const Params& params, PackedScan& scan, int unit) {
-    Work<element>::template find<Config, 2>(params, scan, unit, false);
+    Work<element>::template find<Config, Config::scan_groups, Config::many>(params, scan, unit, false);
     if (tile::lane() != 0) return;
     const int head_k = this->tile.head / params.qheads_per_khead;
     q = this->origin(params.q, params.q_strides, this->tile.head, this->seqlen.q_first_row);

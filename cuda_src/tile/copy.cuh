@@ -128,6 +128,7 @@ template <int num_threads, int unroll, class Tile_, class element>
 struct Chunks {
   using Tile = Tile_;
   static constexpr int rows_per_pass = num_threads / Tile::panel_chunks;
+  static_assert(rows_per_pass % 8 == 0 || 8 % rows_per_pass == 0, "the swizzle repeats every 8 rows");
 
   element* pointer;  // of this thread's first row
   i64 row_stride, col_stride;
@@ -158,7 +159,7 @@ struct Chunks {
 #pragma unroll
       for (int panel = 0; panel < Tile::panels; ++panel) {
         copy(pointer + step * row_stride, step < rows_left, panel * Tile::panel_chunks + chunk,
-             address + panel * Tile::panel_stride + Tile::step_rows(step));
+             Tile::template step_passes<rows_per_pass>(address, step) + panel * Tile::panel_stride);
       }
     }
   }

@@ -12,10 +12,10 @@ struct SharedTile {
   using element = element_;
   static constexpr int rows = rows_, cols = cols_;
   static constexpr int row_bytes = cols * sizeof(element);
-  static_assert(row_bytes % 64 == 0, "a row of a shared tile must be a multiple of 64 bytes");
+  static_assert(row_bytes % 32 == 0, "a row of a shared tile must be a multiple of 32 bytes");
   static_assert(rows % 8 == 0, "the swizzle repeats every 8 rows");
 
-  static constexpr int panel_bytes = row_bytes % 128 == 0 ? 128 : 64;
+  static constexpr int panel_bytes = row_bytes % 128 == 0 ? 128 : row_bytes % 64 == 0 ? 64 : 32;
   static constexpr int panels = row_bytes / panel_bytes;
   static constexpr int panel_chunks = panel_bytes / 16;
   static constexpr int panel_stride = rows * panel_bytes;
@@ -25,7 +25,9 @@ struct SharedTile {
   u32 base;  // shared-memory address, aligned to 128 bytes
 
   // Where the swizzle puts 16-byte chunk `chunk` of a panel: 8 consecutive rows fill all 32 banks at every chunk.
-  static u32 swizzle(int row, int chunk) { return panel_bytes == 128 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3); }
+  static u32 swizzle(int row, int chunk) {
+    return chunk ^ (panel_bytes == 128 ? row & 7 : panel_bytes == 64 ? (row >> 1) & 3 : (row >> 2) & 1);
+  }
 
   u32 address(int row, int chunk) const {
     return base + (chunk / panel_chunks) * panel_stride + row * panel_bytes + (swizzle(row, chunk % panel_chunks) << 4);
@@ -39,6 +41,14 @@ struct SharedTile {
 
   // From the address of a row, the address `count` rows below; count is a multiple of 8, which the swizzle ignores.
   static constexpr u32 step_rows(int count) { return count * panel_bytes; }
+
+  // From the address of one of the first `rows_per_pass` rows, which divide 8 or are a multiple of it, the address
+  // `count` rows below; count is a multiple of them.
+  template <int rows_per_pass>
+  static u32 step_passes(u32 from, int count) {
+    if constexpr (rows_per_pass % 8 == 0) return from + step_rows(count);
+    return (from ^ (swizzle(count, 0) << 4)) + step_rows(count);  // the two have no bit in common
+  }
 
   // From an address in panel 0, the address `count` columns on; count is whole panels.
   static constexpr u32 step_cols(int count) { return count / (panel_chunks * chunk_elements) * panel_stride; }
