@@ -557,7 +557,8 @@ def copied_case(kind: str, dtype: str, packed: bool, **changed: Any) -> Case:
     lengths: dict[str, Any] = {"batch": 2, "seqlen_q": 200, "seqlen_k": 333}
     if packed:
         lengths = {"batch": 3, "seqlen_q": (129, 0, 300), "seqlen_k": (200, 70, 301)}
-    return Case(**lengths, num_heads_q=4, num_heads_k=2, dtype=dtype, return_lse=True, **COPIED[kind] | changed)
+    heads = {"num_heads_q": 4, "num_heads_k": 2}
+    return Case(dtype=dtype, return_lse=True, **lengths | heads | COPIED[kind] | changed)
 
 
 def aligned(array: Any) -> Any:

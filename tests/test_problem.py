@@ -1133,10 +1133,12 @@ class Launched:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.allocated: list[tuple[tuple[int, ...], str]] = []
         self.kernels: list[tuple[str, bytes]] = []
+        self.overlapping: list[bool] = []
         self.plans: dict[str, Any] = {}
         patch.setattr(_launch, "device", lambda _: _plan.Device(90, 132))
         patch.setattr(_launch, "current", lambda _: contextlib.nullcontext())
         patch.setattr(_launch, "driver", lambda: self)
+        patch.setattr(_launch, "overlaps", lambda _: True)
         patch.setattr(_jit, "load_kernel", lambda plan, *_: self.plans.update({plan.kernel: plan}) or plan.entries)
         patch.setattr(_tensor_map, "_driver_encode", lambda shape, address: address.to_bytes(8, "little") + bytes(120))
         patch.setattr(OnGpuAdapter, "empty", self.empty)
@@ -1144,9 +1146,18 @@ class Launched:
         _problem._checked.cache_clear()
 
     CUlaunchConfig = SimpleNamespace
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
+
+    @staticmethod
+    def CUlaunchAttribute() -> SimpleNamespace:
+        return SimpleNamespace(value=SimpleNamespace())
 
     def cuLaunchKernelEx(self, config: Any, function: str, *_: Any) -> tuple[int]:
         self.kernels.append((function, _launch._scratch.params.raw))
+        attributes = getattr(config, "attrs", [])
+        self.overlapping.append(
+            [(each.id, each.value.programmaticStreamSerializationAllowed) for each in attributes] == [(6, 1)]
+        )
         return (0,)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: OnGpu) -> tuple[OnGpu, int]:
@@ -1190,6 +1201,8 @@ def test_gradients_make_copies_and_read_them(monkeypatch: pytest.MonkeyPatch) ->
         cufa.attention_backward(dout, q, k, k, out, lse)
         (copying, copied), *others = launched.kernels
         assert copying == "attention_align"
+        # The first of the gradients' kernels begins when all before it has ended, the others while it ends.
+        assert launched.overlapping == [False, False, True, True]
         assert [name for name, _ in others] == [
             name for name in launched.plans["attention_backward_sm90"].entries if "finish" not in name
         ]

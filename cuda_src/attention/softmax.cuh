@@ -74,10 +74,13 @@ struct Softmax {
     const float block_max[2] = {maximum(scores, t, 0), maximum(scores, t, 1)};
     const bool steep = is_or_gets_steep(block_max[0], scale, t, 0) | is_or_gets_steep(block_max[1], scale, t, 1);
     bool stepped = true;
+    float subtracted[2];
     if (unlikely(__any_sync(0xffffffffu, steep))) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) follow_steeply(block_max[i], scale, over[i], maxima, t, i);
-      exponentiate<true>(scores, scale, maxima, t);
+      for (int i = 0; i < 2; ++i) {
+        follow_steeply(block_max[i], scale, over[i], maxima, t, i);
+        subtracted[i] = subtract_steep_maximum(scores, maxima, t, i);
+      }
     } else {
       stepped = false;
 #pragma unroll
@@ -86,9 +89,10 @@ struct Softmax {
         const bool step = exponent + shift > base[t][i] + over[i];
         follow(exponent, step, t, i);
         stepped |= step;
+        subtracted[i] = base[t][i];
       }
-      exponentiate<false>(scores, scale, maxima, t);
     }
+    exponentiate(scores, scale, subtracted, t);
     return stepped;
   }
 
@@ -144,23 +148,31 @@ struct Softmax {
     }
   }
 
-  // scores ← exponentials, and their sums. In a row that is not steep, `any_steep` or not gives the same bits. A row
-  // that has seen no key subtracts 0, not -infinity, which would give NaN.
-  template <bool any_steep, int block_n, class Maxima>
-  void exponentiate(tile::Accumulator<m_tiles, block_n>& scores, float scale, const Maxima& maxima, int t = 0) {
+  // Subtracts the maximum of a row that is steep from its scores. What is left to subtract from their exponents.
+  template <int block_n, class Maxima>
+  float subtract_steep_maximum(tile::Accumulator<m_tiles, block_n>& scores, const Maxima& maxima, int t, int i) const {
+    if (!is_steep(base[t][i])) return base[t][i];
+    const float max = maxima.load(t, i);
+#pragma unroll
+    for (int j = 0; j < block_n / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) scores.x[t][j][2 * i + e] -= max;
+    }
+    return shift;
+  }
+
+  // scores ← exponentials, and their sums. A row that has seen no key subtracts 0, not -infinity, which would give NaN.
+  template <int block_n>
+  void exponentiate(tile::Accumulator<m_tiles, block_n>& scores, float scale, const float (&subtracted)[2], int t) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float first = 0.0f, then = base[t][i] == -infinity ? 0.0f : base[t][i];
-      if (any_steep && is_steep(then)) {
-        first = maxima.load(t, i);
-        then = shift;
-      }
+      const float exponent = subtracted[i] == -infinity ? 0.0f : subtracted[i];
 #pragma unroll
       for (int j = 0; j < block_n / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& s = scores.x[t][j][2 * i + e];
-          s = ptx::ex2_approx_ftz(fmaf(any_steep ? s - first : s, scale, -then));
+          s = ptx::ex2_approx_ftz(fmaf(s, scale, -exponent));
           row_sum[t][i] += s;
         }
       }
