@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Else the first test with JAX takes most of a GPU that it shares with the other workers.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 # Derandomised: a failure seen once is seen again. No deadline: the first call of a shape may compile.
 settings.register_profile(
     "cufa",

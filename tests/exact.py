@@ -18,7 +18,7 @@ COMPUTE_UNIT = 2.0**-22
 """Of a float32 product by three of tf32, and of the exponential: `gradients.COMPUTE_UNIT`."""
 
 BASE_SHIFT = 24 * np.log(2)
-"""What bfloat16's exponents are lower by than they need to be: see `Softmax::shift` in cuda_src/attention/softmax.cuh."""
+"""What exponents of bfloat16 are lower by than they need to be: `Softmax::shift` in cuda_src/attention/softmax.cuh."""
 
 HALF = 0.5
 """Root mean square of a rounding error, in units."""

@@ -37,7 +37,7 @@ inline void forward_tile(const Params& params, const PointerWork<typename Config
     __syncthreads();  // every warp is done with the tiles the epilogue writes over
   }
   statistics.settle(exponent_scale<typename Config::variant>(params), maxima);
-  statistics.finish(out, work.template sink<Config>(params));
+  statistics.template finish<Config::sinks>(out, work.template sink<Config>(params));
   epilogue<Config>(out, statistics, params, work, Mainloop::warp_row(), Mainloop::warp_col(), Staging{smem});
 }
 

@@ -338,7 +338,7 @@ struct MainloopSm90 {
   void write(Out& out, Statistics& statistics, const Params& params, typename Tiles::Cursor at) const {
     const Entry& entry = entries[at.stage()];
     if (!Config::chains || likely(entry.ends & last_end)) {
-      statistics.finish(out, entry.work.template sink<Config>(params));
+      statistics.template finish<Config::sinks>(out, entry.work.template sink<Config>(params));
       if (unlikely(epilogue_direct<Config>(out, statistics, params, entry.work, warp_row()))) {
         ptx::st_shared_u32(to_repair(), 1);
       }

@@ -74,13 +74,14 @@ struct Softmax {
     const float block_max[2] = {maximum(scores, t, 0), maximum(scores, t, 1)};
     const bool steep = is_or_gets_steep(block_max[0], scale, t, 0) | is_or_gets_steep(block_max[1], scale, t, 1);
     bool stepped = true;
-    float subtracted[2];
     if (unlikely(__any_sync(0xffffffffu, steep))) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        follow_steeply(block_max[i], scale, over[i], maxima, t, i);
-        subtracted[i] = subtract_steep_maximum(scores, maxima, t, i);
+        // At most the largest number: a score of infinity then has an infinite probability, not a NaN that looks like
+        // any.
+        follow_steeply(fminf(block_max[i], largest_float), scale, over[i], maxima, t, i);
       }
+      exponentiate<true>(scores, scale, maxima, t);
     } else {
       stepped = false;
 #pragma unroll
@@ -89,10 +90,9 @@ struct Softmax {
         const bool step = exponent + shift > base[t][i] + over[i];
         follow(exponent, step, t, i);
         stepped |= step;
-        subtracted[i] = base[t][i];
       }
+      exponentiate<false>(scores, scale, maxima, t);
     }
-    exponentiate(scores, scale, subtracted, t);
     return stepped;
   }
 
@@ -101,7 +101,6 @@ struct Softmax {
     return is_steep(base[t][i]) | (fabsf(block_max * scale) > steep & block_max > -infinity);
   }
 
-  // At most the largest number: a score of infinity then has an infinite probability, not a NaN that looks like any.
   template <int block_n>
   static float maximum(const tile::Accumulator<m_tiles, block_n>& scores, int t, int i) {
     float even = scores.x[t][0][2 * i], odd = scores.x[t][0][2 * i + 1];  // two chains: a maximum has latency
@@ -110,7 +109,7 @@ struct Softmax {
       even = fmaxf(even, scores.x[t][j][2 * i]);
       odd = fmaxf(odd, scores.x[t][j][2 * i + 1]);
     }
-    return fminf(warp::quad_max(fmaxf(even, odd)), largest_float);
+    return warp::quad_max(fmaxf(even, odd));
   }
 
   // Steps, or not, to a maximum whose exponent this is.
@@ -148,31 +147,23 @@ struct Softmax {
     }
   }
 
-  // Subtracts the maximum of a row that is steep from its scores. What is left to subtract from their exponents.
-  template <int block_n, class Maxima>
-  float subtract_steep_maximum(tile::Accumulator<m_tiles, block_n>& scores, const Maxima& maxima, int t, int i) const {
-    if (!is_steep(base[t][i])) return base[t][i];
-    const float max = maxima.load(t, i);
-#pragma unroll
-    for (int j = 0; j < block_n / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) scores.x[t][j][2 * i + e] -= max;
-    }
-    return shift;
-  }
-
-  // scores ← exponentials, and their sums. A row that has seen no key subtracts 0, not -infinity, which would give NaN.
-  template <int block_n>
-  void exponentiate(tile::Accumulator<m_tiles, block_n>& scores, float scale, const float (&subtracted)[2], int t) {
+  // scores ← exponentials, and their sums. In a row that is not steep, `any_steep` or not gives the same bits. A row
+  // that has seen no key subtracts 0, not -infinity, which would give NaN.
+  template <bool any_steep, int block_n, class Maxima>
+  void exponentiate(tile::Accumulator<m_tiles, block_n>& scores, float scale, const Maxima& maxima, int t = 0) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float exponent = subtracted[i] == -infinity ? 0.0f : subtracted[i];
+      float first = 0.0f, then = base[t][i] == -infinity ? 0.0f : base[t][i];
+      if (any_steep && is_steep(then)) {
+        first = maxima.load(t, i);
+        then = shift;
+      }
 #pragma unroll
       for (int j = 0; j < block_n / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& s = scores.x[t][j][2 * i + e];
-          s = ptx::ex2_approx_ftz(fmaf(s, scale, -exponent));
+          s = ptx::ex2_approx_ftz(fmaf(any_steep ? s - first : s, scale, -then));
           row_sum[t][i] += s;
         }
       }
@@ -227,9 +218,9 @@ struct Softmax {
     }
   }
 
-  // Divides out by the sum and leaves the natural log-sum-exp in `base`. sink, the score of a key without a value, is
-  // -infinity where there is none. A row without keys gets out = 0 and lse = sink.
-  template <int out_cols>
+  // Divides out by the sum and leaves the natural log-sum-exp in `base`. sink is the score of a key without a value, if
+  // there are `sinks`. A row without keys gets out = 0 and lse = sink, or -infinity.
+  template <bool sinks, int out_cols>
   void finish(tile::Accumulator<m_tiles, out_cols>& out, float sink) {
     const float sink_exponent = sink * log2_e;
     constexpr float unshifted = 1 << int(shift);
@@ -239,11 +230,12 @@ struct Softmax {
       for (int i = 0; i < 2; ++i) {
         const float keys_base = base[t][i] - shift;
         // Finite, so that an infinite sum or sink makes an infinite lse.
-        const float new_base = fminf(fmaxf(keys_base, sink_exponent), largest_float);
+        const float new_base = fminf(sinks ? fmaxf(keys_base, sink_exponent) : keys_base, largest_float);
         const float subtracted = new_base == -infinity ? 0.0f : new_base;
         const float keys_sum = warp::quad_sum(row_sum[t][i]);
         const float rescale = keys_sum == infinity ? 1.0f : ptx::ex2_approx_ftz(keys_base - subtracted);
-        const float sum = keys_sum * unshifted * rescale + ptx::ex2_approx_ftz(sink_exponent - subtracted);
+        float sum = keys_sum * unshifted * rescale;
+        if (sinks) sum += ptx::ex2_approx_ftz(sink_exponent - subtracted);
         const float factor = sum == 0.0f ? 0.0f : rescale * ptx::rcp_approx_ftz(sum) * unshifted;
         base[t][i] = (subtracted + ptx::lg2_approx(sum)) * ln_2;
 #pragma unroll

@@ -109,6 +109,21 @@ inline float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// Lane q of a quad gives x[t] to lane t, as its x[q].
+inline void quad_transpose(u32 (&x)[4]) {
+#pragma unroll
+  for (int step = 1; step <= 2; ++step) {
+    const bool upper = tile::lane() & step;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      u32& low = x[step == 1 ? 2 * i : i];
+      u32& high = x[step == 1 ? 2 * i + 1 : i + 2];
+      const u32 received = __shfl_xor_sync(0xffffffffu, upper ? low : high, step);
+      (upper ? low : high) = received;
+    }
+  }
+}
+
 // Of a row of two neighbouring n-tiles a lane has a word of each. Lanes trade, so that each has two neighbouring words:
 // of the 8-byte chunks of both, that of number `traded_chunk`. A quad stores 32 bytes side by side. (To trade once
 // more, for 16 bytes a lane, takes longer than what it saves.)

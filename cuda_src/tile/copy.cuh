@@ -66,11 +66,12 @@ inline void store_chunk(element* row, i64 col_stride, int chunk, const Chunk& wo
   }
 }
 
-// Where a thread writes some 8-byte chunks of a row: those `first` further than asked for.
-template <int copy_bytes, int valid_cols, class element>
+// Where a thread writes some chunks of a row, of 16 or 8 bytes: those `first` further than asked for. Whole ones go to
+// an address that is computed once, in steps that instructions hold.
+template <class Chunk, int copy_bytes, int valid_cols, class element>
 struct RowWriter {
-  static constexpr bool whole = copy_bytes >= 8;
-  static constexpr int chunk_elements = 8 / sizeof(element);
+  static constexpr bool whole = copy_bytes >= sizeof(Chunk);
+  static constexpr int chunk_elements = sizeof(Chunk) / sizeof(element);
   element* row;
   i64 col_stride;
   int first;
@@ -78,9 +79,9 @@ struct RowWriter {
   RowWriter(element* row, i64 col_stride, int first)
       : row(ptx::opaque(whole ? row + first * chunk_elements : row)), col_stride(col_stride), first(first) {}
 
-  void store(int chunk, const uint2& words) const {
+  void store(int chunk, const Chunk& words) const {
     if constexpr (whole) {
-      if ((chunk + first) * chunk_elements < valid_cols) reinterpret_cast<uint2*>(row)[chunk] = words;
+      if ((chunk + first) * chunk_elements < valid_cols) reinterpret_cast<Chunk*>(row)[chunk] = words;
     } else {
       store_chunk<copy_bytes, valid_cols>(row, col_stride, chunk + first, words);
     }
