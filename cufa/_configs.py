@@ -242,7 +242,7 @@ def forward_sm90(static: Static) -> ConfigSm90:
     tiles = block_m * tile_head_dim + STAGES * block_n * (tile_head_dim + tile_head_dim_v)
     consumers = block_m // WARPGROUP_ROWS
     # Tiles this narrow leave registers to what finds them.
-    narrow = consumers == 2 and tile_head_dim == tile_head_dim_v == 64
+    narrow = consumers == 2 and max(tile_head_dim, tile_head_dim_v) <= 64
     producer_registers, consumer_registers = (40, 232) if narrow else REGISTERS_SM90[consumers]
     return ConfigSm90(
         **_common(static),

@@ -230,14 +230,16 @@ class Cell(NamedTuple):
 def cells(element: str, features: str, arch: int) -> Iterator[Cell]:
     """Every row of the tables, by one NVRTC in turn; by each where tiles leave no register over, and usual for Hopper.
 
-    The table of float32 is the same for all architectures, so half of its rows do on each.
+    The table of float32 is the same for all architectures, so a third of its rows do on each; that for bfloat16 is
+    much the same for all but Hopper's.
     """
     fullest = ((64, 64), (128, 128), (256, 256)) if arch == 90 else ((96, 96), (128, 128))
     turn = ARCHS.index(arch) + list(FEATURES).index(features)
+    of = 3 if element == "f32" else 1 if arch in (80, 90) else 2
     for row, head_dims in enumerate(HEAD_DIMS):
-        if element == "f32" and (turn + row) % 2:
+        if (turn + row) % of:
             continue
-        nvrtcs: tuple[str, ...] = (NVRTCS[(turn + row) // (2 if element == "f32" else 1) % len(NVRTCS)],)
+        nvrtcs: tuple[str, ...] = (NVRTCS[(turn + row) // of % len(NVRTCS)],)
         if element == "bf16" and head_dims in fullest:
             nvrtcs = NVRTCS
         for nvrtc in nvrtcs:
