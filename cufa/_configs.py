@@ -209,6 +209,8 @@ def _tile_sm80(static: Static, arch: int) -> tuple[int, int, int, int]:
         if plain and (arch == 90 or (static.mask == "none" and not static.varlen and arch < 90)):  # others spill
             return 128, 64, 4, 1
         return 128, 32 if static.mask == "window" else 48, 4, 1
+    if widest > 192 and static.copy_bytes < 16:
+        return 64, 64, 8, 2  # the addresses of what is copied in pieces take registers
     return 64, 64, 4, 1
 
 
@@ -275,12 +277,15 @@ def _tile_sm90(static: Static) -> tuple[int, int, int, bool]:
             return 128, 128, 4, False
         return 128 if window or (static.short and static.mask == "causal") else 192, 128, 0, True
     # Scores, P and output share a thread's registers; Q and the stages of K and V the shared memory.
-    registers = 196 if plain else 184
+    ragged = widest > 96 and (dim, dim_v) != (static.head_dim, static.head_dim_v)  # which columns there are takes some
+    registers = 196 if plain and not ragged else 184
     size = SIZEOF[static.element]
     by_smem = (SHARED_MEMORY[90] - CONTROL_BYTES - size * 128 * dim) // (size * STAGES * (dim + dim_v))
     longest = 64 if widest > 192 else 128 if window or static.short else 176
     block_n = min((registers - dim_v // 2) * 4 // 3, by_smem, longest) // 16 * 16
     early_steps = 4 if widest <= 128 else 1 if widest <= 160 else 2 if widest <= 192 else 0
+    if ragged:
+        early_steps = (early_steps + 1) // 2
     return 128, block_n, early_steps if plain else 0, False
 
 

@@ -233,11 +233,11 @@ def _noise(piece: _Problem, out: Array, storage: np.dtype[Any]) -> tuple[Array, 
     walk = np.sqrt(k.shape[1])
     # The errors of p that come from its score, and from adding it up with v; before the division by the sum.
     score_noise = np.where(keep, compute_unit * (size + 1), 0)
-    # Exponents err in proportion to their size, which for bfloat16 is larger than it need be.
-    exponent = np.abs(s - lse[..., None]) + (24 * np.log(2) if storage == "bfloat16" else 0)
-    p_noise = np.where(p > 0, p * (score_noise + compute_unit * exponent), 0)
+    p_noise = np.where(p > 0, p * (score_noise + compute_unit * np.abs(s - lse[..., None])), 0)
     finite_lse = np.where(np.isfinite(lse), np.abs(lse), 0)
     sum_noise = p_noise.sum(axis=-1) + compute_unit * (walk + finite_lse)
+    if storage == "bfloat16":  # whose exponents are lower than they need be, and err in proportion to their size
+        sum_noise += 24 * np.log(2) * compute_unit * np.sqrt((p**2).sum(axis=-1))
     # p is rounded when its largest, the sink's perhaps, is 1; its small values may be subnormal in float16.
     largest = np.maximum(p.max(axis=-1, initial=0, keepdims=True), 1 - p.sum(axis=-1, keepdims=True))
     p_rounding = unit * p + np.where(keep, tiny * largest, 0)

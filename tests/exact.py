@@ -136,10 +136,11 @@ def forward(problem: Padded) -> Forward:
     out = p @ v
 
     score_noise = xp.where(keep, compute_unit * (size + 1), 0)
-    base_shift = BASE_SHIFT if problem.dtype == "bfloat16" else 0
-    p_noise = xp.where(p > 0, p * (score_noise + compute_unit * (xp.abs(s - lse) + base_shift)), 0)
+    p_noise = xp.where(p > 0, p * (score_noise + compute_unit * xp.abs(s - lse)), 0)
     finite_lse = finite(xp, xp.abs(lse))
     sum_noise = p_noise.sum(axis=-1, keepdims=True) + compute_unit * (xp.sqrt(problem.lengths_k) + finite_lse)
+    if problem.dtype == "bfloat16":
+        sum_noise = sum_noise + BASE_SHIFT * compute_unit * xp.sqrt((p**2).sum(axis=-1, keepdims=True))
     # Scores so large that their rounding exceeds 1 leave open which of several keys takes the probability.
     near = keep & (s + 6 * score_noise >= kept.max(axis=-1, keepdims=True) - 20)
     doubt = xp.where(near, score_noise, 0).max(axis=-1, keepdims=True)

@@ -37,13 +37,12 @@ inline void write_row(element* row, i64 col_stride, bool live, const tile::Accum
       }
     }
   } else {
-    const tile::RowWriter<uint2, store_bytes, valid_cols, element> to(row, col_stride,
-                                                                      first_col / 4 + warp::traded_chunk());
+    const tile::RowWriter<uint2, store_bytes, valid_cols, element> to(row, col_stride, warp::traded_chunk());
 #pragma unroll
     for (int j = 0; j < n_tiles; j += 2) {
       const auto packed = [&](int j) { return ptx::cvt_rn_x2<element>(value(j, 0), value(j, 1)); };
       const uint2 traded = warp::trade(packed(j), packed(j + 1));
-      if (live) to.store(2 * j, traded);
+      if (live) to.store(first_col / 4 + 2 * j, warp::traded_chunk(), traded);
     }
   }
 }

@@ -25,7 +25,12 @@ struct BlockRange {
   int full_begin, full_end;  // blocks [full_begin, full_end) are seen whole by every row
 
   bool empty() const { return begin >= end; }
-  bool is_boundary(int n_block) const { return n_block < full_begin || n_block >= full_end; }
+
+  // Without a window the rows' spans begin together.
+  template <class Config>
+  bool is_boundary(int n_block) const {
+    return (Config::window && n_block < full_begin) || n_block >= full_end;
+  }
 };
 
 template <class Config>

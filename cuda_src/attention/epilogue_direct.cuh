@@ -25,7 +25,7 @@ inline void store_traded(const Params& params, typename Config::element* row, bo
     for (int j = 0; j < n_tiles; j += 2) {
       const u32 first = packed(j), second = packed(j + 1);
       const uint2 traded = warp::trade(first, second);
-      if (live) to.store(2 * j, traded);
+      if (live) to.store(2 * j, warp::traded_chunk(), traded);
     }
   } else {
     const tile::RowWriter<uint4, Config::store_bytes, Config::head_dim_v, element> to(row, col_stride,
@@ -36,7 +36,7 @@ inline void store_traded(const Params& params, typename Config::element* row, bo
 #pragma unroll
       for (int t = 0; t < min_of(4, n_tiles - j); ++t) x[t] = packed(j + t);
       warp::quad_transpose(x);
-      if (live) to.store(j, uint4{x[0], x[1], x[2], x[3]});
+      if (live) to.store(j, tile::lane() % 4, uint4{x[0], x[1], x[2], x[3]});
     }
   }
 }

@@ -23,17 +23,23 @@ inline void epilogue_empty(const Params& params, const Work<typename Config::ele
     auto* to = reinterpret_cast<char*>(work.template out_row<Config>(params, first_row + thread / chunks)) +
                thread % chunks * 16;
     const i64 step_bytes = step * params.out_strides.seqlen * int(sizeof(typename Config::element));
-#pragma unroll 4
+    constexpr int unroll = Config::varlen ? 1 : 4;  // the warp that finds packed tiles has few registers
+#pragma unroll unroll
     for (int row = thread / chunks; row < rows; row += step) {
       *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
       to += step_bytes;
     }
-  } else {
+  } else if constexpr (Config::store_bytes == 16) {
 #pragma unroll 1
     for (int i = thread; i < rows * chunks; i += threads) {
-      tile::store_chunk<Config::store_bytes, Config::head_dim_v>(
-          work.template out_row<Config>(params, first_row + i / chunks), params.out_strides.dim, i % chunks,
-          uint4{0, 0, 0, 0});
+      tile::store_chunk<16, Config::head_dim_v>(work.template out_row<Config>(params, first_row + i / chunks),
+                                                params.out_strides.dim, i % chunks, uint4{0, 0, 0, 0});
+    }
+  } else {  // singly, since registers may be few
+    constexpr int cols = Config::head_dim_v;
+#pragma unroll 1
+    for (int i = thread; i < rows * cols; i += threads) {
+      work.template out_row<Config>(params, first_row + i / cols)[i % cols * params.out_strides.dim] = {};
     }
   }
   if (!work.lse) return;

@@ -89,7 +89,7 @@ struct MainloopSm80 {
       if (n_block > range.begin) load<Config::head_dim>(next_k_chunks);
       ptx::cp_async_commit_group();
       apply(variant, scores, params, work.seqlen, first_row() + warp_row(), first_col);
-      if (range.is_boundary(n_block)) {
+      if (range.template is_boundary<Config>(n_block)) {
         mask<Config>(scores, params, work.seqlen, first_row() + warp_row(), first_col);
       }
 #pragma unroll

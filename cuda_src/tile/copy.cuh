@@ -66,22 +66,23 @@ inline void store_chunk(element* row, i64 col_stride, int chunk, const Chunk& wo
   }
 }
 
-// Where a thread writes some chunks of a row, of 16 or 8 bytes: those `first` further than asked for. Whole ones go to
-// an address that is computed once, in steps that instructions hold.
+// Where a thread writes some chunks of a row, of 16 or 8 bytes: those `first` further than asked for, one of four that
+// a quad writes side by side. Whole ones go to an address that is computed once, in steps that instructions hold; where
+// a row ends among them, `first` is told again, so that it need not be held.
 template <class Chunk, int copy_bytes, int valid_cols, class element>
 struct RowWriter {
   static constexpr bool whole = copy_bytes >= sizeof(Chunk);
   static constexpr int chunk_elements = sizeof(Chunk) / sizeof(element);
   element* row;
   i64 col_stride;
-  int first;
 
   RowWriter(element* row, i64 col_stride, int first)
-      : row(ptx::opaque(whole ? row + first * chunk_elements : row)), col_stride(col_stride), first(first) {}
+      : row(ptx::opaque(whole ? row + first * chunk_elements : row)), col_stride(col_stride) {}
 
-  void store(int chunk, const Chunk& words) const {
+  void store(int chunk, int first, const Chunk& words) const {
     if constexpr (whole) {
-      if ((chunk + first) * chunk_elements < valid_cols) reinterpret_cast<Chunk*>(row)[chunk] = words;
+      const bool all_valid = (chunk + 4) * chunk_elements <= valid_cols;
+      if (all_valid || (chunk + first) * chunk_elements < valid_cols) reinterpret_cast<Chunk*>(row)[chunk] = words;
     } else {
       store_chunk<copy_bytes, valid_cols>(row, col_stride, chunk + first, words);
     }
