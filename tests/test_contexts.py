@@ -122,6 +122,8 @@ class FakeDriver:
             self.current.append(arguments[0])
         elif name == "cuCtxPopCurrent":
             return (self.current.pop(),)
+        elif name == "cuDriverGetVersion":
+            return (13000,)
         elif name == "cuDeviceGetAttribute":
             known = {
                 attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: 9,

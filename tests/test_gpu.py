@@ -66,7 +66,7 @@ def check(case: Case, xp: Any, host: dict[str, Any] | None = None) -> None:
 
 
 @pytest.mark.parametrize("name", ["cupy", "torch"])
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_dense_equals_reference(name: str, data: st.DataObject) -> None:
     xp = framework(name)
@@ -74,14 +74,14 @@ def test_dense_equals_reference(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", ["cupy", "torch"])
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_varlen_equals_reference(name: str, data: st.DataObject) -> None:
     xp = framework(name)
     check(data.draw(varlen_cases(layouts=LAYOUTS if name == "cupy" else TORCH_LAYOUTS)), xp)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=st.one_of(dense_cases(layouts=("contiguous",)), varlen_cases(layouts=("contiguous",))))
 def test_jax_equals_reference(case: Case) -> None:
     jnp = framework("jax").numpy
@@ -89,7 +89,7 @@ def test_jax_equals_reference(case: Case) -> None:
     check(case, jnp)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=dense_cases(layouts=("contiguous", "transposed", "padded"), dtypes=("float16", "float32")))
 def test_numba_equals_reference(case: Case) -> None:
     cuda = framework("numba.cuda")
@@ -215,7 +215,7 @@ def test_slices_of_one_fused_array(cupy: Any, layout: str, head_dim: int) -> Non
         cufa.attention(q, k, v, out=v)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=dense_cases(values=("normal", "large rows", "garbage")))
 def test_memory_around_out_is_not_written(case: Case) -> None:
     cupy = framework("cupy")
@@ -227,8 +227,8 @@ def test_memory_around_out_is_not_written(case: Case) -> None:
     cufa.attention(**case.arrays(cupy), **case.options, out=out)
     flat = to_numpy(memory)
     assert np.isnan(flat[view.outside()].astype(np.float32)).all()
-    if out.size:
-        assert not np.isnan(to_numpy(out).astype(np.float32)).any()
+    # Where garbage makes the result NaN, it is so in a new array too.
+    assert same(out, cufa.attention(**case.arrays(cupy), **case.options))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -246,7 +246,7 @@ def plain(case: Case) -> Case:
     return replace(case, **PLAIN, return_lse=True)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=PROPERTY_CASES)
 def test_future_keys_do_not_change_a_causal_prefix(case: Case) -> None:
     cupy = framework("cupy")
@@ -261,7 +261,7 @@ def test_future_keys_do_not_change_a_causal_prefix(case: Case) -> None:
     assert same(lse[..., :cut], other_lse[..., :cut])
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=PROPERTY_CASES)
 def test_grouped_heads_equal_repeated_ones(case: Case) -> None:
     cupy = framework("cupy")
@@ -280,7 +280,7 @@ def test_grouped_heads_equal_repeated_ones(case: Case) -> None:
         assert_close(other, lse=other_lse, **case.arrays(), **case.options)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=varlen_cases(layouts=("contiguous",), head_dims=(40, 64, 128, 256), values=STEADY_VALUES))
 def test_packed_sequences_equal_dense_ones(case: Case) -> None:
     cupy = framework("cupy")
@@ -305,7 +305,7 @@ def test_packed_sequences_equal_dense_ones(case: Case) -> None:
             assert_close(one, lse=one_lse, **own, **case.options)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=PROPERTY_CASES, seed=st.integers(0, 99))
 def test_batch_and_heads_can_be_permuted(case: Case, seed: int) -> None:
     cupy = framework("cupy")
@@ -323,7 +323,7 @@ def test_batch_and_heads_can_be_permuted(case: Case, seed: int) -> None:
     assert same(lse[batch][:, heads], other_lse)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=dense_cases(head_dims=(40, 64, 128, 256)))
 def test_views_equal_contiguous_copies(case: Case) -> None:
     cupy = framework("cupy")
