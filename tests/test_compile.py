@@ -228,19 +228,19 @@ class Cell(NamedTuple):
 
 
 def cells(element: str, features: str, arch: int) -> Iterator[Cell]:
-    """Every row of the tables, by one NVRTC in turn; by each where tiles leave no register over, and usual for Hopper.
+    """Every row of the tables, by one NVRTC in turn; one of those whose tiles leave no register over by each.
 
     The table of float32 is the same for all architectures, so a third of its rows do on each; that for bfloat16 is
     much the same for all but Hopper's.
     """
-    fullest = ((64, 64), (128, 128), (256, 256)) if arch == 90 else ((96, 96), (128, 128))
     turn = ARCHS.index(arch) + list(FEATURES).index(features)
+    fullest = ((64, 64), (128, 128), (256, 256)) if arch == 90 else ((96, 96), (128, 128), (128, 128))
     of = 3 if element == "f32" else 1 if arch in (80, 90) else 2
     for row, head_dims in enumerate(HEAD_DIMS):
         if (turn + row) % of:
             continue
         nvrtcs: tuple[str, ...] = (NVRTCS[(turn + row) // of % len(NVRTCS)],)
-        if element == "bf16" and head_dims in fullest:
+        if element == "bf16" and head_dims == fullest[turn % 3]:
             nvrtcs = NVRTCS
         for nvrtc in nvrtcs:
             yield Cell(element, features, arch, head_dims, nvrtc)
@@ -339,12 +339,13 @@ def test_score_terms_of_gradients_by_every_nvrtc(head_dim: int, nvrtc: str) -> N
     """Each score term under each mask: what fills the registers."""
     terms = itertools.product((False, True), (False, True), ("none", "causal", "window"))
     for turn, (softcap, alibi, mask) in enumerate(terms):
-        if head_dim != 128 and (turn + NVRTCS.index(nvrtc)) % 2:
+        fullest = head_dim == 128 and softcap and not alibi
+        if not fullest and (turn + NVRTCS.index(nvrtc)) % (2 if head_dim == 128 else 3):
             continue
         element, varlen, deterministic = ("bf16", "f16")[turn % 2], turn % 4 > 1, turn % 3 == 0
         facts = static(element, head_dim, head_dim, mask=mask, softcap=softcap, alibi=alibi, varlen=varlen)
         check_backward(facts, 90, deterministic, nvrtc)
-        if softcap and not alibi and head_dim == 128:
+        if fullest:
             check_backward(facts, 90, not deterministic, nvrtc)
 
 
