@@ -231,7 +231,8 @@ struct MainloopSm90 {
     const auto finish_scores = [&](Scores& scores) {
       const int first_row = work->tile.m_block * Config::block_m + warp_row(), first_col = n_block * Config::block_n;
       apply(variant, scores, params, work->seqlen, first_row, first_col);
-      if (unlikely(range.template is_boundary<Config>(n_block))) mask<Config>(scores, params, work->seqlen, first_row, first_col);
+      if (unlikely(range.template is_boundary<Config>(n_block)))
+        mask<Config>(scores, params, work->seqlen, first_row, first_col);
     };
     Probabilities p;
     Out out;
@@ -255,8 +256,7 @@ struct MainloopSm90 {
     }
     // Each step begins the scores of a block and P·V of the block before, then turns the scores into the next P.
     out.zero();
-    bool unwritten_out =
-        false;  // `out` is finished, but not written; and p is of the next tile, whose output it begins
+    bool unwritten_out = false;  // `out` is finished, but not written; p is of the next tile, whose output it begins
     while (true) {
       const bool seam = n_block == range.begin;  // p is of its tile's last block, and the next tile's scores come
       if (unlikely(seam)) {
