@@ -638,22 +638,6 @@ def test_arrays_that_are_not_aligned(kind: str, dtype: str, packed: bool) -> Non
 
 
 @pytest.mark.parametrize("head_dim", [33, 129])
-def test_copies_are_captured_and_replayed_by_torch(head_dim: int) -> None:
-    torch = framework("torch")
-    call = copied_call("33", "float16", False, head_dim=head_dim, head_dim_v=head_dim)
-    arrays = call.arrays(torch)
-    expected = [to_numpy(gradient)[::-1].copy() for gradient in call.right(torch)]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = cufa.attention_backward(**arrays, deterministic=True)
-    for array in arrays.values():
-        array.copy_(array.flip(0))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(map(same, found, expected))
-
-
-@pytest.mark.parametrize("head_dim", [33, 129])
 def test_jax_has_memory_for_copies(head_dim: int) -> None:
     copied_call("33", "bfloat16", False, head_dim=head_dim, head_dim_v=head_dim).right(framework("jax").numpy)
 
@@ -736,10 +720,13 @@ def test_capture_and_replay() -> None:
     assert all(map(same, into.values(), expected))
 
 
-def test_capture_and_replay_by_torch() -> None:
-    """With gradients and workspace of the graph's own."""
+@pytest.mark.parametrize("copied", [None, 33, 129])
+def test_capture_and_replay_by_torch(copied: int | None) -> None:
+    """With gradients and workspace of the graph's own, and copies in it of arrays that are not aligned."""
     torch = framework("torch")
     call = replace(STEADY, results=None)
+    if copied is not None:
+        call = copied_call("33", "float16", False, head_dim=copied, head_dim_v=copied)
     arrays = call.arrays(torch)
     expected = [to_numpy(gradient)[::-1].copy() for gradient in call.right(torch)]
     graph = torch.cuda.CUDAGraph()
