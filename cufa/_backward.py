@@ -326,8 +326,8 @@ def _chain_floats(plan: Plan, grid: BackwardGrid, problem: Problem) -> int:
     return int(main * config.block_n * columns)
 
 
-LONGEST_SUM = 1 << 15
-"""Rows over which the tensor cores add up: twice ``chain_rows`` in tile/local.cuh."""
+LONGEST_SUM = 2 * _problem.CHAIN_ROWS
+"""Rows over which the tensor cores add up in the one-pass kernel: ``take_chain`` in attention/backward_work.cuh."""
 
 PADDING_ROWS = 128
 """``padding_rows`` in attention/backward_work.cuh."""

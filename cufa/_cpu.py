@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,17 @@ def block_sizes(
     return Blocks(max(min(slabs // heads, batch), 1), heads, block_m, block_n)
 
 
+class Options(TypedDict):
+    """What `forward` and its like take beside arrays; see there."""
+
+    softmax_scale: float
+    window_left: int | None
+    window_right: int | None
+    softcap: float
+    alibi_slopes: Array | None
+    sinks: Array | None
+
+
 @dataclass(frozen=True)
 class _Scoring:
     """What happens to a score; slopes are (1 or batch, num_heads_q) and sinks (num_heads_q,)."""
@@ -87,18 +98,18 @@ class _Scoring:
     careful: bool
 
     @classmethod
-    def of(
-        cls, dtype: np.dtype[Any], alibi_slopes: Array | None, sinks: Array | None, seqlen: int, **options: Any
-    ) -> _Scoring:
+    def of(cls, q: Array, k: Array, **options: Unpack[Options]) -> _Scoring:
         """From what `forward` takes; careful from the start where the work dtype cannot hold the options."""
-        slopes = None if alibi_slopes is None else np.atleast_2d(np.asarray(alibi_slopes))
-        largest = float(np.finfo(dtype).max)
-        bias = 0.0 if slopes is None else seqlen * float(np.abs(slopes).max(initial=0))
+        sinks, slopes = options["sinks"], options["alibi_slopes"]
+        options["alibi_slopes"] = slopes = None if slopes is None else np.atleast_2d(np.asarray(slopes))
+        largest = float(np.finfo(work_dtype(q)).max)
+        distance = q.shape[-3] + k.shape[-3]
+        bias = 0.0 if slopes is None else distance * float(np.abs(slopes).max(initial=0))
         sink = 0.0 if sinks is None else float(np.abs(sinks, dtype=np.float64).max(initial=0, where=~np.isinf(sinks)))
         factor = options["softmax_scale"] / (options["softcap"] or 1.0)
         fits = bias < largest / 4 and sink < largest / 4 and options["softcap"] < MAX_FOLDED
         careful = not (fits and 1 / MAX_FOLDED < factor < MAX_FOLDED)
-        return cls(**options, alibi_slopes=slopes, sinks=sinks, careful=careful)
+        return cls(**options, careful=careful)
 
     def slopes(self, entries: slice, heads: slice) -> Array | None:
         """The slopes of a slab, (1 or batch, heads)."""
@@ -144,13 +155,7 @@ def forward(
     v: Array,
     out: Array,
     lse: Array | None,
-    *,
-    softmax_scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float,
-    alibi_slopes: Array | None,
-    sinks: Array | None,
+    **options: Unpack[Options],
 ) -> None:
     """Attention of a batch of equally long sequences, written into `out` and `lse`.
 
@@ -181,16 +186,7 @@ def forward(
     [1.0, 1.0]
     """
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
-        scoring = _Scoring.of(
-            work_dtype(q),
-            alibi_slopes,
-            sinks,
-            q.shape[1] + k.shape[1],
-            softmax_scale=softmax_scale,
-            window_left=window_left,
-            window_right=window_right,
-            softcap=softcap,
-        )
+        scoring = _Scoring.of(q, k, **options)
         _forward(q, k, v, out, lse, scoring, _workspaces(q))
 
 
@@ -205,12 +201,7 @@ def varlen_forward(
     lse: Array | None,
     *,
     fresh: bool = False,
-    softmax_scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float,
-    alibi_slopes: Array | None,
-    sinks: Array | None,
+    **options: Unpack[Options],
 ) -> None:
     """`forward` for each of the sequences laid end to end in q, k and v.
 
@@ -229,16 +220,7 @@ def varlen_forward(
         As in `forward`.
     """
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
-        scoring = _Scoring.of(
-            work_dtype(q),
-            alibi_slopes,
-            sinks,
-            q.shape[0] + k.shape[0],
-            softmax_scale=softmax_scale,
-            window_left=window_left,
-            window_right=window_right,
-            softcap=softcap,
-        )
+        scoring = _Scoring.of(q, k, **options)
         workspaces, stop = _workspaces(q), 0
         for rows, keys, own in sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, len(q), len(k), scoring):
             _clear(slice(stop, rows.start), out if fresh else None, lse)

@@ -10,12 +10,13 @@ its own rounding makes probabilities of more than 1.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
 from ._cpu import (
     Array,
+    Options,
     _cuts,
     _Scoring,
     _Slab,
@@ -24,7 +25,6 @@ from ._cpu import (
     block_sizes,
     select_matmul,
     sequences,
-    work_dtype,
 )
 
 MAX_LSE = 2.0**10
@@ -45,13 +45,7 @@ def backward(
     dk: Array,
     dv: Array,
     dsinks: Array | None,
-    *,
-    softmax_scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float,
-    alibi_slopes: Array | None,
-    sinks: Array | None,
+    **options: Unpack[Options],
 ) -> None:
     """Gradients of a batch of equally long sequences, written into `dq`, `dk`, `dv` and `dsinks`.
 
@@ -80,16 +74,7 @@ def backward(
     """
     sums = np.zeros(q.shape[2])  # of the sinks' gradients
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
-        scoring = _Scoring.of(
-            work_dtype(q),
-            alibi_slopes,
-            sinks,
-            q.shape[1] + k.shape[1],
-            softmax_scale=softmax_scale,
-            window_left=window_left,
-            window_right=window_right,
-            softcap=softcap,
-        )
+        scoring = _Scoring.of(q, k, **options)
         given = _Given(dout, q, k, v, out, lse, dlse)
         _backward(given, dq, dk, dv, sums, scoring, _workspaces(q))
         if dsinks is not None:
@@ -111,13 +96,7 @@ def varlen_backward(
     dk: Array,
     dv: Array,
     dsinks: Array | None,
-    *,
-    softmax_scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float,
-    alibi_slopes: Array | None,
-    sinks: Array | None,
+    **options: Unpack[Options],
 ) -> None:
     """`backward` for each of the sequences laid end to end in q, k and v.
 
@@ -137,16 +116,7 @@ def varlen_backward(
     for gradient in (dq, dk, dv):
         gradient[...] = 0
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
-        scoring = _Scoring.of(
-            work_dtype(q),
-            alibi_slopes,
-            sinks,
-            q.shape[0] + k.shape[0],
-            softmax_scale=softmax_scale,
-            window_left=window_left,
-            window_right=window_right,
-            softcap=softcap,
-        )
+        scoring = _Scoring.of(q, k, **options)
         workspaces = _workspaces(q)
         for rows, keys, own in sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, len(q), len(k), scoring):
             given = _Given(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ._align import Copies
 from ._arrays import contiguous
 from ._plan import MAX_LISTED_BLOCKS, BackwardGrid, Grid
-from ._problem import MAX_SEQLEN, Problem
+from ._problem import CHAIN_ROWS, MAX_SEQLEN, Problem
 
 
 class Field(NamedTuple):
@@ -87,8 +87,11 @@ ALIGN_POINTER_LAYOUT = struct.Struct(f"@{2 * COPIED_ARRAYS}Q")
 
 
 def static_asserts() -> str:
-    """C++ that fails to compile where the struct there is laid out differently from the one here."""
-    return f"static_assert(sizeof(attention::Params) == {LAYOUT.size});\n" + _offset_asserts("Params", FIELDS, 0)
+    """C++ that fails to compile where the struct, or what decides which kernel runs, is another there than here."""
+    return (
+        f"static_assert(sizeof(attention::Params) == {LAYOUT.size});\n"
+        f"static_assert(tile::chain_rows == {CHAIN_ROWS});\n"
+    ) + _offset_asserts("Params", FIELDS, 0)
 
 
 def _offset_asserts(record: str, fields: tuple[Field, ...], offset: int) -> str:

@@ -306,7 +306,7 @@ def from_infinite_scores(problem: Padded, found: Forward) -> tuple[Padded, Forwa
 
 
 def limit(count: Any) -> Any:
-    """The largest root mean square error over so many elements, in units of the noise."""
+    """The largest root mean square error over so many elements, in units of the noise: `cufa.testing._limit`."""
     return 2 + 6 / count**0.5
 
 

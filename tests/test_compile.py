@@ -1,4 +1,6 @@
-"""Every row of the tile tables compiles for every architecture: without spills, and without a performance warning.
+"""The rows of the tile tables compile without spills, and without a performance warning.
+
+Every one for sm_80 and Hopper, a third of them for each of the others.
 
 No GPU is needed. head_dims lie at the edges of the tables and between them. Several versions of NVRTC take turns; each
 compiles every family of Configs. As a program, this checks plans with the NVRTC it is given, see `OtherNvrtc`.

@@ -377,6 +377,16 @@ def test_gradients_in_the_thread_of_torchs_autograd(cold: None) -> None:
     call.check(tuple(each.grad for each in inputs))
 
 
+def warmed(cupy: Any) -> tuple[Callable[[], Any], Any]:
+    """A call that has been made, to be captured, and the array that it writes, which holds zeros again."""
+    into = results(CAPTURED, cupy)
+    call = operations(CAPTURED, CAPTURED.arrays(cupy), into)[0]
+    call()
+    cupy.cuda.Device().synchronize()
+    into["out"][...] = 0
+    return call, into["out"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])
 @pytest.mark.parametrize("name", CALLS)
@@ -384,11 +394,7 @@ def test_a_first_call_while_another_thread_captures(name: str, gradients: bool, 
     """In global mode, the usual one, where anything that the capture does not know breaks it from any thread."""
     call = CALLS[name]
     arrays, into = call.arrays(cupy), results(call, cupy)
-    warm_into = results(CAPTURED, cupy)
-    warm = operations(CAPTURED, CAPTURED.arrays(cupy), warm_into)[0]
-    warm()
-    cupy.cuda.Device().synchronize()
-    warm_into["out"][...] = 0
+    warm, warm_out = warmed(cupy)
     side, stream = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
     with side:
         cupy.empty(1 << 22)  # memory in the pool for the gradients' workspace
@@ -408,18 +414,14 @@ def test_a_first_call_while_another_thread_captures(name: str, gradients: bool, 
         graph.launch(stream)
     cupy.cuda.Device().synchronize()
     check(call, found)
-    check(CAPTURED, warm_into["out"])
+    check(CAPTURED, warm_out)
 
 
 @pytest.mark.gpu
 def test_the_default_stream_while_one_that_it_waits_for_is_captured(cold: None, cupy: Any) -> None:
     call = CALLS["dense-bfloat16-64"]
     arrays, into = call.arrays(cupy), results(call, cupy)
-    warm_into = results(CAPTURED, cupy)
-    warm = operations(CAPTURED, CAPTURED.arrays(cupy), warm_into)[0]
-    warm()
-    cupy.cuda.Device().synchronize()
-    warm_into["out"][...] = 0
+    warm, warm_out = warmed(cupy)
     cupy.cuda.Device().synchronize()
     stream = cupy.cuda.Stream(non_blocking=False)
     with stream:
@@ -432,5 +434,5 @@ def test_the_default_stream_while_one_that_it_waits_for_is_captured(cold: None, 
             graph = stream.end_capture()
         graph.launch(stream)
     cupy.cuda.Device().synchronize()
-    check(CAPTURED, warm_into["out"])
+    check(CAPTURED, warm_out)
     assert np.isnan(to_numpy(into["out"]).astype(np.float32)).all()

@@ -227,8 +227,8 @@ def test_memory_around_out_is_not_written(case: Case) -> None:
     cufa.attention(**case.arrays(cupy), **case.options, out=out)
     flat = to_numpy(memory)
     assert np.isnan(flat[view.outside()].astype(np.float32)).all()
-    # Where garbage makes the result NaN, it is so in a new array too.
-    assert same(out, cufa.attention(**case.arrays(cupy), **case.options))
+    if out.size:  # all of it is, and NaN only where garbage that a row sees makes it so
+        assert_close(out, **case.arrays(), **case.options)
 
 
 def same(a: Any, b: Any) -> bool:
