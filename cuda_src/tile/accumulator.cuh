@@ -125,8 +125,7 @@ inline void quad_transpose(u32 (&x)[4]) {
 }
 
 // Of a row of two neighbouring n-tiles a lane has a word of each. Lanes trade, so that each has two neighbouring words:
-// of the 8-byte chunks of both, that of number `traded_chunk`. A quad stores 32 bytes side by side. (To trade once
-// more, for 16 bytes a lane, takes longer than what it saves.)
+// of the 8-byte chunks of both, that of number `traded_chunk`. A quad then stores 32 bytes side by side.
 inline uint2 trade(u32 first, u32 second) {
   const bool odd = tile::lane() % 2;
   const u32 received = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
