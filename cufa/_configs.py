@@ -117,6 +117,8 @@ class ConfigSm90(Config):
         what there are registers for.
     whole_turns : bool
         Whether a warpgroup's turn on the tensor cores ends with its products, and not already when they have begun.
+    empty_rows : bool
+        Whether rows of dense arrays may see no key.
     """
 
     stages: int
@@ -124,6 +126,7 @@ class ConfigSm90(Config):
     consumer_registers: int
     early_steps: int
     whole_turns: bool
+    empty_rows: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +236,7 @@ WARPGROUP_ROWS = 64
 STAGES = 2
 """Blocks of K, and of V, in its shared memory: more gain nothing."""
 
-CONTROL_BYTES = 4 << 10
+CONTROL_BYTES = 1 << 10
 """Its shared memory for barriers and for what it knows of its tiles and rows."""
 
 
@@ -259,6 +262,7 @@ def forward_sm90(static: Static) -> ConfigSm90:
         consumer_registers=consumer_registers,
         early_steps=early_steps,
         whole_turns=whole_turns,
+        empty_rows=static.empty_rows,
         pack=static.pack,
         smem_bytes=size * tiles + CONTROL_BYTES,
     )

@@ -35,6 +35,9 @@ FEW_KEYS = 128
 CHAIN_ROWS = 1 << 14
 """Rows over which the tensor cores add up by themselves: ``chain_rows`` in cuda_src/tile/local.cuh."""
 
+BASE_SHIFT = 24
+"""What exponents of bfloat16 are lower by than need be: ``Softmax::shift`` in cuda_src/attention/softmax.cuh."""
+
 MANY = 256
 """Packed sequences from which on there are many."""
 
@@ -96,6 +99,8 @@ class Static(NamedTuple):
         Whether there may be sums over so many rows that they would drift: see cuda_src/tile/local.cuh.
     out_copy_bytes : {16, 8, 4, 2}
         As copy_bytes, for the out that the gradients read; 16 in the forward.
+    empty_rows : bool
+        Whether some rows of dense arrays see no key, for the forward.
     short_rows, short_keys : int
         Where sequences, packed ones on average, are so short that usual tiles hold little but padding: the least of
         `SHORT_ROWS` and of `SHORT_KEYS` that hold one. Else 0.
@@ -117,6 +122,7 @@ class Static(NamedTuple):
     many: bool = False
     chains: bool = False
     out_copy_bytes: int = ALIGNMENT
+    empty_rows: bool = False
     short_rows: int = 0
     short_keys: int = 0
 
@@ -519,9 +525,15 @@ class _Check:
             short=not backward and (short or few_keys),
             many=not backward and self.varlen and self.specs["cu_seqlens_q"].shape[0] > MANY,
             chains=self.longest_sum(q, backward) > CHAIN_ROWS,
+            empty_rows=not backward and not self.varlen and self.has_empty_rows(right),
             short_rows=short_rows,
             short_keys=short_keys,
         )
+
+    def has_empty_rows(self, right: int | None) -> bool:
+        """Whether the first row of a dense q, which sees the least of the first keys, sees none."""
+        seqlen_q, seqlen_k = self.specs["q"].shape[-3], self.specs["k"].shape[-3]
+        return seqlen_k == 0 or (right is not None and seqlen_k - seqlen_q + right < 0)
 
     def short_tile(self) -> tuple[int, int]:
         """Rows of q and of k that a tile needs to hold a short sequence; 0 and 0 if sequences are longer."""

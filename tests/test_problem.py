@@ -1542,6 +1542,31 @@ def test_short_sequences_have_small_tiles(seqlen_q: int, seqlen_k: int, tile: tu
             assert "so short that small tiles" in each.reason and ("on average" in each.reason) == packed
 
 
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_k", "options", "empty"),
+    [
+        (300, 300, {}, False),
+        (300, 200, {}, False),
+        (300, 0, {}, True),
+        (300, 300, {"causal": True}, False),
+        (300, 299, {"causal": True}, True),
+        (300, 299, {"window_size": (5, 0)}, True),
+        (300, 299, {"window_size": (0, 1)}, False),
+        (300, 200, {"window_size": (5, None)}, False),
+        (300, 200, {"window_size": (5, 99)}, True),
+        (300, 200, {"window_size": (5, 100)}, False),
+    ],
+)
+def test_which_problems_have_rows_without_keys(
+    seqlen_q: int, seqlen_k: int, options: dict[str, Any], empty: bool
+) -> None:
+    q, k = OnGpu(2, seqlen_q, 4, 64), OnGpu(2, seqlen_k, 4, 64)
+    static = gpu_problem(q, k, k, **options).static
+    assert static is not None and static.empty_rows == empty
+    keep = reference._keep(seqlen_q, seqlen_k, options.get("causal", False), options.get("window_size"))
+    assert empty == (not keep.any(axis=1).all())
+
+
 @pytest.mark.parametrize(("arch", "head_dim", "exact"), [(90, 256, True), (90, 128, False), (80, 256, False)])
 def test_gradients_that_are_deterministic_on_hopper_stay_so(arch: int, head_dim: int, exact: bool) -> None:
     q = OnGpu(800, 4, head_dim)

@@ -18,23 +18,19 @@ struct Chains {
   using Statistics = Softmax<element, m_tiles>;
 
   tile::LocalSums<m_tiles, cols> sums;
-  tile::LocalRows<m_tiles> base, maxima, row_sum;
+  tile::LocalRows<m_tiles> base, row_sum;
 
   // The statistics of a finished tile, or of a chain of one with such ends, in `out`.
-  template <class Maxima>
-  Statistics finished(tile::Accumulator<m_tiles, cols>& out, Statistics statistics, Maxima& its_maxima, float scale,
-                      int ends) {
+  Statistics finished(tile::Accumulator<m_tiles, cols>& out, Statistics statistics, float scale, int ends) {
     if (any && unlikely(ends != (first_end | last_end))) {
-      end(out, statistics, its_maxima, scale, ends & first_end, ends & last_end);
+      end(out, statistics, scale, ends & first_end, ends & last_end);
     }
-    statistics.settle(scale, its_maxima);
+    statistics.settle(scale);
     return statistics;
   }
 
   // Takes over out and its statistics, which are a chain's; the `last` one gets what all of them have together.
-  template <class Maxima>
-  void end(tile::Accumulator<m_tiles, cols>& out, Statistics& statistics, Maxima& its_maxima, float scale, bool first,
-           bool last) {
+  void end(tile::Accumulator<m_tiles, cols>& out, Statistics& statistics, float scale, bool first, bool last) {
     float old_factors[m_tiles][2], factors[m_tiles][2];
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
@@ -42,24 +38,22 @@ struct Chains {
       for (int i = 0; i < 2; ++i) {
         old_factors[t][i] = 0.0f;
         factors[t][i] = 1.0f;
+        float &its_base = statistics.base[t][i], &its_sum = statistics.row_sum[t][i];
         if (!first) {
-          const float its_base = statistics.base[t][i], old_base = base.load(t, i);
-          const float max = its_maxima.load(t, i), old_max = maxima.load(t, i);  // of steep rows
+          const float old_base = base.load(t, i), old_sum = row_sum.load(t, i);
+          const bool steep = Statistics::is_steep(its_sum), old_steep = Statistics::is_steep(old_sum);
           // How much higher the exponents are that the old sums are relative to; NaN where neither has seen a key.
-          const float higher = Statistics::is_steep(old_base) && Statistics::is_steep(its_base)
-                                   ? (old_max - max) * scale
-                                   : Statistics::top(old_base, old_max, scale) - Statistics::top(its_base, max, scale);
+          const float higher = steep && old_steep ? (old_base - its_base) * scale
+                                                  : Statistics::top(old_base, old_sum, scale) -
+                                                        Statistics::top(its_base, its_sum, scale);
           old_factors[t][i] = higher < 0.0f ? ptx::ex2_approx_ftz(higher) : 1.0f;
           factors[t][i] = higher > 0.0f ? ptx::ex2_approx_ftz(-higher) : 1.0f;
-          statistics.row_sum[t][i] = factors[t][i] * statistics.row_sum[t][i] + old_factors[t][i] * row_sum.load(t, i);
-          if (higher > 0.0f) {
-            statistics.base[t][i] = old_base;
-            its_maxima.store(t, i, old_max);
-          }
+          const float sum = factors[t][i] * fabsf(its_sum) + old_factors[t][i] * fabsf(old_sum);
+          its_sum = Statistics::signed_sum(sum, higher > 0.0f ? old_steep : steep);
+          if (higher > 0.0f) its_base = old_base;
         }
-        base.store(t, i, statistics.base[t][i]);
-        maxima.store(t, i, its_maxima.load(t, i));
-        row_sum.store(t, i, statistics.row_sum[t][i]);
+        base.store(t, i, its_base);
+        row_sum.store(t, i, its_sum);
       }
     }
     sums.take_over(out, old_factors, factors, first, last);

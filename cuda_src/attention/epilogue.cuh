@@ -48,8 +48,7 @@ inline bool stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& o
 
 // Writes the rows of the work's tile; the staging tile is free when this is called.
 template <class Config, int m_tiles, int cols, class Tile>
-inline void epilogue(const tile::Accumulator<m_tiles, cols>& out,
-                     const Softmax<typename Config::element, m_tiles>& statistics, const Params& params,
+inline void epilogue(const tile::Accumulator<m_tiles, cols>& out, const Totals<m_tiles>& totals, const Params& params,
                      const Work<typename Config::element>& work, int warp_row, int warp_col, const Tile& staging) {
   const int first_row = work.tile.m_block * Config::block_m;
   const bool not_finite = stage(staging, out, warp_row, warp_col);
@@ -59,7 +58,7 @@ inline void epilogue(const tile::Accumulator<m_tiles, cols>& out,
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = first_row + warp_row + tile::fragment_row(t, i);
-        if (row < work.seqlen.q) work.lse[row] = statistics.base[t][i];
+        if (row < work.seqlen.q) work.lse[row] = totals.lse[t][i];
       }
     }
   }

@@ -43,8 +43,7 @@ inline void store_traded(const Params& params, typename Config::element* row, bo
 
 // Writes the warp's 16 rows of the work's tile, from row warp_row of it on. True if something is not finite.
 template <class Config, int cols>
-inline bool epilogue_direct(const tile::Accumulator<1, cols>& out,
-                            const Softmax<typename Config::element, 1>& statistics, const Params& params,
+inline bool epilogue_direct(const tile::Accumulator<1, cols>& out, const Totals<1>& totals, const Params& params,
                             const Work<typename Config::element>& work, int warp_row) {
   using element = typename Config::element;
   NotFinite<element> not_finite;
@@ -52,8 +51,9 @@ inline bool epilogue_direct(const tile::Accumulator<1, cols>& out,
   for (int i = 0; i < 2; ++i) {
     const int row = work.tile.m_block * Config::block_m + warp_row + tile::fragment_row(0, i);
     const bool live = row < work.template rows<Config>();
-    if (live && work.lse && tile::fragment_col() == 0) {
-      *work.template lse_row<Config>(params, row) = statistics.base[0][i];
+    // Without a branch, whose read of shared memory the others would wait for.
+    if (live & (work.lse != nullptr) & (tile::fragment_col() == 0)) {
+      *work.template lse_row<Config>(params, row) = totals.lse[0][i];
     }
     u32 before = 0;
     const auto packed = [&](int j) {

@@ -28,17 +28,17 @@ inline void forward_tile(const Params& params, const PointerWork<typename Config
   }
   typename Mainloop::Out out;
   typename Mainloop::Statistics statistics;
-  typename Mainloop::Maxima maxima;
   if (!often_empty && work.range.empty()) {  // there is no key at all
     out.zero();
     statistics.init();
   } else {
-    Mainloop::run(out, statistics, maxima, params, work, smem);
+    Mainloop::run(out, statistics, params, work, smem);
     __syncthreads();  // every warp is done with the tiles the epilogue writes over
   }
-  statistics.settle(exponent_scale<typename Config::variant>(params), maxima);
-  statistics.template finish<Config::sinks>(out, work.template sink<Config>(params));
-  epilogue<Config>(out, statistics, params, work, Mainloop::warp_row(), Mainloop::warp_col(), Staging{smem});
+  statistics.settle(exponent_scale<typename Config::variant>(params));
+  const auto totals = statistics.template totals<Config::sinks>(work.template sink<Config>(params));
+  totals.divide(out);
+  epilogue<Config>(out, totals, params, work, Mainloop::warp_row(), Mainloop::warp_col(), Staging{smem});
 }
 
 template <class Config>

@@ -13,13 +13,12 @@ namespace attention {
 template <class Config>
 inline void forward_sm90(const TmaParams& params) {
   using Mainloop = MainloopSm90<Config>;
-  static_assert(Config::smem_bytes >= Mainloop::smem_bytes && Config::smem_bytes < Mainloop::smem_bytes + 2048,
+  static_assert(Config::smem_bytes >= Mainloop::smem_bytes && Config::smem_bytes < Mainloop::smem_bytes + 1024,
                 "cufa/_configs.py and the tiles disagree on shared memory");
   static_assert(Config::num_threads == 128 * (1 + Mainloop::consumers), "a warpgroup loads, the others compute");
   extern __shared__ __align__(1024) char dynamic_smem[];
   const Mainloop mainloop(dynamic_smem);
-  __shared__ PackedScan scan;                                // packed
-  __shared__ Work<typename Config::element> empty_works[2];  // dense
+  __shared__ PackedScan scan;
 
   if (threadIdx.x == 0) {
     mainloop.init();
@@ -27,18 +26,19 @@ inline void forward_sm90(const TmaParams& params) {
   }
   __syncthreads();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  if (warp < 4) {
+  if (likely(warp < 4)) {  // comes first in the code, since the others wait for what it loads
     ptx::setmaxnreg_dec<Config::producer_registers>();
-    if (warp == 0)
+    if (warp != 0) {
+      if (threadIdx.x == 32) mainloop.load_tiles(params);
+    } else {
       mainloop.find_tiles(params, scan);
-    else if (threadIdx.x == 32)
-      mainloop.load_tiles(params);
-    if (warp >= 2) {
-      const int idle_warp = ptx::tid_x() / 32 - 2;
-      if constexpr (Config::varlen)
-        clear_outside<Config>(params.params, idle_warp, 2);
-      else
-        write_empty_tiles<Config>(params.params, empty_works[idle_warp], idle_warp, 2);
+    }
+    const int idle_warp = ptx::tid_x() / 32 - 2;
+    if constexpr (Config::varlen) {
+      if (warp >= 2) clear_outside<Config>(params.params, idle_warp, 2);
+    } else if constexpr (Config::empty_rows) {
+      __shared__ Work<typename Config::element> works[2];
+      if (warp >= 2) write_empty_tiles<Config>(params.params, works[idle_warp], idle_warp, 2);
     }
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();

@@ -15,7 +15,6 @@
 #include "tile/accumulator.cuh"
 #include "tile/copy.cuh"
 #include "tile/gemm.cuh"
-#include "tile/local.cuh"
 #include "tile/shared.cuh"
 
 namespace attention {
@@ -41,7 +40,6 @@ struct MainloopSm80 {
   using Scores = tile::Accumulator<m_tiles, Config::block_n>;
   using Out = tile::Accumulator<m_tiles, warp_cols>;
   using Statistics = Softmax<element, m_tiles>;
-  using Maxima = tile::LocalRows<m_tiles>;
   static constexpr int chain_blocks = tile::chain_blocks(Config::block_n);
 
   static constexpr int smem_bytes = Q::bytes + K::bytes + V::bytes;
@@ -52,8 +50,7 @@ struct MainloopSm80 {
   // Sets out and its statistics to the sums over the blocks of the range, which is not empty, last block first. K and V
   // have one buffer each: V arrives while Q·Kᵀ runs, or with Config::early_v the first one with its K, and the next K
   // while the softmax and P·V do.
-  static void run(Out& out, Statistics& statistics, Maxima& maxima, const Params& params,
-                  const PointerWork<element>& work, u32 smem) {
+  static void run(Out& out, Statistics& statistics, const Params& params, const PointerWork<element>& work, u32 smem) {
     const Q q{smem};
     const K k{smem + Q::bytes};
     const V v{smem + Q::bytes + K::bytes};
@@ -94,13 +91,13 @@ struct MainloopSm80 {
       }
 #pragma unroll
       for (int t = 0; t < m_tiles; ++t) {
-        statistics.update(scores, out, scale, maxima, t);
+        statistics.update(scores, out, scale, t);
       }
       warp::gemm_ab(out, scores, v, warp_col());
       const int blocks = range.end - n_block;
       const bool last = n_block == range.begin;
       if (Config::chains && unlikely(last ? blocks > chain_blocks : blocks % chain_blocks == 0)) {
-        chains.end(out, statistics, maxima, scale, blocks == chain_blocks, last);
+        chains.end(out, statistics, scale, blocks == chain_blocks, last);
         if (!last) statistics.init();
       }
     }

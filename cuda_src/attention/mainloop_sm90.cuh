@@ -26,7 +26,6 @@
 #include "ptx/shared.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/gemm_sm90.cuh"
-#include "tile/local.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/shared.cuh"
 #include "tile/tensor_sm90.cuh"
@@ -74,9 +73,7 @@ struct MainloopSm90 {
   static constexpr int tiles_bytes = consumers * Q::bytes + Config::stages * (K::bytes + V::bytes);
   static constexpr int barriers_bytes = 2 * Keys::bytes + Tiles::bytes + consumers * Queries::bytes;
   static constexpr int entries_bytes = Tiles::stages * sizeof(Entry);
-  using Maxima = tile::SharedRows<128>;
-  static constexpr int maxima_bytes = 128 * consumers * Maxima::thread_bytes;
-  static constexpr int smem_bytes = tiles_bytes + barriers_bytes + entries_bytes + maxima_bytes + sizeof(i32);
+  static constexpr int smem_bytes = tiles_bytes + barriers_bytes + entries_bytes + sizeof(i32);
 
   u32 smem;
   Entry* entries;
@@ -91,8 +88,7 @@ struct MainloopSm90 {
   Keys keys() const { return {smem + tiles_bytes}; }
   Keys values() const { return {smem + tiles_bytes + Keys::bytes}; }
   Tiles tiles() const { return {smem + tiles_bytes + 2 * Keys::bytes}; }
-  u32 maxima() const { return smem + tiles_bytes + barriers_bytes + entries_bytes; }
-  u32 to_repair() const { return maxima() + maxima_bytes; }  // whether some output is
+  u32 to_repair() const { return smem + tiles_bytes + barriers_bytes + entries_bytes; }  // whether some output is
   Queries queries(int warpgroup) const {
     return {smem + tiles_bytes + 2 * Keys::bytes + Tiles::bytes + warpgroup * Queries::bytes};
   }
@@ -237,7 +233,6 @@ struct MainloopSm90 {
     Probabilities p;
     Out out;
     Statistics statistics, finished;  // of p's tile, and of the tile in `out` once that is finished
-    Maxima maxima{this->maxima()};
     Chains<Config::chains, element, 1, Out::cols> chains;
     {
       Scores scores;
@@ -250,7 +245,8 @@ struct MainloopSm90 {
       finish_scores(scores);
       statistics.init();
       bool far[2] = {true, true};
-      statistics.follow_far(scores, scale, maxima, far);
+      statistics.follow_far(scores, scale, far);
+      statistics.exponentiate(scores, scale);
       tile::pack<element>(p, scores);
       if (early_steps > 0 && n_block > range.begin) keys().wait_full(at_keys);
     }
@@ -300,7 +296,7 @@ struct MainloopSm90 {
       release(values(), at_values);
       bool far[2] = {true, true}, accepted = false;
       if (unlikely(seam)) {
-        finished = chains.finished(out, statistics, maxima, scale, entries[at_tiles.previous().stage()].ends);
+        finished = chains.finished(out, statistics, scale, entries[at_tiles.previous().stage()].ends);
         statistics.init();
       } else {
         tile::copy_steps<early_steps>(p, early_p);
@@ -308,8 +304,9 @@ struct MainloopSm90 {
         accepted = statistics.template accept<Config::block_n>(sum, far);
       }
       if (unlikely(!accepted)) {  // the textbook's way
-        statistics.follow_far(scores, scale, maxima, far);
+        statistics.follow_far(scores, scale, far);
         if (!seam) statistics.rescale(out);
+        statistics.exponentiate(scores, scale);
         // Other rows of p have these bits already. To ask keeps the copies of early steps among the exponentials; else
         // the compiler puts them on the way around this, behind all that can run beside them. Two are left there, where
         // registers are few.
@@ -324,7 +321,7 @@ struct MainloopSm90 {
         values().wait_full(at_values);
         warpgroup::gemm_ab(out, p, v(at_values.stage()), !unwritten_out);
         warpgroup::wait<0>(out, p);
-        finished = chains.finished(out, statistics, maxima, scale, entries[at_tiles.previous().stage()].ends);
+        finished = chains.finished(out, statistics, scale, entries[at_tiles.previous().stage()].ends);
       }
       write(out, finished, params, at_tiles.before(last ? 1 : 2));
       if (last) break;
@@ -335,11 +332,12 @@ struct MainloopSm90 {
   static int warp_row() { return (int(threadIdx.x / 32) - 4) * 16; }
 
   // Writes a tile's output, if `out` has all of it, and gives back what is known of the tile.
-  void write(Out& out, Statistics& statistics, const Params& params, typename Tiles::Cursor at) const {
+  void write(Out& out, const Statistics& statistics, const Params& params, typename Tiles::Cursor at) const {
     const Entry& entry = entries[at.stage()];
     if (!Config::chains || likely(entry.ends & last_end)) {
-      statistics.template finish<Config::sinks>(out, entry.work.template sink<Config>(params));
-      if (unlikely(epilogue_direct<Config>(out, statistics, params, entry.work, warp_row()))) {
+      const auto totals = statistics.template totals<Config::sinks>(entry.work.template sink<Config>(params));
+      totals.divide(out);
+      if (unlikely(epilogue_direct<Config>(out, totals, params, entry.work, warp_row()))) {
         ptx::st_shared_u32(to_repair(), 1);
       }
     }

@@ -6,9 +6,30 @@
 #include "ptx/convert.cuh"
 #include "ptx/math.cuh"
 #include "tile/accumulator.cuh"
-#include "tile/local.cuh"
 
 namespace attention {
+
+// What makes means of a finished row's sums, and its natural log-sum-exp.
+template <int m_tiles>
+struct Totals {
+  float factor[m_tiles][2];
+  float lse[m_tiles][2];
+
+  template <int cols>
+  void divide(tile::Accumulator<m_tiles, cols>& out) const {
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < cols / 8; ++j) {
+          out.x[t][j][2 * i] *= factor[t][i];
+          out.x[t][j][2 * i + 1] *= factor[t][i];
+        }
+      }
+    }
+  }
+};
 
 // State of the rows a thread holds. `scale` takes scores to exponents of 2, which are relative to `base`: that of the
 // maximum of the row, or so little less that no probability comes near an overflow. Following only large steps of the
@@ -16,8 +37,8 @@ namespace attention {
 //
 // An exponent is one multiply-add, fma(score, scale, -base). The rounding of the base is the same in every exponent of
 // the row and cancels, as long as it is small against 1. Where scores are too large for that, a row is steep: its base
-// is NaN, its maximum is in `maxima`, a LocalRows or SharedRows, and scores are subtracted before they are scaled. The
-// base of a row that has seen no key is -infinity.
+// is the maximum itself, which is subtracted from scores before they are scaled, and the sign of its sum tells that.
+// The base of a row that has seen no key is -infinity.
 template <class element, int m_tiles>
 struct Softmax {
   static constexpr float slack = 8.0f, steep = 1 << 22;
@@ -27,8 +48,9 @@ struct Softmax {
   static constexpr float shift = is_same<element, bf16> ? 24.0f : 0.0f;
 
   float base[m_tiles][2];
-  float row_sum[m_tiles][2];  // of this thread's columns; the quad's lanes are added once, at the end
-  float correction[2];        // what the last `advance` wants its rows of out multiplied by
+  // Of this thread's columns; the quad's lanes are added once, at the end. Negative, or -0, of a steep row.
+  float row_sum[m_tiles][2];
+  float correction[2];  // what the last `follow` wants its rows of out multiplied by
 
   void init() {
 #pragma unroll
@@ -38,67 +60,77 @@ struct Softmax {
     }
   }
 
-  static bool is_steep(float base) { return base != base; }
+  // Not to be contracted with what is added: an instruction takes one number from memory of constants. If another takes
+  // up that place, scale is held in a register, and all that read it there compete for the registers' ports.
+  static float exponent_of(float score, float scale) { return __fmul_rn(score, scale); }
+
+  static bool is_steep(float row_sum) { return __float_as_int(row_sum) < 0; }
+  static float signed_sum(float sum, bool steep) { return steep ? -fabsf(sum) : fabsf(sum); }
+  bool is_steep(int t, int i) const { return is_steep(row_sum[t][i]); }
 
   // The exponent, without shift, that a row's sums are relative to.
-  static float top(float base, float max, float scale) { return is_steep(base) ? max * scale : base - shift; }
+  static float top(float base, float row_sum, float scale) {
+    return is_steep(row_sum) ? exponent_of(base, scale) : base - shift;
+  }
 
   // Takes in a block of scores, which become exponentials: the maxima of m-tile t follow where they exceed those before
   // by more than slack, and out is rescaled.
-  template <int block_n, int out_cols, class Maxima>
+  template <int block_n, int out_cols>
   void update(tile::Accumulator<m_tiles, block_n>& scores, tile::Accumulator<m_tiles, out_cols>& out, float scale,
-              Maxima& maxima, int t) {
+              int t) {
     const float over[2] = {slack, slack};
-    const bool stepped = advance(scores, scale, maxima, over, t);
+    const bool stepped = follow(scores, scale, over, t);
+    exponentiate(scores, scale, t);
     if (__any_sync(0xffffffffu, stepped)) rescale(out, t);
   }
 
-  // The same for the rows that `accept` found `far`, on any lane of the quad, and then on all of them, and whatever
-  // they exceed them by; out is to be rescaled after that.
-  template <int block_n, class Maxima>
-  void follow_far(tile::Accumulator<m_tiles, block_n>& scores, float scale, Maxima& maxima, bool (&far)[2]) {
+  // The maxima of the rows that `accept` found `far`, on any lane of the quad, and then on all of them, follow whatever
+  // they exceed those before by. What comes next is to rescale out, and to exponentiate.
+  template <int block_n>
+  void follow_far(tile::Accumulator<m_tiles, block_n>& scores, float scale, bool (&far)[2]) {
     float over[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      far[i] = warp::quad_max(float(far[i])) > 0.0f;
+      far[i] = warp::quad_any(far[i]);
       over[i] = far[i] ? 0.0f : infinity;
     }
-    advance(scores, scale, maxima, over, 0);
+    follow(scores, scale, over, 0);
   }
 
-  // The maxima of m-tile t follow where they exceed those before by more than `over`, and scores become exponentials.
-  // True if some of the thread's did.
-  template <int block_n, class Maxima>
-  bool advance(tile::Accumulator<m_tiles, block_n>& scores, float scale, Maxima& maxima, const float (&over)[2],
-               int t) {
+  // The maxima of m-tile t follow where they exceed those before by more than `over`. The scores of steep rows become
+  // relative to their maxima. True if some of the thread's did.
+  template <int block_n>
+  bool follow(tile::Accumulator<m_tiles, block_n>& scores, float scale, const float (&over)[2], int t) {
     const float block_max[2] = {maximum(scores, t, 0), maximum(scores, t, 1)};
-    const bool steep = is_or_gets_steep(block_max[0], scale, t, 0) | is_or_gets_steep(block_max[1], scale, t, 1);
-    bool stepped = true;
-    if (unlikely(__any_sync(0xffffffffu, steep))) {
+    bool stepped = false;
+    // Each lane branches for itself: nothing waits for a vote.
+    if (unlikely(is_or_gets_steep(block_max[0], scale, t, 0) | is_or_gets_steep(block_max[1], scale, t, 1))) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        // At most the largest number: a score of infinity then has an infinite probability, not a NaN that looks like
-        // any.
-        follow_steeply(fminf(block_max[i], largest_float), scale, over[i], maxima, t, i);
+        step_steeply(block_max[i], scale, over[i], t, i);
+        const float subtracted = is_steep(t, i) ? base[t][i] : 0.0f;
+#pragma unroll
+        for (int j = 0; j < block_n / 8; ++j) {
+          scores.x[t][j][2 * i] -= subtracted;
+          scores.x[t][j][2 * i + 1] -= subtracted;
+        }
       }
-      exponentiate<true>(scores, scale, maxima, t);
+      stepped = true;
     } else {
-      stepped = false;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float exponent = block_max[i] * scale;
+        const float exponent = exponent_of(block_max[i], scale);
         const bool step = exponent + shift > base[t][i] + over[i];
-        follow(exponent, step, t, i);
+        step_to(exponent, step, t, i);
         stepped |= step;
       }
-      exponentiate<false>(scores, scale, maxima, t);
     }
     return stepped;
   }
 
   // Without a branch, as the operators that stop early would make one.
   bool is_or_gets_steep(float block_max, float scale, int t, int i) const {
-    return is_steep(base[t][i]) | (fabsf(block_max * scale) > steep & block_max > -infinity);
+    return is_steep(t, i) | (fabsf(exponent_of(block_max, scale)) > steep & block_max > -infinity);
   }
 
   template <int block_n>
@@ -113,26 +145,25 @@ struct Softmax {
   }
 
   // Steps, or not, to a maximum whose exponent this is.
-  void follow(float exponent, bool step, int t, int i) {
+  void step_to(float exponent, bool step, int t, int i) {
     const float old_base = base[t][i], new_base = exponent + shift;
     base[t][i] = step ? new_base : old_base;
     correction[i] = step ? ptx::ex2_approx_ftz(old_base - new_base) : 1.0f;
     row_sum[t][i] *= correction[i];
   }
 
-  // The same of a row that may be steep, or become so, where the maximum exceeds that before by more than `over`.
-  template <class Maxima>
-  void follow_steeply(float block_max, float scale, float over, Maxima& maxima, int t, int i) {
-    const float exponent = block_max * scale, old_base = base[t][i];
-    float higher = exponent + shift - old_base;  // infinite where the first key is seen, NaN where still none is
-    if (is_steep(old_base)) higher = (block_max - maxima.load(t, i)) * scale;
-    const bool step = higher > over;
+  // Steps, where the maximum exceeds that before by more than `over`, in a row that may be steep, or become so.
+  void step_steeply(float block_max, float scale, float over, int t, int i) {
+    // At most the largest number: a score of infinity then has an infinite probability, not a NaN that looks like any.
+    const float new_max = fminf(block_max, largest_float), exponent = exponent_of(new_max, scale),
+                old_base = base[t][i];
+    const float higher = is_steep(t, i) ? (new_max - old_base) * scale : exponent + shift - old_base;
+    const bool step = is_steep(t, i) ? higher > over : exponent + shift > old_base + over;  // as `follow` has it
     correction[i] = step ? ptx::ex2_approx_ftz(-higher) : 1.0f;
-    row_sum[t][i] *= correction[i];
     if (!step) return;
-    const bool steep_now = !(fabsf(exponent) <= steep);
-    base[t][i] = steep_now ? not_a_number : exponent + shift;
-    if (steep_now) maxima.store(t, i, block_max);
+    const bool gets_steep = !(fabsf(exponent) <= steep);
+    base[t][i] = gets_steep ? new_max : exponent + shift;
+    row_sum[t][i] = signed_sum(row_sum[t][i] * correction[i], gets_steep);
   }
 
   template <int out_cols>
@@ -147,26 +178,26 @@ struct Softmax {
     }
   }
 
-  // scores ← exponentials, and their sums. In a row that is not steep, `any_steep` or not gives the same bits. A row
-  // that has seen no key subtracts 0, not -infinity, which would give NaN.
-  template <bool any_steep, int block_n, class Maxima>
-  void exponentiate(tile::Accumulator<m_tiles, block_n>& scores, float scale, const Maxima& maxima, int t = 0) {
+  // scores ← exponentials, and their sums, once maxima have followed. A row that has seen no key subtracts 0, not
+  // -infinity, which would give NaN.
+  template <int block_n>
+  void exponentiate(tile::Accumulator<m_tiles, block_n>& scores, float scale, int t = 0) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float first = 0.0f, then = base[t][i] == -infinity ? 0.0f : base[t][i];
-      if (any_steep && is_steep(then)) {
-        first = maxima.load(t, i);
-        then = shift;
-      }
+      const bool relative = is_steep(t, i);
+      float subtracted = base[t][i] == -infinity ? 0.0f : base[t][i];
+      subtracted = relative ? shift : subtracted;
+      float sum = fabsf(row_sum[t][i]);
 #pragma unroll
       for (int j = 0; j < block_n / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& s = scores.x[t][j][2 * i + e];
-          s = ptx::ex2_approx_ftz(fmaf(any_steep ? s - first : s, scale, -then));
-          row_sum[t][i] += s;
+          s = ptx::ex2_approx_ftz(fmaf(s, scale, -subtracted));
+          sum += s;
         }
       }
+      row_sum[t][i] = signed_sum(sum, relative);
     }
   }
 
@@ -191,37 +222,41 @@ struct Softmax {
 
   // Whether that kept every exponential within bounds; else `far` are the thread's rows where it did not. No maximum is
   // sought: that the sums, needed anyway, stay small says that the base will do, and so it does in almost every block.
-  // The bound on what a thread adds bounds each of its probabilities too, and only a term above 2^slack exceeds it.
-  // A row that is steep or has seen no key is far: its sum is infinite or NaN. What a row gets depends on itself alone:
-  // if it is not far, the other path gives it the same bits.
+  // The bound on what a thread adds bounds each of its probabilities too, and only a term above 2^slack exceeds it. A
+  // row that has seen no key is far, since its sum is infinite or NaN, and so is one that is steep. What a row gets
+  // depends on itself alone: if it is not far, the other path gives it the same bits.
   template <int block_n>
   bool accept(const float (&sum)[2], bool (&far)[2]) {
     constexpr float bound = block_n / 4 * (1 << int(slack)), shifted = bound / (1 << int(shift));
     static_assert(bound < 65504.0f, "a float16 holds it");
-    far[0] = !(sum[0] <= row_sum[0][0] + shifted);
-    far[1] = !(sum[1] <= row_sum[0][1] + shifted);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float limit = is_steep(0, i) ? not_a_number : row_sum[0][i] + shifted;  // known before the sum is
+      far[i] = !(sum[i] <= limit);
+    }
     if (__any_sync(0xffffffffu, far[0] || far[1])) return false;
     row_sum[0][0] = sum[0];
     row_sum[0][1] = sum[1];
     return true;
   }
 
-  // Gives steep rows a base, as is fit for `finish` and for nothing else.
-  template <class Maxima>
-  void settle(float scale, const Maxima& maxima) {
+  // Gives finished rows that are steep a base like the others', as is fit for `totals` and for nothing else.
+  void settle(float scale) {
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (unlikely(is_steep(base[t][i]))) base[t][i] = maxima.load(t, i) * scale + shift;
+        base[t][i] = is_steep(t, i) ? exponent_of(base[t][i], scale) + shift : base[t][i];
+        row_sum[t][i] = fabsf(row_sum[t][i]);
       }
     }
   }
 
-  // Divides out by the sum and leaves the natural log-sum-exp in `base`. sink is the score of a key without a value, if
-  // there are `sinks`. A row without keys gets out = 0 and lse = sink, or -infinity.
-  template <bool sinks, int out_cols>
-  void finish(tile::Accumulator<m_tiles, out_cols>& out, float sink) {
+  // Of rows that are settled. sink is the score of a key without a value, if there are `sinks`. A row without keys gets
+  // out = 0 and lse = sink, or -infinity.
+  template <bool sinks>
+  Totals<m_tiles> totals(float sink) const {
+    Totals<m_tiles> totals;
     const float sink_exponent = sink * log2_e;
     constexpr float unshifted = 1 << int(shift);
 #pragma unroll
@@ -236,15 +271,11 @@ struct Softmax {
         const float rescale = keys_sum == infinity ? 1.0f : ptx::ex2_approx_ftz(keys_base - subtracted);
         float sum = keys_sum * unshifted * rescale;
         if (sinks) sum += ptx::ex2_approx_ftz(sink_exponent - subtracted);
-        const float factor = sum == 0.0f ? 0.0f : rescale * ptx::rcp_approx_ftz(sum) * unshifted;
-        base[t][i] = (subtracted + ptx::lg2_approx(sum)) * ln_2;
-#pragma unroll
-        for (int j = 0; j < out_cols / 8; ++j) {
-          out.x[t][j][2 * i] *= factor;
-          out.x[t][j][2 * i + 1] *= factor;
-        }
+        totals.factor[t][i] = sum == 0.0f ? 0.0f : rescale * ptx::rcp_approx_ftz(sum) * unshifted;
+        totals.lse[t][i] = (subtracted + ptx::lg2_approx(sum)) * ln_2;
       }
     }
+    return totals;
   }
 };
 

@@ -98,10 +98,15 @@ inline void pack_rows(Operand<cols>& operand, const Accumulator<1, cols>& from, 
 
 namespace warp {
 
-// Maximum and sum over the four lanes that share a row.
+// Maximum, disjunction and sum over the four lanes that share a row.
 inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+inline bool quad_any(bool condition) {
+  const u32 lanes = __ballot_sync(0xffffffffu, condition);
+  return (lanes >> (tile::lane() & ~3u) & 15u) != 0;
 }
 
 inline float quad_sum(float x) {

@@ -29,18 +29,6 @@ struct LocalRows {
   }
 };
 
-// The same in shared memory, of one m-tile, for threads from first_thread on. Wherever local memory appears the
-// compiler holds in registers of each thread what all of them share, which some loops cannot spare.
-template <int first_thread>
-struct SharedRows {
-  static constexpr int thread_bytes = 2 * sizeof(float);
-  u32 base;
-
-  u32 address(int i) const { return base + (ptx::tid_x() - first_thread) * thread_bytes + i * sizeof(float); }
-  float load(int, int i) const { return __uint_as_float(ptx::ld_shared_u32(address(i))); }
-  void store(int, int i, float value) { ptx::st_shared_u32(address(i), __float_as_uint(value)); }
-};
-
 template <int m_tiles, int cols>
 struct LocalSums {
   float x[m_tiles * cols / 2];
@@ -77,8 +65,9 @@ struct LocalSums {
   }
 };
 
-// The same in other memory, where the numbers of one thread are `threads` apart, and where all terms count alike; see
-// SharedRows.
+// The same in other memory, where the numbers of one thread are `threads` apart, and where all terms count alike.
+// Wherever local memory appears the compiler holds in registers of each thread what all of them share, which some loops
+// cannot spare.
 template <int threads, int cols>
 inline void take_over(Accumulator<1, cols>& sums, float* memory, bool first, bool last) {
 #pragma unroll
