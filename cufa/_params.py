@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ._align import Copies
 from ._arrays import contiguous
 from ._plan import MAX_LISTED_BLOCKS, BackwardGrid, Grid
-from ._problem import CHAIN_ROWS, MAX_SEQLEN, Problem
+from ._problem import BASE_SHIFT, CHAIN_ROWS, MAX_SEQLEN, Problem
 
 
 class Field(NamedTuple):
@@ -119,6 +119,7 @@ def tma_static_asserts() -> str:
     """The same for the struct that leads with tensor maps."""
     params = "static_cast<attention::TmaParams*>(nullptr)"
     return static_asserts() + (
+        f"static_assert(attention::Softmax<bf16, 1>::shift == {BASE_SHIFT});\n"
         f"static_assert(sizeof(attention::TmaParams) == {TMA_SIZE});\n"
         f"static_assert(__INTADDR__(&{params}->params) == {MAPS_BYTES});\n"
         f"static_assert(__INTADDR__(&{params}->deal) == {MAPS_BYTES + LAYOUT.size});\n"

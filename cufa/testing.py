@@ -221,8 +221,11 @@ def _noise(piece: _Problem, out: Array, storage: np.dtype[Any]) -> tuple[Array, 
     size = size * (1 + q.shape[-1] / 128 + q.shape[-1] / 16 * _alike(raw, size))
     if softcap > 0:
         slope = 1 - (s / softcap) ** 2
+        # Where tanh is flat, an error as large as its argument may yet turn its sign.
+        x, wide = (np.where(np.isfinite(e), e, 0) / softcap for e in (raw, 4 * compute_unit * size))
+        across = softcap / 2 * (np.tanh(x + wide) - np.tanh(x - wide)) / (4 * compute_unit)
         # tanh errs absolutely, but for small arguments relatively.
-        size = np.where(slope > 0, slope * size, 0) + np.minimum(softcap, 16 * np.abs(s))
+        size = np.maximum(np.where(slope > 0, slope * size, 0), across) + np.minimum(softcap, 16 * np.abs(s))
     if options.get("alibi_slopes") is not None:
         biased = reference._scores(q, k, softmax_scale, softcap, options["alibi_slopes"])
         size, s = size + np.abs(biased - s), biased
@@ -237,7 +240,7 @@ def _noise(piece: _Problem, out: Array, storage: np.dtype[Any]) -> tuple[Array, 
     finite_lse = np.where(np.isfinite(lse), np.abs(lse), 0)
     sum_noise = p_noise.sum(axis=-1) + compute_unit * (walk + finite_lse)
     if storage == "bfloat16":  # whose exponents are lower than they need be, and err in proportion to their size
-        sum_noise += 24 * np.log(2) * compute_unit * np.sqrt((p**2).sum(axis=-1))
+        sum_noise += _problem.BASE_SHIFT * np.log(2) * compute_unit * np.sqrt((p**2).sum(axis=-1))
     # p is rounded when its largest, the sink's perhaps, is 1; its small values may be subnormal in float16.
     largest = np.maximum(p.max(axis=-1, initial=0, keepdims=True), 1 - p.sum(axis=-1, keepdims=True))
     p_rounding = unit * p + np.where(keep, tiny * largest, 0)
@@ -252,7 +255,11 @@ def _noise(piece: _Problem, out: Array, storage: np.dtype[Any]) -> tuple[Array, 
     spread = (keep & (p <= 4 * tiny * largest)).astype(np.float64) @ strange.astype(np.float64) > 0
     doubt_squared = np.minimum(doubt, 1)[..., None] ** 2
     added = (compute_unit * walk / 4 * p) ** 2 + (rounding * p_rounding) ** 2
-    row_noise = rounding * unit + compute_unit * walk
+    row_noise: Any = rounding * unit + compute_unit * walk
+    if options.get("sinks") is not None:  # whose exponential errs as those of keys do, and all of the row with it
+        sinks = np.abs(np.asarray(options["sinks"], np.float64))[:, None, None]
+        p_sink = np.clip(1 - p.sum(axis=-1, keepdims=True), 0, 1)
+        row_noise = row_noise + compute_unit * p_sink * np.where(np.isfinite(sinks), sinks, 0)
 
     def of_part(chosen: Callable[[Any], Any], unit: float) -> Any:
         """Of the numbers of one magnitude, in a unit in which their squares do not overflow."""

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from cufa._problem import BASE_SHIFT
+
 COMPUTE_UNIT = 2.0**-22
 """Of a float32 product by three of tf32, and of the exponential: `gradients.COMPUTE_UNIT`."""
-
-BASE_SHIFT = 24 * np.log(2)
-"""What exponents of bfloat16 are lower by than they need to be: `Softmax::shift` in cuda_src/attention/softmax.cuh."""
 
 HALF = 0.5
 """Root mean square of a rounding error, in units."""
@@ -124,9 +123,9 @@ def forward(problem: Padded) -> Forward:
     size = problem.softmax_scale * (xp.abs(q) @ xp.abs(k).swapaxes(2, 3))
     size = size * (1 + q.shape[-1] / 128 + q.shape[-1] / 16 * alike(xp, raw, size))
     if softcap > 0:
+        size = through_tanh(xp, raw, size, softcap, compute_unit)
         raw = softcap * xp.tanh(raw / softcap)
-        slope = 1 - (raw / softcap) ** 2
-        size = xp.where(slope > 0, slope * size, 0) + xp.minimum(softcap, 16 * xp.abs(raw))
+        size = size + xp.minimum(softcap, 16 * xp.abs(raw))
     s = raw
     if problem.slopes is not None:
         bias = problem.slopes * xp.abs(ahead)
@@ -140,16 +139,33 @@ def forward(problem: Padded) -> Forward:
     finite_lse = finite(xp, xp.abs(lse))
     sum_noise = p_noise.sum(axis=-1, keepdims=True) + compute_unit * (xp.sqrt(problem.lengths_k) + finite_lse)
     if problem.dtype == "bfloat16":
-        sum_noise = sum_noise + BASE_SHIFT * compute_unit * xp.sqrt((p**2).sum(axis=-1, keepdims=True))
+        sum_noise = sum_noise + BASE_SHIFT * np.log(2) * compute_unit * xp.sqrt((p**2).sum(axis=-1, keepdims=True))
     # Scores so large that their rounding exceeds 1 leave open which of several keys takes the probability.
     near = keep & (s + 6 * score_noise >= kept.max(axis=-1, keepdims=True) - 20)
     doubt = xp.where(near, score_noise, 0).max(axis=-1, keepdims=True)
     doubt = xp.where(doubt > 1 / 16, doubt, 0)
-    noise = _out_noise(problem, compute, keep, p, p_noise, near, xp.minimum(doubt, 1), out)
+    sink_noise = xp.zeros_like(lse)
+    if problem.sinks is not None:  # the exponential of the sink errs as those of keys do, and all of the row with it
+        p_sink = xp.clip(1 - p.sum(axis=-1, keepdims=True), 0, 1)
+        sink_noise = compute_unit * p_sink * finite(xp, xp.abs(problem.sinks))
+    noise = _out_noise(problem, compute, keep, p, p_noise, near, xp.minimum(doubt, 1), sink_noise, out)
     return Forward(keep, raw, s, p, lse, out, noise, sum_noise + doubt + compute_unit * finite_lse)
 
 
-def _out_noise(problem: Padded, compute: Any, keep: Any, p: Any, p_noise: Any, near: Any, doubt: Any, out: Any) -> Any:
+def through_tanh(xp: Any, x: Any, size: Any, softcap: float, unit: float) -> Any:
+    """What errors of `unit` times size of x become in softcap·tanh(x/softcap), in the same unit.
+
+    Not only by its slope: where tanh is flat, an error as large as x may yet turn its sign.
+    """
+    slope = 1 - xp.tanh(x / softcap) ** 2
+    wide = 4 * unit * finite(xp, size)
+    across = xp.tanh((finite(xp, x) + wide) / softcap) - xp.tanh((finite(xp, x) - wide) / softcap)
+    return xp.maximum(xp.where(slope > 0, slope * size, 0), softcap / 2 * across / (4 * unit))
+
+
+def _out_noise(
+    problem: Padded, compute: Any, keep: Any, p: Any, p_noise: Any, near: Any, doubt: Any, sink_noise: Any, out: Any
+) -> Any:
     """Of the errors of p, of the roundings of p and out, and of what the sums have in common."""
     xp, v, compute_unit = problem.xp, problem.v, float(compute.eps) / 2
     unit, subnormal = problem.units
@@ -166,7 +182,12 @@ def _out_noise(problem: Padded, compute: Any, keep: Any, p: Any, p_noise: Any, n
 
     variance = apart(p_noise**2) + doubt**2 * apart(near.astype(np.float64))
     added = (compute_unit * walk / 4 * p) ** 2 + (HALF * p_rounding) ** 2
-    drift = HALF * unit + compute_unit * walk + compute_unit * problem.lengths_k / 16 * alike(xp, out, p @ xp.abs(v))
+    drift = (
+        HALF * unit
+        + compute_unit * walk
+        + sink_noise
+        + compute_unit * problem.lengths_k / 16 * alike(xp, out, p @ xp.abs(v))
+    )
     return xp.sqrt(variance + added @ v**2 + drift**2 * out**2) + HALF * tiny
 
 
