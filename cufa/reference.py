@@ -62,7 +62,7 @@ included. Results are finite wherever the exact result fits the dtype, the mean 
 softmax_scale is from 2^-126 to 2^127, softcap a normal float32 number or 0. An implementation in float32 errs in a
 score by its rounding, that is by about 2^-24 of the sum of its products' magnitudes, and relatively by as much in its
 probability; gradients made from a float32 lse err relatively by 2^-24 of that lse besides, and are not determined where
-it is beyond about 2^20.
+it is beyond about 2^20. In a row whose sink is more than 2^117 times as probable as any key, out may be 0.
 
 **Packed sequences.** Offsets are read as their running maximum, clamped to [0, total], and ``seqused_k`` is clamped to
 [0, length of its slot]: what static shapes are padded with, zeros or the total, makes empty sequences. Rows of q that

@@ -221,9 +221,10 @@ def _noise(piece: _Problem, out: Array, storage: np.dtype[Any]) -> tuple[Array, 
     size = size * (1 + q.shape[-1] / 128 + q.shape[-1] / 16 * _alike(raw, size))
     if softcap > 0:
         slope = 1 - (s / softcap) ** 2
-        # Where tanh is flat, an error as large as its argument may yet turn its sign.
+        # Where tanh is flat, an error as large as its argument may yet turn its sign, and the score go all the way.
         x, wide = (np.where(np.isfinite(e), e, 0) / softcap for e in (raw, 4 * compute_unit * size))
-        across = softcap / 2 * (np.tanh(x + wide) - np.tanh(x - wide)) / (4 * compute_unit)
+        deviations = np.where(np.abs(x) < wide, 2, 4)
+        across = softcap / 2 * (np.tanh(x + wide) - np.tanh(x - wide)) / (deviations * compute_unit)
         # tanh errs absolutely, but for small arguments relatively.
         size = np.maximum(np.where(slope > 0, slope * size, 0), across) + np.minimum(softcap, 16 * np.abs(s))
     if options.get("alibi_slopes") is not None:
@@ -278,7 +279,15 @@ def _noise(piece: _Problem, out: Array, storage: np.dtype[Any]) -> tuple[Array, 
     noise = of_part(lambda size: size < 2.0**500, 1.0)
     if np.abs(v_heads).max(initial=0, where=~strange) >= 2.0**500:  # of float64 alone
         noise = noise + of_part(lambda size: size >= 2.0**500, 2.0**1000)
-    noise = noise.swapaxes(1, 2) + rounding * tiny
+    # Keys whose exponentials are below the smallest number beside the sink's may have nothing. What they are relative
+    # to may be 2^8 below the largest of them.
+    least = float(ml_dtypes.finfo(compute).tiny)
+    flushed = np.where(
+        p.max(axis=-1, initial=0, keepdims=True) < 2**9 * least,
+        np.where(np.isfinite(out_heads), np.abs(out_heads), 0),
+        0,
+    )
+    noise = (noise + flushed).swapaxes(1, 2) + rounding * tiny
     return noise, sum_noise + lse_unit * finite_lse, spread.swapaxes(1, 2)
 
 

@@ -155,12 +155,13 @@ def forward(problem: Padded) -> Forward:
 def through_tanh(xp: Any, x: Any, size: Any, softcap: float, unit: float) -> Any:
     """What errors of `unit` times size of x become in softcap·tanh(x/softcap), in the same unit.
 
-    Not only by its slope: where tanh is flat, an error as large as x may yet turn its sign.
+    Not only by its slope: where tanh is flat, an error as large as x may turn its sign, and the score go all the way.
     """
     slope = 1 - xp.tanh(x / softcap) ** 2
     wide = 4 * unit * finite(xp, size)
     across = xp.tanh((finite(xp, x) + wide) / softcap) - xp.tanh((finite(xp, x) - wide) / softcap)
-    return xp.maximum(xp.where(slope > 0, slope * size, 0), softcap / 2 * across / (4 * unit))
+    deviations = xp.where(xp.abs(x) < wide, 2, 4)
+    return xp.maximum(xp.where(slope > 0, slope * size, 0), softcap / 2 * across / (deviations * unit))
 
 
 def _out_noise(
@@ -188,7 +189,10 @@ def _out_noise(
         + sink_noise
         + compute_unit * problem.lengths_k / 16 * alike(xp, out, p @ xp.abs(v))
     )
-    return xp.sqrt(variance + added @ v**2 + drift**2 * out**2) + HALF * tiny
+    # Keys whose exponentials are below the smallest number beside the sink's may have nothing. What they are relative
+    # to may be 2^8 below the largest of them.
+    flushed = xp.where(p.max(axis=-1, keepdims=True) < 2**9 * float(compute.tiny), xp.abs(out), 0)
+    return xp.sqrt(variance + added @ v**2 + drift**2 * out**2) + flushed + HALF * tiny
 
 
 def alike(xp: Any, total: Any, size: Any) -> Any:
@@ -270,7 +274,7 @@ def backward(problem: Padded, found: Forward, dout: Any, dlse: Any) -> Backward:
 
     noise = tuple(map(result, variances, exact, (sees, seen, seen), (scale, scale, 1.0)))
     sink_size = 0 if problem.sinks is None else finite(xp, xp.abs(problem.sinks))
-    sink_noise = p_sink * (delta_noise + COMPUTE_UNIT * xp.abs(delta) * (lse_size + sink_size))
+    sink_noise = p_sink * (delta_noise + xp.abs(delta) * (row_noise + COMPUTE_UNIT * sink_size))
     sink_noise = sink_noise + float(np.finfo(np.float32).tiny) * (1 + xp.abs(delta))
     return Backward(exact, (*noise, xp.where(p_sink > 0, sink_noise, 0)))
 

@@ -261,7 +261,8 @@ def _noise(
     sinks = options.get("sinks")
     sink = np.full((q.shape[2], 1, 1), -np.inf) if sinks is None else np.asarray(sinks, np.float64)[:, None, None]
     p_sink = np.where(empty, 0, np.exp(sink - lse))
-    sink_noise = p_sink * (delta_noise + COMPUTE_UNIT * np.abs(delta) * (lse_size + np.abs(sink)))
+    lse_noise = row_noise + p_noise.sum(axis=-1, keepdims=True)
+    sink_noise = p_sink * (delta_noise + np.abs(delta) * (lse_noise + COMPUTE_UNIT * np.abs(sink)))
     sink_noise = np.where(p_sink > 0, sink_noise + np.finfo(np.float32).tiny * (1 + np.abs(delta)), 0)
     return (
         result(dq_variance, exact[0], keep.any(axis=1), scale),

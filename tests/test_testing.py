@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import re
 import subprocess
@@ -235,6 +236,36 @@ def test_arguments_that_do_not_belong_together() -> None:
         assert_close(x, x, x, x, cu_seqlens_q=[0, 4])
     with pytest.raises(ValueError, match=r"^attention: q has 2 heads and k has 3; the heads of q must be a multiple"):
         tolerance(x[None], np.ones((1, 4, 3, 8)), np.ones((1, 4, 3, 8)))
+
+
+def test_a_score_about_0_may_have_either_sign() -> None:
+    """Where tanh is flat all around 0, the rounding of a dot product decides between -softcap and softcap."""
+    q = np.array([[1, 1, 2.0**-24]], np.float32)[None, :, None]
+    k = np.array([[1, -1, 1], [1, -1, -1], [1, 0, 0], [-1, 0, 0]], np.float32)[None, :, None]
+    v = np.arange(4, dtype=np.float32)[None, :, None, None]
+    options: Any = {"softmax_scale": 2.0**60, "softcap": 5.0}
+    for sign in (-1, 1):
+        other = k.copy()
+        other[0, :2, 0, 2] = sign
+        out, lse = reference.attention(q, other, v, return_lse=True, **options)
+        assert_close(out, q, k, v, lse=lse, **options)
+    k[0, :2, 0, 2] = 1 << 10, -1 << 10  # ±2^-14, which is beyond what may round away
+    out, lse = reference.attention(q, k, v, return_lse=True, **options)
+    wrong = k.copy()
+    wrong[0, 1, 0, 2] = 1 << 10
+    with pytest.raises(AssertionError, match="lse differs"):
+        assert_close(out, q, wrong, v, lse=lse, **options)
+
+
+def test_what_is_nothing_beside_a_sink_may_be_0() -> None:
+    q, k = np.ones((1, 1, 1, 1), np.float32), np.full((1, 3, 1, 1), -4, np.float32)
+    v = np.array([1, 2, 3], np.float32)[None, :, None, None]
+    for sink, may in ((80.0, True), (60.0, False)):
+        options: Any = {"softmax_scale": 1.0, "sinks": np.array([sink], np.float32)}
+        out, lse = reference.attention(q, k, v, return_lse=True, **options)
+        assert 0 < out[0, 0, 0, 0] < 1e-26
+        with contextlib.nullcontext() if may else pytest.raises(AssertionError, match="out differs"):
+            assert_close(np.zeros_like(out), q, k, v, lse=lse, **options)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
