@@ -28,7 +28,7 @@ inline void forward_sm90(const TmaParams& params) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (likely(warp < 4)) {  // comes first in the code, since the others wait for what it loads
     ptx::setmaxnreg_dec<Config::producer_registers>();
-    if (warp != 0) {
+    if (warp != 0) {  // of the two orders the one that starts sooner
       if (threadIdx.x == 32) mainloop.load_tiles(params);
     } else {
       mainloop.find_tiles(params, scan);

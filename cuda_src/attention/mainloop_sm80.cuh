@@ -15,6 +15,7 @@
 #include "tile/accumulator.cuh"
 #include "tile/copy.cuh"
 #include "tile/gemm.cuh"
+#include "tile/local.cuh"
 #include "tile/shared.cuh"
 
 namespace attention {

@@ -26,6 +26,7 @@
 #include "ptx/shared.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/gemm_sm90.cuh"
+#include "tile/local.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/shared.cuh"
 #include "tile/tensor_sm90.cuh"

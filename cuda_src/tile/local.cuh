@@ -6,8 +6,6 @@
 #pragma once
 
 #include "ptx/local.cuh"
-#include "ptx/shared.cuh"
-#include "ptx/thread.cuh"
 #include "tile/accumulator.cuh"
 
 namespace tile {
