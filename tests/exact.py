@@ -201,6 +201,30 @@ def alike(xp: Any, total: Any, size: Any) -> Any:
     return xp.where(known, xp.abs(total) / xp.where(known, size, 1), 0) ** 4
 
 
+def alike_heads(problem: Padded, dout: Any) -> Any:
+    """How many query heads err as one where their errors add up for a key head: 1, or all if they are all the same."""
+    group = problem.q.shape[2] // problem.seqlen_q
+    same: Any = True
+    for x in (problem.q, dout, problem.slopes, problem.sinks):
+        if x is not None:
+            heads = x.reshape(*x.shape[:2], group, -1)
+            same = same & (heads == heads[:, :, :1]).all(axis=(2, 3))[..., None, None]
+    return problem.xp.where(same, group, 1)
+
+
+def in_step(xp: Any, log_p: Any, p: Any, axis: int, unit: float) -> Any:
+    """How much the roundings of p along an axis have in common: 1 where p hardly varies, 0 where they are random.
+
+    Where all p lie about the middle between two numbers, the larger are rounded up and the smaller down. That follows
+    the scores, and so the elements of k and q that ds meets: errors add up instead of cancelling each other.
+    """
+    total = p.sum(axis=axis, keepdims=True)
+    weight = p / xp.where(total > 0, total, 1)
+    log_p = xp.where(weight > 0, log_p, 0)
+    away = log_p - (weight * log_p).sum(axis=axis, keepdims=True)
+    return xp.exp(-(weight * away**2).sum(axis=axis, keepdims=True) / unit**2)
+
+
 def finite(xp: Any, x: Any) -> Any:
     """x, with 0 in place of NaN and Inf."""
     return xp.where(xp.isfinite(x), x, 0)
@@ -262,10 +286,18 @@ def backward(problem: Padded, found: Forward, dout: Any, dlse: Any) -> Backward:
     delta_noise = delta_noise + COMPUTE_UNIT * (xp.abs(dout * out).sum(axis=-1, keepdims=True) + xp.abs(dlse))
 
     common = (row_noise * (ds @ k)) ** 2 + (delta_noise * (weight @ k)) ** 2
-    dq_variance = ((walk_k * ds_noise) ** 2 + ds_rounding**2) @ k**2 + common
+    # Errors that follow the scores, of a row, and of a column by each head.
+    heads = (*q.shape[:2], -1, problem.seqlen_q)
+    log_p_heads, p_heads, ds_heads, q_heads = (x.reshape(*heads, x.shape[-1]) for x in (s - lse, p, ds, q))
+    by_row = HALF * unit * in_step(xp, s - lse, p, 3, unit) * xp.abs(ds)
+    by_column = HALF * unit * in_step(xp, log_p_heads, p_heads, 3, unit) * xp.abs(ds_heads)
+    dq_variance = ((walk_k * ds_noise) ** 2 + ds_rounding**2) @ k**2 + common + (by_row @ xp.abs(k)) ** 2
     dk_variance = (walk_q * ds_noise) ** 2 + ds_rounding**2 + (row_noise * ds) ** 2 + (delta_noise * weight) ** 2
-    dv_variance = (walk_q * p_noise) ** 2 + p_rounding**2 + (row_noise * p) ** 2
-    variances = dq_variance, dk_variance.swapaxes(2, 3) @ q**2, dv_variance.swapaxes(2, 3) @ dout**2
+    together = ((by_column.swapaxes(3, 4) @ xp.abs(q_heads)) ** 2).sum(axis=2)
+    dk_variance = dk_variance.swapaxes(2, 3) @ q**2 + together
+    dv_variance = ((walk_q * p_noise) ** 2 + p_rounding**2 + (row_noise * p) ** 2).swapaxes(2, 3) @ dout**2
+    times = alike_heads(problem, dout)
+    variances = dq_variance, times * dk_variance, times * dv_variance
     sees, seen = keep.any(axis=3)[..., None], keep.any(axis=2)[..., None]
 
     def result(variance: Any, gradient: Any, counts: Any, factor: float) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from exact import in_step
 
 import cufa
 from cufa import reference, testing
@@ -250,13 +251,17 @@ def _noise(
         noise = factor * (np.sqrt(variance.swapaxes(1, 2)) + half * tiny) + half * (unit * np.abs(gradient) + tiny)
         return np.where(seen[:, None, None], noise, 0)
 
-    def by_keys(variance: Any, x: Any, like: Any) -> Any:
-        """Added up over queries, and the heads that share a key head."""
-        return reference._sum_groups((variance.swapaxes(2, 3) @ x**2).swapaxes(1, 2), like).swapaxes(1, 2)
+    times = _alike_heads(q, k, dout, options)
+
+    def by_keys(variance: Any, like: Any) -> Any:
+        """Added up over the heads that share a key head."""
+        return (times[:, None, :, None] * reference._sum_groups(variance.swapaxes(1, 2), like)).swapaxes(1, 2)
 
     common = (row_noise * (ds @ k_)) ** 2 + (delta_noise * (weight @ k_)) ** 2
-    dq_variance = ((walk_k * ds_noise) ** 2 + ds_rounding**2) @ k_**2 + common
+    by_row, by_column = (half * unit * in_step(np, s - lse, p, axis, unit) * np.abs(ds) for axis in (3, 2))
+    dq_variance = ((walk_k * ds_noise) ** 2 + ds_rounding**2) @ k_**2 + common + (by_row @ np.abs(k_)) ** 2
     dk_variance = (walk_q * ds_noise) ** 2 + ds_rounding**2 + (row_noise * ds) ** 2 + (delta_noise * weight) ** 2
+    dk_variance = dk_variance.swapaxes(2, 3) @ q_**2 + (by_column.swapaxes(2, 3) @ np.abs(q_)) ** 2
     dv_variance = (walk_q * p_noise) ** 2 + p_rounding**2 + (row_noise * p) ** 2
     sinks = options.get("sinks")
     sink = np.full((q.shape[2], 1, 1), -np.inf) if sinks is None else np.asarray(sinks, np.float64)[:, None, None]
@@ -266,7 +271,20 @@ def _noise(
     sink_noise = np.where(p_sink > 0, sink_noise + np.finfo(np.float32).tiny * (1 + np.abs(delta)), 0)
     return (
         result(dq_variance, exact[0], keep.any(axis=1), scale),
-        result(by_keys(dk_variance, q_, k), exact[1], keep.any(axis=0), scale),
-        result(by_keys(dv_variance, dout_, v), exact[2], keep.any(axis=0), 1.0),
+        result(by_keys(dk_variance, k), exact[1], keep.any(axis=0), scale),
+        result(by_keys(dv_variance.swapaxes(2, 3) @ dout_**2, v), exact[2], keep.any(axis=0), 1.0),
         np.sqrt((sink_noise**2).sum(axis=(0, 2, 3))) + COMPUTE_UNIT * np.abs(exact[3]) + np.finfo(np.float32).tiny,
     )
+
+
+def _alike_heads(q: np.ndarray, k: np.ndarray, dout: np.ndarray, options: dict[str, Any]) -> np.ndarray:
+    """How many query heads err as one where errors add up, by batch and key head: 1, or all if all are the same."""
+    batch, _, num_heads_q, _ = q.shape
+    group = num_heads_q // max(k.shape[2], 1)
+    per_head = (options.get(name) for name in ("alibi_slopes", "sinks"))
+    same = np.ones((batch, k.shape[2]), bool)
+    vectors = (np.broadcast_to(x, (batch, num_heads_q))[:, None, :, None] for x in per_head if x is not None)
+    for x in (q, dout, *vectors):
+        heads = x.reshape(*x.shape[:2], k.shape[2], group, x.shape[3])
+        same &= (heads == heads[:, :, :, :1]).all(axis=(1, 3, 4))
+    return np.where(same, max(group, 1), 1)

@@ -60,6 +60,32 @@ def test_the_noise_is_the_error_of_rounded_mathematics(dtype: str, options: dict
         assert (0.01 if dtype == "float32" else 0.4) < ratio < 1.1
 
 
+def test_query_heads_that_are_the_same_err_as_one() -> None:
+    case = Case(**SIZES | {"num_heads_q": 32}, dtype="bfloat16", layouts=("broadcast", *["contiguous"] * 3))
+    arrays = Call(case=case, dlse=False, dout="broadcast").arrays() | {"dlse": None}
+    del arrays["out"], arrays["lse"]
+    for found, exact, noise in zip(rounded(arrays, {}), *gradients.expect(**arrays), strict=False):
+        assert 0.4 < np.sqrt(np.mean((found - exact) ** 2 / noise**2)) < 1.1
+
+
+def test_weights_rounded_in_step_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1/510 is about the middle between two numbers of bfloat16: scores as small as these decide on the rounding."""
+    arrays = arrays_of(Case(seqlen_q=3, seqlen_k=510, head_dim=1, head_dim_v=1, dtype="bfloat16"))
+    arrays["dlse"] = np.ones_like(arrays["dlse"])
+    q, k, v, dout = (arrays[name].astype(np.float64).swapaxes(1, 2) for name in ("q", "k", "v", "dout"))
+    scale = 1e-3
+    p = np.exp(scale * q @ k.swapaxes(2, 3))
+    p /= p.sum(axis=-1, keepdims=True)
+    delta = (dout * (p @ v)).sum(axis=-1, keepdims=True) - 1
+    ds = p.astype(arrays["q"].dtype).astype(np.float64) * (dout @ v.swapaxes(2, 3) - delta)
+    dq = scale * (ds @ k).swapaxes(1, 2)
+    _, *others = rounded(arrays, {"softmax_scale": scale})
+    assert_gradients_close((dq, *others), **arrays, softmax_scale=scale)
+    monkeypatch.setattr(gradients, "in_step", lambda *_: 0)
+    with pytest.raises(AssertionError, match="dq differs"):
+        assert_gradients_close((dq, *others), **arrays, softmax_scale=scale)
+
+
 Mistake = Callable[[dict[str, Any], Any], Gradients]
 PLAIN: dict[str, Any] = {}
 CAUSAL = {"causal": True}

@@ -70,7 +70,13 @@ def dense(seed: int, **changed: Any) -> soak.Problem:
     return soak.Problem(kind._replace(**changed), seed, ())
 
 
-@pytest.mark.parametrize("features", [{}, {"softcap": True, "alibi": 1, "mask": "window"}, {"sinks": True}])
+ALIKE = ("broadcast", "contiguous", "contiguous", "contiguous", "broadcast")
+"""Query heads that are all the same."""
+
+
+@pytest.mark.parametrize(
+    "features", [{"layouts": ALIKE}, {"softcap": True, "alibi": 1, "mask": "window"}, {"sinks": True}]
+)
 def test_noise_is_that_of_the_other_tests(memory: soak.Memory, features: dict[str, Any]) -> None:
     problem = dense(9, dtype="float16", **features)
     case = soak.make_case(problem, memory)
