@@ -846,6 +846,24 @@ def test_grids(batch: int, seqlen_q: int, seqlen_k: int, heads: int, blocks: int
     assert grid.m_units == grid.m_blocks
 
 
+@pytest.mark.parametrize(
+    ("seqlen", "head_dim", "ratio", "causal", "section"),
+    [
+        (512, 64, 1, True, 16),  # 2 MB
+        (2048, 64, 1, True, 16),
+        (1 << 14, 64, 1, True, 4),  # 16 MB
+        (2048, 64, 4, True, 16),  # query heads: K and V of four key heads, 2 MB
+        (2048, 64, 1, False, 4),
+        (2048, 128, 1, True, 2),
+    ],
+)
+def test_sections_of_narrow_heads(seqlen: int, head_dim: int, ratio: int, causal: bool, section: int) -> None:
+    q, k = OnGpu(1, seqlen, 64, head_dim), OnGpu(1, seqlen, 64 // ratio, head_dim)
+    problem = gpu_problem(q, k, k, causal=causal)
+    assert problem.static is not None
+    assert _plan.heads_per_section(_plan.make_plan(problem.static, 90), problem) == section
+
+
 def test_a_grid_too_large_is_refused() -> None:
     q, k = OnGpu(1 << 20, 128 * 128, 64, 64), OnGpu(1 << 20, 1, 64, 64)
     problem = gpu_problem(q, k, k)
