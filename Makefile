@@ -5,6 +5,7 @@
 #   make lint     check style and types
 #   make format   put Python and CUDA sources into that style
 #   make bench    measure the kernels beside their peers; needs a GPU
+#   make compare-sass BASE=COMMIT    say whether the machine code is that of another version's sources
 #   make clean    remove .venv and everything that is generated
 
 PYTHON ?= python3
@@ -43,7 +44,7 @@ define install_older_nvrtc
 	  'nvidia-cuda-nvrtc==$(OLDER_NVRTC).*'
 endef
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench compare-sass clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -73,6 +74,9 @@ format: $(VENV)/.lint
 bench: $(VENV)/.bench
 	@$(BIN)/python benchmarks/attention.py --out benchmarks/results
 	@$(BIN)/python benchmarks/backward.py --out benchmarks/results
+
+compare-sass: $(VENV)/.test
+	@$(BIN)/python tests/compare_sass.py $(BASE)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
