@@ -46,25 +46,36 @@ def run(tree: Path, *arguments: str, text: str = "") -> str:
     return ran.stdout
 
 
-def tokens(source: str, headers: dict[str, str]) -> str:
-    """A source with what it includes, each once, without comments, assertions and the layout of lines."""
-    seen: set[str] = set()
+class Tokens:
+    """Sources without comments, assertions and the layout of lines, what they include in place, each header once."""
 
-    def inlined(text: str) -> str:
-        def header(match: re.Match[str]) -> str:
-            name = match[1]
-            if name in seen:
-                return ""
-            seen.add(name)
-            return inlined(headers[name])
+    def __init__(self, headers: dict[str, str]) -> None:
+        self._headers = {name: COMMENT.sub("", text) for name, text in headers.items()}
+        self._known: dict[tuple[str, ...], list[str]] = {}
 
-        text = re.sub(r"//.*", "", text)
-        return re.sub(r'^#include "([^"]+)"', header, text, flags=re.MULTILINE)
+    def of(self, source: str) -> list[str]:
+        """Those of a translation unit, which begins with what it includes."""
+        names = tuple(INCLUDE.findall(source))
+        if names not in self._known:
+            seen: set[str] = set()
+            self._known[names] = self._split("".join(self._inlined(name, seen) for name in names))
+        return self._known[names] + self._split(INCLUDE.sub("", COMMENT.sub("", source)))
 
-    whole = inlined(source)
-    whole = re.sub(r'\bstatic_assert\((?:[^()"]|"[^"]*"|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\);', "", whole)
-    whole = whole.replace("#pragma once", "").replace("namespace attention {}", "")
-    return " ".join(re.findall(r"#.*|\w+|[^\w\s]", whole))
+    def _inlined(self, name: str, seen: set[str]) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        return INCLUDE.sub(lambda match: self._inlined(match[1], seen), self._headers[name])
+
+    def _split(self, text: str) -> list[str]:
+        return re.findall(r"#.*|\w+|[^\w\s]", ASSERTION.sub("", text).replace("#pragma once", ""))
+
+
+COMMENT = re.compile(r"//.*")
+INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+ASSERTION = re.compile(
+    r'\bstatic_assert\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*"|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\))*\);'
+)
 
 
 def differing(trees: list[Path], labels: list[str]) -> list[str]:
@@ -99,11 +110,11 @@ def main() -> None:
             for label in labels:
                 print(f"{word}: {label}")
         shared = [label for label in one if label in other]
+        of_base, of_new = (Tokens(side["headers"]).of for side in sides)
         told = [
             label
             for label in shared
-            if one[label][1] == other[label][1]
-            and tokens(one[label][0], sides[0]["headers"]) == tokens(other[label][0], sides[1]["headers"])
+            if one[label][1] == other[label][1] and of_base(one[label][0]) == of_new(other[label][0])
         ]
         print(f"{len(told)} of {len(shared)} kernels have the same source, but for comments and assertions")
         rest = shared if arguments.all else sorted(set(shared) - set(told))
