@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 from ._arrays import ALIGNMENT, Spec
-from ._problem import ITEMSIZE, Problem, has_tensor_map, read_by_tiles, widest_copy
+from ._problem import ITEMSIZE, Problem, has_tensor_map, widest_copy
 
 LEAST_ROWS = 64
 """Rows of q that must share a key head for copies to pay, if they see all of its keys."""
@@ -85,7 +85,7 @@ def copies_of(problem: Problem, arch: int) -> Copies | None:
     assert static is not None
     if static.element == "f32":
         return None
-    names = [name for name in read_by_tiles(problem.function) if _is_slow(problem.specs[name], arch)]
+    names = [name for name in problem.operation.tiles if _is_slow(problem.specs[name], arch)]
     if not names or not pays(problem):
         return None
     made, floats = [], 0

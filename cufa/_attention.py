@@ -1,27 +1,19 @@
-"""The public functions. Each body is the whole way of a call; nothing is hidden between the steps."""
+"""The public functions: what they take and give. The way of a call is `_operations.call`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from . import _align, _arrays, _jit, _launch, _params, _plan, _problem, _tensor_map
-from ._align import Copies
-from ._arrays import CPU, Arrays
-from ._configs import ConfigSm90
-from ._launch import Copying, Launch
-from ._problem import OUT, Problem
-
-NO_OFFSETS = (0, 0, 0)
-"""Addresses of cu_seqlens_q, cu_seqlens_k and seqused_k where sequences are not packed."""
-
-WRITTEN = (OUT,)
+from ._arrays import opaque
+from ._operations.call import call
+from ._operations.forward import ATTENTION, ATTENTION_VARLEN
 
 Array = Any
 """An array of CuPy, torch, JAX, Numba or NumPy, or any with ``__dlpack__``."""
 
 
-@_arrays.opaque
+@opaque
 def attention(
     q: Array,
     k: Array,
@@ -117,20 +109,10 @@ def attention(
     (2, 128, 8, 64)
     """
     given = (q, k, v, alibi_slopes, sinks, out)
-    if _arrays.compiling():
-        return _arrays.uncompiled(_again, attention, given, (causal, window_size, softmax_scale, softcap), return_lse)
-    options = _problem.options("attention", causal, window_size, softmax_scale, softcap)
-    return_lse = _problem.flag("attention", "return_lse", return_lse)
-    if _arrays.is_jax(q):  # its runtime owns streams and results
-        return interop_jax().attention(given, options, return_lse)
-    arrays = _arrays.view("attention", _problem.DENSE_NAMES, given, WRITTEN)
-    problem = _problem.dense_problem(arrays, *options)
-    out, lse, pointers = _outputs(arrays, problem, return_lse)
-    run(arrays, problem, out, lse, pointers)
-    return (out, lse) if return_lse else out
+    return call(ATTENTION, given, (causal, window_size, softmax_scale, softcap, return_lse, False))
 
 
-@_arrays.opaque
+@opaque
 def attention_varlen(
     q: Array,
     k: Array,
@@ -195,155 +177,4 @@ def attention_varlen(
     (12, 4, 32)
     """
     given = (q, k, v, alibi_slopes, sinks, out, cu_seqlens_q, cu_seqlens_k, seqused_k)
-    if _arrays.compiling():
-        asked = causal, window_size, softmax_scale, softcap
-        return _arrays.uncompiled(_again, attention_varlen, given, asked, return_lse)
-    options = _problem.options("attention_varlen", causal, window_size, softmax_scale, softcap)
-    return_lse = _problem.flag("attention_varlen", "return_lse", return_lse)
-    if _arrays.is_jax(q):
-        return interop_jax().attention_varlen(given, options, return_lse)
-    arrays = _arrays.view("attention_varlen", _problem.VARLEN_NAMES, given, WRITTEN)
-    problem = _problem.varlen_problem(arrays, *options)
-    out, lse, pointers = _outputs(arrays, problem, return_lse)
-    run(arrays, problem, out, lse, pointers)
-    return (out, lse) if return_lse else out
-
-
-def _again(function: Any, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
-    """Call a function of this module once more, with its arguments in the order of `_problem.NAMES`."""
-    arrays = dict(zip(_problem.NAMES[function.__name__], given, strict=True))
-    names = "causal", "window_size", "softmax_scale", "softcap"
-    return function(**arrays, **dict(zip(names, options, strict=True)), return_lse=return_lse)
-
-
-def _outputs(arrays: Arrays, problem: Problem, return_lse: bool) -> tuple[Array, Array | None, list[int]]:
-    """out and lse in the caller's framework, and the addresses that lead Params."""
-    if arrays.layouts[OUT] is None:
-        out, out_pointer = arrays.empty(problem.out_shape, problem.dtype)
-    else:
-        out, out_pointer = arrays.given[OUT], arrays.pointers[OUT]
-    lse, lse_pointer = arrays.empty(problem.lse_shape, problem.lse_dtype) if return_lse else (None, 0)
-    return out, lse, pointers_of(arrays, out_pointer, lse_pointer)
-
-
-def pointers_of(arrays: Arrays, out: int, lse: int) -> list[int]:
-    """The addresses that lead Params, in their order there."""
-    q, k, v, alibi_slopes, sinks, _, *offsets = arrays.pointers
-    return [q, k, v, out, lse, alibi_slopes, sinks, *(offsets or NO_OFFSETS)]
-
-
-def run(
-    arrays: Arrays,
-    problem: Problem,
-    out: Array,
-    lse: Array | None,
-    pointers: list[int],
-    stream: int | None = None,
-    workspace: tuple[int, int] | None = None,
-) -> None:
-    """Compute out and lse: on the CPU, or by a launch on `stream`, by default the caller's.
-
-    `workspace` is the address of memory for copies, and how many float32 numbers it holds. By default there is as much
-    as is needed.
-    """
-    if problem.device == CPU:
-        _run_on_cpu(arrays, problem, out, lse)
-        return
-    if stream is None:
-        stream = arrays.stream(problem.device)
-    launch = problem.memo.get("launch")
-    current_device = arrays.adapter.current_device()
-    if launch is None:  # the first call, or one of arrays that are copied first
-        launch, copying = prepare(problem, stream, None if workspace is None else workspace[1])
-        if copying is not None:
-            # Freed when this returns: the framework hands it out again only to what comes later on the stream.
-            _memory, address = (None, workspace[0]) if workspace else arrays.empty((copying.floats,), "float32")
-            pointers = copying(pointers, address, stream, current_device)
-    launch(pointers, stream, current_device)
-
-
-def prepare(problem: Problem, stream: int, most_floats: int | None = None) -> tuple[Launch, Copying | None]:
-    """Choose, compile and load the kernel of `problem`, and the one that copies arrays for it, if they should be.
-
-    Once, after which they are remembered with the problem: where nothing is copied, as its launch. Where copies would
-    take more than `most_floats` numbers, there are none.
-    """
-    copies = copies_of(problem)
-    if copies is None:
-        problem.memo["launch"] = launch = _load(problem, stream)
-        return launch, None
-    copied = most_floats is None or copies.floats <= most_floats
-    key = f"launch, copied={copied}"
-    known: tuple[Launch, Copying | None] | None = problem.memo.get(key)
-    if known is None:
-        copying = load_copying(copies, stream) if copied else None
-        known = problem.memo[key] = _load(copies.problem if copied else problem, stream), copying
-    return known
-
-
-def copies_of(problem: Problem) -> Copies | None:
-    """What is copied for a problem, on its GPU."""
-    if "copies" not in problem.memo:
-        problem.memo["copies"] = _align.copies_of(problem, _launch.device(problem.device).arch)
-    copies: Copies | None = problem.memo["copies"]
-    return copies
-
-
-def load_copying(copies: Copies, stream: int) -> Copying:
-    """Compile and load the kernel that copies."""
-    problem = copies.problem
-    device = _launch.device(problem.device)
-    plan = _plan.make_align_plan(device.arch)
-    (kernel,) = _jit.load_kernel(plan, problem.device, stream)
-    blocks = _plan.make_align_blocks(plan, copies, device.num_sms)
-    params, layout = _params.pack_align(copies), _params.ALIGN_POINTER_LAYOUT
-    threads = plan.config.num_threads
-    launch = Launch(_jit.describe(plan), kernel, problem.device, blocks, threads, 0, params, layout=layout)
-    return Copying(launch, copies, _problem.read_by_tiles(problem.function))
-
-
-def _load(problem: Problem, stream: int) -> Launch:
-    """Choose, compile and load the kernel of a problem as it is."""
-    assert problem.static is not None
-    device = _launch.device(problem.device)
-    plan = _plan.make_plan(problem.static, device.arch)
-    grid = _plan.make_grid(plan, problem, device.num_sms)
-    (kernel,) = _jit.load_kernel(plan, problem.device, stream)
-    config, params = plan.config, _params.pack(problem, grid)
-    shifts: tuple[int, ...] = ()
-    if isinstance(config, ConfigSm90):
-        maps = _tensor_map.make_maps(problem, config)
-        params = (maps.encoded + params + _params.pack_deal(grid)).ljust(_params.TMA_SIZE, b"\0")
-        shifts = maps.shifts
-    what = _jit.describe(plan)
-    return Launch(what, kernel, problem.device, grid.blocks, config.num_threads, config.smem_bytes, params, shifts)
-
-
-def _run_on_cpu(arrays: Arrays, problem: Problem, out: Array, lse: Array | None) -> None:
-    from . import _cpu
-
-    q, k, v, alibi_slopes, sinks = (arrays.numpy(index) for index in range(OUT))
-    assert q is not None and k is not None and v is not None
-    out = _arrays.as_numpy(out)
-    lse = None if lse is None else _arrays.as_numpy(lse)
-    options: dict[str, Any] = {
-        "softmax_scale": problem.softmax_scale,
-        "window_left": problem.window_left,
-        "window_right": problem.window_right,
-        "softcap": problem.softcap,
-        "alibi_slopes": alibi_slopes,
-        "sinks": sinks,
-    }
-    if problem.varlen:
-        cu_seqlens_q, cu_seqlens_k, seqused_k = (arrays.numpy(index) for index in range(OUT + 1, OUT + 4))
-        assert cu_seqlens_q is not None and cu_seqlens_k is not None
-        fresh = arrays.layouts[OUT] is None
-        _cpu.varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, out, lse, fresh=fresh, **options)
-    else:
-        _cpu.forward(q, k, v, out, lse, **options)
-
-
-def interop_jax() -> Any:
-    from .interop import jax
-
-    return jax
+    return call(ATTENTION_VARLEN, given, (causal, window_size, softmax_scale, softcap, return_lse, False))

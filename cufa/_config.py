@@ -9,7 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, overload
 
-from . import _env, _jit, _launch, _plan
+from . import _driver, _env, _jit
+from ._kernels import OLDEST_ARCH
 
 
 def is_available() -> bool:
@@ -29,8 +30,8 @@ def is_available() -> bool:
     True
     """
     try:
-        count = int(_launch.call("cuDeviceGetCount"))
-        return any(_launch.device(ordinal).arch >= _plan.OLDEST_ARCH for ordinal in range(count))
+        count = int(_driver.call("cuDeviceGetCount"))
+        return any(_driver.device(ordinal).arch >= OLDEST_ARCH for ordinal in range(count))
     except Exception:  # whatever is wrong with driver or GPU, there is none to use
         return False
 
@@ -116,18 +117,18 @@ def _versions() -> dict[str, str]:
 
 def _gpus() -> dict[str, str]:
     def driver_version() -> str:
-        version = int(_launch.call("cuDriverGetVersion"))
+        version = int(_driver.call("cuDriverGetVersion"))
         return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
     def gpu(ordinal: int) -> str:
-        facts = _launch.device(ordinal)
-        name = _launch.call("cuDeviceGetName", 256, _launch.call("cuDeviceGet", ordinal)).split(b"\0")[0].decode()
-        supported = "" if facts.arch >= _plan.OLDEST_ARCH else ", not supported"
+        facts = _driver.device(ordinal)
+        name = _driver.call("cuDeviceGetName", 256, _driver.call("cuDeviceGet", ordinal)).split(b"\0")[0].decode()
+        supported = "" if facts.arch >= OLDEST_ARCH else ", not supported"
         return f"{name}, compute capability {facts.arch // 10}.{facts.arch % 10}, {facts.num_sms} SMs{supported}"
 
     found = {"driver": _probe(driver_version)}
     try:
-        count = int(_launch.call("cuDeviceGetCount"))
+        count = int(_driver.call("cuDeviceGetCount"))
     except Exception:  # the driver's line says why
         return {**found, "gpus": "none"}
     return {**found, **{f"cuda:{ordinal}": _probe(partial(gpu, ordinal)) for ordinal in range(count)}}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from . import _arrays, _attention, _jit, _launch, _plan, _problem
+from . import _arrays, _jit, _options, _problem
 from ._align import Copies
 from ._arrays import CPU
+from ._kernels import align
+from ._operations.call import interop_jax, planned
+from ._operations.forward import ATTENTION, ATTENTION_VARLEN
 from ._problem import Problem
 from .errors import UnsupportedError
 
@@ -28,17 +31,19 @@ class Explanation:
     reason : str
         Why this kernel and not a faster one.
     block_m, block_n : int
-        Rows of q and of k a tile; on the CPU, 0.
+        Rows of q and of k per tile; on the CPU, 0.
     num_threads, num_blocks : int
-        Threads a block, blocks of the launch.
+        Threads per block, blocks of the launch.
     smem_bytes : int
-        Shared memory a block, in bytes.
+        Shared memory per block, in bytes.
     registers, spill_bytes : int
-        Registers a thread; bytes spilled to local memory.
+        Registers per thread; bytes spilled to local memory.
     compile_seconds : float
         What compiling it took, when that was done.
     config : dict
         Every member of the kernel's Config.
+    refusals : dict of str to str
+        The kernels that were asked before this one, and why each does not serve.
     """
 
     function: str
@@ -55,6 +60,7 @@ class Explanation:
     spill_bytes: int = 0
     compile_seconds: float = 0.0
     config: dict[str, Any] | None = None
+    refusals: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.function}: {self.kernel} on {self.device}"]
@@ -62,11 +68,12 @@ class Explanation:
             lines += [
                 f"  tiles      {self.block_m} × {self.block_n} (rows of q × rows of k), {self.num_blocks} blocks of "
                 f"{self.num_threads} threads",
-                f"  takes      {self.smem_bytes / 1024:g} KB shared memory a block, {self.registers} registers a "
+                f"  takes      {self.smem_bytes / 1024:g} KB shared memory per block, {self.registers} registers per "
                 f"thread, {self.spill_bytes} bytes spilled",
                 f"  kernel is  {self.state} (compiling it took {self.compile_seconds:.2f} s)",
             ]
-        return "\n".join([*lines, f"  because    {self.reason}"])
+        refused = [f"  not by     {kernel}: {why}" for kernel, why in self.refusals.items()]
+        return "\n".join([*lines, f"  because    {self.reason}", *refused])
 
 
 def explain(
@@ -114,29 +121,25 @@ return_lse, out
     attention: cpu on the CPU
       because    q is a numpy array in host memory; CuPy, torch or JAX arrays on a GPU are computed there
     """
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    function = "attention_varlen" if packed else "attention"
     given: tuple[Any, ...] = (q, k, v, alibi_slopes, sinks, out)
-    names = _problem.VARLEN_NAMES if packed else _problem.DENSE_NAMES
-    if packed:
+    operation = ATTENTION
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        operation = ATTENTION_VARLEN
         given = (*given, cu_seqlens_q, cu_seqlens_k, seqused_k)
-    options = _problem.options(function, causal, window_size, softmax_scale, softcap)
-    _problem.flag(function, "return_lse", return_lse)
+    options = _options.of(operation.name, (causal, window_size, softmax_scale, softcap, return_lse, False))
     if _arrays.is_jax(q):
-        from .interop import jax
-
         if out is not None:
-            raise UnsupportedError(f"{function}: out is not supported for JAX arrays, which cannot be written.")
-        problem = _problem.check(function, arrays := jax.view(function, given), options)
+            raise UnsupportedError(f"{operation.name}: out is not supported for JAX arrays, which cannot be written.")
+        problem = _problem.check(operation, arrays := interop_jax().view(operation, given), options)
     else:
-        arrays = _arrays.view(function, names, given, _problem.WRITTEN[function])
-        problem = (_problem.varlen_problem if packed else _problem.dense_problem)(arrays, *options)
+        arrays = _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
+        problem = _problem.checked(operation, arrays, options)
     if problem.device == CPU:
         layout = arrays.layouts[0]
         assert layout is not None
         framework = layout[0].spec(layout).framework
         reason = f"q is a {framework} array in host memory; CuPy, torch or JAX arrays on a GPU are computed there"
-        return Explanation(function, "cpu", "the CPU", "not needed", reason)
+        return Explanation(operation.name, "cpu", "the CPU", "not needed", reason)
     return _explain_kernel(problem)
 
 
@@ -150,31 +153,27 @@ def _said(copies: Copies) -> str:
 
 
 def _explain_kernel(problem: Problem) -> Explanation:
-    assert problem.static is not None
-    device = _launch.device(problem.device)
-    copies = _attention.copies_of(problem)
+    _, copies, plan, grid, _, _ = planned(problem)
     if copies is not None:
-        _jit.entry_of(_plan.make_align_plan(device.arch))
-        problem = copies.problem
-    assert problem.static is not None
-    plan = _plan.make_plan(problem.static, device.arch)
-    grid = _plan.make_grid(plan, problem, device.num_sms)
+        _jit.entry_of(_jit.unit_of(align.plan_for(plan.arch)))
+    unit = _jit.unit_of(plan)
     if _jit.is_loaded(plan, problem.device):
         state = "loaded"
     else:
-        state = "to be compiled" if _jit.cache().get(_jit.key_of(plan)) is None else "cached"
-    meta = _jit.entry_of(plan).meta
+        state = "to be compiled" if _jit.cache().get(_jit.key_of(unit)) is None else "cached"
+    meta = _jit.entry_of(unit).meta
     config = plan.config
     return Explanation(
         function=problem.function,
-        kernel=f"{plan.kernel} (sm_{meta['arch']})",
+        kernel=f"{plan.name} (sm_{meta['arch']})",
         device=_problem.device_name(problem.device),
         state=state,
         reason=plan.reason if copies is None else f"{plan.reason}; {_said(copies)}",
+        refusals=dict(plan.refusals),
         block_m=config.block_m,
         block_n=config.block_n,
         num_threads=config.num_threads,
-        num_blocks=grid.blocks,
+        num_blocks=sum(grid.blocks),
         smem_bytes=config.smem_bytes,
         registers=meta["registers"],
         spill_bytes=meta["spill_bytes"],

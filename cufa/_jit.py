@@ -1,4 +1,4 @@
-"""Plan → generated source → key → cache → NVRTC → loaded kernel."""
+"""Translation unit → key → cache → NVRTC → loaded kernel."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-from . import _cache, _env, _forks, _launch, _params, _save
+from . import _cache, _driver, _env, _forks, _save
 from ._cache import CubinCache, Entry
-from ._configs import ConfigAlign, ConfigSm90
-from ._plan import AlignPlan, Plan
+from ._kernels import Plan
+from ._kernels import unit as units
+from ._kernels.unit import Unit
 from .errors import CompileError, CudaError, MissingKernelError
 
 
@@ -54,57 +55,10 @@ class Compiled(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes, from the compiler's log: registers a thread and spilled bytes."""
+    """What a compiled kernel takes, from the compiler's log: registers per thread and spilled bytes."""
 
     registers: int
     spill_bytes: int
-
-
-AnyPlan: TypeAlias = Plan | AlignPlan
-
-
-def source_of(plan: AnyPlan) -> str:
-    """The generated translation unit: the only code that is generated."""
-    config = plan.config
-    types = ""
-    if not isinstance(config, ConfigAlign):
-        types = (
-            f"  using element = {config.element};\n  using variant = attention::Variant<{', '.join(config.variant)}>;\n"
-        )
-    constants = [
-        f"  static constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};\n"
-        for name, value in vars(config).items()
-        if isinstance(value, int)
-    ]
-    header = plan.kernel.removeprefix("attention_")
-    begin = ""
-    if isinstance(config, ConfigAlign):
-        record, asserts = "AlignParams", _params.align_static_asserts
-    elif len(plan.entries) > 1:
-        record, asserts = "BackwardArgument", _params.backward_static_asserts
-        begin = "  ptx::grid_begin();\n"
-    elif isinstance(config, ConfigSm90):
-        record, asserts = "TmaParams", _params.tma_static_asserts
-    else:
-        record, asserts = "Params", _params.static_asserts
-    blocks = config.blocks_per_sm if isinstance(config, ConfigAlign) else 1
-    kernels = [
-        f'extern "C" __global__ __launch_bounds__({threads}, {blocks})\n'
-        f"void {entry}(const __grid_constant__ attention::{record} params) {{\n"
-        f"{begin}"
-        f"  attention::{entry.removeprefix('attention_')}<Config>(params);\n"
-        "}\n"
-        for entry, threads in zip(plan.entries, plan.threads, strict=True)
-    ]
-    return (
-        f'#include "attention/{header}.cuh"\n'
-        '#include "ptx/grid.cuh"\n\n'
-        "struct Config {\n"
-        f"{types}{''.join(constants)}"
-        "};\n\n"
-        f"{asserts()}\n"
-        f"{''.join(kernels)}"
-    )
 
 
 @lru_cache(maxsize=1)
@@ -195,36 +149,38 @@ def options_of(target: str) -> list[str]:
     return [*options, "--generate-line-info"] if _env.lineinfo() else options
 
 
-def target_of(plan: AnyPlan) -> str:
-    """The architecture to compile for: the GPU's own, or an older one of its family that NVRTC knows.
+def unit_of(plan: Plan) -> Unit:
+    """The translation unit of a plan."""
+    return units.unit_of(plan, headers())
 
-    Instructions that one architecture alone has, as wgmma, need an ``a`` behind it.
-    """
-    archs = nvrtc().archs
-    family = [arch for arch in archs if arch // 10 == plan.arch // 10 and arch <= plan.arch]
+
+def target_of(unit: Unit) -> str:
+    """The architecture to compile for: the GPU's own, or an older one of its family that NVRTC knows."""
+    archs, wanted = nvrtc().archs, unit.arch
+    family = [arch for arch in archs if arch // 10 == wanted // 10 and arch <= wanted]
     if not family:
         major, minor = nvrtc().version
         raise CompileError(
-            f"cufa: NVRTC {major}.{minor} does not compile for compute capability {plan.arch // 10}.{plan.arch % 10}; "
+            f"cufa: NVRTC {major}.{minor} does not compile for compute capability {wanted // 10}.{wanted % 10}; "
             "install a newer one, for example with pip install -U 'cufa[cuda13]'."
         )
-    return f"{max(family)}{'a' if plan.kernel.endswith('_sm90') else ''}"
+    return f"{max(family)}{unit.target_suffix}"
 
 
-def key_of(plan: AnyPlan) -> str:
-    """Digest of everything that goes into compiling the kernel."""
+def key_of(unit: Unit) -> str:
+    """Digest of everything that goes into compiling it."""
     found = nvrtc()
     fields: dict[str, bytes | str | list[str]] = {
-        "source": source_of(plan),
-        "options": options_of(target_of(plan)),
+        "source": unit.source,
+        "options": options_of(target_of(unit)),
         "nvrtc": [*map(str, found.version), found.build],
     }
-    for name, text in headers().items():
+    for name, text in unit.headers.items():
         fields[f"header {name}"] = text
     return _cache.digest(fields)
 
 
-def compile_source(source: str, options: list[str], what: str) -> Compiled:
+def compile_unit(unit: Unit) -> Compiled:
     """Compile with NVRTC; no GPU is needed.
 
     Raises
@@ -232,10 +188,15 @@ def compile_source(source: str, options: list[str], what: str) -> Compiled:
     CompileError
         With NVRTC's log.
     """
-    bindings, texts = nvrtc().bindings, headers()
+    return compile_source(unit.source, options_of(target_of(unit)), unit.words, unit.headers)
+
+
+def compile_source(source: str, options: list[str], what: str, texts: Mapping[str, bytes] | None = None) -> Compiled:
+    """`compile_unit` of a source that `what` names in messages; headers by path, those of ``cuda_src`` if None."""
+    bindings, texts = nvrtc().bindings, headers() if texts is None else texts
     with _progress(what), _forks.section():
         status, compiled = _run_nvrtc(bindings, source, texts, options)
-    saved = _save_source(source, compiled.log)
+    saved = _save_source(source, texts, compiled.log)
     if status != 0:
         where = f" The source is in {saved}." if saved else " Set CUFA_SAVE_SOURCE to a directory to keep the source."
         name = getattr(status, "name", status)
@@ -243,7 +204,7 @@ def compile_source(source: str, options: list[str], what: str) -> Compiled:
     return compiled
 
 
-def _run_nvrtc(bindings: Any, source: str, texts: dict[str, bytes], options: list[str]) -> tuple[Any, Compiled]:
+def _run_nvrtc(bindings: Any, source: str, texts: Mapping[str, bytes], options: list[str]) -> tuple[Any, Compiled]:
     """The compiler's status and what it made, which has no cubin if that is not 0."""
     names = [name.encode() for name in texts]
     _, program = _nvrtc_call(
@@ -294,14 +255,14 @@ def _progress(what: str) -> Iterator[None]:
     _cache.log(logging.INFO, "compiled %s in %.2f s", what, time.perf_counter() - began)
 
 
-def _save_source(source: str, log: str) -> Path | None:
+def _save_source(source: str, texts: Mapping[str, bytes], log: str) -> Path | None:
     """Keep source, headers and log where ``CUFA_SAVE_SOURCE`` says; trouble in doing so is logged and no more."""
     directory = _env.save_source_dir()
     if directory is None:
         return None
     target = directory / hashlib.sha256(source.encode(), usedforsecurity=False).hexdigest()[:16]
     try:
-        _save.save(target, {**headers(), "kernel.cu": source.encode(), "log.txt": log.encode()})
+        _save.save(target, {**texts, "kernel.cu": source.encode(), "log.txt": log.encode()})
     except _cache.TROUBLE as error:
         _cache.log(logging.WARNING, "the source of a kernel could not be saved: %s", error)
         return None
@@ -309,7 +270,7 @@ def _save_source(source: str, log: str) -> Path | None:
 
 
 _caches: dict[str, CubinCache] = {}
-_kernels: dict[tuple[AnyPlan, int], tuple[Any, ...]] = {}
+_kernels: dict[tuple[Plan, int], tuple[Any, ...]] = {}
 _libraries: dict[str, Any] = {}
 _lock = threading.Lock()
 _key_locks: dict[str, threading.Lock] = {}
@@ -334,43 +295,31 @@ def cache() -> CubinCache:
     return found
 
 
-def describe(plan: AnyPlan) -> str:
-    """A kernel in the words of a user, for messages."""
-    config = plan.config
-    if isinstance(config, ConfigAlign):
-        return f"{plan.kernel} for sm_{plan.arch}"
-    parts = [config.element, f"head_dim {config.head_dim}"]
-    if config.head_dim_v != config.head_dim:
-        parts.append(f"head_dim_v {config.head_dim_v}")
-    names = ("causal", "window", "varlen", "sinks", "deterministic")
-    parts += [name for name in names if getattr(config, name, False)]
-    parts += [re.sub(r"attention::(\w+).*", lambda match: match[1].lower(), term) for term in config.variant]
-    return f"{plan.kernel} ({', '.join(parts)}) for sm_{plan.arch}"
-
-
-def entry_of(plan: AnyPlan) -> Entry:
+def entry_of(unit: Unit) -> Entry:
     """The compiled kernel, from the cache or the compiler."""
-    key = key_of(plan)
+    return _entry_of(unit, key_of(unit))
+
+
+def _entry_of(unit: Unit, key: str) -> Entry:
     with _lock:
         lock = _key_locks.setdefault(key, threading.Lock())
     with lock:  # threads that want one kernel compile it once; different kernels compile side by side
         entry = cache().get(key)
-        return entry if entry is not None else _compile(plan, key)
+        return entry if entry is not None else _compile(unit, key)
 
 
-def _compile(plan: AnyPlan, key: str) -> Entry:
+def _compile(unit: Unit, key: str) -> Entry:
     if _env.jit_disabled():
         raise MissingKernelError(
-            f"cufa: {describe(plan)} is not in the cache, and CUFA_DISABLE_JIT forbids compiling it; unset it, or fill "
+            f"cufa: {unit.words} is not in the cache, and CUFA_DISABLE_JIT forbids compiling it; unset it, or fill "
             "the cache with the same call on a machine where compiling is allowed."
         )
-    target = target_of(plan)
-    compiled = compile_source(source_of(plan), options_of(target), describe(plan))
+    compiled = compile_unit(unit)
     taken = resources_of(compiled.log)
     meta = {
-        "kernel": plan.kernel,
-        "what": describe(plan),
-        "arch": target,
+        "kernel": unit.name,
+        "what": unit.words,
+        "arch": target_of(unit),
         "registers": taken.registers,
         "spill_bytes": taken.spill_bytes,
         "seconds": round(compiled.seconds, 3),
@@ -380,13 +329,13 @@ def _compile(plan: AnyPlan, key: str) -> Entry:
     return entry
 
 
-def is_loaded(plan: AnyPlan, device: int) -> bool:
+def is_loaded(plan: Plan, device: int) -> bool:
     """Whether the next call finds the kernel ready."""
     return (plan, device) in _kernels
 
 
-def load_kernel(plan: AnyPlan, device: int, stream: int) -> tuple[Any, ...]:
-    """The functions of the kernel, in the order of `Plan.entries`, loaded and ready to launch on `device`.
+def load_kernel(plan: Plan, device: int, stream: int) -> tuple[Any, ...]:
+    """The functions of the kernel, in the order of `Plan.steps`, loaded and ready to launch on `device`.
 
     Raises
     ------
@@ -398,38 +347,39 @@ def load_kernel(plan: AnyPlan, device: int, stream: int) -> tuple[Any, ...]:
     functions = _kernels.get((plan, device))
     if functions is not None:
         return functions
-    with _launch.current(device):
-        if _launch.is_capturing(stream):
+    with _driver.current(device):
+        if _driver.is_capturing(stream):
             raise MissingKernelError(
-                f"cufa: {describe(plan)} is not loaded, and the stream is being captured into a CUDA graph, where it "
+                f"cufa: {plan.words()} is not loaded, and the stream is being captured into a CUDA graph, where it "
                 "cannot be; make the same call once before the capture."
             )
-    with _launch.loading(device):
-        kernels = _load(plan)
-        attribute = _launch.driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        for kernel, smem_bytes in zip(kernels, plan.smem_bytes, strict=True):
-            if smem_bytes:
-                _launch.call("cuKernelSetAttribute", attribute, smem_bytes, kernel, _launch.call("cuDeviceGet", device))
-            _launch.call("cuKernelGetFunction", kernel)  # loads it into the context now, not within a later capture
-    functions = tuple(_launch.driver().CUfunction(int(kernel)) for kernel in kernels)
+    with _driver.loading(device):
+        kernels = _load(unit_of(plan))
+        attribute = _driver.driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        for kernel, step in zip(kernels, plan.steps, strict=True):
+            if step.smem_bytes:
+                handle = _driver.call("cuDeviceGet", device)
+                _driver.call("cuKernelSetAttribute", attribute, step.smem_bytes, kernel, handle)
+            _driver.call("cuKernelGetFunction", kernel)  # loads it into the context now, not within a later capture
+    functions = tuple(_driver.driver().CUfunction(int(kernel)) for kernel in kernels)
     return _kernels.setdefault((plan, device), functions)
 
 
-def _load(plan: AnyPlan) -> list[Any]:
-    key = key_of(plan)
+def _load(unit: Unit) -> list[Any]:
+    key = key_of(unit)
     library = _libraries.get(key)
     if library is None:
-        entry = entry_of(plan)
+        entry = _entry_of(unit, key)
         try:
             library = _load_library(entry.cubin)
         except CudaError as error:
-            # Whole and signed, yet the driver refuses it: compile it anew, once.
+            # Its checksum is right, yet the driver refuses it: compile it anew, once.
             path = cache().discard(key)
-            _cache.log(logging.WARNING, "the driver refused the cached %s: %s %s", describe(plan), error, path or "")
-            library = _load_library(_compile(plan, key).cubin)
+            _cache.log(logging.WARNING, "the driver refused the cached %s: %s %s", unit.words, error, path or "")
+            library = _load_library(_compile(unit, key).cubin)
         library = _libraries.setdefault(key, library)
-    return [_launch.call("cuLibraryGetKernel", library, entry.encode()) for entry in plan.entries]
+    return [_driver.call("cuLibraryGetKernel", library, name.encode()) for name in unit.entries]
 
 
 def _load_library(cubin: bytes) -> Any:
-    return _launch.call("cuLibraryLoadData", cubin, None, None, 0, None, None, 0)
+    return _driver.call("cuLibraryLoadData", cubin, None, None, 0, None, None, 0)

@@ -1,156 +1,36 @@
-"""The driver: devices, loaded kernels, and launches on the caller's stream."""
+"""Launches of loaded kernels on the caller's stream."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Sequence
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
-from . import _forks
-from ._align import Copies
-from ._params import (
-    BACKWARD_MAPS_BYTES,
-    BACKWARD_POINTERS,
-    BACKWARD_SIZE,
-    COPIED_ARRAYS,
-    LAYOUT,
-    MAP_BYTES,
-    MAPS_BYTES,
-    POINTER_LAYOUT,
-    TMA_SIZE,
-)
-from ._plan import Device
+from . import _driver
+from ._kernels.kernel import Argument
 from .errors import CudaError
 
+MAX_STREAMS = 64
+"""Streams whose launch configurations a launch remembers."""
 
-@lru_cache(maxsize=1)
-def driver() -> Any:
-    """The initialised bindings of the CUDA driver.
-
-    Raises
-    ------
-    CudaError
-        If there is no driver, or it finds no GPU.
-    """
-    try:
-        with _forks.section():
-            from cuda.bindings import driver as bindings
-
-            (status,) = bindings.cuInit(0)
-    except Exception as error:  # the bindings raise classes of their own where the library is missing
-        raise CudaError(f"cufa: the CUDA driver cannot be loaded: {error}") from error
-    if status == bindings.CUresult.CUDA_ERROR_NOT_INITIALIZED:  # all that it says to a forked child
-        raise CudaError(
-            f"cufa: the CUDA driver does not start: {_describe(bindings, status)}. A process that is forked from one "
-            "that has used CUDA cannot use it; start it by multiprocessing's 'spawn' or 'forkserver'."
-        )
-    if status != 0:
-        raise CudaError(f"cufa: the CUDA driver does not start: {_describe(bindings, status)}.")
-    return bindings
+memmove = ctypes.memmove
+pack_address = struct.Struct("@Q").pack_into
 
 
-# A child asks anew, and is told why the driver does not work for it.
-os.register_at_fork(after_in_child=driver.cache_clear)
-
-
-def call(function: str, *arguments: Any) -> Any:
-    """Call a driver function; return what it returns beside the status."""
-    bindings = driver()
-    status, *values = getattr(bindings, function)(*arguments)
-    if status != 0:
-        raise CudaError(f"cufa: {function} failed: {_describe(bindings, status)}.")
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-def _describe(bindings: Any, status: Any) -> str:
-    failed, text = bindings.cuGetErrorString(status)
-    name = getattr(status, "name", str(status))
-    return name if failed != 0 or not text else f"{name}, {text.decode()}"
-
-
-@lru_cache(maxsize=64)
-def device(ordinal: int) -> Device:
-    """What plans need to know of a GPU."""
-    attribute = driver().CUdevice_attribute
-    handle = call("cuDeviceGet", ordinal)
-    major, minor, num_sms = (
-        int(call("cuDeviceGetAttribute", getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle))
-        for name in ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT")
-    )
-    return Device(10 * major + minor, num_sms)
-
-
-@contextmanager
-def current(ordinal: int) -> Iterator[None]:
-    """Make the primary context of a GPU current, if that of another is or none."""
-    bindings = driver()
-    status, active = bindings.cuCtxGetDevice()
-    if status == 0 and int(active) == ordinal:
-        yield
-        return
-    handle = call("cuDeviceGet", ordinal)
-    context = call("cuDevicePrimaryCtxRetain", handle)
-    try:
-        call("cuCtxPushCurrent", context)
-        try:
-            yield
-        finally:
-            call("cuCtxPopCurrent")
-    finally:
-        call("cuDevicePrimaryCtxRelease", handle)
-
-
-@contextmanager
-def loading(ordinal: int) -> Iterator[None]:
-    """`current`, for calls such as loading a library, which break a capture that another thread has under way.
-
-    A capture in global mode, the usual one, does not stand them from any thread but one in relaxed mode. They are no
-    part of what is captured, so that it loses nothing by them.
-    """
-    relaxed = driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    before = call("cuThreadExchangeStreamCaptureMode", relaxed)
-    try:
-        with current(ordinal):
-            yield
-    finally:
-        call("cuThreadExchangeStreamCaptureMode", before)
-
-
-def is_capturing(stream: int) -> bool:
-    """Whether `stream` is being captured into a CUDA graph.
-
-    Raises
-    ------
-    CudaError
-        If it is the default stream, and another one that waits for it is being captured.
-    """
-    bindings = driver()
-    status, found = bindings.cuStreamIsCapturing(stream)
-    if status == bindings.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:
-        raise CudaError(
-            "cufa: CUDA's default stream cannot be used while a stream that waits for it is captured into a CUDA "
-            "graph; make the call on another stream, or capture one that does not wait (non_blocking=True)."
-        )
-    if status != 0:
-        raise CudaError(f"cufa: cuStreamIsCapturing failed: {_describe(bindings, status)}.")
-    return bool(found != bindings.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
-
-
-ADDRESS = struct.Struct("@Q")
-"""What leads a tensor map."""
+ARGUMENT_BYTES = 4096
+"""What the argument of a kernel may take on every GPU."""
 
 
 class _Scratch(threading.local):
-    """A thread's kernel arguments: the driver has copied them when the launch returns."""
+    """A thread's kernel argument: the driver has copied it when the launch returns."""
 
     def __init__(self) -> None:
-        self.params = ctypes.create_string_buffer(max(TMA_SIZE, BACKWARD_SIZE))
-        self._array = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
+        self.argument = ctypes.create_string_buffer(ARGUMENT_BYTES)
+        self._array = (ctypes.c_void_p * 1)(ctypes.addressof(self.argument))
         self.arguments = ctypes.addressof(self._array)
 
 
@@ -158,183 +38,130 @@ _scratch = _Scratch()
 
 
 class Launch:
-    """A loaded kernel with the shape of its launch and the part of its argument that every launch shares.
-
-    `what` names it in messages. `params` are Params, or all of TmaParams; with its maps come their `shifts`, what the
-    addresses of q, k and v differ by in them. Another argument leads with addresses in a `layout` of its own.
-    """
-
-    __slots__ = (
-        "_blocks",
-        "_configs",
-        "_enqueue",
-        "_function",
-        "_offset",
-        "_pack_into",
-        "_params",
-        "_shifts",
-        "_smem_bytes",
-        "_threads",
-        "device",
-        "what",
-    )
-
-    MAX_STREAMS = 64
-
-    def __init__(
-        self,
-        what: str,
-        function: Any,
-        device: int,
-        blocks: int,
-        threads: int,
-        smem_bytes: int,
-        params: bytes,
-        shifts: tuple[int, ...] = (),
-        layout: struct.Struct = POINTER_LAYOUT,
-    ) -> None:
-        self.what = what
-        self.device = device
-        self._function = function
-        self._blocks = blocks
-        self._threads = threads
-        self._smem_bytes = smem_bytes
-        self._params = params
-        self._shifts = shifts
-        self._pack_into = layout.pack_into
-        self._offset = MAPS_BYTES if shifts else 0
-        self._enqueue = driver().cuLaunchKernelEx
-        self._configs: dict[int, Any] = {}
-
-    def __call__(self, pointers: list[int], stream: int, current_device: int) -> None:
-        """Enqueue on `stream` with the leading members of Params set to `pointers`.
-
-        `current_device` is the framework's current GPU, or -1 if that is not known.
-        """
-        if self._blocks == 0:
-            return
-        scratch = _scratch
-        ctypes.memmove(scratch.params, self._params, len(self._params))
-        self._pack_into(scratch.params, self._offset, *pointers)
-        if self._shifts:
-            q, k, v = self._shifts
-            ADDRESS.pack_into(scratch.params, 0, pointers[0] + q)
-            ADDRESS.pack_into(scratch.params, MAP_BYTES, pointers[1] + k)
-            ADDRESS.pack_into(scratch.params, 2 * MAP_BYTES, pointers[2] + v)
-        config = self._configs.get(stream) or self._config(stream)
-        if current_device == self.device:
-            (status,) = self._enqueue(config, self._function, scratch.arguments, 0)
-            if status == 0:
-                return
-        # Another GPU is current, or, in a new thread, none.
-        with current(self.device):
-            (status,) = self._enqueue(config, self._function, scratch.arguments, 0)
-        if status != 0:
-            raise CudaError(f"cufa: launching {self.what} failed: {_describe(driver(), status)}.")
-
-    def _config(self, stream: int) -> Any:
-        """What the driver is told of the shape; kept, because making it costs microseconds."""
-        config = _config((self._blocks, self._threads, self._smem_bytes), stream)
-        if len(self._configs) >= self.MAX_STREAMS:
-            self._configs.clear()
-        self._configs[stream] = config
-        return config
-
-
-class Copying:
-    """The loaded kernel that copies arrays; it is given addresses of arrays whose names are `order`."""
-
-    __slots__ = ("_launch", "_missing", "_places", "floats")
-
-    def __init__(self, launch: Launch, copies: Copies, order: tuple[str, ...]) -> None:
-        self.floats = copies.floats
-        self._launch = launch
-        self._places = [(order.index(each.name), 4 * each.offset) for each in copies.made]
-        self._missing = [0] * (COPIED_ARRAYS - len(copies.made))
-
-    def __call__(self, addresses: list[int], memory: int, stream: int, current_device: int) -> list[int]:
-        """Enqueue on `stream`, with copies in the memory at `memory`; the addresses, the copies' in place of theirs."""
-        replaced = [*addresses]
-        for index, offset in self._places:
-            replaced[index] = memory + offset
-        arrays, copies = ([each[index] for index, _ in self._places] for each in (addresses, replaced))
-        self._launch([*arrays, *self._missing, *copies, *self._missing], stream, current_device)
-        return replaced
-
-
-class BackwardLaunch:
-    """The loaded kernels of the gradients, launched one after the other with the same argument.
+    """Loaded kernels that are launched one after the other with the same argument.
 
     Where the GPU can, each begins while the one before it ends: see ptx/grid.cuh.
 
-    `argument` is BackwardArgument with null addresses; `shifts`, if it has maps, are what the addresses of q, k, v and
-    dout differ by in them. `shapes` are (blocks, threads, bytes of shared memory) of each kernel.
+    Parameters
+    ----------
+    words : str
+        Names the kernels in messages.
+    functions : sequence
+        Loaded, in their order.
+    device : int
+    shapes : sequence of (int, int, int)
+        Blocks, threads per block and bytes of shared memory per block, of each.
+    argument : Argument
+    names : sequence of str
+        What lies at the addresses that a call is given; what the argument names and is not here has address 0. Of two
+        of one name the last counts.
     """
 
-    __slots__ = ("_argument", "_configs", "_functions", "_shapes", "_shifts", "device", "what")
+    __slots__ = (
+        "_configs",
+        "_content",
+        "_enqueue",
+        "_maps",
+        "_pointers",
+        "_shapes",
+        "_size",
+        "device",
+        "functions",
+        "words",
+    )
 
     def __init__(
         self,
-        what: str,
-        functions: tuple[Any, ...],
+        words: str,
+        functions: Sequence[Any],
         device: int,
-        shapes: list[tuple[int, int, int]],
-        argument: bytes,
-        shifts: tuple[int, ...],
+        shapes: Sequence[tuple[int, int, int]],
+        argument: Argument,
+        names: Sequence[str],
     ) -> None:
-        self.what = what
+        self.words = words
         self.device = device
-        self._functions = functions
-        self._shapes = shapes
-        self._argument = argument
-        self._shifts = shifts
+        # Those without blocks are left out.
+        running = [index for index, shape in enumerate(shapes) if shape[0] > 0]
+        self.functions = [functions[index] for index in running]
+        self._shapes = [shapes[index] for index in running]
+        self._content, self._size = argument.content, len(argument.content)
+        assert self._size <= ARGUMENT_BYTES
+        self._enqueue = _driver.driver().cuLaunchKernelEx
+        places = {name: index for index, name in enumerate(names)}
+        known = [(offset, places[name]) for offset, name in argument.pointers if name in places]
+        self._pointers = [
+            (struct.Struct(f"@{len(indices)}Q").pack_into, offset, _getter(indices)) for offset, indices in _runs(known)
+        ]
+        self._maps = [(offset, places[name], shift) for offset, name, shift in argument.maps]
         self._configs: dict[int, list[Any]] = {}
 
-    def __call__(self, forward: list[int], backward: list[int], stream: int) -> None:
-        """Enqueue on `stream`, with the addresses that lead Params and those that follow it in BackwardParams."""
-        scratch = _scratch
-        ctypes.memmove(scratch.params, self._argument, len(self._argument))
-        POINTER_LAYOUT.pack_into(scratch.params, BACKWARD_MAPS_BYTES, *forward)
-        BACKWARD_POINTER_LAYOUT.pack_into(scratch.params, BACKWARD_MAPS_BYTES + LAYOUT.size, *backward)
-        for index, (address, shift) in enumerate(zip((*forward[:3], backward[0]), self._shifts, strict=False)):
-            ADDRESS.pack_into(scratch.params, index * MAP_BYTES, address + shift)
-        configs = self._configs.get(stream)
-        if configs is None:
-            if len(self._configs) >= Launch.MAX_STREAMS:
-                self._configs.clear()
-            configs = self._configs[stream] = self._make_configs(stream)
-        with current(self.device):
+    def __call__(self, addresses: Sequence[int], stream: int, current_device: int) -> None:
+        """Enqueue on `stream`.
+
+        `current_device` is the framework's current GPU, or -1 if that is not known.
+        """
+        argument, arguments, enqueue = _scratch.argument, _scratch.arguments, self._enqueue
+        memmove(argument, self._content, self._size)
+        for pack_into, offset, chosen in self._pointers:
+            pack_into(argument, offset, *chosen(addresses))
+        for offset, index, shift in self._maps:
+            pack_address(argument, offset, addresses[index] + shift)
+        configs = self._configs.get(stream) or self._make_configs(stream)
+        done = 0
+        if current_device == self.device:
             for config, function in configs:
-                (status,) = driver().cuLaunchKernelEx(config, function, scratch.arguments, 0)
+                (status,) = enqueue(config, function, arguments, 0)
+                if status != 0:  # in a new thread no GPU is current, whatever the framework says
+                    break
+                done += 1
+        if done == len(configs):
+            return
+        with _driver.current(self.device):
+            for config, function in configs[done:]:
+                (status,) = enqueue(config, function, arguments, 0)
                 if status != 0:
-                    raise CudaError(f"cufa: launching {self.what} failed: {_describe(driver(), status)}.")
+                    described = _driver.describe(_driver.driver(), status)
+                    raise CudaError(f"cufa: launching {self.words} failed: {described}.")
 
     def _make_configs(self, stream: int) -> list[Any]:
-        """What the driver is told of each kernel that has blocks, and the kernel."""
-        shapes = [(shape, each) for shape, each in zip(self._shapes, self._functions, strict=True) if shape[0] > 0]
-        overlap = overlaps(self.device)
-        return [(_config(shape, stream, overlap and i > 0), each) for i, (shape, each) in enumerate(shapes)]
+        """What the driver is told of each kernel, and the kernel; kept, because making it costs microseconds."""
+        overlap = _driver.overlaps(self.device)
+        configs = [
+            (_config(shape, stream, overlap and index > 0), function)
+            for index, (shape, function) in enumerate(zip(self._shapes, self.functions, strict=True))
+        ]
+        if len(self._configs) >= MAX_STREAMS:
+            self._configs.clear()
+        self._configs[stream] = configs
+        return configs
 
 
-BACKWARD_POINTER_LAYOUT = struct.Struct(f"@{BACKWARD_POINTERS}Q")
+def _runs(places: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
+    """Addresses that are side by side: the offset of each run, and the indices of what lies there."""
+    runs: list[tuple[int, list[int]]] = []
+    begin = [0, *(i + 1 for i, (one, other) in enumerate(pairwise(places)) if other[0] != one[0] + 8), len(places)]
+    for first, last in pairwise(begin):
+        if first < last:
+            runs.append((places[first][0], [index for _, index in places[first:last]]))
+    return runs
 
 
-@lru_cache(maxsize=64)
-def overlaps(ordinal: int) -> bool:
-    """Whether a GPU begins a grid while the one before it ends, in CUDA graphs too."""
-    return device(ordinal).arch >= 90 and int(call("cuDriverGetVersion")) >= 12030
+def _getter(indices: list[int]) -> Any:
+    """Takes the items at some indices, as a tuple."""
+    return itemgetter(*indices) if len(indices) > 1 else lambda items: (items[indices[0]],)
 
 
 def _config(shape: tuple[int, int, int], stream: int, overlap: bool = False) -> Any:
     """What the driver is told of the shape of a launch, and whether it may `overlap` with the one before it."""
-    config = driver().CUlaunchConfig()
+    config = _driver.driver().CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = shape[0], 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = shape[1], 1, 1
     config.sharedMemBytes = shape[2]
     config.hStream = stream
     if overlap:
-        attribute = driver().CUlaunchAttribute()
-        attribute.id = driver().CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute = _driver.driver().CUlaunchAttribute()
+        attribute.id = _driver.driver().CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
         config.attrs = [attribute]
         config.numAttrs = 1

@@ -7,10 +7,10 @@ checked is remembered. Its `static` part is what decides the kernel; the rest ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any, NamedTuple, NoReturn
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from . import _options, _overlap
 from ._arrays import ALIGNMENT, CPU, Arrays, Layout, Spec
 from ._options import MAX_SEQLEN as MAX_SEQLEN
+from ._options import Options, Plain
 from .errors import UnsupportedError
 
-options = _options.plain
-flag = _options.flag
-Plain = _options.Plain
+if TYPE_CHECKING:
+    from ._operations.operation import Operation, Result
 
 MAX_HEAD_DIM = 256
 
@@ -37,6 +37,9 @@ CHAIN_ROWS = 1 << 14
 
 BASE_SHIFT = 24
 """What exponents of bfloat16 are lower by than need be: ``Softmax::shift`` in cuda_src/attention/softmax.cuh."""
+
+LONG_ROWS = 128
+"""Rows of an average sequence that are no different from more."""
 
 MANY = 256
 """Packed sequences from which on there are many."""
@@ -54,23 +57,6 @@ GPU_DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 """Storage dtypes on a GPU, and their names in CUDA."""
 CPU_DTYPES = (*GPU_DTYPES, "float64")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4}
-
-DENSE_NAMES = ("q", "k", "v", "alibi_slopes", "sinks", "out")
-VARLEN_NAMES = (*DENSE_NAMES, "cu_seqlens_q", "cu_seqlens_k", "seqused_k")
-BACKWARD_NAMES = ("dout", "lse", "dlse", "dq", "dk", "dv")
-"""What the gradients take after the arrays of the forward."""
-NAMES = {
-    "attention": DENSE_NAMES,
-    "attention_varlen": VARLEN_NAMES,
-    "attention_backward": (*DENSE_NAMES, *BACKWARD_NAMES),
-    "attention_varlen_backward": (*VARLEN_NAMES, *BACKWARD_NAMES),
-}
-OUT = DENSE_NAMES.index("out")
-WRITTEN = {
-    function: tuple(names.index(name) for name in (("dq", "dk", "dv") if "dq" in names else ("out",)))
-    for function, names in NAMES.items()
-}
-"""Indices of what is written."""
 
 
 class Static(NamedTuple):
@@ -104,6 +90,11 @@ class Static(NamedTuple):
     short_rows, short_keys : int
         Where sequences, packed ones on average, are so short that usual tiles hold little but padding: the least of
         `SHORT_ROWS` and of `SHORT_KEYS` that hold one. Else 0.
+    deterministic : bool
+        Whether blocks that add to the same gradients do so in a fixed order.
+    average_rows : int
+        For gradients, rows of q that an average packed sequence has, as far as they matter: 0, or a power of 2 up to
+        `LONG_ROWS`.
     """
 
     element: str
@@ -125,6 +116,8 @@ class Static(NamedTuple):
     empty_rows: bool = False
     short_rows: int = 0
     short_keys: int = 0
+    deterministic: bool = False
+    average_rows: int = LONG_ROWS
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +126,9 @@ class Problem:
 
     Attributes
     ----------
-    function : str
-        Name of the public function, for messages.
+    operation : Operation
+        Of which this is a call.
+    options : Options
     static : Static or None
         None on the CPU.
     device : int
@@ -152,7 +146,8 @@ class Problem:
         What later steps derive from the problem and keep with it.
     """
 
-    function: str
+    operation: Operation
+    options: Options
     static: Static | None
     device: int
     dtype: str
@@ -173,8 +168,18 @@ class Problem:
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
+    def function(self) -> str:
+        """Name of the public function, for messages."""
+        return self.operation.name
+
+    @property
     def varlen(self) -> bool:
-        return self.function.startswith("attention_varlen")
+        return self.operation.packed
+
+    @cached_property
+    def results(self) -> tuple[Result, ...]:
+        """What a call gives."""
+        return self.operation.results(self)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of q, k or v."""
@@ -182,9 +187,16 @@ class Problem:
         columns = self.head_dim_v if name == "v" else self.head_dim
         return (rows, heads, columns) if self.varlen else (self.batch, rows, heads, columns)
 
-    @property
-    def backward(self) -> bool:
-        return self.function.endswith("_backward")
+    def scoring(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """What happens to scores, by the keywords of the functions for the CPU; `arrays` are those of a call."""
+        return {
+            "softmax_scale": self.softmax_scale,
+            "window_left": self.window_left,
+            "window_right": self.window_right,
+            "softcap": self.softcap,
+            "alibi_slopes": arrays["alibi_slopes"],
+            "sinks": arrays["sinks"],
+        }
 
     @property
     def strides(self) -> dict[str, tuple[int, ...]]:
@@ -195,7 +207,7 @@ class Problem:
         """The same problem where some of the arrays that are read lie otherwise in memory."""
         assert self.static is not None
         specs = self.specs | specs
-        static = self.static._replace(**_access(self.function, specs))
+        static = self.static._replace(**_access(self.operation, specs))
         return replace(self, static=static, specs=specs, memo={})
 
     @property
@@ -204,46 +216,38 @@ class Problem:
         return "float64" if self.dtype == "float64" else "float32"
 
 
-def dense_problem(arrays: Arrays, *options: Any) -> Problem:
-    """The problem of ``attention``; arrays in the order of `DENSE_NAMES`, and the `options` that `options` returned."""
-    return _problem("attention", arrays, options)
+def checked(operation: Operation, arrays: Arrays, options: Options) -> Problem:
+    """The problem of a call: all of it is checked.
 
-
-def varlen_problem(arrays: Arrays, *options: Any) -> Problem:
-    """The problem of ``attention_varlen``, likewise; arrays in the order of `VARLEN_NAMES`."""
-    return _problem("attention_varlen", arrays, options)
-
-
-def backward_problem(function: str, arrays: Arrays, options: tuple[Any, ...]) -> Problem:
-    """The problem of ``attention_backward`` or ``attention_varlen_backward``; arrays in the order of `NAMES`."""
-    return _problem(function, arrays, options)
-
-
-def check(function: str, arrays: Arrays, options: tuple[Any, ...]) -> Problem:
-    """Check all of a call but what depends on addresses or values of arrays; the options are plain."""
-    return _checked(function, arrays.layouts, options)
-
-
-def _problem(function: str, arrays: Arrays, options: tuple[Any, ...]) -> Problem:
-    problem = check(function, arrays, options)
-    for index in WRITTEN[function]:
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedError
+        In the order in which a user would want to hear of it.
+    """
+    problem = _checked(operation, arrays.layouts, options)
+    for index in operation.written_indices:
         if arrays.layouts[index] is not None:
-            _check_overlap(function, arrays, problem, index)
+            _check_overlap(operation, arrays, problem, index)
     if problem.device == CPU and problem.varlen:
-        _check_offsets(function, [arrays.numpy(index) for index in (0, 1, 6, 7, 8)])
+        _check_offsets(operation, arrays)
     return problem
 
 
+def check(operation: Operation, arrays: Arrays, options: Options) -> Problem:
+    """`checked` but for what depends on addresses or values of arrays."""
+    return _checked(operation, arrays.layouts, options)
+
+
 @lru_cache(maxsize=1024)
-def _checked(function: str, layouts: tuple[Layout | None, ...], options: tuple[Any, ...]) -> Problem:
+def _checked(operation: Operation, layouts: tuple[Layout | None, ...], options: Options) -> Problem:
     specs: dict[str, Spec] = {}
-    for name, layout in zip(NAMES[function], layouts, strict=True):
+    for name, layout in zip(operation.arrays, layouts, strict=True):
         if layout is not None:
             try:
                 specs[name] = layout[0].spec(layout)
             except UnsupportedError as error:
-                raise UnsupportedError(f"{function}: {name}: {error}") from None
-    return _Check(function, specs, options).problem()
+                raise UnsupportedError(f"{operation.name}: {name}: {error}") from None
+    return _CallCheck(operation, specs, options).problem()
 
 
 def check_host(function: str, arrays: dict[str, NDArray[Any] | None], options: tuple[Any, ...]) -> Plain:
@@ -254,7 +258,8 @@ def check_host(function: str, arrays: dict[str, NDArray[Any] | None], options: t
     """
     plain = _options.plain(function, *options)
     specs = {name: _host_spec(name, array) for name, array in arrays.items() if array is not None}
-    found = _Check(function, specs, plain, limited=False)
+    packed, gradient = function.startswith("attention_varlen"), function.endswith("_backward")
+    found = _Check(function, specs, plain, packed=packed, gradient=gradient, limited=False)
     found.inputs()
     if "dout" in specs:
         found.gradients_given()
@@ -270,16 +275,25 @@ def _host_spec(name: str, array: NDArray[Any]) -> Spec:
 
 
 class _Check:
-    """The checks of one call, in the order in which a user would want to hear of them.
+    """The checks of arrays and options, in the order in which a user would want to hear of them.
 
-    `limited` is whether sizes must be such as the kernels support.
+    `packed` is whether sequences lie end to end, `gradient` whether there are arrays for the gradients, and `limited`
+    whether sizes must be such as the kernels support.
     """
 
     def __init__(
-        self, function: str, specs: dict[str, Spec], options: tuple[Any, ...], *, limited: bool = True
+        self,
+        function: str,
+        specs: dict[str, Spec],
+        options: tuple[Any, ...],
+        *,
+        packed: bool,
+        gradient: bool,
+        limited: bool = True,
     ) -> None:
         self.function = function
-        self.varlen = function.startswith("attention_varlen")
+        self.varlen = packed
+        self.gradient = gradient
         self.specs = specs
         self.options = options
         self.limited = limited
@@ -313,42 +327,6 @@ class _Check:
         self.check_given("dout", self.out_shape(), self.specs["q"].dtype)
         if "dlse" in self.specs:
             self.check_given("dlse", self.lse_shape(), *self.lse_dtypes())
-
-    def problem(self) -> Problem:
-        left, right, softmax_scale, softcap = self.inputs()
-        q, k, v = (self.specs[name] for name in "qkv")
-        batch = self.specs["cu_seqlens_q"].shape[0] - 1 if self.varlen else q.shape[0]
-        seqlen_q, num_heads_q, head_dim = q.shape[-3:]
-        if self.function.endswith("_backward"):
-            self.check_given("out", self.out_shape(), q.dtype)
-            self.check_given("lse", self.lse_shape(), *self.lse_dtypes())
-            self.gradients_given()
-            for name in "qkv":
-                self.check_written(f"d{name}", self.specs[name].shape, q.dtype)
-        else:
-            self.check_written("out", self.out_shape(), q.dtype)
-        if left is None and right == 0 and seqlen_q == 1 and not self.varlen:
-            right = None  # the only query is the last one, which sees every key
-        return Problem(
-            self.function,
-            None if q.device == CPU else self.static(q, v, left, right, softcap),
-            q.device,
-            q.dtype,
-            batch,
-            seqlen_q,
-            k.shape[-3],
-            num_heads_q,
-            k.shape[-2],
-            head_dim,
-            v.shape[-1],
-            self.specs,
-            softmax_scale,
-            softcap,
-            left,
-            right,
-            self.out_shape(),
-            self.lse_shape(),
-        )
 
     def check_together(self) -> None:
         """One framework, one device, one dtype."""
@@ -406,7 +384,7 @@ class _Check:
             self.value_error(
                 f"q has {num_heads_q} heads and k has {num_heads_k}; the heads of q must be a multiple of those of k."
             )
-        if self.function.endswith("_backward") and num_heads_k and not num_heads_q:
+        if self.gradient and num_heads_k and not num_heads_q:
             self.value_error(f"q has no heads but k has {num_heads_k}; there is nothing to differentiate.")
         for name, dim in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
             if dim < 1:
@@ -492,6 +470,62 @@ class _Check:
             so = "by which" if shared else "of which it is too hard to say whether"
             self.value_error(f"{name} has strides {spec.strides}, {so} its elements share memory; pass one without.")
 
+    def value_error(self, text: str) -> NoReturn:
+        raise ValueError(f"{self.function}: {text}")
+
+    def type_error(self, text: str) -> NoReturn:
+        raise TypeError(f"{self.function}: {text}")
+
+    def unsupported(self, text: str) -> NoReturn:
+        raise UnsupportedError(f"{self.function}: {text}")
+
+
+class _CallCheck(_Check):
+    """The checks of a call of an operation, and what follows from them."""
+
+    options: Options
+
+    def __init__(self, operation: Operation, specs: dict[str, Spec], options: Options) -> None:
+        super().__init__(operation.name, specs, options, packed=operation.packed, gradient=operation.gradient)
+        self.operation = operation
+
+    def problem(self) -> Problem:
+        left, right, softmax_scale, softcap = self.inputs()
+        q, k, v = (self.specs[name] for name in "qkv")
+        batch = self.specs["cu_seqlens_q"].shape[0] - 1 if self.varlen else q.shape[0]
+        seqlen_q, num_heads_q, head_dim = q.shape[-3:]
+        if self.gradient:
+            self.check_given("out", self.out_shape(), q.dtype)
+            self.check_given("lse", self.lse_shape(), *self.lse_dtypes())
+            self.gradients_given()
+            for name in "qkv":
+                self.check_written(f"d{name}", self.specs[name].shape, q.dtype)
+        else:
+            self.check_written("out", self.out_shape(), q.dtype)
+        if left is None and right == 0 and seqlen_q == 1 and not self.varlen:
+            right = None  # the only query is the last one, which sees every key
+        return Problem(
+            self.operation,
+            self.options,
+            None if q.device == CPU else self.static(q, v, left, right, softcap),
+            q.device,
+            q.dtype,
+            batch,
+            seqlen_q,
+            k.shape[-3],
+            num_heads_q,
+            k.shape[-2],
+            head_dim,
+            v.shape[-1],
+            self.specs,
+            softmax_scale,
+            softcap,
+            left,
+            right,
+            self.out_shape(),
+            self.lse_shape(),
+        )
+
     def static(
         self,
         q: Spec,
@@ -501,14 +535,13 @@ class _Check:
         softcap: float,
     ) -> Static:
         itemsize = ITEMSIZE[q.dtype]
-        backward = self.function.endswith("_backward")
-        written = ["dq", "dk", "dv"] if backward else ["out"]
+        backward = self.gradient
         row_bytes = math.gcd(v.shape[-1], q.shape[-1] if backward else 0) * itemsize
         # Lengths of packed sequences are not known; and no row's result may depend on its neighbours'.
         mask = mask_kind(left, right)
         short = mask == "causal" and (self.varlen or q.shape[1] < LONG)
         few_keys = not self.varlen and self.specs["k"].shape[1] <= FEW_KEYS
-        stores = [widest_copy(self.specs[name], itemsize) for name in written if name in self.specs]
+        stores = [widest_copy(self.specs[name], itemsize) for name in self.operation.written if name in self.specs]
         short_rows, short_keys = self.short_tile()
         return Static(
             element=GPU_DTYPES[q.dtype],
@@ -519,7 +552,7 @@ class _Check:
             alibi="alibi_slopes" in self.specs,
             sinks="sinks" in self.specs,
             varlen=self.varlen,
-            **_access(self.function, self.specs),
+            **_access(self.operation, self.specs),
             store_bytes=max(itemsize, min([*stores, math.gcd(row_bytes, ALIGNMENT)])),
             pack=1 if backward else self.pack(q),
             short=not backward and (short or few_keys),
@@ -528,6 +561,8 @@ class _Check:
             empty_rows=not backward and not self.varlen and self.has_empty_rows(right),
             short_rows=short_rows,
             short_keys=short_keys,
+            deterministic=self.options.deterministic,
+            average_rows=self.average_rows(q) if backward else LONG_ROWS,
         )
 
     def has_empty_rows(self, right: int | None) -> bool:
@@ -546,6 +581,13 @@ class _Check:
             return 0, 0
         return min(each for each in SHORT_ROWS if each >= rows), min(each for each in SHORT_KEYS if each >= keys)
 
+    def average_rows(self, q: Spec) -> int:
+        """Rows of q that an average packed sequence has, as far as they matter."""
+        rows, batch = q.shape[0], self.specs["cu_seqlens_q"].shape[0] - 1 if self.varlen else 0
+        if not self.varlen or rows >= LONG_ROWS * batch:
+            return LONG_ROWS
+        return (1 << (rows // batch).bit_length()) >> 1
+
     def longest_sum(self, q: Spec, backward: bool) -> int:
         """Rows over which out is summed, or dq, and dk and dv."""
         k = self.specs["k"]
@@ -563,29 +605,15 @@ class _Check:
         rows = q.shape[1]
         return ratio if -(-rows * ratio // 128) <= 0.75 * ratio * -(-rows // 128) else 1
 
-    def value_error(self, text: str) -> NoReturn:
-        raise ValueError(f"{self.function}: {text}")
 
-    def type_error(self, text: str) -> NoReturn:
-        raise TypeError(f"{self.function}: {text}")
-
-    def unsupported(self, text: str) -> NoReturn:
-        raise UnsupportedError(f"{self.function}: {text}")
-
-
-def read_by_tiles(function: str) -> tuple[str, ...]:
-    """The arrays of which the kernels read tiles."""
-    return ("q", "k", "v", "dout") if function.endswith("_backward") else ("q", "k", "v")
-
-
-def _access(function: str, specs: dict[str, Spec]) -> dict[str, Any]:
+def _access(operation: Operation, specs: dict[str, Spec]) -> dict[str, Any]:
     """The members of Static that say how the arrays that are read can be."""
     itemsize = ITEMSIZE[specs["q"].dtype]
-    tiles = [specs[name] for name in read_by_tiles(function)]
+    tiles = [specs[name] for name in operation.tiles]
     return {
         "copy_bytes": min(widest_copy(spec, itemsize) for spec in tiles),
         "tma": all(has_tensor_map(spec, itemsize) for spec in tiles),
-        "out_copy_bytes": widest_copy(specs["out"], itemsize) if function.endswith("_backward") else ALIGNMENT,
+        "out_copy_bytes": widest_copy(specs["out"], itemsize) if operation.gradient else ALIGNMENT,
     }
 
 
@@ -625,7 +653,7 @@ def listed(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _check_overlap(function: str, arrays: Arrays, problem: Problem, written: int) -> None:
+def _check_overlap(operation: Operation, arrays: Arrays, problem: Problem, written: int) -> None:
     """Refuse a result that shares memory with another array: it is written while those are still read."""
     memory = problem.memo.get("memory")
     if memory is None:
@@ -641,9 +669,11 @@ def _check_overlap(function: str, arrays: Arrays, problem: Problem, written: int
             continue
         shared = memory.shared(written, index, pointers[written] - pointer)
         if shared is not False:
-            own, other = NAMES[function][written], NAMES[function][index]
+            own, other = operation.arrays[written], operation.arrays[index]
             overlaps = "overlaps" if shared else "lies between the elements of, and may overlap,"
-            raise ValueError(f"{function}: {own} {overlaps} {other}; pass one that shares no memory with the others.")
+            raise ValueError(
+                f"{operation.name}: {own} {overlaps} {other}; pass one that shares no memory with the others."
+            )
 
 
 class _Memory:
@@ -674,13 +704,15 @@ class _Memory:
         return self._known[key]
 
 
-def _check_offsets(function: str, arrays: Sequence[Any]) -> None:
-    """Check the values of cu_seqlens and seqused_k; `arrays` are q, k, cu_seqlens_q, cu_seqlens_k and seqused_k.
+def _check_offsets(operation: Operation, arrays: Arrays) -> None:
+    """Check the values of cu_seqlens and seqused_k.
 
     On a GPU reading them would make the host wait, so there the kernel reads the running maximum of any offsets,
     clamped to the packed arrays.
     """
-    q, k, cu_seqlens_q, cu_seqlens_k, seqused_k = arrays
+    function, names = operation.name, ("q", "k", "cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+    q, k, cu_seqlens_q, cu_seqlens_k, seqused_k = (arrays.numpy(operation.arrays.index(name)) for name in names)
+    assert q is not None and k is not None and cu_seqlens_q is not None and cu_seqlens_k is not None
     for name, rows, offsets in (("q", len(q), cu_seqlens_q), ("k", len(k), cu_seqlens_k)):
         what = f"{function}: cu_seqlens_{name}"
         for value in (offsets.min(), offsets.max()):

@@ -82,7 +82,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 from scipy.special import logsumexp
 
-from . import _problem
+from . import _options, _problem
 
 __all__ = ["attention", "attention_backward", "attention_varlen", "attention_varlen_backward"]
 
@@ -420,7 +420,7 @@ def _check(
     function: str, given: dict[str, Any], options: tuple[Any, ...], return_lse: bool = False
 ) -> tuple[bool, Window, float | None, float]:
     """Refuse what the function of that name in cufa refuses, in its words; the options as plain values."""
-    _problem.flag(function, "return_lse", return_lse)
+    _options.flag(function, "return_lse", return_lse)
     arrays = {name: None if x is None else np.asarray(x) for name, x in given.items()}
     return _problem.check_host(function, arrays, options)
 

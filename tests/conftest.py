@@ -56,7 +56,7 @@ class Watchdog(threading.Thread):
         """`launch`, which tells of itself."""
 
         def watched(this: Any, *arguments: Any) -> None:
-            self.kernel, self.since = this.what, time.monotonic()
+            self.kernel, self.since = this.words, time.monotonic()
             launch(this, *arguments)
 
         return watched
@@ -76,8 +76,7 @@ def watchdog(pytestconfig: pytest.Config) -> Watchdog:
 
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
     dog = Watchdog(float(os.environ.get("CUFA_HANG_SECONDS", "180")), capture)
-    for kind in (_launch.Launch, _launch.BackwardLaunch):
-        kind.__call__ = dog.watch(kind.__call__)  # type: ignore[method-assign]
+    _launch.Launch.__call__ = dog.watch(_launch.Launch.__call__)  # type: ignore[method-assign]
     dog.start()
     return dog
 

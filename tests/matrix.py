@@ -18,42 +18,44 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import plans
 import test_compile
 
-from cufa import _jit, _plan
+from cufa import _jit
+from cufa._kernels import Plan
 from cufa._problem import Static
 
 
-def kernels() -> Iterator[tuple[str, _jit.AnyPlan]]:
+def kernels() -> Iterator[tuple[str, Plan]]:
     """Each kernel, by a label that says what is asked for and not what serves it."""
     for element, features, arch, head_dims in itertools.product(
         ("bf16", "f32"), test_compile.FEATURES, test_compile.ARCHS, test_compile.HEAD_DIMS
     ):
         facts = test_compile.static(element, *head_dims, **test_compile.FEATURES[features])
-        yield f"forward {element} {features} sm_{arch} {head_dims}", _plan.make_plan(facts, arch)
+        yield f"forward {element} {features} sm_{arch} {head_dims}", plans.forward(facts, arch)
     for element, features, arch, head_dims in itertools.product(
         ("f16", "f32"), test_compile.BACKWARD, test_compile.ARCHS, test_compile.HEAD_DIMS
     ):
         facts = test_compile.static(element, *head_dims, **test_compile.BACKWARD[features])
         for deterministic, average_rows in ((False, 128), (True, 16)):
-            plan = _plan.make_backward_plan(facts, arch, deterministic, average_rows)
+            plan = plans.backward(facts, arch, deterministic, average_rows)
             yield f"backward {element} {features} sm_{arch} {head_dims} {deterministic} {average_rows}", plan
     for tile, head_dims in itertools.product(test_compile.SHORT_TILES, ((64, 64), (128, 40))):
         for element, features in (("f16", "plain"), ("bf16", "everything"), ("bf16", "elementwise")):
             forward = test_compile.short(element, head_dims, tile, test_compile.FEATURES[features])
             backward = test_compile.short(element, head_dims, tile, test_compile.BACKWARD[features])
-            yield f"forward {element} {features} short {tile} {head_dims}", _plan.make_plan(forward, 90)
+            yield f"forward {element} {features} short {tile} {head_dims}", plans.forward(forward, 90)
             yield (
                 f"backward {element} {features} short {tile} {head_dims}",
-                _plan.make_backward_plan(backward, 90, True),
+                plans.backward(backward, 90, True),
             )
     for mask, head_dim in itertools.product(("none", "causal", "window"), (64, 128, 192, 256)):
         plain: Static = test_compile.static("bf16", head_dim, head_dim, mask=mask)
         changes: dict[str, dict[str, bool]] = {"chains": {"chains": True}, "empty": {"empty_rows": True}}
         for name, change in (changes | {"no maps": {"tma": False}}).items():
-            yield f"forward {name} {mask} {head_dim}", _plan.make_plan(plain._replace(**change), 90)
+            yield f"forward {name} {mask} {head_dim}", plans.forward(plain._replace(**change), 90)
     for arch in test_compile.ARCHS:
-        yield f"align sm_{arch}", _plan.make_align_plan(arch)
+        yield f"align sm_{arch}", plans.aligned(arch)
 
 
 def compile_to(path: str, label: str) -> None:
@@ -71,7 +73,7 @@ def main() -> None:
     parser.add_argument("--compile", type=Path)
     directory = parser.parse_args().compile
     if directory is None:
-        units = {label: [_jit.source_of(plan), _jit.target_of(plan)] for label, plan in kernels()}
+        units = {label: [_jit.unit_of(plan).source, _jit.target_of(_jit.unit_of(plan))] for label, plan in kernels()}
         json.dump(
             {"units": units, "headers": {name: text.decode() for name, text in _jit.headers().items()}}, sys.stdout
         )

@@ -32,7 +32,9 @@ import numpy as np
 from tqdm import tqdm
 
 import cufa
-from cufa import _jit, _plan
+from cufa import _jit
+from cufa._kernels import Plan
+from cufa._operations import call as operations
 from cufa.testing import LAYOUTS, SEQLENS, View
 
 HANG_SECONDS = 90
@@ -865,42 +867,37 @@ def tell(problem: Problem, memory: Memory) -> str:
 
 
 class _Noted(Exception):
-    def __init__(self, plan: _plan.Plan) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
 
 @contextlib.contextmanager
 def noting() -> Iterator[None]:
     """Let calls end where they have chosen their kernel, with that in an exception."""
-    kept = _plan.make_plan, _plan.make_backward_plan
+    kept = operations.choose
 
-    def note(make: Callable[..., _plan.Plan]) -> Callable[..., _plan.Plan]:
-        def noted(*arguments: Any) -> _plan.Plan:
-            raise _Noted(make(*arguments))
+    def note(*arguments: Any) -> Plan:
+        raise _Noted(kept(*arguments))
 
-        return noted
-
-    _plan.make_plan, _plan.make_backward_plan = map(note, kept)  # type: ignore[assignment]
+    operations.choose = note  # type: ignore[assignment]
     try:
         yield
     finally:
-        _plan.make_plan, _plan.make_backward_plan = kept  # type: ignore[assignment]
+        operations.choose = kept
 
 
 @contextlib.contextmanager
 def generic() -> Iterator[None]:
     """Let calls be served by the kernel for every GPU."""
-    kept = _plan.make_plan, _plan.make_backward_plan
-    forward, backward = kept
-    _plan.make_plan = lambda static, arch: forward(static._replace(tma=False), arch)  # type: ignore[assignment]
-    _plan.make_backward_plan = lambda static, *more: backward(static._replace(tma=False), *more)  # type: ignore
+    kept = operations.choose
+    operations.choose = lambda kernels, static, arch: kept(kernels, static._replace(tma=False), arch)
     try:
         yield
     finally:
-        _plan.make_plan, _plan.make_backward_plan = kept  # type: ignore[assignment]
+        operations.choose = kept
 
 
-def plans_of(problem: Problem, memory: Memory) -> list[_plan.Plan]:
+def plans_of(problem: Problem, memory: Memory) -> list[Plan]:
     """The kernels that a problem takes; none that fails, since it fails again."""
     found = []
     case = make_case(problem, memory)
@@ -924,14 +921,21 @@ def sample_kinds(rng: np.random.Generator, memory: Memory, kernels: int, modes: 
     if memory.xp is np:
         return [sample_kind(rng, modes) for _ in range(2 * kernels)]
     kinds: list[Kind] = []
-    plans: dict[_plan.Plan, None] = {}
+    plans: dict[Plan, None] = {}
     while len(plans) < kernels and len(kinds) < 2 * kernels:
         kinds.append(sample_kind(rng, modes))
         for seed in range(8):
             plans |= dict.fromkeys(plans_of(Problem(kinds[-1], seed, modes), memory))
     workers = max(1, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers) as pool:
-        list(tqdm(pool.map(_jit.entry_of, plans), total=len(plans), desc="compile", disable=None))
+        list(
+            tqdm(
+                pool.map(lambda plan: _jit.entry_of(_jit.unit_of(plan)), plans),
+                total=len(plans),
+                desc="compile",
+                disable=None,
+            )
+        )
     return kinds
 
 

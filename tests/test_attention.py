@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 
 import cufa
-from cufa import _env, _launch, _problem, reference
+from cufa import _driver, _env, _problem, reference
 from cufa.errors import CudaError
 from cufa.testing import LAYOUTS, Case, assert_close, dense_cases, varlen_cases
 
@@ -253,7 +253,7 @@ def test_show_config(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     def broken(*_: Any) -> Any:
         raise CudaError("no driver here")
 
-    monkeypatch.setattr(_launch, "call", broken)
+    monkeypatch.setattr(_driver, "call", broken)
     monkeypatch.setenv("CUFA_CACHE_MAX_SIZE", "plenty")
     report = cufa.show_config("dicts")
     assert report["gpu"] == {"driver": "CudaError: no driver here", "gpus": "none"}

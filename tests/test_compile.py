@@ -25,10 +25,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import plans
 import pytest
 import sass
 
-from cufa import _configs, _jit, _plan
+from cufa import _jit
+from cufa._kernels import Plan
+from cufa._kernels.kernel import SHARED_MEMORY, SIZEOF, has_short_tile
 from cufa._problem import Static
 
 ARCHS = (80, 86, 90, 100, 120)
@@ -47,7 +50,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def static(element: str, head_dim: int, head_dim_v: int, **features: Any) -> Static:
-    size = _configs.SIZEOF[element]
+    size = SIZEOF[element]
     facts: dict[str, Any] = {"mask": "none", "softcap": False, "alibi": False, "sinks": False, "varlen": False}
     facts |= {"tma": features.get("copy_bytes", 16) == 16, "short": False}
     facts |= {"copy_bytes": 16, "out_copy_bytes": 16, "store_bytes": max(size, math.gcd(16, head_dim_v * size))}
@@ -56,8 +59,8 @@ def static(element: str, head_dim: int, head_dim_v: int, **features: Any) -> Sta
     return Static(element=element, head_dim=head_dim, head_dim_v=head_dim_v, **facts)
 
 
-def compile_plan(plan: _jit.AnyPlan) -> _jit.Compiled:
-    return _jit.compile_source(_jit.source_of(plan), _jit.options_of(_jit.target_of(plan)), _jit.describe(plan))
+def compile_plan(plan: Plan) -> _jit.Compiled:
+    return _jit.compile_unit(_jit.unit_of(plan))
 
 
 NEWEST = "newest"
@@ -77,7 +80,7 @@ class OtherNvrtc:
         )
         self.version = self._read()
 
-    def check(self, plan: _jit.AnyPlan) -> None:
+    def check(self, plan: Plan) -> None:
         """`check_plan` there."""
         assert self.process.stdin is not None
         self.process.stdin.write(base64.b64encode(pickle.dumps(plan)).decode() + "\n")
@@ -103,31 +106,31 @@ def other_nvrtc(version: str) -> OtherNvrtc:
 
 
 def check(facts: Static, arch: int, nvrtc: str = NEWEST) -> None:
-    check_with(nvrtc, _plan.make_plan(facts, arch))
+    check_with(nvrtc, plans.forward(facts, arch))
 
 
 def check_backward(facts: Static, arch: int, deterministic: bool, nvrtc: str = NEWEST, average_rows: int = 128) -> None:
-    check_with(nvrtc, _plan.make_backward_plan(facts, arch, deterministic, average_rows))
+    check_with(nvrtc, plans.backward(facts, arch, deterministic, average_rows))
 
 
-def check_with(nvrtc: str, plan: _jit.AnyPlan) -> None:
+def check_with(nvrtc: str, plan: Plan) -> None:
     if nvrtc == NEWEST:
         check_plan(plan)
     else:
         other_nvrtc(nvrtc).check(plan)
 
 
-def check_plan(plan: _jit.AnyPlan) -> None:
+def check_plan(plan: Plan) -> None:
     compiled = compile_plan(plan)
     taken = _jit.resources_of(compiled.log)
-    assert taken.spill_bytes == 0, f"{_jit.describe(plan)} spills {taken.spill_bytes} bytes"
+    assert taken.spill_bytes == 0, f"{plan.words()} spills {taken.spill_bytes} bytes"
     assert "C75" not in compiled.log, compiled.log
-    assert taken.registers * max(plan.threads) <= 1 << 16
+    assert taken.registers * max(step.threads for step in plan.steps) <= 1 << 16
     declared = static_memory(compiled.log)  # the launch asks for the rest
-    for entry, asked in zip(plan.entries, plan.smem_bytes, strict=True):
-        assert declared[entry] + asked <= _configs.SHARED_MEMORY[plan.arch]
+    for step in plan.steps:
+        assert declared[step.entry] + step.smem_bytes <= SHARED_MEMORY[plan.arch]
     assert compiled.cubin[:4] == b"\x7fELF" and all(entry.encode() in compiled.cubin for entry in plan.entries)
-    if plan.kernel.endswith("_sm90"):
+    if plan.name.endswith("_sm90"):
         check_registers(plan.config, taken.registers)
         check_sass(plan, compiled.cubin)
 
@@ -151,13 +154,13 @@ def check_registers(config: Any, at_launch: int) -> None:
     assert config.producer_registers % 8 == config.consumer_registers % 8 == 0
 
 
-def check_sass(plan: _plan.Plan, cubin: bytes) -> None:
+def check_sass(plan: Plan, cubin: bytes) -> None:
     """wgmma as written. More WARPGROUPs than products and waits would be waits that the compiler put in between."""
     functions = sass.disassemble(cubin)
     for name, (wgmmas, products, waits) in products_of(plan.config).items():
         if name in plan.entries and functions:
             count = sass.count(functions[name])
-            assert (count["HGMMA"], count["WARPGROUP"]) == (wgmmas, products + waits), _jit.describe(plan)
+            assert (count["HGMMA"], count["WARPGROUP"]) == (wgmmas, products + waits), plan.words()
             assert not sass.wgmma_hazards(functions[name])
             if name == "attention_forward_sm90" and not plan.config.variant:
                 check_exponents(plan.config, functions[name])
@@ -187,10 +190,10 @@ def products_of(config: Any) -> dict[str, tuple[int, int, int]]:
 def test_sass_is_read() -> None:
     if not sass.packages("cu13"):
         pytest.skip("needs nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm")
-    plan = _plan.make_backward_plan(static("bf16", 64, 64), 90, False)
+    plan = plans.backward(static("bf16", 64, 64), 90, False)
     functions = sass.disassemble(compile_plan(plan).cubin)
     assert sorted(functions) == sorted(plan.entries)
-    assert [name for name in plan.entries if sass.count(functions[name])["HGMMA"] > 0] == [plan.kernel]
+    assert [name for name in plan.entries if sass.count(functions[name])["HGMMA"] > 0] == [plan.name]
 
 
 @pytest.mark.parametrize(
@@ -234,8 +237,8 @@ class Cell(NamedTuple):
     nvrtc: str
 
     @property
-    def plan(self) -> _plan.Plan:
-        return _plan.make_plan(static(self.element, *self.head_dims, **FEATURES[self.features]), self.arch)
+    def plan(self) -> Plan:
+        return plans.forward(static(self.element, *self.head_dims, **FEATURES[self.features]), self.arch)
 
 
 def cells(element: str, features: str, arch: int) -> Iterator[Cell]:
@@ -270,7 +273,7 @@ def test_every_nvrtc_compiles_every_family() -> None:
     found: dict[Any, set[str]] = {}
     for element, features, arch in itertools.product(("bf16", "f32"), FEATURES, ARCHS):
         for cell in cells(element, features, arch):
-            found.setdefault((cell.plan.kernel, element, cell.head_dims), set()).add(cell.nvrtc)
+            found.setdefault((cell.plan.name, element, cell.head_dims), set()).add(cell.nvrtc)
     assert len(found) == 3 * len(HEAD_DIMS) and all(nvrtcs == set(NVRTCS) for nvrtcs in found.values())
 
 
@@ -299,9 +302,9 @@ def test_narrow_copies(copy_bytes: int) -> None:
         check(static("bf16", head_dim, head_dim, mask="causal", copy_bytes=copy_bytes, store_bytes=copy_bytes), 90)
 
 
-@pytest.mark.parametrize("arch", sorted(_configs.SHARED_MEMORY))
+@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
 def test_what_copies_arrays_that_are_not_aligned(arch: int) -> None:
-    plan = _plan.make_align_plan(arch)
+    plan = plans.aligned(arch)
     for nvrtc in NVRTCS if arch in ARCHS else (NEWEST,):
         check_with(nvrtc, plan)
     compiled = compile_plan(plan)
@@ -397,7 +400,7 @@ SHORT_TILES = ((16, 16), (32, 32), (16, 64), (32, 16), (16, 32), (32, 64))
 def short(element: str, head_dims: tuple[int, int], tile: tuple[int, int], features: dict[str, Any]) -> Static:
     """Of sequences that have small tiles to themselves."""
     facts = static(element, *head_dims, **features)._replace(pack=1, short_rows=tile[0], short_keys=tile[1])
-    assert _configs.has_short_tile(facts)
+    assert has_short_tile(facts)
     return facts
 
 
@@ -438,7 +441,7 @@ def test_tiles_of_short_sequences_that_have_most_registers(nvrtc: str) -> None:
 def test_a_config_that_disagrees_with_the_tiles_does_not_compile(arch: int | None, head_dim: int) -> None:
     """Of the forward, and of each kernel of the gradients."""
     facts = static("bf16", head_dim, head_dim)
-    plan = _plan.make_plan(facts, 80) if arch is None else _plan.make_backward_plan(facts, arch, False)
+    plan = plans.forward(facts, 80) if arch is None else plans.backward(facts, arch, False)
     wrong = plan._replace(config=dataclasses.replace(plan.config, smem_bytes=plan.config.smem_bytes - 16))
     with pytest.raises(_jit.CompileError, match="disagree on shared memory"):
         compile_plan(wrong)
@@ -453,9 +456,9 @@ def test_a_config_that_disagrees_with_the_tiles_does_not_compile(arch: int | Non
     ],
 )
 def test_params_that_disagree_do_not_compile(monkeypatch: pytest.MonkeyPatch, name: str, member: bytes) -> None:
-    plan: _jit.AnyPlan = _plan.make_backward_plan(static("bf16", 64, 64), 80, False)
+    plan: Plan = plans.backward(static("bf16", 64, 64), 80, False)
     if name == "align":
-        plan = _plan.make_align_plan(80)
+        plan = plans.aligned(80)
     headers = dict(_jit.headers())
     name = f"attention/{name}.cuh"
     first, second = re.findall(rb"\w+(?=[,;[])", member)
@@ -470,7 +473,7 @@ def test_params_that_disagree_do_not_compile(monkeypatch: pytest.MonkeyPatch, na
 def test_another_nvrtc_tells_what_is_wrong() -> None:
     """And goes on: with a plan that it cannot compile before one that it can."""
     other = other_nvrtc("12.9")
-    plan = _plan.make_plan(static("bf16", 64, 64), 80)
+    plan = plans.forward(static("bf16", 64, 64), 80)
     wrong = plan._replace(config=dataclasses.replace(plan.config, smem_bytes=plan.config.smem_bytes - 16))
     with pytest.raises(AssertionError, match=r"with NVRTC 12\.9: (.|\n)*disagree on shared memory"):
         other.check(wrong)

@@ -15,8 +15,9 @@ from gradients import Call, lay_out
 from test_problem import OnGpu, OnGpuAdapter
 
 import cufa
-from cufa import _arrays, _jit, _launch, _problem, _tensor_map
+from cufa import _arrays, _driver, _jit, _problem
 from cufa._cache import Entry
+from cufa._kernels import tensor_map
 from cufa.testing import Case, assert_close, to_numpy
 
 LENGTHS: dict[str, dict[str, Any]] = {
@@ -49,7 +50,7 @@ CAPTURED = Call(
 @pytest.fixture
 def cold(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a new process: no problem, kernel or map is remembered, before and after."""
-    memos = (_problem._checked, _tensor_map._driver_encode, _launch.device)
+    memos = (_problem._checked, tensor_map._driver_encode, _driver.device)
     monkeypatch.setattr(_jit, "_kernels", {})
     monkeypatch.setattr(_jit, "_libraries", {})
     for memo in memos:
@@ -184,7 +185,7 @@ def pretend(call: Call) -> dict[str, Any]:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, cold: None) -> FakeDriver:
     driver = FakeDriver()
-    monkeypatch.setattr(_launch, "driver", lambda: driver)
+    monkeypatch.setattr(_driver, "driver", lambda: driver)
     monkeypatch.setattr(_jit, "entry_of", lambda plan: Entry(b"", {}))
     return driver
 
@@ -241,18 +242,18 @@ def test_a_forked_child_is_told_why_cuda_does_not_start(monkeypatch: pytest.Monk
         driver, "cuInit", lambda _: (status(0) if os.getpid() == initialised else status.CUDA_ERROR_NOT_INITIALIZED,)
     )
     monkeypatch.setattr(driver, "cuGetErrorString", lambda _: (0, b"initialization error"))
-    _launch.driver.cache_clear()
-    assert _launch.driver() is driver
+    _driver.driver.cache_clear()
+    assert _driver.driver() is driver
     pid = fork()
     if not pid:
         try:
-            _launch.call("cuDeviceGetCount")
+            _driver.call("cuDeviceGetCount")
         except cufa.CudaError as error:
             right = "initialization error. A process that is forked" in str(error) and "'spawn'" in str(error)
             os._exit(0 if right and not cufa.is_available() else 1)
         finally:
             os._exit(2)
-    _launch.driver.cache_clear()
+    _driver.driver.cache_clear()
     assert os.waitpid(pid, 0)[1] == 0
 
 
@@ -271,7 +272,7 @@ def in_thread(work: Callable[[], Any]) -> Any:
 
     def run() -> None:
         try:
-            assert int(_launch.call("cuCtxGetCurrent")) == 0
+            assert int(_driver.call("cuCtxGetCurrent")) == 0
             found.append(work())
         except BaseException as error:
             found.append(error)
@@ -288,13 +289,13 @@ def with_context_popped(work: Callable[[], Any]) -> Any:
     """What `work` returns in this thread without its context."""
     popped = []
     try:
-        while int(_launch.call("cuCtxGetCurrent")):
-            popped.append(_launch.call("cuCtxPopCurrent"))
+        while int(_driver.call("cuCtxGetCurrent")):
+            popped.append(_driver.call("cuCtxPopCurrent"))
         assert popped
         return work()
     finally:
         for context in reversed(popped):
-            _launch.call("cuCtxPushCurrent", context)
+            _driver.call("cuCtxPushCurrent", context)
 
 
 def check(call: Call, found: Any) -> None:

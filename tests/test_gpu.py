@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cufa
-from cufa import _jit, _launch, reference
+from cufa import _driver, _jit, reference
 from cufa.testing import LAYOUTS, Case, View, assert_close, dense_cases, to_numpy, varlen_cases
 
 pytestmark = pytest.mark.gpu
@@ -56,7 +56,7 @@ def attend(case: Case, xp: Any, **changed: Any) -> tuple[Any, Any, dict[str, Any
 
 
 def is_hopper() -> bool:
-    return _launch.device(0).arch // 10 == 9
+    return _driver.device(0).arch // 10 == 9
 
 
 def check(case: Case, xp: Any, host: dict[str, Any] | None = None) -> None:

@@ -13,10 +13,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import plans
 import pytest
 
 import cufa
-from cufa import _jit, _plan
+from cufa import _jit
+from cufa._kernels import Plan
 from cufa._problem import Static
 
 FACTS = Static("bf16", 64, 64, "causal", True, True, True, False, 16, 16, True, False)
@@ -30,8 +32,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def plan() -> _plan.Plan:
-    return _plan.make_plan(FACTS, 80)
+def plan() -> Plan:
+    return plans.forward(FACTS, 80)
 
 
 @pytest.fixture
@@ -40,9 +42,9 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     compile_source = _jit.compile_source
 
-    def counted(source: str, options: list[str], what: str) -> _jit.Compiled:
+    def counted(source: str, options: list[str], what: str, texts: Any) -> _jit.Compiled:
         asked.append(what)
-        return compile_source(source, options, what)
+        return compile_source(source, options, what, texts)
 
     monkeypatch.setattr(_jit, "compile_source", counted)
     return asked
@@ -64,8 +66,8 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_jit, "_caches", {})
 
 
-def test_source_names_every_member(plan: _plan.Plan) -> None:
-    source = _jit.source_of(plan)
+def test_source_names_every_member(plan: Plan) -> None:
+    source = _jit.unit_of(plan).source
     assert "using variant = attention::Variant<attention::Softcap<bf16>, attention::Alibi>;" in source
     assert "static constexpr bool causal = true;" in source
     for name, value in vars(plan.config).items():
@@ -74,52 +76,52 @@ def test_source_names_every_member(plan: _plan.Plan) -> None:
     assert "attention_forward_sm80(const __grid_constant__ attention::Params params)" in source
 
 
-def test_key_depends_on_everything(plan: _plan.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [_jit.key_of(plan), _jit.key_of(_plan.make_plan(FACTS._replace(head_dim=63), 80))]
-    keys.append(_jit.key_of(_plan.make_plan(FACTS, 86)))
+def test_key_depends_on_everything(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [_jit.key_of(_jit.unit_of(plan)), _jit.key_of(_jit.unit_of(plans.forward(FACTS._replace(head_dim=63), 80)))]
+    keys.append(_jit.key_of(_jit.unit_of(plans.forward(FACTS, 86))))
     monkeypatch.setenv("CUFA_LINEINFO", "1")
-    keys.append(_jit.key_of(plan))
+    keys.append(_jit.key_of(_jit.unit_of(plan)))
     monkeypatch.delenv("CUFA_LINEINFO")
     headers, nvrtc = _jit.headers(), _jit.nvrtc()
     for name in headers:
         monkeypatch.setattr(_jit, "headers", lambda name=name: headers | {name: headers[name] + b" "})
-        keys.append(_jit.key_of(plan))
+        keys.append(_jit.key_of(_jit.unit_of(plan)))
     monkeypatch.setattr(_jit, "headers", lambda: headers)
     monkeypatch.setattr(_jit, "nvrtc", lambda: nvrtc._replace(build="another"))
-    keys.append(_jit.key_of(plan))
+    keys.append(_jit.key_of(_jit.unit_of(plan)))
     assert len(set(keys)) == len(keys)
     monkeypatch.setattr(_jit, "nvrtc", lambda: nvrtc._replace(path="elsewhere"))
-    assert _jit.key_of(plan) == keys[0]
+    assert _jit.key_of(_jit.unit_of(plan)) == keys[0]
 
 
 def test_compiles_once_and_is_kept(
-    plan: _plan.Plan, compiles: list[str], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, compiles: list[str], own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = _jit.entry_of(plan)
+    entry = _jit.entry_of(_jit.unit_of(plan))
     assert entry.meta["kernel"] == "attention_forward_sm80" and entry.meta["arch"] == "80"
     assert 0 < entry.meta["registers"] <= 255
     forget(monkeypatch)
-    assert _jit.entry_of(plan) == entry
+    assert _jit.entry_of(_jit.unit_of(plan)) == entry
     assert compiles == ["attention_forward_sm80 (bf16, head_dim 64, causal, sinks, softcap, alibi) for sm_80"]
     assert len(list(own_cache.rglob("*.cufa"))) == 1
 
 
 def test_a_damaged_entry_is_compiled_again(
-    plan: _plan.Plan, compiles: list[str], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, compiles: list[str], own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = _jit.entry_of(plan)
+    entry = _jit.entry_of(_jit.unit_of(plan))
     (file,) = own_cache.rglob("*.cufa")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     forget(monkeypatch)
-    assert _jit.entry_of(plan).cubin == entry.cubin
+    assert _jit.entry_of(_jit.unit_of(plan)).cubin == entry.cubin
     assert len(compiles) == 2
 
 
-def test_threads_compile_a_kernel_once(plan: _plan.Plan, compiles: list[str]) -> None:
+def test_threads_compile_a_kernel_once(plan: Plan, compiles: list[str]) -> None:
     entries: list[Any] = []
-    threads = [threading.Thread(target=lambda: entries.append(_jit.entry_of(plan))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: entries.append(_jit.entry_of(_jit.unit_of(plan)))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -127,51 +129,51 @@ def test_threads_compile_a_kernel_once(plan: _plan.Plan, compiles: list[str]) ->
     assert len(compiles) == 1 and len(entries) == 8
 
 
-def test_compiling_can_be_forbidden(plan: _plan.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_can_be_forbidden(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUFA_DISABLE_JIT", "1")
     with pytest.raises(
         cufa.MissingKernelError, match=r"is not in the cache, and CUFA_DISABLE_JIT forbids compiling it"
     ):
-        _jit.entry_of(plan)
+        _jit.entry_of(_jit.unit_of(plan))
 
 
-def test_the_source_can_be_kept(plan: _plan.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_can_be_kept(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUFA_SAVE_SOURCE", str(tmp_path / "kept"))
-    _jit.entry_of(plan)
+    _jit.entry_of(_jit.unit_of(plan))
     (kept,) = (tmp_path / "kept").iterdir()
-    assert (kept / "kernel.cu").read_text() == _jit.source_of(plan)
+    assert (kept / "kernel.cu").read_text() == _jit.unit_of(plan).source
     assert (kept / "attention/mainloop_sm80.cuh").read_bytes() == _jit.headers()["attention/mainloop_sm80.cuh"]
     assert "registers" in (kept / "log.txt").read_text()
 
 
-def test_keeping_the_source_follows_no_link(plan: _plan.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeping_the_source_follows_no_link(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others may have planted what lies in the directory, if they can write it."""
     precious, elsewhere = tmp_path / "precious", tmp_path / "elsewhere"
     precious.write_text("unharmed")
     elsewhere.mkdir()
     monkeypatch.setenv("CUFA_SAVE_SOURCE", str(tmp_path / "kept"))
-    source = _jit.source_of(plan)
-    kept = _jit._save_source(source, "log")
+    source = _jit.unit_of(plan).source
+    kept = _jit._save_source(source, _jit.headers(), "log")
     assert kept is not None
     (kept / "kernel.cu").unlink()
     (kept / "kernel.cu").symlink_to(precious)
     (kept / "log.txt").unlink()
     os.link(precious, kept / "log.txt")
-    assert _jit._save_source(source, "another log") == kept
+    assert _jit._save_source(source, _jit.headers(), "another log") == kept
     assert precious.read_text() == "unharmed"
     assert (kept / "kernel.cu").read_text() == source and not (kept / "kernel.cu").is_symlink()
     assert (kept / "log.txt").read_text() == "another log"
     (kept / "core").rename(tmp_path / "core")
     (kept / "core").symlink_to(elsewhere)
-    assert _jit._save_source(source, "log") is None
+    assert _jit._save_source(source, _jit.headers(), "log") is None
     kept.rename(tmp_path / "kept before")
     kept.symlink_to(elsewhere)
-    assert _jit._save_source(source, "log") is None
+    assert _jit._save_source(source, _jit.headers(), "log") is None
     assert not list(elsewhere.iterdir())
     assert not list(tmp_path.rglob(".tmp-*"))
     monkeypatch.setenv("CUFA_SAVE_SOURCE", str(tmp_path / "link"))
     (tmp_path / "link").symlink_to(elsewhere)  # named by the user, and so followed
-    assert _jit._save_source(source, "log") == tmp_path / "link" / kept.name
+    assert _jit._save_source(source, _jit.headers(), "log") == tmp_path / "link" / kept.name
     assert (elsewhere / kept.name / "kernel.cu").read_text() == source
 
 
@@ -218,18 +220,18 @@ def test_an_nvrtc_that_went_from_disk_says_so(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.parametrize(("arch", "target"), [(80, "80"), (89, "89"), (90, "90"), (120, "120"), (129, "121")])
-def test_a_gpu_newer_than_nvrtc_takes_its_family(plan: _plan.Plan, arch: int, target: str) -> None:
-    assert _jit.target_of(plan._replace(arch=arch)) == target
+def test_a_gpu_newer_than_nvrtc_takes_its_family(plan: Plan, arch: int, target: str) -> None:
+    assert _jit.target_of(_jit.unit_of(plan._replace(arch=arch))) == target
 
 
 def test_kernels_for_one_architecture_alone_are_compiled_for_it() -> None:
-    assert _jit.target_of(_plan.make_plan(FACTS, 90)) == "90a"
-    assert _jit.target_of(_plan.make_plan(FACTS._replace(tma=False), 90)) == "90"
+    assert _jit.target_of(_jit.unit_of(plans.forward(FACTS, 90))) == "90a"
+    assert _jit.target_of(_jit.unit_of(plans.forward(FACTS._replace(tma=False), 90))) == "90"
 
 
-def test_a_gpu_of_a_new_family_needs_a_newer_nvrtc(plan: _plan.Plan) -> None:
+def test_a_gpu_of_a_new_family_needs_a_newer_nvrtc(plan: Plan) -> None:
     with pytest.raises(cufa.CompileError, match=r"does not compile for compute capability 99\.0; install a newer one"):
-        _jit.target_of(plan._replace(arch=990))
+        _jit.target_of(_jit.unit_of(plan._replace(arch=990)))
 
 
 SMALL = 'extern "C" __global__ void small() {}'
@@ -288,19 +290,19 @@ def test_kernels_compile_while_the_interpreter_ends(own_cache: Path) -> None:
     run = run_script(
         f"""
         import atexit, os, sys
-        from cufa import _jit, _plan
+        from cufa import _jit
+        from cufa._kernels import FORWARD, choose
         from cufa._problem import Static
         facts = Static("f16", 64, 64, "none", False, False, False, False, 16, 16, True, False)
-        plans = [_plan.make_plan(facts, arch) for arch in (80, 86)]
-        _jit.source_of = dict.fromkeys(plans, {SMALL!r}).__getitem__  # no function, which would hold this module
-        def compile(plan, entry_of=_jit.entry_of, write=os.write):
-            write(1, b"%d " % len(entry_of(plan).cubin))
+        units = [_jit.unit_of(choose(FORWARD, facts, arch))._replace(source={SMALL!r}) for arch in (80, 86)]
+        def compile(unit, entry_of=_jit.entry_of, write=os.write):
+            write(1, b"%d " % len(entry_of(unit).cubin))
         class Final:
-            def __del__(self, compile=compile, plan=plans[1]):
-                compile(plan)
+            def __del__(self, compile=compile, unit=units[1]):
+                compile(unit)
         last = Final()  # finalized with this module, when nothing can be imported any more
         _jit.nvrtc()
-        atexit.register(compile, plans[0])
+        atexit.register(compile, units[0])
         os.environ["CUFA_PROGRESS"] = "1"
         sys.stderr.close()
         """
@@ -315,11 +317,13 @@ def test_a_child_forked_while_threads_compile_can_compile() -> None:
     run = run_script(
         """
         import os, signal, threading, time, warnings
-        from cufa import _jit, _plan
+        from cufa import _jit
+        from cufa._kernels import FORWARD, choose
         from cufa._problem import Static
         warnings.simplefilter("ignore")  # about the fork of a process with threads, which is the point
         os.environ["CUFA_CACHE"] = "0"
-        plan = _plan.make_plan(Static("f16", 64, 64, "none", False, False, False, False, 16, 16, True, False), 80)
+        facts = Static("f16", 64, 64, "none", False, False, False, False, 16, 16, True, False)
+        unit = _jit.unit_of(choose(FORWARD, facts, 80))
 
         def child(work):
             pid = os.fork()
@@ -335,43 +339,41 @@ def test_a_child_forked_while_threads_compile_can_compile() -> None:
 
         compile_source = _jit.compile_source
         small = 'extern "C" __global__ void small() {}'
-        source_of = _jit.source_of
+        of_small = unit._replace(source=small)
         for moment in (0.02, 0.05):  # where NVRTC is loaded, and in it
-            _jit.source_of = source_of if moment == 0.05 else lambda plan: small
-            thread = threading.Thread(target=_jit.entry_of, args=(plan,))
+            thread = threading.Thread(target=_jit.entry_of, args=(unit if moment == 0.05 else of_small,))
             thread.start()
             time.sleep(moment)
             print("nvrtc", child(lambda: compile_source(small, _jit.options_of("80"), "small")))
             thread.join()
             _jit._caches.clear()
 
-        _jit.source_of = lambda plan: small
         inside, go_on = threading.Event(), threading.Event()
-        def slow(source, options, what):
+        def slow(source, options, what, texts):
             inside.set()
             go_on.wait(20)
-            return compile_source(source, options, what)
+            return compile_source(source, options, what, texts)
         _jit.compile_source = slow
-        thread = threading.Thread(target=_jit.entry_of, args=(plan,))
+        thread = threading.Thread(target=_jit.entry_of, args=(of_small,))
         thread.start()
         inside.wait(20)
         def same_kernel():
             _jit.compile_source = compile_source
             assert not _jit._key_locks
-            assert b"small" in _jit.entry_of(plan).cubin
+            assert b"small" in _jit.entry_of(of_small).cubin
         with _jit._lock:
             locked = _jit._lock
             print("locks", child(same_kernel))
             assert _jit._lock is locked
         go_on.set()
         thread.join()
-        print("parent", b"small" in _jit.entry_of(plan).cubin)
+        print("parent", b"small" in _jit.entry_of(of_small).cubin)
         """
     )
     assert run.stdout.split("\n")[:-1] == ["nvrtc 0", "nvrtc 0", "locks 0", "parent True"], run.stdout + run.stderr
 
 
-def test_cufa_works_from_a_zip_file(plan: _plan.Plan, tmp_path: Path) -> None:
+def test_cufa_works_from_a_zip_file(plan: Plan, tmp_path: Path) -> None:
     """Laid out as a wheel is, and as the source tree is."""
     for prefix in ("cufa/", ""):
         archive = tmp_path / f"package{len(prefix)}.zip"
@@ -384,16 +386,18 @@ def test_cufa_works_from_a_zip_file(plan: _plan.Plan, tmp_path: Path) -> None:
             """
             import numpy
             import cufa
-            from cufa import _jit, _plan
+            from cufa import _jit
+            from cufa._kernels import FORWARD, choose
             from cufa._problem import Static
             assert ".zip" in cufa.__file__
-            plan = _plan.make_plan(Static("bf16", 64, 64, "causal", True, True, True, False, 16, 16, True, False), 80)
+            facts = Static("bf16", 64, 64, "causal", True, True, True, False, 16, 16, True, False)
+            key = _jit.key_of(_jit.unit_of(choose(FORWARD, facts, 80)))
             q = numpy.ones((1, 4, 1, 8), numpy.float32)
-            print(_jit.key_of(plan), len(_jit.headers()), cufa.attention(q, q, q).sum(), cufa.show_config())
+            print(key, len(_jit.headers()), cufa.attention(q, q, q).sum(), cufa.show_config())
             """,
             path=archive,
         )
-        expected = f"{_jit.key_of(plan)} {len(_jit.headers())} 32.0 None"
+        expected = f"{_jit.key_of(_jit.unit_of(plan))} {len(_jit.headers())} 32.0 None"
         assert run.stdout.splitlines()[-1:] == [expected], run.stderr
 
 

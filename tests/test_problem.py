@@ -11,26 +11,24 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import plans
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cufa
-from cufa import (
-    _align,
-    _arrays,
-    _backward,
-    _jit,
-    _launch,
-    _overlap,
-    _params,
-    _plan,
-    _problem,
-    _tensor_map,
-    reference,
-    testing,
-)
+from cufa import _align, _arrays, _driver, _jit, _launch, _options, _overlap, _problem, reference, testing
 from cufa._arrays import CPU, Adapter, Spec, contiguous
+from cufa._kernels import Plan, align, forward_sm90, tensor_map
+from cufa._kernels import backward as backward_kernels
+from cufa._kernels import forward as forward_kernels
+from cufa._kernels import unit as units
+from cufa._kernels.backward import BackwardGrid
+from cufa._kernels.backward_split_sm90 import SPLIT_QUERIES
+from cufa._kernels.params import params_of
+from cufa._operations.backward import ATTENTION_BACKWARD, ATTENTION_VARLEN_BACKWARD
+from cufa._operations.call import planned
+from cufa._operations.forward import ATTENTION, ATTENTION_VARLEN
 from cufa._overlap import Extent
 from cufa._problem import Problem
 
@@ -79,36 +77,69 @@ _arrays.register(OnGpu, OnGpuAdapter())
 
 
 OPTIONS: dict[str, Any] = {"causal": False, "window_size": None, "softmax_scale": None, "softcap": 0.0}
+OPTIONS |= {"return_lse": False, "deterministic": False}
+
+
+def pretend(patch: pytest.MonkeyPatch, arch: int) -> None:
+    """Let GPUs have a compute capability; what was chosen for others is forgotten."""
+    patch.setattr(_driver, "device", lambda _: _driver.Device(arch, 132))
+    _problem._checked.cache_clear()
+
+
+def problem_of(operation: Any, arrays: dict[str, Any], options: dict[str, Any]) -> Problem:
+    """The problem of a call of an operation, by keywords."""
+    given = tuple(arrays.get(name) for name in operation.arrays)
+    view = _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
+    return _problem.checked(operation, view, _options.of(operation.name, tuple((OPTIONS | options).values())))
 
 
 def gpu_problem(q: OnGpu, k: OnGpu, v: OnGpu, out: Any = None, **options: Any) -> Problem:
-    arrays = _arrays.view("attention", _problem.DENSE_NAMES, (q, k, v, None, None, out))
-    return _problem.dense_problem(arrays, *(OPTIONS | options).values())
+    return problem_of(ATTENTION, {"q": q, "k": k, "v": v, "out": out}, options)
 
 
 def packed_gpu_problem(q: OnGpu, k: OnGpu, batch: int, **options: Any) -> Problem:
     offsets = OnGpu(batch + 1, dtype="int32")
-    given = (q, k, k, None, None, None, offsets, offsets, None)
-    return _problem.varlen_problem(
-        _arrays.view("attention_varlen", _problem.VARLEN_NAMES, given), *(OPTIONS | options).values()
-    )
+    return problem_of(ATTENTION_VARLEN, {"q": q, "k": k, "v": k, **offsets_by_name(offsets)}, options)
 
 
-def backward_problem(q: OnGpu, k: OnGpu, v: OnGpu, batch: int | None = None, **changed: Any) -> Problem:
+def offsets_by_name(offsets: Any) -> dict[str, Any]:
+    return dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), offsets)
+
+
+def backward_problem(
+    q: OnGpu, k: OnGpu, v: OnGpu, batch: int | None = None, *, deterministic: bool = False, **changed: Any
+) -> Problem:
     """The problem of the gradients, packed if `batch` is given; `changed` are options, and arrays by name."""
     out, lse = (
         OnGpu(*q.shape[:-1], v.shape[-1], dtype=q.dtype),
         OnGpu(*q.shape[:-3], *q.shape[-2:-4:-1], dtype="float32"),
     )
     arrays: dict[str, Any] = {"q": q, "k": k, "v": v, "out": out, "dout": out, "lse": lse}
-    function = "attention_backward"
+    operation = ATTENTION_BACKWARD
     if batch is not None:
-        function = "attention_varlen_backward"
-        arrays |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), OnGpu(batch + 1, dtype="int32"))
-    arrays |= changed
-    names = _problem.NAMES[function]
-    view = _arrays.view(function, names, tuple(arrays.get(name) for name in names))
-    return _problem.backward_problem(function, view, tuple(changed.get(name, OPTIONS[name]) for name in OPTIONS))
+        operation = ATTENTION_VARLEN_BACKWARD
+        arrays |= offsets_by_name(OnGpu(batch + 1, dtype="int32"))
+    options = {name: changed.pop(name) for name in OPTIONS if name in changed}
+    return problem_of(operation, arrays | changed, options | {"deterministic": deterministic})
+
+
+PARAMS = tuple(text.decode() for name, text in _jit.headers().items() if name.startswith("attention/"))
+
+
+def unpacked(name: str, packed: bytes) -> dict[str, Any]:
+    """The members of a struct, those of structs in it in dictionaries of their own."""
+    record = units.record.read(name, PARAMS)
+    found: dict[str, Any] = {}
+    for member in record.members:
+        part = packed[member.offset : member.offset + member.size]
+        if member.record is not None:
+            found[member.name] = unpacked(member.record.name, part)
+        elif member.format:
+            values = struct.unpack(f"<{member.elements}{member.format.replace('P', 'Q')}", part)
+            found[member.name] = values if member.elements > 1 else values[0]
+        else:
+            found[member.name] = part
+    return found
 
 
 REFUSED: list[tuple[type[Exception], str, Call, dict[str, Any]]] = [
@@ -407,7 +438,7 @@ def test_what_a_gpu_does_not_do() -> None:
     problem = gpu_problem(here, here, here)
     assert problem.static is not None
     with pytest.raises(cufa.UnsupportedError, match=r"^cufa: a GPU of compute capability 7\.5 is not supported; 8\.0"):
-        _plan.make_plan(problem.static, 75)
+        plans.forward(problem.static, 75)
 
 
 @pytest.mark.parametrize(
@@ -702,18 +733,30 @@ def test_params_are_packed_as_they_are_declared() -> None:
         q, OnGpu(2, 70, 3, 64), OnGpu(2, 70, 3, 64), softmax_scale=0.25, softcap=3.0, window_size=(5, None)
     )
     assert problem.static is not None and problem.device != CPU
-    values = _params.LAYOUT.unpack(_params.pack(problem, _plan.Grid(1, 7, 4, 9, 0)))
-    named: dict[str, Any] = {}
-    for field in _params.FIELDS:
-        named[field.name], values = values[: field.length], values[field.length :]
-    assert named["q_strides"] == (1, 2, 3, 1)
-    assert named["out_strides"] == (100 * 6 * 64, 6 * 64, 64, 1)
-    assert named["lse_batch_stride"] + named["lse_head_stride"] == (600, 100)
-    assert (named["batch"], named["seqlen_q"], named["seqlen_k"]) == ((2,), (100,), (70,))
-    assert (named["num_heads_q"], named["qheads_per_khead"]) == ((6,), (2,))
-    assert (named["m_blocks"], named["m_units"], named["heads_per_section"]) == ((7,), (4,), (9,))
-    assert (named["window_left"], named["window_right"]) == ((5,), (_problem.MAX_SEQLEN,))
-    assert (named["softmax_scale"], named["softcap"]) == ((0.25,), (3.0,))
+    packed = units.record.read("Params", PARAMS).pack(params_of(problem, m_blocks=7, m_units=4, heads_per_section=9))
+    named = unpacked("Params", packed)
+    assert tuple(named["q_strides"].values()) == (1, 2, 3, 1)
+    assert tuple(named["out_strides"].values()) == (100 * 6 * 64, 6 * 64, 64, 1)
+    assert (named["lse_batch_stride"], named["lse_head_stride"]) == (600, 100)
+    assert (named["batch"], named["seqlen_q"], named["seqlen_k"]) == (2, 100, 70)
+    assert (named["num_heads_q"], named["qheads_per_khead"]) == (6, 2)
+    assert (named["m_blocks"], named["m_units"], named["heads_per_section"]) == (7, 4, 9)
+    assert (named["window_left"], named["window_right"]) == (5, _problem.MAX_SEQLEN)
+    assert (named["softmax_scale"], named["softcap"]) == (0.25, 3.0)
+    assert not any(named[name] for name in ("q", "out", "seqused_k"))
+
+
+def test_records_are_packed_by_name() -> None:
+    record = units.record.read("Strides", PARAMS)
+    values = {"batch": 1, "seqlen": 2, "head": 3, "dim": 4}
+    assert record.pack(values) == struct.pack("<4q", 1, 2, 3, 4) and record.size == 32
+    with pytest.raises(ValueError, match=r"Strides: values are missing for \['dim'\], and there are no"):
+        record.pack({"batch": 1, "seqlen": 2, "head": 3, "dims": 4})
+    with pytest.raises(ValueError, match="no header declares a struct Nothing"):
+        units.record.read("Nothing", PARAMS)
+    strange = ("struct Strange {\n  i32 x : 3;\n};\n",)
+    with pytest.raises(ValueError, match="Strange: what is declared by 'i32 x : 3' is not known here"):
+        units.record.read("Strange", strange)
 
 
 # --- the schedulers' rules, as cuda_src/attention has them --------------------------------------------
@@ -794,8 +837,8 @@ def test_packed_tiles_are_all_found(
     problem = packed_gpu_problem(q, k, len(lengths), causal=causal)
     assert problem.static is not None
     static = problem.static._replace(short_rows=short_rows, short_keys=short_rows)
-    plan = _plan.make_plan(static, 90 if hopper else 80)
-    grid, block_m = _plan.make_grid(plan, problem, 2), plan.config.block_m
+    plan = plans.forward(static, 90 if hopper else 80)
+    grid, block_m = plans.grid(plan, problem, 2), plan.config.block_m
     assert not short_rows or block_m == short_rows
     pairs = grid.m_units < grid.m_blocks
     assert grid.round_units == grid.m_units * heads[0]
@@ -841,8 +884,8 @@ def test_grids(batch: int, seqlen_q: int, seqlen_k: int, heads: int, blocks: int
     k = OnGpu(batch, seqlen_k, heads // 2, 64)
     problem = gpu_problem(OnGpu(batch, seqlen_q, heads, 64), k, k)
     assert problem.static is not None
-    grid = _plan.make_grid(_plan.make_plan(problem.static, 80), problem, 108)
-    assert (grid.blocks, grid.heads_per_section) == (blocks, section)
+    grid = plans.grid(plans.forward(problem.static, 80), problem, 108)
+    assert (grid.num_blocks, grid.heads_per_section) == (blocks, section)
     assert grid.m_units == grid.m_blocks
 
 
@@ -861,7 +904,8 @@ def test_sections_of_narrow_heads(seqlen: int, head_dim: int, ratio: int, causal
     q, k = OnGpu(1, seqlen, 64, head_dim), OnGpu(1, seqlen, 64 // ratio, head_dim)
     problem = gpu_problem(q, k, k, causal=causal)
     assert problem.static is not None
-    assert _plan.heads_per_section(_plan.make_plan(problem.static, 90), problem) == section
+    config, section_bytes = plans.forward(problem.static, 90).config, forward_sm90.L2_SECTION
+    assert forward_kernels.heads_per_section(config, problem, section_bytes) == section
 
 
 def test_a_grid_too_large_is_refused() -> None:
@@ -869,7 +913,7 @@ def test_a_grid_too_large_is_refused() -> None:
     problem = gpu_problem(q, k, k)
     assert problem.static is not None
     with pytest.raises(cufa.UnsupportedError, match=r"8589934592 tiles of queries are more than one launch holds"):
-        _plan.make_grid(_plan.make_plan(problem.static, 80), problem, 108)
+        plans.grid(plans.forward(problem.static, 80), problem, 108)
 
 
 @given(
@@ -894,17 +938,17 @@ def test_persistent_blocks_share_all_tiles(
     k = OnGpu(batch, seqlen_k, heads[1], head_dim)
     problem = gpu_problem(OnGpu(batch, seqlen_q, heads[0], head_dim), k, k, **mask)
     assert problem.static is not None
-    plan = _plan.make_plan(usual(problem.static), 90)
+    plan = plans.forward(usual(problem.static), 90)
     causal = problem.static.mask == "causal"
-    grid = _plan.make_grid(plan, problem, num_sms)
+    grid = plans.grid(plan, problem, num_sms)
     packed = batch * heads[0] // plan.config.pack
     units = grid.m_units * packed
-    assert grid.blocks == min(grid.m_blocks * packed, num_sms)
+    assert grid.num_blocks == min(grid.m_blocks * packed, num_sms)
     assert grid.m_units == (-(-grid.m_blocks // 2) if causal else grid.m_blocks)
-    assert grid.round_units == units or (mask and grid.round_units % grid.blocks == 0 and grid.listed)
+    assert grid.round_units == units or (mask and grid.round_units % grid.num_blocks == 0 and grid.listed)
     pair = 2 if grid.m_units < grid.m_blocks else 1
     taken = [(unit, second) for unit in range(grid.round_units) for second in range(pair)]
-    assert sum(map(len, grid.listed)) <= 4 * grid.blocks
+    assert sum(map(len, grid.listed)) <= 4 * grid.num_blocks
     taken += [(grid.round_units + tile // 2, tile % 2) for listed in grid.listed for tile in listed]
     tiles = []
     for unit, second in taken:
@@ -931,8 +975,8 @@ def test_heads_share_tiles_where_rows_are_few(seqlen_q: int, heads: tuple[int, i
     k = OnGpu(2, 300, heads[1], 64)
     problem = gpu_problem(OnGpu(2, seqlen_q, heads[0], 64), k, k)
     assert problem.static is not None and problem.static.pack == pack
-    grid = _plan.make_grid(_plan.make_plan(problem.static, 90), problem, 132)
-    assert grid.m_blocks == -(-seqlen_q * pack // _plan.make_plan(problem.static, 90).config.block_m)
+    grid = plans.grid(plans.forward(problem.static, 90), problem, 132)
+    assert grid.m_blocks == -(-seqlen_q * pack // plans.forward(problem.static, 90).config.block_m)
 
 
 def test_what_tensor_maps_cannot_describe_is_served_without_them() -> None:
@@ -947,8 +991,8 @@ def test_what_tensor_maps_cannot_describe_is_served_without_them() -> None:
     ):
         problem = gpu_problem(q, other, q)
         assert problem.static is not None and problem.static.tma is tma
-        plan = _plan.make_plan(problem.static, 90)
-        assert plan.kernel == f"attention_forward_sm{90 if tma else 80}"
+        plan = plans.forward(problem.static, 90)
+        assert plan.name == f"attention_forward_sm{90 if tma else 80}"
         if not tma:
             assert "tensor memory accelerator" in plan.reason
 
@@ -991,8 +1035,8 @@ def test_what_is_copied(name: str, layout: str) -> None:
             assert {**copied.specs, name: None} == {**problem.specs, name: None}
             kept = {key: value for key, value in vars(copied).items() if key not in ("static", "specs", "memo")}
             assert kept.items() <= vars(problem).items() and copied.memo is not problem.memo
-            plan = _plan.make_plan(static, arch)
-            assert plan.kernel == f"attention_forward_sm{90 if arch == 90 else 80}"
+            plan = plans.forward(static, arch)
+            assert plan.name == f"attention_forward_sm{90 if arch == 90 else 80}"
 
 
 @pytest.mark.parametrize(
@@ -1025,9 +1069,8 @@ def test_keys_that_may_be_dead_count_as_the_queries() -> None:
     offsets, used = OnGpu(9, dtype="int32"), OnGpu(8, dtype="int32")
     for total_k, pays in ((8 * 512, True), (8 * 512 * 64, False)):
         q, k = OnGpu(8 * 512, 4, 33), OnGpu(total_k, 4, 33)
-        given = (q, k, k, None, None, None, offsets, offsets, used)
-        view = _arrays.view("attention_varlen", _problem.VARLEN_NAMES, given)
-        assert _align.pays(_problem.varlen_problem(view, *OPTIONS.values())) == pays
+        arrays = {"q": q, "k": k, "v": k, **offsets_by_name(offsets), "seqused_k": used}
+        assert _align.pays(problem_of(ATTENTION_VARLEN, arrays, {})) == pays
 
 
 def test_float32_is_not_copied() -> None:
@@ -1037,11 +1080,9 @@ def test_float32_is_not_copied() -> None:
 
 def run_align(copies: _align.Copies, memories: dict[str, np.ndarray], threads: int) -> np.ndarray:
     """What the kernel in align.cuh does, of arrays that begin at element 0 of memories with negative indices too."""
-    values: Any = _params.ALIGN_LAYOUT.unpack(_params.pack_align(copies))
-    named: dict[str, Any] = {}
-    for field in _params.ALIGN_FIELDS:
-        named[field.name] = np.reshape(values[: field.length], (_params.COPIED_ARRAYS, -1))
-        values = values[field.length :]
+    packed = align.argument_of(units.record.read("AlignParams", PARAMS), copies).content
+    members = unpacked("AlignParams", packed)
+    named = {name: np.reshape(values, (align.COPIED_ARRAYS, -1)) for name, values in members.items()}
     assert not named["sources"].any() and not named["copies"].any()
     written = np.full(2 * copies.floats, -1, np.int64)
     for array, each in enumerate(copies.made):
@@ -1102,14 +1143,9 @@ def test_copies_hold_what_the_arrays_do(
         arrays[name] = OnGpu(*shape, strides=view.strides, pointer=(1 << 41) + 2 * view.offset)
         memories[name] = np.roll(np.arange(1, view.size + 1), -view.offset)  # element 0 is at view.offset
         positions[name] = view.on(np.arange(1, view.size + 1))
-    q, k, v = arrays.values()
     offsets = OnGpu(2, dtype="int32")
-    if packed:
-        given = (q, k, v, None, None, None, offsets, offsets, None)
-        view = _arrays.view("attention_varlen", _problem.VARLEN_NAMES, given)
-        problem = _problem.varlen_problem(view, *OPTIONS.values())
-    else:
-        problem = gpu_problem(q, k, v)
+    operation, given = (ATTENTION_VARLEN, arrays | offsets_by_name(offsets)) if packed else (ATTENTION, arrays)
+    problem = problem_of(operation, given, {})
     copies = _align.copies_of(problem, 90)
     if copies is None:
         assert problem.static is not None and problem.static.tma
@@ -1135,14 +1171,14 @@ def test_copies_take_memory_of_the_framework() -> None:
     copies = _align.copies_of(gpu_problem(q, q, q), 90)
     assert copies is not None and copies.floats == 3 * 2 * 2048 * 4 * 40 // 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "device", lambda _: _plan.Device(90, 132))
+        pretend(patch, 90)
         problem = backward_problem(q, q, q)
-        workspace = _backward.workspace_of(problem, False)
+        whole = planned(problem)
         copies = _align.copies_of(problem, 90)
         assert copies is not None
-        without = _backward.workspace_of(copies.problem, False)
-    assert without.copies == without.floats == workspace.copies
-    assert workspace == without._replace(floats=without.floats + 4 * 2 * 2048 * 4 * 40 // 2)
+        without = planned(copies.problem)
+    assert whole.scratch == without.scratch and without.floats == without.scratch.floats
+    assert whole.floats == without.floats + 4 * 2 * 2048 * 4 * 40 // 2
 
 
 class Launched:
@@ -1153,12 +1189,12 @@ class Launched:
         self.kernels: list[tuple[str, bytes]] = []
         self.overlapping: list[bool] = []
         self.plans: dict[str, Any] = {}
-        patch.setattr(_launch, "device", lambda _: _plan.Device(90, 132))
-        patch.setattr(_launch, "current", lambda _: contextlib.nullcontext())
-        patch.setattr(_launch, "driver", lambda: self)
-        patch.setattr(_launch, "overlaps", lambda _: True)
-        patch.setattr(_jit, "load_kernel", lambda plan, *_: self.plans.update({plan.kernel: plan}) or plan.entries)
-        patch.setattr(_tensor_map, "_driver_encode", lambda shape, address: address.to_bytes(8, "little") + bytes(120))
+        pretend(patch, 90)
+        patch.setattr(_driver, "current", lambda _: contextlib.nullcontext())
+        patch.setattr(_driver, "driver", lambda: self)
+        patch.setattr(_driver, "overlaps", lambda _: True)
+        patch.setattr(_jit, "load_kernel", lambda plan, *_: self.plans.update({plan.name: plan}) or plan.entries)
+        patch.setattr(tensor_map, "_driver_encode", lambda shape, address: address.to_bytes(8, "little") + bytes(120))
         patch.setattr(OnGpuAdapter, "empty", self.empty)
         patch.setattr(OnGpuAdapter, "stream", lambda *_: 7)
         _problem._checked.cache_clear()
@@ -1171,7 +1207,7 @@ class Launched:
         return SimpleNamespace(value=SimpleNamespace())
 
     def cuLaunchKernelEx(self, config: Any, function: str, *_: Any) -> tuple[int]:
-        self.kernels.append((function, _launch._scratch.params.raw))
+        self.kernels.append((function, _launch._scratch.argument.raw))
         attributes = getattr(config, "attrs", [])
         self.overlapping.append(
             [(each.id, each.value.programmaticStreamSerializationAllowed) for each in attributes] == [(6, 1)]
@@ -1199,11 +1235,12 @@ def test_a_call_makes_copies_and_reads_them(monkeypatch: pytest.MonkeyPatch) -> 
             memory = (1 << 40) * len(launched.allocated)
             copies = memory, memory + 4 * floats["k"]
             assert struct.unpack_from("8Q", copied) == (k.pointer, v.pointer, 0, 0, *copies, 0, 0)
-            assert struct.unpack_from("3Q", argument, _params.MAPS_BYTES) == (q.pointer, *copies)
-            maps = [struct.unpack_from("Q", argument, i * _params.MAP_BYTES)[0] for i in range(3)]
-            assert maps == [q.pointer, *copies]
-            values = _params.LAYOUT.unpack_from(argument, _params.MAPS_BYTES)
-            assert values[10:22] == ((51200, 256, 64, 1) * 2 + (200 * 160, 160, 40, 1))
+            named = unpacked("TmaParams", argument)
+            params = named["params"]
+            assert [params[name] for name in "qkv"] == [q.pointer, *copies]
+            assert [struct.unpack_from("Q", named[name])[0] for name in "qkv"] == [q.pointer, *copies]
+            strides = [tuple(params[f"{name}_strides"].values()) for name in "qkv"]
+            assert strides == [(51200, 256, 64, 1)] * 2 + [(200 * 160, 160, 40, 1)]
         # Arrays that are aligned launch and take no more than before.
         before = len(launched.kernels), len(launched.allocated)
         cufa.attention(q, q, q)
@@ -1228,19 +1265,16 @@ def test_gradients_make_copies_and_read_them(monkeypatch: pytest.MonkeyPatch) ->
         copy = memory + 4 * (size - 2 * 200 * 4 * 64 // 2)
         assert struct.unpack_from("8Q", copied) == (dout.pointer, 0, 0, 0, copy, 0, 0, 0)
         for _, argument in others:
-            assert struct.unpack_from("4Q", argument, _params.BACKWARD_MAPS_BYTES) == (
-                q.pointer,
-                k.pointer,
-                k.pointer,
-                out.pointer,
-            )
-            assert struct.unpack_from("Q", argument, _params.BACKWARD_MAPS_BYTES + _params.LAYOUT.size) == (copy,)
-            assert struct.unpack_from("Q", argument, 3 * _params.MAP_BYTES) == (copy,)
+            named = unpacked("BackwardArgument", argument)
+            params, forward = named["params"], named["params"]["forward"]
+            pointers = [q.pointer, k.pointer, k.pointer, out.pointer]
+            assert [forward[name] for name in ("q", "k", "v", "out")] == pointers
+            assert params["dout"] == struct.unpack_from("Q", named["dout"])[0] == copy
     _problem._checked.cache_clear()
 
 
 def test_explain_says_what_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_launch, "device", lambda _: _plan.Device(90, 132))
+    pretend(monkeypatch, 90)
     aligned, odd = OnGpu(2, 2048, 4, 64), OnGpu(2, 2048, 4, 64, pointer=(1 << 41) + 2)
     few = OnGpu(2, 63, 4, 64)
     for q, k, v, kernel, reason in (
@@ -1285,14 +1319,14 @@ def test_which_kernel_gives_the_gradients(
     q, v = (OnGpu(2, 100, 4, head_dim, dtype=dtype) for head_dim in head_dims)
     static = backward_problem(q, q, v).static
     assert static is not None
-    plan = _plan.make_backward_plan(static, arch, deterministic)
-    assert plan.kernel == kernel and plan.arch == arch
+    plan = plans.backward(static, arch, deterministic)
+    assert plan.name == kernel and plan.arch == arch
     assert (plan.entries[0], plan.entries[-1]) == ("attention_backward_prepare", "attention_backward_repair")
-    assert len(plan.entries) == len(plan.threads) == len(plan.smem_bytes) == (5 if "split" in kernel else 4)
+    assert len(plan.steps) == (5 if "split" in kernel else 4)
     # What adds nothing up in memory is deterministic in any order.
     assert plan.config.deterministic == (deterministic and "split" not in kernel)  # type: ignore[attr-defined]
     with pytest.raises(cufa.UnsupportedError, match=r"compute capability 7\.5 is not supported"):
-        _plan.make_backward_plan(static, 75, deterministic)
+        plans.backward(static, 75, deterministic)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "out", "dout", "lse", "dlse", "dq", "dk", "dv"])
@@ -1318,17 +1352,17 @@ def test_gradients_are_stored_as_widths_allow(head_dim: int, head_dim_v: int, st
     assert static is not None and static.store_bytes == store_bytes
 
 
-def plan_backward(problem: Problem, kernel: str, deterministic: bool) -> tuple[_plan.Plan, _plan.BackwardGrid]:
+def plan_backward(problem: Problem, kernel: str, deterministic: bool) -> tuple[Plan, BackwardGrid]:
     """Plan and grid with one of the kernels, and few heads side by side."""
     assert problem.static is not None
     static = usual(problem.static)
     if kernel == "short":
         static = static._replace(short_rows=16, short_keys=next(n for n in (16, 32, 64) if n >= problem.seqlen_k % 65))
-    plan = _plan.make_backward_plan(static, 80 if kernel == "sm80" else 90, deterministic)
-    assert plan.kernel == f"attention_backward_{kernel.replace('short', 'sm80')}"
+    plan = plans.backward(static, 80 if kernel == "sm80" else 90, deterministic)
+    assert plan.name == f"attention_backward_{kernel.replace('short', 'sm80')}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_plan, "BACKWARD_SECTION", 1 << 19)
-        return plan, _plan.make_backward_grid(plan, problem, NUM_SMS)
+        patch.setattr(backward_kernels, "SECTION", 1 << 19)
+        return plan, plans.grid(plan, problem, NUM_SMS)
 
 
 NUM_SMS = 132
@@ -1386,7 +1420,7 @@ def test_gradients_of_all_tiles_and_blocks(
     in_order = deterministic and kernel[0] != "split_sm90"
     assert not grid.reversed or (in_order and bool(mask))
     ends = heads[0] if sinks else 0
-    queries = batch * heads[0] * -(-seqlen_q // _plan.SPLIT_QUERIES)
+    queries = batch * heads[0] * -(-seqlen_q // SPLIT_QUERIES)
     if kernel[0] != "short":
         assert others == {"split_sm90": [queries, ends], "sm90": [ends], "sm80": [ends + tiles]}[kernel[0]]
         return
@@ -1463,7 +1497,7 @@ def test_gradients_of_all_packed_tiles_and_blocks(
     assert find(units, config.block_n, offsets_k, heads[1], grid.heads_per_section) == blocks_of(
         lengths_k, heads[1], config.block_n
     )
-    for count, rows in ((tiles, config.block_m), *((count, _plan.SPLIT_QUERIES) for count in queries)):
+    for count, rows in ((tiles, config.block_m), *((count, SPLIT_QUERIES) for count in queries)):
         assert find(count, rows, offsets, heads[0], 1) == blocks_of(lengths, heads[0], rows)
     ranks = ranks_of(offsets)
     places = [
@@ -1488,10 +1522,9 @@ def test_gradients_of_short_sequences_take_little_memory(
 ) -> None:
     """A tile for each of them would take hundreds of times the memory of q."""
     q = OnGpu(total, 4, head_dim, dtype=dtype)
-    problem = backward_problem(q, q, q, batch=batch)
-    monkeypatch.setattr(_launch, "device", lambda _: _plan.Device(90 if hopper else 80, 132))
+    pretend(monkeypatch, 90 if hopper else 80)
     for deterministic in (False, True):
-        floats = _backward.workspace_of(problem, deterministic).floats
+        floats = planned(backward_problem(q, q, q, batch=batch, deterministic=deterministic)).floats
         elements = total * 4 * head_dim
         numbers, table = 2 * 4 * (total + 4 * min(batch, total)), 4 * (batch + 1)
         turns = 4 * (total // 16 + 2 * min(batch, total))
@@ -1507,9 +1540,8 @@ def test_gradients_of_short_dense_sequences_add_up_nothing(
     seqlen_q: int, seqlen_k: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k = OnGpu(1 << 14, seqlen_q, 8, 64), OnGpu(1 << 14, seqlen_k, 8, 64)
-    problem = backward_problem(q, k, k)
-    monkeypatch.setattr(_launch, "device", lambda _: _plan.Device(90, 132))
-    floats = _backward.workspace_of(problem, deterministic).floats
+    pretend(monkeypatch, 90)
+    floats = planned(backward_problem(q, k, k, deterministic=deterministic)).floats
     tiles = -(-seqlen_q // 16)
     assert floats <= (1 << 14) * 8 * (2 * 32 * -(-seqlen_q // 32) + tiles + 1) + 1024
 
@@ -1546,12 +1578,12 @@ def test_short_sequences_have_small_tiles(seqlen_q: int, seqlen_k: int, tile: tu
         assert static is not None and (static.short_rows, static.short_keys) == tile
     assert problem.static is not None and gradients.static is not None
     for arch in (80, 90, 120):
-        plan = _plan.make_plan(problem.static, arch)
-        backward = _plan.make_backward_plan(gradients.static, arch, False, _plan.average_rows(gradients))
+        plan = plans.forward(problem.static, arch)
+        backward = plans.backward(gradients.static, arch, False, gradients.static.average_rows)
         if tile == (0, 0):
             assert plan.config.block_m >= 64 and "so short that small tiles" not in plan.reason
             continue
-        assert (plan.kernel, backward.kernel) == ("attention_forward_sm80", "attention_backward_sm80")
+        assert (plan.name, backward.name) == ("attention_forward_sm80", "attention_backward_sm80")
         assert (plan.config.block_m, plan.config.block_n) == (tile[0], min(tile[1], 32))
         assert plan.config.num_threads == 2 * tile[0]  # a warp for 16 rows
         assert backward.config.block_n == tile[1] and backward.config.block_m <= tile[0]
@@ -1591,7 +1623,7 @@ def test_gradients_that_are_deterministic_on_hopper_stay_so(arch: int, head_dim:
     static = backward_problem(q, q, q, batch=50).static
     assert static is not None
     for deterministic in (False, True):
-        config = _plan.make_backward_plan(static, arch, deterministic, 16).config
+        config = plans.backward(static, arch, deterministic, 16).config
         assert config.deterministic == (exact or deterministic)  # type: ignore[attr-defined]
 
 
@@ -1610,9 +1642,9 @@ def test_heads_that_share_tiles_instead(seqlen_q: int, heads: tuple[int, int], k
     q, k = (OnGpu(5, rows, each, 64) for rows, each in zip((seqlen_q, 20), heads, strict=True))
     static = gpu_problem(q, k, k).static
     assert static is not None
-    assert _plan.make_plan(static, 90).kernel == kernel
-    assert _plan.make_plan(static, 80).kernel == "attention_forward_sm80"
-    assert _plan.make_plan(static, 80).config.block_m == 16 * -(-seqlen_q // 16)
+    assert plans.forward(static, 90).name == kernel
+    assert plans.forward(static, 80).name == "attention_forward_sm80"
+    assert plans.forward(static, 80).config.block_m == 16 * -(-seqlen_q // 16)
 
 
 def test_float32_has_few_small_tiles() -> None:
@@ -1620,8 +1652,8 @@ def test_float32_has_few_small_tiles() -> None:
         q, k = OnGpu(5, 16, 4, head_dim, dtype="float32"), OnGpu(5, keys, 4, head_dim, dtype="float32")
         static = gpu_problem(q, k, k).static
         assert static is not None
-        assert (_plan.make_plan(static, 90).config.block_m == 16) == small
-        assert (_plan.make_backward_plan(static, 90, False).config.num_threads < 256) == small
+        assert (plans.forward(static, 90).config.block_m == 16) == small
+        assert (plans.backward(static, 90, False).config.num_threads < 256) == small
 
 
 def test_sequences_that_one_launch_cannot_hold_have_usual_tiles() -> None:
@@ -1629,7 +1661,7 @@ def test_sequences_that_one_launch_cannot_hold_have_usual_tiles() -> None:
         q = OnGpu(batch, 20, 1, 8)
         problem = gpu_problem(q, q, q)
         assert problem.static is not None and (problem.static.short_rows == 32) == small
-        _plan.make_grid(_plan.make_plan(problem.static, 90), problem, 132)
+        plans.grid(plans.forward(problem.static, 90), problem, 132)
 
 
 @pytest.mark.parametrize(
@@ -1640,6 +1672,6 @@ def test_blocks_of_short_sequences_take_several(batch: int, heads: int, units: i
     q = OnGpu(16 * batch, heads, 64)
     problem = packed_gpu_problem(q, q, batch)
     assert problem.static is not None
-    grid = _plan.make_grid(_plan.make_plan(problem.static, 90), problem, 132)
+    grid = plans.grid(plans.forward(problem.static, 90), problem, 132)
     assert grid.units_per_block == units
-    assert grid.blocks == -(-grid.m_blocks * heads // units)
+    assert grid.num_blocks == -(-grid.m_blocks * heads // units)

@@ -14,9 +14,11 @@ import jax
 import numpy as np
 from jax.experimental.buffer_callback import Buffer, buffer_callback
 
-from .. import _arrays, _attention, _backward, _launch, _problem
+from .. import _driver, _problem
 from .._arrays import ALIGNMENT, CPU, Adapter, Arrays, Layout, Spec, contiguous, register
-from .._problem import NAMES, OUT
+from .._operations.call import compute_on_cpu, planned, prepare
+from .._operations.operation import Operation
+from .._options import Options
 from ..errors import UnsupportedError
 
 
@@ -53,25 +55,31 @@ class JaxAdapter(Adapter):
 ADAPTER = JaxAdapter()
 
 
-def attention(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
-    """`cufa.attention` of JAX arrays or tracers; arguments in the order of `_problem.DENSE_NAMES`."""
-    return _attend("attention", given, options, return_lse)
+def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
+    """Call an operation with JAX arrays or tracers, in its order."""
+    for index in operation.written_indices:
+        if given[index] is not None:
+            name = operation.arrays[index]
+            raise UnsupportedError(
+                f"{operation.name}: {name} is not supported for JAX arrays, which cannot be written."
+            )
+    arrays = view(operation, given)
+    # Checked here, where the user's call is; values of offsets, which have none in a program, are not.
+    _problem.check(operation, arrays, options)
+    results = _program(operation, arrays.layouts, options)(*(array for array in given if array is not None))
+    return results[0] if len(results) == 1 else tuple(results)
 
 
-def attention_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
-    """`cufa.attention_varlen` of JAX arrays or tracers; arguments in the order of `_problem.VARLEN_NAMES`."""
-    return _attend("attention_varlen", given, options, return_lse)
-
-
-def view(function: str, given: tuple[Any, ...]) -> Arrays:
+def view(operation: Operation, given: tuple[Any, ...]) -> Arrays:
     """The arguments without their addresses, which JAX shows only inside a callback."""
-    for name, array in zip(NAMES[function], given, strict=True):
+    for name, array in zip(operation.arrays, given, strict=True):
         if array is not None and not isinstance(array, jax.Array):
             raise TypeError(
-                f"{function}: {name} is a {type(array).__name__} but q is a jax array; pass arrays of one framework."
+                f"{operation.name}: {name} is a {type(array).__name__} but q is a jax array; pass arrays of one "
+                "framework."
             )
         if array is not None:
-            _check_readable(function, name, array)
+            _check_readable(operation.name, name, array)
     return _view(given)
 
 
@@ -95,29 +103,6 @@ def _view(given: tuple[Any, ...]) -> Arrays:
     return Arrays(given, [pointer for pointer, _ in views], tuple(layout for _, layout in views))
 
 
-def _attend(function: str, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
-    if given[OUT] is not None:
-        raise UnsupportedError(f"{function}: out is not supported for JAX arrays, which cannot be written.")
-    arrays = view(function, given)
-    # Checked here, where the user's call is; values of offsets, which have none in a program, are not.
-    _problem.check(function, arrays, options)
-    program = _program(function, arrays.layouts, options, return_lse)
-    out, lse = program(*(array for array in given if array is not None))
-    return (out, lse) if return_lse else out
-
-
-def gradients(function: str, given: tuple[Any, ...], options: tuple[Any, ...], deterministic: bool) -> Any:
-    """The gradients of JAX arrays or tracers; arguments in the order of `_problem.NAMES`."""
-    for name, array in zip(NAMES[function][-3:], given[-3:], strict=True):
-        if array is not None:
-            raise UnsupportedError(f"{function}: {name} is not supported for JAX arrays, which cannot be written.")
-    arrays = view(function, given)
-    _problem.check(function, arrays, options)
-    program = _gradients_program(function, arrays.layouts, options, deterministic)
-    *results, dsinks = program(*(array for array in given if array is not None))
-    return (*results,) if dsinks is None else (*results, dsinks)
-
-
 Layouts = tuple[Layout | None, ...]
 
 
@@ -127,35 +112,19 @@ def _present(layouts: Layouts) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=256)
-def _program(function: str, layouts: Layouts, options: _problem.Plain, return_lse: bool) -> Any:
+def _program(operation: Operation, layouts: Layouts, options: Options) -> Any:
     """The jitted callback for arrays of these layouts: compiled once, however the options were written.
 
-    Memory for copies, if there will be any, is one more result.
+    Memory that the call takes while it runs, if it takes any, is one more result.
     """
-    problem = _problem.check(function, Arrays((), [], layouts), options)
-    copies = None if problem.device == CPU else _attention.copies_of(problem)
+    problem = _problem.check(operation, Arrays((), [], layouts), options)
+    floats = 0 if problem.device == CPU else planned(problem).floats
     shapes = (
-        jax.ShapeDtypeStruct(problem.out_shape, jax.numpy.dtype(problem.dtype)),
-        jax.ShapeDtypeStruct(problem.lse_shape, problem.lse_dtype) if return_lse else None,
-        None if copies is None else jax.ShapeDtypeStruct((copies.floats,), np.float32),
+        *(jax.ShapeDtypeStruct(each.shape, jax.numpy.dtype(each.dtype)) for each in problem.results),
+        jax.ShapeDtypeStruct((floats,), np.float32) if floats else None,
     )
-    program = _differentiable(function, partial(_compute, function, _present(layouts), options), shapes)
-    return jax.jit(lambda *arrays: program(*arrays)[:-1])
-
-
-@lru_cache(maxsize=256)
-def _gradients_program(function: str, layouts: Layouts, options: _problem.Plain, deterministic: bool) -> Any:
-    """The same of the gradients, whose workspace is one more result."""
-    problem, present = _problem.check(function, Arrays((), [], layouts), options), _present(layouts)
-    floats = 0 if problem.device == CPU else _backward.workspace_of(problem, deterministic).floats
-    dsinks = jax.ShapeDtypeStruct((problem.num_heads_q,), problem.lse_dtype)
-    shapes = (
-        *(jax.ShapeDtypeStruct(problem.shape(name), jax.numpy.dtype(problem.dtype)) for name in "qkv"),
-        dsinks if NAMES[function].index("sinks") in present else None,
-        jax.ShapeDtypeStruct((floats,), np.float32),
-    )
-    callback = partial(_compute_gradients, function, present, options, deterministic)
-    program = _differentiable(function, callback, shapes)
+    callback = partial(_compute, operation, _present(layouts), options)
+    program = _differentiable(operation.name, callback, shapes)
     return jax.jit(lambda *arrays: program(*arrays)[:-1])
 
 
@@ -174,58 +143,28 @@ def _refuse_gradient(function: str, *_: Any) -> NoReturn:
 
 
 def _compute(
-    function: str,
-    present: tuple[int, ...],
-    options: tuple[Any, ...],
-    context: Any,
-    results: Any,
-    *buffers: Any,
+    operation: Operation, present: tuple[int, ...], options: Options, context: Any, written: Any, *buffers: Any
 ) -> None:
     """What runs within the program, on XLA's stream."""
-    out, lse, memory = results
-    arrays = _view(tuple(_given(function, present, buffers)))  # without `out`, which is new
-    problem = _problem.check(function, arrays, options)
-    lse_pointer = 0 if lse is None else ADAPTER.view(lse)[0]
-    pointers = _attention.pointers_of(arrays, ADAPTER.view(out)[0], lse_pointer)
-    if problem.device == CPU and problem.varlen:
-        _arrays.as_numpy(out)[...] = 0  # a new array's rows that belong to no sequence
-    # Traced for another device than it runs on, there may be no memory for copies; then there are none.
-    workspace = (0, 0) if memory is None else (ADAPTER.view(memory)[0], memory.shape[0])
-    _attention.run(arrays, problem, out, lse, pointers, context.stream if problem.device != CPU else 0, workspace)
-
-
-def _compute_gradients(
-    function: str,
-    present: tuple[int, ...],
-    options: tuple[Any, ...],
-    deterministic: bool,
-    context: Any,
-    results: Any,
-    *buffers: Any,
-) -> None:
-    """The same of the gradients."""
-    *gradients, dsinks, memory = results
-    given = _given(function, present, buffers)
-    given[-3:] = gradients
-    arrays = _view(tuple(given))
-    problem = _problem.check(function, arrays, options)
-    if problem.device == CPU:
-        _backward.run_on_cpu(arrays, problem, gradients, dsinks)
-        return
-    kernels, workspace = _backward.prepare(problem, deterministic, context.stream)
-    if workspace.floats > memory.shape[0]:
-        raise UnsupportedError(
-            f"{function}: traced for another device than it runs on; make the GPU JAX's default backend."
-        )
-    pointers = [*arrays.pointers[-3:], 0 if dsinks is None else ADAPTER.view(dsinks)[0]]
-    _backward.enqueue(kernels, arrays, pointers, workspace, ADAPTER.view(memory)[0], context.stream)
-
-
-def _given(function: str, present: tuple[int, ...], buffers: tuple[Any, ...]) -> list[Any]:
-    given: list[Any] = [None] * len(NAMES[function])
+    *results, memory = written
+    given: list[Any] = [None] * len(operation.arrays)
     for index, buffer in zip(present, buffers, strict=True):
         given[index] = buffer
-    return given
+    arrays = _view(tuple(given))  # without the results, which are new
+    problem = _problem.check(operation, arrays, options)
+    if problem.device == CPU:
+        compute_on_cpu(arrays, problem, results)
+        return
+    address, floats = (0, 0) if memory is None else (ADAPTER.view(memory)[0], memory.shape[0])
+    prepared = prepare(problem, context.stream)
+    if prepared.floats > floats:  # traced for another device than it runs on
+        prepared = prepare(problem, context.stream, copied=False)
+    if prepared.floats > floats:
+        raise UnsupportedError(
+            f"{operation.name}: traced for another device than it runs on; make the GPU JAX's default backend."
+        )
+    addresses = [*arrays.pointers, *(ADAPTER.view(result)[0] for result in results)]
+    prepared(addresses, address, context.stream, -1)
 
 
 def _default_device() -> int:
@@ -233,8 +172,8 @@ def _default_device() -> int:
 
 
 def _device_of(pointer: int) -> int:
-    attribute = _launch.driver().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    return int(_launch.call("cuPointerGetAttribute", attribute, pointer))
+    attribute = _driver.driver().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    return int(_driver.call("cuPointerGetAttribute", attribute, pointer))
 
 
 register(Buffer, ADAPTER)

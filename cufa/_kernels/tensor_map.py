@@ -9,27 +9,17 @@ import ctypes
 from functools import lru_cache
 from typing import NamedTuple
 
-from . import _launch
-from ._configs import SIZEOF, WARPGROUP_ROWS, Config, ConfigSm90
-from ._params import MAP_BYTES
-from ._problem import Problem
-from .errors import CudaError
+from .. import _driver
+from .._problem import Problem
+from ..errors import CudaError, UnsupportedError
+from .kernel import SIZEOF, WARPGROUP_ROWS, Config, Map
+
+MAP_BYTES = 128
+
+TYPES = {"f16": "FLOAT16", "bf16": "BFLOAT16"}
+"""Elements of maps, and the driver's names of them. What is not here has none, and is not taken for another."""
 
 _ADDRESSES = (1 << 20, 0x7F12_3456_7890)
-
-
-class Maps(NamedTuple):
-    """The maps of some arrays, without addresses.
-
-    Attributes
-    ----------
-    encoded : bytes
-    shifts : tuple of int
-        What is added to the arrays' addresses.
-    """
-
-    encoded: bytes
-    shifts: tuple[int, ...]
 
 
 class Shape(NamedTuple):
@@ -41,25 +31,26 @@ class Shape(NamedTuple):
     box: tuple[int, ...]
 
 
-def make_maps(problem: Problem, config: ConfigSm90) -> Maps:
-    """The maps of a problem; see ``attention/tma_params.cuh`` for their axes."""
-    shapes = [(_queries(problem, config), 0), *(_rows(problem, config, name, config.block_n) for name in "kv")]
+def of_forward(problem: Problem, config: Config) -> tuple[Map, ...]:
+    """The maps of q, k and v; see ``attention/tma_params.cuh`` for their axes."""
+    shapes = {"q": (_queries(problem, config), 0)}
+    shapes |= {name: _rows(problem, config, name, config.block_n) for name in "kv"}
     return _encoded(problem.device, shapes)
 
 
-def make_backward_maps(problem: Problem, config: Config) -> Maps:
-    """The maps of q, k, v and dout, all with the axes of k and v."""
+def of_backward(problem: Problem, config: Config) -> tuple[Map, ...]:
+    """The maps of q, k, v and dout, all with the axes that those of k and v have in the forward."""
     rows = {"q": config.block_m, "k": config.block_n, "v": config.block_n, "dout": config.block_m}
-    return _encoded(problem.device, [_rows(problem, config, name, box_rows) for name, box_rows in rows.items()])
+    return _encoded(problem.device, {name: _rows(problem, config, name, box) for name, box in rows.items()})
 
 
-def _encoded(device: int, maps: list[tuple[Shape, int]]) -> Maps:
-    with _launch.current(device):  # no map is made without a context, and the thread may have none
-        encoded = b"".join(_encode(shape) for shape, _ in maps)
-    return Maps(encoded, tuple(shift for _, shift in maps))
+def _encoded(device: int, shapes: dict[str, tuple[Shape, int]]) -> tuple[Map, ...]:
+    """Maps in members of the arrays' names."""
+    with _driver.current(device):  # no map is made without a context, and the thread may have none
+        return tuple(Map(name, name, shift, _encode(shape)) for name, (shape, shift) in shapes.items())
 
 
-def _queries(problem: Problem, config: ConfigSm90) -> Shape:
+def _queries(problem: Problem, config: Config) -> Shape:
     batch, row, head = _steps(problem, config, "q")
     if config.pack > 1:
         pack = config.pack
@@ -103,7 +94,8 @@ def _steps(problem: Problem, config: Config, name: str) -> tuple[int, int, int]:
 
 
 def _shape(config: Config, tile_dim: int, extents: tuple[int, ...], strides: tuple[int, ...], rows: int) -> Shape:
-    columns = 64 if tile_dim % 64 == 0 else 32  # a panel of tile::SharedTile
+    panel = 128 // SIZEOF[config.element]  # elements of a row of tile::SharedTile that lie side by side
+    columns = panel if tile_dim % panel == 0 else panel // 2
     box = (columns, rows, 1, 1) if len(extents) == 4 else (columns, extents[1], rows, 1, 1)
     return Shape(config.element, tuple(max(1, extent) for extent in extents), strides, box)
 
@@ -124,14 +116,13 @@ def _encode(shape: Shape) -> bytes:
 
 @lru_cache(maxsize=256)
 def _driver_encode(shape: Shape, address: int) -> bytes:
-    driver = _launch.driver()
+    if shape.element not in TYPES:
+        raise UnsupportedError(f"cufa: there are no tensor maps of {shape.element}.")
+    driver = _driver.driver()
     u32, u64 = driver.cuuint32_t, driver.cuuint64_t
-    tensor_map = _launch.call(
+    tensor_map = _driver.call(
         "cuTensorMapEncodeTiled",
-        getattr(
-            driver.CUtensorMapDataType,
-            f"CU_TENSOR_MAP_DATA_TYPE_{'BFLOAT16' if shape.element == 'bf16' else 'FLOAT16'}",
-        ),
+        getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{TYPES[shape.element]}"),
         len(shape.extents),
         address,
         [u64(extent) for extent in shape.extents],
@@ -139,7 +130,7 @@ def _driver_encode(shape: Shape, address: int) -> bytes:
         [u32(extent) for extent in shape.box],
         [u32(1)] * len(shape.box),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{2 * shape.box[0]}B"),
+        getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{SIZEOF[shape.element] * shape.box[0]}B"),
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )

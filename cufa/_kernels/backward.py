@@ -1,0 +1,263 @@
+"""What the kernels of the gradients share: their launches but for the main ones, grids, order and scratch memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .._arrays import contiguous
+from .._problem import CHAIN_ROWS, Problem
+from ..errors import UnsupportedError
+from . import tensor_map
+from .kernel import MAX_GRID, SIZEOF, Config, Kernel, Map, Scratch, Step, blocks_in, four
+from .params import params_of
+
+ROW_THREADS = 256
+"""Threads per block of kernels that go over rows, or offsets."""
+
+ALIGNED_ROWS = 4
+"""Rows whose numbers make 16 bytes: ``aligned_rows`` in attention/backward_work.cuh."""
+
+PADDING_ROWS = 128
+"""``padding_rows`` in attention/backward_work.cuh."""
+
+WORKSPACE_ALIGNMENT = 64
+"""Of the parts of scratch memory, in float32 numbers."""
+
+SECTION = 24 << 20
+"""Bytes of q, dout and sums of dq that heads running side by side may share."""
+
+CONTENDING_BLOCKS = 32
+"""Blocks of keys of a head that may run at a time and add to the same tiles of dq as they come."""
+
+WAITING_BLOCKS = 16
+"""Blocks of keys of a head that may run at a time if they wait for each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigBackward(Config):
+    """What every kernel of the gradients needs besides.
+
+    Attributes
+    ----------
+    copy_bytes, out_copy_bytes : int
+        Widest copy that all rows allow that are not read through tensor maps, and those of out.
+    deterministic : bool
+        Whether blocks of keys add to dq in a fixed order.
+    dq_threads : int
+        Threads that hold a tile of dq.
+    finishes : bool
+        Whether thread blocks of the main kernel that find no more work write dq of heads that are done. Where packed
+        sequences' tiles lie takes too long to find.
+    sums_by_rows : bool
+        Whether dq adds up in rows as those of q, and not in whole tiles, of which short sequences fill little.
+    writes_dq : bool
+        Whether the main kernel writes dq of sequences whose keys are all in one block, as dense ones then must be, and
+        adds up nothing for them.
+    row_tiles : int
+        Tiles of rows that a thread block of the kernels before and after the main one takes.
+    """
+
+    copy_bytes: int
+    out_copy_bytes: int
+    deterministic: bool
+    dq_threads: int
+    finishes: bool = False
+    sums_by_rows: bool = False
+    writes_dq: bool = False
+    row_tiles: int = 1
+
+
+class BackwardGrid(NamedTuple):
+    """Shapes of the launches of the gradients.
+
+    Attributes
+    ----------
+    blocks : tuple of int
+        Of each step.
+    m_blocks, n_blocks : int
+        Tiles of queries per query head, and blocks of keys per key head: of a sequence or, packed, of all of them.
+    heads_per_section : int
+        Key heads that are scheduled side by side.
+    reversed : bool
+        Whether blocks of keys come from last to first.
+    workspace_rows : int
+        Numbers that row_lse and row_delta have for a query head: of a sequence or, packed, of all of them.
+    """
+
+    blocks: tuple[int, ...]
+    m_blocks: int
+    n_blocks: int
+    heads_per_section: int
+    reversed: bool
+    workspace_rows: int
+
+
+class Counts(NamedTuple):
+    """How often each kind of work occurs: what main kernels make their grids of.
+
+    Attributes
+    ----------
+    tiles, units : int
+        Tiles of queries, and blocks of keys, of all heads.
+    sinks : int
+        Heads whose sink has a gradient.
+    least : int
+        Blocks that the last kernels have at least: someone clears the rows that are no sequence's.
+    """
+
+    tiles: int
+    units: int
+    sinks: int
+    least: int
+
+
+class BackwardKernel(Kernel):
+    """The gradients: main kernels, and before and after them kernels that go over rows.
+
+    Attributes
+    ----------
+    main_entries : tuple of str
+        The main kernels' functions.
+    sums_dq : bool
+        Whether dq adds up in memory.
+    """
+
+    record = "BackwardArgument"
+    prologue = "  ptx::grid_begin();\n"
+    main_entries: tuple[str, ...]
+    sums_dq = True
+
+    def finish_threads(self, config: Any) -> int:
+        """Threads per block of what writes dq from its sums."""
+        return int(config.dq_threads * config.row_tiles)
+
+    def main_blocks(
+        self, config: Any, problem: Problem, counts: Counts, num_sms: int
+    ) -> tuple[int, tuple[int, ...], int]:
+        """Blocks of the kernel before the main ones, of these, and of what comes after them."""
+        raise NotImplementedError
+
+    def steps(self, config: Any) -> tuple[Step, ...]:
+        before = (Step("attention_backward_offsets", ROW_THREADS),) if config.varlen else ()
+        return (
+            *before,
+            Step("attention_backward_prepare", ROW_THREADS),
+            *(Step(entry, config.num_threads, config.smem_bytes) for entry in self.main_entries),
+            Step("attention_backward_finish", self.finish_threads(config)),
+            Step("attention_backward_repair", ROW_THREADS),
+        )
+
+    def grid(self, config: Any, problem: Problem, num_sms: int) -> BackwardGrid:
+        outer = 1 if problem.varlen else problem.batch
+        m_blocks = blocks_in(problem.seqlen_q, config.block_m, problem)
+        n_blocks = blocks_in(problem.seqlen_k, config.block_n, problem)
+        tiles, units = m_blocks * problem.num_heads_q * outer, n_blocks * problem.num_heads_k * outer
+        if max(tiles, units) > MAX_GRID:
+            raise UnsupportedError(
+                f"{problem.function}: {max(tiles, units)} tiles are more than one launch holds ({MAX_GRID}); split the "
+                "batch."
+            )
+        sinks, least = problem.num_heads_q if config.sinks else 0, 1 if problem.varlen else 0
+        counts = Counts(tiles, units, sinks, least)
+        prepare, main, finish = self.main_blocks(config, problem, counts, num_sms)
+        repair = min(max(tiles, units), num_sms) if tiles else 0
+        workspace_rows = m_blocks * config.block_m
+        if problem.varlen:
+            workspace_rows = blocks_in(problem.seqlen_q, ALIGNED_ROWS, problem) * ALIGNED_ROWS
+        blocks = (*((2,) if problem.varlen else ()), prepare, *main, finish, repair)
+        return BackwardGrid(blocks, m_blocks, n_blocks, *self.order(config, problem, num_sms), workspace_rows)
+
+    def order(self, config: Any, problem: Problem, num_sms: int) -> tuple[int, bool]:
+        """Key heads side by side, and whether their blocks of keys come from last to first.
+
+        As many heads as keep what their blocks read and add to in the L2, but blocks for all SMs. Under a causal mask
+        the first keys come first, which take longest, so that blocks end evenly.
+        """
+        heads, seqlen_q, seqlen_k = problem.batch * problem.num_heads_k, problem.seqlen_q, problem.seqlen_k
+        if problem.varlen:
+            heads = problem.num_heads_k
+            seqlen_q, seqlen_k = (seqlen // max(1, problem.batch) for seqlen in (seqlen_q, seqlen_k))
+        if config.deterministic:
+            blocks, last_first = turns(config, problem.varlen, seqlen_q, seqlen_k)
+            sections = max(1, -(-heads // -(-num_sms // blocks)))
+            return max(1, -(-heads // sections)), last_first
+        ratio = problem.num_heads_q // max(1, problem.num_heads_k)
+        size = SIZEOF[config.element]
+        sums = 4 * config.tile_head_dim if self.sums_dq else 0
+        head_bytes = max(1, ratio * seqlen_q * ((config.head_dim + config.head_dim_v) * size + sums))
+        n_blocks = min(max(1, -(-seqlen_k // config.block_n)), CONTENDING_BLOCKS)
+        sections = max(1, -(-heads // max(1, SECTION // head_bytes, num_sms // n_blocks)))
+        return max(1, -(-heads // sections)), False
+
+    def values(self, config: Any, problem: Problem, grid: BackwardGrid) -> dict[str, Any]:
+        strides = problem.strides
+        written = {f"d{name}": strides.get(f"d{name}") or contiguous(problem.shape(name)) for name in "qkv"}
+        by_array = {"dout": strides["dout"], **written}
+        params: dict[str, Any] = {f"{name}_strides": four(each) for name, each in by_array.items()}
+        for name in ("lse", "dlse"):  # of batch, heads and rows
+            *batch, head, row = strides.get(name, (0, 0, 0))
+            params[f"{name}_strides"] = (batch[0] if batch else 0, row, head, 0)
+        forward = params_of(problem, m_blocks=grid.m_blocks, heads_per_section=grid.heads_per_section)
+        params |= {"forward": forward, "workspace_rows": grid.workspace_rows, "n_blocks": grid.n_blocks}
+        return {"params": params | {"reversed": grid.reversed}}
+
+    def maps(self, config: Any, problem: Problem) -> tuple[Map, ...]:
+        return tensor_map.of_backward(problem, config)
+
+    def chain_floats(self, config: Any, problem: Problem, grid: BackwardGrid) -> int:
+        """What thread blocks take over of dk and dv, if their sums may be so long as to drift."""
+        return 0
+
+    def scratch(self, config: Any, problem: Problem, grid: BackwardGrid) -> Scratch:
+        heads = problem.num_heads_q * (1 if problem.varlen else problem.batch)
+        numbers, tiles = grid.workspace_rows * heads, grid.m_blocks * heads
+        sums = 0, 0, 0, 0
+        if self.sums_dq:
+            rows = problem.seqlen_q * heads if config.sums_by_rows else tiles * config.block_m
+            if config.writes_dq and not problem.varlen:  # nothing is added up
+                rows = 0
+            key_heads = (1 if problem.varlen else problem.batch) * problem.num_heads_k
+            sums = rows * config.tile_head_dim, tiles, 1, key_heads
+        dq_sum, dq_turns, next_unit, heads_done = sums
+        packed = 2 * (problem.batch + 1) if problem.varlen else 0
+        padding = PADDING_ROWS if problem.varlen else 0
+        sizes = {  # (before, size): what an address has before it and from there on
+            "row_lse": (padding, numbers),
+            "row_delta": (padding, numbers),
+            "dq_sum": (0, dq_sum),
+            "turns": (0, dq_turns),
+            "next_unit": (0, next_unit),
+            "heads_done": (0, heads_done),
+            "offsets_q": (0, packed),
+            "offsets_k": (0, packed),
+            "not_finite": (0, 1),
+            "chains": (0, self.chain_floats(config, problem, grid)),
+        }
+        parts, end = {}, 0
+        for name, (before, size) in sizes.items():
+            parts[name] = end + before
+            end = -(-(end + before + size) // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
+        return Scratch(parts, end)
+
+    def asserts(self) -> str:
+        return f"static_assert(tile::chain_rows == {CHAIN_ROWS});\n"
+
+
+def turns(config: ConfigBackward, varlen: bool, seqlen_q: int, seqlen_k: int) -> tuple[int, bool]:
+    """Where blocks add to dq in turn: how many of a head's should run at a time, and whether the last keys come first.
+
+    A block waits where it begins, about a tile's time for each one before it, so they should be fewer than half of the
+    head's tiles. They should not be few either: then more heads run side by side than the L2 holds. Under a mask a
+    block of later keys begins with later queries, to which those before it come late. With the last keys first nobody
+    waits for long; but under a causal mask they take shortest, and if a head has many, blocks end unevenly.
+
+    The order decides how sums are rounded. Hence it does not depend on how many heads and sequences there are.
+    """
+    m_blocks, n_blocks = -(-seqlen_q // config.block_m), -(-seqlen_k // config.block_n)
+    blocks = min(WAITING_BLOCKS, max(1, m_blocks // 2))
+    if not config.causal:
+        return blocks, config.window
+    if varlen or n_blocks <= WAITING_BLOCKS:
+        return blocks, True
+    return min(blocks, 4), False

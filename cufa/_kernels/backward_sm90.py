@@ -1,0 +1,108 @@
+"""The gradients for Hopper in one pass over blocks of keys: wgmma, and sums of dq in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .._problem import CHAIN_ROWS, Problem, Static
+from .backward import BackwardGrid, BackwardKernel, ConfigBackward, Counts
+from .forward_sm90 import REGISTERS, STAGES
+from .kernel import SIZEOF, WARPGROUP_ROWS, common, needs_maps, round_up
+
+SUMMED_ROWS = 16
+"""Rows of an average packed sequence from which on sums of dq are worth their memory, a tile of them at least: the
+kernel that needs none is slower."""
+
+WIDEST = 128
+"""The largest head dim whose dk and dv, with dq's products, fit the registers of a thread block."""
+
+LONGEST_SUM = 2 * CHAIN_ROWS
+"""Rows over which the tensor cores add up by themselves: ``take_chain`` in attention/backward_work.cuh."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigBackwardSm90(ConfigBackward):
+    """What ``cuda_src/attention/backward_sm90.cuh`` and ``backward_split_sm90.cuh`` need besides.
+
+    Of the threads a warpgroup loads and adds up dq; the others compute.
+
+    Attributes
+    ----------
+    producer_registers, consumer_registers : int
+        Registers per thread of the warpgroup that loads, and of the others.
+    """
+
+    producer_registers: int
+    consumer_registers: int
+
+
+class BackwardSm90(BackwardKernel):
+    """The gradients of 16-bit arrays on Hopper up to head_dim 128."""
+
+    name = "attention_backward_sm90"
+    main_entries = ("attention_backward_sm90",)
+    target_suffix = "a"
+
+    def runs_on(self, arch: int) -> bool:
+        return arch // 10 == 9
+
+    def refusal(self, static: Static) -> str:
+        if why := needs_maps(static):
+            return why
+        if max(static.head_dim, static.head_dim_v) > WIDEST:
+            return f"one pass has no registers for head_dims above {WIDEST}"
+        if static.varlen and static.average_rows < SUMMED_ROWS:
+            return "sequences are so short that sums of dq would take many times the memory of q"
+        return ""
+
+    def config(self, static: Static, arch: int) -> ConfigBackwardSm90:
+        block_m, block_n = tile(static)
+        size = SIZEOF[static.element]
+        tile_head_dim, tile_head_dim_v = round_up(static.head_dim, 64), round_up(static.head_dim_v, 64)
+        tiles = size * ((block_n + STAGES * block_m) * (tile_head_dim + tile_head_dim_v) + STAGES * block_m * block_n)
+        sums_stages = 1 if block_m == 128 else 2
+        rows = 4 * block_m * (sums_stages * tile_head_dim + 2 * STAGES)  # sums of dq, row_lse and row_delta
+        registers = (40, 232) if static.deterministic else REGISTERS[block_n // WARPGROUP_ROWS]
+        return ConfigBackwardSm90(
+            **common(static),
+            tile_head_dim=tile_head_dim,
+            tile_head_dim_v=tile_head_dim_v,
+            block_m=block_m,
+            block_n=block_n,
+            num_threads=128 * (1 + block_n // WARPGROUP_ROWS),
+            smem_bytes=round_up(tiles + rows + barriers_bytes(*[STAGES] * 4, 1, 1, 1, sums_stages, sums_stages), 16),
+            copy_bytes=static.copy_bytes,
+            out_copy_bytes=static.out_copy_bytes,
+            deterministic=static.deterministic,
+            dq_threads=2 * block_n,
+            finishes=not static.varlen,
+            producer_registers=registers[0],
+            consumer_registers=registers[1],
+        )
+
+    def main_blocks(
+        self, config: ConfigBackwardSm90, problem: Problem, counts: Counts, num_sms: int
+    ) -> tuple[int, tuple[int, ...], int]:
+        # One block per SM takes one unit after the other, counted from where the first kernel sets 0.
+        main = min(max(counts.units, counts.tiles if config.finishes else 0), num_sms)
+        finish = counts.sinks if config.finishes else max(counts.least, counts.tiles + counts.sinks)
+        return max(counts.tiles, min(main, 1)), (main,), finish
+
+    def chain_floats(self, config: ConfigBackwardSm90, problem: Problem, grid: BackwardGrid) -> int:
+        steps = -(-problem.seqlen_q // config.block_m) * (problem.num_heads_q // max(1, problem.num_heads_k))
+        if steps * config.block_m <= LONGEST_SUM:
+            return 0
+        columns = sum(round_up(dim, 16) for dim in (config.head_dim, config.head_dim_v))
+        main = grid.blocks[[step.entry for step in self.steps(config)].index(self.name)]
+        return main * config.block_n * columns
+
+
+def tile(static: Static) -> tuple[int, int]:
+    """The table of tiles: (block_m, block_n). What was tried is in docs/backward.md."""
+    widest = max(static.head_dim, static.head_dim_v)
+    return 128 if widest <= 64 and not static.softcap and static.average_rows > 64 else 64, 128
+
+
+def barriers_bytes(*rings: int) -> int:
+    """Of rings of so many stages: ``Ring::bytes`` in tile/pipeline.cuh."""
+    return 2 * 8 * sum(rings)

@@ -1,0 +1,62 @@
+"""The gradients for Hopper in two passes, over blocks of keys and over tiles of queries: nothing adds up in memory."""
+
+from __future__ import annotations
+
+from .._problem import Problem, Static
+from .backward import ROW_THREADS, BackwardKernel, Counts
+from .backward_sm90 import ConfigBackwardSm90, barriers_bytes
+from .forward_sm90 import REGISTERS, STAGES
+from .kernel import SIZEOF, WARPGROUP_ROWS, blocks_in, common, needs_maps, round_up
+
+SPLIT_QUERIES = 128
+"""Queries per block of the second pass: ``QueriesConfig`` in attention/backward_split_queries_sm90.cuh."""
+
+
+class BackwardSplitSm90(BackwardKernel):
+    """The gradients of 16-bit arrays on Hopper where one pass does not serve. They are the same bits in every run."""
+
+    name = "attention_backward_split_sm90"
+    main_entries = ("attention_backward_split_keys_sm90", "attention_backward_split_queries_sm90")
+    target_suffix = "a"
+    sums_dq = False
+
+    def runs_on(self, arch: int) -> bool:
+        return arch // 10 == 9
+
+    def refusal(self, static: Static) -> str:
+        return needs_maps(static)
+
+    def config(self, static: Static, arch: int) -> ConfigBackwardSm90:
+        block = WARPGROUP_ROWS
+        size = SIZEOF[static.element]
+        tile_head_dim, tile_head_dim_v = round_up(static.head_dim, 64), round_up(static.head_dim_v, 64)
+        both = tile_head_dim + tile_head_dim_v
+        weights, rows = size * STAGES * block * block, 2 * 4 * STAGES * block
+        keys = size * (1 + STAGES) * block * both + weights + rows + barriers_bytes(*[STAGES] * 3, 1, 1)
+        queries = size * block * (2 * both + STAGES * tile_head_dim + tile_head_dim_v) + barriers_bytes(STAGES, 1) + 8
+        producer_registers, consumer_registers = REGISTERS[2]
+        return ConfigBackwardSm90(
+            **common(static),
+            tile_head_dim=tile_head_dim,
+            tile_head_dim_v=tile_head_dim_v,
+            block_m=block,
+            block_n=block,
+            num_threads=3 * 128,
+            smem_bytes=max(keys, queries),
+            copy_bytes=static.copy_bytes,
+            out_copy_bytes=static.out_copy_bytes,
+            deterministic=False,  # in no order: nothing is added up in memory
+            dq_threads=2 * 128,
+            producer_registers=producer_registers,
+            consumer_registers=consumer_registers,
+        )
+
+    def finish_threads(self, config: ConfigBackwardSm90) -> int:
+        return ROW_THREADS
+
+    def main_blocks(
+        self, config: ConfigBackwardSm90, problem: Problem, counts: Counts, num_sms: int
+    ) -> tuple[int, tuple[int, ...], int]:
+        outer = 1 if problem.varlen else problem.batch
+        queries = blocks_in(problem.seqlen_q, SPLIT_QUERIES, problem) * problem.num_heads_q * outer
+        return counts.tiles, (counts.units, queries), max(counts.least, counts.sinks)

@@ -1,0 +1,184 @@
+"""The forward for Hopper: wgmma, tensor copies and warps with roles."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from .._problem import BASE_SHIFT, CHAIN_ROWS, Problem, Static
+from . import tensor_map
+from .forward import MAX_LISTED_BLOCKS, Grid, heads_per_section, least_blocks, share_out, tiles_of
+from .kernel import (
+    SHARED_MEMORY,
+    SIZEOF,
+    WARPGROUP_ROWS,
+    Config,
+    Kernel,
+    Map,
+    common,
+    needs_maps,
+    round_up,
+    terms,
+)
+from .params import params_of
+
+PERSISTENT_ROUNDS = 8
+"""Rounds of tiles from which on packed sequences, of which no lengths are known, are dealt out evenly enough."""
+
+SHARED_ROWS = 128
+"""Rows of the small tiles that one tile of heads sharing it would replace, from which on it is the faster way."""
+
+PAIRED_TILES = 4
+"""Tiles of an average packed sequence from which on pairs of them even out a causal mask; shorter ones waste halves."""
+
+L2_SECTION = 2 << 20
+"""Bytes of K and V that heads running side by side may share: few, so that a short sequence's arrive sooner."""
+
+STAGES = 2
+"""Blocks of K, and of V, in shared memory: more gain nothing."""
+
+CONTROL_BYTES = 1 << 10
+"""Shared memory for barriers and for what the kernel knows of its tiles and rows."""
+
+REGISTERS = {2: (24, 240), 3: (32, 160)}
+"""(producer, consumer) registers per thread by number of consumers: with what a block starts with, all there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigSm90(Config):
+    """What ``cuda_src/attention/forward_sm90.cuh`` needs besides.
+
+    Of its threads a warpgroup loads; for every `WARPGROUP_ROWS` of block_m there is one more.
+
+    Attributes
+    ----------
+    stages : int
+        Blocks of K, and of V, that are in shared memory at a time.
+    producer_registers, consumer_registers : int
+        Registers per thread of the warpgroup that loads, and of the others.
+    early_steps : int
+        Steps of P·V, of 16 keys, whose probabilities are computed while the products of the block before still run:
+        what there are registers for.
+    whole_turns : bool
+        Whether a warpgroup's turn on the tensor cores ends with its products, and not already when they have begun.
+    empty_rows : bool
+        Whether rows of dense arrays may see no key.
+    """
+
+    stages: int
+    producer_registers: int
+    consumer_registers: int
+    early_steps: int
+    whole_turns: bool
+    empty_rows: bool
+
+
+class ForwardSm90(Kernel):
+    """The forward for 16-bit arrays on Hopper."""
+
+    name = "attention_forward_sm90"
+    record = "TmaParams"
+    target_suffix = "a"
+
+    def runs_on(self, arch: int) -> bool:
+        return arch // 10 == 9
+
+    def refusal(self, static: Static) -> str:
+        shares_tiles = static.pack * static.short_rows >= SHARED_ROWS
+        return needs_maps(static._replace(short_rows=0) if shares_tiles else static)
+
+    def config(self, static: Static, arch: int) -> ConfigSm90:
+        block_m, block_n, early_steps, whole_turns = tile(static)
+        size = SIZEOF[static.element]
+        tile_head_dim, tile_head_dim_v = round_up(static.head_dim, 32), round_up(static.head_dim_v, 32)
+        tiles = block_m * tile_head_dim + STAGES * block_n * (tile_head_dim + tile_head_dim_v)
+        consumers = block_m // WARPGROUP_ROWS
+        # Tiles this narrow leave registers to what finds them.
+        narrow = consumers == 2 and max(tile_head_dim, tile_head_dim_v) <= 64
+        producer_registers, consumer_registers = (40, 232) if narrow else REGISTERS[consumers]
+        return ConfigSm90(
+            **common(static),
+            tile_head_dim=tile_head_dim,
+            tile_head_dim_v=tile_head_dim_v,
+            block_m=block_m,
+            block_n=block_n,
+            num_threads=128 * (1 + consumers),
+            stages=STAGES,
+            producer_registers=producer_registers,
+            consumer_registers=consumer_registers,
+            early_steps=early_steps,
+            whole_turns=whole_turns,
+            empty_rows=static.empty_rows,
+            pack=static.pack,
+            smem_bytes=size * tiles + CONTROL_BYTES,
+        )
+
+    def grid(self, config: ConfigSm90, problem: Problem, num_sms: int) -> Grid:
+        m_blocks, num_tiles = tiles_of(config, problem)
+        section = heads_per_section(config, problem, L2_SECTION)
+        if problem.varlen and num_tiles < PERSISTENT_ROUNDS * num_sms:
+            # A block per tile. The GPU hands them out in order, longest first.
+            return Grid(max(least_blocks(problem), num_tiles), m_blocks, m_blocks, section, num_tiles)
+        # One block per SM works through its share, so that a tile's loads and the last one's output overlap with its
+        # neighbours' products.
+        blocks = min(num_tiles, num_sms)
+        if problem.varlen:
+            pairs = config.causal and problem.seqlen_q >= PAIRED_TILES * config.block_m * problem.batch
+            m_units = problem.seqlen_q // (2 * config.block_m) + problem.batch if pairs else m_blocks
+            return Grid(blocks, m_blocks, m_units, section, m_units * problem.num_heads_q)
+        m_units = -(-m_blocks // 2) if config.causal else m_blocks  # a tile and its opposite cost the same
+        units = m_units * (problem.batch * problem.num_heads_q // config.pack)
+        grid = Grid(blocks, m_blocks, m_units, section, units)
+        if not (config.causal or config.window) or blocks > MAX_LISTED_BLOCKS:
+            return grid
+        return share_out(grid, config, problem)
+
+    def values(self, config: ConfigSm90, problem: Problem, grid: Grid) -> dict[str, Any]:
+        section = grid.heads_per_section
+        params = params_of(problem, m_blocks=grid.m_blocks, heads_per_section=section, m_units=grid.m_units)
+        return {"params": params, "deal": deal_of(grid)}
+
+    def maps(self, config: ConfigSm90, problem: Problem) -> tuple[Map, ...]:
+        return tensor_map.of_forward(problem, config)
+
+    def asserts(self) -> str:
+        return (
+            f"static_assert(tile::chain_rows == {CHAIN_ROWS});\n"
+            f"static_assert(attention::Softmax<bf16, 1>::shift == {BASE_SHIFT});\n"
+            f"static_assert(attention::Deal::max_blocks == {MAX_LISTED_BLOCKS});\n"
+        )
+
+
+def deal_of(grid: Grid) -> dict[str, Any]:
+    """``attention::Deal`` of a launch."""
+    tiles = [tile for listed in grid.listed for tile in listed]
+    begin = [0, *itertools.accumulate(map(len, grid.listed))]
+    begin += [len(tiles)] * (MAX_LISTED_BLOCKS + 1 - len(begin))
+    tiles += [0] * (4 * MAX_LISTED_BLOCKS - len(tiles))
+    return {"round_units": grid.round_units, "begin": begin, "tiles": tiles}
+
+
+def tile(static: Static) -> tuple[int, int, int, bool]:
+    """The table of tiles: (block_m, block_n, early_steps, whole_turns).
+
+    Where scores, P and output share a thread's registers with Q and the stages of K and V in shared memory, block_n is
+    what both leave. What was tried and is slower is in docs/forward_sm90.md, *Tiles*.
+    """
+    dim, dim_v = round_up(static.head_dim, 32), round_up(static.head_dim_v, 32)
+    widest = max(dim, dim_v)
+    plain, window = not terms(static), static.mask == "window"
+    if widest <= 64:
+        if window and plain:
+            return 128, 128, 4, False
+        return 128 if window or (static.short and static.mask == "causal") else 192, 128, 0, True
+    ragged = widest > 96 and (dim, dim_v) != (static.head_dim, static.head_dim_v)  # which columns there are takes some
+    registers = 196 if plain and not ragged else 184
+    size = SIZEOF[static.element]
+    by_smem = (SHARED_MEMORY[90] - CONTROL_BYTES - size * 128 * dim) // (size * STAGES * (dim + dim_v))
+    longest = 64 if widest > 192 else 128 if window or static.short else 176
+    block_n = min((registers - dim_v // 2) * 4 // 3, by_smem, longest) // 16 * 16
+    early_steps = 4 if widest <= 128 else 1 if widest <= 160 else 2 if widest <= 192 else 0
+    if ragged:
+        early_steps = (early_steps + 1) // 2
+    return 128, block_n, early_steps if plain else 0, False

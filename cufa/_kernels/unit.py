@@ -1,0 +1,83 @@
+"""The translation unit of a plan: the only code that is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from . import record
+from .kernel import Plan
+
+
+class Unit(NamedTuple):
+    """What is compiled for a plan.
+
+    Attributes
+    ----------
+    name : str
+        Of the kernel.
+    source : str
+    headers : dict of str to bytes
+        What the source may include, by path.
+    entries : tuple of str
+        Its ``__global__`` functions, in the order of their launches.
+    arch : int
+    target_suffix : str
+        ``a`` if it has instructions that one architecture alone has.
+    words : str
+        The kernel in the words of a user.
+    """
+
+    name: str
+    source: str
+    headers: Mapping[str, bytes]
+    entries: tuple[str, ...]
+    arch: int
+    target_suffix: str
+    words: str
+
+
+def unit_of(plan: Plan, headers: Mapping[str, bytes]) -> Unit:
+    """The unit of a plan, given the headers of ``cuda_src``."""
+    kernel = plan.kernel
+    if kernel.headers:
+        headers = {**headers, **{name: text.encode() for name, text in kernel.headers.items()}}
+    source = _source(plan, headers)
+    return Unit(kernel.name, source, headers, plan.entries, plan.arch, kernel.target_suffix, plan.words())
+
+
+def _source(plan: Plan, headers: Mapping[str, bytes]) -> str:
+    kernel, config = plan.kernel, plan.config
+    types = ""
+    if hasattr(config, "variant"):
+        types = (
+            f"  using element = {config.element};\n  using variant = attention::Variant<{', '.join(config.variant)}>;\n"
+        )
+    constants = [
+        f"  static constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};\n"
+        for name, value in vars(config).items()
+        if isinstance(value, int)
+    ]
+    kernels = [
+        f'extern "C" __global__ __launch_bounds__({step.threads}, {kernel.blocks_per_sm(config)})\n'
+        f"void {step.entry}(const __grid_constant__ attention::{kernel.record} params) {{\n"
+        f"{kernel.prologue}"
+        f"  attention::{step.entry.removeprefix('attention_')}<Config>(params);\n"
+        "}\n"
+        for step in plan.steps
+    ]
+    return (
+        f'#include "attention/{kernel.name.removeprefix("attention_")}.cuh"\n'
+        '#include "ptx/grid.cuh"\n\n'
+        "struct Config {\n"
+        f"{types}{''.join(constants)}"
+        "};\n\n"
+        f"{record_of(plan, headers).asserts()}{kernel.asserts()}\n"
+        f"{''.join(kernels)}"
+    )
+
+
+def record_of(plan: Plan, headers: Mapping[str, bytes]) -> record.Record:
+    """The argument of the plan's kernels."""
+    texts = tuple(text.decode() for name, text in headers.items() if name.startswith("attention/"))
+    return record.read(plan.kernel.record, texts)

@@ -1,0 +1,57 @@
+"""`cufa.attention_backward` and `cufa.attention_varlen_backward`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .._kernels import BACKWARD
+from .._problem import Problem
+from .forward import ATTENTION, ATTENTION_VARLEN
+from .operation import Operation, Result
+
+BESIDE = ("dout", "lse", "dlse", "dq", "dk", "dv")
+"""What gradients take after the arrays of the forward."""
+
+
+def _results(problem: Problem) -> tuple[Result, ...]:
+    result = problem.operation.result
+    gradients = tuple(result(f"d{name}", problem.shape(name), problem.dtype) for name in "qkv")
+    if "sinks" not in problem.specs:
+        return gradients
+    return *gradients, result("dsinks", (problem.num_heads_q,), problem.lse_dtype)
+
+
+def _on_cpu(problem: Problem, arrays: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    from .. import _cpu_backward
+
+    dout, q, k, v, out, lse, dlse = (arrays[name] for name in ("dout", "q", "k", "v", "out", "lse", "dlse"))
+    dq, dk, dv, dsinks = (results.get(name) for name in ("dq", "dk", "dv", "dsinks"))
+    gradients: tuple[Any, Any, Any, Any] = dq, dk, dv, dsinks
+    options = problem.scoring(arrays)
+    if problem.varlen:
+        offsets: tuple[Any, Any, Any] = (arrays["cu_seqlens_q"], arrays["cu_seqlens_k"], arrays["seqused_k"])
+        _cpu_backward.varlen_backward(dout, q, k, v, *offsets, out, lse, dlse, *gradients, **options)
+    else:
+        _cpu_backward.backward(dout, q, k, v, out, lse, dlse, *gradients, **options)
+
+
+ATTENTION_BACKWARD = Operation(
+    name="attention_backward",
+    arrays=(*ATTENTION.arrays, *BESIDE),
+    written=("dq", "dk", "dv"),
+    tiles=("q", "k", "v", "dout"),
+    results=_results,
+    kernels=BACKWARD,
+    on_cpu=_on_cpu,
+)
+
+ATTENTION_VARLEN_BACKWARD = Operation(
+    name="attention_varlen_backward",
+    arrays=(*ATTENTION_VARLEN.arrays, *BESIDE),
+    written=("dq", "dk", "dv"),
+    tiles=("q", "k", "v", "dout"),
+    results=_results,
+    kernels=BACKWARD,
+    on_cpu=_on_cpu,
+)

@@ -1,0 +1,198 @@
+"""The way of a call, the same for every operation: view, check, allocate, compute, return."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .. import _align, _arrays, _driver, _jit, _options, _problem
+from .._align import Copies
+from .._arrays import CPU, Arrays
+from .._kernels import Plan, align, choose
+from .._kernels import unit as units
+from .._kernels.kernel import Scratch
+from .._launch import Launch
+from .._problem import Problem
+from .operation import Operation
+
+
+def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
+    """Call an operation with its arrays, in its order, and with options in that of `Options`."""
+    if _arrays.compiling():
+        return _arrays.uncompiled(call, operation, given, asked)
+    options = _options.of(operation.name, asked)
+    if _arrays.is_jax(given[0]):  # its runtime owns streams and results
+        return interop_jax().call(operation, given, options)
+    arrays = _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
+    problem = _problem.checked(operation, arrays, options)
+    results, addresses = allocate(arrays, problem)
+    compute(arrays, problem, results, addresses)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def allocate(arrays: Arrays, problem: Problem) -> tuple[list[Any], list[int]]:
+    """The results, given or new in the caller's framework; and all addresses, in the order of `names_of`."""
+    results, addresses = [], [*arrays.pointers]
+    for _, shape, dtype, place in problem.results:
+        if place is not None and arrays.layouts[place] is not None:
+            array, address = arrays.given[place], arrays.pointers[place]
+        else:
+            array, address = arrays.empty(shape, dtype)
+        results.append(array)
+        addresses.append(address)
+    return results, addresses
+
+
+def names_of(problem: Problem, scratch: Scratch) -> tuple[str, ...]:
+    """What lies at the addresses of a call: its arrays, its results and the parts of its scratch memory."""
+    return *problem.operation.arrays, *(result.name for result in problem.results), *scratch.parts
+
+
+def compute(arrays: Arrays, problem: Problem, results: Sequence[Any], addresses: list[int]) -> None:
+    """Compute the results: on the CPU, or by launches on the caller's stream."""
+    if problem.device == CPU:
+        compute_on_cpu(arrays, problem, results)
+        return
+    stream = arrays.stream(problem.device)
+    prepared = problem.memo.get("prepared") or prepare(problem, stream)
+    if prepared.floats == 0:
+        prepared.launch(addresses, stream, arrays.adapter.current_device())
+        return
+    # Freed when this returns: the framework hands it out again only to what comes later on the stream.
+    _memory, address = arrays.empty((prepared.floats,), "float32")
+    prepared(addresses, address, stream, arrays.adapter.current_device())
+
+
+def compute_on_cpu(arrays: Arrays, problem: Problem, results: Sequence[Any]) -> None:
+    """Compute the results of arrays in host memory."""
+    operation = problem.operation
+    inputs = {name: arrays.numpy(index) for index, name in enumerate(operation.arrays)}
+    named = zip((result.name for result in problem.results), map(_arrays.as_numpy, results), strict=True)
+    operation.on_cpu(problem, inputs, dict(named))
+
+
+class Planned(NamedTuple):
+    """What will run for a problem.
+
+    Attributes
+    ----------
+    problem : Problem
+        That of the copies, if arrays are copied first.
+    copies : Copies or None
+    plan : Plan
+    grid : object
+        Of the kernel's own kind.
+    scratch : Scratch
+        Of the kernel. Copies lie behind it.
+    floats : int
+        All memory that a call takes while it runs, in float32 numbers.
+    """
+
+    problem: Problem
+    copies: Copies | None
+    plan: Plan
+    grid: Any
+    scratch: Scratch
+    floats: int
+
+
+def planned(problem: Problem, copied: bool = True) -> Planned:
+    """Choose the kernel of a problem, and whether arrays are copied for it; without copies if `copied` is False."""
+    key = f"planned, copied={copied}"
+    known: Planned | None = problem.memo.get(key)
+    if known is None:
+        device = _driver.device(problem.device)
+        copies = _align.copies_of(problem, device.arch) if copied else None
+        own = problem if copies is None else copies.problem
+        assert own.static is not None
+        plan = choose(own.operation.kernels, own.static, device.arch)
+        grid = plan.kernel.grid(plan.config, own, device.num_sms)
+        scratch = plan.kernel.scratch(plan.config, own, grid)
+        floats = scratch.floats + (0 if copies is None else copies.floats)
+        known = problem.memo[key] = Planned(own, copies, plan, grid, scratch, floats)
+    return known
+
+
+class Prepared:
+    """The loaded kernels of a problem: those that copy arrays, if any should be copied, and those that compute.
+
+    Attributes
+    ----------
+    launch : Launch
+        Those that compute.
+    floats : int
+        The memory that a call of all takes, in float32 numbers.
+    """
+
+    __slots__ = ("_copying", "_parts", "floats", "launch")
+
+    def __init__(self, launch: Launch, copying: Copying | None, scratch: Scratch, floats: int) -> None:
+        self.floats = floats
+        self.launch = launch
+        self._copying = copying
+        self._parts = [4 * offset for offset in scratch.parts.values()]
+
+    def __call__(self, addresses: list[int], memory: int, stream: int, current_device: int) -> None:
+        """Enqueue on `stream`; addresses are those of `allocate`, and `memory` is the scratch memory's."""
+        if self._copying is not None:
+            addresses = self._copying(addresses, memory, stream, current_device)
+        if self._parts:
+            addresses = addresses + [memory + offset for offset in self._parts]
+        self.launch(addresses, stream, current_device)
+
+
+def prepare(problem: Problem, stream: int, copied: bool = True) -> Prepared:
+    """Choose, compile and load the kernels of a problem: once, after which they are remembered with it."""
+    key = "prepared" if copied else "prepared without copies"
+    known: Prepared | None = problem.memo.get(key)
+    if known is not None:
+        return known
+    own, copies, plan, grid, scratch, floats = planned(problem, copied)
+    copying = None if copies is None else _load_copying(copies, scratch.floats, stream)
+    functions = _jit.load_kernel(plan, problem.device, stream)
+    record = units.record_of(plan, _jit.headers())
+    argument = plan.kernel.argument(record, plan.config, own, grid)
+    shapes = [(blocks, step.threads, step.smem_bytes) for blocks, step in zip(grid.blocks, plan.steps, strict=True)]
+    launch = Launch(plan.words(), functions, problem.device, shapes, argument, names_of(own, scratch))
+    prepared = problem.memo[key] = Prepared(launch, copying, scratch, floats)
+    return prepared
+
+
+class Copying:
+    """The loaded kernel that copies arrays before others read them."""
+
+    __slots__ = ("_launch", "_places")
+
+    def __init__(self, launch: Launch, copies: Copies, names: tuple[str, ...], floats: int) -> None:
+        self._launch = launch
+        self._places = [(names.index(each.name), 4 * (floats + each.offset)) for each in copies.made]
+
+    def __call__(self, addresses: list[int], memory: int, stream: int, current_device: int) -> list[int]:
+        """Enqueue on `stream`; the addresses with those of the copies in place of the arrays'."""
+        replaced = [*addresses]
+        for index, offset in self._places:
+            replaced[index] = memory + offset
+        arrays, copies = ([each[index] for index, _ in self._places] for each in (addresses, replaced))
+        self._launch([*arrays, *copies], stream, current_device)
+        return replaced
+
+
+def _load_copying(copies: Copies, floats: int, stream: int) -> Copying:
+    """Compile and load the kernel that copies; the copies begin `floats` numbers into the scratch memory."""
+    problem = copies.problem
+    device = _driver.device(problem.device)
+    plan = align.plan_for(device.arch)
+    functions = _jit.load_kernel(plan, problem.device, stream)
+    argument = align.argument_of(units.record_of(plan, _jit.headers()), copies)
+    (step,) = plan.steps
+    (blocks,) = align.grid_of(plan.config, copies, device.num_sms).blocks
+    count = range(len(copies.made))
+    names = [f"{kind} {index}" for kind in ("sources", "copies") for index in count]
+    launch = Launch(plan.words(), functions, problem.device, [(blocks, step.threads, 0)], argument, names)
+    return Copying(launch, copies, problem.operation.arrays, floats)
+
+
+def interop_jax() -> Any:
+    from ..interop import jax
+
+    return jax

@@ -1,0 +1,54 @@
+"""`cufa.attention` and `cufa.attention_varlen`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .._kernels import FORWARD
+from .._problem import Problem
+from .operation import Operation, Result
+
+INPUTS = ("q", "k", "v", "alibi_slopes", "sinks")
+OFFSETS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+
+
+def _results(problem: Problem) -> tuple[Result, ...]:
+    out = problem.operation.result("out", problem.out_shape, problem.dtype)
+    if not problem.options.return_lse:
+        return (out,)
+    return out, problem.operation.result("lse", problem.lse_shape, problem.lse_dtype)
+
+
+def _on_cpu(problem: Problem, arrays: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    from .. import _cpu
+
+    q, k, v = (arrays[name] for name in "qkv")
+    out, lse = results["out"], results.get("lse")
+    options = problem.scoring(arrays)
+    if problem.varlen:
+        first, second, used = (arrays[name] for name in OFFSETS)
+        _cpu.varlen_forward(q, k, v, first, second, used, out, lse, fresh="out" not in problem.specs, **options)
+    else:
+        _cpu.forward(q, k, v, out, lse, **options)
+
+
+ATTENTION = Operation(
+    name="attention",
+    arrays=(*INPUTS, "out"),
+    written=("out",),
+    tiles=("q", "k", "v"),
+    results=_results,
+    kernels=FORWARD,
+    on_cpu=_on_cpu,
+)
+
+ATTENTION_VARLEN = Operation(
+    name="attention_varlen",
+    arrays=(*INPUTS, "out", *OFFSETS),
+    written=("out",),
+    tiles=("q", "k", "v"),
+    results=_results,
+    kernels=FORWARD,
+    on_cpu=_on_cpu,
+)

@@ -1,0 +1,70 @@
+"""What an operation is: the record behind a public function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .._kernels import Kernel
+    from .._problem import Problem
+
+
+class Result(NamedTuple):
+    """An array that a call gives: its name, shape and dtype, and its place among the arrays if it may be given."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    place: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """A public function.
+
+    Attributes
+    ----------
+    name : str
+        As messages name it.
+    arrays : tuple of str
+        Its array arguments, in the order in which they are handed on: q first, which is never None.
+    written : tuple of str
+        Those of them that are results, which a caller may give.
+    tiles : tuple of str
+        Those of which kernels read tiles, and which are copied first where their rows are not aligned.
+    results : callable
+        From a problem to what a call of it gives.
+    kernels : tuple of Kernel
+        Those that may serve it, fastest first.
+    on_cpu : callable
+        Computes a problem of arrays in host memory: from it, the arrays by name and the results by name.
+    """
+
+    name: str
+    arrays: tuple[str, ...]
+    written: tuple[str, ...]
+    tiles: tuple[str, ...]
+    results: Callable[[Problem], tuple[Result, ...]]
+    kernels: tuple[Kernel, ...]
+    on_cpu: Callable[[Problem, Mapping[str, Any], Mapping[str, Any]], None]
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether sequences lie end to end in its arrays."""
+        return "cu_seqlens_q" in self.arrays
+
+    @cached_property
+    def gradient(self) -> bool:
+        """Whether it computes the gradients of another."""
+        return "dout" in self.arrays
+
+    @cached_property
+    def written_indices(self) -> tuple[int, ...]:
+        return tuple(map(self.arrays.index, self.written))
+
+    def result(self, name: str, shape: tuple[int, ...], dtype: str) -> Result:
+        """A result, which may be given if it is among the written arrays."""
+        return Result(name, shape, dtype, self.arrays.index(name) if name in self.written else None)
