@@ -21,6 +21,7 @@ inline void forward_tile(const Params& params, const PointerWork<typename Config
   using Staging = tile::SharedTile<element, Config::block_m, Config::tile_head_dim_v>;
   static_assert(Config::smem_bytes == max_of(Mainloop::smem_bytes, Staging::bytes),
                 "cufa/_configs.py and the tiles disagree on shared memory");
+  static_assert(Config::pack == 1, "no heads share a tile here");
   if (work.template idle<Config>()) return;
   constexpr bool often_empty = Config::causal || Config::window || Config::varlen;
   if (often_empty && work.range.empty()) {

@@ -35,6 +35,9 @@ namespace attention {
 
 template <class Config>
 struct MainloopSm90 {
+  static_assert(Config::pack == 1 || !(Config::variant::per_head || Config::sinks),
+                "a tile that heads share knows only their key head, so no score term or sink may differ by query head");
+
   using element = typename Config::element;
   using Q = tile::SharedTile<element, 64, Config::tile_head_dim>;  // one for each warpgroup
   using K = tile::SharedTile<element, Config::block_n, Config::tile_head_dim>;
