@@ -1,5 +1,5 @@
-// attention: the backward's kernels with mma.sync and cp.async, for sm_80 and every newer GPU: one thread block a block
-// of keys.
+// attention: the backward's kernels with mma.sync and cp.async, for sm_80 and every newer GPU: one thread block per
+// block of keys.
 #pragma once
 
 #include "attention/backward_finish.cuh"
@@ -26,8 +26,7 @@ inline void backward_finish(const BackwardArgument& argument) {
 template <class Config>
 inline void backward_sm80(const BackwardArgument& argument) {
   using Main = BackwardSm80<Config>;
-  static_assert(Config::smem_bytes == Main::smem_bytes,
-                "cufa/_configs_backward.py and the tiles disagree on shared memory");
+  static_assert(Config::smem_bytes == Main::smem_bytes, "Config and the tiles disagree on shared memory");
   extern __shared__ __align__(1024) char dynamic_smem[];
   __shared__ typename Main::State state;
   const BackwardParams& params = argument.params;

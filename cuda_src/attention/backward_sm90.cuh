@@ -30,8 +30,7 @@ inline void backward_finish(const BackwardArgument& argument) {
 template <class Config>
 inline void backward_sm90(const BackwardArgument& argument) {
   using Mainloop = BackwardMainloopSm90<Config>;
-  static_assert(Config::smem_bytes == Mainloop::smem_bytes,
-                "cufa/_configs_backward.py and the tiles disagree on shared memory");
+  static_assert(Config::smem_bytes == Mainloop::smem_bytes, "Config and the tiles disagree on shared memory");
   static_assert(Config::num_threads == 128 * (1 + Mainloop::consumers), "a warpgroup loads, the others compute");
   extern __shared__ __align__(1024) char dynamic_smem[];
   __shared__ typename Mainloop::Works works;

@@ -1,6 +1,7 @@
 // attention: the backward's pass over blocks of keys with wgmma, for sm_90 and head_dims for which dk, dv and dq do not
-// fit a thread block's registers together. A block keeps 64 keys and goes over the tiles of queries. Two threads load
-// them. Of two warpgroups one computes P and dv, the other dP, dS and dk; between them P goes through shared memory.
+// fit a thread block's registers together. A thread block keeps 64 keys and goes over the tiles of queries, which two
+// threads load. Of two warpgroups one computes P and dv, the other dP, dS and dk; P goes from one to the other through
+// shared memory.
 #pragma once
 
 #include "attention/backward_mask.cuh"
@@ -41,7 +42,7 @@ struct BackwardKeysSm90 {
   static constexpr int stages = 2;
   using Ring = tile::Ring<stages>;
   using KeyRing = tile::Ring<1>;
-  static constexpr int rows_bytes = block_m * sizeof(float);  // of row_lse, and of row_delta
+  static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
   static constexpr int weights_bytes = 128 * sizeof(Operand);
 
   static constexpr int k_offset = 0, v_offset = k_offset + K::bytes, q_offset = v_offset + V::bytes;
@@ -68,7 +69,7 @@ struct BackwardKeysSm90 {
   KeyRing values() const { return {smem + barriers_offset + 3 * Ring::bytes + KeyRing::bytes}; }
 
   void init() const {
-    constexpr int arrivals = 4 * tile::warp_arrivals;  // a warpgroup
+    constexpr int arrivals = 4 * tile::warp_arrivals;  // arrivals of a warpgroup
     queries().init(2 * arrivals);
     gradients().init(2 * arrivals);
     exchange().init(arrivals, arrivals);
@@ -77,7 +78,8 @@ struct BackwardKeysSm90 {
     ptx::fence_mbarrier_init();
   }
 
-  // The first consumer: S, P and dv. A step's last product runs on beside the next step's first.
+  // Called by the first consumer, which computes S, P and dv. A step's last product runs on beside the next step's
+  // first.
   void consume_scores(const BackwardParams& backward, const BackwardWork& work) const {
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + int(threadIdx.x / 32 % 4) * 16;
@@ -114,7 +116,7 @@ struct BackwardKeysSm90 {
     write_keys<Config, true>(backward, work, dv, first_key);
   }
 
-  // The second: dP, dS and dk.
+  // Called by the second consumer, which computes dP, dS and dk.
   void consume_gradients(const BackwardParams& backward, const BackwardWork& work) const {
     const int first_key = work.n_block * block_n + int(threadIdx.x / 32 % 4) * 16;
     typename Ring::Cursor at;
@@ -149,7 +151,7 @@ struct BackwardKeysSm90 {
     write_keys<Config, false>(backward, work, dk, first_key);
   }
 
-  // Thread for thread, as the registers of both warpgroups hold the same entries.
+  // Each thread of one warpgroup gives to the same thread of the other, since the two hold the same entries.
   static void give(const Operand& from, u32 to) {
 #pragma unroll
     for (int step = 0; step < block_m / 16; ++step) {

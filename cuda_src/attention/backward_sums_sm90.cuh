@@ -17,10 +17,10 @@ struct DqSum {
   static constexpr int part_bytes = part_elements * sizeof(float);
 
   const BackwardParams& params;
-  i32 index, found, wanted;  // of the tile; what its turn is, and has to be
-  i32 untold = -1;           // the tile before, of which others may not know yet that it is there
+  i32 index, found, wanted;  // which tile; its state, in `turns`, that was found, and the one it has to have
+  i32 untold = -1;           // a tile before, of which others have not been told yet that it is there
 
-  // Asks ahead whether anybody has been there.
+  // Asks, ahead of `wait`, for the state of a tile.
   void begin(const BackwardWork& work, int head, int m_block) {
     index = sum_tile<Config>(params, work, head, m_block);
     if constexpr (Config::deterministic) {
@@ -34,7 +34,7 @@ struct DqSum {
 
   bool first() const { return (Config::deterministic ? wanted : found) == 0; }
 
-  // Until it is this block's turn, or the tile can be added to.
+  // Waits until it is this block's turn, or until the tile can be added to.
   void wait() {
     if (first()) return;
     if (found != wanted) found = ptx::ld_acquire_gpu(params.turns + index);
@@ -43,7 +43,7 @@ struct DqSum {
     ptx::fence_proxy_async_global();
   }
 
-  // The part of the tile that is at `sums`: stores it or adds it.
+  // Stores the part of the tile that is at `sums`, or adds it to what is there.
   void add(u32 sums, int part) const {
     float* const to = params.dq_sum + i64(index) * (parts * part_elements) + part * part_elements;
     if (first())
@@ -53,13 +53,13 @@ struct DqSum {
     ptx::cp_async_bulk_commit_group();
   }
 
-  // Others may wait for this tile. They are told once there is time for it, while the next is laid down: until the
-  // copies have arrived takes longer than this thread can spare.
+  // Other blocks may wait for this tile. They are told later, while the next tile is laid down: to wait here for the
+  // copies to arrive takes longer than this thread can spare.
   void end() {
     if (Config::deterministic || first()) untold = index;
   }
 
-  // `running` of the thread's latest copies are not of that tile.
+  // Tells others of the untold tile. The thread's `running` latest copies are not of that tile.
   template <int running>
   void tell() {
     if (untold < 0) return;
@@ -72,7 +72,7 @@ struct DqSum {
     untold = -1;
   }
 
-  // All that the block's unit of work has to add is there.
+  // Waits until all that the block's unit of work adds is there, and counts the unit.
   void finish_work(const BackwardWork& work) {
     tell<0>();
     ptx::cp_async_bulk_wait_group<0>();

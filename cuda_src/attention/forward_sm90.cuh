@@ -14,7 +14,7 @@ template <class Config>
 inline void forward_sm90(const TmaParams& params) {
   using Mainloop = MainloopSm90<Config>;
   static_assert(Config::smem_bytes >= Mainloop::smem_bytes && Config::smem_bytes < Mainloop::smem_bytes + 1024,
-                "cufa/_configs.py and the tiles disagree on shared memory");
+                "Config and the tiles disagree on shared memory");
   static_assert(Config::num_threads == 128 * (1 + Mainloop::consumers), "a warpgroup loads, the others compute");
   extern __shared__ __align__(1024) char dynamic_smem[];
   const Mainloop mainloop(dynamic_smem);
@@ -26,9 +26,9 @@ inline void forward_sm90(const TmaParams& params) {
   }
   __syncthreads();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  if (likely(warp < 4)) {  // comes first in the code, since the others wait for what it loads
+  if (likely(warp < 4)) {  // these come first in the code, since the others wait for what they load
     ptx::setmaxnreg_dec<Config::producer_registers>();
-    if (warp != 0) {  // of the two orders the one that starts sooner
+    if (warp != 0) {  // of the two orders of these branches this one starts sooner
       if (threadIdx.x == 32) mainloop.load_tiles(params);
     } else {
       mainloop.find_tiles(params, scan);

@@ -4,8 +4,8 @@
 // FlashAttention-3 (Shah et al., 2024), Algorithms 1 and 2, with three changes. Tiles follow each other without a seam:
 // the consumers' loop runs over the key blocks of all tiles, the scores of one block are begun together with the
 // products P·V of the block before, even where that one ended a tile, and a finished output is written while the next
-// scores are computed. The softmax does not look for maxima: see Softmax::accept. And it does not wait for P·V, as long
-// as there are registers for what it has ready: Config::early_steps.
+// scores are computed. The softmax does not look for maxima: see Softmax::accept. Nor does it wait for P·V before the
+// first Config::early_steps steps of the next P, for which registers are left.
 #pragma once
 
 #include "attention/block_range.cuh"
@@ -53,18 +53,18 @@ struct MainloopSm90 {
   using Statistics = Softmax<element, 1>;
   static constexpr int chain_blocks = tile::chain_blocks(Config::block_n);
 
-  // The tiles on their way through the block: found by one warp, then loaded, then computed, and given back when their
-  // output is written.
+  // The tiles on their way through the block: one warp finds a tile, then it is loaded, then computed, and its entry is
+  // given back when its output is written.
   using Tiles = tile::Ring<4>;
-  //
-  // Of a tile with so many blocks of keys that sums over them would drift (tile/local.cuh) each chain of them is an
-  // entry of its own.
+
+  // What is known of a tile. A tile with so many blocks of keys that sums over them would drift (tile/local.cuh) has an
+  // entry for each chain of blocks.
   struct Entry {
     Work<element> work;
-    bool end;  // there is none: all are done
-    int ends;  // of the tile that its chain has, if there are chains
+    bool end;  // whether no tile is left, and `work` means nothing
+    int ends;  // which ends of the tile the chain has, if there are chains
 
-    // Makes the whole tile, as it was found, one of its chains.
+    // Makes an entry of the whole tile, as it was found, that of its chain `index`.
     void take_chain(int index) {
       const int whole_end = work.range.end, end = whole_end - index * chain_blocks;
       const int begin = max_of(work.range.begin, end - chain_blocks);
@@ -92,7 +92,7 @@ struct MainloopSm90 {
   Keys keys() const { return {smem + tiles_bytes}; }
   Keys values() const { return {smem + tiles_bytes + Keys::bytes}; }
   Tiles tiles() const { return {smem + tiles_bytes + 2 * Keys::bytes}; }
-  u32 to_repair() const { return smem + tiles_bytes + barriers_bytes + entries_bytes; }  // whether some output is
+  u32 to_repair() const { return smem + tiles_bytes + barriers_bytes + entries_bytes; }  // whether anything is
   Queries queries(int warpgroup) const {
     return {smem + tiles_bytes + 2 * Keys::bytes + Tiles::bytes + warpgroup * Queries::bytes};
   }
@@ -106,7 +106,8 @@ struct MainloopSm90 {
     ptx::fence_mbarrier_init();
   }
 
-  // One warp: finds the block's tiles ahead of the others. Packed ones that see no key it writes itself.
+  // Called by one warp, which finds the block's tiles ahead of the warps that load and compute them. It writes packed
+  // tiles that see no key itself.
   void find_tiles(const TmaParams& params, PackedScan& scan) const {
     typename Tiles::Cursor at_tiles;
     int chain = 0;
@@ -125,7 +126,7 @@ struct MainloopSm90 {
       }
       if (!idle && !empty) {
         if constexpr (Config::chains) {
-          __syncwarp();  // all lanes have read of the whole tile
+          __syncwarp();  // all lanes have read what the whole tile is
           if (tile::lane() == 0) entry.take_chain(chain);
           __syncwarp();
           chain = entry.ends & last_end ? 0 : chain + 1;
@@ -138,12 +139,13 @@ struct MainloopSm90 {
     if (tile::lane() == 0) tiles().fill(at_tiles);
   }
 
-  // One thread: loads, in the order in which the consumers want it, K of every block and, one block behind, V.
+  // Called by one thread, which loads, in the order in which the consumers want them, K of every block and, one block
+  // behind, V.
   void load_tiles(const TmaParams& maps) const {
     Loader loader{*this, maps};
     typename Tiles::Cursor at_tiles;
-    const Work<element>* v_work = nullptr;  // whose V comes next, and
-    int v_block = 0;                        // which block of it
+    const Work<element>* v_work = nullptr;  // the tile whose V comes next
+    int v_block = 0;                        // the block of keys whose V comes next
     while (true) {
       tiles().wait_full(at_tiles);
       const Entry& entry = entries[at_tiles.stage()];
@@ -152,7 +154,7 @@ struct MainloopSm90 {
       for (int n_block = entry.work.range.end - 1; n_block >= entry.work.range.begin; --n_block) {
         loader.load_keys(entry.work, n_block);
         if (v_work) loader.load_values(*v_work, v_block);
-        if (n_block == entry.work.range.end - 1) loader.load_queries(entry.work);  // has to wait the longest
+        if (n_block == entry.work.range.end - 1) loader.load_queries(entry.work);  // after K, since Q waits longest
         v_work = &entry.work;
         v_block = n_block;
       }
@@ -192,8 +194,8 @@ struct MainloopSm90 {
       at_queries.advance();
     }
 
-    // A packed sequence ends where its neighbour begins, and what lies there may be anything. The box therefore begins
-    // so far into the map's block_n clipped rows that only the live ones come before their end: the rest is
+    // A packed sequence ends where its neighbour begins, whose rows may hold anything. The box therefore begins so far
+    // into the map's block_n clipped rows that only live rows come before their end: the rest of the box is
     // zero-filled.
     template <class Tile>
     void load_block(const Keys& ring, typename Keys::Cursor& at, const Tile& to, const ptx::TensorMap& map,
@@ -212,7 +214,7 @@ struct MainloopSm90 {
     }
   };
 
-  // Warpgroup `warpgroup` of the consumers.
+  // Called by warpgroup `warpgroup` of the consumers, which computes its rows of all of the block's tiles.
   void consume(const Params& params, int warpgroup) const {
     constexpr int early_steps = Config::early_steps, steps = Config::block_n / 16;
     const Queries queries = this->queries(warpgroup);
@@ -236,7 +238,7 @@ struct MainloopSm90 {
     };
     Probabilities p;
     Out out;
-    Statistics statistics, finished;  // of p's tile, and of the tile in `out` once that is finished
+    Statistics statistics, finished;  // the latter: of the tile in `out`, once that is finished
     Chains<Config::chains, element, 1, Out::cols> chains;
     {
       Scores scores;
@@ -256,9 +258,9 @@ struct MainloopSm90 {
     }
     // Each step begins the scores of a block and P·V of the block before, then turns the scores into the next P.
     out.zero();
-    bool unwritten_out = false;  // `out` is finished, but not written; p is of the next tile, whose output it begins
+    bool unwritten_out = false;  // whether `out` is finished but not written, and p, of the next tile, begins another
     while (true) {
-      const bool seam = n_block == range.begin;  // p is of its tile's last block, and the next tile's scores come
+      const bool seam = n_block == range.begin;  // p is of its tile's last block: scores of the next tile follow
       if (unlikely(seam)) {
         at_tiles.advance();
         tiles().wait_full(at_tiles);
@@ -275,9 +277,9 @@ struct MainloopSm90 {
       --n_block;
       Scores scores;
       turn.take();
-      const int own = Config::head_dim > 160 ? ptx::opaque(warpgroup) : warpgroup;  // else descriptors take registers
+      const int own = Config::head_dim > 160 ? ptx::opaque(warpgroup) : warpgroup;  // lest descriptors take registers
       warpgroup::gemm_abt<Config::head_dim>(scores, q(own), k(at_keys.stage()));
-      if (unlikely(unwritten_out)) {  // this takes a while, and P·V has to wait for it
+      if (unlikely(unwritten_out)) {  // writing takes a while, and P·V has to wait for it
         turn.pass();
         write(out, finished, params, at_tiles.before(seam ? 2 : 1));
       }
@@ -288,7 +290,7 @@ struct MainloopSm90 {
       release(keys(), at_keys);
       if (threadIdx.x % 128 == 0 && n_block == range.begin) queries.release(at_queries());
       finish_scores(scores);
-      // The products still read p, so the next one begins in registers of its own.
+      // The products still read p, so the next P begins in registers of its own.
       Probabilities early_p;
       float sum[2] = {statistics.row_sum[0][0], statistics.row_sum[0][1]};
       if (!seam) statistics.template exponentiate_at_once<0, early_steps>(early_p, scores, scale, sum);
@@ -307,18 +309,18 @@ struct MainloopSm90 {
         statistics.template exponentiate_at_once<early_steps, steps>(p, scores, scale, sum);
         accepted = statistics.template accept<Config::block_n>(sum, far);
       }
-      if (unlikely(!accepted)) {  // the textbook's way
+      if (unlikely(!accepted)) {  // maxima are sought, as in the textbook
         statistics.follow_far(scores, scale, far);
         if (!seam) statistics.rescale(out);
         statistics.exponentiate(scores, scale);
-        // Other rows of p have these bits already. To ask keeps the copies of early steps among the exponentials; else
-        // the compiler puts them on the way around this, behind all that can run beside them. Two are left there, where
-        // registers are few.
+        // Rows that are not far have these bits in p already. To ask which rows are far keeps the copies of the early
+        // steps among the exponentials; else the compiler moves the copies to the path around this branch, behind
+        // everything that could run beside them. Copies of one or two steps, where registers are few, may go there.
         tile::pack_rows<element, early_steps <= 2 ? 0 : early_steps>(p, scores, far);
       }
       unwritten_out = seam;
     }
-    // What is left: the output of the tile before, if the last has a single block, and that of the last.
+    // Outputs that are left: that of the last tile but one, if the last tile has a single block, and that of the last.
 #pragma unroll 1
     for (bool last = !unwritten_out;; last = true) {
       if (last) {
@@ -335,7 +337,7 @@ struct MainloopSm90 {
   // Where the rows of this warp, one of the consumers', begin in the tile.
   static int warp_row() { return (int(threadIdx.x / 32) - 4) * 16; }
 
-  // Writes a tile's output, if `out` has all of it, and gives back what is known of the tile.
+  // Writes a tile's output, if `out` has all of it, and gives back the tile's entry.
   void write(Out& out, const Statistics& statistics, const Params& params, typename Tiles::Cursor at) const {
     const Entry& entry = entries[at.stage()];
     if (!Config::chains || likely(entry.ends & last_end)) {
@@ -349,12 +351,12 @@ struct MainloopSm90 {
     if (tile::lane() == 0) tiles().release(at);
   }
 
-  // The consumers: goes over the block's tiles once more if some output is not finite. By then no product runs any
-  // more.
+  // Called by the consumers when no product runs any more: goes over the block's tiles once more if some output is not
+  // finite.
   void repair_tiles(const TmaParams& params, int warpgroup) const {
     __syncwarp();
     if (likely(ptx::ld_shared_u32(to_repair()) == 0)) return;
-    // Where the warp's rows of Q were, which it needs no more.
+    // Lies where the warp's rows of Q were, which nothing needs any more.
     struct Place {
       Work<element> work;
       PackedScan scan;
@@ -373,7 +375,7 @@ struct MainloopSm90 {
     }
   }
 
-  // Gives a stage that wgmma has read back, and moves on to the next. One thread speaks for its warpgroup.
+  // Gives back a stage that wgmma has read, and moves on to the next. One thread speaks for its warpgroup.
   template <class Ring, class Cursor>
   static void release(const Ring& ring, Cursor& at) {
     if (threadIdx.x % 128 == 0) ring.release(at);

@@ -13,7 +13,7 @@
 
 namespace attention {
 
-// softcap · tanh(s / softcap).
+// A score s becomes softcap · tanh(s / softcap).
 template <class element>
 struct Softcap {
   static constexpr bool per_head = false;
@@ -41,7 +41,7 @@ struct Softcap {
   }
 };
 
-// - slope · |i + diagonal - j|: Press, Smith and Lewis, "Train Short, Test Long", 2022.
+// A score s becomes s - slope · |i + diagonal - j|: Press, Smith and Lewis, "Train Short, Test Long", 2022.
 struct Alibi {
   static constexpr bool per_head = true;
 
@@ -80,7 +80,7 @@ struct Variant<Term, Rest...> {
 
   float score(float s, float distance) const { return rest.score(term.score(s, distance), distance); }
 
-  // The same, with `derivative` multiplied by that of the score by s.
+  // The same; `derivative` is multiplied by the derivative of the result by s.
   float score(float s, float distance, float& derivative) const {
     const float scored = term.score(s, distance);
     derivative *= term.dscore(scored);
