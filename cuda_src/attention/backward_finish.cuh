@@ -62,7 +62,7 @@ inline void load_dq_rows(typename Main::Dq& dq, const float* sums, int live_rows
 // Main::dq_threads threads write dq of some tiles of rows. The loads of all tiles are on their way before the first is
 // waited for. A tile with a negative row is left out.
 template <class Config, class Main, int count>
-inline void finish_tiles(const BackwardParams& params, const RowTile (&tiles)[count], int thread) {
+inline void finish_tiles(const BackwardParams& backward, const RowTile (&tiles)[count], int thread) {
   using element = typename Config::element;
   using Dq = typename Main::Dq;
   Dq dq[count];
@@ -71,8 +71,8 @@ inline void finish_tiles(const BackwardParams& params, const RowTile (&tiles)[co
   for (int each = 0; each < count; ++each) {
     const RowTile& tile = tiles[each];
     if (tile.row < 0) continue;
-    added[each] = !Main::first_stores || __ldcg(params.turns + tile.template sum_index<Config>(params)) != 0;
-    const float* const sums = params.dq_sum + tile.template sums<Config>(params);
+    added[each] = !Main::first_stores || __ldcg(backward.turns + tile.template sum_index<Config>(backward)) != 0;
+    const float* const sums = backward.dq_sum + tile.template sums<Config>(backward);
     if constexpr (Config::sums_by_rows)
       load_dq_rows<Config, Main>(dq[each], sums, tile.seqlen.q - tile.m_block * Config::block_m, thread);
     else
@@ -84,32 +84,32 @@ inline void finish_tiles(const BackwardParams& params, const RowTile (&tiles)[co
     if (tile.row < 0) continue;
     const int live_rows = tile.seqlen.q - tile.m_block * Config::block_m;
     NotFinite<f32> not_finite;
-    const float factor = added[each] ? params.forward.softmax_scale : 0.0f;  // 0: no row sees a key
-    element* const rows = tile.rows(static_cast<element*>(params.dq), params.dq_strides, Config::block_m);
+    const float factor = added[each] ? backward.forward.softmax_scale : 0.0f;  // 0: no row sees a key
+    element* const rows = tile.rows(static_cast<element*>(backward.dq), backward.dq_strides, Config::block_m);
 #pragma unroll
     for (int t = 0; t < Dq::m_tiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = Main::dq_row(thread) + tile::fragment_row(t, i);
-        write_row<Config::store_bytes, Config::head_dim>(rows + row * params.dq_strides.seqlen, params.dq_strides.dim,
-                                                         row < live_rows, dq[each], t, i, factor, not_finite,
-                                                         Main::dq_col(thread));
+        write_row<Config::store_bytes, Config::head_dim>(rows + row * backward.dq_strides.seqlen,
+                                                         backward.dq_strides.dim, row < live_rows, dq[each], t, i,
+                                                         factor, not_finite, Main::dq_col(thread));
       }
     }
-    if (unlikely(added[each] && not_finite.found())) *params.not_finite = 1;
+    if (unlikely(added[each] && not_finite.found())) *backward.not_finite = 1;
   }
 }
 
 // Writes zeros to the live rows of a tile of dq that the main kernel would have written if they saw a key.
 template <class Config>
-inline void clear_rows(const BackwardParams& params, const RowTile& tile, int thread, int threads) {
+inline void clear_rows(const BackwardParams& backward, const RowTile& tile, int thread, int threads) {
   using element = typename Config::element;
   constexpr int chunks = ceil_div(Config::head_dim * int(sizeof(element)), 16);
   const int rows = min_of(Config::block_m, tile.seqlen.q - tile.m_block * Config::block_m);
-  element* const to = tile.rows(static_cast<element*>(params.dq), params.dq_strides, Config::block_m);
+  element* const to = tile.rows(static_cast<element*>(backward.dq), backward.dq_strides, Config::block_m);
   for (int i = thread; i < rows * chunks; i += threads) {
-    tile::store_chunk<Config::store_bytes, Config::head_dim>(to + i / chunks * params.dq_strides.seqlen,
-                                                             params.dq_strides.dim, i % chunks, uint4{0, 0, 0, 0});
+    tile::store_chunk<Config::store_bytes, Config::head_dim>(to + i / chunks * backward.dq_strides.seqlen,
+                                                             backward.dq_strides.dim, i % chunks, uint4{0, 0, 0, 0});
   }
 }
 
@@ -176,27 +176,27 @@ inline void clear_outside(const BackwardParams& backward) {
 
 // The kernel behind main kernels that write dq themselves: one thread block per head, if there are sinks.
 template <class Config>
-inline void finish(const BackwardParams& params) {
-  if (Config::varlen) clear_outside<Config>(params);
-  if (Config::sinks && int(blockIdx.x) < params.forward.num_heads_q) finish_sink<Config>(params, blockIdx.x);
+inline void finish(const BackwardParams& backward) {
+  if (Config::varlen) clear_outside<Config>(backward);
+  if (Config::sinks && int(blockIdx.x) < backward.forward.num_heads_q) finish_sink<Config>(backward, blockIdx.x);
 }
 
 // The kernel behind main kernels, such as Main, that leave dq in dq_sum.
 template <class Config, class Main>
-inline void finish(const BackwardParams& params) {
+inline void finish(const BackwardParams& backward) {
   static_assert(Config::dq_threads == Main::dq_threads, "Config and the main kernel disagree on threads");
   using Threads = RowThreads<Config::dq_threads * Config::row_tiles, Config::row_tiles>;
-  const int tiles = gridDim.x - (Config::sinks ? params.forward.num_heads_q : 0);  // tiles of rows, or groups of tiles
-  if (Config::varlen) clear_outside<Config>(params);
-  if (Config::sinks && int(blockIdx.x) >= tiles) return finish_sink<Config>(params, blockIdx.x - tiles);
-  if (!Threads::template live<Config>(params)) return;
-  const RowTile tile[] = {RowTile::find<Config>(params, Threads::unit(), params.forward.m_blocks)};
+  const int tiles = gridDim.x - (Config::sinks ? backward.forward.num_heads_q : 0);  // or groups of tiles
+  if (Config::varlen) clear_outside<Config>(backward);
+  if (Config::sinks && int(blockIdx.x) >= tiles) return finish_sink<Config>(backward, blockIdx.x - tiles);
+  if (!Threads::template live<Config>(backward)) return;
+  const RowTile tile[] = {RowTile::find<Config>(backward, Threads::unit(), backward.forward.m_blocks)};
   const int m_block = tile[0].m_block;
   if (m_block * Config::block_m >= tile[0].seqlen.q) return;  // no row of the tile is live
-  if (!writes_dq<Config>(tile[0].seqlen)) return finish_tiles<Config, Main>(params, tile, Threads::thread());
-  const QueryRange written = query_range<Config>(params.forward, tile[0].seqlen, 0);
+  if (!writes_dq<Config>(tile[0].seqlen)) return finish_tiles<Config, Main>(backward, tile, Threads::thread());
+  const QueryRange written = query_range<Config>(backward.forward, tile[0].seqlen, 0);
   if (m_block >= written.begin && m_block < written.end) return;
-  clear_rows<Config>(params, tile[0], Threads::thread(), Threads::threads);
+  clear_rows<Config>(backward, tile[0], Threads::thread(), Threads::threads);
 }
 
 }  // namespace attention

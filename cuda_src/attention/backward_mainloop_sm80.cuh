@@ -31,7 +31,7 @@
 namespace attention {
 
 template <class Config>
-struct BackwardSm80 {
+struct BackwardMainloopSm80 {
   using element = typename Config::element;
   static constexpr int block_m = Config::block_m, block_n = Config::block_n, warps = Config::num_threads / 32;
   static_assert((block_m & (block_m - 1)) == 0, "P's rows are swizzled by powers of two");

@@ -120,7 +120,7 @@ struct BackwardMainloopSm90 {
 
   // Called by one thread. Units are taken in order, so that nobody waits for a unit that is not being worked on, and
   // not before the last loads of the unit before are on their way, since another block may come to a unit sooner.
-  void find_work(const BackwardParams& params, Works& works) const {
+  void find_work(const BackwardParams& backward, Works& works) const {
     typename Ring::Cursor at;
     bool done = false;
     if (Config::chains) works[at.previous().stage()].last_chain = true;
@@ -130,10 +130,10 @@ struct BackwardMainloopSm90 {
       BackwardWork& work = works[at.stage()];
       const BackwardWork& previous = works[at.previous().stage()];
       const int chain = !Config::chains || previous.last_chain ? 0 : previous.chain + 1;
-      const int unit = chain == 0 ? atomicAdd(params.next_unit, 1) : previous.unit;
-      done = unit >= BackwardWork::units<Config>(params);
+      const int unit = chain == 0 ? atomicAdd(backward.next_unit, 1) : previous.unit;
+      done = unit >= BackwardWork::units<Config>(backward);
       if (!done) {
-        work = BackwardWork::find<Config>(params, unit);
+        work = BackwardWork::find<Config>(backward, unit);
         if (work.idle<Config>()) continue;
         if constexpr (Config::chains) {
           work.unit = unit;
@@ -150,7 +150,7 @@ struct BackwardMainloopSm90 {
   }
 
   // The same for packed sequences, called by a whole warp, which looks for them.
-  void find_packed_work(const BackwardParams& params, Works& works) const {
+  void find_packed_work(const BackwardParams& backward, Works& works) const {
     typename Ring::Cursor at;
     bool done = false;
     if (Config::chains && tile::lane() == 0) works[at.previous().stage()].last_chain = true;
@@ -162,16 +162,16 @@ struct BackwardMainloopSm90 {
       if (tile::lane() == 0) {
         const BackwardWork& previous = works[at.previous().stage()];
         work.chain = !Config::chains || previous.last_chain ? 0 : previous.chain + 1;
-        work.unit = work.chain == 0 ? atomicAdd(params.next_unit, 1) : previous.unit;
+        work.unit = work.chain == 0 ? atomicAdd(backward.next_unit, 1) : previous.unit;
       }
       __syncwarp();
-      done = work.unit >= BackwardWork::units<Config>(params);
+      done = work.unit >= BackwardWork::units<Config>(backward);
       if (!done) {
-        const PackedUnit found = BackwardWork::find_packed<Config>(params, work.unit);
+        const PackedUnit found = BackwardWork::find_packed<Config>(backward, work.unit);
         if (found.units == 0) continue;
-        const PackedOffset* const keys = params.offsets_k + found.batch;
+        const PackedOffset* const keys = backward.offsets_k + found.batch;
         if (found.row * block_n >= keys[1].row - keys[0].row) continue;
-        if (tile::lane() == 0) work.take_packed<Config>(params, found);
+        if (tile::lane() == 0) work.take_packed<Config>(backward, found);
         __syncwarp();
       }
       if (tile::lane() == 0) {
@@ -205,17 +205,17 @@ struct BackwardMainloopSm90 {
     for_each_work(works, [&](const BackwardWork& work) {
       if (tile::lane() != 0) return;
       loader.load(work);
-      if (side == Side::queries) claims().release({});
+      if (side == Side::scores) claims().release({});
     });
   }
 
   // Called by one warp, one thread of which adds the tiles of dq, as the consumers lay them down, to those in memory.
-  void add_dq(const BackwardParams& params, const Works& works) const {
+  void add_dq(const BackwardParams& backward, const Works& works) const {
     typename SumsRing::Cursor at;
     for_each_work(works, [&](const BackwardWork& work) {
       if (tile::lane() != 0) return;
-      DqSum<Config, consumers> sum{params};
-      for_each_query_tile<Config::chains>(params.forward, work, [&](int head, int m_block) {
+      DqSum<Config, consumers> sum{backward};
+      for_each_query_tile<Config::chains>(backward.forward, work, [&](int head, int m_block) {
         sum.begin(work, head, m_block);
         if (sums_stages > 1) give_back_sums(at);  // those of the tile before, while the answer is on its way
 #pragma unroll
@@ -243,8 +243,7 @@ struct BackwardMainloopSm90 {
     for (int part = 0; part < consumers; ++part) sums_ring(part).release(at.previous());
   }
 
-  // Consumers take turns. A turn goes from S to the last exponential, so that the exponentials of one consumer run
-  // beside the products of the other.
+  // Consumers take turns from S to the last exponential, so that exponentials of one run beside products of the other.
   struct Turn {
     int consumer;
 
@@ -303,15 +302,15 @@ struct BackwardMainloopSm90 {
       constexpr bool early_dp = Variant::empty;  // else derivatives need the registers
       if (early_dp) begin_dp();
       warpgroup::wait<early_dp>(s);
-      Operand p, weights, ds;
+      Operand p, ds_factors, ds;
       numbers.load(lse(stage), lse_ahead);
-      probabilities<Config>(p, weights, s, numbers, params, work, head, first_key, m_block, boundary);
+      probabilities<Config>(p, ds_factors, s, numbers, params, work, head, first_key, m_block, boundary);
       if (!early_dp) begin_dp();
       turn.pass();
       warpgroup::gemm_ab(dv, p, dout(stage), true);
       warpgroup::wait<1>(dp);
       numbers.load(delta(stage));
-      gradients_of_scores<Config>(ds, Variant::empty ? p : weights, dp, numbers);
+      gradients_of_scores<Config>(ds, Variant::empty ? p : ds_factors, dp, numbers);
       exchange().wait_empty(at);
       store_transposed(this->ds(stage), ds, 64 * consumer);
       if (at.count != first) exchange().wait_full(at.previous());
@@ -350,26 +349,27 @@ struct BackwardMainloopSm90 {
   }
 
   // Called by the consumers: writes dq in its dtype, some tiles at a time, once all blocks are done with a head.
-  static void finish(const BackwardParams& params, int thread) {
+  static void finish(const BackwardParams& backward, int thread) {
     constexpr int together = 4;
-    const int m_blocks = params.forward.m_blocks, tiles = m_blocks * params.forward.num_heads_q * params.forward.batch;
+    const int m_blocks = backward.forward.m_blocks,
+              tiles = m_blocks * backward.forward.num_heads_q * backward.forward.batch;
 #pragma unroll 1
     for (int first = blockIdx.x * together; first < tiles; first += gridDim.x * together) {
       RowTile each[together];
 #pragma unroll
       for (int i = 0; i < together; ++i) {
-        each[i] = first + i < tiles ? RowTile::find<Config>(params, first + i, m_blocks) : RowTile::none();
+        each[i] = first + i < tiles ? RowTile::find<Config>(backward, first + i, m_blocks) : RowTile::none();
       }
       if (thread == 0) {
 #pragma unroll
         for (int i = 0; i < together; ++i) {
-          const i32* const done = DqSum<Config, consumers>::heads_done(params, each[i].batch, each[i].head);
-          while (ptx::ld_acquire_gpu(done) != params.n_blocks) {
+          const i32* const done = DqSum<Config, consumers>::heads_done(backward, each[i].batch, each[i].head);
+          while (ptx::ld_acquire_gpu(done) != backward.n_blocks) {
           }
         }
       }
       ptx::bar_sync(1 + consumers, 128 * consumers);
-      finish_tiles<Config, BackwardMainloopSm90>(params, each, thread);
+      finish_tiles<Config, BackwardMainloopSm90>(backward, each, thread);
     }
   }
 

@@ -19,7 +19,7 @@ struct RowTile {
   int rank;  // packed: how many sequences before it have rows of q
   Seqlen seqlen;
   i64 row;             // row of the workspace where the tile begins; negative: there is no tile
-  int workspace_rows;  // how many rows of the workspace are the tile's
+  int workspace_rows;  // how many rows of the workspace, from `row` on, are the tile's
 
   // The tile of a unit. m_blocks: tiles of rows that a head has, unless packed. Called by whole warps.
   template <class Config>
@@ -47,8 +47,7 @@ struct RowTile {
     const int first_row = tile.m_block * Config::block_m;
     tile.row = workspace_row<Config>(backward, tile, tile.head) + first_row;
     tile.workspace_rows = Config::block_m;
-    if (Config::varlen &&
-        first_row + Config::block_m >= tile.seqlen.q) {  // the last live tile has all rows that are left
+    if (Config::varlen && first_row + Config::block_m >= tile.seqlen.q) {  // the last live tile has all the rest
       const int begin = tile.seqlen.q_first_row, rank = tile.rank;
       const int rows = padded_row<Config>(begin + tile.seqlen.q, rank + 1) - padded_row<Config>(begin, rank);
       tile.workspace_rows = first_row < tile.seqlen.q ? rows - first_row : 0;
@@ -100,8 +99,8 @@ struct RowThreads {
 
   // Whether there is such a unit. The last block may have fewer units than others.
   template <class Config>
-  static bool live(const BackwardParams& params) {
-    return row_tiles == 1 || unit() < RowTile::count<Config>(params);
+  static bool live(const BackwardParams& backward) {
+    return row_tiles == 1 || unit() < RowTile::count<Config>(backward);
   }
 };
 
@@ -109,26 +108,26 @@ inline constexpr int prepare_threads = 256;  // the host launches as many
 
 // Sets the counts that later kernels begin with to 0. The threads of a unit clear the counts that have its number.
 template <class Config>
-inline void begin_counts(const BackwardParams& params, int unit, int thread) {
+inline void begin_counts(const BackwardParams& backward, int unit, int thread) {
   if (thread != 0) return;
-  const Params& forward = params.forward;
+  const Params& forward = backward.forward;
   const int outer = Config::varlen ? 1 : forward.batch;
-  if (unit == 0) *params.next_unit = *params.not_finite = 0;
-  if (unit < RowTile::count<Config>(params)) params.turns[unit] = 0;
-  if (unit < forward.num_heads_q / forward.qheads_per_khead * outer) params.heads_done[unit] = 0;
+  if (unit == 0) *backward.next_unit = *backward.not_finite = 0;
+  if (unit < RowTile::count<Config>(backward)) backward.turns[unit] = 0;
+  if (unit < forward.num_heads_q / forward.qheads_per_khead * outer) backward.heads_done[unit] = 0;
 }
 
 // Writes the zeros from which a tile of dq adds up.
 template <class Config>
-inline void clear_sums(const BackwardParams& params, const RowTile& tile, int thread, int threads) {
+inline void clear_sums(const BackwardParams& backward, const RowTile& tile, int thread, int threads) {
   const int first_row = tile.m_block * Config::block_m;
   const int rows = Config::sums_by_rows ? min_of(Config::block_m, tile.seqlen.q - first_row) : Config::block_m;
-  uint4* const sums = reinterpret_cast<uint4*>(params.dq_sum + tile.sums<Config>(params));
+  uint4* const sums = reinterpret_cast<uint4*>(backward.dq_sum + tile.sums<Config>(backward));
   for (int i = thread; i < rows * Config::tile_head_dim / 4; i += threads) sums[i] = uint4{0, 0, 0, 0};
 }
 
 template <class Config>
-inline void prepare_rows(const BackwardParams& params, const RowTile& tile, int thread, int threads) {
+inline void prepare_rows(const BackwardParams& backward, const RowTile& tile, int thread, int threads) {
   using element = typename Config::element;
   using Span = KeySpan<Config::causal, Config::window>;
   constexpr int chunk_elements = 16 / sizeof(element), chunks = ceil_div(Config::head_dim_v, chunk_elements);
@@ -141,11 +140,12 @@ inline void prepare_rows(const BackwardParams& params, const RowTile& tile, int 
   };
   const int live_rows = clamp(tile.seqlen.q - tile.m_block * Config::block_m, 0, Config::block_m);
   const element* const out =
-      tile.rows(static_cast<const element*>(params.forward.out), params.forward.out_strides, Config::block_m);
-  const element* const dout = tile.rows(static_cast<const element*>(params.dout), params.dout_strides, Config::block_m);
+      tile.rows(static_cast<const element*>(backward.forward.out), backward.forward.out_strides, Config::block_m);
+  const element* const dout =
+      tile.rows(static_cast<const element*>(backward.dout), backward.dout_strides, Config::block_m);
   const float* const lse =
-      tile.rows(static_cast<const float*>(params.forward.lse), params.lse_strides, Config::block_m);
-  const float* const dlse = params.dlse ? tile.rows(params.dlse, params.dlse_strides, Config::block_m) : nullptr;
+      tile.rows(static_cast<const float*>(backward.forward.lse), backward.lse_strides, Config::block_m);
+  const float* const dlse = backward.dlse ? tile.rows(backward.dlse, backward.dlse_strides, Config::block_m) : nullptr;
   const int lane = thread % lanes, rows_apart = threads / lanes;
   // A tile has a multiple of four rows of the workspace, and a warp four at a time: its lanes, which trade numbers, go
   // through the loop together.
@@ -163,11 +163,11 @@ inline void prepare_rows(const BackwardParams& params, const RowTile& tile, int 
         a[t][c].words = b[t][c].words = uint4{0, 0, 0, 0};
         if (!live || chunk >= chunks) continue;
         a[t][c].words = tile::load_chunk<Config::out_copy_bytes, Config::head_dim_v>(
-            out + row * params.forward.out_strides.seqlen, params.forward.out_strides.dim, chunk);
+            out + row * backward.forward.out_strides.seqlen, backward.forward.out_strides.dim, chunk);
         b[t][c].words = tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(
-            dout + row * params.dout_strides.seqlen, params.dout_strides.dim, chunk);
+            dout + row * backward.dout_strides.seqlen, backward.dout_strides.dim, chunk);
       }
-      row_lse[t] = live ? lse[row * params.lse_strides.seqlen] * log2_e : -infinity;
+      row_lse[t] = live ? lse[row * backward.lse_strides.seqlen] * log2_e : -infinity;
     }
 #pragma unroll
     for (int t = 0; t < together; ++t) {
@@ -187,47 +187,47 @@ inline void prepare_rows(const BackwardParams& params, const RowTile& tile, int 
       // -infinity, not NaN.
       const bool empty = row_lse[t] == -infinity;
       const int own_row = tile.m_block * Config::block_m + row;
-      if (Span::first(params.forward, tile.seqlen, own_row) > Span::last(params.forward, tile.seqlen, own_row)) {
+      if (Span::first(backward.forward, tile.seqlen, own_row) > Span::last(backward.forward, tile.seqlen, own_row)) {
         delta = 0.0f;  // the row sees no key: whatever its dout holds, only dlse counts, for the sink
       }
-      if (row < live_rows && dlse) delta -= dlse[row * params.dlse_strides.seqlen];
-      params.row_lse[tile.row + row] = empty ? infinity : row_lse[t];
-      params.row_delta[tile.row + row] = empty ? 0.0f : delta;
+      if (row < live_rows && dlse) delta -= dlse[row * backward.dlse_strides.seqlen];
+      backward.row_lse[tile.row + row] = empty ? infinity : row_lse[t];
+      backward.row_delta[tile.row + row] = empty ? 0.0f : delta;
     }
   }
 }
 
 // Writes what packed tiles load for rows past the end of their sequence.
 template <class Config>
-inline void write_padding(const BackwardParams& params) {
+inline void write_padding(const BackwardParams& backward) {
   if (!Config::varlen || blockIdx.x != 0 || threadIdx.x >= padding_rows) return;
-  params.row_lse[int(threadIdx.x) - padding_rows] = infinity;
-  params.row_delta[int(threadIdx.x) - padding_rows] = 0.0f;
+  backward.row_lse[int(threadIdx.x) - padding_rows] = infinity;
+  backward.row_delta[int(threadIdx.x) - padding_rows] = 0.0f;
 }
 
 // The kernel before main kernels that write dq themselves.
 template <class Config>
-inline void prepare(const BackwardParams& params) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) *params.not_finite = 0;
-  write_padding<Config>(params);
-  const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
-  if (tile.row >= 0) prepare_rows<Config>(params, tile, threadIdx.x, prepare_threads);
+inline void prepare(const BackwardParams& backward) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *backward.not_finite = 0;
+  write_padding<Config>(backward);
+  const RowTile tile = RowTile::find<Config>(backward, blockIdx.x, backward.forward.m_blocks);
+  if (tile.row >= 0) prepare_rows<Config>(backward, tile, threadIdx.x, prepare_threads);
 }
 
 // The kernel before main kernels, such as Main, that add dq up in dq_sum.
 template <class Config, class Main>
-inline void prepare(const BackwardParams& params) {
+inline void prepare(const BackwardParams& backward) {
   using Threads = RowThreads<prepare_threads, Config::row_tiles>;
   const int unit = Threads::unit(), thread = Threads::thread();
-  begin_counts<Config>(params, unit, thread);
-  write_padding<Config>(params);
-  if (!Threads::template live<Config>(params)) return;
-  const RowTile tile = RowTile::find<Config>(params, unit, params.forward.m_blocks);
+  begin_counts<Config>(backward, unit, thread);
+  write_padding<Config>(backward);
+  if (!Threads::template live<Config>(backward)) return;
+  const RowTile tile = RowTile::find<Config>(backward, unit, backward.forward.m_blocks);
   if (tile.row < 0) return;
   if (!Main::first_stores && !writes_dq<Config>(tile.seqlen) && tile.m_block * Config::block_m < tile.seqlen.q) {
-    clear_sums<Config>(params, tile, thread, Threads::threads);
+    clear_sums<Config>(backward, tile, thread, Threads::threads);
   }
-  prepare_rows<Config>(params, tile, thread, Threads::threads);
+  prepare_rows<Config>(backward, tile, thread, Threads::threads);
 }
 
 }  // namespace attention

@@ -40,11 +40,11 @@ inline Entry entry_of(const BackwardParams& backward, const RepairedSequence& se
                       const V& v, const V& dout, int query_head, int row, int key, float row_lse, float row_delta) {
   const Params& params = backward.forward;
   const typename Config::variant variant(params, sequence.batch, query_head);
-  float weight = 1.0f;
+  float derivative = 1.0f;
   const float distance = float(row + sequence.seqlen.diagonal() - key);
-  const float score = variant.score(q.dot(k) * params.softmax_scale, distance, weight);
+  const float score = variant.score(q.dot(k) * params.softmax_scale, distance, derivative);
   const float p = ptx::ex2_approx_ftz(fmaf(score, log2_e, -row_lse));
-  return {p, p * weight * (dout.dot(v) - row_delta)};
+  return {p, p * derivative * (dout.dot(v) - row_delta)};
 }
 
 // sums += factor · row. True if all of `columns` are NaN, which they then stay.
@@ -171,29 +171,29 @@ inline void repair_queries(const BackwardParams& backward, const Seqlen& seqlen,
 // Every warp of a thread block takes a part of the same rows.
 template <class Config>
 inline void backward_repair(const BackwardArgument& argument) {
-  const BackwardParams& params = argument.params;
-  if (*params.not_finite == 0) return;
-  const Params& forward = params.forward;
+  const BackwardParams& backward = argument.params;
+  if (*backward.not_finite == 0) return;
+  const Params& forward = backward.forward;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
   const int keys = ceil_div(Config::block_n, warps), queries = ceil_div(Config::block_m, warps);
-  const int units = BackwardWork::units<Config>(params);
+  const int units = BackwardWork::units<Config>(backward);
 #pragma unroll 1
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
-    const BackwardWork work = BackwardWork::find<Config>(params, unit);
+    const BackwardWork work = BackwardWork::find<Config>(backward, unit);
     if (work.idle<Config>()) continue;
     const int first_key = work.n_block * Config::block_n + warp * keys;
     const int count = min_of(keys, Config::block_n - warp * keys);
-    repair_keys<Config, false>(params, work, first_key, count);
-    repair_keys<Config, true>(params, work, first_key, count);
+    repair_keys<Config, false>(backward, work, first_key, count);
+    repair_keys<Config, true>(backward, work, first_key, count);
   }
   const int tiles = forward.m_blocks * forward.num_heads_q * (Config::varlen ? 1 : forward.batch);
 #pragma unroll 1
   for (int unit = blockIdx.x; unit < tiles; unit += gridDim.x) {
-    const RowTile tile = RowTile::find<Config>(params, unit, forward.m_blocks);
+    const RowTile tile = RowTile::find<Config>(backward, unit, forward.m_blocks);
     if (tile.row < 0) continue;
     const int first_row = tile.m_block * Config::block_m;
-    repair_queries<Config>(params, tile.seqlen, tile.batch, tile.head, tile.row - first_row, first_row + warp * queries,
-                           min_of(queries, Config::block_m - warp * queries));
+    repair_queries<Config>(backward, tile.seqlen, tile.batch, tile.head, tile.row - first_row,
+                           first_row + warp * queries, min_of(queries, Config::block_m - warp * queries));
   }
 }
 

@@ -41,7 +41,7 @@ inline void backward_sm90(const BackwardArgument& argument) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < 4) {
     ptx::setmaxnreg_dec<Config::producer_registers>();
-    if (warp == 0) mainloop.template load<Side::queries>(argument, works);
+    if (warp == 0) mainloop.template load<Side::scores>(argument, works);
     if (warp == 1) mainloop.template load<Side::gradients>(argument, works);
     if (warp == 2) mainloop.add_dq(argument.params, works);
     if constexpr (Config::varlen) {

@@ -43,12 +43,12 @@ struct BackwardKeysSm90 {
   using Ring = tile::Ring<stages>;
   using KeyRing = tile::Ring<1>;
   static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
-  static constexpr int weights_bytes = 128 * sizeof(Operand);
+  static constexpr int ds_factors_bytes = 128 * sizeof(Operand);
 
   static constexpr int k_offset = 0, v_offset = k_offset + K::bytes, q_offset = v_offset + V::bytes;
   static constexpr int dout_offset = q_offset + stages * Q::bytes;
-  static constexpr int weights_offset = dout_offset + stages * Dout::bytes;
-  static constexpr int lse_offset = weights_offset + stages * weights_bytes;
+  static constexpr int ds_factors_offset = dout_offset + stages * Dout::bytes;
+  static constexpr int lse_offset = ds_factors_offset + stages * ds_factors_bytes;
   static constexpr int delta_offset = lse_offset + stages * rows_bytes;
   static constexpr int barriers_offset = delta_offset + stages * rows_bytes;
   static constexpr int smem_bytes = barriers_offset + 3 * Ring::bytes + 2 * KeyRing::bytes;
@@ -59,12 +59,12 @@ struct BackwardKeysSm90 {
   V v() const { return {smem + v_offset}; }
   Q q(u32 stage) const { return {smem + q_offset + stage * Q::bytes}; }
   Dout dout(u32 stage) const { return {smem + dout_offset + stage * Dout::bytes}; }
-  u32 weights(u32 stage) const { return smem + weights_offset + stage * weights_bytes; }
+  u32 ds_factors(u32 stage) const { return smem + ds_factors_offset + stage * ds_factors_bytes; }
   u32 lse(u32 stage) const { return smem + lse_offset + stage * rows_bytes; }
   u32 delta(u32 stage) const { return smem + delta_offset + stage * rows_bytes; }
   Ring queries() const { return {smem + barriers_offset}; }
   Ring gradients() const { return {smem + barriers_offset + Ring::bytes}; }
-  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // of weights
+  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // of ds_factors
   KeyRing keys() const { return {smem + barriers_offset + 3 * Ring::bytes}; }
   KeyRing values() const { return {smem + barriers_offset + 3 * Ring::bytes + KeyRing::bytes}; }
 
@@ -99,10 +99,10 @@ struct BackwardKeysSm90 {
       warpgroup::wait<1>(dv, p);
       if (at.count > 0) gradients().release_warp(at.previous());
       warpgroup::wait<0>(s);
-      Operand scaled;
-      probabilities<Config>(p, scaled, s, numbers, params, work, head, first_key, m_block, boundary);
+      Operand factors;
+      probabilities<Config>(p, factors, s, numbers, params, work, head, first_key, m_block, boundary);
       exchange().wait_empty(at);
-      give(Variant::empty ? p : scaled, weights(at.stage()));
+      give(Variant::empty ? p : factors, ds_factors(at.stage()));
       exchange().fill_warp(at);
       gradients().wait_full(at);
       warpgroup::gemm_ab(dv, p, dout(at.stage()), true);
@@ -134,11 +134,11 @@ struct BackwardKeysSm90 {
       warpgroup::wait<1>(dk, ds);
       if (at.count > 0) queries().release_warp(at.previous());
       warpgroup::wait<0>(dp);
-      Operand scaled;
+      Operand factors;
       exchange().wait_full(at);
-      take(scaled, weights(at.stage()));
+      take(factors, ds_factors(at.stage()));
       exchange().release_warp(at);
-      gradients_of_scores<Config>(ds, scaled, dp, numbers);
+      gradients_of_scores<Config>(ds, factors, dp, numbers);
       queries().wait_full(at);
       warpgroup::gemm_ab(dk, ds, q(at.stage()), true);
       gradients().release_warp(at);

@@ -162,7 +162,7 @@ struct BackwardQueriesSm90 {
       if (Variant::empty && unlikely(boundary)) {
         mask<Config>(s, params, tile.seqlen, first_row, first_key);
       }
-      Operand weights;
+      Operand ds_factors;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         // The same arithmetic, not transposed, as in `probabilities` of backward_tensors_sm90.cuh.
@@ -176,15 +176,15 @@ struct BackwardQueriesSm90 {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int key = 8 * j + e;
-            float weight = 1.0f;
+            float derivative = 1.0f;
             x[e] = s.x[0][j][2 * i + e];
             if constexpr (!Variant::empty) {
-              x[e] = variant.score(x[e] * params.softmax_scale, distance - float(key), weight);
+              x[e] = variant.score(x[e] * params.softmax_scale, distance - float(key), derivative);
               if (key > last || (Config::window && key < first)) x[e] = -infinity;
             }
-            x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, -lse[i])) * weight;
+            x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, -lse[i])) * derivative;
           }
-          weights.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0], x[1]);
+          ds_factors.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0], x[1]);
         }
       }
       warpgroup::wait<0>(dp);
@@ -194,9 +194,9 @@ struct BackwardQueriesSm90 {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           u32& packed = ds.x[j / 2][2 * (j % 2) + i];
-          const float2 weight = ptx::cvt_f32_x2<element>(weights.x[j / 2][2 * (j % 2) + i]);
-          packed = ptx::cvt_rn_x2<element>(weight.x * (dp.x[0][j][2 * i] - delta[i]),
-                                           weight.y * (dp.x[0][j][2 * i + 1] - delta[i]));
+          const float2 factor = ptx::cvt_f32_x2<element>(ds_factors.x[j / 2][2 * (j % 2) + i]);
+          packed = ptx::cvt_rn_x2<element>(factor.x * (dp.x[0][j][2 * i] - delta[i]),
+                                           factor.y * (dp.x[0][j][2 * i + 1] - delta[i]));
         }
       }
       warpgroup::gemm_ab(dq, ds, k(at_keys.stage()), true);

@@ -45,7 +45,7 @@ inline void backward_split_keys_sm90(const BackwardArgument& argument) {
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Config::producer_registers>();
-    if (threadIdx.x == 0) TileLoader<Config, Mainloop, Side::queries>{mainloop, argument}.load(work);
+    if (threadIdx.x == 0) TileLoader<Config, Mainloop, Side::scores>{mainloop, argument}.load(work);
     if (threadIdx.x == 32) TileLoader<Config, Mainloop, Side::gradients>{mainloop, argument}.load(work);
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();

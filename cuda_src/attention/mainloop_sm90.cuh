@@ -108,20 +108,20 @@ struct MainloopSm90 {
 
   // Called by one warp, which finds the block's tiles ahead of the warps that load and compute them. It writes packed
   // tiles that see no key itself.
-  void find_tiles(const TmaParams& params, PackedScan& scan) const {
+  void find_tiles(const TmaParams& argument, PackedScan& scan) const {
     typename Tiles::Cursor at_tiles;
     int chain = 0;
-    for (TileCursor<Config> at(params);;) {
+    for (TileCursor<Config> at(argument);;) {
       Entry& entry = entries[at_tiles.stage()];
       tiles().wait_empty(at_tiles);
       __syncwarp();
       if (tile::lane() == 0) entry.end = at.done();
-      if (!at.done()) entry.work.template find<Config>(params.params, scan, at.unit(), at.second());
+      if (!at.done()) entry.work.template find<Config>(argument.params, scan, at.unit(), at.second());
       __syncwarp();
       if (at.done()) break;
       const bool idle = entry.work.template idle<Config>(), empty = entry.work.range.empty();
       if (Config::varlen && !idle && empty) {
-        epilogue_empty<Config, 32>(params.params, entry.work, entry.work.template sink<Config>(params.params),
+        epilogue_empty<Config, 32>(argument.params, entry.work, entry.work.template sink<Config>(argument.params),
                                    tile::lane());
       }
       if (!idle && !empty) {
@@ -141,8 +141,8 @@ struct MainloopSm90 {
 
   // Called by one thread, which loads, in the order in which the consumers want them, K of every block and, one block
   // behind, V.
-  void load_tiles(const TmaParams& maps) const {
-    Loader loader{*this, maps};
+  void load_tiles(const TmaParams& argument) const {
+    Loader loader{*this, argument};
     typename Tiles::Cursor at_tiles;
     const Work<element>* v_work = nullptr;  // the tile whose V comes next
     int v_block = 0;                        // the block of keys whose V comes next
@@ -165,16 +165,16 @@ struct MainloopSm90 {
 
   struct Loader {
     const MainloopSm90& loop;
-    const TmaParams& maps;
+    const TmaParams& argument;
     Queries::Cursor at_queries;
     typename Keys::Cursor at_keys, at_values;
 
     void load_keys(const Work<element>& work, int n_block) {
-      load_block(loop.keys(), at_keys, loop.k(at_keys.stage()), maps.k, work, n_block);
+      load_block(loop.keys(), at_keys, loop.k(at_keys.stage()), argument.k, work, n_block);
     }
 
     void load_values(const Work<element>& work, int n_block) {
-      load_block(loop.values(), at_values, loop.v(at_values.stage()), maps.v, work, n_block);
+      load_block(loop.values(), at_values, loop.v(at_values.stage()), argument.v, work, n_block);
     }
 
     void load_queries(const Work<element>& work) {
@@ -186,9 +186,9 @@ struct MainloopSm90 {
         const int row = work.seqlen.q_first_row + (work.tile.m_block * Config::block_m + 64 * w) / Config::pack;
         const int batch = Config::varlen ? 0 : work.tile.batch;
         if constexpr (Config::pack == 1) {
-          tile::load(loop.q(w), maps.q, queries.full(0), row, work.tile.head, batch);
+          tile::load(loop.q(w), argument.q, queries.full(0), row, work.tile.head, batch);
         } else {
-          tile::load_packed(loop.q(w), maps.q, queries.full(0), row, work.tile.head, batch);
+          tile::load_heads(loop.q(w), argument.q, queries.full(0), row, work.tile.head, batch);
         }
       }
       at_queries.advance();
@@ -202,7 +202,7 @@ struct MainloopSm90 {
                     const Work<element>& work, int n_block) const {
       ring.wait_empty(at);
       ring.expect(at, Tile::bytes);
-      const int head = Config::pack > 1 ? work.tile.head : work.tile.head / maps.params.qheads_per_khead;
+      const int head = Config::pack > 1 ? work.tile.head : work.tile.head / argument.params.qheads_per_khead;
       const int row = n_block * Config::block_n;
       if constexpr (Config::varlen) {
         const int live = min_of(Config::block_n, work.seqlen.k - row);
@@ -353,7 +353,7 @@ struct MainloopSm90 {
 
   // Called by the consumers when no product runs any more: goes over the block's tiles once more if some output is not
   // finite.
-  void repair_tiles(const TmaParams& params, int warpgroup) const {
+  void repair_tiles(const TmaParams& argument, int warpgroup) const {
     __syncwarp();
     if (likely(ptx::ld_shared_u32(to_repair()) == 0)) return;
     // Lies where the warp's rows of Q were, which nothing needs any more.
@@ -366,12 +366,12 @@ struct MainloopSm90 {
     Place& place = *reinterpret_cast<Place*>(queries + threadIdx.x / 32 % 4 * (16 * Q::panel_bytes));
     place.scan.init();
 #pragma unroll 1
-    for (TileCursor<Config> at(params); !at.done(); at.advance()) {
+    for (TileCursor<Config> at(argument); !at.done(); at.advance()) {
       __syncwarp();
-      place.work.template find<Config>(params.params, place.scan, at.unit(), at.second());
+      place.work.template find<Config>(argument.params, place.scan, at.unit(), at.second());
       __syncwarp();
       if (place.work.template idle<Config>() || place.work.range.empty()) continue;
-      repair<Config>(params.params, place.work, place.work.tile.m_block * Config::block_m + warp_row(), 16);
+      repair<Config>(argument.params, place.work, place.work.tile.m_block * Config::block_m + warp_row(), 16);
     }
   }
 

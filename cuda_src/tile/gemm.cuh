@@ -38,11 +38,11 @@ struct SplitTf32 {
   }
 };
 
-// d += A·B, the smallest products first; low·low, 2^-22 of the whole, is left out. With `weights` A holds
-// probabilities.
-template <bool weights = false>
+// d += A·B, the smallest products first; low·low, 2^-22 of the whole, is left out. With `small_a` no finite
+// number of A is near the largest.
+template <bool small_a = false>
 inline void mma_3xtf32(float (&d)[4], const u32 (&a_bits)[4], const u32 (&b_bits)[2]) {
-  const SplitTf32<4, weights> a(a_bits);
+  const SplitTf32<4, small_a> a(a_bits);
   const SplitTf32<2> b(b_bits);
   ptx::mma_m16n8k8_tf32(d, a.low, b.high[0], b.high[1]);
   ptx::mma_m16n8k8_tf32(d, a.high, b.low[0], b.low[1]);
