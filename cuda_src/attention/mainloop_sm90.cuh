@@ -64,7 +64,7 @@ struct MainloopSm90 {
     bool end;  // whether no tile is left, and `work` means nothing
     int ends;  // which ends of the tile the chain has, if there are chains
 
-    // Makes an entry of the whole tile, as it was found, that of its chain `index`.
+    // Turns the entry of the whole tile, as it was found, into that of its chain `index`.
     void take_chain(int index) {
       const int whole_end = work.range.end, end = whole_end - index * chain_blocks;
       const int begin = max_of(work.range.begin, end - chain_blocks);
@@ -92,7 +92,8 @@ struct MainloopSm90 {
   Keys keys() const { return {smem + tiles_bytes}; }
   Keys values() const { return {smem + tiles_bytes + Keys::bytes}; }
   Tiles tiles() const { return {smem + tiles_bytes + 2 * Keys::bytes}; }
-  u32 to_repair() const { return smem + tiles_bytes + barriers_bytes + entries_bytes; }  // whether anything is
+  // The address of a flag that says whether some output is to be repaired.
+  u32 to_repair() const { return smem + tiles_bytes + barriers_bytes + entries_bytes; }
   Queries queries(int warpgroup) const {
     return {smem + tiles_bytes + 2 * Keys::bytes + Tiles::bytes + warpgroup * Queries::bytes};
   }
@@ -320,7 +321,7 @@ struct MainloopSm90 {
       }
       unwritten_out = seam;
     }
-    // Outputs that are left: that of the last tile but one, if the last tile has a single block, and that of the last.
+    // Left to write are the output of the last tile but one, if the last has a single block, and that of the last.
 #pragma unroll 1
     for (bool last = !unwritten_out;; last = true) {
       if (last) {
@@ -356,7 +357,7 @@ struct MainloopSm90 {
   void repair_tiles(const TmaParams& argument, int warpgroup) const {
     __syncwarp();
     if (likely(ptx::ld_shared_u32(to_repair()) == 0)) return;
-    // Lies where the warp's rows of Q were, which nothing needs any more.
+    // A Place lies where the warp's rows of Q were, which nothing needs any more.
     struct Place {
       Work<element> work;
       PackedScan scan;
