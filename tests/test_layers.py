@@ -1,9 +1,12 @@
-"""The layers of cuda_src and of the package, read from their sources."""
+"""The layers of cuda_src and of the package, and what their comments point to, read from their sources."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,3 +82,85 @@ def test_no_module_imports_a_framework(path: Path) -> None:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
         assert not FRAMEWORKS & {name.partition(".")[0] for name in names}
+
+
+def cuda_comments(code: str) -> Iterator[str]:
+    """Comments of a header; whole lines that follow each other are one."""
+    for block in re.findall(r"(?:^ *//.*\n)+|//.*", code, re.MULTILINE):
+        yield " ".join(re.sub(r"^ *//", "", block, flags=re.MULTILINE).split())
+
+
+def python_comments(code: str) -> Iterator[str]:
+    """Docstrings and comments of a module; comments of lines that follow each other are one."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield " ".join(node.value.value.split())
+    found: list[str] = []
+    line = 0
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type == tokenize.COMMENT:
+            if found and token.start[0] != line + 1:
+                yield " ".join(found)
+                found = []
+            found.append(token.string.lstrip("# "))
+            line = token.start[0]
+    yield " ".join(found)
+
+
+SOURCES = {
+    path: path.read_text()
+    for folder in ("cuda_src", "cufa")
+    for path in sorted((ROOT / folder).rglob("*.*"))
+    if path.suffix in (".cuh", ".py")
+}
+COMMENTS = [
+    (path, comment)
+    for path, code in SOURCES.items()
+    for comment in (python_comments if path.suffix == ".py" else cuda_comments)(code)
+]
+CODE = re.sub(r"//.*", "", "".join(code for path, code in SOURCES.items() if path.suffix == ".cuh"))
+FILE = r"(?<![\w/.-])(?:[\w-]+/)*\w[\w-]*\.(?:cuh|py|md)\b"
+NAME = r"[A-Za-z_]\w*(?:(?:::|\.)\w+)*"
+
+
+def files(mention: str) -> list[Path]:
+    """The files that a name stands for, which may lack leading directories."""
+    folders = ("cuda_src", "cufa", "docs", "tests", "benchmarks", "examples")
+    all_files = [*ROOT.glob("*.*"), *(path for folder in folders for path in (ROOT / folder).rglob("*.*"))]
+    return [path for path in all_files if f"/{path.relative_to(ROOT).as_posix()}".endswith(f"/{mention}")]
+
+
+def unresolved(comment: str) -> Iterator[str]:
+    """What a comment points to that is not there: files, names in files, and names in the kernels."""
+    for mention in re.findall(FILE, comment):
+        if not files(mention):
+            yield mention
+    for *names, mention in re.findall(rf"(?:`({NAME})`+|[Ss]ee ({NAME})|\b(\w+_\w+)) (?:in|of) `*({FILE})", comment):
+        name = "".join(names)
+        for part in re.split(r"::|\.", name):
+            if not any(re.search(rf"\b{part}\b", path.read_text()) for path in files(mention)):
+                yield f"{name} in {mention}"
+    for name in re.findall(r"\w+(?:::\w+)+", comment):
+        if not all(re.search(rf"\b{part}\b", CODE) for part in name.split("::")):
+            yield name
+
+
+@pytest.mark.parametrize(
+    ("comment", "missing"),
+    [
+        ("see _keys in cufa/_params.py", ["_keys in cufa/_params.py"]),
+        ("see `pack` in _params.py, and tile/local.cuh", []),
+        ("See Softmax::reject.", ["Softmax::reject"]),
+        ("See Softmax::accept, repair.cuh and nowhere/repair.cuh", ["nowhere/repair.cuh"]),
+        ("as in `probabilities` of mask.cuh", ["probabilities in mask.cuh"]),
+        ("``Softmax::shift`` in cuda_src/attention/mask.cuh", ["Softmax::shift in cuda_src/attention/mask.cuh"] * 2),
+        ("what block_range in mask.cuh finds", []),
+    ],
+)
+def test_what_comments_point_to_is_looked_up(comment: str, missing: list[str]) -> None:
+    assert list(unresolved(comment)) == missing
+
+
+def test_comments_point_to_what_is_there() -> None:
+    found = [f"{path.relative_to(ROOT)}: {missing}" for path, comment in COMMENTS for missing in unresolved(comment)]
+    assert not found, "\n".join(found)

@@ -8,21 +8,22 @@
 namespace attention {
 
 // Arrays of 16-bit elements, and their copies, whose rows are whole chunks. The chunks are counted along four axes, the
-// fastest first, of which chunk_axes says the one along a row. Steps are in elements. cufa/_params.py mirrors this.
+// fastest first; chunk_axes says which of them runs along a row. Steps are in elements. The host packs the same layout.
 struct AlignParams {
   static constexpr int arrays = 4, axes = 4;
 
   const void* sources[arrays];
   void* copies[arrays];
   i64 source_steps[arrays][axes], copy_steps[arrays][axes];
-  i64 column_strides[arrays];  // of the array
+  i64 column_strides[arrays];  // of the arrays; in a copy columns lie side by side
   i32 extents[arrays][axes];   // 0: there is no such array, nor one behind it
-  i32 columns[arrays];         // that an array has; those behind them are zeros in the copy
+  i32 columns[arrays];         // columns of the arrays; columns of a copy behind them are zeros
   i32 chunk_axes[arrays];
-  i32 copy_bytes[arrays];  // that can be read at once; those of an element: only singly, with any column stride
+  i32 copy_bytes[arrays];  // bytes that can be read at once; 2: single elements, with any column stride
 };
 
-// A chunk by its index along each axis, or how far two are apart. The first axes are less than their extents.
+// A chunk by its index along each axis, or how far two chunks are apart. Indices along all axes but the last are less
+// than the extents.
 struct ChunkIndex {
   u32 along[AlignParams::axes];
 
@@ -35,7 +36,7 @@ struct ChunkIndex {
     along[AlignParams::axes - 1] = number;
   }
 
-  // Without a division: those of 64 bits that large arrays would need are slow.
+  // Carries instead of dividing: the divisions of 64 bits that large arrays would need are slow.
   void advance(const ChunkIndex& step, const i32* extents) {
     u32 carry = 0;
 #pragma unroll
@@ -55,7 +56,7 @@ struct ChunkIndex {
   }
 };
 
-// The first `columns` elements of a chunk, then zeros: what is behind them may be another array's, and is not read.
+// The first `columns` elements of a chunk, then zeros: the elements behind may be another array's, and are not read.
 template <int copy_bytes>
 inline uint4 load_columns(const u16* source, i64 column_stride, int columns) {
   constexpr int chunk_elements = 8;
@@ -71,8 +72,8 @@ inline uint4 load_columns(const u16* source, i64 column_stride, int columns) {
   return held.words;
 }
 
-// The chunks from `index` on, a `step` apart. side_by_side: whether the elements of a row are, as they are where
-// copy_bytes are more than one's.
+// Copies the chunks from `index` on, a `step` apart. side_by_side: whether the elements of a row lie side by side, as
+// they do where copy_bytes hold more than one.
 template <int copy_bytes, bool side_by_side>
 inline void align_chunks(const AlignParams& params, int array, ChunkIndex index, const ChunkIndex& step) {
   const i32* const extents = params.extents[array];

@@ -1,6 +1,6 @@
 // attention: what is left to do after the backward's main kernel: dq in its dtype, the sinks' gradients, and zeros for
-// rows that are no sequence's. One thread block a tile of rows of the workspace, or Config::row_tiles small ones, then
-// one a head.
+// rows that are no sequence's. There is one thread block per tile of rows of the workspace, or, where tiles are small,
+// per Config::row_tiles of them, then one per head.
 #pragma once
 
 #include "attention/backward_params.cuh"
@@ -13,8 +13,9 @@
 
 namespace attention {
 
-// A thread's part of a tile of dq_sum. Main, the struct of the main kernel, says how it orders them: groups of dq_group
-// threads one after the other; of a group the vectors (t, j, i / dq_vector) of its threads' fragments, side by side.
+// Loads a thread's part of a tile of dq_sum. Main, the struct of the main kernel, says how it orders the numbers:
+// groups of dq_group threads come one after the other; in a group, each vector (t, j, i / dq_vector) of fragments comes
+// once for every thread, side by side.
 template <class Main>
 inline void load_dq(typename Main::Dq& dq, const float* sums, int thread) {
   constexpr int vector = Main::dq_vector, group = Main::dq_group;
@@ -39,7 +40,7 @@ inline void load_dq(typename Main::Dq& dq, const float* sums, int thread) {
   }
 }
 
-// The same where sums are in the order of the rows, of which so many are live.
+// The same where sums are in the order of the rows, of which the first live_rows are live.
 template <class Config, class Main>
 inline void load_dq_rows(typename Main::Dq& dq, const float* sums, int live_rows, int thread) {
 #pragma unroll
@@ -58,20 +59,20 @@ inline void load_dq_rows(typename Main::Dq& dq, const float* sums, int live_rows
   }
 }
 
-// dq of some tiles of rows, by Main::dq_threads threads: all are on their way before the first is waited for. Those
-// that there are not have a negative row.
+// Main::dq_threads threads write dq of some tiles of rows. The loads of all tiles are on their way before the first is
+// waited for. A tile with a negative row is left out.
 template <class Config, class Main, int count>
-inline void finish_tiles(const BackwardParams& params, const RowTile (&tiles)[count], int thread) {
+inline void finish_tiles(const BackwardParams& backward, const RowTile (&tiles)[count], int thread) {
   using element = typename Config::element;
   using Dq = typename Main::Dq;
   Dq dq[count];
-  bool added[count];
+  bool added[count];  // whether anybody has added to the tile
 #pragma unroll
   for (int each = 0; each < count; ++each) {
     const RowTile& tile = tiles[each];
     if (tile.row < 0) continue;
-    added[each] = !Main::first_stores || __ldcg(params.turns + tile.template sum_index<Config>(params)) != 0;
-    const float* const sums = params.dq_sum + tile.template sums<Config>(params);
+    added[each] = !Main::first_stores || __ldcg(backward.turns + tile.template sum_index<Config>(backward)) != 0;
+    const float* const sums = backward.dq_sum + tile.template sums<Config>(backward);
     if constexpr (Config::sums_by_rows)
       load_dq_rows<Config, Main>(dq[each], sums, tile.seqlen.q - tile.m_block * Config::block_m, thread);
     else
@@ -83,49 +84,49 @@ inline void finish_tiles(const BackwardParams& params, const RowTile (&tiles)[co
     if (tile.row < 0) continue;
     const int live_rows = tile.seqlen.q - tile.m_block * Config::block_m;
     NotFinite<f32> not_finite;
-    const float factor = added[each] ? params.forward.softmax_scale : 0.0f;  // 0: whatever is there; no row sees a key
-    element* const rows = tile.rows(static_cast<element*>(params.dq), params.dq_strides, Config::block_m);
+    const float factor = added[each] ? backward.forward.softmax_scale : 0.0f;  // 0: no row sees a key
+    element* const rows = tile.rows(static_cast<element*>(backward.dq), backward.dq_strides, Config::block_m);
 #pragma unroll
     for (int t = 0; t < Dq::m_tiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = Main::dq_row(thread) + tile::fragment_row(t, i);
-        write_row<Config::store_bytes, Config::head_dim>(rows + row * params.dq_strides.seqlen, params.dq_strides.dim,
-                                                         row < live_rows, dq[each], t, i, factor, not_finite,
-                                                         Main::dq_col(thread));
+        write_row<Config::store_bytes, Config::head_dim>(rows + row * backward.dq_strides.seqlen,
+                                                         backward.dq_strides.dim, row < live_rows, dq[each], t, i,
+                                                         factor, not_finite, Main::dq_col(thread));
       }
     }
-    if (unlikely(added[each] && not_finite.found())) *params.not_finite = 1;
+    if (unlikely(added[each] && not_finite.found())) *backward.not_finite = 1;
   }
 }
 
-// Zeros for the live rows of a tile of dq that the main kernel would have written if they saw a key.
+// Writes zeros to the live rows of a tile of dq that the main kernel would have written if they saw a key.
 template <class Config>
-inline void clear_rows(const BackwardParams& params, const RowTile& tile, int thread, int threads) {
+inline void clear_rows(const BackwardParams& backward, const RowTile& tile, int thread, int threads) {
   using element = typename Config::element;
   constexpr int chunks = ceil_div(Config::head_dim * int(sizeof(element)), 16);
   const int rows = min_of(Config::block_m, tile.seqlen.q - tile.m_block * Config::block_m);
-  element* const to = tile.rows(static_cast<element*>(params.dq), params.dq_strides, Config::block_m);
+  element* const to = tile.rows(static_cast<element*>(backward.dq), backward.dq_strides, Config::block_m);
   for (int i = thread; i < rows * chunks; i += threads) {
-    tile::store_chunk<Config::store_bytes, Config::head_dim>(to + i / chunks * params.dq_strides.seqlen,
-                                                             params.dq_strides.dim, i % chunks, uint4{0, 0, 0, 0});
+    tile::store_chunk<Config::store_bytes, Config::head_dim>(to + i / chunks * backward.dq_strides.seqlen,
+                                                             backward.dq_strides.dim, i % chunks, uint4{0, 0, 0, 0});
   }
 }
 
-// Of the sink of a head, whose probability in row i is exp(sink - lse): -Σ p · delta.
+// Writes the gradient of a head's sink, whose probability in row i is p = exp(sink - lse): -Σ p · delta.
 template <class Config>
 inline void finish_sink(const BackwardParams& backward, int head) {
   const Params& params = backward.forward;
   const float sink = params.sinks[head * params.sinks_stride] * log2_e;
   const int outer = Config::varlen ? 1 : params.batch;
   i64 begin = 0, end = backward.workspace_rows;
-  if (Config::varlen) {  // nothing is written of rows before the first sequence's, and past the last one's
+  if (Config::varlen) {  // rows of the workspace before the first sequence and past the last hold nothing
     const PackedOffset first = backward.offsets_q[0], last = backward.offsets_q[params.batch];
     begin = padded_row<Config>(first.row, first.rank);
     end = padded_row<Config>(last.row, last.rank);
   }
   float sum = 0.0f;
-  const i64 rows = end - begin;  // of all sequences together, of which each may have few
+  const i64 rows = end - begin;  // of all sequences together, since one may have few
 #pragma unroll 4
   for (i64 i = threadIdx.x; i < outer * rows; i += blockDim.x) {
     const i64 b = i / rows, row = (b * params.num_heads_q + head) * backward.workspace_rows + begin + i - b * rows;
@@ -145,7 +146,7 @@ inline void finish_sink(const BackwardParams& backward, int head) {
   }
 }
 
-// Zeros for the rows of a packed gradient that no sequence has.
+// Writes zeros to the rows of a packed gradient that no sequence has.
 template <class Config, int valid_cols>
 inline void clear_outside(void* gradient, const Strides& strides, int heads, int total, int begin, int end) {
   using element = typename Config::element;
@@ -173,30 +174,29 @@ inline void clear_outside(const BackwardParams& backward) {
   clear_outside<Config, Config::head_dim_v>(backward.dv, backward.dv_strides, heads_k, params.seqlen_k, k_begin, k_end);
 }
 
-// For main kernels that write dq themselves: one thread block a head, if there are sinks.
+// The kernel behind main kernels that write dq themselves: one thread block per head, if there are sinks.
 template <class Config>
-inline void finish(const BackwardParams& params) {
-  if (Config::varlen) clear_outside<Config>(params);
-  if (Config::sinks && int(blockIdx.x) < params.forward.num_heads_q) finish_sink<Config>(params, blockIdx.x);
+inline void finish(const BackwardParams& backward) {
+  if (Config::varlen) clear_outside<Config>(backward);
+  if (Config::sinks && int(blockIdx.x) < backward.forward.num_heads_q) finish_sink<Config>(backward, blockIdx.x);
 }
 
-// For those that leave it in dq_sum.
+// The kernel behind main kernels, such as Main, that leave dq in dq_sum.
 template <class Config, class Main>
-inline void finish(const BackwardParams& params) {
-  static_assert(Config::dq_threads == Main::dq_threads,
-                "cufa/_configs_backward.py and the main kernel disagree on threads");
+inline void finish(const BackwardParams& backward) {
+  static_assert(Config::dq_threads == Main::dq_threads, "Config and the main kernel disagree on threads");
   using Threads = RowThreads<Config::dq_threads * Config::row_tiles, Config::row_tiles>;
-  const int tiles = gridDim.x - (Config::sinks ? params.forward.num_heads_q : 0);  // or groups of them
-  if (Config::varlen) clear_outside<Config>(params);
-  if (Config::sinks && int(blockIdx.x) >= tiles) return finish_sink<Config>(params, blockIdx.x - tiles);
-  if (!Threads::template live<Config>(params)) return;
-  const RowTile tile[] = {RowTile::find<Config>(params, Threads::unit(), params.forward.m_blocks)};
+  const int tiles = gridDim.x - (Config::sinks ? backward.forward.num_heads_q : 0);  // or groups of tiles
+  if (Config::varlen) clear_outside<Config>(backward);
+  if (Config::sinks && int(blockIdx.x) >= tiles) return finish_sink<Config>(backward, blockIdx.x - tiles);
+  if (!Threads::template live<Config>(backward)) return;
+  const RowTile tile[] = {RowTile::find<Config>(backward, Threads::unit(), backward.forward.m_blocks)};
   const int m_block = tile[0].m_block;
   if (m_block * Config::block_m >= tile[0].seqlen.q) return;  // no row of the tile is live
-  if (!writes_dq<Config>(tile[0].seqlen)) return finish_tiles<Config, Main>(params, tile, Threads::thread());
-  const QueryRange written = query_range<Config>(params.forward, tile[0].seqlen, 0);
+  if (!writes_dq<Config>(tile[0].seqlen)) return finish_tiles<Config, Main>(backward, tile, Threads::thread());
+  const QueryRange written = query_range<Config>(backward.forward, tile[0].seqlen, 0);
   if (m_block >= written.begin && m_block < written.end) return;
-  clear_rows<Config>(params, tile[0], Threads::thread(), Threads::threads);
+  clear_rows<Config>(backward, tile[0], Threads::thread(), Threads::threads);
 }
 
 }  // namespace attention

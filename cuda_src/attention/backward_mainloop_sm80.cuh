@@ -1,8 +1,8 @@
-// attention: the backward's main loop with mma.sync and cp.async, for sm_80 and every newer GPU: a block of keys, which
-// stays while a thread block goes over the tiles of queries that see them.
+// attention: the backward's main loop with mma.sync and cp.async, for sm_80 and every newer GPU. A thread block keeps a
+// block of keys and goes over the tiles of queries that see any of them.
 //
 // FlashAttention-2 (Dao, 2023), Algorithm 2, with transposed scores: rows are keys. P and dS go through shared memory,
-// so that each product has the division of labour among warps that suits it.
+// so that every product can be divided among warps as suits it.
 #pragma once
 
 #include "attention/backward_finish.cuh"
@@ -31,7 +31,7 @@
 namespace attention {
 
 template <class Config>
-struct BackwardSm80 {
+struct BackwardMainloopSm80 {
   using element = typename Config::element;
   static constexpr int block_m = Config::block_m, block_n = Config::block_n, warps = Config::num_threads / 32;
   static_assert((block_m & (block_m - 1)) == 0, "P's rows are swizzled by powers of two");
@@ -39,9 +39,9 @@ struct BackwardSm80 {
   using V = tile::SharedTile<element, block_n, Config::tile_head_dim_v>;
   using Q = tile::SharedTile<element, block_m, Config::tile_head_dim>;
   using Dout = tile::SharedTile<element, block_m, Config::tile_head_dim_v>;
-  using P = tile::SharedTile<element, block_n, block_m>;  // and dS
+  using P = tile::SharedTile<element, block_n, block_m>;  // dS has the same
 
-  // Of P and dS; of dK and dV; of dQ. The first may leave warps idle, where a tile is small.
+  // The divisions of P and dS, of dK and dV, and of dQ. That of P and dS may leave warps idle, where a tile is small.
   using ScoreDivision = Division<block_n, block_m, Config::score_row_warps, Config::score_column_warps>;
   template <int cols>
   using KeyDivision = Division<block_n, cols, Config::key_row_warps, warps / Config::key_row_warps>;
@@ -52,7 +52,7 @@ struct BackwardSm80 {
   using Dk = typename DkDivision::Part;
   using Dv = typename DvDivision::Part;
 
-  // The order of a tile of dq_sum, which the kernel that finishes dq undoes.
+  // The order of numbers in a tile of dq_sum: for the kernel that finishes dq.
   using Dq = typename DqDivision::Part;
   static constexpr int dq_threads = Config::num_threads, dq_group = dq_threads, dq_vector = 1;
   static constexpr bool first_stores = false;
@@ -63,13 +63,13 @@ struct BackwardSm80 {
 
   // Tiles of queries in shared memory: with two, one arrives while the other is worked on.
   static constexpr int stages = Config::stages;
-  static constexpr int rows_bytes = block_m * sizeof(float);  // of row_lse, and of row_delta
+  static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
   static constexpr int stage_bytes = Q::bytes + Dout::bytes + 2 * rows_bytes;
   static constexpr int p_offset = K::bytes + V::bytes, ds_offset = p_offset + P::bytes;
   static constexpr int stages_offset = ds_offset + P::bytes;
   static constexpr int smem_bytes = stages_offset + stages * stage_bytes;
 
-  // A tile of queries of one of the heads that share the keys.
+  // A tile of queries, of one of the heads that share the keys.
   struct Tile {
     int head, m_block;
 
@@ -78,10 +78,10 @@ struct BackwardSm80 {
     }
   };
 
-  // In shared memory, and read where it is needed: the accumulators leave no registers to carry it in.
+  // The state lies in shared memory and is read where it is needed: the accumulators leave no registers to carry it in.
   struct State {
     BackwardWork work;
-    Tile tiles[2];  // this and the next, by turns
+    Tile tiles[2];  // the present tile and the next, by turns
   };
 
   const BackwardParams& backward;
@@ -100,8 +100,8 @@ struct BackwardSm80 {
   static u32 delta(u32 stage) { return lse(stage) + rows_bytes; }
 
   // Sets dk and dv, but for the scale of dk, to the sums over the tiles of the range, which is not empty, and adds to
-  // dq_sum. There are two barriers a tile, before P and behind dS, and where there is but one stage a third, behind
-  // which the next tile may arrive.
+  // dq_sum. There are two barriers per tile, before P and behind dS, and with a single stage a third, behind which the
+  // next tile may arrive.
   void run(Dk& dk, Dv& dv) const {
     const int first_key = work.n_block * block_n;
     load<Config::head_dim>(k(),
@@ -144,8 +144,8 @@ struct BackwardSm80 {
     }
   }
 
-  // The tiles of P and dS ← this warp's part of them. Where it lies is found anew for each use: no register is left to
-  // carry that through the products.
+  // The tiles of P and dS ← this warp's part of them. Where the part lies is found anew for each use, since no register
+  // is left to carry its address through the products.
   void gradients_of_scores(const Tile& tile, u32 at) const {
     Scores scores, dp;
     warp::gemm_abt<Config::head_dim>(scores, k(), q(at), ScoreDivision::row(), ScoreDivision::col());
@@ -160,7 +160,7 @@ struct BackwardSm80 {
       row_lse[j] =
           ptx::ld_shared_f32x2(lse(at) + (ScoreDivision::col() + tile::fragment_col() + 8 * j) * sizeof(float));
     }
-    // Before the probabilities, whose exponentials then run beside these products.
+    // These products come before the probabilities, so that exponentials run beside them.
     warp::gemm_abt<Config::head_dim_v>(dp, v(), dout(at), ScoreDivision::row(), ScoreDivision::col());
     probabilities(scores, tile, row_lse);
     const u32 row_delta = delta(at) + (ScoreDivision::col() + tile::fragment_col()) * sizeof(float);
@@ -186,8 +186,8 @@ struct BackwardSm80 {
     }
   }
 
-  // The tile of P ← the probabilities of masked scores, which become their derivatives by the scores before the
-  // variant, but for the factor dP - delta.
+  // The tile of P ← the probabilities of masked scores. `scores` become dS but for its factor dP - delta: probabilities
+  // times the derivatives of the variant.
   void probabilities(Scores& scores, const Tile& tile, const float2 (&row_lse)[Scores::n_tiles]) const {
     using Variant = typename Config::variant;
     const Params& params = backward.forward;
@@ -221,7 +221,7 @@ struct BackwardSm80 {
     }
   }
 
-  // Where this thread's first elements of P or dS go.
+  // Where this thread's first elements of P or dS go in a shared tile.
   struct Staged {
     P tile;
     int row, col;
@@ -232,7 +232,7 @@ struct BackwardSm80 {
       col = ScoreDivision::col() + 2 * (lane % 4);
     }
 
-    // Elements 2 * i and 2 * i + 1 of the accumulator's part (t, j).
+    // Stores elements 2 * i and 2 * i + 1 of the accumulator's part (t, j).
     void store(int t, int i, int j, float low, float high) const {
       const int byte = (col + 8 * j) * int(sizeof(element));
       const u32 address = tile.address(row, byte / 16) + byte % 16 + P::step_rows(16 * t + 8 * i);
@@ -244,8 +244,8 @@ struct BackwardSm80 {
     }
   };
 
-  // Adds dS·K to the tile's dq_sum, in passes over its columns where it would take too many registers at once; or
-  // writes it, where nobody else adds to it.
+  // Adds dS·K to the tile's dq_sum, or writes it to dq, where nobody else adds to that. There are two passes over the
+  // columns where all of them would take too many registers.
   void add_dq(const Tile& tile) const {
     const bool whole = writes_dq<Config>(work.seqlen);
     constexpr int most = Config::sums_by_rows && Dq::n_tiles % 4 == 0 ? 24 : 48;
@@ -288,7 +288,7 @@ struct BackwardSm80 {
     }
   }
 
-  // Writes this warp's part of a tile of dq, from column first_col on, but for its scale.
+  // Writes this warp's part of a tile of dq, which lacks only its scale, from column first_col on.
   template <class Part>
   void write_dq(const Part& dq, const Tile& tile, int first_col) const {
     const Strides& strides = backward.dq_strides;
@@ -337,7 +337,7 @@ struct BackwardSm80 {
       const float* const rows = threadIdx.x < chunks ? backward.row_lse : backward.row_delta;
       const int tile_row = first_row + threadIdx.x % chunks * aligned_rows;
       i64 row = workspace_row<Config>(backward, work, tile.head) + tile_row;
-      if (Config::varlen && tile_row >= work.seqlen.q) row = -aligned_rows;  // what is in memory there is another's
+      if (Config::varlen && tile_row >= work.seqlen.q) row = -aligned_rows;  // padding, not another's rows
       ptx::cp_async<16>(lse(to) + threadIdx.x * 16, rows + row, 16);
     }
     ptx::cp_async_commit_group();

@@ -1,10 +1,10 @@
 // attention: the backward's main loop with wgmma, for sm_90. A thread block takes one block of K and V after the other,
-// and goes over the tiles of queries. One warp finds the work, two load, one adds finished tiles of dq to those in
-// memory; two warpgroups of consumers own 64 of the keys each.
+// and with each goes over the tiles of queries. One warp finds the work, two load, one adds finished tiles of dq to
+// those in memory; two warpgroups of consumers own 64 of the keys each.
 //
 // FlashAttention-2 (Dao, 2023), Algorithm 2, with transposed scores, as FlashAttention-3 has them: rows are keys, so
 // that P and dS, as they stand in registers, are operands of the products that give dv and dk. Only dS goes through
-// shared memory, once, for dq, of which every consumer computes its columns, or its rows, over all keys of the block.
+// shared memory, once, for dq, of which every consumer computes some columns, or rows, over all keys of the block.
 #pragma once
 
 #include "attention/backward_finish.cuh"
@@ -45,7 +45,7 @@ struct BackwardMainloopSm90 {
   using Dk = tile::Accumulator<1, round_up(Config::head_dim, 16)>;
   using Dv = tile::Accumulator<1, round_up(Config::head_dim_v, 16)>;
 
-  // Consumers share a tile of dq by its rows, or, where it has but 64, by its columns.
+  // Consumers share a tile of dq by its rows, or, where it has only 64 rows, by its columns.
   static constexpr bool by_rows = block_m == 128;
   static_assert(by_rows || block_m == 64, "64 rows of dq are a consumer's");
   using Dq = tile::Accumulator<1, by_rows ? Config::tile_head_dim : Config::tile_head_dim / 2>;
@@ -53,21 +53,21 @@ struct BackwardMainloopSm90 {
   static int dq_row(int thread) { return (by_rows ? thread / 128 * 64 : 0) + thread / 32 % 4 * 16; }
   static int dq_col(int thread) { return by_rows ? 0 : thread / 128 * Dq::cols; }
 
-  // What does not wait behind products for shared memory, as far as registers go: columns of K, which stay in them, and
-  // pairs of row_lse.
+  // A read of shared memory waits behind products. As far as there are registers, these hold what would be read there:
+  // columns of K, for the whole work, and pairs of row_lse that are loaded before the products.
   static constexpr bool roomy = Variant::empty && !by_rows;
   using HeldK = tile::Operand<roomy ? 32 : 0>;
   static constexpr int lse_ahead = roomy ? 8 : 4;
 
-  static constexpr int chain_floats = dq_threads * (Dk::cols + Dv::cols) / 2;  // that a block takes over of dk and dv
-  static constexpr bool first_stores = true;  // dq_sum begins with what comes first, not with zeros
+  static constexpr int chain_floats = dq_threads * (Dk::cols + Dv::cols) / 2;  // of a block: dk and dv, taken over
+  static constexpr bool first_stores = true;  // dq_sum begins with the first numbers stored there, not with zeros
 
   static constexpr int stages = 2;
-  static constexpr int sums_stages = by_rows ? 1 : 2;  // of dq: as many as there is shared memory for
+  static constexpr int sums_stages = by_rows ? 1 : 2;  // tiles of dq, as many as there is shared memory for
   using Ring = tile::Ring<stages>;
   using KeyRing = tile::Ring<1>;
   using SumsRing = tile::Ring<sums_stages>;
-  static constexpr int rows_bytes = block_m * sizeof(float);  // of row_lse, and of row_delta
+  static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
   static constexpr int sums_bytes = block_m * Config::tile_head_dim * sizeof(float);
 
   static constexpr int k_offset = 0, v_offset = k_offset + K::bytes, q_offset = v_offset + V::bytes;
@@ -93,11 +93,11 @@ struct BackwardMainloopSm90 {
   u32 delta(u32 stage) const { return smem + delta_offset + stage * rows_bytes; }
   Ring queries() const { return {smem + barriers_offset}; }
   Ring gradients() const { return {smem + barriers_offset + Ring::bytes}; }
-  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // of dS
+  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // hands dS over
   Ring works() const { return {smem + barriers_offset + 3 * Ring::bytes}; }
   KeyRing keys() const { return {smem + barriers_offset + 4 * Ring::bytes}; }
   KeyRing values() const { return {smem + barriers_offset + 4 * Ring::bytes + KeyRing::bytes}; }
-  KeyRing claims() const { return {smem + barriers_offset + 4 * Ring::bytes + 2 * KeyRing::bytes}; }  // of works
+  KeyRing claims() const { return {smem + barriers_offset + 4 * Ring::bytes + 2 * KeyRing::bytes}; }  // of work
   SumsRing sums_ring(int part) const {
     return {smem + barriers_offset + 4 * Ring::bytes + 3 * KeyRing::bytes + part * SumsRing::bytes};
   }
@@ -115,12 +115,12 @@ struct BackwardMainloopSm90 {
     ptx::fence_mbarrier_init();
   }
 
-  // The work of the block, two units of it at a time: from the warp that finds it to those that do it.
+  // The work of the thread block, two units at a time: on its way from the warp that finds it to those that do it.
   using Works = BackwardWork[stages];
 
-  // One thread. Units are taken in order, so that nobody waits for one that is not being worked on; and not before the
-  // last loads of the unit before are on their way, since another block may come to it sooner.
-  void find_work(const BackwardParams& params, Works& works) const {
+  // Called by one thread. Units are taken in order, so that nobody waits for a unit that is not being worked on, and
+  // not before the last loads of the unit before are on their way, since another block may come to a unit sooner.
+  void find_work(const BackwardParams& backward, Works& works) const {
     typename Ring::Cursor at;
     bool done = false;
     if (Config::chains) works[at.previous().stage()].last_chain = true;
@@ -130,15 +130,15 @@ struct BackwardMainloopSm90 {
       BackwardWork& work = works[at.stage()];
       const BackwardWork& previous = works[at.previous().stage()];
       const int chain = !Config::chains || previous.last_chain ? 0 : previous.chain + 1;
-      const int unit = chain == 0 ? atomicAdd(params.next_unit, 1) : previous.unit;
-      done = unit >= BackwardWork::units<Config>(params);
+      const int unit = chain == 0 ? atomicAdd(backward.next_unit, 1) : previous.unit;
+      done = unit >= BackwardWork::units<Config>(backward);
       if (!done) {
-        work = BackwardWork::find<Config>(params, unit);
+        work = BackwardWork::find<Config>(backward, unit);
         if (work.idle<Config>()) continue;
         if constexpr (Config::chains) {
           work.unit = unit;
           work.chain = chain;
-          __threadfence_block();  // the compiler forgets what is in it: registers are few
+          __threadfence_block();  // the compiler forgets what `work` holds: registers are few
           work.take_chain<Config>();
         }
       } else {
@@ -149,8 +149,8 @@ struct BackwardMainloopSm90 {
     } while (!done);
   }
 
-  // The same for packed sequences, which a warp looks for.
-  void find_packed_work(const BackwardParams& params, Works& works) const {
+  // The same for packed sequences, called by a whole warp, which looks for them.
+  void find_packed_work(const BackwardParams& backward, Works& works) const {
     typename Ring::Cursor at;
     bool done = false;
     if (Config::chains && tile::lane() == 0) works[at.previous().stage()].last_chain = true;
@@ -158,20 +158,20 @@ struct BackwardMainloopSm90 {
     do {
       claims().wait_empty({at.count});
       this->works().wait_empty(at);
-      BackwardWork& work = works[at.stage()];  // what it is to be is written down early: registers are few
+      BackwardWork& work = works[at.stage()];  // unit and chain are written early: registers are few
       if (tile::lane() == 0) {
         const BackwardWork& previous = works[at.previous().stage()];
         work.chain = !Config::chains || previous.last_chain ? 0 : previous.chain + 1;
-        work.unit = work.chain == 0 ? atomicAdd(params.next_unit, 1) : previous.unit;
+        work.unit = work.chain == 0 ? atomicAdd(backward.next_unit, 1) : previous.unit;
       }
       __syncwarp();
-      done = work.unit >= BackwardWork::units<Config>(params);
+      done = work.unit >= BackwardWork::units<Config>(backward);
       if (!done) {
-        const PackedUnit found = BackwardWork::find_packed<Config>(params, work.unit);
+        const PackedUnit found = BackwardWork::find_packed<Config>(backward, work.unit);
         if (found.units == 0) continue;
-        const PackedOffset* const keys = params.offsets_k + found.batch;
+        const PackedOffset* const keys = backward.offsets_k + found.batch;
         if (found.row * block_n >= keys[1].row - keys[0].row) continue;
-        if (tile::lane() == 0) work.take_packed<Config>(params, found);
+        if (tile::lane() == 0) work.take_packed<Config>(backward, found);
         __syncwarp();
       }
       if (tile::lane() == 0) {
@@ -184,7 +184,7 @@ struct BackwardMainloopSm90 {
     } while (!done);
   }
 
-  // A warp that does it.
+  // Called by each warp that does the work: calls step(work) for every unit of the block, and gives its entry back.
   template <class Step>
   void for_each_work(const Works& works, Step&& step) const {
 #pragma unroll 1
@@ -193,31 +193,31 @@ struct BackwardMainloopSm90 {
       const BackwardWork& work = works[at.stage()];
       if (work.n_block < 0) break;
       step(work);
-      ptx::hold(at.count);  // what follows from it is computed anew, not held
+      ptx::hold(at.count);  // what follows from the count is computed anew, not held
       this->works().release_warp(at);
     }
   }
 
-  // One warp a side.
+  // Called by one warp per side, which loads that side of all work.
   template <Side side>
   void load(const BackwardArgument& argument, const Works& works) const {
     TileLoader<Config, BackwardMainloopSm90, side> loader{*this, argument};
     for_each_work(works, [&](const BackwardWork& work) {
       if (tile::lane() != 0) return;
       loader.load(work);
-      if (side == Side::queries) claims().release({});
+      if (side == Side::scores) claims().release({});
     });
   }
 
-  // One thread: adds the tiles of dq, as the consumers lay them down, to those in memory.
-  void add_dq(const BackwardParams& params, const Works& works) const {
+  // Called by one warp, one thread of which adds the tiles of dq, as the consumers lay them down, to those in memory.
+  void add_dq(const BackwardParams& backward, const Works& works) const {
     typename SumsRing::Cursor at;
     for_each_work(works, [&](const BackwardWork& work) {
       if (tile::lane() != 0) return;
-      DqSum<Config, consumers> sum{params};
-      for_each_query_tile<Config::chains>(params.forward, work, [&](int head, int m_block) {
+      DqSum<Config, consumers> sum{backward};
+      for_each_query_tile<Config::chains>(backward.forward, work, [&](int head, int m_block) {
         sum.begin(work, head, m_block);
-        if (sums_stages > 1) give_back_sums(at);  // of the tile before, while the answer is on its way
+        if (sums_stages > 1) give_back_sums(at);  // those of the tile before, while the answer is on its way
 #pragma unroll
         for (int part = 0; part < consumers; ++part) {
           sums_ring(part).wait_full(at);
@@ -235,7 +235,7 @@ struct BackwardMainloopSm90 {
     });
   }
 
-  // What the thread's copies have read: the tile before `at`.
+  // Gives back the tile before `at`, once the thread's copies have read it.
   void give_back_sums(const typename SumsRing::Cursor& at) const {
     if (at.count == 0) return;
     ptx::cp_async_bulk_wait_group_read<0>();
@@ -243,8 +243,7 @@ struct BackwardMainloopSm90 {
     for (int part = 0; part < consumers; ++part) sums_ring(part).release(at.previous());
   }
 
-  // Consumers take turns from S to the last of their exponentials, so that those of one run beside the products of the
-  // other.
+  // Consumers take turns from S to the last exponential, so that exponentials of one run beside products of the other.
   struct Turn {
     int consumer;
 
@@ -257,8 +256,8 @@ struct BackwardMainloopSm90 {
     void pass() const { ptx::bar_arrive(barrier(1 - consumer), 128 * consumers); }
   };
 
-  // Warpgroup `consumer` of the consumers. What it computes of dq is one step behind the rest: then dS of the other has
-  // long been there, and while one consumer is busy with its scores, the tensor cores work for the other.
+  // Called by warpgroup `consumer` of the consumers. It computes its part of dq one step behind the rest: by then dS of
+  // the other consumer has long been there, and while one is busy with its scores, the tensor cores work for the other.
   //
   // An access to shared memory waits until the tensor cores have begun what either consumer gave them before. Hence dS
   // is stored ahead of the products behind it, and nothing is read twice in a step.
@@ -268,7 +267,7 @@ struct BackwardMainloopSm90 {
     for_each_work(works, [&](const BackwardWork& work) { consume_work(backward, work, consumer, turn, progress); });
   }
 
-  using Progress = tile::CursorPair<stages>;  // the step it is at, and the block of keys
+  using Progress = tile::CursorPair<stages>;  // the step that a consumer is at, and the block of keys
 
   void consume_work(const BackwardParams& backward, const BackwardWork& work, int consumer, const Turn& turn,
                     Progress& progress) const {
@@ -285,8 +284,8 @@ struct BackwardMainloopSm90 {
       keys().wait_full(progress.second());
       values().wait_full(progress.second());
     }
-    warpgroup::load_operand(held_k, k(), 64 * consumer);  // loaded or not: no branch around what products read
-    const u32 first = at.count;                           // there is no step before it, of which dq is to come
+    warpgroup::load_operand(held_k, k(), 64 * consumer);  // even if nothing is loaded: no branch around products
+    const u32 first = at.count;                           // the first step, at which no dq of a step before is due
     for_each_query_tile<Config::chains>(params, work, [&](int head, int m_block) {
       const u32 stage = at.stage();
       Scores s, dp;
@@ -300,22 +299,22 @@ struct BackwardMainloopSm90 {
         gradients().wait_full(at);
         warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(stage), 64 * consumer);
       };
-      constexpr bool early_dp = Variant::empty;  // else the registers are needed for derivatives
+      constexpr bool early_dp = Variant::empty;  // else derivatives need the registers
       if (early_dp) begin_dp();
       warpgroup::wait<early_dp>(s);
-      Operand p, weights, ds;
+      Operand p, ds_factors, ds;
       numbers.load(lse(stage), lse_ahead);
-      probabilities<Config>(p, weights, s, numbers, params, work, head, first_key, m_block, boundary);
+      probabilities<Config>(p, ds_factors, s, numbers, params, work, head, first_key, m_block, boundary);
       if (!early_dp) begin_dp();
       turn.pass();
       warpgroup::gemm_ab(dv, p, dout(stage), true);
       warpgroup::wait<1>(dp);
       numbers.load(delta(stage));
-      gradients_of_scores<Config>(ds, Variant::empty ? p : weights, dp, numbers);
+      gradients_of_scores<Config>(ds, Variant::empty ? p : ds_factors, dp, numbers);
       exchange().wait_empty(at);
       store_transposed(this->ds(stage), ds, 64 * consumer);
       if (at.count != first) exchange().wait_full(at.previous());
-      begin_dq(dq, at.previous(), consumer);  // of the first step nothing is used: no branch around products
+      begin_dq(dq, at.previous(), consumer);  // at the first step in vain: no branch around products
       warpgroup::gemm_ab(dk, ds, q(stage), true);
       ptx::fence_proxy_async_shared();
       exchange().fill_warp(at);
@@ -349,31 +348,32 @@ struct BackwardMainloopSm90 {
     warpgroup::gemm_atb(dq, ds(at.stage()), k(), by_rows ? 64 * consumer : 0, by_rows ? 0 : Dq::cols * consumer);
   }
 
-  // The consumers: dq in its dtype, some tiles of rows at a time, of heads that every block of keys is done with.
-  static void finish(const BackwardParams& params, int thread) {
+  // Called by the consumers: writes dq in its dtype, some tiles at a time, once all blocks are done with a head.
+  static void finish(const BackwardParams& backward, int thread) {
     constexpr int together = 4;
-    const int m_blocks = params.forward.m_blocks, tiles = m_blocks * params.forward.num_heads_q * params.forward.batch;
+    const int m_blocks = backward.forward.m_blocks,
+              tiles = m_blocks * backward.forward.num_heads_q * backward.forward.batch;
 #pragma unroll 1
     for (int first = blockIdx.x * together; first < tiles; first += gridDim.x * together) {
       RowTile each[together];
 #pragma unroll
       for (int i = 0; i < together; ++i) {
-        each[i] = first + i < tiles ? RowTile::find<Config>(params, first + i, m_blocks) : RowTile::none();
+        each[i] = first + i < tiles ? RowTile::find<Config>(backward, first + i, m_blocks) : RowTile::none();
       }
       if (thread == 0) {
 #pragma unroll
         for (int i = 0; i < together; ++i) {
-          const i32* const done = DqSum<Config, consumers>::heads_done(params, each[i].batch, each[i].head);
-          while (ptx::ld_acquire_gpu(done) != params.n_blocks) {
+          const i32* const done = DqSum<Config, consumers>::heads_done(backward, each[i].batch, each[i].head);
+          while (ptx::ld_acquire_gpu(done) != backward.n_blocks) {
           }
         }
       }
       ptx::bar_sync(1 + consumers, 128 * consumers);
-      finish_tiles<Config, BackwardMainloopSm90>(params, each, thread);
+      finish_tiles<Config, BackwardMainloopSm90>(backward, each, thread);
     }
   }
 
-  // Rows first_row to first_row + 63 of the tile ← the warpgroup's operand.
+  // Rows first_row to first_row + 63 of `to` ← the warpgroup's operand.
   static void store_transposed(const Ds& to, const Operand& from, int first_row) {
     const u32 lane = tile::lane();
     const u32 address = to.address(first_row + int(threadIdx.x / 32 % 4) * 16 + lane % 16, lane / 16);
@@ -381,7 +381,7 @@ struct BackwardMainloopSm90 {
     for (int step = 0; step < block_m / 16; ++step) ptx::stmatrix_x4(Ds::step_chunks(address, step), from.x[step]);
   }
 
-  // Lays a finished tile's part down for the thread that adds it up, and gives back the dS it came from.
+  // Lays a part of a finished tile of dq down for the thread that adds it up, and gives back the dS that it came from.
   void lay_down(const Dq& dq, int part, const typename Ring::Cursor& at) const {
     exchange().release_warp(at);
     const typename SumsRing::Cursor at_sums{at.count};

@@ -1,4 +1,5 @@
-// attention: removes the entries of a transposed score tile, rows keys and columns queries, that a query may not see.
+// attention: removes the entries of a transposed score tile, whose rows are keys and columns queries, that a query may
+// not see.
 #pragma once
 
 #include "attention/params.cuh"
@@ -9,7 +10,7 @@
 
 namespace attention {
 
-// The queries that see a key, relative to first_query, so that comparisons are with constants: [first, last].
+// The queries that see a key: [first, last], relative to first_query, so that comparisons are with constants.
 template <class Config>
 struct QuerySpan {
   int first, last;
@@ -24,8 +25,8 @@ struct QuerySpan {
   bool sees(int query) const { return query >= first && (!Config::window || query <= last); }
 };
 
-// An entry that is masked before a variant's terms are applied: not -infinity, of which they may make something, nor a
-// NaN that a product can be.
+// The bits of an entry that is masked before a variant's terms are applied: not -infinity, of which terms may make
+// something else, nor a NaN that a product can be.
 inline constexpr u32 masked_entry = 0x7fc00001;
 
 // first_key is the key of the warp's first row, first_query the query row of the tile's first column. Masked entries

@@ -1,4 +1,5 @@
-// attention: the one argument of every kernel of the backward. cufa/_params.py mirrors it.
+// attention: BackwardArgument, the one argument of every kernel of the backward, and what it consists of. The host
+// packs the same layout, and the generated source asserts that the two agree.
 #pragma once
 
 #include "attention/packed.cuh"
@@ -10,12 +11,14 @@ namespace attention {
 
 // What the forward was given (its lse strides are not used here), then the gradients and the workspace.
 //
-// The workspace has a number for every row of every query head in `row_lse` and `row_delta`. Packed sequences begin
-// there with a multiple of four rows (workspace_row), whose numbers make 16 bytes, and the rows up to the next one's
-// are written too; before all of them are padding_rows as if past an end. `dq_sum` has a tile of block_m ×
-// tile_head_dim float32 numbers, in an order of the main kernel's own, for every tile of rows (sum_tile), none of which
-// mixes sequences; or, with Config::sums_by_rows, tile_head_dim numbers for every row of q. With Config::writes_dq
-// those of sequences whose keys are all in one block are not used, and dense there are none.
+// The workspace has a number for every row of every query head in `row_lse` and `row_delta`. There a packed sequence
+// begins at a multiple of four rows (workspace_row), whose numbers make 16 bytes, and the rows up to where the next
+// sequence begins are written too; padding_rows numbers before all rows have the values of rows past an end.
+//
+// `dq_sum` has a tile of block_m × tile_head_dim float32 numbers, in an order of the main kernel's own, for every tile
+// of rows (sum_tile), none of which mixes sequences; or, with Config::sums_by_rows, tile_head_dim numbers for every row
+// of q. With Config::writes_dq the numbers of sequences whose keys are all in one block are not used, and dense arrays
+// have no dq_sum.
 struct BackwardParams {
   Params forward;
   const void* dout;
@@ -27,24 +30,26 @@ struct BackwardParams {
   float* row_lse;    // lse · log2 e; +infinity for a row that sees no key or is past the end, so that its P is 0
   float* row_delta;  // rowsum(out ∘ dout) - dlse
   float* dq_sum;
-  i32* turns;  // of every tile of dq_sum. Deterministic: how many blocks of keys have added to it; else see SumState
-  i32* next_unit;   // of main kernels whose thread blocks take one unit of work after the other
-  i32* heads_done;  // those, dense: of every key head, how many blocks of keys have added all that they have to dq
+  i32* turns;  // per tile of dq_sum: how many blocks of keys have added to it (deterministic), or its SumState (else)
+  i32* next_unit;   // the next unit of work that a thread block takes, where blocks take one after the other
+  i32* heads_done;  // with Config::finishes, per key head: how many blocks of keys have added to dq all that they add
   PackedOffset* offsets_q;  // packed: (batch + 1,)
   PackedOffset* offsets_k;
-  i32* not_finite;  // whether anything is in the gradients that is not finite: see backward_repair.cuh
-  float* chains;    // what the thread blocks of a main kernel take over: see tile/local.cuh; null: no sum is so long
+  i32* not_finite;  // whether anything in the gradients is not finite: see backward_repair.cuh
+  float* chains;    // sums that the blocks of a main kernel have taken over: see tile/local.cuh; null: none is so long
   Strides dout_strides, dq_strides, dk_strides, dv_strides;
   Strides lse_strides, dlse_strides;  // dim is not used
-  i64 workspace_rows;                 // numbers of a query head, of all sequences together; dense: of one sequence
-  i32 n_blocks;                       // blocks of keys a key head: of a sequence, or (varlen) of the packed batch
+  i64 workspace_rows;                 // rows of row_lse per query head: of all packed sequences, or of a dense one
+  i32 n_blocks;                       // blocks of keys per key head: of a sequence, or (varlen) of the packed batch
   i32 reversed;                       // whether blocks of keys come, and add to dq, from last to first
 };
 
-// Of a tile of dq_sum that is not set to zeros beforehand: whoever comes first stores, the others add to that.
+// The state of a tile of dq_sum that is not set to zeros beforehand: the block that comes first stores its part, and
+// the others add theirs to that.
 enum SumState : i32 { untouched, claimed, stored };
 
-// Kernels that load through tensor maps find those of q, k, v and dout here; their axes are those of TmaParams.
+// Kernels that load through tensor maps find those of q, k, v and dout here. All four have the axes that TmaParams says
+// for k and v.
 struct BackwardArgument {
   ptx::TensorMap q, k, v, dout;
   BackwardParams params;

@@ -1,5 +1,6 @@
-// attention: what the backward needs to know of each query row before its main kernel, and where that adds up from.
-// One thread block a tile of rows of the workspace, or Config::row_tiles small ones.
+// attention: the backward's kernel before the main one, which writes what that needs to know of each query row, and the
+// zeros from which it counts and adds up. There is one thread block per tile of rows of the workspace, or, where tiles
+// are small, per Config::row_tiles of them.
 #pragma once
 
 #include "attention/backward_params.cuh"
@@ -15,12 +16,12 @@ namespace attention {
 // end, of one query head.
 struct RowTile {
   int m_block, head, batch;
-  int rank;  // packed: of the sequence's rows of q
+  int rank;  // packed: how many sequences before it have rows of q
   Seqlen seqlen;
-  i64 row;             // of the workspace, where the tile begins; negative: there is none
-  int workspace_rows;  // from there on, that are the tile's
+  i64 row;             // row of the workspace where the tile begins; negative: there is no tile
+  int workspace_rows;  // how many rows of the workspace, from `row` on, are the tile's
 
-  // m_blocks: tiles of rows that a head has, unless packed. Called by whole warps.
+  // The tile of a unit. m_blocks: tiles of rows that a head has, unless packed. Called by whole warps.
   template <class Config>
   static RowTile find(const BackwardParams& backward, int unit, int m_blocks) {
     const Params& params = backward.forward;
@@ -37,7 +38,7 @@ struct RowTile {
     } else {
       if (m_blocks == 0) return none();
       tile.rank = 0;
-      // From last to first: under a causal mask the last see most keys.
+      // Tiles go from last to first: under a causal mask the last ones see most keys.
       tile.m_block = m_blocks - 1 - unit % m_blocks;
       tile.head = unit / m_blocks % params.num_heads_q;
       tile.batch = unit / m_blocks / params.num_heads_q;
@@ -46,7 +47,7 @@ struct RowTile {
     const int first_row = tile.m_block * Config::block_m;
     tile.row = workspace_row<Config>(backward, tile, tile.head) + first_row;
     tile.workspace_rows = Config::block_m;
-    if (Config::varlen && first_row + Config::block_m >= tile.seqlen.q) {  // the last live one has all that are left
+    if (Config::varlen && first_row + Config::block_m >= tile.seqlen.q) {  // the last live tile has all the rest
       const int begin = tile.seqlen.q_first_row, rank = tile.rank;
       const int rows = padded_row<Config>(begin + tile.seqlen.q, rank + 1) - padded_row<Config>(begin, rank);
       tile.workspace_rows = first_row < tile.seqlen.q ? rows - first_row : 0;
@@ -54,7 +55,7 @@ struct RowTile {
     return tile;
   }
 
-  // Of all heads and sequences; packed, some may be none.
+  // How many units all heads and sequences have; packed, some units may have no tile.
   template <class Config>
   static int count(const BackwardParams& backward) {
     const Params& params = backward.forward;
@@ -63,13 +64,14 @@ struct RowTile {
 
   static RowTile none() { return {0, 0, 0, 0, {0, 0, 0, 0}, -1, 0}; }
 
-  // Which tile of the sums of dq it is, and where they begin.
+  // Which tile of dq_sum holds the sums of this tile.
   template <class Config>
   i64 sum_index(const BackwardParams& backward) const {
     if constexpr (!Config::varlen) return row / Config::block_m;
     return sum_tile<Config>(backward, *this, head, m_block);
   }
 
+  // Where in dq_sum the sums of this tile begin.
   template <class Config>
   i64 sums(const BackwardParams& backward) const {
     if constexpr (!Config::varlen) return row * Config::tile_head_dim;
@@ -95,41 +97,41 @@ struct RowThreads {
   static int thread() { return row_tiles == 1 ? threadIdx.x : threadIdx.x % threads; }
   static int unit() { return row_tiles == 1 ? blockIdx.x : blockIdx.x * row_tiles + threadIdx.x / threads; }
 
-  // Whether the unit is one of those there are. The last block may have fewer than others.
+  // Whether there is such a unit. The last block may have fewer units than others.
   template <class Config>
-  static bool live(const BackwardParams& params) {
-    return row_tiles == 1 || unit() < RowTile::count<Config>(params);
+  static bool live(const BackwardParams& backward) {
+    return row_tiles == 1 || unit() < RowTile::count<Config>(backward);
   }
 };
 
-inline constexpr int prepare_threads = 256;  // ROW_THREADS in cufa/_plan.py
+inline constexpr int prepare_threads = 256;  // the host launches as many
 
-// Nobody has done anything yet. The threads of a unit set to 0 what has its number.
+// Sets the counts that later kernels begin with to 0. The threads of a unit clear the counts that have its number.
 template <class Config>
-inline void begin_counts(const BackwardParams& params, int unit, int thread) {
+inline void begin_counts(const BackwardParams& backward, int unit, int thread) {
   if (thread != 0) return;
-  const Params& forward = params.forward;
+  const Params& forward = backward.forward;
   const int outer = Config::varlen ? 1 : forward.batch;
-  if (unit == 0) *params.next_unit = *params.not_finite = 0;
-  if (unit < RowTile::count<Config>(params)) params.turns[unit] = 0;
-  if (unit < forward.num_heads_q / forward.qheads_per_khead * outer) params.heads_done[unit] = 0;
+  if (unit == 0) *backward.next_unit = *backward.not_finite = 0;
+  if (unit < RowTile::count<Config>(backward)) backward.turns[unit] = 0;
+  if (unit < forward.num_heads_q / forward.qheads_per_khead * outer) backward.heads_done[unit] = 0;
 }
 
-// Zeros where dq adds up.
+// Writes the zeros from which a tile of dq adds up.
 template <class Config>
-inline void clear_sums(const BackwardParams& params, const RowTile& tile, int thread, int threads) {
+inline void clear_sums(const BackwardParams& backward, const RowTile& tile, int thread, int threads) {
   const int first_row = tile.m_block * Config::block_m;
   const int rows = Config::sums_by_rows ? min_of(Config::block_m, tile.seqlen.q - first_row) : Config::block_m;
-  uint4* const sums = reinterpret_cast<uint4*>(params.dq_sum + tile.sums<Config>(params));
+  uint4* const sums = reinterpret_cast<uint4*>(backward.dq_sum + tile.sums<Config>(backward));
   for (int i = thread; i < rows * Config::tile_head_dim / 4; i += threads) sums[i] = uint4{0, 0, 0, 0};
 }
 
 template <class Config>
-inline void prepare_rows(const BackwardParams& params, const RowTile& tile, int thread, int threads) {
+inline void prepare_rows(const BackwardParams& backward, const RowTile& tile, int thread, int threads) {
   using element = typename Config::element;
   using Span = KeySpan<Config::causal, Config::window>;
   constexpr int chunk_elements = 16 / sizeof(element), chunks = ceil_div(Config::head_dim_v, chunk_elements);
-  constexpr int lanes = 8;  // that share a row
+  constexpr int lanes = 8;  // lanes that share a row
   constexpr int lane_chunks = ceil_div(chunks, lanes);
   constexpr int together = max_of(1, 4 / lane_chunks);  // rows that a lane asks for before it waits for any
   union Chunk {
@@ -138,13 +140,15 @@ inline void prepare_rows(const BackwardParams& params, const RowTile& tile, int 
   };
   const int live_rows = clamp(tile.seqlen.q - tile.m_block * Config::block_m, 0, Config::block_m);
   const element* const out =
-      tile.rows(static_cast<const element*>(params.forward.out), params.forward.out_strides, Config::block_m);
-  const element* const dout = tile.rows(static_cast<const element*>(params.dout), params.dout_strides, Config::block_m);
+      tile.rows(static_cast<const element*>(backward.forward.out), backward.forward.out_strides, Config::block_m);
+  const element* const dout =
+      tile.rows(static_cast<const element*>(backward.dout), backward.dout_strides, Config::block_m);
   const float* const lse =
-      tile.rows(static_cast<const float*>(params.forward.lse), params.lse_strides, Config::block_m);
-  const float* const dlse = params.dlse ? tile.rows(params.dlse, params.dlse_strides, Config::block_m) : nullptr;
+      tile.rows(static_cast<const float*>(backward.forward.lse), backward.lse_strides, Config::block_m);
+  const float* const dlse = backward.dlse ? tile.rows(backward.dlse, backward.dlse_strides, Config::block_m) : nullptr;
   const int lane = thread % lanes, rows_apart = threads / lanes;
-  // Of packed tiles four rows together at least: a warp has as many, and its lanes trade numbers.
+  // A tile has a multiple of four rows of the workspace, and a warp four at a time: its lanes, which trade numbers, go
+  // through the loop together.
 #pragma unroll 1
   for (int first = thread / lanes; first < tile.workspace_rows; first += together * rows_apart) {
     Chunk a[together][lane_chunks], b[together][lane_chunks];
@@ -159,11 +163,11 @@ inline void prepare_rows(const BackwardParams& params, const RowTile& tile, int 
         a[t][c].words = b[t][c].words = uint4{0, 0, 0, 0};
         if (!live || chunk >= chunks) continue;
         a[t][c].words = tile::load_chunk<Config::out_copy_bytes, Config::head_dim_v>(
-            out + row * params.forward.out_strides.seqlen, params.forward.out_strides.dim, chunk);
+            out + row * backward.forward.out_strides.seqlen, backward.forward.out_strides.dim, chunk);
         b[t][c].words = tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(
-            dout + row * params.dout_strides.seqlen, params.dout_strides.dim, chunk);
+            dout + row * backward.dout_strides.seqlen, backward.dout_strides.dim, chunk);
       }
-      row_lse[t] = live ? lse[row * params.lse_strides.seqlen] * log2_e : -infinity;
+      row_lse[t] = live ? lse[row * backward.lse_strides.seqlen] * log2_e : -infinity;
     }
 #pragma unroll
     for (int t = 0; t < together; ++t) {
@@ -179,50 +183,51 @@ inline void prepare_rows(const BackwardParams& params, const RowTile& tile, int 
 #pragma unroll
       for (int step = 1; step < lanes; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
       if (lane != 0 || row >= tile.workspace_rows) continue;
-      // A row that sees no key: its scores are all -infinity, and so would their differences be, not NaN.
+      // A row without keys, or whose scores are all -infinity, gets a row_lse of infinity: the scores less that are
+      // -infinity, not NaN.
       const bool empty = row_lse[t] == -infinity;
       const int own_row = tile.m_block * Config::block_m + row;
-      if (Span::first(params.forward, tile.seqlen, own_row) > Span::last(params.forward, tile.seqlen, own_row)) {
-        delta = 0.0f;  // of a row that sees no key, whatever its dout holds, dlse counts for the sink
+      if (Span::first(backward.forward, tile.seqlen, own_row) > Span::last(backward.forward, tile.seqlen, own_row)) {
+        delta = 0.0f;  // the row sees no key: whatever its dout holds, only dlse counts, for the sink
       }
-      if (row < live_rows && dlse) delta -= dlse[row * params.dlse_strides.seqlen];
-      params.row_lse[tile.row + row] = empty ? infinity : row_lse[t];
-      params.row_delta[tile.row + row] = empty ? 0.0f : delta;
+      if (row < live_rows && dlse) delta -= dlse[row * backward.dlse_strides.seqlen];
+      backward.row_lse[tile.row + row] = empty ? infinity : row_lse[t];
+      backward.row_delta[tile.row + row] = empty ? 0.0f : delta;
     }
   }
 }
 
-// What packed tiles get for rows past their end.
+// Writes what packed tiles load for rows past the end of their sequence.
 template <class Config>
-inline void write_padding(const BackwardParams& params) {
+inline void write_padding(const BackwardParams& backward) {
   if (!Config::varlen || blockIdx.x != 0 || threadIdx.x >= padding_rows) return;
-  params.row_lse[int(threadIdx.x) - padding_rows] = infinity;
-  params.row_delta[int(threadIdx.x) - padding_rows] = 0.0f;
+  backward.row_lse[int(threadIdx.x) - padding_rows] = infinity;
+  backward.row_delta[int(threadIdx.x) - padding_rows] = 0.0f;
 }
 
-// For main kernels that write dq themselves.
+// The kernel before main kernels that write dq themselves.
 template <class Config>
-inline void prepare(const BackwardParams& params) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) *params.not_finite = 0;
-  write_padding<Config>(params);
-  const RowTile tile = RowTile::find<Config>(params, blockIdx.x, params.forward.m_blocks);
-  if (tile.row >= 0) prepare_rows<Config>(params, tile, threadIdx.x, prepare_threads);
+inline void prepare(const BackwardParams& backward) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *backward.not_finite = 0;
+  write_padding<Config>(backward);
+  const RowTile tile = RowTile::find<Config>(backward, blockIdx.x, backward.forward.m_blocks);
+  if (tile.row >= 0) prepare_rows<Config>(backward, tile, threadIdx.x, prepare_threads);
 }
 
-// For those, such as Main, that add it up in dq_sum.
+// The kernel before main kernels, such as Main, that add dq up in dq_sum.
 template <class Config, class Main>
-inline void prepare(const BackwardParams& params) {
+inline void prepare(const BackwardParams& backward) {
   using Threads = RowThreads<prepare_threads, Config::row_tiles>;
   const int unit = Threads::unit(), thread = Threads::thread();
-  begin_counts<Config>(params, unit, thread);
-  write_padding<Config>(params);
-  if (!Threads::template live<Config>(params)) return;
-  const RowTile tile = RowTile::find<Config>(params, unit, params.forward.m_blocks);
+  begin_counts<Config>(backward, unit, thread);
+  write_padding<Config>(backward);
+  if (!Threads::template live<Config>(backward)) return;
+  const RowTile tile = RowTile::find<Config>(backward, unit, backward.forward.m_blocks);
   if (tile.row < 0) return;
   if (!Main::first_stores && !writes_dq<Config>(tile.seqlen) && tile.m_block * Config::block_m < tile.seqlen.q) {
-    clear_sums<Config>(params, tile, thread, Threads::threads);
+    clear_sums<Config>(backward, tile, thread, Threads::threads);
   }
-  prepare_rows<Config>(params, tile, thread, Threads::threads);
+  prepare_rows<Config>(backward, tile, thread, Threads::threads);
 }
 
 }  // namespace attention

@@ -1,6 +1,6 @@
 // attention: the backward's last kernel: rows of gradients that are not finite, computed once more, entry by entry: see
-// repair.cuh. In float16 so are those for which dS overflowed on the way, where the gradient itself does not. The
-// kernels before it say whether there are any; hardly ever is there one.
+// repair.cuh. In float16 a gradient may also not be finite because dS overflowed on the way. The kernels before say
+// whether there is such a row at all; there hardly ever is.
 #pragma once
 
 #include "attention/backward_params.cuh"
@@ -29,25 +29,25 @@ struct RepairedSequence {
   }
 };
 
-// What there is of an entry of P and dS, for one warp: p and ds.
+// An entry of P and the same entry of dS.
 struct Entry {
   float p, ds;
 };
 
-// Of query `row`, whose row of q and dout are given, and a key.
+// The entry of query `row` and a key, whose rows of q, k, v and dout are given, in lanes of a warp.
 template <class Config, class Qk, class V>
 inline Entry entry_of(const BackwardParams& backward, const RepairedSequence& sequence, const Qk& q, const Qk& k,
                       const V& v, const V& dout, int query_head, int row, int key, float row_lse, float row_delta) {
   const Params& params = backward.forward;
   const typename Config::variant variant(params, sequence.batch, query_head);
-  float weight = 1.0f;
+  float derivative = 1.0f;
   const float distance = float(row + sequence.seqlen.diagonal() - key);
-  const float score = variant.score(q.dot(k) * params.softmax_scale, distance, weight);
+  const float score = variant.score(q.dot(k) * params.softmax_scale, distance, derivative);
   const float p = ptx::ex2_approx_ftz(fmaf(score, log2_e, -row_lse));
-  return {p, p * weight * (dout.dot(v) - row_delta)};
+  return {p, p * derivative * (dout.dot(v) - row_delta)};
 }
 
-// sums += factor · row. True if all of `columns` are NaN, as they then stay.
+// sums += factor · row. True if all of `columns` are NaN, which they then stay.
 template <class Columns>
 inline bool add_row(Columns& sums, float factor, const Columns& row, u32 columns) {
   bool settled = true;
@@ -59,11 +59,11 @@ inline bool add_row(Columns& sums, float factor, const Columns& row, u32 columns
   return __all_sync(0xffffffffu, settled);
 }
 
-// Whether a row's dout counts for 0, whatever it holds: no key has any of its probability.
+// Whether no key has any of a row's probability: then its dout counts as 0, whatever it holds.
 inline bool is_without_keys(float row_lse, float row_delta) { return row_lse == infinity && row_delta == row_delta; }
 
-// One warp: rows of dk, or of dv, of keys [first_key, first_key + keys) of the work's sequence, as far as they are
-// live.
+// Called by one warp: repairs rows of dk, or of dv, of keys [first_key, first_key + keys) of the work's sequence, as
+// far as they are live.
 template <class Config, bool of_values>
 inline void repair_keys(const BackwardParams& backward, const BackwardWork& work, int first_key, int keys) {
   using element = typename Config::element;
@@ -120,7 +120,8 @@ inline void repair_keys(const BackwardParams& backward, const BackwardWork& work
   }
 }
 
-// One warp: rows [first_row, first_row + rows) of dq of a query head of a sequence, as far as they are live.
+// Called by one warp: repairs rows [first_row, first_row + rows) of dq of a query head of a sequence, as far as they
+// are live.
 template <class Config>
 inline void repair_queries(const BackwardParams& backward, const Seqlen& seqlen, int batch, int head, i64 workspace,
                            int first_row, int rows) {
@@ -170,29 +171,29 @@ inline void repair_queries(const BackwardParams& backward, const Seqlen& seqlen,
 // Every warp of a thread block takes a part of the same rows.
 template <class Config>
 inline void backward_repair(const BackwardArgument& argument) {
-  const BackwardParams& params = argument.params;
-  if (*params.not_finite == 0) return;
-  const Params& forward = params.forward;
+  const BackwardParams& backward = argument.params;
+  if (*backward.not_finite == 0) return;
+  const Params& forward = backward.forward;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
   const int keys = ceil_div(Config::block_n, warps), queries = ceil_div(Config::block_m, warps);
-  const int units = BackwardWork::units<Config>(params);
+  const int units = BackwardWork::units<Config>(backward);
 #pragma unroll 1
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
-    const BackwardWork work = BackwardWork::find<Config>(params, unit);
+    const BackwardWork work = BackwardWork::find<Config>(backward, unit);
     if (work.idle<Config>()) continue;
     const int first_key = work.n_block * Config::block_n + warp * keys;
     const int count = min_of(keys, Config::block_n - warp * keys);
-    repair_keys<Config, false>(params, work, first_key, count);
-    repair_keys<Config, true>(params, work, first_key, count);
+    repair_keys<Config, false>(backward, work, first_key, count);
+    repair_keys<Config, true>(backward, work, first_key, count);
   }
   const int tiles = forward.m_blocks * forward.num_heads_q * (Config::varlen ? 1 : forward.batch);
 #pragma unroll 1
   for (int unit = blockIdx.x; unit < tiles; unit += gridDim.x) {
-    const RowTile tile = RowTile::find<Config>(params, unit, forward.m_blocks);
+    const RowTile tile = RowTile::find<Config>(backward, unit, forward.m_blocks);
     if (tile.row < 0) continue;
     const int first_row = tile.m_block * Config::block_m;
-    repair_queries<Config>(params, tile.seqlen, tile.batch, tile.head, tile.row - first_row, first_row + warp * queries,
-                           min_of(queries, Config::block_m - warp * queries));
+    repair_queries<Config>(backward, tile.seqlen, tile.batch, tile.head, tile.row - first_row,
+                           first_row + warp * queries, min_of(queries, Config::block_m - warp * queries));
   }
 }
 

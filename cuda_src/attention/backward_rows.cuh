@@ -10,8 +10,9 @@
 
 namespace attention {
 
-// row ← factor · the thread's row i of m-tile t, or zeros if factor is 0, whatever the row holds, as far as its
-// columns, from first_col on, are within valid_cols. Lanes of a quad trade columns first; all of them must call this.
+// row ← factor · the thread's row i of m-tile t, or zeros if factor is 0, whatever the thread's row holds. The row's
+// columns begin at first_col; those from valid_cols on are not written, and nothing is unless the row is `live`. Lanes
+// of a quad trade columns first, so all of them must call this.
 template <int store_bytes, int valid_cols, class element, int m_tiles, int cols>
 inline void write_row(element* row, i64 col_stride, bool live, const tile::Accumulator<m_tiles, cols>& from, int t,
                       int i, float factor, NotFinite<f32>& not_finite, int first_col = 0) {
@@ -22,7 +23,7 @@ inline void write_row(element* row, i64 col_stride, bool live, const tile::Accum
   }
   const auto value = [&](int j, int e) { return factor == 0.0f ? 0.0f : factor * from.x[t][j][2 * i + e]; };
   if constexpr (is_same<element, f32>) {
-    const bool odd = tile::lane() % 2;  // its chunk is of the second of two n-tiles
+    const bool odd = tile::lane() % 2;  // an odd lane writes a chunk of the second of two n-tiles
 #pragma unroll
     for (int j = 0; j < n_tiles; j += 2) {
       const float kept_0 = odd ? value(j + 1, 0) : value(j, 0), kept_1 = odd ? value(j + 1, 1) : value(j, 1);

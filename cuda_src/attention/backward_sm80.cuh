@@ -1,5 +1,5 @@
-// attention: the backward's kernels with mma.sync and cp.async, for sm_80 and every newer GPU: one thread block a block
-// of keys.
+// attention: the backward's kernels with mma.sync and cp.async, for sm_80 and every newer GPU: one thread block per
+// block of keys.
 #pragma once
 
 #include "attention/backward_finish.cuh"
@@ -15,35 +15,34 @@ namespace attention {
 
 template <class Config>
 inline void backward_prepare(const BackwardArgument& argument) {
-  prepare<Config, BackwardSm80<Config>>(argument.params);
+  prepare<Config, BackwardMainloopSm80<Config>>(argument.params);
 }
 
 template <class Config>
 inline void backward_finish(const BackwardArgument& argument) {
-  finish<Config, BackwardSm80<Config>>(argument.params);
+  finish<Config, BackwardMainloopSm80<Config>>(argument.params);
 }
 
 template <class Config>
 inline void backward_sm80(const BackwardArgument& argument) {
-  using Main = BackwardSm80<Config>;
-  static_assert(Config::smem_bytes == Main::smem_bytes,
-                "cufa/_configs_backward.py and the tiles disagree on shared memory");
+  using Main = BackwardMainloopSm80<Config>;
+  static_assert(Config::smem_bytes == Main::smem_bytes, "Config and the tiles disagree on shared memory");
   extern __shared__ __align__(1024) char dynamic_smem[];
   __shared__ typename Main::State state;
-  const BackwardParams& params = argument.params;
+  const BackwardParams& backward = argument.params;
   const BackwardWork& work = state.work;
 
   if (threadIdx.x < (Config::varlen ? 32 : 1)) {
-    const BackwardWork found = BackwardWork::find<Config>(params, blockIdx.x);
+    const BackwardWork found = BackwardWork::find<Config>(backward, blockIdx.x);
     if (threadIdx.x == 0) {
       state.work = found;
-      state.tiles[0] = {found.head * params.forward.qheads_per_khead, found.range.begin};
+      state.tiles[0] = {found.head * backward.forward.qheads_per_khead, found.range.begin};
     }
   }
   __syncthreads();
   if (work.template idle<Config>()) return;
 
-  const Main main{params, state, work, ptx::shared_address(dynamic_smem)};
+  const Main main{backward, state, work, ptx::shared_address(dynamic_smem)};
   typename Main::Dk dk;
   typename Main::Dv dv;
   if (work.range.empty()) {

@@ -30,8 +30,7 @@ inline void backward_finish(const BackwardArgument& argument) {
 template <class Config>
 inline void backward_sm90(const BackwardArgument& argument) {
   using Mainloop = BackwardMainloopSm90<Config>;
-  static_assert(Config::smem_bytes == Mainloop::smem_bytes,
-                "cufa/_configs_backward.py and the tiles disagree on shared memory");
+  static_assert(Config::smem_bytes == Mainloop::smem_bytes, "Config and the tiles disagree on shared memory");
   static_assert(Config::num_threads == 128 * (1 + Mainloop::consumers), "a warpgroup loads, the others compute");
   extern __shared__ __align__(1024) char dynamic_smem[];
   __shared__ typename Mainloop::Works works;
@@ -42,7 +41,7 @@ inline void backward_sm90(const BackwardArgument& argument) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < 4) {
     ptx::setmaxnreg_dec<Config::producer_registers>();
-    if (warp == 0) mainloop.template load<Side::queries>(argument, works);
+    if (warp == 0) mainloop.template load<Side::scores>(argument, works);
     if (warp == 1) mainloop.template load<Side::gradients>(argument, works);
     if (warp == 2) mainloop.add_dq(argument.params, works);
     if constexpr (Config::varlen) {

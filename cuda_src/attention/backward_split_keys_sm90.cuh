@@ -1,6 +1,7 @@
 // attention: the backward's pass over blocks of keys with wgmma, for sm_90 and head_dims for which dk, dv and dq do not
-// fit a thread block's registers together. A block keeps 64 keys and goes over the tiles of queries. Two threads load
-// them. Of two warpgroups one computes P and dv, the other dP, dS and dk; between them P goes through shared memory.
+// fit a thread block's registers together. A thread block keeps 64 keys and goes over the tiles of queries, which two
+// threads load. Of two warpgroups one computes P and dv, the other dP, dS and dk; P goes from one to the other through
+// shared memory.
 #pragma once
 
 #include "attention/backward_mask.cuh"
@@ -41,13 +42,13 @@ struct BackwardKeysSm90 {
   static constexpr int stages = 2;
   using Ring = tile::Ring<stages>;
   using KeyRing = tile::Ring<1>;
-  static constexpr int rows_bytes = block_m * sizeof(float);  // of row_lse, and of row_delta
-  static constexpr int weights_bytes = 128 * sizeof(Operand);
+  static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
+  static constexpr int ds_factors_bytes = 128 * sizeof(Operand);
 
   static constexpr int k_offset = 0, v_offset = k_offset + K::bytes, q_offset = v_offset + V::bytes;
   static constexpr int dout_offset = q_offset + stages * Q::bytes;
-  static constexpr int weights_offset = dout_offset + stages * Dout::bytes;
-  static constexpr int lse_offset = weights_offset + stages * weights_bytes;
+  static constexpr int ds_factors_offset = dout_offset + stages * Dout::bytes;
+  static constexpr int lse_offset = ds_factors_offset + stages * ds_factors_bytes;
   static constexpr int delta_offset = lse_offset + stages * rows_bytes;
   static constexpr int barriers_offset = delta_offset + stages * rows_bytes;
   static constexpr int smem_bytes = barriers_offset + 3 * Ring::bytes + 2 * KeyRing::bytes;
@@ -58,17 +59,17 @@ struct BackwardKeysSm90 {
   V v() const { return {smem + v_offset}; }
   Q q(u32 stage) const { return {smem + q_offset + stage * Q::bytes}; }
   Dout dout(u32 stage) const { return {smem + dout_offset + stage * Dout::bytes}; }
-  u32 weights(u32 stage) const { return smem + weights_offset + stage * weights_bytes; }
+  u32 ds_factors(u32 stage) const { return smem + ds_factors_offset + stage * ds_factors_bytes; }
   u32 lse(u32 stage) const { return smem + lse_offset + stage * rows_bytes; }
   u32 delta(u32 stage) const { return smem + delta_offset + stage * rows_bytes; }
   Ring queries() const { return {smem + barriers_offset}; }
   Ring gradients() const { return {smem + barriers_offset + Ring::bytes}; }
-  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // of weights
+  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // of ds_factors
   KeyRing keys() const { return {smem + barriers_offset + 3 * Ring::bytes}; }
   KeyRing values() const { return {smem + barriers_offset + 3 * Ring::bytes + KeyRing::bytes}; }
 
   void init() const {
-    constexpr int arrivals = 4 * tile::warp_arrivals;  // a warpgroup
+    constexpr int arrivals = 4 * tile::warp_arrivals;  // arrivals of a warpgroup
     queries().init(2 * arrivals);
     gradients().init(2 * arrivals);
     exchange().init(arrivals, arrivals);
@@ -77,7 +78,8 @@ struct BackwardKeysSm90 {
     ptx::fence_mbarrier_init();
   }
 
-  // The first consumer: S, P and dv. A step's last product runs on beside the next step's first.
+  // Called by the first consumer, which computes S, P and dv. A step's last product runs on beside the next step's
+  // first.
   void consume_scores(const BackwardParams& backward, const BackwardWork& work) const {
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + int(threadIdx.x / 32 % 4) * 16;
@@ -97,10 +99,10 @@ struct BackwardKeysSm90 {
       warpgroup::wait<1>(dv, p);
       if (at.count > 0) gradients().release_warp(at.previous());
       warpgroup::wait<0>(s);
-      Operand scaled;
-      probabilities<Config>(p, scaled, s, numbers, params, work, head, first_key, m_block, boundary);
+      Operand factors;
+      probabilities<Config>(p, factors, s, numbers, params, work, head, first_key, m_block, boundary);
       exchange().wait_empty(at);
-      give(Variant::empty ? p : scaled, weights(at.stage()));
+      give(Variant::empty ? p : factors, ds_factors(at.stage()));
       exchange().fill_warp(at);
       gradients().wait_full(at);
       warpgroup::gemm_ab(dv, p, dout(at.stage()), true);
@@ -114,7 +116,7 @@ struct BackwardKeysSm90 {
     write_keys<Config, true>(backward, work, dv, first_key);
   }
 
-  // The second: dP, dS and dk.
+  // Called by the second consumer, which computes dP, dS and dk.
   void consume_gradients(const BackwardParams& backward, const BackwardWork& work) const {
     const int first_key = work.n_block * block_n + int(threadIdx.x / 32 % 4) * 16;
     typename Ring::Cursor at;
@@ -132,11 +134,11 @@ struct BackwardKeysSm90 {
       warpgroup::wait<1>(dk, ds);
       if (at.count > 0) queries().release_warp(at.previous());
       warpgroup::wait<0>(dp);
-      Operand scaled;
+      Operand factors;
       exchange().wait_full(at);
-      take(scaled, weights(at.stage()));
+      take(factors, ds_factors(at.stage()));
       exchange().release_warp(at);
-      gradients_of_scores<Config>(ds, scaled, dp, numbers);
+      gradients_of_scores<Config>(ds, factors, dp, numbers);
       queries().wait_full(at);
       warpgroup::gemm_ab(dk, ds, q(at.stage()), true);
       gradients().release_warp(at);
@@ -149,7 +151,7 @@ struct BackwardKeysSm90 {
     write_keys<Config, false>(backward, work, dk, first_key);
   }
 
-  // Thread for thread, as the registers of both warpgroups hold the same entries.
+  // Each thread of one warpgroup gives to the same thread of the other, since the two hold the same entries.
   static void give(const Operand& from, u32 to) {
 #pragma unroll
     for (int step = 0; step < block_m / 16; ++step) {

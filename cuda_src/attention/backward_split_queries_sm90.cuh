@@ -1,6 +1,7 @@
-// attention: the backward's pass over tiles of queries with wgmma, for sm_90: dq, beside backward_split_keys_sm90.cuh.
-// A block keeps 128 queries and goes over the blocks of keys they see. One thread loads those; two warpgroups own 64 of
-// the queries each, and dS, as it stands in registers, is an operand of the product that gives dq.
+// attention: the backward's pass over tiles of queries with wgmma, for sm_90, which gives dq; the pass that gives dk
+// and dv is in backward_split_keys_sm90.cuh. A thread block keeps 128 queries and goes over the blocks of keys they
+// see. One thread loads the keys; two warpgroups own 64 of the queries each, and dS, as it stands in registers, is an
+// operand of the product that gives dq.
 #pragma once
 
 #include "attention/backward_params.cuh"
@@ -21,12 +22,12 @@
 
 namespace attention {
 
-// What a block works on.
+// What a thread block works on: a tile of queries, and the blocks of keys that it sees.
 template <class Config>
 struct QueryWork {
   RowTile tile;
   BlockRange range;
-  i64 row;  // of the workspace, where the sequence begins
+  i64 row;  // row of the workspace where the sequence begins
 
   static QueryWork find(const BackwardParams& backward, int unit) {
     const Params& params = backward.forward;
@@ -41,7 +42,7 @@ struct QueryWork {
   bool idle() const { return tile.row < 0 || tile.m_block * Config::block_m >= tile.seqlen.q; }
 };
 
-// Config, for tiles of 128 queries.
+// Config with the tiles of 128 queries that this pass has.
 template <class Config>
 struct QueriesConfig : Config {
   static constexpr int block_m = 128;
@@ -90,13 +91,13 @@ struct BackwardQueriesSm90 {
     ptx::fence_mbarrier_init();
   }
 
-  // One thread.
+  // Called by one thread, which loads the queries once and then block after block of keys.
   void load(const BackwardArgument& argument, const Work& work) const {
     const RowTile& tile = work.tile;
     const int head_k = tile.head / argument.params.forward.qheads_per_khead;
     Keys::Cursor at_keys;
     Values::Cursor at_values;
-    // Not what lies past the end altogether: its rows are not written, whatever they come to.
+    // A warpgroup whose queries all lie past the end loads none: it writes no row, whatever it computes.
     const int first_row = tile.m_block * Config::block_m;
     const int live = min_of(consumers, ceil_div(tile.seqlen.q - first_row, 64));
     ptx::mbarrier_arrive_expect_tx(queries_full(), live * (Q::bytes + Dout::bytes));
@@ -122,7 +123,8 @@ struct BackwardQueriesSm90 {
     }
   }
 
-  // Warpgroup `consumer` of the consumers. A block's last product runs on beside the next one's first.
+  // Called by warpgroup `consumer` of the consumers, which computes dq of its 64 queries. The last product of a block
+  // of keys runs on beside the first of the next block.
   void consume(const BackwardParams& backward, const Work& work, int consumer) const {
     const Params& params = backward.forward;
     const RowTile& tile = work.tile;
@@ -160,10 +162,10 @@ struct BackwardQueriesSm90 {
       if (Variant::empty && unlikely(boundary)) {
         mask<Config>(s, params, tile.seqlen, first_row, first_key);
       }
-      Operand weights;
+      Operand ds_factors;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        // As in `probabilities`.
+        // The same arithmetic, not transposed, as in `probabilities` of backward_tensors_sm90.cuh.
         const int row = first_row + tile::fragment_row(0, i), thread_key = first_key + tile::fragment_col();
         const int first = Span::first(params, tile.seqlen, row) - thread_key;
         const int last = Span::last(params, tile.seqlen, row) - thread_key;
@@ -174,15 +176,15 @@ struct BackwardQueriesSm90 {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int key = 8 * j + e;
-            float weight = 1.0f;
+            float derivative = 1.0f;
             x[e] = s.x[0][j][2 * i + e];
             if constexpr (!Variant::empty) {
-              x[e] = variant.score(x[e] * params.softmax_scale, distance - float(key), weight);
+              x[e] = variant.score(x[e] * params.softmax_scale, distance - float(key), derivative);
               if (key > last || (Config::window && key < first)) x[e] = -infinity;
             }
-            x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, -lse[i])) * weight;
+            x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, -lse[i])) * derivative;
           }
-          weights.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0], x[1]);
+          ds_factors.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0], x[1]);
         }
       }
       warpgroup::wait<0>(dp);
@@ -192,13 +194,13 @@ struct BackwardQueriesSm90 {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           u32& packed = ds.x[j / 2][2 * (j % 2) + i];
-          const float2 weight = ptx::cvt_f32_x2<element>(weights.x[j / 2][2 * (j % 2) + i]);
-          packed = ptx::cvt_rn_x2<element>(weight.x * (dp.x[0][j][2 * i] - delta[i]),
-                                           weight.y * (dp.x[0][j][2 * i + 1] - delta[i]));
+          const float2 factor = ptx::cvt_f32_x2<element>(ds_factors.x[j / 2][2 * (j % 2) + i]);
+          packed = ptx::cvt_rn_x2<element>(factor.x * (dp.x[0][j][2 * i] - delta[i]),
+                                           factor.y * (dp.x[0][j][2 * i + 1] - delta[i]));
         }
       }
       warpgroup::gemm_ab(dq, ds, k(at_keys.stage()), true);
-      // ptxas serialises the products if one runs across the loop's edge beside a variant's arithmetic.
+      // ptxas serialises all products if one runs across the loop's edge beside a variant's arithmetic.
       if (!Variant::empty) warpgroup::wait<0>(dq, ds);
       at_keys.advance();
       at_values.advance();

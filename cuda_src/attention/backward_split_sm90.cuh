@@ -1,5 +1,5 @@
-// attention: the backward for sm_90 where head_dims are too wide for one pass: one for dk and dv, one for dq. Scores
-// are computed twice, and nothing is added up in memory, so that gradients are the same bits in every run.
+// attention: the backward for sm_90 where head_dims are too wide for one pass: a pass for dk and dv, and one for dq.
+// Scores are computed twice, and nothing is added up in memory, so that gradients are the same bits in every run.
 #pragma once
 
 #include "attention/backward_finish.cuh"
@@ -25,12 +25,12 @@ inline void backward_finish(const BackwardArgument& argument) {
   finish<Config>(argument.params);
 }
 
-// dk and dv.
+// The pass over blocks of keys, for dk and dv.
 template <class Config>
 inline void backward_split_keys_sm90(const BackwardArgument& argument) {
   using Mainloop = BackwardKeysSm90<Config>;
   static_assert(Config::smem_bytes == max_of(Mainloop::smem_bytes, BackwardQueriesSm90<Config>::smem_bytes),
-                "cufa/_configs_backward.py and the tiles disagree on shared memory");
+                "Config and the tiles disagree on shared memory");
   extern __shared__ __align__(1024) char dynamic_smem[];
   __shared__ BackwardWork work;
   const Mainloop mainloop{ptx::shared_address(dynamic_smem)};
@@ -45,7 +45,7 @@ inline void backward_split_keys_sm90(const BackwardArgument& argument) {
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Config::producer_registers>();
-    if (threadIdx.x == 0) TileLoader<Config, Mainloop, Side::queries>{mainloop, argument}.load(work);
+    if (threadIdx.x == 0) TileLoader<Config, Mainloop, Side::scores>{mainloop, argument}.load(work);
     if (threadIdx.x == 32) TileLoader<Config, Mainloop, Side::gradients>{mainloop, argument}.load(work);
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();
@@ -56,7 +56,7 @@ inline void backward_split_keys_sm90(const BackwardArgument& argument) {
   }
 }
 
-// dq.
+// The pass over tiles of queries, for dq.
 template <class Config>
 inline void backward_split_queries_sm90(const BackwardArgument& argument) {
   using Mainloop = BackwardQueriesSm90<Config>;

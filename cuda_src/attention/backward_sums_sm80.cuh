@@ -1,5 +1,5 @@
-// attention: how warps share the products of the backward's kernel for sm_80, and add to sums of dq in memory that are
-// in the order of its rows.
+// attention: how warps share the products of the backward's kernel for sm_80, and how they add to sums of dq that lie
+// in memory in the order of the rows of q.
 #pragma once
 
 #include "attention/backward_params.cuh"
@@ -24,7 +24,7 @@ struct Division {
   static int col(u32 thread = ptx::tid_x()) { return thread / 32 / row_warps % column_warps * Part::cols; }
 };
 
-// Adds a warp's part of dq, whose first row and column these are, to the rows of query head `head`.
+// Adds a warp's part of dq, which begins at first_row and first_col, to the sums of query head `head`.
 template <class Config, class Part>
 inline void add_rows(const BackwardParams& backward, const BackwardWork& work, int head, int first_row, int first_col,
                      const Part& dq) {

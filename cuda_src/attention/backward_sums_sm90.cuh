@@ -16,36 +16,36 @@ struct DqSum {
   static constexpr int part_elements = Config::block_m * Config::tile_head_dim / parts;
   static constexpr int part_bytes = part_elements * sizeof(float);
 
-  const BackwardParams& params;
-  i32 index, found, wanted;  // of the tile; what its turn is, and has to be
-  i32 untold = -1;           // the tile before, of which others may not know yet that it is there
+  const BackwardParams& backward;
+  i32 index, found, wanted;  // which tile; its state, in `turns`, that was found, and the one it has to have
+  i32 untold = -1;           // a tile before, of which others have not been told yet that it is there
 
-  // Asks ahead whether anybody has been there.
+  // Asks, ahead of `wait`, for the state of a tile.
   void begin(const BackwardWork& work, int head, int m_block) {
-    index = sum_tile<Config>(params, work, head, m_block);
+    index = sum_tile<Config>(backward, work, head, m_block);
     if constexpr (Config::deterministic) {
-      wanted = turn_of<Config>(params, work.seqlen, m_block, work.n_block);
-      found = ptx::ld_acquire_gpu(params.turns + index);
+      wanted = turn_of<Config>(backward, work.seqlen, m_block, work.n_block);
+      found = ptx::ld_acquire_gpu(backward.turns + index);
     } else {
       wanted = stored;
-      found = ptx::atom_acquire_gpu_cas(params.turns + index, untouched, claimed);
+      found = ptx::atom_acquire_gpu_cas(backward.turns + index, untouched, claimed);
     }
   }
 
   bool first() const { return (Config::deterministic ? wanted : found) == 0; }
 
-  // Until it is this block's turn, or the tile can be added to.
+  // Waits until it is this block's turn, or until the tile can be added to.
   void wait() {
     if (first()) return;
-    if (found != wanted) found = ptx::ld_acquire_gpu(params.turns + index);
+    if (found != wanted) found = ptx::ld_acquire_gpu(backward.turns + index);
     if (found != wanted) tell<0>();  // whoever waits owes nobody anything
-    while (found != wanted) found = ptx::ld_acquire_gpu(params.turns + index);
+    while (found != wanted) found = ptx::ld_acquire_gpu(backward.turns + index);
     ptx::fence_proxy_async_global();
   }
 
-  // The part of the tile that is at `sums`: stores it or adds it.
+  // Stores the part of the tile that is at `sums`, or adds it to what is there.
   void add(u32 sums, int part) const {
-    float* const to = params.dq_sum + i64(index) * (parts * part_elements) + part * part_elements;
+    float* const to = backward.dq_sum + i64(index) * (parts * part_elements) + part * part_elements;
     if (first())
       ptx::cp_async_bulk_store(to, sums, part_bytes);
     else
@@ -53,35 +53,35 @@ struct DqSum {
     ptx::cp_async_bulk_commit_group();
   }
 
-  // Others may wait for this tile. They are told once there is time for it, while the next is laid down: until the
-  // copies have arrived takes longer than this thread can spare.
+  // Other blocks may wait for this tile. They are told later, while the next tile is laid down: to wait here for the
+  // copies to arrive takes longer than this thread can spare.
   void end() {
     if (Config::deterministic || first()) untold = index;
   }
 
-  // `running` of the thread's latest copies are not of that tile.
+  // Tells others of the untold tile. The thread's `running` latest copies are not of that tile.
   template <int running>
   void tell() {
     if (untold < 0) return;
     ptx::cp_async_bulk_wait_group<running>();
     ptx::fence_proxy_async_global();
     if (Config::deterministic)
-      ptx::red_release_gpu_add(params.turns + untold, 1);
+      ptx::red_release_gpu_add(backward.turns + untold, 1);
     else
-      ptx::st_release_gpu(params.turns + untold, stored);
+      ptx::st_release_gpu(backward.turns + untold, stored);
     untold = -1;
   }
 
-  // All that the block's unit of work has to add is there.
+  // Waits until all that the block's unit of work adds is there, and counts the unit.
   void finish_work(const BackwardWork& work) {
     tell<0>();
     ptx::cp_async_bulk_wait_group<0>();
     ptx::fence_proxy_async_global();
-    ptx::red_release_gpu_add(heads_done(params, work.batch, work.head * params.forward.qheads_per_khead), 1);
+    ptx::red_release_gpu_add(heads_done(backward, work.batch, work.head * backward.forward.qheads_per_khead), 1);
   }
 
-  static i32* heads_done(const BackwardParams& params, int batch, int query_head) {
-    return params.heads_done + key_head(params.forward, batch, query_head);
+  static i32* heads_done(const BackwardParams& backward, int batch, int query_head) {
+    return backward.heads_done + key_head(backward.forward, batch, query_head);
   }
 };
 

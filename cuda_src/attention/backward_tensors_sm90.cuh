@@ -18,9 +18,9 @@
 
 namespace attention {
 
-// Rows from `row` on of a sequence of `length` rows; those past its end become zeros. For packed sequences see
-// MainloopSm90::Loader. One row at least must be live: a box that is clipped as a whole faults where the map's address,
-// which then lies before the array, is not mapped.
+// to ← rows from `row` on of a sequence of `length` rows; rows past its end become zeros. How packed sequences are
+// clipped is told at MainloopSm90::Loader. One row at least must be live: a box that is clipped as a whole faults where
+// the map's address, which lies before the array if sequences are packed, is not mapped.
 template <class Config, class Tile>
 inline void load_rows(const Tile& to, const ptx::TensorMap& map, u32 barrier, int row, int length, int first_row,
                       int head, int batch) {
@@ -32,10 +32,11 @@ inline void load_rows(const Tile& to, const ptx::TensorMap& map, u32 barrier, in
   }
 }
 
-enum class Side { queries, gradients };  // Q, K and row_lse, or dout, V and row_delta
+// What one of the two loaders loads: Q, K and row_lse, for scores, or dout, V and row_delta, for their gradients.
+enum class Side { scores, gradients };
 
-// One thread: loads one side of the work's block of keys, and of every tile of queries that sees it, into the stages of
-// a main loop.
+// Used by one thread: loads one side of the work's block of keys, and of every tile of queries that sees the block,
+// into the stages of a main loop.
 template <class Config, class Loop, Side side>
 struct TileLoader {
   const Loop& loop;
@@ -43,21 +44,21 @@ struct TileLoader {
   tile::CursorPair<Loop::Ring::stages> progress;  // the tile of queries, and the block of keys
 
   void load(const BackwardWork& work) {
-    const BackwardParams& params = argument.params;
+    const BackwardParams& backward = argument.params;
     if (work.range.empty()) return;
-    if constexpr (side == Side::queries)
+    if constexpr (side == Side::scores)
       load_keys(loop.keys(), loop.k(), argument.k, work);
     else
       load_keys(loop.values(), loop.v(), argument.v, work);
     const auto& at = progress.first;
-    for_each_query_tile<Config::chains>(params.forward, work, [&](int head, int m_block) {
-      const i64 row = workspace_row<Config>(params, work, head) + m_block * Config::block_m;
-      if constexpr (side == Side::queries)
-        load_queries(loop.queries(), loop.q(at.stage()), argument.q, loop.lse(at.stage()), params.row_lse + row, work,
+    for_each_query_tile<Config::chains>(backward.forward, work, [&](int head, int m_block) {
+      const i64 row = workspace_row<Config>(backward, work, head) + m_block * Config::block_m;
+      if constexpr (side == Side::scores)
+        load_queries(loop.queries(), loop.q(at.stage()), argument.q, loop.lse(at.stage()), backward.row_lse + row, work,
                      head, m_block);
       else
         load_queries(loop.gradients(), loop.dout(at.stage()), argument.dout, loop.delta(at.stage()),
-                     params.row_delta + row, work, head, m_block);
+                     backward.row_delta + row, work, head, m_block);
     });
   }
 
@@ -80,10 +81,10 @@ struct TileLoader {
     ring.expect(at, Tile::bytes + Loop::rows_bytes);
     load_rows<Config>(to, map, ring.full(at.stage()), m_block * Config::block_m, work.seqlen.q, work.seqlen.q_first_row,
                       head, work.batch);
-    int own = Loop::rows_bytes;  // what comes after them in memory is another sequence's
+    int own = Loop::rows_bytes;  // bytes that are the sequence's own; another's may follow in memory
     if (Config::varlen) {
       own = min_of(own, round_up(work.seqlen.q - m_block * Config::block_m, aligned_rows) * int(sizeof(float)));
-      const float* const padding = side == Side::queries ? argument.params.row_lse : argument.params.row_delta;
+      const float* const padding = side == Side::scores ? argument.params.row_lse : argument.params.row_delta;
       if (own < Loop::rows_bytes) {
         ptx::cp_async_bulk(to_numbers + own, padding - Config::block_m, Loop::rows_bytes - own, ring.full(at.stage()));
       }
@@ -93,14 +94,14 @@ struct TileLoader {
   }
 };
 
-// Of each column of transposed scores that a thread holds, a number: the query's lse or delta. They are asked for ahead
-// of products, since whatever goes to shared memory afterwards waits until the tensor cores have begun those.
+// The lse or delta of the query of each column of transposed scores that a thread holds. These numbers are loaded ahead
+// of products, since any access to shared memory after a product waits until the tensor cores have begun the product.
 template <int cols>
 struct ColumnNumbers {
   static constexpr int pairs = cols / 8;
   float2 x[pairs];
 
-  // Pairs [first, last), of the tile's numbers at a shared address.
+  // Loads pairs [first, last) of this thread's; the tile's numbers lie at shared address `numbers`.
   void load(u32 numbers, int first = 0, int last = pairs) {
     const u32 address = numbers + tile::fragment_col() * sizeof(float);
 #pragma unroll
@@ -108,12 +109,12 @@ struct ColumnNumbers {
   }
 };
 
-// p ← the probabilities of transposed scores s; weights ← the same times the derivatives of the variant's scores,
-// unless it is empty. In a `boundary` not every query sees every key.
+// p ← the probabilities of transposed scores s; ds_factors ← the same times the derivatives of the variant's scores,
+// unless the variant is empty. In a `boundary` tile not every query sees every key.
 template <class Config, int block_m>
-inline void probabilities(tile::Operand<block_m>& p, tile::Operand<block_m>& weights, tile::Accumulator<1, block_m>& s,
-                          const ColumnNumbers<block_m>& lse, const Params& params, const BackwardWork& work, int head,
-                          int first_key, int m_block, bool boundary) {
+inline void probabilities(tile::Operand<block_m>& p, tile::Operand<block_m>& ds_factors,
+                          tile::Accumulator<1, block_m>& s, const ColumnNumbers<block_m>& lse, const Params& params,
+                          const BackwardWork& work, int head, int first_key, int m_block, bool boundary) {
   using Variant = typename Config::variant;
   using element = typename Config::element;
   const Variant variant(params, work.batch, head);
@@ -127,48 +128,48 @@ inline void probabilities(tile::Operand<block_m>& p, tile::Operand<block_m>& wei
   for (int j = 0; j < block_m / 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float x[2], weight[2];
+      float x[2], derivative[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int query = 8 * j + e;
         x[e] = s.x[0][j][2 * i + e];
-        weight[e] = 1.0f;
-        // A variant's derivatives need registers that the scores of a whole tile would take: it comes, with the mask,
-        // score by score.
+        derivative[e] = 1.0f;
+        // A variant's derivatives need the registers that a whole tile of its scores would take, so the variant, and
+        // with it the mask, is applied score by score.
         if constexpr (!Variant::empty) {
           const float distance = float(thread_query + work.seqlen.diagonal() - keys[i]);
-          x[e] = variant.score(x[e] * params.softmax_scale, distance + float(query), weight[e]);
+          x[e] = variant.score(x[e] * params.softmax_scale, distance + float(query), derivative[e]);
           if (!spans[i].sees(query)) x[e] = -infinity;
         }
         x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, e == 0 ? -lse.x[j].x : -lse.x[j].y));
       }
       p.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0], x[1]);
       if constexpr (!Variant::empty) {
-        weights.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0] * weight[0], x[1] * weight[1]);
+        ds_factors.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0] * derivative[0], x[1] * derivative[1]);
       }
     }
   }
 }
 
-// ds ← weights · (dp - delta).
+// ds ← ds_factors · (dp - delta).
 template <class Config, int block_m>
-inline void gradients_of_scores(tile::Operand<block_m>& ds, const tile::Operand<block_m>& weights,
+inline void gradients_of_scores(tile::Operand<block_m>& ds, const tile::Operand<block_m>& ds_factors,
                                 const tile::Accumulator<1, block_m>& dp, const ColumnNumbers<block_m>& delta) {
   using element = typename Config::element;
 #pragma unroll
   for (int j = 0; j < block_m / 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float2 weight = ptx::cvt_f32_x2<element>(weights.x[j / 2][2 * (j % 2) + i]);
-      const float low = weight.x * (dp.x[0][j][2 * i] - delta.x[j].x);
-      const float high = weight.y * (dp.x[0][j][2 * i + 1] - delta.x[j].y);
+      const float2 factor = ptx::cvt_f32_x2<element>(ds_factors.x[j / 2][2 * (j % 2) + i]);
+      const float low = factor.x * (dp.x[0][j][2 * i] - delta.x[j].x);
+      const float high = factor.y * (dp.x[0][j][2 * i + 1] - delta.x[j].y);
       ds.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(low, high);
     }
   }
 }
 
-// dk or dv ← factor · a warpgroup's accumulator, whose rows are keys from first_key, the warp's first, on. Those past
-// the live length get zeros, whatever dout holds.
+// dk or dv ← factor · a warpgroup's accumulator, whose rows are keys; the warp's first is first_key. Rows past the live
+// length get zeros, whatever dout holds.
 template <class Config, bool of_values, int cols>
 inline void write_keys(const BackwardParams& backward, const BackwardWork& work, const tile::Accumulator<1, cols>& from,
                        int first_key) {

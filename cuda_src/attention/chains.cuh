@@ -1,4 +1,4 @@
-// attention: what a tile of queries has taken over of its sums; see tile/local.cuh.
+// attention: a tile of queries whose sums are taken over, chain by chain; see tile/local.cuh.
 #pragma once
 
 #include "attention/softmax.cuh"
@@ -12,7 +12,7 @@ namespace attention {
 // The ends of a tile that a chain may have.
 inline constexpr int first_end = 1, last_end = 2;
 
-// With `any` there may be chains; else none is looked for.
+// Without `any` every tile is one chain, and nothing is taken over.
 template <bool any, class element, int m_tiles, int cols>
 struct Chains {
   using Statistics = Softmax<element, m_tiles>;
@@ -20,7 +20,7 @@ struct Chains {
   tile::LocalSums<m_tiles, cols> sums;
   tile::LocalRows<m_tiles> base, row_sum;
 
-  // The statistics of a finished tile, or of a chain of one with such ends, in `out`.
+  // The statistics of what `out` holds, which is finished: a tile, or a chain that has these ends of its tile.
   Statistics finished(tile::Accumulator<m_tiles, cols>& out, Statistics statistics, float scale, int ends) {
     if (any && unlikely(ends != (first_end | last_end))) {
       end(out, statistics, scale, ends & first_end, ends & last_end);
@@ -29,7 +29,7 @@ struct Chains {
     return statistics;
   }
 
-  // Takes over out and its statistics, which are a chain's; the `last` one gets what all of them have together.
+  // Takes over a chain's out and statistics; the `last` chain gets those of all chains together.
   void end(tile::Accumulator<m_tiles, cols>& out, Statistics& statistics, float scale, bool first, bool last) {
     float old_factors[m_tiles][2], factors[m_tiles][2];
 #pragma unroll
@@ -42,7 +42,7 @@ struct Chains {
         if (!first) {
           const float old_base = base.load(t, i), old_sum = row_sum.load(t, i);
           const bool steep = Statistics::is_steep(its_sum), old_steep = Statistics::is_steep(old_sum);
-          // How much higher the exponents are that the old sums are relative to; NaN where neither has seen a key.
+          // How much higher the exponents are that the old sums are relative to; NaN where no chain has seen a key.
           const float higher = steep && old_steep ? (old_base - its_base) * scale
                                                   : Statistics::top(old_base, old_sum, scale) -
                                                         Statistics::top(its_base, its_sum, scale);

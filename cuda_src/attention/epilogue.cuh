@@ -14,7 +14,7 @@
 
 namespace attention {
 
-// True if something is not finite, of the warp's part of the tile.
+// Writes the warp's part of a tile to shared memory. True if something in it is not finite.
 template <class Tile, int m_tiles, int cols>
 inline bool stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& out, int warp_row, int warp_col) {
   using element = typename Tile::element;

@@ -12,8 +12,9 @@
 
 namespace attention {
 
-// Row i of the thread's, whose words are packed(j), n-tile by n-tile. Lanes of a quad trade columns, so that it stores
-// 32 or 64 bytes side by side. 64 take half the stores and twice the trades, which pays where rows are long.
+// Stores a row whose words on this thread are packed(j), n-tile by n-tile. Lanes of a quad trade columns, so that the
+// quad stores 32 or 64 bytes side by side. 64 bytes take half the stores and twice the trades, which pays where rows
+// are long.
 template <class Config, int n_tiles, class Packed>
 inline void store_traded(const Params& params, typename Config::element* row, bool live, const Packed& packed) {
   using element = typename Config::element;
@@ -41,7 +42,7 @@ inline void store_traded(const Params& params, typename Config::element* row, bo
   }
 }
 
-// Writes the warp's 16 rows of the work's tile, from row warp_row of it on. True if something is not finite.
+// Writes the warp's 16 rows of the work's tile, from row warp_row of the tile on. True if something is not finite.
 template <class Config, int cols>
 inline bool epilogue_direct(const tile::Accumulator<1, cols>& out, const Totals<1>& totals, const Params& params,
                             const Work<typename Config::element>& work, int warp_row) {
@@ -51,7 +52,7 @@ inline bool epilogue_direct(const tile::Accumulator<1, cols>& out, const Totals<
   for (int i = 0; i < 2; ++i) {
     const int row = work.tile.m_block * Config::block_m + warp_row + tile::fragment_row(0, i);
     const bool live = row < work.template rows<Config>();
-    // Without a branch, whose read of shared memory the others would wait for.
+    // The operators do not stop early: a branch would make other lanes wait for its read of shared memory.
     if (live & (work.lse != nullptr) & (tile::fragment_col() == 0)) {
       *work.template lse_row<Config>(params, row) = totals.lse[0][i];
     }

@@ -1,4 +1,4 @@
-// attention: writes rows that nothing is computed for: those that see no key, and packed rows that are no sequence's.
+// attention: writes rows that nothing is computed for: rows that see no key, and packed rows that are no sequence's.
 #pragma once
 
 #include "attention/block_range.cuh"
@@ -12,13 +12,14 @@
 
 namespace attention {
 
-// Writes the tile of a work whose rows see no key: zeros, and the sink for lse. Called by threads 0 to threads - 1.
+// Writes the tile of a work whose rows see no key: zeros, and the sink as lse. Called by threads 0 to threads - 1.
 template <class Config, int threads>
 inline void epilogue_empty(const Params& params, const Work<typename Config::element>& work, float sink, int thread) {
   constexpr int chunks = ceil_div(Config::head_dim_v * sizeof(typename Config::element), 16);
   const int first_row = work.tile.m_block * Config::block_m;
   const int rows = min_of(Config::block_m, work.template rows<Config>() - first_row);
-  if constexpr (threads % chunks == 0 && Config::pack == 1 && Config::store_bytes == 16) {  // a thread has a column
+  if constexpr (threads % chunks == 0 && Config::pack == 1 &&
+                Config::store_bytes == 16) {  // a thread writes one column of chunks
     constexpr int step = threads / chunks;
     auto* to = reinterpret_cast<char*>(work.template out_row<Config>(params, first_row + thread / chunks)) +
                thread % chunks * 16;
@@ -35,7 +36,7 @@ inline void epilogue_empty(const Params& params, const Work<typename Config::ele
       tile::store_chunk<16, Config::head_dim_v>(work.template out_row<Config>(params, first_row + i / chunks),
                                                 params.out_strides.dim, i % chunks, uint4{0, 0, 0, 0});
     }
-  } else {  // singly, since registers may be few
+  } else {  // elements are written singly, since registers may be few
     constexpr int cols = Config::head_dim_v;
 #pragma unroll 1
     for (int i = thread; i < rows * cols; i += threads) {
@@ -47,8 +48,8 @@ inline void epilogue_empty(const Params& params, const Work<typename Config::ele
   for (int row = thread; row < rows; row += threads) *work.template lse_row<Config>(params, first_row + row) = sink;
 }
 
-// The warp's share of all tiles of dense arrays whose rows see no key. `warp` of `warps` of each block, which may have
-// few registers; `work` is in shared memory, and its own.
+// Writes the warp's share of all tiles of dense arrays whose rows see no key. Called by warp `warp` of `warps` of each
+// thread block, which may have few registers; `work` is in shared memory and the warp's own.
 template <class Config>
 inline void write_empty_tiles(const Params& params, Work<typename Config::element>& work, int warp, int warps) {
   const Seqlen seqlen = dense_seqlen(params);
@@ -58,15 +59,15 @@ inline void write_empty_tiles(const Params& params, Work<typename Config::elemen
   for (int i = blockIdx.x * warps + warp; i < tiles; i += gridDim.x * warps) {
     const int m_block = i % params.m_blocks, head = i / params.m_blocks;
     if (!is_empty(m_block)) continue;
-    __syncwarp();  // all lanes have read of the tile before
+    __syncwarp();  // all lanes have read what the tile before is
     if (tile::lane() == 0) work.template take<Config>(params, {m_block, head % heads, head / heads}, seqlen);
     __syncwarp();
     epilogue_empty<Config, 32>(params, work, work.template sink<Config>(params), tile::lane());
   }
 }
 
-// The thread block's share of the packed rows of q that are no sequence's: zeros in `out`, if that is new, and
-// -infinity for lse. Called by whole warps, `warp` of `warps` of each block, which may have few registers.
+// Writes the thread block's share of the packed rows of q that are no sequence's: zeros in `out`, if that is new, and
+// -infinity as lse. Called by warp `warp` of `warps` of each block, which may have few registers.
 template <class Config, int unroll = 1>
 inline void clear_outside(const Params& params, int warp, int warps) {
   using element = typename Config::element;
@@ -75,12 +76,12 @@ inline void clear_outside(const Params& params, int warp, int warps) {
     return clamp(params.cu_seqlens_q[b * params.cu_seqlens_q_stride], 0, params.seqlen_q);
   };
   int end = offset(params.batch);
-  if (end < params.seqlen_q) {  // else there is no need to look for a larger one before it
+  if (end < params.seqlen_q) {  // else no offset before it can be larger
 #pragma unroll unroll
     for (int b = tile::lane(); b < params.batch; b += 32) end = max_of(end, offset(b));
     end = __reduce_max_sync(0xffffffffu, end);
   }
-  // Rows from the largest offset on, and then those before the first.
+  // The rows from the largest offset on, then the rows before the first offset.
   const int count = params.seqlen_q - end + offset(0);
 #pragma unroll 1
   for (int i = blockIdx.x * warps + warp; i < count; i += gridDim.x * warps) {

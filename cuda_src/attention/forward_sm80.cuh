@@ -1,4 +1,5 @@
-// attention: the forward kernel for sm_80 and newer: one thread block a tile of queries, or, packed, some of them.
+// attention: the forward kernel for sm_80 and newer: one thread block per tile of queries, or per few tiles, where
+// there are many packed sequences.
 #pragma once
 
 #include "attention/epilogue.cuh"
@@ -20,7 +21,8 @@ inline void forward_tile(const Params& params, const PointerWork<typename Config
   using Mainloop = MainloopSm80<Config>;
   using Staging = tile::SharedTile<element, Config::block_m, Config::tile_head_dim_v>;
   static_assert(Config::smem_bytes == max_of(Mainloop::smem_bytes, Staging::bytes),
-                "cufa/_configs.py and the tiles disagree on shared memory");
+                "Config and the tiles disagree on shared memory");
+  static_assert(Config::pack == 1, "no heads share a tile here");
   if (work.template idle<Config>()) return;
   constexpr bool often_empty = Config::causal || Config::window || Config::varlen;
   if (often_empty && work.range.empty()) {
@@ -49,8 +51,8 @@ inline void forward_sm80(const Params& params) {
   const u32 smem = ptx::shared_address(dynamic_smem);
 
   if constexpr (Config::many) {
-    // Who looks for one of many sequences passes many: a block takes some units in a row. What it needs to know from
-    // one to the next is in shared memory, for the sake of registers.
+    // The search for one of many sequences passes many others, so a block takes some units in a row. What it remembers
+    // from one unit to the next is in shared memory, since registers are few.
     __shared__ int unit, end;
     if (ptx::tid_x() == 0) {
       scan.init();
@@ -63,7 +65,7 @@ inline void forward_sm80(const Params& params) {
       if (ptx::tid_x() < 32) work.template find<Config>(params, scan, unit);
       __syncthreads();
       forward_tile<Config>(params, work, smem);
-      __syncthreads();  // every warp is done with it
+      __syncthreads();  // every warp is done with `work` and `unit`
       if (ptx::tid_x() == 0) ++unit;
       __syncthreads();
     }

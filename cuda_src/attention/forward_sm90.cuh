@@ -11,10 +11,10 @@
 namespace attention {
 
 template <class Config>
-inline void forward_sm90(const TmaParams& params) {
+inline void forward_sm90(const TmaParams& argument) {
   using Mainloop = MainloopSm90<Config>;
   static_assert(Config::smem_bytes >= Mainloop::smem_bytes && Config::smem_bytes < Mainloop::smem_bytes + 1024,
-                "cufa/_configs.py and the tiles disagree on shared memory");
+                "Config and the tiles disagree on shared memory");
   static_assert(Config::num_threads == 128 * (1 + Mainloop::consumers), "a warpgroup loads, the others compute");
   extern __shared__ __align__(1024) char dynamic_smem[];
   const Mainloop mainloop(dynamic_smem);
@@ -26,24 +26,24 @@ inline void forward_sm90(const TmaParams& params) {
   }
   __syncthreads();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  if (likely(warp < 4)) {  // comes first in the code, since the others wait for what it loads
+  if (likely(warp < 4)) {  // these come first in the code, since the others wait for what they load
     ptx::setmaxnreg_dec<Config::producer_registers>();
-    if (warp != 0) {  // of the two orders the one that starts sooner
-      if (threadIdx.x == 32) mainloop.load_tiles(params);
+    if (warp != 0) {  // of the two orders of these branches this one starts sooner
+      if (threadIdx.x == 32) mainloop.load_tiles(argument);
     } else {
-      mainloop.find_tiles(params, scan);
+      mainloop.find_tiles(argument, scan);
     }
     const int idle_warp = ptx::tid_x() / 32 - 2;
     if constexpr (Config::varlen) {
-      if (warp >= 2) clear_outside<Config>(params.params, idle_warp, 2);
+      if (warp >= 2) clear_outside<Config>(argument.params, idle_warp, 2);
     } else if constexpr (Config::empty_rows) {
       __shared__ Work<typename Config::element> works[2];
-      if (warp >= 2) write_empty_tiles<Config>(params.params, works[idle_warp], idle_warp, 2);
+      if (warp >= 2) write_empty_tiles<Config>(argument.params, works[idle_warp], idle_warp, 2);
     }
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();
-    mainloop.consume(params.params, warp / 4 - 1);
-    mainloop.repair_tiles(params, warp / 4 - 1);
+    mainloop.consume(argument.params, warp / 4 - 1);
+    mainloop.repair_tiles(argument, warp / 4 - 1);
   }
 }
 

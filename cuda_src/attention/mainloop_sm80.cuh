@@ -1,5 +1,6 @@
 // attention: the forward main loop with mma.sync and cp.async, for sm_80 and every newer GPU.
-// FlashAttention-2 (Dao, 2023), Algorithm 1: every warp owns whole rows of the tile, so the softmax stays within it.
+// FlashAttention-2 (Dao, 2023), Algorithm 1: every warp owns whole rows of the tile, so the softmax stays within a
+// warp.
 #pragma once
 
 #include "attention/block_range.cuh"
@@ -49,8 +50,8 @@ struct MainloopSm80 {
   static int warp_col() { return int(threadIdx.x / 32 / row_warps) * warp_cols; }
 
   // Sets out and its statistics to the sums over the blocks of the range, which is not empty, last block first. K and V
-  // have one buffer each: V arrives while Q·Kᵀ runs, or with Config::early_v the first one with its K, and the next K
-  // while the softmax and P·V do.
+  // have one buffer each: a V arrives while Q·Kᵀ runs, or, with Config::early_v, the first V with the first K; the next
+  // K arrives while the softmax and P·V run.
   static void run(Out& out, Statistics& statistics, const Params& params, const PointerWork<element>& work, u32 smem) {
     const Q q{smem};
     const K k{smem + Q::bytes};

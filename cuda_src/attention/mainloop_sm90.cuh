@@ -4,8 +4,8 @@
 // FlashAttention-3 (Shah et al., 2024), Algorithms 1 and 2, with three changes. Tiles follow each other without a seam:
 // the consumers' loop runs over the key blocks of all tiles, the scores of one block are begun together with the
 // products P·V of the block before, even where that one ended a tile, and a finished output is written while the next
-// scores are computed. The softmax does not look for maxima: see Softmax::accept. And it does not wait for P·V, as long
-// as there are registers for what it has ready: Config::early_steps.
+// scores are computed. The softmax does not look for maxima: see Softmax::accept. Nor does it wait for P·V before the
+// first Config::early_steps steps of the next P, for which registers are left.
 #pragma once
 
 #include "attention/block_range.cuh"
@@ -35,6 +35,9 @@ namespace attention {
 
 template <class Config>
 struct MainloopSm90 {
+  static_assert(Config::pack == 1 || !(Config::variant::per_head || Config::sinks),
+                "a tile that heads share knows only their key head, so no score term or sink may differ by query head");
+
   using element = typename Config::element;
   using Q = tile::SharedTile<element, 64, Config::tile_head_dim>;  // one for each warpgroup
   using K = tile::SharedTile<element, Config::block_n, Config::tile_head_dim>;
@@ -50,18 +53,18 @@ struct MainloopSm90 {
   using Statistics = Softmax<element, 1>;
   static constexpr int chain_blocks = tile::chain_blocks(Config::block_n);
 
-  // The tiles on their way through the block: found by one warp, then loaded, then computed, and given back when their
-  // output is written.
+  // The tiles on their way through the block: one warp finds a tile, then it is loaded, then computed, and its entry is
+  // given back when its output is written.
   using Tiles = tile::Ring<4>;
-  //
-  // Of a tile with so many blocks of keys that sums over them would drift (tile/local.cuh) each chain of them is an
-  // entry of its own.
+
+  // What is known of a tile. A tile with so many blocks of keys that sums over them would drift (tile/local.cuh) has an
+  // entry for each chain of blocks.
   struct Entry {
     Work<element> work;
-    bool end;  // there is none: all are done
-    int ends;  // of the tile that its chain has, if there are chains
+    bool end;  // whether no tile is left, and `work` means nothing
+    int ends;  // which ends of the tile the chain has, if there are chains
 
-    // Makes the whole tile, as it was found, one of its chains.
+    // Turns the entry of the whole tile, as it was found, into that of its chain `index`.
     void take_chain(int index) {
       const int whole_end = work.range.end, end = whole_end - index * chain_blocks;
       const int begin = max_of(work.range.begin, end - chain_blocks);
@@ -89,7 +92,8 @@ struct MainloopSm90 {
   Keys keys() const { return {smem + tiles_bytes}; }
   Keys values() const { return {smem + tiles_bytes + Keys::bytes}; }
   Tiles tiles() const { return {smem + tiles_bytes + 2 * Keys::bytes}; }
-  u32 to_repair() const { return smem + tiles_bytes + barriers_bytes + entries_bytes; }  // whether some output is
+  // The address of a flag that says whether some output is to be repaired.
+  u32 to_repair() const { return smem + tiles_bytes + barriers_bytes + entries_bytes; }
   Queries queries(int warpgroup) const {
     return {smem + tiles_bytes + 2 * Keys::bytes + Tiles::bytes + warpgroup * Queries::bytes};
   }
@@ -103,26 +107,27 @@ struct MainloopSm90 {
     ptx::fence_mbarrier_init();
   }
 
-  // One warp: finds the block's tiles ahead of the others. Packed ones that see no key it writes itself.
-  void find_tiles(const TmaParams& params, PackedScan& scan) const {
+  // Called by one warp, which finds the block's tiles ahead of the warps that load and compute them. It writes packed
+  // tiles that see no key itself.
+  void find_tiles(const TmaParams& argument, PackedScan& scan) const {
     typename Tiles::Cursor at_tiles;
     int chain = 0;
-    for (TileCursor<Config> at(params);;) {
+    for (TileCursor<Config> at(argument);;) {
       Entry& entry = entries[at_tiles.stage()];
       tiles().wait_empty(at_tiles);
       __syncwarp();
       if (tile::lane() == 0) entry.end = at.done();
-      if (!at.done()) entry.work.template find<Config>(params.params, scan, at.unit(), at.second());
+      if (!at.done()) entry.work.template find<Config>(argument.params, scan, at.unit(), at.second());
       __syncwarp();
       if (at.done()) break;
       const bool idle = entry.work.template idle<Config>(), empty = entry.work.range.empty();
       if (Config::varlen && !idle && empty) {
-        epilogue_empty<Config, 32>(params.params, entry.work, entry.work.template sink<Config>(params.params),
+        epilogue_empty<Config, 32>(argument.params, entry.work, entry.work.template sink<Config>(argument.params),
                                    tile::lane());
       }
       if (!idle && !empty) {
         if constexpr (Config::chains) {
-          __syncwarp();  // all lanes have read of the whole tile
+          __syncwarp();  // all lanes have read what the whole tile is
           if (tile::lane() == 0) entry.take_chain(chain);
           __syncwarp();
           chain = entry.ends & last_end ? 0 : chain + 1;
@@ -135,12 +140,13 @@ struct MainloopSm90 {
     if (tile::lane() == 0) tiles().fill(at_tiles);
   }
 
-  // One thread: loads, in the order in which the consumers want it, K of every block and, one block behind, V.
-  void load_tiles(const TmaParams& maps) const {
-    Loader loader{*this, maps};
+  // Called by one thread, which loads, in the order in which the consumers want them, K of every block and, one block
+  // behind, V.
+  void load_tiles(const TmaParams& argument) const {
+    Loader loader{*this, argument};
     typename Tiles::Cursor at_tiles;
-    const Work<element>* v_work = nullptr;  // whose V comes next, and
-    int v_block = 0;                        // which block of it
+    const Work<element>* v_work = nullptr;  // the tile whose V comes next
+    int v_block = 0;                        // the block of keys whose V comes next
     while (true) {
       tiles().wait_full(at_tiles);
       const Entry& entry = entries[at_tiles.stage()];
@@ -149,7 +155,7 @@ struct MainloopSm90 {
       for (int n_block = entry.work.range.end - 1; n_block >= entry.work.range.begin; --n_block) {
         loader.load_keys(entry.work, n_block);
         if (v_work) loader.load_values(*v_work, v_block);
-        if (n_block == entry.work.range.end - 1) loader.load_queries(entry.work);  // has to wait the longest
+        if (n_block == entry.work.range.end - 1) loader.load_queries(entry.work);  // after K, since Q waits longest
         v_work = &entry.work;
         v_block = n_block;
       }
@@ -160,16 +166,16 @@ struct MainloopSm90 {
 
   struct Loader {
     const MainloopSm90& loop;
-    const TmaParams& maps;
+    const TmaParams& argument;
     Queries::Cursor at_queries;
     typename Keys::Cursor at_keys, at_values;
 
     void load_keys(const Work<element>& work, int n_block) {
-      load_block(loop.keys(), at_keys, loop.k(at_keys.stage()), maps.k, work, n_block);
+      load_block(loop.keys(), at_keys, loop.k(at_keys.stage()), argument.k, work, n_block);
     }
 
     void load_values(const Work<element>& work, int n_block) {
-      load_block(loop.values(), at_values, loop.v(at_values.stage()), maps.v, work, n_block);
+      load_block(loop.values(), at_values, loop.v(at_values.stage()), argument.v, work, n_block);
     }
 
     void load_queries(const Work<element>& work) {
@@ -181,23 +187,23 @@ struct MainloopSm90 {
         const int row = work.seqlen.q_first_row + (work.tile.m_block * Config::block_m + 64 * w) / Config::pack;
         const int batch = Config::varlen ? 0 : work.tile.batch;
         if constexpr (Config::pack == 1) {
-          tile::load(loop.q(w), maps.q, queries.full(0), row, work.tile.head, batch);
+          tile::load(loop.q(w), argument.q, queries.full(0), row, work.tile.head, batch);
         } else {
-          tile::load_packed(loop.q(w), maps.q, queries.full(0), row, work.tile.head, batch);
+          tile::load_heads(loop.q(w), argument.q, queries.full(0), row, work.tile.head, batch);
         }
       }
       at_queries.advance();
     }
 
-    // A packed sequence ends where its neighbour begins, and what lies there may be anything. The box therefore begins
-    // so far into the map's block_n clipped rows that only the live ones come before their end: the rest is
+    // A packed sequence ends where its neighbour begins, whose rows may hold anything. The box therefore begins so far
+    // into the map's block_n clipped rows that only live rows come before their end: the rest of the box is
     // zero-filled.
     template <class Tile>
     void load_block(const Keys& ring, typename Keys::Cursor& at, const Tile& to, const ptx::TensorMap& map,
                     const Work<element>& work, int n_block) const {
       ring.wait_empty(at);
       ring.expect(at, Tile::bytes);
-      const int head = Config::pack > 1 ? work.tile.head : work.tile.head / maps.params.qheads_per_khead;
+      const int head = Config::pack > 1 ? work.tile.head : work.tile.head / argument.params.qheads_per_khead;
       const int row = n_block * Config::block_n;
       if constexpr (Config::varlen) {
         const int live = min_of(Config::block_n, work.seqlen.k - row);
@@ -209,7 +215,7 @@ struct MainloopSm90 {
     }
   };
 
-  // Warpgroup `warpgroup` of the consumers.
+  // Called by warpgroup `warpgroup` of the consumers, which computes its rows of all of the block's tiles.
   void consume(const Params& params, int warpgroup) const {
     constexpr int early_steps = Config::early_steps, steps = Config::block_n / 16;
     const Queries queries = this->queries(warpgroup);
@@ -233,7 +239,7 @@ struct MainloopSm90 {
     };
     Probabilities p;
     Out out;
-    Statistics statistics, finished;  // of p's tile, and of the tile in `out` once that is finished
+    Statistics statistics, finished;  // the latter: of the tile in `out`, once that is finished
     Chains<Config::chains, element, 1, Out::cols> chains;
     {
       Scores scores;
@@ -253,9 +259,9 @@ struct MainloopSm90 {
     }
     // Each step begins the scores of a block and P·V of the block before, then turns the scores into the next P.
     out.zero();
-    bool unwritten_out = false;  // `out` is finished, but not written; p is of the next tile, whose output it begins
+    bool unwritten_out = false;  // whether `out` is finished but not written, and p, of the next tile, begins another
     while (true) {
-      const bool seam = n_block == range.begin;  // p is of its tile's last block, and the next tile's scores come
+      const bool seam = n_block == range.begin;  // p is of its tile's last block: scores of the next tile follow
       if (unlikely(seam)) {
         at_tiles.advance();
         tiles().wait_full(at_tiles);
@@ -272,9 +278,9 @@ struct MainloopSm90 {
       --n_block;
       Scores scores;
       turn.take();
-      const int own = Config::head_dim > 160 ? ptx::opaque(warpgroup) : warpgroup;  // else descriptors take registers
+      const int own = Config::head_dim > 160 ? ptx::opaque(warpgroup) : warpgroup;  // lest descriptors take registers
       warpgroup::gemm_abt<Config::head_dim>(scores, q(own), k(at_keys.stage()));
-      if (unlikely(unwritten_out)) {  // this takes a while, and P·V has to wait for it
+      if (unlikely(unwritten_out)) {  // writing takes a while, and P·V has to wait for it
         turn.pass();
         write(out, finished, params, at_tiles.before(seam ? 2 : 1));
       }
@@ -285,7 +291,7 @@ struct MainloopSm90 {
       release(keys(), at_keys);
       if (threadIdx.x % 128 == 0 && n_block == range.begin) queries.release(at_queries());
       finish_scores(scores);
-      // The products still read p, so the next one begins in registers of its own.
+      // The products still read p, so the next P begins in registers of its own.
       Probabilities early_p;
       float sum[2] = {statistics.row_sum[0][0], statistics.row_sum[0][1]};
       if (!seam) statistics.template exponentiate_at_once<0, early_steps>(early_p, scores, scale, sum);
@@ -304,18 +310,18 @@ struct MainloopSm90 {
         statistics.template exponentiate_at_once<early_steps, steps>(p, scores, scale, sum);
         accepted = statistics.template accept<Config::block_n>(sum, far);
       }
-      if (unlikely(!accepted)) {  // the textbook's way
+      if (unlikely(!accepted)) {  // maxima are sought, as in the textbook
         statistics.follow_far(scores, scale, far);
         if (!seam) statistics.rescale(out);
         statistics.exponentiate(scores, scale);
-        // Other rows of p have these bits already. To ask keeps the copies of early steps among the exponentials; else
-        // the compiler puts them on the way around this, behind all that can run beside them. Two are left there, where
-        // registers are few.
+        // Rows that are not far have these bits in p already. To ask which rows are far keeps the copies of the early
+        // steps among the exponentials; else the compiler moves the copies to the path around this branch, behind
+        // everything that could run beside them. Copies of one or two steps, where registers are few, may go there.
         tile::pack_rows<element, early_steps <= 2 ? 0 : early_steps>(p, scores, far);
       }
       unwritten_out = seam;
     }
-    // What is left: the output of the tile before, if the last has a single block, and that of the last.
+    // Left to write are the output of the last tile but one, if the last has a single block, and that of the last.
 #pragma unroll 1
     for (bool last = !unwritten_out;; last = true) {
       if (last) {
@@ -332,7 +338,7 @@ struct MainloopSm90 {
   // Where the rows of this warp, one of the consumers', begin in the tile.
   static int warp_row() { return (int(threadIdx.x / 32) - 4) * 16; }
 
-  // Writes a tile's output, if `out` has all of it, and gives back what is known of the tile.
+  // Writes a tile's output, if `out` has all of it, and gives back the tile's entry.
   void write(Out& out, const Statistics& statistics, const Params& params, typename Tiles::Cursor at) const {
     const Entry& entry = entries[at.stage()];
     if (!Config::chains || likely(entry.ends & last_end)) {
@@ -346,12 +352,12 @@ struct MainloopSm90 {
     if (tile::lane() == 0) tiles().release(at);
   }
 
-  // The consumers: goes over the block's tiles once more if some output is not finite. By then no product runs any
-  // more.
-  void repair_tiles(const TmaParams& params, int warpgroup) const {
+  // Called by the consumers when no product runs any more: goes over the block's tiles once more if some output is not
+  // finite.
+  void repair_tiles(const TmaParams& argument, int warpgroup) const {
     __syncwarp();
     if (likely(ptx::ld_shared_u32(to_repair()) == 0)) return;
-    // Where the warp's rows of Q were, which it needs no more.
+    // A Place lies where the warp's rows of Q were, which nothing needs any more.
     struct Place {
       Work<element> work;
       PackedScan scan;
@@ -361,16 +367,16 @@ struct MainloopSm90 {
     Place& place = *reinterpret_cast<Place*>(queries + threadIdx.x / 32 % 4 * (16 * Q::panel_bytes));
     place.scan.init();
 #pragma unroll 1
-    for (TileCursor<Config> at(params); !at.done(); at.advance()) {
+    for (TileCursor<Config> at(argument); !at.done(); at.advance()) {
       __syncwarp();
-      place.work.template find<Config>(params.params, place.scan, at.unit(), at.second());
+      place.work.template find<Config>(argument.params, place.scan, at.unit(), at.second());
       __syncwarp();
       if (place.work.template idle<Config>() || place.work.range.empty()) continue;
-      repair<Config>(params.params, place.work, place.work.tile.m_block * Config::block_m + warp_row(), 16);
+      repair<Config>(argument.params, place.work, place.work.tile.m_block * Config::block_m + warp_row(), 16);
     }
   }
 
-  // Gives a stage that wgmma has read back, and moves on to the next. One thread speaks for its warpgroup.
+  // Gives back a stage that wgmma has read, and moves on to the next. One thread speaks for its warpgroup.
   template <class Ring, class Cursor>
   static void release(const Ring& ring, Cursor& at) {
     if (threadIdx.x % 128 == 0) ring.release(at);

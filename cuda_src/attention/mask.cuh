@@ -9,7 +9,8 @@
 
 namespace attention {
 
-// first_row is where the warp's first row lies among the tiles' rows, first_col the key of the tile's first column.
+// first_row is the warp's first row, counted from row 0 of the head's first tile; first_col is the key of the tile's
+// first column.
 template <class Config, int m_tiles, int block_n>
 inline void mask(tile::Accumulator<m_tiles, block_n>& scores, const Params& params, const Seqlen& seqlen, int first_row,
                  int first_col) {

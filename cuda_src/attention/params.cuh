@@ -1,5 +1,5 @@
-// attention: the one argument of every forward kernel. cufa/_params.py mirrors it, and the generated source asserts the
-// layout of both. Strides are in elements.
+// attention: what a forward kernel is told of its problem: its argument, or a part of that (attention/tma_params.cuh).
+// The host packs the same layout, and the generated source asserts that the two agree. Strides are in elements.
 #pragma once
 
 #include "core/types.cuh"
@@ -27,13 +27,13 @@ struct Params {
   i64 sinks_stride, cu_seqlens_q_stride, cu_seqlens_k_stride, seqused_k_stride;
   i32 batch, seqlen_q, seqlen_k;  // varlen: seqlen_q and seqlen_k are the packed totals
   i32 num_heads_q, qheads_per_khead;
-  i32 m_blocks;           // query tiles a head: of a sequence, or (varlen) of the whole packed batch
+  i32 m_blocks;           // query tiles per head: of a sequence, or (varlen) of the whole packed batch
   i32 heads_per_section;  // heads scheduled side by side, so that their K and V share the L2
   i32 window_left, window_right;
   float softmax_scale, softcap;
   float softcap_inverse, softcap_exponent;  // 1 / softcap and 2 log2 e / softcap
-  i32 m_units;                              // what thread blocks are given, a head: tiles, or pairs of them
-  i32 units_per_block;                      // of those that a block finds by itself, one after the other
+  i32 m_units;                              // units of work per head, which are tiles, or pairs of tiles
+  i32 units_per_block;                      // units that a block takes in a row, where sequences are many
   i32 clear_out;                            // whether rows of `out` that are no sequence's are to hold zeros
   float exponent_scale;                     // softmax_scale · log2 e
 };

@@ -2,8 +2,9 @@
 //
 // In a tile's products a key that a row does not see has probability 0, but 0 times NaN or infinity is NaN. Sums that
 // are not yet divided may overflow where their mean does not, and so may means of the largest numbers by probabilities
-// that were rounded. All show in the output, seldom, and then the rows' columns where they do are made anew: only keys
-// that the row sees are read, probabilities stay float32, and sums of the largest numbers are kept small.
+// that were rounded. All of this shows in the output, seldom, and the columns of a row where it does are then made
+// anew: only keys that the row sees are read, probabilities stay float32, and sums of the largest numbers are kept
+// small.
 #pragma once
 
 #include "attention/block_range.cuh"
@@ -20,8 +21,9 @@
 
 namespace attention {
 
-// Whether something that was written is not finite. Infinity times anything is not: so, where the range is wide, one
-// multiply-add looks at two numbers. Those above 2^62 may then be taken for infinite, and looked at once more in vain.
+// Whether something that was written is not finite. Infinity times any number is not finite, so in bfloat16, whose
+// range is wide, one multiply-add looks at two numbers. Two above 2^62 may look infinite, and are then repaired in
+// vain.
 template <class element>
 struct NotFinite {
   u32 seen = 0;
@@ -42,7 +44,7 @@ struct NotFinite {
   }
 };
 
-// Of sums that are still float32: what overflows only in float16 is not looked for.
+// Whether a sum that is still float32 is not finite: a number that overflows only in float16 is not looked for.
 template <>
 struct NotFinite<f32> {
   float seen = 0.0f;
@@ -83,7 +85,7 @@ struct LaneColumns {
     for (int i = 0; i < count; ++i) x[i] = 0.0f;
   }
 
-  // row ← factor times those of the columns that have a bit in `chosen`.
+  // Columns of row that have a bit in `chosen` ← factor · x.
   void store(element* row, i64 col_stride, float factor, u32 chosen) const {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
@@ -92,7 +94,7 @@ struct LaneColumns {
     }
   }
 
-  // Those that are not finite, a bit each.
+  // The columns that are not finite, one bit per column.
   u32 not_finite() const {
     u32 found = 0;
 #pragma unroll
@@ -110,7 +112,7 @@ struct LaneColumns {
   }
 };
 
-// Weighted sums of a lane's columns of v. Of columns that hold numbers near the largest they are kept 2^-24 times as
+// Weighted sums of a lane's columns of v. Sums of columns that hold numbers near the largest are kept 2^-24 times as
 // large, so that they do not overflow.
 template <class Columns>
 struct WeightedSums {
@@ -125,7 +127,7 @@ struct WeightedSums {
     for (int i = 0; i < Columns::count; ++i) factors[i] = 1.0f;
   }
 
-  // sums ← kept · sums + weight · row. True if all of `columns` are NaN, as they then stay.
+  // sums ← kept · sums + weight · row. True if all of `columns` are NaN, which they then stay.
   bool add(float kept, float weight, const Columns& row, u32 columns) {
     bool settled = true;
 #pragma unroll
@@ -140,7 +142,7 @@ struct WeightedSums {
     return __all_sync(0xffffffffu, settled);
   }
 
-  // sums ← factor · sums, which are means then. Of finite numbers rounding must not make infinity.
+  // sums ← factor · sums, which then are means. Rounding must not make infinity of a mean of finite numbers.
   void finish(float factor) {
 #pragma unroll
     for (int i = 0; i < Columns::count; ++i) {
@@ -151,7 +153,8 @@ struct WeightedSums {
   }
 };
 
-// One warp: rows [first_row, first_row + rows) of the work's tiles, as far as they are live and not finite.
+// Called by one warp: repairs rows [first_row, first_row + rows) of the work's tiles, as far as they are live and not
+// finite.
 template <class Config>
 inline void repair(const Params& all, const Work<typename Config::element>& work, int first_row, int rows) {
   using element = typename Config::element;
@@ -160,7 +163,7 @@ inline void repair(const Params& all, const Work<typename Config::element>& work
   using Span = KeySpan<Config::causal, Config::window>;
   const Params& params = ptx::opaque(all);
   const Seqlen& seqlen = work.seqlen;
-  __syncwarp();  // what other lanes have written
+  __syncwarp();  // the lane sees what other lanes have written
 #pragma unroll 1
   for (int tile_row = first_row; tile_row < min_of(first_row + rows, work.template rows<Config>()); ++tile_row) {
     element* const to = work.template out_row<Config>(params, tile_row);
@@ -177,7 +180,7 @@ inline void repair(const Params& all, const Work<typename Config::element>& work
     WeightedSums<Out> sums;
     q.load(work.origin(params.q, params.q_strides, head, seqlen.q_first_row + row), params.q_strides.dim);
     sums.clear();
-    float row_max = -infinity, sum = 0.0f;  // of exponentials relative to row_max
+    float row_max = -infinity, sum = 0.0f;  // the sum is of exponentials relative to row_max
     const int last = Span::last(params, seqlen, row);
 #pragma unroll 1
     for (int key = Span::first(params, seqlen, row); key <= last; ++key) {

@@ -9,7 +9,7 @@
 
 namespace attention {
 
-// What makes means of a finished row's sums, and its natural log-sum-exp.
+// The factors that make means of the sums of finished rows, and the rows' natural log-sum-exps.
 template <int m_tiles>
 struct Totals {
   float factor[m_tiles][2];
@@ -31,26 +31,27 @@ struct Totals {
   }
 };
 
-// State of the rows a thread holds. `scale` takes scores to exponents of 2, which are relative to `base`: that of the
-// maximum of the row, or so little less that no probability comes near an overflow. Following only large steps of the
-// maximum leaves out and the sums as they are in almost every block and costs no precision.
+// State of the rows that a thread holds. `scale` takes scores to exponents of 2, which are relative to `base`: the
+// exponent of the maximum of the row, or so little less that no probability comes near an overflow. Following only
+// large steps of the maximum leaves `out` and the sums as they are in almost every block, and costs no precision.
 //
 // An exponent is one multiply-add, fma(score, scale, -base). The rounding of the base is the same in every exponent of
 // the row and cancels, as long as it is small against 1. Where scores are too large for that, a row is steep: its base
-// is the maximum itself, which is subtracted from scores before they are scaled, and the sign of its sum tells that.
+// is the maximum itself, which is subtracted from scores before they are scaled, and the sign of its sum says so.
 // The base of a row that has seen no key is -infinity.
 template <class element, int m_tiles>
 struct Softmax {
   static constexpr float slack = 8.0f, steep = 1 << 22;
 
-  // The base is higher by this, so that 2^16 keys do not overflow out, whatever finite numbers v holds. Probabilities
-  // in float16 have no room for it, and its numbers no need; float32 has need of every bit of an exponent.
+  // The base is higher by `shift`, so that 2^16 keys do not overflow `out`, whatever finite numbers v holds.
+  // Probabilities in float16 have no room for a shift, and float16 numbers no need of one; float32 needs every bit of
+  // an exponent.
   static constexpr float shift = is_same<element, bf16> ? 24.0f : 0.0f;
 
   float base[m_tiles][2];
-  // Of this thread's columns; the quad's lanes are added once, at the end. Negative, or -0, of a steep row.
+  // Sums over this thread's columns; the quad's lanes are added once, at the end. A steep row's is negative, or -0.
   float row_sum[m_tiles][2];
-  float correction[2];  // what the last `follow` wants its rows of out multiplied by
+  float correction[2];  // factors that the last `follow` wants for its rows of `out`
 
   void init() {
 #pragma unroll
@@ -60,8 +61,9 @@ struct Softmax {
     }
   }
 
-  // Not to be contracted with what is added: an instruction takes one number from memory of constants. If another takes
-  // up that place, scale is held in a register, and all that read it there compete for the registers' ports.
+  // The product is not to be contracted with an addition: an instruction takes one number from constant memory, and if
+  // another number takes that place, `scale` is held in a register, whose port all instructions that read it compete
+  // for.
   static float exponent_of(float score, float scale) { return __fmul_rn(score, scale); }
 
   static bool is_steep(float row_sum) { return __float_as_int(row_sum) < 0; }
@@ -73,8 +75,8 @@ struct Softmax {
     return is_steep(row_sum) ? exponent_of(base, scale) : base - shift;
   }
 
-  // Takes in a block of scores, which become exponentials: the maxima of m-tile t follow where they exceed those before
-  // by more than slack, and out is rescaled.
+  // Takes in a block of scores, which become exponentials. The maxima of m-tile t follow where they exceed the old ones
+  // by more than `slack`; then `out` is rescaled.
   template <int block_n, int out_cols>
   void update(tile::Accumulator<m_tiles, block_n>& scores, tile::Accumulator<m_tiles, out_cols>& out, float scale,
               int t) {
@@ -84,8 +86,8 @@ struct Softmax {
     if (__any_sync(0xffffffffu, stepped)) rescale(out, t);
   }
 
-  // The maxima of the rows that `accept` found `far`, on any lane of the quad, and then on all of them, follow whatever
-  // they exceed those before by. What comes next is to rescale out, and to exponentiate.
+  // The maxima of rows that `accept` found `far` follow, by whatever they exceed the old ones. A row is far on all
+  // lanes of a quad, afterwards, if it was on any. The caller then rescales `out` and exponentiates.
   template <int block_n>
   void follow_far(tile::Accumulator<m_tiles, block_n>& scores, float scale, bool (&far)[2]) {
     float over[2];
@@ -97,8 +99,8 @@ struct Softmax {
     follow(scores, scale, over, 0);
   }
 
-  // The maxima of m-tile t follow where they exceed those before by more than `over`. The scores of steep rows become
-  // relative to their maxima. True if some of the thread's did.
+  // The maxima of m-tile t follow where they exceed the old ones by more than `over`. The scores of steep rows become
+  // relative to the rows' maxima. True if some maximum of the thread's rows followed.
   template <int block_n>
   bool follow(tile::Accumulator<m_tiles, block_n>& scores, float scale, const float (&over)[2], int t) {
     const float block_max[2] = {maximum(scores, t, 0), maximum(scores, t, 1)};
@@ -128,7 +130,7 @@ struct Softmax {
     return stepped;
   }
 
-  // Without a branch, as the operators that stop early would make one.
+  // The operators do not stop early, so that there is no branch.
   bool is_or_gets_steep(float block_max, float scale, int t, int i) const {
     return is_steep(t, i) | (fabsf(exponent_of(block_max, scale)) > steep & block_max > -infinity);
   }
@@ -144,7 +146,7 @@ struct Softmax {
     return warp::quad_max(fmaxf(even, odd));
   }
 
-  // Steps, or not, to a maximum whose exponent this is.
+  // Steps to the maximum that has this exponent, if `step`; sets the row's correction.
   void step_to(float exponent, bool step, int t, int i) {
     const float old_base = base[t][i], new_base = exponent + shift;
     base[t][i] = step ? new_base : old_base;
@@ -152,13 +154,13 @@ struct Softmax {
     row_sum[t][i] *= correction[i];
   }
 
-  // Steps, where the maximum exceeds that before by more than `over`, in a row that may be steep, or become so.
+  // Steps, in a row that may be steep or become so, to a maximum that exceeds the old one by more than `over`.
   void step_steeply(float block_max, float scale, float over, int t, int i) {
-    // At most the largest number: a score of infinity then has an infinite probability, not a NaN that looks like any.
+    // The maximum is at most the largest number: then a score of infinity has an infinite probability, not a NaN.
     const float new_max = fminf(block_max, largest_float), exponent = exponent_of(new_max, scale),
                 old_base = base[t][i];
     const float higher = is_steep(t, i) ? (new_max - old_base) * scale : exponent + shift - old_base;
-    const bool step = is_steep(t, i) ? higher > over : exponent + shift > old_base + over;  // as `follow` has it
+    const bool step = is_steep(t, i) ? higher > over : exponent + shift > old_base + over;  // as in `follow`
     correction[i] = step ? ptx::ex2_approx_ftz(-higher) : 1.0f;
     if (!step) return;
     const bool gets_steep = !(fabsf(exponent) <= steep);
@@ -202,7 +204,7 @@ struct Softmax {
   }
 
   // p ← what `exponentiate` and packing give for steps [begin, end) of P·V, as long as `accept` then finds that the
-  // base would do. Nothing else changes but `sum`, which begins as row_sum.
+  // base will do. Besides p only `sum` changes, which begins as row_sum.
   template <int begin, int end, int block_n>
   void exponentiate_at_once(tile::Operand<block_n>& p, const tile::Accumulator<1, block_n>& scores, float scale,
                             float (&sum)[2]) const {
@@ -220,18 +222,18 @@ struct Softmax {
     }
   }
 
-  // Whether that kept every exponential within bounds; else `far` are the thread's rows where it did not. No maximum is
-  // sought: that the sums, needed anyway, stay small says that the base will do, and so it does in almost every block.
-  // The bound on what a thread adds bounds each of its probabilities too, and only a term above 2^slack exceeds it. A
-  // row that has seen no key is far, since its sum is infinite or NaN, and so is one that is steep. What a row gets
-  // depends on itself alone: if it is not far, the other path gives it the same bits.
+  // Whether `exponentiate_at_once` kept every exponential within bounds; else `far` says in which of the thread's rows
+  // it did not. No maximum is sought: that the sums, needed anyway, stay small says that the base will do, as it does
+  // in almost every block. The bound on what a thread adds bounds each of its probabilities too, and only a term above
+  // 2^slack exceeds it. A row that has seen no key is far, since its sum is infinite or NaN, and so is a steep row.
+  // What a row gets depends on the row alone: if it is not far, the path that seeks maxima gives it the same bits.
   template <int block_n>
   bool accept(const float (&sum)[2], bool (&far)[2]) {
     constexpr float bound = block_n / 4 * (1 << int(slack)), shifted = bound / (1 << int(shift));
     static_assert(bound < 65504.0f, "a float16 holds it");
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float limit = is_steep(0, i) ? not_a_number : row_sum[0][i] + shifted;  // known before the sum is
+      const float limit = is_steep(0, i) ? not_a_number : row_sum[0][i] + shifted;  // known earlier than `sum`
       far[i] = !(sum[i] <= limit);
     }
     if (__any_sync(0xffffffffu, far[0] || far[1])) return false;
@@ -240,7 +242,7 @@ struct Softmax {
     return true;
   }
 
-  // Gives finished rows that are steep a base like the others', as is fit for `totals` and for nothing else.
+  // Gives finished rows that are steep a base like that of other rows, which is fit for `totals` and nothing else.
   void settle(float scale) {
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
@@ -252,8 +254,8 @@ struct Softmax {
     }
   }
 
-  // Of rows that are settled. sink is the score of a key without a value, if there are `sinks`. A row without keys gets
-  // out = 0 and lse = sink, or -infinity.
+  // The totals of rows that are settled. sink is the score of a key without a value, if there are `sinks`. A row
+  // without keys gets out = 0 and lse = sink, or -infinity.
   template <bool sinks>
   Totals<m_tiles> totals(float sink) const {
     Totals<m_tiles> totals;

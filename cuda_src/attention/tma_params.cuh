@@ -7,19 +7,21 @@
 
 namespace attention {
 
-// How the units of a launch (attention/scheduler.cuh) are dealt to its blocks. The first go round and round. Tiles of
-// the others are listed, block by block, in an order that makes the blocks end together.
+// How the units of a launch (attention/scheduler.cuh) are dealt to its thread blocks. The first round_units units go to
+// the blocks in turn, round after round. The tiles of the other units are listed, block by block, so that the blocks
+// end together.
 struct Deal {
   static constexpr int max_blocks = 160, max_tiles = 4 * max_blocks;
 
   i32 round_units;
-  u16 begin[max_blocks + 1];  // of each block's in `tiles`
+  u16 begin[max_blocks + 1];  // where the list of each block begins in `tiles`
   u16 tiles[max_tiles];       // 2 · (unit - round_units), + 1 for the second tile of a pair
 };
 
-// The map of q is (columns, rows, heads, batch), or, where heads share tiles, (columns, heads that do, rows, key heads,
-// batch); those of k and v are (columns, rows, heads, batch), or, packed, (columns, clipped rows, heads, rows): see
-// _keys in cufa/_tensor_map.py.
+// The map of q has the axes (columns, rows, heads, batch), or, where heads share tiles, (columns, heads that share one,
+// rows, key heads, batch). The maps of k and v have the axes (columns, rows, heads, batch), or, for packed sequences,
+// (columns, clipped rows, heads, rows): the two axes of rows add up, and rows of a box past the clipped rows become
+// zeros, so that it can end with a sequence: see MainloopSm90::Loader.
 struct TmaParams {
   ptx::TensorMap q, k, v;
   Params params;

@@ -1,6 +1,7 @@
 // attention: what happens to a score between q·k and the softmax. A variant is a list of terms, applied in the order of
-// the specification; each is a closure over Params, with `score` and, from what that returned, its derivative `dscore`.
-// The main loops know none of them by name.
+// the specification; each is a closure over Params, with `score`, its derivative `dscore` as a function of what `score`
+// returned, and `per_head`: whether the term differs from one query head to the next. The main loops know no term by
+// name.
 #pragma once
 
 #include "attention/params.cuh"
@@ -12,9 +13,11 @@
 
 namespace attention {
 
-// softcap · tanh(s / softcap).
+// A score s becomes softcap · tanh(s / softcap).
 template <class element>
 struct Softcap {
+  static constexpr bool per_head = false;
+
   float softcap, inverse, exponent;
 
   Softcap(const Params& params, int, int)
@@ -38,8 +41,10 @@ struct Softcap {
   }
 };
 
-// - slope · |i + diagonal - j|: Press, Smith and Lewis, "Train Short, Test Long", 2022.
+// A score s becomes s - slope · |i + diagonal - j|: Press, Smith and Lewis, "Train Short, Test Long", 2022.
 struct Alibi {
+  static constexpr bool per_head = true;
+
   float slope;
 
   Alibi(const Params& params, int batch, int head)
@@ -55,7 +60,7 @@ struct Variant;
 
 template <>
 struct Variant<> {
-  static constexpr bool empty = true;
+  static constexpr bool empty = true, per_head = false;
 
   Variant(const Params&, int, int) {}
 
@@ -66,7 +71,7 @@ struct Variant<> {
 
 template <class Term, class... Rest>
 struct Variant<Term, Rest...> {
-  static constexpr bool empty = false;
+  static constexpr bool empty = false, per_head = Term::per_head || Variant<Rest...>::per_head;
 
   Term term;
   Variant<Rest...> rest;
@@ -75,7 +80,7 @@ struct Variant<Term, Rest...> {
 
   float score(float s, float distance) const { return rest.score(term.score(s, distance), distance); }
 
-  // The same, with `derivative` multiplied by that of the score by s.
+  // The same; `derivative` is multiplied by the derivative of the result by s.
   float score(float s, float distance, float& derivative) const {
     const float scored = term.score(s, distance);
     derivative *= term.dscore(scored);

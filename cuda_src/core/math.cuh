@@ -1,7 +1,7 @@
 // core: integer helpers and the few constants of the softmax. No instruction is named here.
 #pragma once
 
-// Whether `condition`, which is seldom: the code for it moves out of the way of the rest.
+// Returns a condition that is seldom true: the code for it moves out of the way of the rest. `likely` is the opposite.
 inline bool unlikely(bool condition) { return __builtin_expect(condition, false); }
 inline bool likely(bool condition) { return __builtin_expect(condition, true); }
 

@@ -1,4 +1,4 @@
-// ptx: multiply-adds of two 16-bit elements at a time (PTX ISA: "fma"). What is not finite stays so in their sums.
+// ptx: multiply-adds of two 16-bit elements at a time (PTX ISA: "fma"). A sum that is not finite stays so.
 #pragma once
 
 #include "core/types.cuh"

@@ -3,10 +3,10 @@
 
 namespace ptx {
 
-// Waits until the grid before has ended and what it has written can be read; at once where the launch does not overlap
-// with it. Then the next grid, if its launch may overlap with this one, begins as soon as all thread blocks have come
-// here and there is room for it. Every thread block calls this first of all: then a grid has not ended before all
-// before it have.
+// Waits until the grid before has ended and what that has written can be read; does not wait where the launch does not
+// overlap with the grid before. Then the next grid, if its launch may overlap with this one, begins as soon as all
+// thread blocks have come here and there is room for it. Every thread block calls this first of all: so no grid ends
+// before all grids before it have.
 inline void grid_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(

@@ -3,7 +3,7 @@
 
 namespace ptx {
 
-// The same address. What is read there is not read ahead of this, in the loop around it for example, to be held in
+// The same address. What lies there is not read ahead of this call, before a loop around it for example, to be held in
 // registers that are needed for something else.
 template <class T>
 inline const T& opaque(const T& at) {
@@ -12,14 +12,14 @@ inline const T& opaque(const T& at) {
   return *address;
 }
 
-// The same pointer, which is therefore computed but once.
+// The same pointer, which the compiler therefore computes only once.
 template <class T>
 inline T* opaque(T* pointer) {
   asm volatile("" : "+l"(pointer));
   return pointer;
 }
 
-// The same number. What follows from it is computed anew after this.
+// The same number. What follows from it is computed anew after this call.
 inline int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -3,14 +3,14 @@
 
 namespace ptx {
 
-// Gives registers back, down to `registers` a thread.
+// Gives registers back, down to `registers` per thread.
 template <int registers>
 inline void setmaxnreg_dec() {
   static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256, "8 registers at a time, 24 to 256");
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-// Waits until there are enough to have `registers` a thread.
+// Waits until enough are free to have `registers` per thread.
 template <int registers>
 inline void setmaxnreg_inc() {
   static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256, "8 registers at a time, 24 to 256");

@@ -48,7 +48,7 @@ inline void st_shared_v4(u32 address, const uint4& value) {
                : "memory");
 }
 
-// Four 8×8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+// Loads four 8×8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 inline void ldmatrix_x4(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -63,7 +63,7 @@ inline void ldmatrix_x4_trans(u32 (&r)[4], u32 address) {
                : "memory");
 }
 
-// The other way round: stores four matrices.
+// Stores four matrices that are held as ldmatrix_x4 loads them.
 inline void stmatrix_x4(u32 address, const u32 (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
                "r"(r[2]), "r"(r[3])

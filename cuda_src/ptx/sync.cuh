@@ -15,7 +15,7 @@ inline void st_release_gpu(i32* address, i32 value) {
   asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
-// What was there; `value` takes its place if that was `expected`.
+// Returns what was at the address; `value` takes its place if that was `expected`.
 inline i32 atom_acquire_gpu_cas(i32* address, i32 expected, i32 value) {
   i32 found;
   asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], %2, %3;"

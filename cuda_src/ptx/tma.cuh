@@ -6,7 +6,7 @@
 
 namespace ptx {
 
-// Opaque; made by the driver. A kernel finds it in its arguments.
+// An opaque map of a tensor, made by the driver. A kernel finds it in its arguments.
 struct alignas(64) TensorMap {
   char bytes[128];
 };
@@ -38,7 +38,7 @@ inline void cp_async_bulk(u32 destination, const void* source, u32 bytes, u32 ba
       : "memory");
 }
 
-// The other way.
+// Copies from shared to global memory.
 inline void cp_async_bulk_store(void* destination, u32 source, u32 bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(bytes)
                : "memory");
@@ -59,7 +59,7 @@ inline void cp_async_bulk_wait_group() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// The same, running meaning that shared memory is still being read.
+// The same, where a group counts as running while it still reads shared memory.
 template <int pending>
 inline void cp_async_bulk_wait_group_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");

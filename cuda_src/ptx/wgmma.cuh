@@ -25,7 +25,8 @@ inline void wgmma_wait_group() {
 inline void hold(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 inline void hold(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
 
-// Operands of D, eight registers (16 columns) at a time: their numbers in the text, and what they are bound to.
+// Operands of D, eight registers (16 columns) at a time: their numbers in the text of the instruction, and the
+// registers that they are bound to.
 #define CUFA_D16 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define CUFA_D32 CUFA_D16 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define CUFA_D48 CUFA_D32 ", %16, %17, %18, %19, %20, %21, %22, %23"
@@ -101,7 +102,7 @@ inline void hold(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(transposed))); \
   }
 
-// The wgmma of that kind for `element` and `columns`.
+// The wgmma of kind X for `element` and `columns`.
 #define CUFA_WGMMA(X)                                                                       \
   static_assert(columns % 16 == 0 && columns <= 256, "a wgmma has 16 to 256 columns here"); \
   if constexpr (is_same<element, bf16>) {                                                   \

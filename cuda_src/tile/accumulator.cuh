@@ -54,10 +54,10 @@ struct Operand {
 
 template <>
 struct Operand<0> {
-  u32 x[1][4];  // which nobody uses: an array has an element
+  u32 x[1][4];  // unused: an array must have an element
 };
 
-// The first `steps` steps of `from`.
+// The first `steps` steps of `to` ← those of `from`.
 template <int steps, int cols>
 inline void copy_steps(Operand<cols>& to, const Operand<cols>& from) {
 #pragma unroll
@@ -67,7 +67,7 @@ inline void copy_steps(Operand<cols>& to, const Operand<cols>& from) {
   }
 }
 
-// Two neighbouring n-tiles of an accumulator are, packed, the A operand of one step.
+// operand ← an accumulator, two neighbouring n-tiles of which are, packed, the A operand of one step.
 template <class element, int cols>
 inline void pack(Operand<cols>& operand, const Accumulator<1, cols>& from) {
 #pragma unroll
@@ -80,7 +80,7 @@ inline void pack(Operand<cols>& operand, const Accumulator<1, cols>& from) {
   }
 }
 
-// The same, but of the first `steps` steps only rows i of the thread's that are `chosen`.
+// The same, but in the first `steps` steps only for those of the thread's two rows that are `chosen`.
 template <class element, int steps, int cols>
 inline void pack_rows(Operand<cols>& operand, const Accumulator<1, cols>& from, const bool (&chosen)[2]) {
   Operand<cols> packed;
@@ -114,7 +114,7 @@ inline float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Lane q of a quad gives x[t] to lane t, as its x[q].
+// Transposes x over a quad: lane q gives its x[t] to lane t, where it becomes x[q].
 inline void quad_transpose(u32 (&x)[4]) {
 #pragma unroll
   for (int step = 1; step <= 2; ++step) {
@@ -129,8 +129,9 @@ inline void quad_transpose(u32 (&x)[4]) {
   }
 }
 
-// Of a row of two neighbouring n-tiles a lane has a word of each. Lanes trade, so that each has two neighbouring words:
-// of the 8-byte chunks of both, that of number `traded_chunk`. A quad then stores 32 bytes side by side.
+// A lane has one word of a row of each of two neighbouring n-tiles. Lanes trade, so that each has two neighbouring
+// words, which are chunk `traded_chunk` of the four 8-byte chunks of that row. A quad then stores 32 bytes side by
+// side.
 inline uint2 trade(u32 first, u32 second) {
   const bool odd = tile::lane() % 2;
   const u32 received = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);

@@ -11,7 +11,7 @@
 
 namespace tile {
 
-// Rows of one head in global memory; strides in elements. col_stride is read only where elements are copied singly.
+// Rows of one head in global memory; strides are in elements. col_stride is read only where elements are copied singly.
 template <class element>
 struct GlobalRows {
   element* pointer;
@@ -35,8 +35,9 @@ struct Words<4> {
   using type = u32;
 };
 
-// Chunk `chunk` of a row in global memory, of 16 or 8 bytes, ← words; columns from valid_cols on are not written. Words
-// of copy_bytes are written at a time, or of the chunk if it is smaller, or single elements with any col_stride.
+// Chunk `chunk` of a row in global memory, which has 16 or 8 bytes, ← words; columns from valid_cols on are not
+// written. copy_bytes, or the whole chunk if it is smaller, are written at a time, or single elements with any
+// col_stride.
 template <int copy_bytes, int valid_cols, class element, class Chunk>
 inline void store_chunk(element* row, i64 col_stride, int chunk, const Chunk& words) {
   constexpr int chunk_elements = sizeof(Chunk) / sizeof(element);
@@ -66,9 +67,9 @@ inline void store_chunk(element* row, i64 col_stride, int chunk, const Chunk& wo
   }
 }
 
-// Where a thread writes some chunks of a row, of 16 or 8 bytes: those `first` further than asked for, one of four that
-// a quad writes side by side. Whole ones go to an address that is computed once, in steps that instructions hold; where
-// a row ends among them, `first` is told again, so that it need not be held.
+// Where a thread writes chunks of 16 or 8 bytes of a row. A quad writes four side by side; the thread's is `first`
+// after the one that `store` is asked for. Whole chunks go to an address that is computed once, plus what instructions
+// hold; `first` is told again where a row may end among the four, so that it need not be held.
 template <class Chunk, int copy_bytes, int valid_cols, class element>
 struct RowWriter {
   static constexpr bool whole = copy_bytes >= sizeof(Chunk);
@@ -89,8 +90,8 @@ struct RowWriter {
   }
 };
 
-// 16-byte chunk `chunk` of a row in global memory; columns from valid_cols on are zeros and never read: they may be
-// another array's. Rows are aligned for copies of aligned_bytes, or elements are read singly, with any col_stride.
+// 16-byte chunk `chunk` of a row in global memory. Columns from valid_cols on become zeros and are never read: they may
+// be another array's. Rows are aligned for copies of aligned_bytes, or elements are read singly, with any col_stride.
 template <int aligned_bytes, int valid_cols, class element>
 inline uint4 load_chunk(const element* row, i64 col_stride, int chunk) {
   constexpr int chunk_elements = 16 / sizeof(element);
@@ -124,21 +125,21 @@ inline uint4 load_chunk(const element* row, i64 col_stride, int chunk) {
 
 namespace block {
 
-// The 16-byte chunks of a tile that belong to this thread, lanes along a row first. Found ahead of a barrier, they cost
-// no time behind it.
+// The 16-byte chunks of a tile that belong to this thread. Neighbouring lanes have neighbouring chunks of a row. Chunks
+// that are found ahead of a barrier cost no time behind it.
 template <int num_threads, int unroll, class Tile_, class element>
 struct Chunks {
   using Tile = Tile_;
   static constexpr int rows_per_pass = num_threads / Tile::panel_chunks;
   static_assert(rows_per_pass % 8 == 0 || 8 % rows_per_pass == 0, "the swizzle repeats every 8 rows");
 
-  element* pointer;  // of this thread's first row
+  element* pointer;  // this thread's first row in global memory
   i64 row_stride, col_stride;
-  u32 address;    // of its first chunk
-  int chunk;      // its column, in chunks
-  int rows_left;  // rows from its first on that are live
+  u32 address;    // the thread's first chunk in shared memory
+  int chunk;      // the column of that chunk, in chunks
+  int rows_left;  // live rows from the thread's first row on
 
-  // Rows [first_row, first_row + Tile::rows) of `rows`, of which those from row_limit on are not live.
+  // The tile holds rows [first_row, first_row + Tile::rows) of `rows`; rows from row_limit on are not live.
   Chunks(const Tile& tile, const tile::GlobalRows<element>& rows, int first_row, int row_limit) {
     const u32 thread = ptx::tid_x();
     const int row = thread / Tile::panel_chunks;
@@ -150,8 +151,8 @@ struct Chunks {
     rows_left = row_limit - first_row - row;
   }
 
-  // Calls copy(pointer of the row, live, chunk, address), `unroll` passes over the rows at a time: more are faster,
-  // until their addresses take the registers that the accumulators need.
+  // Calls copy(pointer of the row, whether it is live, chunk, address of the chunk), `unroll` passes over the rows at a
+  // time: more passes are faster, until their addresses take the registers that the accumulators need.
   template <class Copy>
   void for_each(Copy&& copy) const {
 #pragma unroll unroll
@@ -197,7 +198,7 @@ inline void load(const Chunks<num_threads, unroll, Tile, const element>& chunks)
 }
 
 // The rows of the chunks ← their tile; rows that are not live and columns from valid_cols on are not written.
-// copy_bytes as for load.
+// copy_bytes is as for `load`.
 template <int copy_bytes, int valid_cols, int num_threads, int unroll, class Tile, class element>
 inline void store(const Chunks<num_threads, unroll, Tile, element>& chunks) {
   chunks.for_each([&](element* to, bool live, int chunk, u32 from) {

@@ -1,5 +1,5 @@
-// tile: a warp's matrix products from shared memory with mma.sync. For 16-bit elements one mma.m16n8k16 a step; for
-// float32 three mma.m16n8k8 on tf32 pieces (x = high + low), which recovers float32 accuracy.
+// tile: a warp's matrix products from shared memory with mma.sync. A step is one mma.m16n8k16 for 16-bit elements; for
+// float32 it is three mma.m16n8k8 on tf32 pieces (x = high + low), which recover float32 accuracy.
 //
 // The tensor cores round sums toward zero, so a long chain of accumulations in them drifts. For float32 only short
 // chains run in them; their results are added outside, rounding to nearest. Ootomo and Yokota, "Recovering single
@@ -15,12 +15,12 @@
 
 namespace tile {
 
-// A float32 register fragment as the sum of two tf32 fragments. Of a tf32 operand the tensor cores read the upper 19
-// bits. `high` is rounded to them, ties away from zero. It never is infinite: rounding would make infinity of the
-// largest numbers, and infinity less infinity is NaN; so those, infinity and NaN leave what is beyond the largest tf32
-// to `low`. That is truncated where it is read, for which a factor makes up on average.
+// A float32 register fragment as the sum of two tf32 fragments. The tensor cores read the upper 19 bits of a tf32
+// operand. `high` is rounded to 19 bits, ties away from zero. It never is infinite: rounding would make infinity of the
+// largest numbers, and infinity less infinity is NaN; so the largest numbers, infinity and NaN leave what is beyond the
+// largest tf32 to `low`. The tensor cores truncate `low`, for which a factor makes up on average.
 //
-// `small`: nothing is near the largest number, but may be infinite, where whatever is multiplied by it becomes NaN.
+// With `small` no finite number is near the largest. Numbers may be infinite; products with those become NaN.
 template <int n, bool small = false>
 struct SplitTf32 {
   u32 high[n], low[n];
@@ -38,10 +38,11 @@ struct SplitTf32 {
   }
 };
 
-// d += A·B: the smallest products first; low·low, 2^-22 of the whole, is left out. `weights`: A is of probabilities.
-template <bool weights = false>
+// d += A·B, the smallest products first; low·low, 2^-22 of the whole, is left out. With `small_a` no finite
+// number of A is near the largest.
+template <bool small_a = false>
 inline void mma_3xtf32(float (&d)[4], const u32 (&a_bits)[4], const u32 (&b_bits)[2]) {
-  const SplitTf32<4, weights> a(a_bits);
+  const SplitTf32<4, small_a> a(a_bits);
   const SplitTf32<2> b(b_bits);
   ptx::mma_m16n8k8_tf32(d, a.low, b.high[0], b.high[1]);
   ptx::mma_m16n8k8_tf32(d, a.high, b.low[0], b.low[1]);
@@ -56,7 +57,7 @@ inline constexpr int tf32_chain = 4;
 namespace warp {
 
 // sums += A·Bᵀ over `steps` steps, with A = 16 m_tiles rows of q and B = all rows of k, from addresses q_lane and
-// k_lane on. A step reads 32 bytes of each row: 16 elements of 16 bits or 8 of float32, for which ldmatrix fits alike.
+// k_lane on. A step reads 32 bytes of each row, 16 elements of 16 bits or 8 of float32, which ldmatrix reads alike.
 template <int steps, class Q, class K, int m_tiles, int block_n>
 inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums, u32 q_lane, u32 k_lane) {
   using element = typename Q::element;
@@ -150,7 +151,7 @@ inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accum
   }
 }
 
-// out += P·V for float32, otherwise alike. The keys of a step are taken in the order 0, 2, 4, 6, 1, 3, 5, 7: then an
+// The same for float32. The keys of a step are taken in the order 0, 2, 4, 6, 1, 3, 5, 7: then an
 // accumulator tile of P is the A operand as it stands, and the four lanes of a quad read V's rows from different banks.
 template <int m_tiles, int block_n, int out_cols, int width>
 inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accumulator<m_tiles, block_n>& p,
@@ -181,8 +182,8 @@ inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accum
   }
 }
 
-// A lane's address in each of the 32-byte steps of `cols` columns of a tile from first_col on. Where they cover whole
-// panels or stay within one, first_col goes into the first address, and the steps are known at compile time.
+// A lane's address in each of the 32-byte steps of `cols` columns of a tile from first_col on. Where the columns cover
+// whole panels or stay within one, first_col goes into the first address, and the steps are known at compile time.
 template <class Tile, int cols>
 struct ColumnSteps {
   static constexpr int panel_cols = Tile::panel_chunks * Tile::chunk_elements;
@@ -190,7 +191,7 @@ struct ColumnSteps {
   u32 from;
   int first;
 
-  // address: the lane's in the first 32 bytes of a row.
+  // `address` is the lane's in the first 32 bytes of a row.
   ColumnSteps(u32 address, int first_col)
       : from(ahead ? Tile::step_chunks(address, first_col * int(sizeof(typename Tile::element)) / 32) : address),
         first(ahead ? 0 : first_col * int(sizeof(typename Tile::element)) / 32) {}
@@ -292,7 +293,7 @@ inline void gemm_shared(tile::Accumulator<m_tiles, cols>& out, const tile::Share
   }
 }
 
-// out += a·b and out += aᵀ·b.
+// out += a·b and out += aᵀ·b, with the rows and columns of `gemm_shared`.
 template <int m_tiles, int cols, class A, class B>
 inline void gemm_ab(tile::Accumulator<m_tiles, cols>& out, const A& a, const B& b, int first_row, int first_col) {
   gemm_shared<Rows::along_rows>(out, a, b, first_row, first_col);

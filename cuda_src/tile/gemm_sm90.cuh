@@ -1,5 +1,5 @@
-// tile: a warpgroup's matrix products with wgmma, from shared tiles. They run asynchronously, each call a group: its
-// operands may be touched again after `wait`.
+// tile: a warpgroup's matrix products with wgmma, from shared tiles. They run asynchronously, and each call is a group:
+// its operands may be touched again after a `wait` for it.
 #pragma once
 
 #include "core/math.cuh"
@@ -11,7 +11,8 @@
 
 namespace tile {
 
-// PTX ISA, "Matrix Descriptor Format": address, leading and stride byte offsets in units of 16 bytes, and the swizzle.
+// The descriptor of a tile for wgmma (PTX ISA, "Matrix Descriptor Format"): address, leading and stride byte offsets in
+// units of 16 bytes, and the swizzle.
 template <class Tile>
 inline u64 descriptor(u32 address, u32 leading_bytes) {
   constexpr u64 swizzle = Tile::panel_bytes == 128 ? 1 : 2;
@@ -48,7 +49,7 @@ inline void wait(Registers&... ready) {
   (hold(ready), ...);
 }
 
-// The first columns of 64 rows of q from first_row on, for gemm_abt.
+// Loads the first columns of 64 rows of q from first_row on, for gemm_abt to hold.
 template <int cols, class Q>
 inline void load_operand(tile::Operand<cols>& operand, const Q& q, int first_row) {
   const u32 lane = tile::lane();
@@ -57,8 +58,8 @@ inline void load_operand(tile::Operand<cols>& operand, const Q& q, int first_row
   for (int step = 0; step < cols / 16; ++step) ptx::ldmatrix_x4(operand.x[step], Q::step_chunks(address, step));
 }
 
-// scores = q·kᵀ along `depth` columns, for 64 rows of q from first_row on and all rows of k. What `held` holds of q
-// does not come from shared memory.
+// scores = q·kᵀ along `depth` columns, for 64 rows of q from first_row on and all rows of k. Columns of q that `held`
+// holds are not read from shared memory.
 template <int depth, int held_cols, class Q, class K>
 inline void gemm_abt(tile::Accumulator<1, K::rows>& scores, const tile::Operand<held_cols>& held, const Q& q,
                      const K& k, int first_row) {
@@ -85,8 +86,8 @@ inline void gemm_abt(tile::Accumulator<1, K::rows>& scores, const Q& q, const K&
   gemm_abt<depth>(scores, tile::Operand<0>{}, q, k, first_row);
 }
 
-// out = aᵀ·b along all rows of both, for 64 columns of a from first_row on, where a panel begins, and out_cols of b
-// from first_col on, where a panel or half of one does.
+// out = aᵀ·b along all rows of both, for 64 columns of a from first_row on, where a panel begins, and out_cols columns
+// of b from first_col on, where a panel or half of one begins.
 template <class A, class B, int out_cols>
 inline void gemm_atb(tile::Accumulator<1, out_cols>& out, const A& a, const B& b, int first_row, int first_col) {
   static_assert(A::rows == B::rows && A::panel_bytes == 128, "a panel holds the 64 columns");

@@ -1,8 +1,8 @@
 // tile: sums of accumulators in local memory, which is a thread's own.
 //
-// The tensor cores round toward zero, so what many products have added up to is too small: by 1e-5 after 2^14 rows, and
-// by ever more after that. Longer sums are therefore taken out of the accumulator at intervals and added up here,
-// rounding to nearest. That happens too seldom to cost anything.
+// The tensor cores round toward zero, so a sum of many products is too small: by 1e-5 after 2^14 rows, and by ever more
+// after that. Longer sums are therefore computed in chains: at the end of each, what the accumulator holds is taken
+// over, added to the sum here, rounding to nearest. That happens too seldom to cost anything.
 #pragma once
 
 #include "ptx/local.cuh"
@@ -10,13 +10,13 @@
 
 namespace tile {
 
-// Rows whose products an accumulator adds up before it is taken over, about.
+// About how many rows' products an accumulator adds up before it is taken over: the length of a chain.
 inline constexpr int chain_rows = 1 << 14;
 
 // The same in blocks of rows.
 constexpr int chain_blocks(int block_rows) { return (chain_rows + block_rows - 1) / block_rows; }
 
-// A number of each row that a thread holds.
+// One number for each row that a thread holds.
 template <int m_tiles>
 struct LocalRows {
   float x[m_tiles][2];
@@ -31,8 +31,8 @@ template <int m_tiles, int cols>
 struct LocalSums {
   float x[m_tiles * cols / 2];
 
-  // x ← old_factors · x + factors · sums, of each row a thread holds, or sums, if they are the first. The sums begin
-  // anew, or, the `last` time, become x.
+  // x ← old_factors · x + factors · sums for each row that a thread holds, or, the `first` time, sums. Then sums are
+  // zeros, or, the `last` time, x.
   void take_over(Accumulator<m_tiles, cols>& sums, const float (&old_factors)[m_tiles][2],
                  const float (&factors)[m_tiles][2], bool first, bool last) {
     u32 address = ptx::local_address(x);
@@ -63,9 +63,9 @@ struct LocalSums {
   }
 };
 
-// The same in other memory, where the numbers of one thread are `threads` apart, and where all terms count alike.
-// Wherever local memory appears the compiler holds in registers of each thread what all of them share, which some loops
-// cannot spare.
+// The same in other memory, where the numbers of one thread are `threads` apart, and where all terms count alike. Where
+// a loop uses local memory, the compiler holds in registers of each thread what all threads share; some loops cannot
+// spare these registers.
 template <int threads, int cols>
 inline void take_over(Accumulator<1, cols>& sums, float* memory, bool first, bool last) {
 #pragma unroll

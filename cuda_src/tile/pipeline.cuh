@@ -6,7 +6,7 @@
 
 namespace tile {
 
-// Which stage comes next, and the parity of the phase in which it is full. One count says both.
+// Which stage comes next, and the parity of the phase in which that stage is full. One count says both.
 template <int stages>
 struct Cursor {
   static_assert((stages & (stages - 1)) == 0, "remainders must be cheap");
@@ -33,8 +33,8 @@ inline void wait(u32 barrier, u32 parity) {
   }
 }
 
-// Arrivals that a warp makes. One lane speaks for all of them, which racecheck of compute-sanitizer does not see: for
-// it, every lane speaks for itself.
+// Arrivals that a warp makes. One lane speaks for the whole warp, which racecheck of compute-sanitizer does not
+// understand: for racecheck every lane speaks for itself.
 #ifdef CUFA_RACECHECK
 inline constexpr int warp_arrivals = 32;
 #else
@@ -53,8 +53,8 @@ struct Ring {
   u32 full(u32 stage) const { return barriers + stage * sizeof(u64); }
   u32 empty(u32 stage) const { return barriers + (stages + stage) * sizeof(u64); }
 
-  // `producers` threads fill a stage; `consumers` threads must say that they are done with it. A warp counts as
-  // warp_arrivals of them.
+  // `producers` threads fill a stage; `consumers` threads must say that they are done with it. A warp that speaks as
+  // one counts as warp_arrivals threads.
   void init(int consumers, int producers = 1) const {
     for (int stage = 0; stage < stages; ++stage) {
       ptx::mbarrier_init(full(stage), producers);
@@ -62,7 +62,7 @@ struct Ring {
     }
   }
 
-  // The producer's side. A fresh barrier counts as one whose previous phase is complete: stages begin empty.
+  // The producers' side. A fresh barrier counts as one whose previous phase is complete: stages begin empty.
   void wait_empty(const Cursor& at) const { wait(empty(at.stage()), at.parity() ^ 1); }
   void expect(const Cursor& at, int bytes) const { ptx::mbarrier_arrive_expect_tx(full(at.stage()), bytes); }
 

@@ -1,4 +1,4 @@
-// tile: a matrix tile in shared memory, stored as panels of up to 128 bytes a row and swizzled in 16-byte chunks, so
+// tile: a matrix tile in shared memory, stored as panels of up to 128 bytes per row and swizzled in 16-byte chunks, so
 // that ldmatrix and 16-byte copies are free of bank conflicts both along rows and down columns.
 #pragma once
 
@@ -42,8 +42,8 @@ struct SharedTile {
   // From the address of a row, the address `count` rows below; count is a multiple of 8, which the swizzle ignores.
   static constexpr u32 step_rows(int count) { return count * panel_bytes; }
 
-  // From the address of one of the first `rows_per_pass` rows, which divide 8 or are a multiple of it, the address
-  // `count` rows below; count is a multiple of them.
+  // From the address of one of the first `rows_per_pass` rows, a divisor or a multiple of 8, the address `count` rows
+  // below; count is a multiple of rows_per_pass.
   template <int rows_per_pass>
   static u32 step_passes(u32 from, int count) {
     if constexpr (rows_per_pass % 8 == 0) return from + step_rows(count);

@@ -11,7 +11,7 @@ namespace tile {
 template <class Tile>
 inline constexpr int panel_cols = Tile::panel_chunks * Tile::chunk_elements;
 
-// tile ← rows of a map (columns, rows, heads, outer), which count Tile::bytes on `barrier`.
+// tile ← rows of a map with the axes (columns, rows, heads, outer). The copies count Tile::bytes on `barrier`.
 template <class Tile>
 inline void load(const Tile& tile, const ptx::TensorMap& map, u32 barrier, int row, int head, int outer) {
 #pragma unroll
@@ -21,9 +21,10 @@ inline void load(const Tile& tile, const ptx::TensorMap& map, u32 barrier, int r
   }
 }
 
-// tile ← rows of a map (columns, heads that share a tile, rows, key heads, outer): a row of each of the heads in turn.
+// tile ← rows of a map with the axes (columns, heads that share a tile, rows, key heads, outer): a row of each of the
+// heads, then the next row of each, and so on.
 template <class Tile>
-inline void load_packed(const Tile& tile, const ptx::TensorMap& map, u32 barrier, int row, int head, int outer) {
+inline void load_heads(const Tile& tile, const ptx::TensorMap& map, u32 barrier, int row, int head, int outer) {
 #pragma unroll
   for (int panel = 0; panel < Tile::panels; ++panel) {
     ptx::cp_async_bulk_tensor_5d(tile.base + panel * Tile::panel_stride, map, barrier, panel * panel_cols<Tile>, 0, row,
