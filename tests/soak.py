@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 import cufa
 from cufa import _jit, _plan
-from cufa.testing import LAYOUTS, SEQLENS, View
+from cufa.testing import LAYOUTS, View
+from cufa.testing._cases import SEQLENS
 
 HANG_SECONDS = 90
 LISTED = 20

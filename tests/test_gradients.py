@@ -8,12 +8,12 @@ from typing import Any
 import gradients
 import numpy as np
 import pytest
-from gradients import Call, assert_gradients_close
+from gradients import Call
 from hypothesis import given, settings
 
 from cufa import reference
 from cufa.reference import Precision
-from cufa.testing import DTYPES, Case, dense_cases, varlen_cases
+from cufa.testing import DTYPES, Case, _gradients, assert_gradients_close, dense_cases, varlen_cases
 
 Gradients = tuple[np.ndarray, ...]
 
@@ -53,7 +53,7 @@ SIZES |= {"head_dim": 64, "head_dim_v": 64}
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 5.0}], ids=["none", "causal", "softcap"])
 def test_the_noise_is_the_error_of_rounded_mathematics(dtype: str, options: dict[str, Any]) -> None:
     arrays = arrays_of(Case(**SIZES, dtype=dtype))
-    expected = gradients.expect(**arrays, **options)
+    expected = _gradients.expect(**arrays, **options)
     for found, exact, noise in zip(rounded(arrays, options), *expected, strict=False):
         ratio = np.sqrt(np.mean((found - exact)[noise > 0] ** 2 / noise[noise > 0] ** 2))
         # Three tf32 products are not as exact as one in float32.
@@ -64,7 +64,7 @@ def test_query_heads_that_are_the_same_err_as_one() -> None:
     case = Case(**SIZES | {"num_heads_q": 32}, dtype="bfloat16", layouts=("broadcast", *["contiguous"] * 3))
     arrays = Call(case=case, dlse=False, dout="broadcast").arrays() | {"dlse": None}
     del arrays["out"], arrays["lse"]
-    for found, exact, noise in zip(rounded(arrays, {}), *gradients.expect(**arrays), strict=False):
+    for found, exact, noise in zip(rounded(arrays, {}), *_gradients.expect(**arrays), strict=False):
         assert 0.4 < np.sqrt(np.mean((found - exact) ** 2 / noise**2)) < 1.1
 
 
@@ -81,7 +81,7 @@ def test_weights_rounded_in_step_are_accepted(monkeypatch: pytest.MonkeyPatch) -
     dq = scale * (ds @ k).swapaxes(1, 2)
     _, *others = rounded(arrays, {"softmax_scale": scale})
     assert_gradients_close((dq, *others), **arrays, softmax_scale=scale)
-    monkeypatch.setattr(gradients, "in_step", lambda *_: 0)
+    monkeypatch.setattr(_gradients, "in_step", lambda *_: 0)
     with pytest.raises(AssertionError, match="dq differs"):
         assert_gradients_close((dq, *others), **arrays, softmax_scale=scale)
 

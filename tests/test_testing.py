@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 import cufa._cpu
 import cufa.reference
-import cufa.testing
-from cufa import reference, testing
+from cufa import reference
 from cufa.reference import Precision
 from cufa.testing import (
     DTYPES,
@@ -28,6 +27,10 @@ from cufa.testing import (
     BenchResult,
     Case,
     View,
+    _cases,
+    _compare,
+    _gradients,
+    _timing,
     assert_close,
     bench,
     dense_cases,
@@ -40,7 +43,7 @@ from cufa.testing import (
 ALL_DTYPES = (*DTYPES, "float64")
 
 
-@pytest.mark.parametrize("module", [cufa.reference, cufa._cpu, cufa.testing])
+@pytest.mark.parametrize("module", [cufa.reference, cufa._cpu, _cases, _compare, _gradients, _timing])
 def test_the_examples_run(module: types.ModuleType) -> None:
     assert doctest.testmod(module).failed == 0
 
@@ -307,17 +310,17 @@ def test_varlen_rows_of_no_sequence_are_not_looked_at() -> None:
 @settings(max_examples=40)
 @given(case=st.one_of(dense_cases(max_seqlen=17), varlen_cases(max_seqlen=17)))
 def test_cutting_a_problem_into_pieces_changes_nothing(case: Case) -> None:
-    problem = testing._Problem.of(
-        *(case.arrays().get(name) for name in testing._Problem._fields[:6]),
+    problem = _compare.Problem.of(
+        *(case.arrays().get(name) for name in _compare.Problem._fields[:6]),
         options={
             **case.options,
             **{n: x for n, x in case.arrays().items() if n in ("alibi_slopes", "sinks")},
         },
     )
-    whole = testing._expect(problem, None)
+    whole = _compare.expect(problem, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(testing, "PIECE", 1)
-        for left, right in zip(testing._expect(problem, None), whole, strict=True):
+        patch.setattr(_compare, "PIECE", 1)
+        for left, right in zip(_compare.expect(problem, None), whole, strict=True):
             np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-14)
 
 
@@ -326,8 +329,8 @@ def test_cutting_a_problem_into_pieces_changes_nothing(case: Case) -> None:
 
 def test_import_needs_no_framework_and_no_hypothesis() -> None:
     code = (
-        "import sys, cufa.testing as t, numpy as np; "
-        "c = t.Case(); t.assert_close(t.reference.attention(**c.arrays()), **c.arrays()); "
+        "import sys, cufa.reference, cufa.testing as t, numpy as np; "
+        "c = t.Case(); t.assert_close(cufa.reference.attention(**c.arrays()), **c.arrays()); "
         "t.bench(int, seconds=0); "
         "print(sorted({'cupy', 'torch', 'jax', 'numba', 'hypothesis', 'pytest'} & set(sys.modules)))"
     )
@@ -595,7 +598,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Non
 
         return run
 
-    gpu = testing._Gpu(
+    gpu = _timing._Gpu(
         stream=Stream(),
         synchronize=lambda: log.append("synchronize"),
         flush=work("flush", 100),
@@ -603,7 +606,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Non
         record=lambda: clock[0],
         milliseconds=lambda start, stop: stop - start,
     )
-    monkeypatch.setattr(testing, "_gpu_of", lambda like: gpu)
+    monkeypatch.setattr(_timing, "_gpu_of", lambda like: gpu)
     assert bench(work("call", 3), like=X, seconds=0.01, min_repeats=1) == BenchResult(0.002, 0.002, 0.002, 5)
     assert log[:4] == ["enter", "call", "call", "synchronize"] and log[-2:] == ["synchronize", "exit"]
     assert log.count("replay") == log.count("flush") == 3 + 5 and log.count("call") == 2
