@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from cufa._problem import BASE_SHIFT
+from cufa.testing._compare import alike
 from cufa.testing._gradients import COMPUTE_UNIT, in_step
 
 HALF = 0.5
@@ -191,12 +192,6 @@ def _out_noise(
     # to may be 2^8 below the largest of them.
     flushed = xp.where(p.max(axis=-1, keepdims=True) < 2**9 * float(compute.tiny), xp.abs(out), 0)
     return xp.sqrt(variance + added @ v**2 + drift**2 * out**2) + flushed + HALF * tiny
-
-
-def alike(xp: Any, total: Any, size: Any) -> Any:
-    """How much the terms of a sum have in common, by their total and that of their magnitudes: 0 to 1."""
-    known = (size > 0) & xp.isfinite(size)
-    return xp.where(known, xp.abs(total) / xp.where(known, size, 1), 0) ** 4
 
 
 def alike_heads(problem: Padded, dout: Any) -> Any:

@@ -19,10 +19,9 @@ The noise of gradients is about what the same mathematics errs by where it round
 in common to tell anything, so elements and whole arrays are held to it, and rows are not.
 """
 
-from ._cases import DTYPES, HEAD_DIMS, LAYOUTS, OFFSETS, VALUES, Case, View, dense_cases, varlen_cases
-from ._compare import assert_close, lse_tolerance, to_numpy, tolerance
-from ._gradients import assert_gradients_close
-from ._timing import BenchResult, bench
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "DTYPES",
@@ -42,3 +41,35 @@ __all__ = [
     "tolerance",
     "varlen_cases",
 ]
+
+if TYPE_CHECKING:
+    from ._cases import DTYPES, HEAD_DIMS, LAYOUTS, OFFSETS, VALUES, Case, View, dense_cases, varlen_cases
+    from ._compare import assert_close, lse_tolerance, to_numpy, tolerance
+    from ._gradients import assert_gradients_close
+    from ._timing import BenchResult, bench
+
+_HOMES = {
+    "BenchResult": "_timing",
+    "assert_close": "_compare",
+    "assert_gradients_close": "_gradients",
+    "bench": "_timing",
+    "lse_tolerance": "_compare",
+    "to_numpy": "_compare",
+    "tolerance": "_compare",
+}
+"""Of what is public and not in _cases."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that who only wants a clock does not load the reference."""
+    import importlib
+
+    if name not in __all__:
+        raise AttributeError(f"module 'cufa.testing' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"cufa.testing.{_HOMES.get(name, '_cases')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -211,7 +211,7 @@ def forward_noise(problem: Problem, out: Array, storage: np.dtype[Any]) -> tuple
     # that are alike, the roundings are alike too.
     raw = reference._scores(q, k, softmax_scale, 0.0, None)
     size = reference._scores(np.abs(q), np.abs(k), softmax_scale, 0.0, None)
-    size = size * (1 + q.shape[-1] / 128 + q.shape[-1] / 16 * _alike(raw, size))
+    size = size * (1 + q.shape[-1] / 128 + q.shape[-1] / 16 * alike(np, raw, size))
     if softcap > 0:
         slope = 1 - (s / softcap) ** 2
         # Where tanh is flat, an error as large as its argument may yet turn its sign, and the score go all the way.
@@ -265,7 +265,7 @@ def forward_noise(problem: Problem, out: Array, storage: np.dtype[Any]) -> tuple
             return np.maximum(weight @ v_**2 - 2 * out_ * (weight @ v_) + total * out_**2, 0)
 
         variance = apart(p_noise**2) + doubt_squared * apart(near.astype(np.float64))
-        drift = row_noise + compute_unit * k.shape[1] / 16 * _alike(out_, p @ np.abs(v_))
+        drift = row_noise + compute_unit * k.shape[1] / 16 * alike(np, out_, p @ np.abs(v_))
         variance += added @ v_**2 + drift**2 * out_**2
         return np.sqrt(variance) * unit
 
@@ -284,9 +284,13 @@ def forward_noise(problem: Problem, out: Array, storage: np.dtype[Any]) -> tuple
     return noise, sum_noise + lse_unit * finite_lse, spread.swapaxes(1, 2)
 
 
-def _alike(total: Array, size: Array) -> Array:
-    """How much the terms of a sum have in common, by their total and that of their magnitudes: 0 to 1."""
-    return np.divide(np.abs(total), size, out=np.zeros_like(size), where=(size > 0) & np.isfinite(size)) ** 4
+def alike(xp: Any, total: Any, size: Any) -> Any:
+    """How much the terms of a sum have in common, by their total and that of their magnitudes: 0 to 1.
+
+    With the functions of NumPy or of CuPy, `xp`.
+    """
+    known = (size > 0) & xp.isfinite(size)
+    return xp.where(known, xp.abs(total) / xp.where(known, size, 1), 0) ** 4
 
 
 def limit_of(count: int) -> float:

@@ -75,9 +75,9 @@ def assert_gradients_close(
 
     Notes
     -----
-    The gradients may be those of an `out` and `lse` that were rounded as the forward rounds them. Scores above 2^24
-    have no bits left for the fraction in an `lse` in float32, so that nothing can be said of their gradients: `huge
-    scores` and `constant` of `VALUES` are such. float64 gradients are held to what float32 mathematics errs by.
+    The gradients may be those of an `out` and `lse` that were rounded as the forward rounds them. If scores exceed
+    2^24, float32 has no bits left for the fraction of `lse`, so that nothing can be said of the gradients: cases of
+    ``huge scores`` and ``constant`` values are such. float64 gradients are held to what float32 mathematics errs by.
 
     Examples
     --------
@@ -136,7 +136,7 @@ def expect(
     dtype: DTypeLike | None = None,
     **options: Unpack[Options],
 ) -> Expected:
-    """The gradients that `assert_gradients_close` expects; the arguments are its."""
+    """What `assert_gradients_close` expects, of which these are arguments."""
     packed = cu_seqlens_q is not None
     if dout is None:
         function = "attention_varlen_backward" if packed else "attention_backward"
@@ -161,8 +161,7 @@ def expect(
                 into[place] = x
         dsinks[piece.heads] += exact[3]
         if packed:  # every sequence is summed up on its own
-            noise_of_one = _sinks_noise(noise[3], exact[3])
-            sinks_noise[piece.heads] = np.hypot(sinks_noise[piece.heads], noise_of_one)
+            sinks_noise[piece.heads] = np.hypot(sinks_noise[piece.heads], _sinks_noise(noise[3], exact[3]))
         else:
             sinks_noise[piece.heads] += noise[3]
     if packed:
@@ -270,7 +269,8 @@ def in_step(xp: Any, log_p: Any, p: Any, axis: int, unit: float) -> Any:
     """How much the roundings of p along an axis have in common: 1 where p hardly varies, 0 where they are random.
 
     Where all p lie about the middle between two numbers, the larger are rounded up and the smaller down. That follows
-    the scores, and so the elements of k and q that ds meets: errors add up instead of cancelling each other.
+    the scores, and so the elements of k and q that ds meets: errors add up instead of cancelling each other. With the
+    functions of NumPy or of CuPy, `xp`.
     """
     total = p.sum(axis=axis, keepdims=True)
     weight = p / xp.where(total > 0, total, 1)
