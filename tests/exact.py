@@ -1,9 +1,9 @@
 """Attention, its gradients and the noise around them in float64, of whole score matrices: with NumPy or with CuPy.
 
-The mathematics is that of `cufa.reference`, and the noise that of `cufa.testing` and `gradients`; test_soak.py holds
-them to each other. Here everything is one padded problem: sequences of a batch beside each other, the query heads that
-share a key head below each other, as (batch, key head, row, column). What is NaN or Inf on purpose is given as 0, with
-masks that say where (`Poison`).
+The mathematics is that of `cufa.reference`, and the noise that of `cufa.testing`; test_soak.py holds them to each
+other. Here everything is one padded problem: sequences of a batch beside each other, the query heads that share a key
+head below each other, as (batch, key head, row, column). What is NaN or Inf on purpose is given as 0, with masks that
+say where (`Poison`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from cufa._problem import BASE_SHIFT
-
-COMPUTE_UNIT = 2.0**-22
-"""Of a float32 product by three of tf32, and of the exponential: `gradients.COMPUTE_UNIT`."""
+from cufa.testing._compare import alike
+from cufa.testing._gradients import COMPUTE_UNIT, in_step
 
 HALF = 0.5
 """Root mean square of a rounding error, in units."""
@@ -195,12 +194,6 @@ def _out_noise(
     return xp.sqrt(variance + added @ v**2 + drift**2 * out**2) + flushed + HALF * tiny
 
 
-def alike(xp: Any, total: Any, size: Any) -> Any:
-    """How much the terms of a sum have in common, by their total and that of their magnitudes: 0 to 1."""
-    known = (size > 0) & xp.isfinite(size)
-    return xp.where(known, xp.abs(total) / xp.where(known, size, 1), 0) ** 4
-
-
 def alike_heads(problem: Padded, dout: Any) -> Any:
     """How many query heads err as one where their errors add up for a key head: 1, or all if they are all the same."""
     group = problem.q.shape[2] // problem.seqlen_q
@@ -210,19 +203,6 @@ def alike_heads(problem: Padded, dout: Any) -> Any:
             heads = x.reshape(*x.shape[:2], group, -1)
             same = same & (heads == heads[:, :, :1]).all(axis=(2, 3))[..., None, None]
     return problem.xp.where(same, group, 1)
-
-
-def in_step(xp: Any, log_p: Any, p: Any, axis: int, unit: float) -> Any:
-    """How much the roundings of p along an axis have in common: 1 where p hardly varies, 0 where they are random.
-
-    Where all p lie about the middle between two numbers, the larger are rounded up and the smaller down. That follows
-    the scores, and so the elements of k and q that ds meets: errors add up instead of cancelling each other.
-    """
-    total = p.sum(axis=axis, keepdims=True)
-    weight = p / xp.where(total > 0, total, 1)
-    log_p = xp.where(weight > 0, log_p, 0)
-    away = log_p - (weight * log_p).sum(axis=axis, keepdims=True)
-    return xp.exp(-(weight * away**2).sum(axis=axis, keepdims=True) / unit**2)
 
 
 def finite(xp: Any, x: Any) -> Any:
@@ -247,7 +227,7 @@ def softmax(xp: Any, s: Any, sinks: Any) -> tuple[Any, Any]:
 
 
 def backward(problem: Padded, found: Forward, dout: Any, dlse: Any) -> Backward:
-    """Steps 7 to 11, and the noise of `gradients`; dlse is (batch, num_heads_k, rows, 1) or None.
+    """Steps 7 to 11, and the noise of `cufa.testing`; dlse is (batch, num_heads_k, rows, 1) or None.
 
     The gradients under test are those of the out and lse under test, so the noise of lse counts too.
     """
@@ -363,7 +343,7 @@ def from_infinite_scores(problem: Padded, found: Forward) -> tuple[Padded, Forwa
 
 
 def limit(count: Any) -> Any:
-    """The largest root mean square error over so many elements, in units of the noise: `cufa.testing._limit`."""
+    """The largest root mean square error over so many elements, in units of the noise: `limit_of` of `cufa.testing`."""
     return 2 + 6 / count**0.5
 
 

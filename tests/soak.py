@@ -35,7 +35,8 @@ import cufa
 from cufa import _jit
 from cufa._kernels import Plan
 from cufa._operations import call as operations
-from cufa.testing import LAYOUTS, SEQLENS, View
+from cufa.testing import LAYOUTS, View
+from cufa.testing._cases import SEQLENS
 
 HANG_SECONDS = 90
 LISTED = 20

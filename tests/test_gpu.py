@@ -10,13 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradients import assert_gradients_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cufa
 from cufa import _driver, _jit, reference
-from cufa.testing import LAYOUTS, Case, View, assert_close, dense_cases, to_numpy, varlen_cases
+from cufa.testing import (
+    LAYOUTS,
+    Case,
+    View,
+    assert_close,
+    assert_gradients_close,
+    dense_cases,
+    to_numpy,
+    varlen_cases,
+)
 
 pytestmark = pytest.mark.gpu
 

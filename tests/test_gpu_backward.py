@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import gradients
 import ml_dtypes
 import numpy as np
 import pytest
-from gradients import Call, assert_gradients_close
+from gradients import Call, lay_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gpu import EDGES, framework, same
 
 import cufa
 from cufa import reference
-from cufa.testing import Case, View, assert_close, to_numpy
+from cufa.testing import Case, View, assert_close, assert_gradients_close, to_numpy
+from cufa.testing._gradients import NAMES, expect, gradient_complaint
 
 pytestmark = pytest.mark.gpu
 
@@ -204,7 +204,7 @@ def test_errors_are_at_most_twice_those_of_the_same_mathematics(dtype: str, head
     given = {name: host[name] for name in ("dout", "q", "k", "v")} | {"dlse": None, "causal": True}
     exact = reference._differentiate(**given)
     rounded = reference._differentiate(**given, precision=reference.Precision(np.float32, host["q"].dtype))
-    for name, gradient, true, other in zip(gradients.NAMES, found, exact, rounded, strict=False):
+    for name, gradient, true, other in zip(NAMES, found, exact, rounded, strict=False):
         error, bound = (np.linalg.norm(to_numpy(x).astype(np.float64) - true) for x in (gradient, other))
         assert 0 < error <= 2 * bound, f"the error of {name} is {error / bound:.2f} times that"
 
@@ -558,13 +558,13 @@ def test_gradients_of_long_sequences() -> None:
     found = cufa.attention_backward(dout, q, k, v, out, lse, causal=True)
     for stop in (100, 8300, seqlen):
         rows, keys = slice(stop - 100, stop), slice(0, stop)
-        exact, noise = gradients.expect(
-            host["dout"][:, rows], host["q"][:, rows], host["k"][:, keys], host["v"][:, keys], None, causal=True
+        exact, noise = expect(
+            host["dout"][:, rows], host["q"][:, rows], host["k"][:, keys], host["v"][:, keys], causal=True
         )
-        assert not gradients.complaint("dq", found[0][:, rows], exact[0], noise[0])
+        assert not gradient_complaint("dq", found[0][:, rows], exact[0], noise[0])
     for i in (1, 2):
-        assert not gradients.complaint(gradients.NAMES[i], found[i][:, rows], exact[i][:, rows], noise[i][:, rows])
-    unaligned = gradients.lay_out(host["q"], "offset", cupy)
+        assert not gradient_complaint(NAMES[i], found[i][:, rows], exact[i][:, rows], noise[i][:, rows])
+    unaligned = lay_out(host["q"], "offset", cupy)
     others = cufa.attention_backward(dout, unaligned, k, v, out, lse, causal=True)
     assert all(map(nearly_same, found, others))
 
@@ -633,7 +633,7 @@ def test_arrays_that_are_not_aligned(kind: str, dtype: str, packed: bool) -> Non
     found = call.right(cupy)
     replace(call, case=replace(call.case, values="garbage"), results=("padded", "offset", "strided")).right(cupy)
     arrays = call.arrays()
-    wide = {name: gradients.lay_out(arrays[name], "wide", cupy) for name in ("q", "k", "v", "out", "dout")}
+    wide = {name: lay_out(arrays[name], "wide", cupy) for name in ("q", "k", "v", "out", "dout")}
     assert all(map(same, call.run(cupy, **wide), found))
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import gradients
 import numpy as np
 import pytest
-from gradients import Call, assert_gradients_close
+from gradients import Call
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cufa import reference
 from cufa.reference import Precision
-from cufa.testing import DTYPES, Case, dense_cases, varlen_cases
+from cufa.testing import DTYPES, Case, _compare, _gradients, assert_gradients_close, dense_cases, varlen_cases
 
 Gradients = tuple[np.ndarray, ...]
 
@@ -53,7 +54,7 @@ SIZES |= {"head_dim": 64, "head_dim_v": 64}
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 5.0}], ids=["none", "causal", "softcap"])
 def test_the_noise_is_the_error_of_rounded_mathematics(dtype: str, options: dict[str, Any]) -> None:
     arrays = arrays_of(Case(**SIZES, dtype=dtype))
-    expected = gradients.expect(**arrays, **options)
+    expected = _gradients.expect(**arrays, **options)
     for found, exact, noise in zip(rounded(arrays, options), *expected, strict=False):
         ratio = np.sqrt(np.mean((found - exact)[noise > 0] ** 2 / noise[noise > 0] ** 2))
         # Three tf32 products are not as exact as one in float32.
@@ -64,7 +65,7 @@ def test_query_heads_that_are_the_same_err_as_one() -> None:
     case = Case(**SIZES | {"num_heads_q": 32}, dtype="bfloat16", layouts=("broadcast", *["contiguous"] * 3))
     arrays = Call(case=case, dlse=False, dout="broadcast").arrays() | {"dlse": None}
     del arrays["out"], arrays["lse"]
-    for found, exact, noise in zip(rounded(arrays, {}), *gradients.expect(**arrays), strict=False):
+    for found, exact, noise in zip(rounded(arrays, {}), *_gradients.expect(**arrays), strict=False):
         assert 0.4 < np.sqrt(np.mean((found - exact) ** 2 / noise**2)) < 1.1
 
 
@@ -81,7 +82,7 @@ def test_weights_rounded_in_step_are_accepted(monkeypatch: pytest.MonkeyPatch) -
     dq = scale * (ds @ k).swapaxes(1, 2)
     _, *others = rounded(arrays, {"softmax_scale": scale})
     assert_gradients_close((dq, *others), **arrays, softmax_scale=scale)
-    monkeypatch.setattr(gradients, "in_step", lambda *_: 0)
+    monkeypatch.setattr(_gradients, "in_step", lambda *_: 0)
     with pytest.raises(AssertionError, match="dq differs"):
         assert_gradients_close((dq, *others), **arrays, softmax_scale=scale)
 
@@ -148,3 +149,121 @@ def test_mistakes_are_rejected(name: str) -> None:
     assert_gradients_close(rounded(arrays, options), **arrays, **options)
     with pytest.raises(AssertionError, match="differs from the float64 reference"):
         assert_gradients_close(mistake(arrays, options), **arrays, **options)
+
+
+# --- what it is given -------------------------------------------------------------------------------
+
+
+def small(**changed: Any) -> tuple[dict[str, Any], Gradients]:
+    """Arrays of a case, and gradients that are right."""
+    sizes = {"seqlen_q": 5, "seqlen_k": 7, "num_heads_q": 4, "num_heads_k": 2, "head_dim": 8, "head_dim_v": 6}
+    arrays = arrays_of(Case(**sizes | changed))
+    return arrays, rounded(arrays, {})
+
+
+def test_a_gradient_that_is_not_given_is_not_checked() -> None:
+    arrays, (dq, dk, dv, dsinks) = small(sinks=True)
+    assert_gradients_close([dq, dk, dv, dsinks], **arrays)
+    wrong = dk + 1
+    with pytest.raises(AssertionError, match=r"^dk differs"):
+        assert_gradients_close((dq, wrong, dv, dsinks), **arrays)
+    assert_gradients_close((dq, None, dv, None), **arrays)
+    with pytest.raises(AssertionError, match=r"^dsinks differs"):
+        assert_gradients_close((None, None, None, dsinks + 1), **arrays)
+    with pytest.raises(ValueError, match=r"^found holds nothing to check: every result is None\.$"):
+        assert_gradients_close((None,) * 4, **arrays)
+
+
+def test_results_of_another_number_or_kind_are_refused() -> None:
+    arrays, (dq, dk, dv) = small()
+    with pytest.raises(TypeError, match=r"^found is a ndarray; pass a tuple, as attention_backward returns it\.$"):
+        assert_gradients_close(dq, **arrays)
+    with pytest.raises(ValueError, match=r"^found has 2 results; without sinks there are 3: dq, dk, dv\.$"):
+        assert_gradients_close((dq, dk), **arrays)
+    with pytest.raises(ValueError, match=r"^found has 3 results; with sinks there are 4: dq, dk, dv, dsinks\.$"):
+        assert_gradients_close((dq, dk, dv), **arrays, sinks=np.zeros(4, np.float32))
+    with pytest.raises(AssertionError) as caught:
+        assert_gradients_close((dq[:, 1:], dk.astype(np.int32), dv), **arrays)
+    assert str(caught.value) == (
+        "dq has the shape (1, 4, 4, 8), expected (1, 5, 4, 8).\ndk has the dtype int32, expected one of floating point."
+    )
+
+
+def test_the_message_names_the_worst_element_and_no_row() -> None:
+    arrays, (dq, dk, dv) = small()
+    dv = dv.copy()
+    dv[0, 3, 1, 2] += 1
+    with pytest.raises(AssertionError) as caught:
+        assert_gradients_close((dq, dk, dv), **arrays)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("dv differs from the float64 reference in 1 of 84 elements, and by ")
+    assert second.startswith("  worst element dv[0, 3, 1, 2]: got ")
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "dout of another shape": (
+        {"dout": np.zeros((1, 5, 4, 8))},
+        ValueError,
+        r"dout has shape \(1, 5, 4, 8\); \(1, 5, 4, 6\) is expected",
+    ),
+    "no dout": ({"dout": None}, TypeError, "dout is None"),
+    "dlse as out is laid out": (
+        {"dlse": np.zeros((1, 5, 4))},
+        ValueError,
+        r"dlse has shape \(1, 5, 4\); \(1, 4, 5\) is expected",
+    ),
+    "dlse of strings": ({"dlse": np.full((1, 4, 5), "0")}, ValueError, "dlse has dtype str"),
+    "k of another width": ({"k": np.zeros((1, 7, 2, 9))}, ValueError, "k has head_dim 9 but q has 8"),
+    "an option of the call": ({"deterministic": True}, TypeError, "deterministic is no option of the reference"),
+    "a result of the forward": ({"lse": np.zeros((1, 4, 5))}, TypeError, "lse is no option of the reference"),
+    "a window of numbers": ({"window_size": 3}, TypeError, "window_size"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_arguments_that_do_not_belong_together_are_refused(name: str) -> None:
+    arrays, found = small()
+    changed, error, message = WRONG[name]
+    with pytest.raises(error, match=f"^attention_backward: {message}"):
+        assert_gradients_close(found, **arrays | changed)
+
+
+def test_arguments_of_packed_sequences_are_checked() -> None:
+    sizes = {"num_heads_q": 4, "num_heads_k": 2, "head_dim": 8, "head_dim_v": 6}
+    arrays = arrays_of(Case(batch=2, seqlen_q=(3, 2), seqlen_k=(4, 5), **sizes))
+    found = None, None, np.zeros((9, 2, 6))
+    with pytest.raises(ValueError, match=r"^cu_seqlens_q and cu_seqlens_k belong together"):
+        assert_gradients_close(found, **arrays | {"cu_seqlens_k": None})
+    with pytest.raises(TypeError, match=r"^attention_varlen_backward: dout is None"):
+        assert_gradients_close(found, **arrays | {"dout": None})
+    with pytest.raises(ValueError, match=r"^attention_varlen_backward: dout has shape"):
+        assert_gradients_close(found, **arrays | {"dout": arrays["dout"][1:]})
+
+
+def test_arrays_of_other_frameworks_are_compared() -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    arrays, found = small(dtype="bfloat16", sinks=True)
+    given = {name: jnp.asarray(array) for name, array in arrays.items()}
+    assert_gradients_close([jnp.asarray(each) for each in found], **given)
+    with pytest.raises(AssertionError, match=r"^dq differs"):
+        assert_gradients_close((2 * jnp.asarray(found[0]), None, None, None), **given)
+
+
+def test_the_dtype_says_what_is_rounded() -> None:
+    arrays, found = small()
+    coarse = tuple(each.astype(np.float16) for each in found)
+    assert_gradients_close(coarse, **arrays, dtype=np.float16)
+    with pytest.raises(AssertionError, match=r"^dq differs"):
+        assert_gradients_close(coarse, **arrays)
+
+
+@settings(max_examples=40)
+@given(case=st.one_of(dense_cases(max_seqlen=17), varlen_cases(max_seqlen=17)))
+def test_cutting_a_problem_into_pieces_changes_nothing(case: Case) -> None:
+    arrays = arrays_of(case)
+    whole = _gradients.expect(**arrays, **case.options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_compare, "PIECE", 1)
+        pieces = _gradients.expect(**arrays, **case.options)
+    for left, right in zip((*pieces.exact, *pieces.noise), (*whole.exact, *whole.noise), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-14)

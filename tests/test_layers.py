@@ -148,8 +148,8 @@ def unresolved(comment: str) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("comment", "missing"),
     [
-        ("see _keys in cufa/_params.py", ["_keys in cufa/_params.py"]),
-        ("see `pack` in _params.py, and tile/local.cuh", []),
+        ("see _keys in cufa/_kernels/params.py", ["_keys in cufa/_kernels/params.py"]),
+        ("see `params_of` in params.py, and tile/local.cuh", []),
         ("See Softmax::reject.", ["Softmax::reject"]),
         ("See Softmax::accept, repair.cuh and nowhere/repair.cuh", ["nowhere/repair.cuh"]),
         ("as in `probabilities` of mask.cuh", ["probabilities in mask.cuh"]),

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import soak
-from gradients import expect
 
 import cufa
-from cufa import reference, testing
+from cufa import reference
+from cufa.testing import _compare, _gradients
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_noise_is_that_of_the_other_tests(memory: soak.Memory, features: dict[st
     with np.errstate(all="ignore"):
         padded = frame.padded(frame.by_row(q), frame.by_key(k), frame.by_key(v))
         right = soak.exact.forward(padded)
-        expected = testing._expect(testing._Problem(q, k, v, None, None, None, options), None)
+        expected = _compare.expect(_compare.Problem(q, k, v, None, None, None, options), None)
         for one, other in ((right.out, expected.out), (right.out_noise, expected.out_noise)):
             np.testing.assert_allclose(one, frame.by_row(other), rtol=1e-9, atol=1e-12)
         for one, other in ((right.lse, expected.lse), (right.lse_noise, expected.lse_noise)):
@@ -96,7 +96,7 @@ def test_noise_is_that_of_the_other_tests(memory: soak.Memory, features: dict[st
         known = right._replace(lse_noise=np.zeros_like(right.lse_noise))
         dlse = None if case.dlse is None else frame.by_number(case.dlse)
         found = soak.exact.backward(padded, known, frame.by_row(case.dout), dlse)
-        wanted = expect(case.dout, q, k, v, case.dlse, **options)
+        wanted = _gradients.expect(case.dout, q, k, v, dlse=case.dlse, **options)
         for one, other in ((found.exact, wanted.exact), (found.noise, wanted.noise)):
             for x, y, by in zip(one, other, (frame.by_row, frame.by_key, frame.by_key), strict=False):
                 np.testing.assert_allclose(x, by(y), rtol=1e-9, atol=1e-12)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import plans
 import pytest
 from test_compile import compile_plan, static
 
-from cufa import _jit, _plan
+from cufa import _jit
 
 
 @pytest.mark.parametrize("changes", [{"variant": ("attention::Alibi",)}, {"sinks": True}], ids=["alibi", "sinks"])
 def test_what_differs_by_head_refuses_tiles_that_heads_share(changes: dict[str, Any]) -> None:
-    plan = _plan.make_plan(static("bf16", 64, 64), 90)
+    plan = plans.forward(static("bf16", 64, 64), 90)
     wrong = plan._replace(config=dataclasses.replace(plan.config, pack=4, **changes))
     with pytest.raises(_jit.CompileError, match="no score term or sink may differ by query head"):
         compile_plan(wrong)
 
 
 def test_terms_that_are_the_same_for_all_heads_may_share_tiles() -> None:
-    plan = _plan.make_plan(static("bf16", 64, 64), 90)
+    plan = plans.forward(static("bf16", 64, 64), 90)
     shared = plan._replace(config=dataclasses.replace(plan.config, pack=4, variant=("attention::Softcap<bf16>",)))
     assert compile_plan(shared).cubin

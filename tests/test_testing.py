@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 import cufa._cpu
 import cufa.reference
 import cufa.testing
-from cufa import reference, testing
+from cufa import reference
 from cufa.reference import Precision
 from cufa.testing import (
     DTYPES,
@@ -28,6 +29,10 @@ from cufa.testing import (
     BenchResult,
     Case,
     View,
+    _cases,
+    _compare,
+    _gradients,
+    _timing,
     assert_close,
     bench,
     dense_cases,
@@ -40,9 +45,18 @@ from cufa.testing import (
 ALL_DTYPES = (*DTYPES, "float64")
 
 
-@pytest.mark.parametrize("module", [cufa.reference, cufa._cpu, cufa.testing])
+@pytest.mark.parametrize("module", [cufa.reference, cufa._cpu, _cases, _compare, _gradients, _timing])
 def test_the_examples_run(module: types.ModuleType) -> None:
     assert doctest.testmod(module).failed == 0
+
+
+def test_the_readme_tests_a_pipeline() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("\n## Testing your own pipeline\n")[2].partition("\n## ")[0]
+    found: dict[str, Any] = {}
+    exec(re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)[0], found)
+    for name in ("test_attention", "test_gradients"):
+        found[name]()
 
 
 # --- comparing --------------------------------------------------------------------------------------
@@ -232,6 +246,10 @@ def test_the_whole_message() -> None:
 
 def test_arguments_that_do_not_belong_together() -> None:
     x = np.ones((4, 2, 8), np.float32)
+    with pytest.raises(AssertionError, match=r"^out has the dtype int64, expected one of floating point\.$"):
+        assert_close(np.zeros((1, 4, 2, 8), np.int64), x[None], x[None], x[None])
+    with pytest.raises(TypeError, match=r"^attention: scale is no option of the reference, whose options are alibi_sl"):
+        assert_close(x[None], x[None], x[None], x[None], scale=1.0)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="cu_seqlens_q and cu_seqlens_k belong together"):
         assert_close(x, x, x, x, cu_seqlens_q=[0, 4])
     with pytest.raises(ValueError, match=r"^attention: q has 2 heads and k has 3; the heads of q must be a multiple"):
@@ -307,17 +325,17 @@ def test_varlen_rows_of_no_sequence_are_not_looked_at() -> None:
 @settings(max_examples=40)
 @given(case=st.one_of(dense_cases(max_seqlen=17), varlen_cases(max_seqlen=17)))
 def test_cutting_a_problem_into_pieces_changes_nothing(case: Case) -> None:
-    problem = testing._Problem.of(
-        *(case.arrays().get(name) for name in testing._Problem._fields[:6]),
+    problem = _compare.Problem.of(
+        *(case.arrays().get(name) for name in _compare.Problem._fields[:6]),
         options={
             **case.options,
             **{n: x for n, x in case.arrays().items() if n in ("alibi_slopes", "sinks")},
         },
     )
-    whole = testing._expect(problem, None)
+    whole = _compare.expect(problem, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(testing, "PIECE", 1)
-        for left, right in zip(testing._expect(problem, None), whole, strict=True):
+        patch.setattr(_compare, "PIECE", 1)
+        for left, right in zip(_compare.expect(problem, None), whole, strict=True):
             np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-14)
 
 
@@ -326,13 +344,20 @@ def test_cutting_a_problem_into_pieces_changes_nothing(case: Case) -> None:
 
 def test_import_needs_no_framework_and_no_hypothesis() -> None:
     code = (
-        "import sys, cufa.testing as t, numpy as np; "
-        "c = t.Case(); t.assert_close(t.reference.attention(**c.arrays()), **c.arrays()); "
-        "t.bench(int, seconds=0); "
+        "import sys, cufa.reference, cufa.testing as t, numpy as np; "
+        "c = t.Case(); t.assert_close(cufa.reference.attention(**c.arrays()), **c.arrays()); "
+        "t.bench(int, seconds=0); t.assert_gradients_close; "
         "print(sorted({'cupy', 'torch', 'jax', 'numba', 'hypothesis', 'pytest'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_every_public_name_is_found() -> None:
+    assert all(getattr(cufa.testing, name) is not None for name in cufa.testing.__all__)
+    assert set(cufa.testing.__all__) <= set(dir(cufa.testing))
+    with pytest.raises(AttributeError, match=r"^module 'cufa\.testing' has no attribute 'assert_near'$"):
+        cufa.testing.assert_near  # noqa: B018
 
 
 @pytest.mark.parametrize("function", [dense_cases, varlen_cases])
@@ -595,7 +620,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Non
 
         return run
 
-    gpu = testing._Gpu(
+    gpu = _timing._Gpu(
         stream=Stream(),
         synchronize=lambda: log.append("synchronize"),
         flush=work("flush", 100),
@@ -603,7 +628,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Non
         record=lambda: clock[0],
         milliseconds=lambda start, stop: stop - start,
     )
-    monkeypatch.setattr(testing, "_gpu_of", lambda like: gpu)
+    monkeypatch.setattr(_timing, "_gpu_of", lambda like: gpu)
     assert bench(work("call", 3), like=X, seconds=0.01, min_repeats=1) == BenchResult(0.002, 0.002, 0.002, 5)
     assert log[:4] == ["enter", "call", "call", "synchronize"] and log[-2:] == ["synchronize", "exit"]
     assert log.count("replay") == log.count("flush") == 3 + 5 and log.count("call") == 2
