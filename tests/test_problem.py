@@ -1207,7 +1207,7 @@ class Launched:
         return SimpleNamespace(value=SimpleNamespace())
 
     def cuLaunchKernelEx(self, config: Any, function: str, *_: Any) -> tuple[int]:
-        self.kernels.append((function, _launch._scratch.argument.raw))
+        self.kernels.append((function, _launch._scratch.argument.tobytes()))
         attributes = getattr(config, "attrs", [])
         self.overlapping.append(
             [(each.id, each.value.programmaticStreamSerializationAllowed) for each in attributes] == [(6, 1)]

@@ -53,6 +53,7 @@ def test_compiled_functions_call_it_as_it_is(q: Any) -> None:
 
 def test_what_is_recorded_is_refused(q: Any) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils.flop_counter import FlopCounterMode
 
     with pytest.raises(UnsupportedError, match=r"^attention: torch.jit.trace records torch's own operations"):
         torch.jit.trace(call, (q,))
@@ -61,7 +62,7 @@ def test_what_is_recorded_is_refused(q: Any) -> None:
             make_fx(call, **options)(q)
     with pytest.raises(UnsupportedError, match=r"^attention: "):
         make_fx(call, tracing_mode="fake")(q)
-    with torch.utils.flop_counter.FlopCounterMode(display=False):  # counts what it sees, and changes nothing
+    with FlopCounterMode(display=False):  # counts what it sees, and changes nothing
         np.testing.assert_allclose(call(q).cpu(), right(q), atol=1e-5)
 
 
