@@ -128,14 +128,24 @@ class Record:
         return next(member.offset for member in self.members if member.name == name)
 
     def asserts(self) -> str:
-        """C++ that fails to compile where the struct is another than was read."""
+        """C++ that fails to compile where the struct, or one in it, is another than was read."""
+        return "".join(record._own_asserts() for record in self._records().values())
+
+    def _records(self) -> dict[str, Record]:
+        """This one and those in it, by name."""
+        found: dict[str, Record] = {}
+        for member in self.members:
+            if member.record is not None:
+                found |= member.record._records()
+        return found | {self.name: self}
+
+    def _own_asserts(self) -> str:
         lines = [f"static_assert(sizeof(attention::{self.name}) == {self.size});\n"]
         for member in self.members:
             # What offsetof expands to in NVRTC's front end; NVRTC before 13.3 has no __builtin_offsetof.
             address = f"&static_cast<attention::{self.name}*>(nullptr)->{member.name}"
             lines.append(f"static_assert(__INTADDR__({address}) == {member.offset});\n")
-        nested = {member.record.name: member.record for member in self.members if member.record is not None}
-        return "".join(lines) + "".join(record.asserts() for record in nested.values())
+        return "".join(lines)
 
 
 @lru_cache(maxsize=64)
