@@ -16,12 +16,12 @@ struct QueryRange {
   int begin, end;            // tiles [begin, end) hold them all
   int full_begin, full_end;  // in tiles [full_begin, full_end) every row sees every key
 
-  bool empty() const { return begin >= end; }
-  bool is_boundary(int m_block) const { return m_block < full_begin || m_block >= full_end; }
+  constexpr bool empty() const { return begin >= end; }
+  constexpr bool is_boundary(int m_block) const { return m_block < full_begin || m_block >= full_end; }
 };
 
 template <class Config>
-inline QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_block) {
+constexpr QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_block) {
   constexpr int block_m = Config::block_m;
   const int first_key = n_block * Config::block_n, last_key = min_of(first_key + Config::block_n, seqlen.k) - 1;
   // Key j is seen by rows [j - diagonal - right, j - diagonal + left].
@@ -35,11 +35,12 @@ inline QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_
     last_row = min_of(last_row, last_key - seqlen.diagonal() + params.window_left);
     last_full_row = min_of(last_full_row, first_key - seqlen.diagonal() + params.window_left);
   }
-  QueryRange range;
-  range.begin = first_row / block_m;
-  range.end = last_key < first_key || last_row < first_row ? 0 : last_row / block_m + 1;
-  range.full_begin = ceil_div(first_full_row, block_m);
-  range.full_end = last_full_row < 0 ? 0 : (last_full_row + 1) / block_m;
+  QueryRange range{
+      first_row / block_m,
+      last_key < first_key || last_row < first_row ? 0 : last_row / block_m + 1,
+      ceil_div(first_full_row, block_m),
+      last_full_row < 0 ? 0 : (last_full_row + 1) / block_m,
+  };
   // Keys past the end of the sequence are masked in every tile. Rows past it need no mask: their row_lse sees to it.
   if (first_key + Config::block_n > seqlen.k)
     range.full_end = 0;
@@ -82,7 +83,7 @@ inline PackedUnit packed_unit(int unit, const PackedOffset* offsets, int batch, 
   return {index.row, index.head, b, units};
 }
 
-inline PackedSequence packed_sequence(const BackwardParams& params, int b) {
+constexpr PackedSequence packed_sequence(const BackwardParams& params, int b) {
   return {b, params.offsets_q[b].row, params.offsets_q[b + 1].row, params.offsets_k[b].row,
           params.offsets_k[b + 1].row};
 }
@@ -95,13 +96,13 @@ inline constexpr int padding_rows = 128;
 
 // Where the rows of a sequence begin in a head of the workspace; `rank`, packed, is that of its rows of q.
 template <class Config>
-inline int padded_row(int first_row, int rank) {
+constexpr int padded_row(int first_row, int rank) {
   return Config::varlen ? first_packed_unit<aligned_rows>(first_row, rank) * aligned_rows : 0;
 }
 
 // The row of the workspace at which query head `head` of the sequence of a work or tile begins.
 template <class Config, class Where>
-inline i64 workspace_row(const BackwardParams& params, const Where& at, int head) {
+constexpr i64 workspace_row(const BackwardParams& params, const Where& at, int head) {
   const int outer = Config::varlen ? 0 : at.batch;
   return (i64(outer) * params.forward.num_heads_q + head) * params.workspace_rows +
          padded_row<Config>(at.seqlen.q_first_row, at.rank);
@@ -109,7 +110,7 @@ inline i64 workspace_row(const BackwardParams& params, const Where& at, int head
 
 // Which tile of the sums of dq is tile m_block of that head.
 template <class Config, class Where>
-inline int sum_tile(const BackwardParams& params, const Where& at, int head, int m_block) {
+constexpr int sum_tile(const BackwardParams& params, const Where& at, int head, int m_block) {
   if constexpr (Config::varlen) {
     return head * params.forward.m_blocks + first_packed_unit<Config::block_m>(at.seqlen.q_first_row, at.rank) +
            m_block;
@@ -119,16 +120,30 @@ inline int sum_tile(const BackwardParams& params, const Where& at, int head, int
 }
 
 // Which of all sequences' key heads a query head reads.
-inline int key_head(const Params& params, int batch, int query_head) {
+constexpr int key_head(const Params& params, int batch, int query_head) {
   return (batch * params.num_heads_q + query_head) / params.qheads_per_khead;
 }
 
 // The deterministic order: how many blocks of keys add to a tile of dq before this one does. It is the order in which
 // they are launched, so that nobody waits for one that cannot run.
 template <class Config>
-inline int turn_of(const BackwardParams& backward, const Seqlen& seqlen, int m_block, int n_block) {
+constexpr int turn_of(const BackwardParams& backward, const Seqlen& seqlen, int m_block, int n_block) {
   const BlockRange range = block_range<Config>(backward.forward, seqlen, m_block);
   return backward.reversed ? range.end - 1 - n_block : n_block - range.begin;
+}
+
+// Dense: which block of keys of which key head a unit is.
+struct DenseUnit {
+  int n_block, head, batch;
+};
+
+// The first blocks of keys come first, unless reversed: under a causal mask they are seen by most queries.
+constexpr DenseUnit dense_unit(const BackwardParams& backward, int unit) {
+  const Params& params = backward.forward;
+  const int heads = params.num_heads_q / params.qheads_per_khead;
+  const UnitIndex index = unit_of(unit, backward.n_blocks, params.batch * heads, params.heads_per_section);
+  const int n_block = backward.reversed ? backward.n_blocks - 1 - index.row : index.row;
+  return {n_block, index.head % heads, index.head / heads};
 }
 
 struct BackwardWork {
@@ -146,7 +161,7 @@ struct BackwardWork {
 
   // Makes the whole work, as it was found, one of its chains. Called where registers are few: nothing is divided.
   template <class Config>
-  void take_chain() {
+  constexpr void take_chain() {
     int index = chain;
     constexpr int chain = tile::chain_blocks(Config::block_m);
     const int tiles = range.end - range.begin, heads_end = query_head_end;
@@ -168,7 +183,7 @@ struct BackwardWork {
   }
 
   // Makes it whole.
-  void take_all(const Params& params) {
+  constexpr void take_all(const Params& params) {
     query_head = head * params.qheads_per_khead;
     query_head_end = query_head + params.qheads_per_khead;
     first_chain = last_chain = true;
@@ -176,24 +191,22 @@ struct BackwardWork {
 
   // Whether the block lies past the end.
   template <class Config>
-  bool idle() const {
+  constexpr bool idle() const {
     return n_block * Config::block_n >= key_rows;
   }
 
-  // The first blocks of keys come first, unless reversed: under a causal mask they are seen by most queries. Called by
-  // a whole warp.
+  // The work of a unit. Called by a whole warp.
   template <class Config>
   static BackwardWork find(const BackwardParams& backward, int unit) {
     const Params& params = backward.forward;
-    const int heads = params.num_heads_q / params.qheads_per_khead;
     if constexpr (Config::varlen) {
       return of_packed<Config>(backward, find_packed<Config>(backward, unit));
     } else {
-      const UnitIndex index = unit_of(unit, backward.n_blocks, params.batch * heads, params.heads_per_section);
+      const DenseUnit found = dense_unit(backward, unit);
       BackwardWork work;
-      work.n_block = backward.reversed ? backward.n_blocks - 1 - index.row : index.row;
-      work.head = index.head % heads;
-      work.batch = index.head / heads;
+      work.n_block = found.n_block;
+      work.head = found.head;
+      work.batch = found.batch;
       work.rank = 0;
       work.key_rows = params.seqlen_k;
       work.seqlen = dense_seqlen(params);
@@ -237,7 +250,7 @@ struct BackwardWork {
 
   // Units of the launch; some may be idle.
   template <class Config>
-  static int units(const BackwardParams& backward) {
+  static constexpr int units(const BackwardParams& backward) {
     const Params& params = backward.forward;
     return backward.n_blocks * (params.num_heads_q / params.qheads_per_khead) * (Config::varlen ? 1 : params.batch);
   }
@@ -259,8 +272,8 @@ inline void for_each_query_tile(const Params& params, const BackwardWork& work, 
 
 // The same in chains of at most `chain` steps, each of which end_chain(first, last) follows; without chains, once.
 template <bool chains, class Step, class EndChain>
-inline void for_each_query_chain(const Params& params, const BackwardWork& work, int chain, Step&& step,
-                                 EndChain&& end_chain) {
+constexpr void for_each_query_chain(const Params& params, const BackwardWork& work, int chain, Step&& step,
+                                    EndChain&& end_chain) {
   if constexpr (!chains) {
     for_each_query_tile<false>(params, work, step);
     end_chain(true, true);

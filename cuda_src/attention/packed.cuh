@@ -14,7 +14,7 @@ namespace attention {
 // the host needs to know no length: those of a sequence that begins with row `offset` come from this one on, always
 // enough for its rows. `rank` is how many sequences come before it, or how many that have rows.
 template <int rows>
-inline int first_packed_unit(int offset, int rank, bool pairs = false) {
+constexpr int first_packed_unit(int offset, int rank, bool pairs = false) {
   return int(u32(offset) / rows >> pairs) + rank;
 }
 
@@ -38,7 +38,7 @@ struct PackedScan {
 
   // Whether the sequence found last is still that of a unit, which is not before the one it was found for.
   template <int rows>
-  bool holds(int unit, bool pairs) const {
+  constexpr bool holds(int unit, bool pairs) const {
     return found.batch >= 0 && unit < first_packed_unit<rows>(found.q_end, found.batch + 1, pairs);
   }
 
@@ -110,7 +110,7 @@ struct alignas(8) PackedOffset {
 };
 
 // Live keys of a packed sequence with so many.
-inline int live_keys(const Params& params, int batch, int keys) {
+constexpr int live_keys(const Params& params, int batch, int keys) {
   return params.seqused_k ? clamp(params.seqused_k[batch * params.seqused_k_stride], 0, keys) : keys;
 }
 

@@ -18,7 +18,7 @@ struct UnitIndex {
   int row, head;
 };
 
-inline UnitIndex unit_of(int unit, int rows, int heads, int heads_per_section) {
+constexpr UnitIndex unit_of(int unit, int rows, int heads, int heads_per_section) {
   const int section = unit / (heads_per_section * rows), within = unit % (heads_per_section * rows);
   const int width = min_of(heads_per_section, heads - section * heads_per_section);
   return {within / width, section * heads_per_section + within % width};
@@ -27,7 +27,7 @@ inline UnitIndex unit_of(int unit, int rows, int heads, int heads_per_section) {
 // Dense: query tiles go from last to first, so that under a causal mask the longest start first. The tile in the middle
 // of a head has no partner: then `second` is a tile past the end.
 template <class Config>
-inline TileIndex dense_tile(const Params& params, int unit, bool second) {
+constexpr TileIndex dense_tile(const Params& params, int unit, bool second) {
   const int heads = params.num_heads_q / Config::pack;
   const UnitIndex index = unit_of(unit, params.m_units, params.batch * heads, params.heads_per_section);
   const int first_row = index.row, last_row = params.m_blocks - 1 - first_row;
@@ -36,11 +36,11 @@ inline TileIndex dense_tile(const Params& params, int unit, bool second) {
 }
 
 // Whether a unit of the launch is a pair of tiles.
-inline bool in_pairs(const Params& params) { return params.m_units < params.m_blocks; }
+constexpr bool in_pairs(const Params& params) { return params.m_units < params.m_blocks; }
 
 // Packed: the tile of a unit of the sequence that was found for it. It may lie past the end, and does where none was.
 template <class Config>
-inline TileIndex packed_tile(const Params& params, const PackedSequence& sequence, int unit, bool second) {
+constexpr TileIndex packed_tile(const Params& params, const PackedSequence& sequence, int unit, bool second) {
   if (sequence.batch < 0) return {params.m_blocks, 0, 0};
   const bool pairs = in_pairs(params);
   const int heads = params.num_heads_q, batch = sequence.batch;
@@ -100,8 +100,14 @@ struct DenseCursor {
   }
 };
 
-// The same for packed sequences. The host knows no lengths and lists nothing; every other round goes the other way, so
-// that no block is first in all of them. All follows from a count, for the warp that has it has few registers.
+// Packed: the unit that one of the launch's blocks takes in a round. Every other round goes the other way, so that no
+// block is first in all of them.
+constexpr int unit_in_round(int round, int block, int blocks) {
+  return round * blocks + (round % 2 ? blocks - 1 - block : block);
+}
+
+// The same for packed sequences. The host knows no lengths and lists nothing. All follows from a count, for the warp
+// that has it has few registers.
 struct PackedCursor {
   const TmaParams& params;
   int count = 0;  // tiles before this one
@@ -109,10 +115,7 @@ struct PackedCursor {
   explicit PackedCursor(const TmaParams& params) : params(params) {}
 
   bool pairs() const { return in_pairs(params.params); }
-  int unit() const {
-    const int round = count >> pairs(), blocks = gridDim.x, block = blockIdx.x;
-    return round * blocks + (round % 2 ? blocks - 1 - block : block);
-  }
+  int unit() const { return unit_in_round(count >> pairs(), blockIdx.x, gridDim.x); }
   bool second() const { return pairs() && count % 2; }
   bool done() const { return unit() >= params.deal.round_units; }
   void advance() { ++count; }

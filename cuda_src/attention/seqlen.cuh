@@ -12,12 +12,12 @@ struct Seqlen {
   int q_first_row, k_first_row;  // row of the packed arrays where the sequence begins; 0 unless varlen
 
   // Query i sees key j through j - (i + diagonal): masks are aligned bottom-right.
-  int diagonal() const { return k - q; }
+  constexpr int diagonal() const { return k - q; }
 };
 
-inline Seqlen dense_seqlen(const Params& params) { return {params.seqlen_q, params.seqlen_k, 0, 0}; }
+constexpr Seqlen dense_seqlen(const Params& params) { return {params.seqlen_q, params.seqlen_k, 0, 0}; }
 
-inline Seqlen packed_seqlen(const Params& params, const PackedSequence& sequence) {
+constexpr Seqlen packed_seqlen(const Params& params, const PackedSequence& sequence) {
   if (sequence.batch < 0) return {0, 0, 0, 0};
   const int keys = live_keys(params, sequence.batch, sequence.k_end - sequence.k_begin);
   return {sequence.q_end - sequence.q_begin, keys, sequence.q_begin, sequence.k_begin};

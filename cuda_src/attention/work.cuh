@@ -24,13 +24,13 @@ struct Work {
 
   // Whether no row is live: a slot of a packed batch that no tile needs, or the missing partner of a tile.
   template <class Config>
-  bool idle() const {
+  constexpr bool idle() const {
     return tile.m_block * Config::block_m >= rows<Config>();
   }
 
   // Rows of its tiles, over the whole sequence.
   template <class Config>
-  int rows() const {
+  constexpr int rows() const {
     return seqlen.q * Config::pack;
   }
 
