@@ -528,7 +528,7 @@ constexpr bool packed_units(const BackwardParams& backward, int heads, int secti
     if (b < 0 || b + 1 == count) continue;
     const int first = first_unit(b), own = first_unit(b + 1) - first;
     const UnitIndex index = unit_of(unit - first * heads, own, heads, section);
-    const int place = index.row, live = ceil_div(offsets[b + 1].row - offsets[b].row, rows);
+    const int place = index.place, live = ceil_div(offsets[b + 1].row - offsets[b].row, rows);
     if (place >= live) continue;
     const int at = begin[b] + index.head * live + place;
     if (place > 0 && !met.met[at - 1]) return false;

@@ -34,7 +34,7 @@ inline int block_scan(int x, int& all, const Join& join) {
 
 template <class Config>
 inline void backward_offsets(const BackwardArgument& argument) {
-  constexpr int each = 8;  // offsets of a thread at a time
+  constexpr int per_thread = 8;  // offsets of a thread at a time
   const Params& params = argument.params.forward;
   const bool keys = blockIdx.x == 1;
   const i32* const from = keys ? params.cu_seqlens_k : params.cu_seqlens_q;
@@ -44,20 +44,20 @@ inline void backward_offsets(const BackwardArgument& argument) {
   const auto maximum = [](int a, int b) { return max_of(a, b); };
   const auto sum = [](int a, int b) { return a + b; };
   int largest = clamp(from[0], 0, total), rank = 0;  // of the offsets before these; no sequence ends with the first
-  for (int first = 0; first <= batch; first += each * blockDim.x) {
-    const int begin = first + each * int(threadIdx.x);
-    int rows[each], all;
+  for (int first = 0; first <= batch; first += per_thread * blockDim.x) {
+    const int begin = first + per_thread * int(threadIdx.x);
+    int rows[per_thread], all;
 #pragma unroll
-    for (int i = 0; i < each; ++i) rows[i] = begin + i <= batch ? clamp(from[(begin + i) * stride], 0, total) : 0;
+    for (int i = 0; i < per_thread; ++i) rows[i] = begin + i <= batch ? clamp(from[(begin + i) * stride], 0, total) : 0;
     int thread_largest = 0;
 #pragma unroll
-    for (int i = 0; i < each; ++i) thread_largest = max_of(thread_largest, rows[i]);
+    for (int i = 0; i < per_thread; ++i) thread_largest = max_of(thread_largest, rows[i]);
     const int before = max_of(largest, block_scan(thread_largest, all, maximum));
     largest = max_of(largest, all);
     int live = 0;  // sequences that end with one of these, and have rows
-    int ranks[each];
+    int ranks[per_thread];
 #pragma unroll
-    for (int i = 0; i < each; ++i) {
+    for (int i = 0; i < per_thread; ++i) {
       const int previous = i == 0 ? before : rows[i - 1];
       live += rows[i] > previous;
       rows[i] = max_of(rows[i], previous);
@@ -66,7 +66,7 @@ inline void backward_offsets(const BackwardArgument& argument) {
     const int ranks_before = rank + block_scan(live, all, sum);
     rank += all;
 #pragma unroll
-    for (int i = 0; i < each; ++i) {
+    for (int i = 0; i < per_thread; ++i) {
       if (begin + i <= batch) to[begin + i] = {rows[i], ranks_before + ranks[i]};
     }
   }

@@ -80,7 +80,7 @@ inline PackedUnit packed_unit(int unit, const PackedOffset* offsets, int batch, 
   if (b < 0 || b == batch) return {0, 0, 0, 0};  // before the first sequence, or past the last
   const int begin = first_unit(b), units = first_unit(b + 1) - begin;
   const UnitIndex index = unit_of(unit - begin * heads, units, heads, heads_per_section);
-  return {index.row, index.head, b, units};
+  return {index.place, index.head, b, units};
 }
 
 constexpr PackedSequence packed_sequence(const BackwardParams& params, int b) {
@@ -142,7 +142,7 @@ constexpr DenseUnit dense_unit(const BackwardParams& backward, int unit) {
   const Params& params = backward.forward;
   const int heads = params.num_heads_q / params.qheads_per_khead;
   const UnitIndex index = unit_of(unit, backward.n_blocks, params.batch * heads, params.heads_per_section);
-  const int n_block = backward.reversed ? backward.n_blocks - 1 - index.row : index.row;
+  const int n_block = backward.reversed ? backward.n_blocks - 1 - index.place : index.place;
   return {n_block, index.head % heads, index.head / heads};
 }
 
@@ -162,24 +162,24 @@ struct BackwardWork {
   // Makes the whole work, as it was found, one of its chains. Called where registers are few: nothing is divided.
   template <class Config>
   constexpr void take_chain() {
+    constexpr int most = tile::chain_blocks(Config::block_m);
     int index = chain;
-    constexpr int chain = tile::chain_blocks(Config::block_m);
     const int tiles = range.end - range.begin, heads_end = query_head_end;
-    if (tiles * (heads_end - query_head) <= 2 * chain) return;
-    int heads = 1;
-    while (2 * heads * tiles <= chain) heads *= 2;
+    if (tiles * (heads_end - query_head) <= 2 * most) return;
+    int chain_heads = 1;
+    while (2 * chain_heads * tiles <= most) chain_heads *= 2;
     int begin = range.begin;
     first_chain = index == 0;
     for (; index > 0; --index) {
-      begin += chain;
+      begin += most;
       if (begin < range.end) continue;
       begin = range.begin;
-      query_head += heads;
+      query_head += chain_heads;
     }
-    query_head_end = min_of(query_head + heads, heads_end);
-    last_chain = begin + chain >= range.end && query_head_end == heads_end;
+    query_head_end = min_of(query_head + chain_heads, heads_end);
+    last_chain = begin + most >= range.end && query_head_end == heads_end;
     range.begin = begin;
-    range.end = min_of(range.end, begin + chain);
+    range.end = min_of(range.end, begin + most);
   }
 
   // Makes it whole.

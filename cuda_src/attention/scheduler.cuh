@@ -15,11 +15,12 @@ struct TileIndex {
 
 // Heads go in sections whose K and V fit the L2 together; within a section heads run fastest.
 struct UnitIndex {
-  int row, head;
+  int place, head;
 };
 
-constexpr UnitIndex unit_of(int unit, int rows, int heads, int heads_per_section) {
-  const int section = unit / (heads_per_section * rows), within = unit % (heads_per_section * rows);
+constexpr UnitIndex unit_of(int unit, int units_per_head, int heads, int heads_per_section) {
+  const int section = unit / (heads_per_section * units_per_head);
+  const int within = unit % (heads_per_section * units_per_head);
   const int width = min_of(heads_per_section, heads - section * heads_per_section);
   return {within / width, section * heads_per_section + within % width};
 }
@@ -30,8 +31,8 @@ template <class Config>
 constexpr TileIndex dense_tile(const Params& params, int unit, bool second) {
   const int heads = params.num_heads_q / Config::pack;
   const UnitIndex index = unit_of(unit, params.m_units, params.batch * heads, params.heads_per_section);
-  const int first_row = index.row, last_row = params.m_blocks - 1 - first_row;
-  const int m_block = !second ? last_row : first_row < last_row ? first_row : params.m_blocks;
+  const int first_tile = index.place, last_tile = params.m_blocks - 1 - first_tile;
+  const int m_block = !second ? last_tile : first_tile < last_tile ? first_tile : params.m_blocks;
   return {m_block, index.head % heads, index.head / heads};
 }
 
@@ -47,11 +48,11 @@ constexpr TileIndex packed_tile(const Params& params, const PackedSequence& sequ
   const int first_unit = first_packed_unit<Config::block_m>(sequence.q_begin, batch, pairs);
   const int units = first_packed_unit<Config::block_m>(sequence.q_end, batch + 1, pairs) - first_unit;
   const UnitIndex index = unit_of(unit - first_unit * heads, units, heads, params.heads_per_section);
-  if (!pairs) return {units - 1 - index.row, index.head, batch};
-  const int first_row = index.row, tiles = ceil_div(sequence.q_end - sequence.q_begin, Config::block_m);
-  const int last_row = tiles - 1 - first_row;
-  const bool idle = second ? first_row >= last_row : first_row > last_row;
-  return {idle ? params.m_blocks : second ? first_row : last_row, index.head, batch};
+  if (!pairs) return {units - 1 - index.place, index.head, batch};
+  const int first_tile = index.place, tiles = ceil_div(sequence.q_end - sequence.q_begin, Config::block_m);
+  const int last_tile = tiles - 1 - first_tile;
+  const bool idle = second ? first_tile >= last_tile : first_tile > last_tile;
+  return {idle ? params.m_blocks : second ? first_tile : last_tile, index.head, batch};
 }
 
 // A thread block's way through its share of the launch's work. The work comes in units: a unit is a tile, or a pair of
@@ -61,14 +62,14 @@ constexpr TileIndex packed_tile(const Params& params, const PackedSequence& sequ
 template <class Config>
 struct DenseCursor {
   const Deal& deal;
-  const int pair;          // tiles of a unit
-  int round = 0;           // its first unit
+  const int unit_tiles;    // tiles of a unit
+  int round_begin = 0;     // its first unit
   bool of_second = false;  // of the unit's tiles
   int listed = -1;         // which tile of the list it is
   int at = blockIdx.x;
   bool at_end = false;
 
-  explicit DenseCursor(const TmaParams& params) : deal(params.deal), pair(in_pairs(params.params) ? 2 : 1) {
+  explicit DenseCursor(const TmaParams& params) : deal(params.deal), unit_tiles(in_pairs(params.params) ? 2 : 1) {
     if (at >= deal.round_units) take_listed();
   }
 
@@ -78,10 +79,10 @@ struct DenseCursor {
 
   void advance() {
     if (listed >= 0) return take_listed();
-    of_second = !of_second && pair == 2;
+    of_second = !of_second && unit_tiles == 2;
     if (of_second) return;
-    round += gridDim.x;
-    at = round + blockIdx.x;
+    round_begin += gridDim.x;
+    at = round_begin + blockIdx.x;
     if (at >= deal.round_units) take_listed();
   }
 
