@@ -1,4 +1,4 @@
-// attention: which blocks of keys a tile of queries needs, and which of those have entries to mask.
+// attention: the range of the blocks of keys that a tile of queries needs, and of those that need no mask.
 #pragma once
 
 #include "attention/params.cuh"
@@ -7,7 +7,7 @@
 
 namespace attention {
 
-// The keys a query row may see: [first, last], from causal and window masks and the live length.
+// A query row sees the keys [first, last]. The causal or the window mask and the live length give them.
 template <bool causal, bool window>
 struct KeySpan {
   static constexpr int first(const Params& params, const Seqlen& seqlen, int row) {
@@ -26,7 +26,8 @@ struct BlockRange {
 
   constexpr bool empty() const { return begin >= end; }
 
-  // Without a window the rows' spans begin together.
+  // Says whether some row of the tile does not see all of a block of [begin, end). Without a window all rows begin with
+  // key 0, so only the end is asked.
   template <class Config>
   constexpr bool is_boundary(int n_block) const {
     return (Config::window && n_block < full_begin) || n_block >= full_end;

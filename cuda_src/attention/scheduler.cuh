@@ -1,4 +1,4 @@
-// attention: which tile of queries, head and sequence a thread block works on.
+// attention: the scheduler says which tile of queries, head and sequence a thread block works on.
 #pragma once
 
 #include "attention/packed.cuh"
@@ -13,7 +13,10 @@ struct TileIndex {
   int m_block, head, batch;
 };
 
-// Heads go in sections whose K and V fit the L2 together; within a section heads run fastest.
+// A head's work comes in units: tiles of queries, pairs of those or, in the backward, blocks of keys. Units are
+// numbered section by section. A section is as many heads as have K and V that fit the L2 together. Within a section
+// the head changes with every unit, and the place of the unit in its head changes when all heads of the section have
+// had a turn.
 struct UnitIndex {
   int place, head;
 };
@@ -25,8 +28,8 @@ constexpr UnitIndex unit_of(int unit, int units_per_head, int heads, int heads_p
   return {within / width, section * heads_per_section + within % width};
 }
 
-// Dense: query tiles go from last to first, so that under a causal mask the longest start first. The tile in the middle
-// of a head has no partner: then `second` is a tile past the end.
+// The tile of a unit of dense arrays. Tiles of a head go from last to first, so that under a causal mask the longest
+// start first. The tile in the middle of a head has no partner, so the second tile of its unit is one past the end.
 template <class Config>
 constexpr TileIndex dense_tile(const Params& params, int unit, bool second) {
   const int heads = params.num_heads_q / Config::pack;
@@ -36,10 +39,11 @@ constexpr TileIndex dense_tile(const Params& params, int unit, bool second) {
   return {m_block, index.head % heads, index.head / heads};
 }
 
-// Whether a unit of the launch is a pair of tiles.
+// Says whether a unit of the launch is a pair of tiles.
 constexpr bool in_pairs(const Params& params) { return params.m_units < params.m_blocks; }
 
-// Packed: the tile of a unit of the sequence that was found for it. It may lie past the end, and does where none was.
+// The tile of a unit of packed arrays, in the sequence that was found for the unit. The tile may lie past the end of
+// the sequence, and does so where no sequence was found.
 template <class Config>
 constexpr TileIndex packed_tile(const Params& params, const PackedSequence& sequence, int unit, bool second) {
   if (sequence.batch < 0) return {params.m_blocks, 0, 0};
@@ -55,18 +59,19 @@ constexpr TileIndex packed_tile(const Params& params, const PackedSequence& sequ
   return {idle ? params.m_blocks : second ? first_tile : last_tile, index.head, batch};
 }
 
-// A thread block's way through its share of the launch's work. The work comes in units: a unit is a tile, or a pair of
-// tiles, the last of a head with its first, the last but one with its second, and so on, so that under a causal mask
-// every unit costs the same. Units go round, but for the last, whose tiles the host has shared out one by one: where
-// rounds do not come out even, they would leave some blocks a whole unit more than others.
+// The cursor takes a thread block through its share of the tiles of dense arrays. A unit is a tile or a pair of tiles:
+// the last tile of a head goes with the first, the last but one with the second, and so on, so that under a causal mask
+// every unit costs the same. Thread blocks take units in rounds, one unit per block and round, but for the last units:
+// the host has listed their tiles block by block (see Deal), because a last round that not all blocks take part in
+// would leave some of them a whole unit more than others.
 template <class Config>
 struct DenseCursor {
   const Deal& deal;
-  const int unit_tiles;    // tiles of a unit
-  int round_begin = 0;     // its first unit
-  bool of_second = false;  // of the unit's tiles
-  int listed = -1;         // which tile of the list it is
-  int at = blockIdx.x;
+  const int unit_tiles;    // how many tiles a unit has
+  int round_begin = 0;     // the first unit of the round
+  bool of_second = false;  // whether the tile is the unit's second
+  int listed = -1;         // where the list has the tile; negative: the tile is in a round
+  int at = blockIdx.x;     // the unit
   bool at_end = false;
 
   explicit DenseCursor(const TmaParams& params) : deal(params.deal), unit_tiles(in_pairs(params.params) ? 2 : 1) {
@@ -88,7 +93,7 @@ struct DenseCursor {
 
  private:
   void take_listed() {
-    if (!Config::causal && !Config::window) {  // nothing is
+    if (!Config::causal && !Config::window) {  // the host lists tiles only under a mask
       at_end = true;
       return;
     }
@@ -101,17 +106,17 @@ struct DenseCursor {
   }
 };
 
-// Packed: the unit that one of the launch's blocks takes in a round. Every other round goes the other way, so that no
-// block is first in all of them.
+// The unit of packed arrays that one of the launch's blocks takes in a round. Every other round goes through the blocks
+// backwards, so that no block comes first in all rounds.
 constexpr int unit_in_round(int round, int block, int blocks) {
   return round * blocks + (round % 2 ? blocks - 1 - block : block);
 }
 
-// The same for packed sequences. The host knows no lengths and lists nothing. All follows from a count, for the warp
-// that has it has few registers.
+// The cursor takes a thread block through its share of the tiles of packed arrays. The host knows no lengths, so it
+// lists no tiles. The cursor is a mere count, because the warp that holds it has few registers.
 struct PackedCursor {
   const TmaParams& params;
-  int count = 0;  // tiles before this one
+  int count = 0;  // how many tiles the cursor has passed
 
   explicit PackedCursor(const TmaParams& params) : params(params) {}
 
