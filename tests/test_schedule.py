@@ -1,6 +1,8 @@
 """Which tile, block of keys and chain is whose, as cuda_src/attention says: NVRTC evaluates it in static_asserts.
 
-No GPU is needed, and nothing of that arithmetic is written again here: what a test says of it, it counts.
+No GPU is needed. The properties are counted, by brute force. Only what the lanes of a warp do together cannot be
+evaluated, and is written again here, serially: the running maximum of offsets, and the search for a packed unit's
+sequence.
 """
 
 from __future__ import annotations
@@ -39,13 +41,13 @@ struct Varlen : Base {
   static constexpr bool varlen = true;
 };
 
-// Which of `size` things have been met.
+// Keeps which of `size` things have been met.
 template <int size>
 struct Met {
   bool met[size] = {};
   int count = 0;
 
-  // Whether this one, which has to be one of `limit`, is new.
+  // Says whether thing `index` is one of the first `limit` and has not been met, and meets it.
   constexpr bool add(int index, int limit) {
     if (index < 0 || index >= limit || limit > size || met[index]) return false;
     ++count;
@@ -76,8 +78,8 @@ def braces(numbers: Any) -> str:
 # --- tiles of the forward -----------------------------------------------------------------------------
 
 TILES = """
-// Every tile is that of one unit. Those that are some unit's first go from last to first in each head, the others from
-// first to last, and one that is missing is past the end. Heads of a section are done before the next one's begin.
+// Every tile is visited once. In each head the first tiles of units go from last to first and the second ones from
+// first to last, and where a unit has no second tile, that one is past the end. Sections follow each other.
 template <class Config>
 constexpr bool dense_tiles(const Params& params) {
   Met<room> tiles;
@@ -99,7 +101,8 @@ constexpr bool dense_tiles(const Params& params) {
   return tiles.count == all * blocks;
 }
 
-// Units of one head do not follow each other while its section has others that are to come: a unit is the next head's.
+// A unit's head is the next one of the section after the head of the unit before, or, after the section's last head,
+// the first one of a section.
 constexpr bool heads_run_fastest(int units, int heads, int heads_per_section) {
   for (int unit = 1; unit < units * heads; ++unit) {
     const int before = unit_of(unit - 1, units, heads, heads_per_section).head;
@@ -110,8 +113,8 @@ constexpr bool heads_run_fastest(int units, int heads, int heads_per_section) {
   return true;
 }
 
-// Every tile is in the list of tiles or a unit of the rounds, once. Where a block has several of the list, those that
-// see most blocks of keys come first.
+// Every tile is visited once, in the rounds or in the list. A block goes through its part of the list from the tiles
+// that see most blocks of keys to those that see fewest.
 template <class Config, int starts, int tiles>
 constexpr bool listed_tiles(const Params& params, int round_units, const int (&begin)[starts],
                             const int (&listed)[tiles]) {
@@ -140,7 +143,7 @@ constexpr bool listed_tiles(const Params& params, int round_units, const int (&b
   return met.count == all;
 }
 
-// What an offset of cu_seqlens counts as.
+// What the offsets of cu_seqlens count as, and how many sequences with rows end with each or before it.
 template <int count>
 struct Offsets {
   int row[count] = {}, rank[count] = {};
@@ -154,7 +157,8 @@ struct Offsets {
   }
 };
 
-// Of every packed sequence every tile that has rows is one unit's, and those of a head go from last to first.
+// Every tile with rows of every packed sequence is visited once. In each head the first tiles of units go from last to
+// first and the second ones from first to last.
 template <class Config, int count>
 constexpr bool packed_tiles(const Params& params, int round_units, const int (&given)[count]) {
   constexpr int block_m = Config::block_m;
@@ -182,7 +186,6 @@ constexpr bool packed_tiles(const Params& params, int round_units, const int (&g
       const int tiles = ceil_div(work.seqlen.q, block_m), head = work.tile.head;
       if (work.tile.batch != b || head < 0 || head >= params.num_heads_q) return false;
       const int index = first_tile[b] + head * tiles + work.tile.m_block;
-      // The next tile has been met, or the one before, of the tiles that are some unit's second.
       if (!second && work.tile.m_block + 1 < tiles && !met.met[index + 1]) return false;
       if (second && work.tile.m_block > 0 && !met.met[index - 1]) return false;
       if (!met.add(index, all)) return false;
@@ -191,7 +194,7 @@ constexpr bool packed_tiles(const Params& params, int round_units, const int (&g
   return met.count == all;
 }
 
-// Every unit is one block's, in one round.
+// Every unit is taken once, by one block in one round.
 constexpr bool rounds(int blocks, int units) {
   Met<room> met;
   for (int block = 0; block < blocks; ++block) {
@@ -239,30 +242,42 @@ def test_dense_tiles_are_visited_once() -> None:
 DENSE_MASKS: list[dict[str, Any]] = [{}, {"causal": True}, {"window_size": (300, 0)}, {"window_size": (None, 200)}]
 
 
-def dense_grids() -> list[tuple[_plan.Plan, Problem, _plan.Grid]]:
-    """Grids of Hopper's kernel, whose blocks go through several tiles."""
-    found = []
-    shapes = [(1, 1, 700, (1, 1), 64), (2, 700, 300, (4, 2), 128), (1, 2500, 2500, (6, 6), 256)]
-    shapes += [(3, 900, 1300, (6, 6), 64), (4, 640, 640, (4, 2), 64), (2, 100, 900, (8, 2), 128)]
-    for (batch, seqlen_q, seqlen_k, heads, head_dim), mask, sms in itertools.product(shapes, DENSE_MASKS, (5, 16, 132)):
-        k = OnGpu(batch, seqlen_k, heads[1], head_dim)
-        problem = gpu_problem(OnGpu(batch, seqlen_q, heads[0], head_dim), k, k, **mask)
-        assert problem.static is not None
-        plan = _plan.make_plan(problem.static._replace(short_rows=0, short_keys=0), 90)
-        found.append((plan, problem, _plan.make_grid(plan, problem, sms)))
-    return found
+DENSE_SHAPES: list[tuple[int, int, int, tuple[int, int], int]] = [
+    (1, 1, 700, (1, 1), 64),
+    (2, 700, 300, (4, 2), 128),
+    (1, 2500, 2500, (6, 6), 256),
+    (3, 900, 1300, (6, 6), 64),
+    (4, 640, 640, (4, 2), 64),
+    (2, 100, 900, (8, 2), 128),
+]
 
 
-def test_blocks_share_all_dense_tiles() -> None:
-    """`make_grid`, `_share_out` and `dense_tile`: every tile is some block's, and only one's."""
-    claims = []
-    for plan, problem, grid in dense_grids():
+def on_hopper(
+    batch: int, seqlen_q: int, seqlen_k: int, heads: tuple[int, int], head_dim: int, **mask: Any
+) -> tuple[_plan.Plan, Problem]:
+    """A problem, and its plan with the kernel whose blocks go through several tiles."""
+    k = OnGpu(batch, seqlen_k, heads[1], head_dim)
+    problem = gpu_problem(OnGpu(batch, seqlen_q, heads[0], head_dim), k, k, **mask)
+    assert problem.static is not None
+    return _plan.make_plan(problem.static._replace(short_rows=0, short_keys=0), 90), problem
+
+
+@pytest.mark.parametrize("section", [None, 4])
+def test_blocks_share_all_dense_tiles(section: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make_grid`, `_share_out` and ``dense_tile``: every tile is some block's, and only one's."""
+    if section:
+        monkeypatch.setattr(_plan, "heads_per_section", lambda plan, problem: section)
+    claims, lists = [], set()
+    for shape, mask, sms in itertools.product(DENSE_SHAPES, DENSE_MASKS, (5, 16, 132)):
+        plan, problem = on_hopper(*shape, **mask)
+        grid = _plan.make_grid(plan, problem, sms)
+        lists.add(grid.listed)
         listed = list(itertools.chain(*grid.listed))
         begin = np.cumsum([0, *map(len, grid.listed)]).tolist()
         params = record("Params", **params_of(problem, **grid_of(grid)))
-        lists = f"{braces(begin)}, {braces(listed or [0])}"
-        claims.append(f"listed_tiles<{config_of(plan.config)}>({params}, {grid.round_units}, {lists})")
-    assert len({grid.round_units for _, _, grid in dense_grids() if grid.listed}) > 3
+        given = f"{grid.round_units}, {braces(begin)}, {braces(listed or [0])}"
+        claims.append(f"listed_tiles<{config_of(plan.config)}>({params}, {given})")
+    assert len(lists) > 10
     run(*claims, prelude=TILES)
 
 
@@ -279,9 +294,13 @@ def test_the_cost_of_a_tile_is_that_of_its_keys() -> None:
     }
     """
     claims = []
-    for plan, problem, grid in dense_grids():
+    windows = [(0, 0), (1, 0), (127, 0), (128, 1), (129, 127), (300, 128), (None, 200)]
+    shapes = [shape for shape in DENSE_SHAPES if shape[1] < 1000] + [(1, 650, 649, (2, 2), 128)]
+    for shape, mask in itertools.product(shapes, [*DENSE_MASKS, *({"window_size": window} for window in windows)]):
+        plan, problem = on_hopper(*shape, **mask)
         assert not isinstance(plan.config, ConfigBackward)
-        costs = [_plan._key_blocks(problem, plan.config, m_block) for m_block in range(grid.m_blocks)]
+        m_blocks = _plan.make_grid(plan, problem, 132).m_blocks
+        costs = [_plan._key_blocks(problem, plan.config, m_block) for m_block in range(m_blocks)]
         claims.append(f"costs<{config_of(plan.config)}>({record('Params', **params_of(problem))}, {braces(costs)})")
     run(*claims, prelude=prelude)
 
@@ -357,7 +376,7 @@ constexpr bool sees(const Params& params, const Seqlen& seqlen, bool causal, boo
          !(window && (key < aligned - params.window_left || key > aligned + params.window_right));
 }
 
-// Of tile `m_block` and block `n_block`: whether a query sees a key, and whether each sees all block_n of them.
+// Whether some query of a tile sees some key of a block, and whether every query sees all block_n keys.
 struct Seen {
   bool some, all;
 };
@@ -410,8 +429,8 @@ constexpr bool block_ranges(const Params& params) {
   return true;
 }
 
-// Keys past the end are seen by nobody, queries past it are not asked. A block of keys that is not whole is a boundary
-// of every tile.
+// No query sees a key past the end, so a block of keys that is not whole is a boundary of every tile. Queries past the
+// end are not asked.
 template <class Config>
 constexpr bool query_ranges(const Params& params) {
   const Seqlen seqlen = dense_seqlen(params);
@@ -469,8 +488,8 @@ def test_blocks_of_keys_need_the_tiles_whose_rows_see_them(tile: str) -> None:
 # --- the gradients' work ------------------------------------------------------------------------------
 
 WORK = """
-// Every block of keys is one unit's. Those of a head go from first to last, or, reversed, from last to first, and the
-// turn of each at a tile of dq is how many of them have added to the tile before.
+// Every block of keys is visited once. The blocks of a head go from first to last or, reversed, from last to first,
+// and a block's turn at a tile of dq is how many blocks before it add to the tile.
 template <class Config>
 constexpr bool key_blocks(const BackwardParams& backward) {
   const Params& params = backward.forward;
@@ -507,8 +526,8 @@ struct Table {
   }
 };
 
-// Of every packed sequence every block of `rows` rows is one of `units` units, and those of a head come in order. Each
-// has a place of its own among `places`, of sum_tile.
+// Every block of `rows` rows of every packed sequence is visited once, and the blocks of a head in order. sum_tile
+// gives each a place of its own among `places`, unless that is 0.
 template <class Config, int rows, int count>
 constexpr bool packed_units(const BackwardParams& backward, int heads, int section, int units, int total,
                             const int (&given)[count], int places = 0) {
@@ -521,7 +540,7 @@ constexpr bool packed_units(const BackwardParams& backward, int heads, int secti
     all += ceil_div(offsets[b + 1].row - offsets[b].row, rows) * heads;
   }
   for (int unit = 0; unit < units; ++unit) {
-    // As packed_unit, which a warp has to look for the sequence.
+    // packed_unit does this, with a warp that searches for the sequence.
     const auto first_unit = [&](int b) { return first_packed_unit<rows>(offsets[b].row, offsets[b].rank); };
     int b = -1;
     while (b + 1 < count && first_unit(b + 1) <= unit / heads) ++b;
@@ -560,8 +579,8 @@ constexpr bool padded_rows(const BackwardParams& backward, const int (&given)[co
   return true;
 }
 
-// Every tile of queries of every query head is in one chain of a work, and the flags are those of the first and last.
-// A work of up to two chains' tiles stays whole.
+// take_chain puts every tile of queries of every query head in one chain, and tells the first and the last chain. A
+// work of up to two chains' tiles stays whole.
 template <class Config>
 constexpr bool chains(int heads, int begin, int end) {
   const int tiles = end - begin, limit = tile::chain_blocks(Config::block_m);
@@ -588,7 +607,7 @@ constexpr bool chains(int heads, int begin, int end) {
   return met.count == heads * tiles;
 }
 
-// The same of chains within a work.
+// for_each_query_chain does the same.
 constexpr bool chains_of_steps(int heads, int begin, int end, int chain) {
   Params params{};
   params.qheads_per_khead = heads;
