@@ -56,6 +56,21 @@ struct Met {
 };
 
 constexpr int room = 1 << 11;
+
+// block_range and query_range, which leave memory as it is until they set it, as no constant expression may.
+template <class Config>
+constexpr BlockRange block_range_of(const Params& params, const Seqlen& seqlen, int m_block) {
+  BlockRange range{};
+  find_block_range<Config>(params, seqlen, m_block, range);
+  return range;
+}
+
+template <class Config>
+constexpr QueryRange query_range_of(const Params& params, const Seqlen& seqlen, int n_block) {
+  QueryRange range{};
+  find_query_range<Config>(params, seqlen, n_block, range);
+  return range;
+}
 """
 
 
@@ -134,7 +149,7 @@ constexpr bool listed_tiles(const Params& params, int round_units, const int (&b
     int before = 1 << 30;
     for (int i = begin[block]; i < begin[block + 1]; ++i) {
       const TileIndex tile = dense_tile<Config>(params, round_units + listed[i] / 2, listed[i] % 2);
-      const BlockRange range = block_range<Config>(params, seqlen, tile.m_block);
+      const BlockRange range = block_range_of<Config>(params, seqlen, tile.m_block);
       const int cost = max_of(0, range.end - range.begin);
       if (cost > before || !add(tile)) return false;
       before = cost;
@@ -287,7 +302,7 @@ def test_the_cost_of_a_tile_is_that_of_its_keys() -> None:
     template <class Config, int tiles>
     constexpr bool costs(const Params& params, const int (&blocks)[tiles]) {
       for (int m_block = 0; m_block < tiles; ++m_block) {
-        const BlockRange range = block_range<Config>(params, dense_seqlen(params), m_block);
+        const BlockRange range = block_range_of<Config>(params, dense_seqlen(params), m_block);
         if (max_of(0, range.end - range.begin) != blocks[m_block]) return false;
       }
       return true;
@@ -414,7 +429,7 @@ template <class Config>
 constexpr bool block_ranges(const Params& params) {
   const Seqlen seqlen = dense_seqlen(params);
   for (int m_block = 0; m_block < ceil_div(seqlen.q * Config::pack, Config::block_m); ++m_block) {
-    const BlockRange range = block_range<Config>(params, seqlen, m_block);
+    const BlockRange range = block_range_of<Config>(params, seqlen, m_block);
     if (range.begin < 0 || range.end < 0 || range.end > ceil_div(seqlen.k, Config::block_n)) return false;
     bool empty = true;
     for (int n = 0; n < ceil_div(seqlen.k, Config::block_n); ++n) {
@@ -435,7 +450,7 @@ template <class Config>
 constexpr bool query_ranges(const Params& params) {
   const Seqlen seqlen = dense_seqlen(params);
   for (int n_block = 0; n_block < ceil_div(seqlen.k, Config::block_n) + 1; ++n_block) {
-    const QueryRange range = query_range<Config>(params, seqlen, n_block);
+    const QueryRange range = query_range_of<Config>(params, seqlen, n_block);
     if (range.begin < 0 || range.end < 0 || range.end > ceil_div(seqlen.q, Config::block_m)) return false;
     bool empty = true;
     for (int m = 0; m < ceil_div(seqlen.q, Config::block_m); ++m) {
@@ -504,9 +519,9 @@ constexpr bool key_blocks(const BackwardParams& backward) {
     if (found.head < 0 || found.head >= heads || found.batch >= params.batch) return false;
     if (found.n_block != (backward.reversed ? backward.n_blocks - 1 - index : index)) return false;
     if (!met.add(head * backward.n_blocks + found.n_block, all)) return false;
-    const QueryRange range = query_range<Config>(params, seqlen, found.n_block);
+    const QueryRange range = query_range_of<Config>(params, seqlen, found.n_block);
     for (int m_block = range.begin; m_block < range.end; ++m_block) {
-      const int turn = turn_of<Config>(backward, seqlen, m_block, found.n_block);
+      const int turn = turn_in(backward, block_range_of<Config>(params, seqlen, m_block), found.n_block);
       if (turn != added[head * tiles + m_block]++) return false;
     }
   }

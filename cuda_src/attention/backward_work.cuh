@@ -20,8 +20,9 @@ struct QueryRange {
   constexpr bool is_boundary(int m_block) const { return m_block < full_begin || m_block >= full_end; }
 };
 
+// Sets the range of a block of keys.
 template <class Config>
-constexpr QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_block) {
+constexpr void find_query_range(const Params& params, const Seqlen& seqlen, int n_block, QueryRange& range) {
   constexpr int block_m = Config::block_m;
   const int first_key = n_block * Config::block_n, last_key = min_of(first_key + Config::block_n, seqlen.k) - 1;
   // Key j is seen by rows [j - diagonal - right, j - diagonal + left].
@@ -35,18 +36,22 @@ constexpr QueryRange query_range(const Params& params, const Seqlen& seqlen, int
     last_row = min_of(last_row, last_key - seqlen.diagonal() + params.window_left);
     last_full_row = min_of(last_full_row, first_key - seqlen.diagonal() + params.window_left);
   }
-  QueryRange range{
-      first_row / block_m,
-      last_key < first_key || last_row < first_row ? 0 : last_row / block_m + 1,
-      ceil_div(first_full_row, block_m),
-      last_full_row < 0 ? 0 : (last_full_row + 1) / block_m,
-  };
+  range.begin = first_row / block_m;
+  range.end = last_key < first_key || last_row < first_row ? 0 : last_row / block_m + 1;
+  range.full_begin = ceil_div(first_full_row, block_m);
+  range.full_end = last_full_row < 0 ? 0 : (last_full_row + 1) / block_m;
   // Keys past the end of the sequence are masked in every tile. Rows past the end need no mask: their row_lse is
   // infinite, which makes their P 0.
   if (first_key + Config::block_n > seqlen.k)
     range.full_end = 0;
   else if (last_full_row == seqlen.q - 1)
     range.full_end = range.end;
+}
+
+template <class Config>
+inline QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_block) {
+  QueryRange range;
+  find_query_range<Config>(params, seqlen, n_block, range);
   return range;
 }
 
@@ -128,12 +133,17 @@ constexpr int key_head(const Params& params, int batch, int query_head) {
   return (batch * params.num_heads_q + query_head) / params.qheads_per_khead;
 }
 
-// How many blocks of keys add to a tile of dq before block `n_block` does, in the deterministic order. Blocks add in
-// the order in which they are launched, so that no block waits for one that cannot run.
-template <class Config>
-constexpr int turn_of(const BackwardParams& backward, const Seqlen& seqlen, int m_block, int n_block) {
-  const BlockRange range = block_range<Config>(backward.forward, seqlen, m_block);
+// How many blocks of keys add to a tile of dq before block `n_block` does, in the deterministic order. The tile needs
+// the blocks of `range`. Blocks add in the order in which they are launched, so that no block waits for one that cannot
+// run.
+constexpr int turn_in(const BackwardParams& backward, const BlockRange& range, int n_block) {
   return backward.reversed ? range.end - 1 - n_block : n_block - range.begin;
+}
+
+template <class Config>
+inline int turn_of(const BackwardParams& backward, const Seqlen& seqlen, int m_block, int n_block) {
+  const BlockRange range = block_range<Config>(backward.forward, seqlen, m_block);
+  return turn_in(backward, range, n_block);
 }
 
 // A unit of the backward of dense arrays is a block of keys of a key head.

@@ -34,21 +34,28 @@ struct BlockRange {
   }
 };
 
+// Sets the range of a tile of queries.
 template <class Config>
-constexpr BlockRange block_range(const Params& params, const Seqlen& seqlen, int m_block) {
+constexpr void find_block_range(const Params& params, const Seqlen& seqlen, int m_block, BlockRange& range) {
   constexpr int block_n = Config::block_n;
   constexpr bool window = Config::window;
   using Span = KeySpan<Config::causal, window>;
   const int first_tile_row = m_block * Config::block_m;
   const int first_row = first_tile_row / Config::pack;
   const int last_row = min_of((first_tile_row + Config::block_m - 1) / Config::pack, seqlen.q - 1);
-  const int begin = Span::first(params, seqlen, first_row) / block_n;
-  const int past = Span::last(params, seqlen, last_row) + 1;
-  const int end = past > 0 ? ceil_div(past, block_n) : 0;
-  const int full_begin = window ? ceil_div(Span::first(params, seqlen, last_row), block_n) : 0;
-  const int past_full = Span::last(params, seqlen, first_row) + 1;
-  const int full_end = past_full > 0 ? past_full / block_n : 0;
-  return {begin, end, full_begin, full_end};
+  range.begin = Span::first(params, seqlen, first_row) / block_n;
+  const int end = Span::last(params, seqlen, last_row) + 1;
+  range.end = end > 0 ? ceil_div(end, block_n) : 0;
+  range.full_begin = window ? ceil_div(Span::first(params, seqlen, last_row), block_n) : 0;
+  const int full_end = Span::last(params, seqlen, first_row) + 1;
+  range.full_end = full_end > 0 ? full_end / block_n : 0;
+}
+
+template <class Config>
+inline BlockRange block_range(const Params& params, const Seqlen& seqlen, int m_block) {
+  BlockRange range;
+  find_block_range<Config>(params, seqlen, m_block, range);
+  return range;
 }
 
 }  // namespace attention

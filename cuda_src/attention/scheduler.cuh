@@ -121,7 +121,10 @@ struct PackedCursor {
   explicit PackedCursor(const TmaParams& params) : params(params) {}
 
   bool pairs() const { return in_pairs(params.params); }
-  int unit() const { return unit_in_round(count >> pairs(), blockIdx.x, gridDim.x); }
+  int unit() const {
+    const int round = count >> pairs(), blocks = gridDim.x, block = blockIdx.x;
+    return unit_in_round(round, block, blocks);
+  }
   bool second() const { return pairs() && count % 2; }
   bool done() const { return unit() >= params.deal.round_units; }
   void advance() { ++count; }
