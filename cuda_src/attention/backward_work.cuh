@@ -1,5 +1,5 @@
-// attention: what a thread block of the backward works on: a block of keys of a key head, and the tiles of queries, of
-// every query head that shares it, that see any of them.
+// attention: what a thread block of the backward works on. A work is a block of keys of a key head and, of every query
+// head that shares the key head, the tiles of queries that see any of the keys.
 #pragma once
 
 #include "attention/backward_params.cuh"
@@ -11,17 +11,18 @@
 
 namespace attention {
 
-// The query rows that see any of a block's keys, in tiles of Config::block_m.
+// The tiles of queries, of Config::block_m rows, that see any of a block's keys.
 struct QueryRange {
-  int begin, end;            // tiles [begin, end) hold them all
+  int begin, end;            // tiles [begin, end) hold every row that sees a key of the block
   int full_begin, full_end;  // in tiles [full_begin, full_end) every row sees every key
 
-  bool empty() const { return begin >= end; }
-  bool is_boundary(int m_block) const { return m_block < full_begin || m_block >= full_end; }
+  constexpr bool empty() const { return begin >= end; }
+  constexpr bool is_boundary(int m_block) const { return m_block < full_begin || m_block >= full_end; }
 };
 
+// Sets the range of a block of keys.
 template <class Config>
-inline QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_block) {
+constexpr void find_query_range(const Params& params, const Seqlen& seqlen, int n_block, QueryRange& range) {
   constexpr int block_m = Config::block_m;
   const int first_key = n_block * Config::block_n, last_key = min_of(first_key + Config::block_n, seqlen.k) - 1;
   // Key j is seen by rows [j - diagonal - right, j - diagonal + left].
@@ -35,38 +36,44 @@ inline QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_
     last_row = min_of(last_row, last_key - seqlen.diagonal() + params.window_left);
     last_full_row = min_of(last_full_row, first_key - seqlen.diagonal() + params.window_left);
   }
-  QueryRange range;
   range.begin = first_row / block_m;
   range.end = last_key < first_key || last_row < first_row ? 0 : last_row / block_m + 1;
   range.full_begin = ceil_div(first_full_row, block_m);
   range.full_end = last_full_row < 0 ? 0 : (last_full_row + 1) / block_m;
-  // Keys past the end of the sequence are masked in every tile. Rows past it need no mask: their row_lse sees to it.
+  // Keys past the end of the sequence are masked in every tile. Rows past the end need no mask: their row_lse is
+  // infinite, which makes their P 0.
   if (first_key + Config::block_n > seqlen.k)
     range.full_end = 0;
   else if (last_full_row == seqlen.q - 1)
     range.full_end = range.end;
+}
+
+template <class Config>
+inline QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_block) {
+  QueryRange range;
+  find_query_range<Config>(params, seqlen, n_block, range);
   return range;
 }
 
-// Whether one block has all live keys of a sequence, and so all there is of dq of the tiles that see them: then it
-// writes them itself. Dense, Config::writes_dq means that it has.
+// Says whether the block of keys writes dq itself. It does where it has all live keys of the sequence, and so computes
+// the whole dq of the tiles that see them. Of dense arrays Config::writes_dq alone says that.
 template <class Config>
 inline bool writes_dq(const Seqlen& seqlen) {
   return Config::writes_dq && (!Config::varlen || seqlen.k <= Config::block_n);
 }
 
-// Which unit of which head of which sequence.
+// A unit is `rows` rows of a head of a packed sequence; its place in the head is `row`.
 struct PackedUnit {
   int row, head, batch;
-  int units;  // of the sequence, a head; 0 where the unit is no sequence's
+  int units;  // how many units each head of the sequence has; 0 where the unit is no sequence's
 };
 
-// Of units of `rows` rows of one of the packed arrays. Called by a whole warp, with the same unit. A lane probes a 32nd
-// of the offsets that are left.
+// Finds what a unit of one of the packed arrays is. A whole warp calls this with the same unit. The lanes probe 32 of
+// the offsets that are left, evenly spaced, until one is left.
 template <int rows>
 inline PackedUnit packed_unit(int unit, const PackedOffset* offsets, int batch, int heads, int heads_per_section) {
   const auto first_unit = [&](int b) { return first_packed_unit<rows>(offsets[b].row, offsets[b].rank); };
-  int low = 0, high = batch + 1;  // offsets whose first unit is past this one begin at one of [low, high]
+  int low = 0, high = batch + 1;  // the first offset whose first unit is past this one is in [low, high]
 #pragma unroll 1
   while (low < high) {
     const int step = ceil_div(high - low, 32), probe = low + (int(tile::lane()) + 1) * step - 1;
@@ -76,40 +83,43 @@ inline PackedUnit packed_unit(int unit, const PackedOffset* offsets, int batch, 
     low += count * step;
   }
   const int b = low - 1;
-  if (b < 0 || b == batch) return {0, 0, 0, 0};  // before the first sequence, or past the last
+  if (b < 0 || b == batch) return {0, 0, 0, 0};  // the unit is before the first sequence or past the last
   const int begin = first_unit(b), units = first_unit(b + 1) - begin;
   const UnitIndex index = unit_of(unit - begin * heads, units, heads, heads_per_section);
-  return {index.row, index.head, b, units};
+  return {index.place, index.head, b, units};
 }
 
-inline PackedSequence packed_sequence(const BackwardParams& params, int b) {
+constexpr PackedSequence packed_sequence(const BackwardParams& params, int b) {
   return {b, params.offsets_q[b].row, params.offsets_q[b + 1].row, params.offsets_k[b].row,
           params.offsets_k[b + 1].row};
 }
 
-// Rows of packed sequences begin with a multiple of so many in the workspace, of which a copy takes 16 bytes.
+// In the workspace the rows of a packed sequence begin with a multiple of this many, whose numbers make 16 bytes, which
+// is what a copy takes.
 inline constexpr int aligned_rows = 4;
 
-// Numbers before the first row, which rows of packed tiles past their sequence's end have: of the largest tile.
+// How many numbers the workspace has before the first row: as many as the largest tile has rows. Rows of packed tiles
+// past the end of their sequence have these numbers.
 inline constexpr int padding_rows = 128;
 
-// Where the rows of a sequence begin in a head of the workspace; `rank`, packed, is that of its rows of q.
+// Where the rows of a sequence begin in a head of the workspace. The sequence, packed, begins with row `first_row` of q
+// and has `rank` sequences with rows of q before it.
 template <class Config>
-inline int padded_row(int first_row, int rank) {
+constexpr int padded_row(int first_row, int rank) {
   return Config::varlen ? first_packed_unit<aligned_rows>(first_row, rank) * aligned_rows : 0;
 }
 
 // The row of the workspace at which query head `head` of the sequence of a work or tile begins.
 template <class Config, class Where>
-inline i64 workspace_row(const BackwardParams& params, const Where& at, int head) {
+constexpr i64 workspace_row(const BackwardParams& params, const Where& at, int head) {
   const int outer = Config::varlen ? 0 : at.batch;
   return (i64(outer) * params.forward.num_heads_q + head) * params.workspace_rows +
          padded_row<Config>(at.seqlen.q_first_row, at.rank);
 }
 
-// Which tile of the sums of dq is tile m_block of that head.
+// The index, among all tiles of the sums of dq, of tile m_block of query head `head` of the sequence of a work or tile.
 template <class Config, class Where>
-inline int sum_tile(const BackwardParams& params, const Where& at, int head, int m_block) {
+constexpr int sum_tile(const BackwardParams& params, const Where& at, int head, int m_block) {
   if constexpr (Config::varlen) {
     return head * params.forward.m_blocks + first_packed_unit<Config::block_m>(at.seqlen.q_first_row, at.rank) +
            m_block;
@@ -118,82 +128,100 @@ inline int sum_tile(const BackwardParams& params, const Where& at, int head, int
   }
 }
 
-// Which of all sequences' key heads a query head reads.
-inline int key_head(const Params& params, int batch, int query_head) {
+// The index, among the key heads of all sequences, of the one that a query head reads.
+constexpr int key_head(const Params& params, int batch, int query_head) {
   return (batch * params.num_heads_q + query_head) / params.qheads_per_khead;
 }
 
-// The deterministic order: how many blocks of keys add to a tile of dq before this one does. It is the order in which
-// they are launched, so that nobody waits for one that cannot run.
-template <class Config>
-inline int turn_of(const BackwardParams& backward, const Seqlen& seqlen, int m_block, int n_block) {
-  const BlockRange range = block_range<Config>(backward.forward, seqlen, m_block);
+// How many blocks of keys add to a tile of dq before block `n_block` does, in the deterministic order. The tile needs
+// the blocks of `range`. Blocks add in the order in which they are launched, so that no block waits for one that cannot
+// run.
+constexpr int turn_in(const BackwardParams& backward, const BlockRange& range, int n_block) {
   return backward.reversed ? range.end - 1 - n_block : n_block - range.begin;
 }
 
+template <class Config>
+inline int turn_of(const BackwardParams& backward, const Seqlen& seqlen, int m_block, int n_block) {
+  const BlockRange range = block_range<Config>(backward.forward, seqlen, m_block);
+  return turn_in(backward, range, n_block);
+}
+
+// A unit of the backward of dense arrays is a block of keys of a key head.
+struct DenseUnit {
+  int n_block, head, batch;
+};
+
+// Finds what a unit of dense arrays is. The first blocks of keys come first, unless the order is reversed: under a
+// causal mask most queries see them.
+constexpr DenseUnit dense_unit(const BackwardParams& backward, int unit) {
+  const Params& params = backward.forward;
+  const int heads = params.num_heads_q / params.qheads_per_khead;
+  const UnitIndex index = unit_of(unit, backward.n_blocks, params.batch * heads, params.heads_per_section);
+  const int n_block = backward.reversed ? backward.n_blocks - 1 - index.place : index.place;
+  return {n_block, index.head % heads, index.head / heads};
+}
+
 struct BackwardWork {
-  int n_block, head, batch;  // head: of keys; n_block is negative where there is no more work
+  int n_block, head, batch;  // `head` is a key head; n_block is negative where there is no more work
   Seqlen seqlen;
-  int key_rows;  // rows of k and v that are the sequence's, live or not
+  int key_rows;  // how many rows of k and v the sequence has, live or not
   QueryRange range;
-  int rank;                        // packed: of the sequence's rows of q
-  int query_head, query_head_end;  // the query heads, of those that share the keys
+  int rank;                        // how many packed sequences before this one have rows of q
+  int query_head, query_head_end;  // the query heads of the work: [query_head, query_head_end)
 
-  // Where there are so many tiles of queries that sums over them would drift (tile/local.cuh), they come in chains,
-  // parts of the work: all tiles of a few query heads, or a part of those of one.
+  // Where there are so many tiles of queries that sums over them would drift (tile/local.cuh), a unit's work is done in
+  // chains. A chain has all tiles of a few query heads, or some of the tiles of one query head.
   bool first_chain, last_chain;
-  int unit, chain;  // which of the unit's it is
+  int unit, chain;  // the work is chain number `chain` of the unit
 
-  // Makes the whole work, as it was found, one of its chains. Called where registers are few: nothing is divided.
+  // Turns the work of the whole unit into chain number `chain`. Nothing is divided: the caller has few registers.
   template <class Config>
-  void take_chain() {
+  constexpr void take_chain() {
+    constexpr int most = tile::chain_blocks(Config::block_m);
     int index = chain;
-    constexpr int chain = tile::chain_blocks(Config::block_m);
     const int tiles = range.end - range.begin, heads_end = query_head_end;
-    if (tiles * (heads_end - query_head) <= 2 * chain) return;
-    int heads = 1;
-    while (2 * heads * tiles <= chain) heads *= 2;
+    if (tiles * (heads_end - query_head) <= 2 * most) return;
+    int chain_heads = 1;
+    while (2 * chain_heads * tiles <= most) chain_heads *= 2;
     int begin = range.begin;
     first_chain = index == 0;
     for (; index > 0; --index) {
-      begin += chain;
+      begin += most;
       if (begin < range.end) continue;
       begin = range.begin;
-      query_head += heads;
+      query_head += chain_heads;
     }
-    query_head_end = min_of(query_head + heads, heads_end);
-    last_chain = begin + chain >= range.end && query_head_end == heads_end;
+    query_head_end = min_of(query_head + chain_heads, heads_end);
+    last_chain = begin + most >= range.end && query_head_end == heads_end;
     range.begin = begin;
-    range.end = min_of(range.end, begin + chain);
+    range.end = min_of(range.end, begin + most);
   }
 
-  // Makes it whole.
-  void take_all(const Params& params) {
+  // Gives the work all query heads that share the key head, in one chain.
+  constexpr void take_all(const Params& params) {
     query_head = head * params.qheads_per_khead;
     query_head_end = query_head + params.qheads_per_khead;
     first_chain = last_chain = true;
   }
 
-  // Whether the block lies past the end.
+  // Says whether the block of keys lies past the end of the sequence.
   template <class Config>
-  bool idle() const {
+  constexpr bool idle() const {
     return n_block * Config::block_n >= key_rows;
   }
 
-  // The first blocks of keys come first, unless reversed: under a causal mask they are seen by most queries. Called by
-  // a whole warp.
+  // Finds the work of a unit. A whole warp calls this.
   template <class Config>
   static BackwardWork find(const BackwardParams& backward, int unit) {
     const Params& params = backward.forward;
-    const int heads = params.num_heads_q / params.qheads_per_khead;
     if constexpr (Config::varlen) {
       return of_packed<Config>(backward, find_packed<Config>(backward, unit));
     } else {
-      const UnitIndex index = unit_of(unit, backward.n_blocks, params.batch * heads, params.heads_per_section);
+      const DenseUnit found = dense_unit(backward, unit);
       BackwardWork work;
-      work.n_block = backward.reversed ? backward.n_blocks - 1 - index.row : index.row;
-      work.head = index.head % heads;
-      work.batch = index.head / heads;
+      work.n_block = found.n_block;
+      work.head = found.head;
+      work.batch = found.batch;
       work.rank = 0;
       work.key_rows = params.seqlen_k;
       work.seqlen = dense_seqlen(params);
@@ -203,7 +231,8 @@ struct BackwardWork {
     }
   }
 
-  // The same for packed sequences in two parts, of which one thread does the second.
+  // The work of a unit of packed sequences is found in two steps: the whole warp takes this one, and then of_packed or
+  // take_packed needs one thread.
   template <class Config>
   static PackedUnit find_packed(const BackwardParams& backward, int unit) {
     const Params& params = backward.forward;
@@ -235,16 +264,17 @@ struct BackwardWork {
     work.take_all(backward.forward);
   }
 
-  // Units of the launch; some may be idle.
+  // How many units the launch has; some may be idle.
   template <class Config>
-  static int units(const BackwardParams& backward) {
+  static constexpr int units(const BackwardParams& backward) {
     const Params& params = backward.forward;
     return backward.n_blocks * (params.num_heads_q / params.qheads_per_khead) * (Config::varlen ? 1 : params.batch);
   }
 };
 
-// Calls step(query head, tile of queries) for all that see the block's keys, or, of a work in chains, for those of its
-// chain. The work is in shared memory, where the last head is read again, for the sake of a register.
+// Calls step(query head, tile of queries) for every tile that sees the block's keys or, of a work in chains, for every
+// tile of the chain. The work is in shared memory, where every turn of the loop reads the last head again, which saves
+// a register.
 template <bool chains, class Step>
 inline void for_each_query_tile(const Params& params, const BackwardWork& work, Step&& step) {
   const volatile int& chain_end = work.query_head_end;
@@ -257,10 +287,11 @@ inline void for_each_query_tile(const Params& params, const BackwardWork& work, 
   }
 }
 
-// The same in chains of at most `chain` steps, each of which end_chain(first, last) follows; without chains, once.
+// Calls step(query head, tile of queries) for every tile that sees the block's keys, and end_chain(first, last) after
+// every `chain` steps and after the last; without chains end_chain is called once, at the end.
 template <bool chains, class Step, class EndChain>
-inline void for_each_query_chain(const Params& params, const BackwardWork& work, int chain, Step&& step,
-                                 EndChain&& end_chain) {
+constexpr void for_each_query_chain(const Params& params, const BackwardWork& work, int chain, Step&& step,
+                                    EndChain&& end_chain) {
   if constexpr (!chains) {
     for_each_query_tile<false>(params, work, step);
     end_chain(true, true);

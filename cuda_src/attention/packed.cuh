@@ -1,6 +1,6 @@
-// attention: how packed sequences are found. cu_seqlens may hold anything: an offset counts as the largest up to it,
-// clamped to the packed array. So sequences follow each other, no row is in two of them, and no address outside the
-// arrays is formed.
+// attention: how packed sequences are found. cu_seqlens may hold anything: each offset is clamped to the packed array
+// and counts as the largest offset up to it. So sequences follow each other, no row is in two sequences, and no address
+// outside the arrays is formed.
 #pragma once
 
 #include "attention/params.cuh"
@@ -10,44 +10,44 @@
 
 namespace attention {
 
-// Sequences are worked on in units of so many rows, or twice as many where units are `pairs`. They are numbered so that
-// the host needs to know no length: those of a sequence that begins with row `offset` come from this one on, always
-// enough for its rows. `rank` is how many sequences come before it, or how many that have rows.
+// The number of a sequence's first unit. A unit is `rows` rows or, where units are `pairs`, twice as many. The sequence
+// begins with row `offset`, and `rank` counts the sequences before it: either all of them or those that have rows. The
+// units up to the next sequence's first are always enough for the rows of this one, so that the host needs no lengths.
 template <int rows>
-inline int first_packed_unit(int offset, int rank, bool pairs = false) {
+constexpr int first_packed_unit(int offset, int rank, bool pairs = false) {
   return int(u32(offset) / rows >> pairs) + rank;
 }
 
 struct PackedSequence {
-  int batch;  // which; negative: there is none
+  int batch;  // the index of the sequence; negative: there is none
   int q_begin, q_end, k_begin, k_end;
 };
 
-// A warp's way through cu_seqlens, for units that never decrease from one question to the next. It lives in shared
-// memory, since the warp may have few registers.
+// The scan takes a warp through cu_seqlens, to find the sequences of units that never decrease from one call to the
+// next. It lives in shared memory, since the warp may have few registers.
 struct PackedScan {
-  int first;         // offsets before this one are behind it
-  int q_max, k_max;  // the largest of those
+  int first;         // how many offsets the scan has passed
+  int q_max, k_max;  // the largest of the offsets that the scan has passed
   PackedSequence found;
 
-  // Called by one thread, and followed by a barrier.
+  // One thread calls this, and a barrier has to follow.
   void init() {
     first = q_max = k_max = 0;
     found.batch = -1;
   }
 
-  // Whether the sequence found last is still that of a unit, which is not before the one it was found for.
+  // Says whether a unit has the sequence that was found last. The unit must not be before the one of that call.
   template <int rows>
-  bool holds(int unit, bool pairs) const {
+  constexpr bool holds(int unit, bool pairs) const {
     return found.batch >= 0 && unit < first_packed_unit<rows>(found.q_end, found.batch + 1, pairs);
   }
 
-  // found ← the sequence whose unit this is. Called by a whole warp, which asks for `groups` of 32 offsets at a time.
+  // Finds the sequence of a unit. A whole warp calls this; it loads `groups` times 32 offsets together.
   template <int rows, int groups>
   void find(const Params& params, int unit, bool pairs) {
     PackedScan at{first, q_max, k_max, {-1, 0, 0, 0, 0}};
     at.advance<rows, groups>(params, unit, pairs);
-    __syncwarp();  // all lanes have read
+    __syncwarp();  // all lanes have read the scan
     if (tile::lane() == 0) *this = at;
     __syncwarp();
   }
@@ -79,7 +79,7 @@ struct PackedScan {
     }
   }
 
-  // The sequence ends with one of the 32 offsets from `first` on, of which each lane has one.
+  // Finds the sequence of a unit where it ends with one of the 32 offsets from `first` on. Each lane has one of them.
   template <int rows>
   void within(int unit, bool pairs, int q, int k) {
     q = max_of(q_max, prefix_max(q));
@@ -97,20 +97,20 @@ struct PackedScan {
   static int prefix_max(int x) {
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      x = max_of(x, __shfl_up_sync(0xffffffffu, x, step));  // the lane's own, where there is none before
+      x = max_of(x, __shfl_up_sync(0xffffffffu, x, step));  // a lane that has none before it gets its own
     }
     return x;
   }
 };
 
-// What an offset counts as, and how many sequences before it have rows: of every offset the backward's first kernel
-// writes this down, in memory, and the others find it there.
+// What an offset counts as, and how many sequences before it have rows. The backward's first kernel writes one of these
+// for every offset, and the other kernels read them.
 struct alignas(8) PackedOffset {
   i32 row, rank;
 };
 
-// Live keys of a packed sequence with so many.
-inline int live_keys(const Params& params, int batch, int keys) {
+// How many keys of a packed sequence are live; `keys` is how many it has.
+constexpr int live_keys(const Params& params, int batch, int keys) {
   return params.seqused_k ? clamp(params.seqused_k[batch * params.seqused_k_stride], 0, keys) : keys;
 }
 

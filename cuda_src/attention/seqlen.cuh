@@ -1,4 +1,4 @@
-// attention: how long this sequence is and where its rows lie.
+// attention: how long a sequence is and where its rows lie.
 #pragma once
 
 #include "attention/packed.cuh"
@@ -8,16 +8,17 @@
 namespace attention {
 
 struct Seqlen {
-  int q, k;                      // live lengths
-  int q_first_row, k_first_row;  // row of the packed arrays where the sequence begins; 0 unless varlen
+  int q, k;                      // how many rows of q and keys are live
+  int q_first_row, k_first_row;  // the rows of the packed arrays with which the sequence begins; 0 unless varlen
 
-  // Query i sees key j through j - (i + diagonal): masks are aligned bottom-right.
-  int diagonal() const { return k - q; }
+  // Masks are aligned bottom-right: key i + diagonal is query i's own, and what the query sees of key j depends on
+  // j - (i + diagonal).
+  constexpr int diagonal() const { return k - q; }
 };
 
-inline Seqlen dense_seqlen(const Params& params) { return {params.seqlen_q, params.seqlen_k, 0, 0}; }
+constexpr Seqlen dense_seqlen(const Params& params) { return {params.seqlen_q, params.seqlen_k, 0, 0}; }
 
-inline Seqlen packed_seqlen(const Params& params, const PackedSequence& sequence) {
+constexpr Seqlen packed_seqlen(const Params& params, const PackedSequence& sequence) {
   if (sequence.batch < 0) return {0, 0, 0, 0};
   const int keys = live_keys(params, sequence.batch, sequence.k_end - sequence.k_begin);
   return {sequence.q_end - sequence.q_begin, keys, sequence.q_begin, sequence.k_begin};

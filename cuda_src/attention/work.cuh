@@ -1,5 +1,5 @@
-// attention: what a thread block works on. It lives in shared memory and is read where it is needed: the accumulators
-// leave the main loop no registers to carry it in.
+// attention: what a thread block works on. A work lives in shared memory and is read where it is needed, since the
+// accumulators leave the main loop no registers to carry it in.
 #pragma once
 
 #include "attention/block_range.cuh"
@@ -13,24 +13,25 @@
 namespace attention {
 
 // Where few rows of q would leave most of a tile empty, heads that share a key head share the tile: with Config::pack
-// of them, row r of the tiles is query row r / pack of head r % pack, and `tile.head` is the key head.
+// heads in a tile, row r of the tiles is query row r / pack of head r % pack, and `tile.head` is the key head.
 template <class element>
 struct Work {
   TileIndex tile;
   Seqlen seqlen;
   BlockRange range;
-  element* out;  // the first row and column of the (first) head of this sequence
-  float* lse;    // the same; null: not wanted
+  element* out;  // where `out` has the first row of the sequence, in the tile's head or the first of its heads
+  float* lse;    // where lse has that row; null: lse is not wanted
 
-  // Whether no row is live: a slot of a packed batch that no tile needs, or the missing partner of a tile.
+  // Says whether no row of the tile is live: the tile lies past the end of its sequence or is the missing partner of
+  // the one in the middle of a head.
   template <class Config>
-  bool idle() const {
+  constexpr bool idle() const {
     return tile.m_block * Config::block_m >= rows<Config>();
   }
 
-  // Rows of its tiles, over the whole sequence.
+  // How many rows the tiles of a head of the whole sequence have.
   template <class Config>
-  int rows() const {
+  constexpr int rows() const {
     return seqlen.q * Config::pack;
   }
 
@@ -44,8 +45,8 @@ struct Work {
     return lse + row / Config::pack + row % Config::pack * params.lse_head_stride;
   }
 
-  // Called by a warp, and followed by a barrier. Packed: with units that do not decrease, of which many in a row may be
-  // `alike`, of one sequence.
+  // Becomes the work of a tile of a unit. A whole warp calls this, and a barrier has to follow. Of packed sequences the
+  // units of a warp's calls must not decrease; `alike` says that many in a row are of one sequence.
   template <class Config, int groups = 2, bool alike = false>
   void find(const Params& params, PackedScan& scan, int unit, bool second) {
     if constexpr (Config::varlen) {
@@ -60,7 +61,7 @@ struct Work {
       take<Config>(params, dense_tile<Config>(params, unit, second), dense_seqlen(params));
   }
 
-  // Becomes that of a tile. Called by one thread.
+  // Becomes the work of a tile. One thread calls this.
   template <class Config>
   void take(const Params& params, const TileIndex& its_tile, const Seqlen& its_seqlen) {
     tile = its_tile;
@@ -85,7 +86,7 @@ struct Work {
   }
 };
 
-// The same for kernels that read q, k and v through pointers.
+// The work of kernels that read q, k and v through pointers, which point to the first row of the sequence.
 template <class element>
 struct PointerWork : Work<element> {
   const element* q;

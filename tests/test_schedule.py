@@ -1,0 +1,720 @@
+"""Which tile, block of keys and chain is whose, as cuda_src/attention says: NVRTC evaluates it in static_asserts.
+
+No GPU is needed. The properties are counted, by brute force. Only what the lanes of a warp do together cannot be
+evaluated, and is written again here, serially: the running maximum of offsets, and the search for a packed unit's
+sequence.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import numpy as np
+import plans
+import pytest
+from test_problem import OnGpu, backward_problem, gpu_problem, packed_gpu_problem
+
+from cufa import _jit, _problem
+from cufa._kernels import Plan, forward, forward_sm90
+from cufa._kernels.backward import ALIGNED_ROWS, ConfigBackward
+from cufa._kernels.backward_split_sm90 import SPLIT_QUERIES
+from cufa._problem import Problem
+
+PRELUDE = """
+#include "attention/backward_prepare.cuh"
+#include "attention/backward_split_queries_sm90.cuh"
+#include "attention/backward_work.cuh"
+#include "attention/scheduler.cuh"
+#include "attention/work.cuh"
+
+using namespace attention;
+
+enum Mask { none, is_causal, is_window };
+
+template <int rows, int keys, Mask mask = none, int heads = 1>
+struct Config {
+  static constexpr int block_m = rows, block_n = keys, pack = heads;
+  static constexpr bool causal = mask == is_causal, window = mask == is_window, varlen = false;
+};
+
+template <class Base>
+struct Varlen : Base {
+  static constexpr bool varlen = true;
+};
+
+// Keeps which of `size` things have been met.
+template <int size>
+struct Met {
+  bool met[size] = {};
+  int count = 0;
+
+  // Says whether thing `index` is one of the first `limit` and has not been met, and meets it.
+  constexpr bool add(int index, int limit) {
+    if (index < 0 || index >= limit || limit > size || met[index]) return false;
+    ++count;
+    return met[index] = true;
+  }
+};
+
+constexpr int room = 1 << 11;
+
+// block_range and query_range, which leave memory as it is until they set it, as no constant expression may.
+template <class Config>
+constexpr BlockRange block_range_of(const Params& params, const Seqlen& seqlen, int m_block) {
+  BlockRange range{};
+  find_block_range<Config>(params, seqlen, m_block, range);
+  return range;
+}
+
+template <class Config>
+constexpr QueryRange query_range_of(const Params& params, const Seqlen& seqlen, int n_block) {
+  QueryRange range{};
+  find_query_range<Config>(params, seqlen, n_block, range);
+  return range;
+}
+"""
+
+
+def run(*claims: str, prelude: str = "") -> None:
+    """Compile a translation unit that asserts all of the claims."""
+    asserts = "".join(f'static_assert({claim}, "");\n' for claim in dict.fromkeys(claims))
+    _jit.compile_source(f"{PRELUDE}{prelude}\n{asserts}", _jit.options_of(80), "schedule")
+
+
+def record(name: str, **fields: Any) -> str:
+    """An expression of a C++ struct that has these fields, and zeros in the others; "forward__x" is forward.x."""
+    assigned = "".join(f" it.{field.replace('__', '.')} = {int(value)};" for field, value in fields.items())
+    return f"[] {{ {name} it{{}};{assigned} return it; }}()"
+
+
+def braces(numbers: Any) -> str:
+    return f"{{{', '.join(map(str, numbers))}}}"
+
+
+# --- tiles of the forward -----------------------------------------------------------------------------
+
+TILES = """
+// Every tile is visited once. In each head the first tiles of units go from last to first and the second ones from
+// first to last, and where a unit has no second tile, that one is past the end. Sections follow each other.
+template <class Config>
+constexpr bool dense_tiles(const Params& params) {
+  Met<room> tiles;
+  int firsts[room] = {}, seconds[room] = {};
+  const int heads = params.num_heads_q / Config::pack, all = params.batch * heads, blocks = params.m_blocks;
+  int last_section = 0;
+  for (int unit = 0; unit < params.m_units * all; ++unit) {
+    for (int second = 0; second < 1 + in_pairs(params); ++second) {
+      const TileIndex tile = dense_tile<Config>(params, unit, second);
+      if (tile.head < 0 || tile.head >= heads || tile.batch < 0 || tile.batch >= params.batch) return false;
+      const int head = tile.batch * heads + tile.head, section = head / params.heads_per_section;
+      if (section < last_section) return false;
+      last_section = section;
+      if (second && tile.m_block == blocks) continue;
+      if (tile.m_block != (second ? seconds[head]++ : blocks - 1 - firsts[head]++)) return false;
+      if (!tiles.add(head * blocks + tile.m_block, all * blocks)) return false;
+    }
+  }
+  return tiles.count == all * blocks;
+}
+
+// A unit's head is the next one of the section after the head of the unit before, or, after the section's last head,
+// the first one of a section.
+constexpr bool heads_run_fastest(int units, int heads, int heads_per_section) {
+  for (int unit = 1; unit < units * heads; ++unit) {
+    const int before = unit_of(unit - 1, units, heads, heads_per_section).head;
+    const int head = unit_of(unit, units, heads, heads_per_section).head;
+    const bool last = before + 1 == heads || (before + 1) % heads_per_section == 0;
+    if (last ? head % heads_per_section != 0 : head != before + 1) return false;
+  }
+  return true;
+}
+
+// Every tile is visited once, in the rounds or in the list. A block goes through its part of the list from the tiles
+// that see most blocks of keys to those that see fewest.
+template <class Config, int starts, int tiles>
+constexpr bool listed_tiles(const Params& params, int round_units, const int (&begin)[starts],
+                            const int (&listed)[tiles]) {
+  Met<room> met;
+  const int heads = params.num_heads_q / Config::pack, all = params.batch * heads * params.m_blocks;
+  const Seqlen seqlen = dense_seqlen(params);
+  const auto add = [&](const TileIndex& tile) {
+    return met.add((tile.batch * heads + tile.head) * params.m_blocks + tile.m_block, all);
+  };
+  for (int unit = 0; unit < round_units; ++unit) {
+    for (int second = 0; second < 1 + in_pairs(params); ++second) {
+      const TileIndex tile = dense_tile<Config>(params, unit, second);
+      if (tile.m_block < params.m_blocks && !add(tile)) return false;
+    }
+  }
+  for (int block = 0; block + 1 < starts; ++block) {
+    int before = 1 << 30;
+    for (int i = begin[block]; i < begin[block + 1]; ++i) {
+      const TileIndex tile = dense_tile<Config>(params, round_units + listed[i] / 2, listed[i] % 2);
+      const BlockRange range = block_range_of<Config>(params, seqlen, tile.m_block);
+      const int cost = max_of(0, range.end - range.begin);
+      if (cost > before || !add(tile)) return false;
+      before = cost;
+    }
+  }
+  return met.count == all;
+}
+
+// What the offsets of cu_seqlens count as, and how many sequences with rows end with each or before it.
+template <int count>
+struct Offsets {
+  int row[count] = {}, rank[count] = {};
+
+  constexpr Offsets(const int (&given)[count], int total) {
+    for (int b = 0; b < count; ++b) {
+      const int before = b == 0 ? 0 : row[b - 1];
+      row[b] = max_of(before, clamp(given[b], 0, total));
+      rank[b] = b == 0 ? 0 : rank[b - 1] + (row[b] > before);
+    }
+  }
+};
+
+// Every tile with rows of every packed sequence is visited once. In each head the first tiles of units go from last to
+// first and the second ones from first to last.
+template <class Config, int count>
+constexpr bool packed_tiles(const Params& params, int round_units, const int (&given)[count]) {
+  constexpr int block_m = Config::block_m;
+  const Offsets<count> offsets(given, params.seqlen_q);
+  const bool pairs = in_pairs(params);
+  Met<room> met;
+  int all = 0, first_tile[count] = {};
+  for (int b = 0; b + 1 < count; ++b) {
+    first_tile[b] = all;
+    all += ceil_div(offsets.row[b + 1] - offsets.row[b], block_m) * params.num_heads_q;
+  }
+  PackedScan scan{0, 0, 0, {-1, 0, 0, 0, 0}};
+  for (int unit = 0; unit < round_units; ++unit) {
+    const int slot = unit / params.num_heads_q;
+    int end = 0;
+    while (end < count && first_packed_unit<block_m>(offsets.row[end], end, pairs) <= slot) ++end;
+    const int b = end == count ? -1 : end - 1;
+    if (scan.holds<block_m>(slot, pairs) != (b >= 0 && b == scan.found.batch)) return false;
+    scan.found = {b, b < 0 ? 0 : offsets.row[b], b < 0 ? 0 : offsets.row[end], 0, 0};
+    for (int second = 0; second < 1 + pairs; ++second) {
+      Work<f16> work{};
+      work.seqlen = packed_seqlen(params, scan.found);
+      work.tile = packed_tile<Config>(params, scan.found, unit, second);
+      if (work.idle<Config>()) continue;
+      const int tiles = ceil_div(work.seqlen.q, block_m), head = work.tile.head;
+      if (work.tile.batch != b || head < 0 || head >= params.num_heads_q) return false;
+      const int index = first_tile[b] + head * tiles + work.tile.m_block;
+      if (!second && work.tile.m_block + 1 < tiles && !met.met[index + 1]) return false;
+      if (second && work.tile.m_block > 0 && !met.met[index - 1]) return false;
+      if (!met.add(index, all)) return false;
+    }
+  }
+  return met.count == all;
+}
+
+// Every unit is taken once, by one block in one round.
+constexpr bool rounds(int blocks, int units) {
+  Met<room> met;
+  for (int block = 0; block < blocks; ++block) {
+    for (int round = 0; unit_in_round(round, block, blocks) < units; ++round) {
+      if (!met.add(unit_in_round(round, block, blocks), units)) return false;
+    }
+  }
+  return met.count == units;
+}
+"""
+
+
+def config_of(config: Any) -> str:
+    mask = "is_causal" if config.causal else "is_window" if config.window else "none"
+    found = f"Config<{config.block_m}, {config.block_n}, {mask}, {getattr(config, 'pack', 1)}>"
+    return f"Varlen<{found}>" if config.varlen else found
+
+
+def params_of(problem: Problem, prefix: str = "", **changed: Any) -> dict[str, Any]:
+    """The fields of Params that say which tile sees what."""
+    left, right = (
+        _problem.MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right)
+    )
+    fields = {"batch": problem.batch, "seqlen_q": problem.seqlen_q, "seqlen_k": problem.seqlen_k}
+    fields |= {"num_heads_q": problem.num_heads_q, "window_left": left, "window_right": right}
+    fields |= {"qheads_per_khead": problem.num_heads_q // problem.num_heads_k}
+    return {prefix + name: value for name, value in (fields | changed).items()}
+
+
+def grid_of(grid: Any) -> dict[str, Any]:
+    return {"m_blocks": grid.m_blocks, "m_units": grid.m_units, "heads_per_section": grid.heads_per_section}
+
+
+def test_dense_tiles_are_visited_once() -> None:
+    claims = []
+    for m_blocks, batch, heads, section in itertools.product((1, 2, 5, 8), (1, 3), (1, 6), (1, 4, 5, 18)):
+        for m_units in {m_blocks, -(-m_blocks // 2)}:
+            fields = {"batch": batch, "num_heads_q": heads, "m_blocks": m_blocks, "m_units": m_units}
+            claims.append(f"dense_tiles<Config<64, 64>>({record('Params', **fields, heads_per_section=section)})")
+            claims.append(f"heads_run_fastest({m_units}, {batch * heads}, {section})")
+    shared = record("Params", batch=2, num_heads_q=12, m_blocks=3, m_units=3, heads_per_section=2)
+    run(*claims, f"dense_tiles<Config<64, 64, none, 4>>({shared})", prelude=TILES)
+
+
+DENSE_MASKS: list[dict[str, Any]] = [{}, {"causal": True}, {"window_size": (300, 0)}, {"window_size": (None, 200)}]
+
+
+DENSE_SHAPES: list[tuple[int, int, int, tuple[int, int], int]] = [
+    (1, 1, 700, (1, 1), 64),
+    (2, 700, 300, (4, 2), 128),
+    (1, 2500, 2500, (6, 6), 256),
+    (3, 900, 1300, (6, 6), 64),
+    (4, 640, 640, (4, 2), 64),
+    (2, 100, 900, (8, 2), 128),
+]
+
+
+def on_hopper(
+    batch: int, seqlen_q: int, seqlen_k: int, heads: tuple[int, int], head_dim: int, **mask: Any
+) -> tuple[Plan, Problem]:
+    """A problem, and its plan with the kernel whose blocks go through several tiles."""
+    k = OnGpu(batch, seqlen_k, heads[1], head_dim)
+    problem = gpu_problem(OnGpu(batch, seqlen_q, heads[0], head_dim), k, k, **mask)
+    assert problem.static is not None
+    return plans.forward(problem.static._replace(short_rows=0, short_keys=0), 90), problem
+
+
+@pytest.mark.parametrize("section", [None, 4])
+def test_blocks_share_all_dense_tiles(section: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`grid`, `share_out` and ``dense_tile``: every tile is some block's, and only one's."""
+    if section:
+        monkeypatch.setattr(forward_sm90, "heads_per_section", lambda *_: section)
+    claims, lists = [], set()
+    for shape, mask, sms in itertools.product(DENSE_SHAPES, DENSE_MASKS, (5, 16, 132)):
+        plan, problem = on_hopper(*shape, **mask)
+        grid = plans.grid(plan, problem, sms)
+        lists.add(grid.listed)
+        listed = list(itertools.chain(*grid.listed))
+        begin = np.cumsum([0, *map(len, grid.listed)]).tolist()
+        params = record("Params", **params_of(problem, **grid_of(grid)))
+        given = f"{grid.round_units}, {braces(begin)}, {braces(listed or [0])}"
+        claims.append(f"listed_tiles<{config_of(plan.config)}>({params}, {given})")
+    assert len(lists) > 10
+    run(*claims, prelude=TILES)
+
+
+def test_the_cost_of_a_tile_is_that_of_its_keys() -> None:
+    """`key_blocks` counts what ``block_range`` says."""
+    prelude = """
+    template <class Config, int tiles>
+    constexpr bool costs(const Params& params, const int (&blocks)[tiles]) {
+      for (int m_block = 0; m_block < tiles; ++m_block) {
+        const BlockRange range = block_range_of<Config>(params, dense_seqlen(params), m_block);
+        if (max_of(0, range.end - range.begin) != blocks[m_block]) return false;
+      }
+      return true;
+    }
+    """
+    claims = []
+    windows = [(0, 0), (1, 0), (127, 0), (128, 1), (129, 127), (300, 128), (None, 200)]
+    shapes = [shape for shape in DENSE_SHAPES if shape[1] < 1000] + [(1, 650, 649, (2, 2), 128)]
+    for shape, mask in itertools.product(shapes, [*DENSE_MASKS, *({"window_size": window} for window in windows)]):
+        plan, problem = on_hopper(*shape, **mask)
+        assert not isinstance(plan.config, ConfigBackward)
+        m_blocks = plans.grid(plan, problem, 132).m_blocks
+        costs = [forward.key_blocks(problem, plan.config, m_block) for m_block in range(m_blocks)]
+        claims.append(f"costs<{config_of(plan.config)}>({record('Params', **params_of(problem))}, {braces(costs)})")
+    run(*claims, prelude=prelude)
+
+
+LENGTHS: list[list[int]] = [
+    [],
+    [0],
+    [1],
+    [2500],
+    [0, 0, 64, 0, 0],
+    [128, 127, 129, 0, 1, 63],
+    [1000, 0, 300, 65, 64],
+    [300, 1, 0, 1000, 128, 0, 0, 0],
+]
+
+
+def offsets_of(lengths: list[int], before: int) -> list[int]:
+    return [before + sum(lengths[:b]) for b in range(len(lengths) + 1)]
+
+
+def unruly(seed: int) -> tuple[list[int], int]:
+    """Offsets that no one should give, and the rows of the array."""
+    chosen = random.Random(seed)
+    total = chosen.choice([0, 1, 200, 1500])
+    return [chosen.randint(-300, total + 300) for _ in range(chosen.randint(1, 9))], total
+
+
+PACKINGS: list[tuple[list[int], int]] = [
+    *((offsets_of(lengths, before), before + sum(lengths) + 130) for lengths in LENGTHS for before in (0, 69)),
+    *((offsets_of(lengths, 0), sum(lengths)) for lengths in LENGTHS),
+    ([0, 500, 500, 0, 0, 0], 500),  # trailing zeros
+    *map(unruly, range(12)),
+]
+
+
+@pytest.mark.parametrize(
+    ("hopper", "short_rows", "pairs"), [(True, 0, False), (True, 0, True), (False, 0, False), (False, 16, False)]
+)
+def test_packed_tiles_are_visited_once(
+    hopper: bool, short_rows: int, pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grid has enough units for any offsets, and each tile with rows is one unit's."""
+    claims, paired = [], 0
+    monkeypatch.setattr(forward_sm90, "PERSISTENT_ROUNDS", 0)
+    monkeypatch.setattr(forward_sm90, "PAIRED_TILES", 0 if pairs else 1 << 20)
+    for (offsets, total), (heads, causal) in itertools.product(PACKINGS, [((1, 1), True), ((6, 6), False)]):
+        q, k = (OnGpu(total, each, 256 if hopper else 64) for each in heads)
+        problem = packed_gpu_problem(q, k, len(offsets) - 1, causal=causal)
+        assert problem.static is not None
+        static = problem.static._replace(short_rows=short_rows, short_keys=short_rows)
+        plan = plans.forward(static, 90 if hopper else 80)
+        assert not short_rows or plan.config.block_m == short_rows
+        grid = plans.grid(plan, problem, 2)
+        paired += grid.m_units < grid.m_blocks
+        for section in {grid.heads_per_section, 4}:
+            params = record("Params", **params_of(problem, **grid_of(grid) | {"heads_per_section": section}))
+            config = config_of(plan.config)
+            claims.append(f"packed_tiles<{config}>({params}, {grid.round_units}, {braces(offsets)})")
+    assert not pairs or paired > 20
+    run(*claims, prelude=TILES)
+
+
+def test_rounds_reach_every_unit() -> None:
+    run(*(f"rounds({blocks}, {units})" for blocks in (1, 2, 7, 132) for units in (1, 2, 131, 133, 500)), prelude=TILES)
+
+
+# --- who sees what ------------------------------------------------------------------------------------
+
+RANGES = """
+constexpr bool sees(const Params& params, const Seqlen& seqlen, bool causal, bool window, int query, int key) {
+  const int aligned = query + seqlen.k - seqlen.q;  // the key that is the query's own
+  return !(causal && key > aligned) &&
+         !(window && (key < aligned - params.window_left || key > aligned + params.window_right));
+}
+
+// Whether some query of a tile sees some key of a block, and whether every query sees all block_n keys.
+struct Seen {
+  bool some, all;
+};
+
+template <class Config>
+constexpr Seen brute(const Params& params, const Seqlen& seqlen, int m_block, int n_block) {
+  Seen seen{false, true};
+  for (int row = m_block * Config::block_m; row < (m_block + 1) * Config::block_m; ++row) {
+    const int query = row / Config::pack;
+    if (query >= seqlen.q) break;
+    for (int key = n_block * Config::block_n; key < (n_block + 1) * Config::block_n; ++key) {
+      const bool it_does = key < seqlen.k && sees(params, seqlen, Config::causal, Config::window, query, key);
+      seen.some |= it_does;
+      seen.all &= it_does;
+    }
+  }
+  return seen;
+}
+
+template <class Config>
+constexpr bool key_spans(const Params& params) {
+  using Span = KeySpan<Config::causal, Config::window>;
+  const Seqlen seqlen = dense_seqlen(params);
+  for (int query = 0; query < seqlen.q; ++query) {
+    const int first = Span::first(params, seqlen, query), last = Span::last(params, seqlen, query);
+    for (int key = 0; key < seqlen.k; ++key) {
+      const bool it_does = sees(params, seqlen, Config::causal, Config::window, query, key);
+      if (it_does != (first <= key && key <= last)) return false;
+    }
+  }
+  return true;
+}
+
+template <class Config>
+constexpr bool block_ranges(const Params& params) {
+  const Seqlen seqlen = dense_seqlen(params);
+  for (int m_block = 0; m_block < ceil_div(seqlen.q * Config::pack, Config::block_m); ++m_block) {
+    const BlockRange range = block_range_of<Config>(params, seqlen, m_block);
+    if (range.begin < 0 || range.end < 0 || range.end > ceil_div(seqlen.k, Config::block_n)) return false;
+    bool empty = true;
+    for (int n = 0; n < ceil_div(seqlen.k, Config::block_n); ++n) {
+      const Seen seen = brute<Config>(params, seqlen, m_block, n);
+      empty &= !seen.some;
+      if (seen.some != (range.begin <= n && n < range.end)) return false;
+      if (seen.all != (range.full_begin <= n && n < range.full_end)) return false;
+      if (seen.some && range.is_boundary<Config>(n) == seen.all) return false;
+    }
+    if (range.empty() != empty) return false;
+  }
+  return true;
+}
+
+// No query sees a key past the end, so a block of keys that is not whole is a boundary of every tile. Queries past the
+// end are not asked.
+template <class Config>
+constexpr bool query_ranges(const Params& params) {
+  const Seqlen seqlen = dense_seqlen(params);
+  for (int n_block = 0; n_block < ceil_div(seqlen.k, Config::block_n) + 1; ++n_block) {
+    const QueryRange range = query_range_of<Config>(params, seqlen, n_block);
+    if (range.begin < 0 || range.end < 0 || range.end > ceil_div(seqlen.q, Config::block_m)) return false;
+    bool empty = true;
+    for (int m = 0; m < ceil_div(seqlen.q, Config::block_m); ++m) {
+      const Seen seen = brute<Config>(params, seqlen, m, n_block);
+      empty &= !seen.some;
+      if (seen.some != (range.begin <= m && m < range.end)) return false;
+      if (seen.all != (range.full_begin <= m && m < range.full_end)) return false;
+      if (seen.some && range.is_boundary(m) == seen.all) return false;
+    }
+    if (range.empty() != empty) return false;
+  }
+  return true;
+}
+"""
+
+SHAPES = [(1, 1), (1, 13), (13, 1), (8, 8), (12, 12), (13, 13), (5, 17), (17, 5), (9, 16), (16, 9), (0, 5), (5, 0)]
+WINDOWS = [(0, 0), (1, 0), (0, 3), (3, 2), (7, 0), (4, 9), (20, 20), (_problem.MAX_SEQLEN, 1), (2, _problem.MAX_SEQLEN)]
+
+
+def masked() -> list[tuple[str, str]]:
+    """Masks, and Params that have them, of several lengths."""
+    found = []
+    for seqlen_q, seqlen_k in SHAPES:
+        params = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+        found += [(mask, record("Params", **params)) for mask in ("none", "is_causal")]
+        found += [
+            ("is_window", record("Params", **params, window_left=left, window_right=right)) for left, right in WINDOWS
+        ]
+    return found
+
+
+def test_a_row_sees_the_keys_of_its_span() -> None:
+    run(*(f"key_spans<Config<4, 4, {mask}>>({params})" for mask, params in masked()), prelude=RANGES)
+
+
+@pytest.mark.parametrize("tile", ["4, 3", "3, 8", "8, 4"])
+def test_tiles_need_the_blocks_of_keys_that_their_rows_see(tile: str) -> None:
+    run(
+        *(f"block_ranges<Config<{tile}, {mask}>>({params})" for mask, params in masked()),
+        *(f"block_ranges<Config<{tile}, {mask}, 2>>({params})" for mask, params in masked()[::3]),
+        prelude=RANGES,
+    )
+
+
+@pytest.mark.parametrize("tile", ["4, 3", "3, 8", "8, 4"])
+def test_blocks_of_keys_need_the_tiles_whose_rows_see_them(tile: str) -> None:
+    run(*(f"query_ranges<Config<{tile}, {mask}>>({params})" for mask, params in masked()), prelude=RANGES)
+
+
+# --- the gradients' work ------------------------------------------------------------------------------
+
+WORK = """
+// Every block of keys is visited once. The blocks of a head go from first to last or, reversed, from last to first,
+// and a block's turn at a tile of dq is how many blocks before it add to the tile.
+template <class Config>
+constexpr bool key_blocks(const BackwardParams& backward) {
+  const Params& params = backward.forward;
+  const Seqlen seqlen = dense_seqlen(params);
+  const int heads = params.num_heads_q / params.qheads_per_khead, all = params.batch * heads * backward.n_blocks;
+  const int units = BackwardWork::units<Config>(backward), tiles = ceil_div(seqlen.q, Config::block_m);
+  Met<room> met;
+  int of_head[room] = {}, added[room] = {};
+  for (int unit = 0; unit < units; ++unit) {
+    const DenseUnit found = dense_unit(backward, unit);
+    const int head = found.batch * heads + found.head, index = of_head[head]++;
+    if (found.head < 0 || found.head >= heads || found.batch >= params.batch) return false;
+    if (found.n_block != (backward.reversed ? backward.n_blocks - 1 - index : index)) return false;
+    if (!met.add(head * backward.n_blocks + found.n_block, all)) return false;
+    const QueryRange range = query_range_of<Config>(params, seqlen, found.n_block);
+    for (int m_block = range.begin; m_block < range.end; ++m_block) {
+      const int turn = turn_in(backward, block_range_of<Config>(params, seqlen, m_block), found.n_block);
+      if (turn != added[head * tiles + m_block]++) return false;
+    }
+  }
+  return met.count == all;
+}
+
+template <int count>
+struct Table {
+  PackedOffset offsets[count] = {};
+
+  constexpr Table(const int (&given)[count], int total) {
+    for (int b = 0, row = 0, rank = 0; b < count; ++b) {
+      const int now = max_of(row, clamp(given[b], 0, total));
+      rank += b > 0 && now > row;
+      offsets[b] = {row = now, rank};
+    }
+  }
+};
+
+// Every block of `rows` rows of every packed sequence is visited once, and the blocks of a head in order. sum_tile
+// gives each a place of its own among `places`, unless that is 0.
+template <class Config, int rows, int count>
+constexpr bool packed_units(const BackwardParams& backward, int heads, int section, int units, int total,
+                            const int (&given)[count], int places = 0) {
+  const Table<count> table(given, total);
+  const PackedOffset* const offsets = table.offsets;
+  Met<room> met, place_met;
+  int all = 0, begin[count] = {};
+  for (int b = 0; b + 1 < count; ++b) {
+    begin[b] = all;
+    all += ceil_div(offsets[b + 1].row - offsets[b].row, rows) * heads;
+  }
+  for (int unit = 0; unit < units; ++unit) {
+    // packed_unit does this, with a warp that searches for the sequence.
+    const auto first_unit = [&](int b) { return first_packed_unit<rows>(offsets[b].row, offsets[b].rank); };
+    int b = -1;
+    while (b + 1 < count && first_unit(b + 1) <= unit / heads) ++b;
+    if (b < 0 || b + 1 == count) continue;
+    const int first = first_unit(b), own = first_unit(b + 1) - first;
+    const UnitIndex index = unit_of(unit - first * heads, own, heads, section);
+    const int place = index.place, live = ceil_div(offsets[b + 1].row - offsets[b].row, rows);
+    if (place >= live) continue;
+    const int at = begin[b] + index.head * live + place;
+    if (place > 0 && !met.met[at - 1]) return false;
+    if (!met.add(at, all)) return false;
+    if (places == 0) continue;
+    RowTile tile{};
+    tile.seqlen.q_first_row = offsets[b].row;
+    tile.rank = offsets[b].rank;
+    if (!place_met.add(sum_tile<Config>(backward, tile, index.head, place), places)) return false;
+  }
+  return met.count == all;
+}
+
+// The rows of every sequence begin in the workspace with a multiple of four, and end before those of the next sequence
+// begin, and before the workspace ends.
+template <class Config, int count>
+constexpr bool padded_rows(const BackwardParams& backward, const int (&given)[count]) {
+  const Table<count> table(given, backward.forward.seqlen_q);
+  const PackedOffset* const offsets = table.offsets;
+  const auto at = [&](int b) { return padded_row<Config>(offsets[b].row, offsets[b].rank); };
+  for (int b = 0; b + 1 < count; ++b) {
+    RowTile tile{};
+    tile.seqlen.q_first_row = offsets[b].row;
+    tile.rank = offsets[b].rank;
+    const i64 row = workspace_row<Config>(backward, tile, 2);
+    if (row != 2 * backward.workspace_rows + at(b) || row % 4 != 0) return false;
+    if (at(b + 1) - at(b) < offsets[b + 1].row - offsets[b].row || at(b + 1) > backward.workspace_rows) return false;
+  }
+  return true;
+}
+
+// take_chain puts every tile of queries of every query head in one chain, and tells the first and the last chain. A
+// work of up to two chains' tiles stays whole.
+template <class Config>
+constexpr bool chains(int heads, int begin, int end) {
+  const int tiles = end - begin, limit = tile::chain_blocks(Config::block_m);
+  Params params{};
+  params.qheads_per_khead = heads;
+  const int most = heads * tiles <= 2 * limit ? 2 * limit : limit;
+  Met<room> met;
+  for (int chain = 0; chain <= room; ++chain) {
+    BackwardWork work{};
+    work.head = 3;
+    work.range.begin = begin, work.range.end = end;
+    work.take_all(params);
+    work.chain = chain;
+    work.take_chain<Config>();
+    if (work.first_chain != (chain == 0)) return false;
+    if ((work.query_head_end - work.query_head) * (work.range.end - work.range.begin) > most) return false;
+    for (int head = work.query_head; head < work.query_head_end; ++head) {
+      for (int m_block = work.range.begin; m_block < work.range.end; ++m_block) {
+        if (m_block < begin || !met.add((head - 3 * heads) * tiles + m_block - begin, heads * tiles)) return false;
+      }
+    }
+    if (work.last_chain) break;
+  }
+  return met.count == heads * tiles;
+}
+
+// for_each_query_chain does the same.
+constexpr bool chains_of_steps(int heads, int begin, int end, int chain) {
+  Params params{};
+  params.qheads_per_khead = heads;
+  BackwardWork work{};
+  work.head = 3;
+  work.range.begin = begin, work.range.end = end;
+  Met<room> met;
+  int steps = 0, ended = 0;
+  bool right = true, done = false;
+  for_each_query_chain<true>(
+      params, work, chain,
+      [&](int head, int m_block) {
+        right &= met.add((head - 3 * heads) * (end - begin) + m_block - begin, heads * (end - begin));
+        right &= ++steps <= chain && !done;
+      },
+      [&](bool first, bool last) {
+        right &= first == (ended++ == 0) && steps > 0;
+        steps = 0;
+        done = last;
+      });
+  return right && (done || begin == end) && met.count == heads * (end - begin);
+}
+
+static_assert(aligned_rows == ALIGNED_ROWS && QueriesConfig<Config<64, 64>>::block_m == SPLIT_QUERIES, "");
+""".replace("ALIGNED_ROWS", str(ALIGNED_ROWS)).replace("SPLIT_QUERIES", str(SPLIT_QUERIES))
+
+
+def test_blocks_of_keys_are_visited_once_and_in_turn() -> None:
+    claims = []
+    for (seqlen_q, seqlen_k), (heads, ratio), section in itertools.product(SHAPES, [(1, 1), (6, 2)], (1, 4, 5)):
+        for (mask, left, right), last_first in itertools.product(
+            [("none", 0, 0), ("is_causal", 0, 0), ("is_window", 3, 2)], (False, True)
+        ):
+            fields = {"batch": 2, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "num_heads_q": heads * ratio}
+            fields |= {"qheads_per_khead": ratio, "heads_per_section": section}
+            fields |= {"window_left": left, "window_right": right}
+            given_forward = {f"forward__{name}": value for name, value in fields.items()}
+            backward = record("BackwardParams", **given_forward, n_blocks=-(-seqlen_k // 3), reversed=last_first)
+            claims.append(f"key_blocks<Config<4, 3, {mask}>>({backward})")
+    run(*claims[::5], prelude=WORK)
+
+
+KERNELS = [("sm80", 64), ("sm90", 64), ("sm90", 128), ("split_sm90", 256), ("short", 64)]
+
+
+@pytest.mark.parametrize(("kernel", "head_dim"), KERNELS)
+def test_packed_blocks_of_keys_and_tiles_of_queries_are_visited_once(kernel: str, head_dim: int) -> None:
+    """A grid has enough units and workspace for any offsets."""
+    claims = []
+    for (offsets, total), (offsets_k, total_k) in zip(PACKINGS, PACKINGS[5:] + PACKINGS[:5], strict=True):
+        batch = min(len(offsets), len(offsets_k)) - 1
+        offsets, offsets_k = offsets[: batch + 1], offsets_k[: batch + 1]
+        for heads_q, heads_k in ((4, 2), (3, 3)):
+            q, k = OnGpu(total, heads_q, head_dim), OnGpu(total_k, heads_k, head_dim)
+            problem = backward_problem(q, k, k, batch=batch, causal=True)
+            assert problem.static is not None
+            short = 16 if kernel == "short" else 0
+            static = problem.static._replace(short_rows=short, short_keys=short)
+            plan = plans.backward(static, 80 if kernel == "sm80" else 90, False)
+            config = plan.config
+            assert isinstance(config, ConfigBackward)
+            assert plan.name == f"attention_backward_{kernel.replace('short', 'sm80')}"
+            grid = plans.grid(plan, problem, 132)
+            _, prepare, _, *queries, _, _ = grid.blocks
+            params = params_of(problem, "forward__", m_blocks=grid.m_blocks)
+            backward = record("BackwardParams", **params, n_blocks=grid.n_blocks, workspace_rows=grid.workspace_rows)
+            name = config_of(config)
+            units, tiles = grid.n_blocks * heads_k, grid.m_blocks * heads_q
+            claims.append(f"BackwardWork::units<{name}>({backward}) == {units}")
+            given = f"{units}, {total_k}, {braces(offsets_k)}"
+            for section in (grid.heads_per_section, 2):
+                claims.append(f"packed_units<{name}, {config.block_n}>({backward}, {heads_k}, {section}, {given})")
+            assert prepare * config.row_tiles >= tiles
+            given = f"{braces(offsets)}, {max(tiles, 1)}"
+            claims.append(
+                f"packed_units<{name}, {config.block_m}>({backward}, {heads_q}, 1, {tiles}, {total}, {given})"
+            )
+            for count in queries:
+                given = f"{heads_q}, 1, {count}, {total}, {braces(offsets)}"
+                claims.append(f"packed_units<{name}, {SPLIT_QUERIES}>({backward}, {given})")
+            claims.append(f"padded_rows<{name}>({backward}, {braces(offsets)})")
+    run(*claims, prelude=WORK)
+
+
+def test_chains_have_every_tile_once() -> None:
+    cases = list(itertools.product((1, 2, 5), (0, 3), (0, 1, 3, 4, 5, 9, 30)))
+    run(
+        *(f"chains<Config<4096, 64>>({heads}, {begin}, {begin + tiles})" for heads, begin, tiles in cases),
+        *(f"chains<Config<1024, 64>>({heads}, {begin}, {begin + tiles})" for heads, begin, tiles in cases),
+        *(f"chains_of_steps({heads}, {begin}, {begin + tiles}, 4)" for heads, begin, tiles in cases),
+        prelude=WORK,
+    )
