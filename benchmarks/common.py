@@ -20,7 +20,7 @@ import torch
 from reports import BASELINE, COLORS, Results, Row, check_colors, ladder, plot, write_rows
 
 import cufa
-from cufa import _problem
+from cufa._call import problem as _problem
 
 Call = Callable[[], Any]
 Peer = Callable[..., Call]

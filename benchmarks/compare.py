@@ -31,7 +31,8 @@ from reports import Row, beside_the_ladder, geometric_mean, ladder, markdown
 FORWARD_SEQLENS = (512, 2048, 8192, 16384)
 BACKWARD_SEQLENS = (512, 2048, 8192)
 HERE = Path(__file__).resolve().parents[1]
-MODULES = ("_attention", "_backward", "_problem")
+MODULES = (("_api.attention", "_attention"), ("_api.backward", "_backward"), ("_call.problem", "_problem"))
+"""Where the functions are, and what tells which arrays have tensor maps: in trees of now, and of before."""
 MAX_DIFFERENCE = 0.01
 """What both trees' results may differ by, relatively, in Frobenius' norm."""
 
@@ -49,17 +50,16 @@ def load(tree: Path, name: str) -> SimpleNamespace:
     package = importlib.util.module_from_spec(spec)
     sys.modules[name] = package
     spec.loader.exec_module(package)
-    modules = {module: importlib.import_module(f"{name}.{module}") for module in MODULES}
+    places = [now if (root / f"{now.replace('.', '/')}.py").is_file() else before for now, before in MODULES]
+    modules = [importlib.import_module(f"{name}.{place}") for place in places]
     names = ("attention", "attention_varlen"), ("attention_backward", "attention_varlen_backward")
     functions = {
-        function: getattr(modules[module], function)
-        for module, found in zip(MODULES, names, strict=False)
-        for function in found
+        function: getattr(module, function) for module, found in zip(modules, names, strict=False) for function in found
     }
     for found, module in list(sys.modules.items()):
         if found.startswith(f"{name}.") and not Path(str(module.__file__)).is_relative_to(root):
             raise ImportError(f"{found} comes from {module.__file__}, not from {root}.")
-    return SimpleNamespace(name=name, root=root, problem=modules["_problem"], **functions)
+    return SimpleNamespace(name=name, root=root, problem=modules[2], **functions)
 
 
 class Job(NamedTuple):

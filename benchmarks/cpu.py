@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cufa import _cpu
+from cufa._cpu import forward as _cpu
 from cufa.testing import Case, assert_close, bench
 
 HEADER = ("batch", "seqlen_q", "seqlen_k", "heads", "head_dim", "dtype", "causal")

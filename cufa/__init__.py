@@ -24,20 +24,20 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import reference, testing
-    from ._attention import attention, attention_varlen
-    from ._backward import attention_backward, attention_varlen_backward
-    from ._config import is_available, show_config
-    from ._explain import explain
+    from ._api.attention import attention, attention_varlen
+    from ._api.backward import attention_backward, attention_varlen_backward
+    from ._api.config import is_available, show_config
+    from ._api.explain import explain
     from .errors import CompileError, CudaError, MissingKernelError, UnsupportedError
 
 _HOMES = {
-    "attention": "_attention",
-    "attention_backward": "_backward",
-    "attention_varlen": "_attention",
-    "attention_varlen_backward": "_backward",
-    "explain": "_explain",
-    "is_available": "_config",
-    "show_config": "_config",
+    "attention": "_api.attention",
+    "attention_backward": "_api.backward",
+    "attention_varlen": "_api.attention",
+    "attention_varlen_backward": "_api.backward",
+    "explain": "_api.explain",
+    "is_available": "_api.config",
+    "show_config": "_api.config",
     "CompileError": "errors",
     "CudaError": "errors",
     "MissingKernelError": "errors",

@@ -82,7 +82,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 from scipy.special import logsumexp
 
-from . import _options, _problem
+from ._call import options as _options
+from ._call import problem as _problem
 
 __all__ = ["attention", "attention_backward", "attention_varlen", "attention_varlen_backward"]
 

@@ -72,7 +72,7 @@ class Watchdog(threading.Thread):
 
 @pytest.fixture(scope="session")
 def watchdog(pytestconfig: pytest.Config) -> Watchdog:
-    from cufa import _launch
+    from cufa._driver import launch as _launch
 
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
     dog = Watchdog(float(os.environ.get("CUFA_HANG_SECONDS", "180")), capture)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from cufa._problem import BASE_SHIFT
+from cufa._call.problem import BASE_SHIFT
 from cufa.testing._compare import alike
 from cufa.testing._gradients import COMPUTE_UNIT, in_step
 

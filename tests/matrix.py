@@ -21,9 +21,9 @@ from pathlib import Path
 import plans
 import test_compile
 
-from cufa import _jit
+from cufa._call.problem import Static
+from cufa._compile import jit as _jit
 from cufa._kernels import Plan
-from cufa._problem import Static
 
 
 def kernels() -> Iterator[tuple[str, Plan]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cufa._call.problem import LONG_ROWS, Problem, Static
 from cufa._kernels import BACKWARD, FORWARD, Plan, align, choose
-from cufa._problem import LONG_ROWS, Problem, Static
 
 
 def forward(static: Static, arch: int) -> Plan:

@@ -12,7 +12,7 @@ import cupy
 from gradients import Call
 
 import cufa
-from cufa import _jit
+from cufa._compile import jit as _jit
 from cufa.testing import Case, assert_close
 
 COMMON = {"num_heads_q": 2, "num_heads_k": 1}

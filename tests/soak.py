@@ -32,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 import cufa
-from cufa import _jit
+from cufa._compile import jit as _jit
 from cufa._kernels import Plan
 from cufa._operations import call as operations
 from cufa.testing import LAYOUTS, View
@@ -942,7 +942,7 @@ def sample_kinds(rng: np.random.Generator, memory: Memory, kernels: int, modes: 
 
 def forget() -> None:
     """Drop the launches that are remembered with problems."""
-    from cufa import _problem
+    from cufa._call import problem as _problem
 
     _problem._checked.cache_clear()
 

@@ -14,7 +14,11 @@ from test_attention import Foreign
 from test_problem import OnGpu, gpu_problem
 
 import cufa
-from cufa import _arrays, _cpu, _cpu_backward, _dlpack, reference
+from cufa import reference
+from cufa._call import arrays as _arrays
+from cufa._call import dlpack as _dlpack
+from cufa._cpu import backward as _cpu_backward
+from cufa._cpu import forward as _cpu
 from cufa.testing import Case, assert_close
 
 SHAPE = (1, 8, 2, 16)

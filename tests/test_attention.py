@@ -14,7 +14,10 @@ import pytest
 from hypothesis import given, settings
 
 import cufa
-from cufa import _driver, _env, _problem, reference
+from cufa import reference
+from cufa._call import problem as _problem
+from cufa._compile import env as _env
+from cufa._driver import driver as _driver
 from cufa.errors import CudaError
 from cufa.testing import LAYOUTS, Case, assert_close, dense_cases, varlen_cases
 
@@ -291,7 +294,7 @@ assert not loaded & {"cupy", "torch", "jax", "numba", "cuda", "scipy", "hypothes
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("name", ["_attention", "_config", "_explain", "reference", "testing"])
+@pytest.mark.parametrize("name", ["_api.attention", "_api.config", "_api.explain", "_api.backward", "reference"])
 def test_examples_in_docstrings(name: str) -> None:
     module = importlib.import_module(f"cufa.{name}")
     result = doctest.testmod(module)

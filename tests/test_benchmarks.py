@@ -84,7 +84,7 @@ def test_two_trees_live_in_one_process(tmp_path: Path) -> None:
     import cufa
 
     shutil.copytree(ROOT / "cufa", tmp_path / "cufa")
-    source = tmp_path / "cufa" / "_cpu.py"
+    source = tmp_path / "cufa" / "_cpu" / "forward.py"
     source.write_text(source.read_text() + "\ndef forward(q, k, v, out, lse, **_):\n    out[...] = 7\n")
     base, new = compare.load(tmp_path, "cufa_base"), compare.load(ROOT, "cufa_new")
     job = compare.Job(compare.Row(16, 8, 1, 2, 2, True), False)

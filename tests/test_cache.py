@@ -32,8 +32,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cufa import _cache, _env
-from cufa._cache import CubinCache, Entry, digest
+from cufa._compile import cache as _cache
+from cufa._compile import env as _env
+from cufa._compile.cache import CubinCache, Entry, digest
 
 ENTRY = Entry(b"\x7fELF" + bytes(range(40)), {"kernel": "attention_forward_sm90", "smem_bytes": 1024})
 OTHER = Entry(b"\x7fELF other", {"kernel": "other"})
@@ -795,7 +796,7 @@ def test_a_file_in_place_of_the_directory(trust_shared: bool, root: Path) -> Non
 
 # A disk that fails
 
-WRITING = ["os.mkdir", "os.chmod", "cufa._cache._temporary_file", "open", "os.fsync", "os.fchmod", "os.replace"]
+WRITING = ["os.mkdir", "os.chmod", "cufa._compile.cache._temporary_file", "open", "os.fsync", "os.fchmod", "os.replace"]
 CODES = [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO]
 
 
@@ -879,7 +880,7 @@ def test_a_read_only_file_system_still_serves(
     damaged.write_bytes(b"damaged")
     for function in ("mkdir", "chmod", "fchmod", "replace", "rename", "unlink", "utime"):
         monkeypatch.setattr(os, function, failing(errno.EROFS))
-    monkeypatch.setattr("cufa._cache._temporary_file", failing(errno.EROFS))
+    monkeypatch.setattr("cufa._compile.cache._temporary_file", failing(errno.EROFS))
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     before = listing(root)
     fresh = CubinCache(root)
@@ -945,7 +946,7 @@ def test_a_file_size_limit_of_the_system(root: Path) -> None:
     _, finish = run_script(
         """
         import resource, sys
-        from cufa._cache import CubinCache, Entry, digest
+        from cufa._compile.cache import CubinCache, Entry, digest
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         cache = CubinCache(sys.argv[1])
         print(cache.put(digest({}), Entry(bytes(100_000), {})), cache.put(digest({"a": 1}), Entry(b"", {})))
@@ -1053,7 +1054,7 @@ def test_threads_may_share_one_cache(root: Path) -> None:
 
 WORKER = """
     import pathlib, sys, time
-    from cufa._cache import CubinCache, Entry, digest
+    from cufa._compile.cache import CubinCache, Entry, digest
     base, role, roles = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3].split()
     (base / role).touch()
     while not all((base / other).exists() for other in roles):
@@ -1090,7 +1091,7 @@ def test_a_killed_writer_leaves_a_temporary_file_which_goes_in_time(cache: Cubin
     process, finish = run_script(
         """
         import os, signal, sys
-        from cufa._cache import CubinCache, Entry
+        from cufa._compile.cache import CubinCache, Entry
         os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
         CubinCache(sys.argv[1]).put(sys.argv[2], Entry(bytes(1000), {}))
         """,
@@ -1148,7 +1149,7 @@ def test_a_fork_while_threads_work_leaves_a_working_cache(root: Path) -> None:
     _, finish = run_script(
         """
         import os, sys, threading, time, warnings
-        from cufa._cache import CubinCache, Entry, digest
+        from cufa._compile.cache import CubinCache, Entry, digest
         warnings.simplefilter("ignore")  # about the fork of a process with threads, which is the point
         cache = CubinCache(sys.argv[1], max_size=20_000)
         keys = [digest({"number": number}) for number in range(8)]

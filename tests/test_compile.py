@@ -29,10 +29,10 @@ import plans
 import pytest
 import sass
 
-from cufa import _jit
+from cufa._call.problem import Static
+from cufa._compile import jit as _jit
 from cufa._kernels import Plan
 from cufa._kernels.kernel import SHARED_MEMORY, SIZEOF, has_short_tile
-from cufa._problem import Static
 
 ARCHS = (80, 86, 90, 100, 120)
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (40, 57), (64, 128), (192, 128))

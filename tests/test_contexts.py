@@ -15,8 +15,11 @@ from gradients import Call, lay_out
 from test_problem import OnGpu, OnGpuAdapter
 
 import cufa
-from cufa import _arrays, _driver, _jit, _problem
-from cufa._cache import Entry
+from cufa._call import arrays as _arrays
+from cufa._call import problem as _problem
+from cufa._compile import jit as _jit
+from cufa._compile.cache import Entry
+from cufa._driver import driver as _driver
 from cufa._kernels import tensor_map
 from cufa.testing import Case, assert_close, to_numpy
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cufa import _cpu
+from cufa._cpu import forward as _cpu
 from cufa.testing import DTYPES, OFFSETS, Case, assert_close, dense_cases, varlen_cases
 
 ALL_DTYPES = (*DTYPES, "float64")

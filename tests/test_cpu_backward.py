@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from test_cpu import ALL_DTYPES, BLOCKING, blockings
 
 import cufa
-from cufa import _cpu, _cpu_backward, reference
+from cufa import reference
+from cufa._cpu import backward as _cpu_backward
+from cufa._cpu import forward as _cpu
 from cufa.testing import OFFSETS, Case, dense_cases, varlen_cases
 
 SMOOTH = ("normal", "large rows")

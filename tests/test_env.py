@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cufa import _env
+from cufa._compile import env as _env
 
 FLAGS: dict[str, tuple[Callable[[], bool], bool]] = {
     "CUFA_CACHE": (_env.cache_enabled, True),

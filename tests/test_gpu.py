@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cufa
-from cufa import _driver, _jit, reference
+from cufa import reference
+from cufa._compile import jit as _jit
+from cufa._driver import driver as _driver
 from cufa.testing import (
     LAYOUTS,
     Case,

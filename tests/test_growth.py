@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import cufa
-from cufa import _jit, _problem, reference
+from cufa import reference
+from cufa._call import problem as _problem
+from cufa._compile import jit as _jit
 from cufa._kernels import FORWARD, choose
 from cufa._operations.call import call
 from cufa._operations.forward import ATTENTION
@@ -66,7 +68,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cufa import _cpu
+from cufa._cpu import forward as _cpu
 from cufa._kernels.kernel import Config, Kernel, common
 from cufa._kernels.params import params_of
 from cufa._operations.forward import ATTENTION

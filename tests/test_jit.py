@@ -17,9 +17,9 @@ import plans
 import pytest
 
 import cufa
-from cufa import _jit
+from cufa._call.problem import Static
+from cufa._compile import jit as _jit
 from cufa._kernels import Plan
-from cufa._problem import Static
 
 FACTS = Static("bf16", 64, 64, "causal", True, True, True, False, 16, 16, True, False)
 ROOT = Path(__file__).parents[1]
@@ -290,9 +290,9 @@ def test_kernels_compile_while_the_interpreter_ends(own_cache: Path) -> None:
     run = run_script(
         f"""
         import atexit, os, sys
-        from cufa import _jit
+        from cufa._compile import jit as _jit
         from cufa._kernels import FORWARD, choose
-        from cufa._problem import Static
+        from cufa._call.problem import Static
         facts = Static("f16", 64, 64, "none", False, False, False, False, 16, 16, True, False)
         units = [_jit.unit_of(choose(FORWARD, facts, arch))._replace(source={SMALL!r}) for arch in (80, 86)]
         def compile(unit, entry_of=_jit.entry_of, write=os.write):
@@ -317,9 +317,9 @@ def test_a_child_forked_while_threads_compile_can_compile() -> None:
     run = run_script(
         """
         import os, signal, threading, time, warnings
-        from cufa import _jit
+        from cufa._compile import jit as _jit
         from cufa._kernels import FORWARD, choose
-        from cufa._problem import Static
+        from cufa._call.problem import Static
         warnings.simplefilter("ignore")  # about the fork of a process with threads, which is the point
         os.environ["CUFA_CACHE"] = "0"
         facts = Static("f16", 64, 64, "none", False, False, False, False, 16, 16, True, False)
@@ -386,9 +386,9 @@ def test_cufa_works_from_a_zip_file(plan: Plan, tmp_path: Path) -> None:
             """
             import numpy
             import cufa
-            from cufa import _jit
+            from cufa._compile import jit as _jit
             from cufa._kernels import FORWARD, choose
-            from cufa._problem import Static
+            from cufa._call.problem import Static
             assert ".zip" in cufa.__file__
             facts = Static("bf16", 64, 64, "causal", True, True, True, False, 16, 16, True, False)
             key = _jit.key_of(_jit.unit_of(choose(FORWARD, facts, 80)))

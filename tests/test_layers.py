@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cufa import _jit
+from cufa._compile import jit as _jit
 
 ROOT = Path(__file__).parents[1]
 HEADERS = {name: text.decode() for name, text in _jit.headers().items()}
@@ -164,3 +164,54 @@ def test_what_comments_point_to_is_looked_up(comment: str, missing: list[str]) -
 def test_comments_point_to_what_is_there() -> None:
     found = [f"{path.relative_to(ROOT)}: {missing}" for path, comment in COMMENTS for missing in unresolved(comment)]
     assert not found, "\n".join(found)
+
+
+ROOMS = ("errors", "_driver", "_call", "_kernels", "_compile", "_cpu", "_operations", "interop", "_api", "__init__")
+"""Of the package, in their order: a room imports from itself and from those before it."""
+BESIDE = {"reference": ("errors", "_call"), "testing": ("errors", "_call", "reference")}
+"""Rooms that stand by themselves, and what they import from."""
+MODULES = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "cufa").rglob("*.py"))}
+
+
+def imported(path: Path) -> Iterator[tuple[str, ...]]:
+    """The modules of the package that a module imports as soon as it is imported itself, by their places in it."""
+    place = path.relative_to(ROOT / "cufa").with_suffix("").parts
+    for node in MODULES[path].body:
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = (*place[: len(place) - node.level], *(node.module or "").split("."))
+        base = tuple(filter(None, base))
+        for alias in node.names:
+            inner = (*base, alias.name)
+            whole = (ROOT / "cufa").joinpath(*inner)
+            yield inner if whole.with_suffix(".py").is_file() or whole.is_dir() else base
+
+
+def room_of(place: tuple[str, ...]) -> str:
+    return place[0] if place else "__init__"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT / "cufa").as_posix())
+def test_rooms_import_from_those_before_them(path: Path) -> None:
+    room = room_of(path.relative_to(ROOT / "cufa").with_suffix("").parts)
+    allowed = BESIDE.get(room) or ROOMS[: ROOMS.index(room)]
+    for place in imported(path):
+        assert room_of(place) in (*allowed, room), f"{path.name} imports {'.'.join(place)}"
+
+
+def test_modules_make_no_cycle() -> None:
+    paths = {path.relative_to(ROOT / "cufa").with_suffix("").parts: path for path in MODULES}
+    done: set[Path] = set()
+
+    def visit(path: Path, way: tuple[Path, ...]) -> None:
+        assert path not in way, " → ".join(each.name for each in (*way, path))
+        if path not in done:
+            for place in imported(path):
+                target = paths.get(place) or paths.get((*place, "__init__"))
+                if target is not None and target != path:
+                    visit(target, (*way, path))
+            done.add(path)
+
+    for path in MODULES:
+        visit(path, ())
+    assert len(done) == len(MODULES) > 40

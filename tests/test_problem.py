@@ -17,8 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cufa
-from cufa import _align, _arrays, _driver, _jit, _launch, _options, _overlap, _problem, reference, testing
-from cufa._arrays import CPU, Adapter, Spec, contiguous
+from cufa import reference, testing
+from cufa._call import align as _align
+from cufa._call import arrays as _arrays
+from cufa._call import options as _options
+from cufa._call import overlap as _overlap
+from cufa._call import problem as _problem
+from cufa._call.arrays import CPU, Adapter, Spec, contiguous
+from cufa._call.overlap import Extent
+from cufa._call.problem import Problem
+from cufa._compile import jit as _jit
+from cufa._driver import driver as _driver
+from cufa._driver import launch as _launch
 from cufa._kernels import Plan, align, forward_sm90, tensor_map
 from cufa._kernels import backward as backward_kernels
 from cufa._kernels import forward as forward_kernels
@@ -29,8 +39,6 @@ from cufa._kernels.params import params_of
 from cufa._operations.backward import ATTENTION_BACKWARD, ATTENTION_VARLEN_BACKWARD
 from cufa._operations.call import planned
 from cufa._operations.forward import ATTENTION, ATTENTION_VARLEN
-from cufa._overlap import Extent
-from cufa._problem import Problem
 
 Call = Callable[..., Any]
 

@@ -16,11 +16,12 @@ import plans
 import pytest
 from test_problem import OnGpu, backward_problem, gpu_problem, packed_gpu_problem
 
-from cufa import _jit, _problem
+from cufa._call import problem as _problem
+from cufa._call.problem import Problem
+from cufa._compile import jit as _jit
 from cufa._kernels import Plan, forward, forward_sm90
 from cufa._kernels.backward import ALIGNED_ROWS, ConfigBackward
 from cufa._kernels.backward_split_sm90 import SPLIT_QUERIES
-from cufa._problem import Problem
 
 PRELUDE = """
 #include "attention/backward_prepare.cuh"

@@ -9,7 +9,7 @@ import plans
 import pytest
 from test_compile import compile_plan, static
 
-from cufa import _jit
+from cufa._compile import jit as _jit
 
 
 @pytest.mark.parametrize("changes", [{"variant": ("attention::Alibi",)}, {"sinks": True}], ids=["alibi", "sinks"])

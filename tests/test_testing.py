@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cufa._cpu
+import cufa._cpu.forward
 import cufa.reference
 import cufa.testing
 from cufa import reference
@@ -45,7 +45,7 @@ from cufa.testing import (
 ALL_DTYPES = (*DTYPES, "float64")
 
 
-@pytest.mark.parametrize("module", [cufa.reference, cufa._cpu, _cases, _compare, _gradients, _timing])
+@pytest.mark.parametrize("module", [cufa.reference, cufa._cpu.forward, _cases, _compare, _gradients, _timing])
 def test_the_examples_run(module: types.ModuleType) -> None:
     assert doctest.testmod(module).failed == 0
 

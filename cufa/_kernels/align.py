@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .._align import Copies
-from .._problem import Static
-from .kernel import Argument, Kernel, Plan
+from .._call.align import Copies
+from .._call.problem import Static
+from .._driver.launch import Argument
+from .kernel import Kernel, Plan
 from .record import Record
 
 ROW_THREADS = 256

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .._arrays import contiguous
-from .._problem import CHAIN_ROWS, Problem
+from .._call.arrays import contiguous
+from .._call.problem import CHAIN_ROWS, Problem
 from ..errors import UnsupportedError
 from . import tensor_map
 from .kernel import MAX_GRID, SIZEOF, Config, Kernel, Map, Scratch, Step, blocks_in, four

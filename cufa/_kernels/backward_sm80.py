@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .._problem import Problem, Static
+from .._call.problem import Problem, Static
 from .backward import BackwardGrid, BackwardKernel, ConfigBackward, Counts
 from .backward_sm90 import WIDEST
 from .kernel import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._problem import CHAIN_ROWS, Problem, Static
+from .._call.problem import CHAIN_ROWS, Problem, Static
 from .backward import BackwardGrid, BackwardKernel, ConfigBackward, Counts
 from .forward_sm90 import REGISTERS, STAGES
 from .kernel import SIZEOF, WARPGROUP_ROWS, common, needs_maps, round_up

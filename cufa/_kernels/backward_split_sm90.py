@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._problem import Problem, Static
+from .._call.problem import Problem, Static
 from .backward import ROW_THREADS, BackwardKernel, Counts
 from .backward_sm90 import ConfigBackwardSm90, barriers_bytes
 from .forward_sm90 import REGISTERS, STAGES

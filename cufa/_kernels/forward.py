@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from typing import NamedTuple
 
-from .._problem import Problem
+from .._call.problem import Problem
 from ..errors import UnsupportedError
 from .kernel import MAX_GRID, SIZEOF, Config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .._problem import CHAIN_ROWS, Problem, Static
+from .._call.problem import CHAIN_ROWS, Problem, Static
 from .forward import Grid, heads_per_section, least_blocks, tiles_of
 from .kernel import (
     SHARED_MEMORY,

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from .._problem import BASE_SHIFT, CHAIN_ROWS, Problem, Static
+from .._call.problem import BASE_SHIFT, CHAIN_ROWS, Problem, Static
 from . import tensor_map
 from .forward import MAX_LISTED_BLOCKS, Grid, heads_per_section, least_blocks, share_out, tiles_of
 from .kernel import (

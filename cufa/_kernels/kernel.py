@@ -11,7 +11,8 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from .._problem import Problem, Static
+from .._call.problem import Problem, Static
+from .._driver.launch import Argument
 from ..errors import UnsupportedError
 from .record import Record
 
@@ -55,24 +56,6 @@ class Map(NamedTuple):
     name: str
     shift: int
     encoded: bytes
-
-
-class Argument(NamedTuple):
-    """What every launch of a problem shares of a kernel's argument, and where addresses go.
-
-    Attributes
-    ----------
-    content : bytes
-        Addresses are 0.
-    pointers : tuple of (int, str)
-        Offset of each, and the name of what lies there: an array, a result or a part of the scratch memory.
-    maps : tuple of (int, str, int)
-        Offset of each tensor map, whose first bytes are an address, the array's name, and what is added to it.
-    """
-
-    content: bytes
-    pointers: tuple[tuple[int, str], ...]
-    maps: tuple[tuple[int, str, int], ...] = ()
 
 
 class Scratch(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .._arrays import contiguous
-from .._problem import MAX_SEQLEN, Problem
+from .._call.arrays import contiguous
+from .._call.problem import MAX_SEQLEN, Problem
 from .kernel import four
 
 

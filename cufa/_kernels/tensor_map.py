@@ -9,8 +9,8 @@ import ctypes
 from functools import lru_cache
 from typing import NamedTuple
 
-from .. import _driver
-from .._problem import Problem
+from .._call.problem import Problem
+from .._driver import driver as _driver
 from ..errors import CudaError, UnsupportedError
 from .kernel import SIZEOF, WARPGROUP_ROWS, Config, Map
 

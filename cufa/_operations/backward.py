@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .._call.problem import Problem
 from .._kernels import BACKWARD
-from .._problem import Problem
 from .forward import ATTENTION, ATTENTION_VARLEN
 from .operation import Operation, Result
 
@@ -23,7 +23,7 @@ def _results(problem: Problem) -> tuple[Result, ...]:
 
 
 def _on_cpu(problem: Problem, arrays: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    from .. import _cpu_backward
+    from .._cpu import backward as _cpu_backward
 
     dout, q, k, v, out, lse, dlse = (arrays[name] for name in ("dout", "q", "k", "v", "out", "lse", "dlse"))
     dq, dk, dv, dsinks = (results.get(name) for name in ("dq", "dk", "dv", "dsinks"))

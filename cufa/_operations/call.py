@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .. import _align, _arrays, _driver, _jit, _options, _problem
-from .._align import Copies
-from .._arrays import CPU, Arrays
+from .._call import align as _align
+from .._call import arrays as _arrays
+from .._call import options as _options
+from .._call import problem as _problem
+from .._call.align import Copies
+from .._call.arrays import CPU, Arrays
+from .._call.problem import Problem
+from .._compile import jit as _jit
+from .._driver import driver as _driver
+from .._driver.launch import Launch
 from .._kernels import Plan, align, choose
 from .._kernels import unit as units
 from .._kernels.kernel import Scratch
-from .._launch import Launch
-from .._problem import Problem
 from .operation import Operation
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .._call.problem import Problem
 from .._kernels import FORWARD
-from .._problem import Problem
 from .operation import Operation, Result
 
 INPUTS = ("q", "k", "v", "alibi_slopes", "sinks")
@@ -21,7 +21,7 @@ def _results(problem: Problem) -> tuple[Result, ...]:
 
 
 def _on_cpu(problem: Problem, arrays: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    from .. import _cpu
+    from .._cpu import forward as _cpu
 
     q, k, v = (arrays[name] for name in "qkv")
     out, lse = results["out"], results.get("lse")

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from .._call.problem import Problem
     from .._kernels import Kernel
-    from .._problem import Problem
 
 
 class Result(NamedTuple):

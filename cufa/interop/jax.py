@@ -14,11 +14,12 @@ import jax
 import numpy as np
 from jax.experimental.buffer_callback import Buffer, buffer_callback
 
-from .. import _driver, _problem
-from .._arrays import ALIGNMENT, CPU, Adapter, Arrays, Layout, Spec, contiguous, register
+from .._call import problem as _problem
+from .._call.arrays import ALIGNMENT, CPU, Adapter, Arrays, Layout, Spec, contiguous, register
+from .._call.options import Options
+from .._driver import driver as _driver
 from .._operations.call import compute_on_cpu, planned, prepare
 from .._operations.operation import Operation
-from .._options import Options
 from ..errors import UnsupportedError
 
 

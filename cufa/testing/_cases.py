@@ -12,8 +12,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from cufa import reference
 from cufa.reference import Options, Window
+
+from .. import reference
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

@@ -10,8 +10,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from cufa import _problem, reference
 from cufa.reference import Options
+
+from .. import reference
+from .._call import problem as _problem
 
 Array: TypeAlias = NDArray[Any]
 

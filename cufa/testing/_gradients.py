@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from cufa import reference
 from cufa.reference import Options
 
+from .. import reference
 from ._compare import Problem, complain, complaint, forward_noise, to_numpy
 
 Array: TypeAlias = NDArray[Any]

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import _arrays, _jit, _options, _problem
-from ._align import Copies
-from ._arrays import CPU
-from ._kernels import align
-from ._operations.call import interop_jax, planned
-from ._operations.forward import ATTENTION, ATTENTION_VARLEN
-from ._problem import Problem
-from .errors import UnsupportedError
+from .._call import arrays as _arrays
+from .._call import options as _options
+from .._call import problem as _problem
+from .._call.align import Copies
+from .._call.arrays import CPU
+from .._call.problem import Problem
+from .._compile import jit as _jit
+from .._kernels import align
+from .._operations.call import interop_jax, planned
+from .._operations.forward import ATTENTION, ATTENTION_VARLEN
+from ..errors import UnsupportedError
 
 
 @dataclass(frozen=True)

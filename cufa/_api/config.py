@@ -9,8 +9,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, overload
 
-from . import _driver, _env, _jit
-from ._kernels import OLDEST_ARCH
+from .._compile import env as _env
+from .._compile import jit as _jit
+from .._driver import driver as _driver
+from .._kernels import OLDEST_ARCH
 
 
 def is_available() -> bool:

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _options, _overlap
-from ._arrays import ALIGNMENT, CPU, Arrays, Layout, Spec
-from ._options import MAX_SEQLEN as MAX_SEQLEN
-from ._options import Options, Plain
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
+from . import options as _options
+from . import overlap as _overlap
+from .arrays import ALIGNMENT, CPU, Arrays, Layout, Spec
+from .options import MAX_SEQLEN as MAX_SEQLEN
+from .options import Options, Plain
 
 if TYPE_CHECKING:
-    from ._operations.operation import Operation, Result
+    from .._operations.operation import Operation, Result
 
 MAX_HEAD_DIM = 256
 

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 
 CPU = -1
 """The device of arrays in host memory; GPUs are their CUDA ordinals."""
@@ -496,7 +496,7 @@ def _find_adapter(function: str, name: str, array: Any) -> Adapter:
     if isinstance(array, type):
         raise Refused(TypeError, f"is the class {array.__name__}, not an array; pass an array of it.")
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
-        from ._dlpack import DLPackAdapter
+        from .dlpack import DLPackAdapter
 
         adapter = _OTHERS[array_type] = _INSTANCES.setdefault(DLPackAdapter, DLPackAdapter())
         return adapter

@@ -15,12 +15,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import _cache, _driver, _env, _forks, _save
-from ._cache import CubinCache, Entry
-from ._kernels import Plan
-from ._kernels import unit as units
-from ._kernels.unit import Unit
-from .errors import CompileError, CudaError, MissingKernelError
+from .._driver import driver as _driver
+from .._driver import forks as _forks
+from .._kernels import Plan
+from .._kernels import unit as units
+from .._kernels.unit import Unit
+from ..errors import CompileError, CudaError, MissingKernelError
+from . import cache as _cache
+from . import env as _env
+from . import save as _save
+from .cache import CubinCache, Entry
 
 
 class Nvrtc(NamedTuple):
@@ -64,11 +68,11 @@ class Resources(NamedTuple):
 @lru_cache(maxsize=1)
 def headers() -> dict[str, bytes]:
     """Every header under ``cuda_src``, by its path there."""
-    package: Any = Path(__file__).parent
+    package: Any = Path(__file__).parents[1]
     if not package.is_dir():  # in a zip file
         import importlib.resources  # slow to import, and seldom needed
 
-        package = importlib.resources.files(__package__)
+        package = importlib.resources.files("cufa")
     # Beside the package in a source tree, and in it where it is installed.
     for root in (package / "cuda_src", package.parent / "cuda_src"):
         if found := dict(_headers_below(root, "")):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
-from ._cpu import (
+from .forward import (
     Array,
     Options,
     _cuts,

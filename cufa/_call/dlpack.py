@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from ._arrays import ALIGNMENT, CPU, Adapter, Address, Layout, Refused, Spec, contiguous
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
+from .arrays import ALIGNMENT, CPU, Adapter, Address, Layout, Refused, Spec, contiguous
 
 
 class DLPackAdapter(Adapter):

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import _env
+from . import env as _env
 
 SCHEMA = 1
 """Version of key and file; a change makes older entries unreachable, and eviction removes them in time."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ._arrays import ALIGNMENT, Spec
-from ._problem import ITEMSIZE, Problem, has_tensor_map, widest_copy
+from .arrays import ALIGNMENT, Spec
+from .problem import ITEMSIZE, Problem, has_tensor_map, widest_copy
 
 LEAST_ROWS = 64
 """Rows of q that must share a key head for copies to pay, if they see all of its keys."""

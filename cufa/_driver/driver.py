@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from . import _forks
-from .errors import CudaError
+from ..errors import CudaError
+from . import forks as _forks
 
 
 class Device(NamedTuple):

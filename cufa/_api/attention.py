@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ._arrays import opaque
-from ._operations.call import call
-from ._operations.forward import ATTENTION, ATTENTION_VARLEN
+from .._call.arrays import opaque
+from .._operations.call import call
+from .._operations.forward import ATTENTION, ATTENTION_VARLEN
 
 Array = Any
 """An array of CuPy, torch, JAX, Numba or NumPy, or any with ``__dlpack__``."""

@@ -8,11 +8,10 @@ import threading
 from collections.abc import Sequence
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import _driver
-from ._kernels.kernel import Argument
-from .errors import CudaError
+from ..errors import CudaError
+from . import driver as _driver
 
 MAX_STREAMS = 64
 """Streams whose launch configurations a launch remembers."""
@@ -35,6 +34,24 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
+
+
+class Argument(NamedTuple):
+    """What every launch of a problem shares of a kernel's argument, and where addresses go.
+
+    Attributes
+    ----------
+    content : bytes
+        Addresses are 0.
+    pointers : tuple of (int, str)
+        Offset of each, and the name of what lies there: an array, a result or a part of the scratch memory.
+    maps : tuple of (int, str, int)
+        Offset of each tensor map, whose first bytes are an address, the array's name, and what is added to it.
+    """
+
+    content: bytes
+    pointers: tuple[tuple[int, str], ...]
+    maps: tuple[tuple[int, str, int], ...] = ()
 
 
 class Launch:

@@ -1,0 +1,1 @@
+"""The public functions: signatures and their documentation."""
