@@ -1,6 +1,6 @@
 """Whether the machine code of the compile matrix is the same as that of another version of the sources.
 
-    python tests/compare_sass.py BASE [--most 40] [--all]
+    python tests/compare_sass.py BASE [--most 40] [--only REGEX] [--all]
 
 BASE is a commit. Of each kernel the translation unit and the headers it includes are compared without comments and
 assertions: where these are the same, so is the code. The others are compiled, at most `--most` of them, evenly chosen,
@@ -98,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="a commit")
     parser.add_argument("--most", type=int, default=40, help="how many kernels to compile at most")
+    parser.add_argument("--only", default="", help="regular expression that a kernel's label must contain")
     parser.add_argument("--all", action="store_true", help="compile every kernel")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +110,7 @@ def main() -> None:
         for word, labels in (("gone", gone), ("new", new)):
             for label in labels:
                 print(f"{word}: {label}")
-        shared = [label for label in one if label in other]
+        shared = [label for label in one if label in other and re.search(arguments.only, label)]
         of_base, of_new = (Tokens(side["headers"]).of for side in sides)
         told = [
             label

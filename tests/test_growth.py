@@ -50,7 +50,8 @@ inline void naive_lse(const Params& params) {
                            head / params.qheads_per_khead * params.k_strides.head + key * params.k_strides.seqlen;
     float score = 0.0f;
     for (int i = 0; i < Config::head_dim; ++i) score += q[i * params.q_strides.dim] * k[i * params.k_strides.dim];
-    score = variant.score(score * params.softmax_scale, float(row + seqlen.diagonal() - key));
+    const Point at{batch, head, row, key, float(row + seqlen.diagonal() - key)};
+    score = variant.score(score * params.softmax_scale, at);
     const float higher = score > largest ? score : largest;
     sum = sum * expf(largest - higher) + expf(score - higher);
     largest = higher;

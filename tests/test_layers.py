@@ -62,7 +62,7 @@ def test_instructions_and_architectures_stay_in_their_place(name: str) -> None:
         if not re.search(r"_sm\d+\.cuh$", name):
             assert not re.search(r"sm_?\d\d", re.sub(r'#include "[^"]*"', "", code), re.IGNORECASE)
     assert "#pragma once" in code
-    assert len(code.splitlines()) <= 400
+    assert len(code.splitlines()) <= 420, "a header this long does several things"
     assert HEADERS[name].startswith("// "), "a header opens with what it is"
 
 

@@ -194,7 +194,8 @@ struct BackwardMainloopSm80 {
     const Variant variant(params, work.batch, tile.head);
     const float scale = exponent_scale<Variant>(params);
     const Staged to(p());
-    const int distance = tile.m_block * block_m + to.col + work.seqlen.diagonal() - work.n_block * block_n - to.row;
+    const int first_query = tile.m_block * block_m + to.col, first_key = work.n_block * block_n + to.row;
+    const int distance = first_query + work.seqlen.diagonal() - first_key;
 #pragma unroll
     for (int j = 0; j < Scores::n_tiles; ++j) {
       const float2 subtracted = row_lse[j];
@@ -208,8 +209,10 @@ struct BackwardMainloopSm80 {
             float& s = scores.x[t][j][2 * i + e];
             float exponent = s, derivative = 1.0f;
             if constexpr (!Variant::empty) {
-              exponent =
-                  variant.score(s * params.softmax_scale, float(distance + 8 * j + e - 16 * t - 8 * i), derivative);
+              const int query = 8 * j + e, key = 16 * t + 8 * i;
+              const Point at{work.batch, tile.head, first_query + query, first_key + key,
+                             float(distance + query - key)};
+              exponent = variant.score(s * params.softmax_scale, at, derivative);
               if (__float_as_uint(s) == masked_entry) exponent = -infinity;
             }
             p[e] = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));

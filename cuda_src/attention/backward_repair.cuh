@@ -41,8 +41,8 @@ inline Entry entry_of(const BackwardParams& backward, const RepairedSequence& se
   const Params& params = backward.forward;
   const typename Config::variant variant(params, sequence.batch, query_head);
   float derivative = 1.0f;
-  const float distance = float(row + sequence.seqlen.diagonal() - key);
-  const float score = variant.score(q.dot(k) * params.softmax_scale, distance, derivative);
+  const Point at{sequence.batch, query_head, row, key, float(row + sequence.seqlen.diagonal() - key)};
+  const float score = variant.score(q.dot(k) * params.softmax_scale, at, derivative);
   const float p = ptx::ex2_approx_ftz(fmaf(score, log2_e, -row_lse));
   return {p, p * derivative * (dout.dot(v) - row_delta)};
 }

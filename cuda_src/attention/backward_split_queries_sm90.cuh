@@ -179,7 +179,8 @@ struct BackwardQueriesSm90 {
             float derivative = 1.0f;
             x[e] = s.x[0][j][2 * i + e];
             if constexpr (!Variant::empty) {
-              x[e] = variant.score(x[e] * params.softmax_scale, distance - float(key), derivative);
+              const Point at{tile.batch, tile.head, row, thread_key + key, distance - float(key)};
+              x[e] = variant.score(x[e] * params.softmax_scale, at, derivative);
               if (key > last || (Config::window && key < first)) x[e] = -infinity;
             }
             x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, -lse[i])) * derivative;

@@ -138,7 +138,8 @@ inline void probabilities(tile::Operand<block_m>& p, tile::Operand<block_m>& ds_
         // with it the mask, is applied score by score.
         if constexpr (!Variant::empty) {
           const float distance = float(thread_query + work.seqlen.diagonal() - keys[i]);
-          x[e] = variant.score(x[e] * params.softmax_scale, distance + float(query), derivative[e]);
+          const Point at{work.batch, head, thread_query + query, keys[i], distance + float(query)};
+          x[e] = variant.score(x[e] * params.softmax_scale, at, derivative[e]);
           if (!spans[i].sees(query)) x[e] = -infinity;
         }
         x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, e == 0 ? -lse.x[j].x : -lse.x[j].y));

@@ -87,7 +87,7 @@ struct MainloopSm80 {
       __syncthreads();  // V has arrived, and every warp is done with K
       if (n_block > range.begin) load<Config::head_dim>(next_k_chunks);
       ptx::cp_async_commit_group();
-      apply(variant, scores, params, work.seqlen, first_row() + warp_row(), first_col);
+      apply<Config>(variant, scores, params, work.tile, work.seqlen, first_row() + warp_row(), first_col);
       if (range.template is_boundary<Config>(n_block)) {
         mask<Config>(scores, params, work.seqlen, first_row() + warp_row(), first_col);
       }

@@ -233,7 +233,7 @@ struct MainloopSm90 {
     typename Config::variant variant(params, work->tile.batch, work->tile.head);
     const auto finish_scores = [&](Scores& scores) {
       const int first_row = work->tile.m_block * Config::block_m + warp_row(), first_col = n_block * Config::block_n;
-      apply(variant, scores, params, work->seqlen, first_row, first_col);
+      apply<Config>(variant, scores, params, work->tile, work->seqlen, first_row, first_col);
       if (unlikely(range.template is_boundary<Config>(n_block)))
         mask<Config>(scores, params, work->seqlen, first_row, first_col);
     };

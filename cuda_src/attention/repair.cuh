@@ -186,7 +186,8 @@ inline void repair(const Params& all, const Work<typename Config::element>& work
     for (int key = Span::first(params, seqlen, row); key <= last; ++key) {
       k.load(work.origin(params.k, params.k_strides, head_k, seqlen.k_first_row + key), params.k_strides.dim);
       v.load(work.origin(params.v, params.v_strides, head_k, seqlen.k_first_row + key), params.v_strides.dim);
-      const float score = variant.score(q.dot(k) * params.softmax_scale, float(row + seqlen.diagonal() - key));
+      const Point at{work.tile.batch, head, row, key, float(row + seqlen.diagonal() - key)};
+      const float score = variant.score(q.dot(k) * params.softmax_scale, at);
       const float new_max = fminf(fmaxf(row_max, score), largest_float);
       const float subtracted = new_max == -infinity ? 0.0f : new_max;
       const float kept = ptx::ex2_approx_ftz((row_max - subtracted) * log2_e);

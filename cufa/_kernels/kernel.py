@@ -294,10 +294,29 @@ def common(static: Static) -> dict[str, Any]:
     }
 
 
+class Term(NamedTuple):
+    """A score term: the member of Static that asks for it, its header in ``cuda_src``, and its C++ type."""
+
+    name: str
+    header: str
+    type: str
+
+
+TERMS = (
+    Term("softcap", "attention/softcap.cuh", "attention::Softcap<{element}>"),
+    Term("alibi", "attention/alibi.cuh", "attention::Alibi"),
+)
+"""All score terms, in the order in which they are applied."""
+
+
 def terms(static: Static) -> tuple[str, ...]:
     """The score terms of a problem, in their order, as C++ types."""
-    softcap = (f"attention::Softcap<{static.element}>",) if static.softcap else ()
-    return (*softcap, *(("attention::Alibi",) if static.alibi else ()))
+    return tuple(term.type.format(element=static.element) for term in TERMS if getattr(static, term.name))
+
+
+def header_of(term: str) -> str:
+    """The header of a score term, given as a C++ type."""
+    return next(each.header for each in TERMS if each.type.partition("<")[0] == term.partition("<")[0])
 
 
 def has_short_tile(static: Static) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from . import record
-from .kernel import Plan
+from .kernel import Plan, header_of
 
 
 class Unit(NamedTuple):
@@ -48,8 +48,10 @@ def unit_of(plan: Plan, headers: Mapping[str, bytes]) -> Unit:
 
 def _source(plan: Plan, headers: Mapping[str, bytes]) -> str:
     kernel, config = plan.kernel, plan.config
+    included = [f"attention/{kernel.name.removeprefix('attention_')}.cuh", "ptx/grid.cuh"]
     types = ""
     if hasattr(config, "variant"):
+        included += map(header_of, config.variant)
         types = (
             f"  using element = {config.element};\n  using variant = attention::Variant<{', '.join(config.variant)}>;\n"
         )
@@ -66,9 +68,9 @@ def _source(plan: Plan, headers: Mapping[str, bytes]) -> str:
         "}\n"
         for step in plan.steps
     ]
+    lines = [f'#include "{name}"\n' for name in included]
     return (
-        f'#include "attention/{kernel.name.removeprefix("attention_")}.cuh"\n'
-        '#include "ptx/grid.cuh"\n\n'
+        f"{''.join(lines)}\n"
         "struct Config {\n"
         f"{types}{''.join(constants)}"
         "};\n\n"

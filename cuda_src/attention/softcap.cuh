@@ -1,0 +1,39 @@
+// attention: the score term that keeps scores within a softcap.
+#pragma once
+
+#include "attention/params.cuh"
+#include "attention/variant.cuh"
+#include "core/types.cuh"
+#include "ptx/math.cuh"
+
+namespace attention {
+
+// A score s becomes softcap · tanh(s / softcap).
+template <class element>
+struct Softcap {
+  static constexpr bool per_head = false;
+
+  float softcap, inverse, exponent;
+
+  Softcap(const Params& params, int, int)
+      : softcap(params.softcap), inverse(params.softcap_inverse), exponent(params.softcap_exponent) {}
+
+  float score(float s, const Point&) const {
+    const float x = s * inverse;
+    if constexpr (is_same<element, f32>) return softcap * tanhf(x);
+    // tanh.approx (2^-11) would show in a 16-bit P. This is good to 2^-22 absolutely, which is not enough where the
+    // softcap is so large that x is small; there two terms of the series are good to 2^-27 relatively.
+    const float e = ptx::ex2_approx_ftz(s * exponent);
+    const float large = softcap * fmaf(-2.0f, ptx::rcp_approx_ftz(e + 1.0f), 1.0f);
+    const float square = x * x;
+    const float small = fmaf(s * square, fmaf(square, 2.0f / 15.0f, -1.0f / 3.0f), s);
+    return fabsf(x) < 0.0625f ? small : large;
+  }
+
+  float dscore(float score, const Point&) const {
+    const float tanh = score * inverse;
+    return fmaf(-tanh, tanh, 1.0f);
+  }
+};
+
+}  // namespace attention
