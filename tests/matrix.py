@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import plans
-import test_compile
 
 from cufa._call.problem import Static
 from cufa._compile import jit as _jit
@@ -29,38 +28,38 @@ from cufa._kernels import Plan
 def kernels() -> Iterator[tuple[str, Plan]]:
     """Each kernel, by a label that says what is asked for and not what serves it."""
     for element, features, arch, head_dims in itertools.product(
-        ("bf16", "f32"), test_compile.FEATURES, test_compile.ARCHS, test_compile.HEAD_DIMS
+        ("bf16", "f32"), plans.FEATURES, plans.ARCHS, plans.HEAD_DIMS
     ):
-        facts = test_compile.static(element, *head_dims, **test_compile.FEATURES[features])
+        facts = plans.static(element, *head_dims, **plans.FEATURES[features])
         yield f"forward {element} {features} sm_{arch} {head_dims}", plans.forward(facts, arch)
     for element, features, arch, head_dims in itertools.product(
-        ("f16", "f32"), test_compile.BACKWARD, test_compile.ARCHS, test_compile.HEAD_DIMS
+        ("f16", "f32"), plans.BACKWARD, plans.ARCHS, plans.HEAD_DIMS
     ):
-        facts = test_compile.static(element, *head_dims, **test_compile.BACKWARD[features])
+        facts = plans.static(element, *head_dims, **plans.BACKWARD[features])
         for deterministic, average_rows in ((False, 128), (True, 16)):
             plan = plans.backward(facts, arch, deterministic, average_rows)
             yield f"backward {element} {features} sm_{arch} {head_dims} {deterministic} {average_rows}", plan
-    for tile, head_dims in itertools.product(test_compile.SHORT_TILES, ((64, 64), (128, 40))):
+    for tile, head_dims in itertools.product(plans.SHORT_TILES, ((64, 64), (128, 40))):
         for element, features in (("f16", "plain"), ("bf16", "everything"), ("bf16", "elementwise")):
-            forward = test_compile.short(element, head_dims, tile, test_compile.FEATURES[features])
-            backward = test_compile.short(element, head_dims, tile, test_compile.BACKWARD[features])
+            forward = plans.short(element, head_dims, tile, plans.FEATURES[features])
+            backward = plans.short(element, head_dims, tile, plans.BACKWARD[features])
             yield f"forward {element} {features} short {tile} {head_dims}", plans.forward(forward, 90)
             yield (
                 f"backward {element} {features} short {tile} {head_dims}",
                 plans.backward(backward, 90, True),
             )
     for mask, head_dim in itertools.product(("none", "causal", "window"), (64, 128, 192, 256)):
-        plain: Static = test_compile.static("bf16", head_dim, head_dim, mask=mask)
+        plain: Static = plans.static("bf16", head_dim, head_dim, mask=mask)
         changes: dict[str, dict[str, bool]] = {"chains": {"chains": True}, "empty": {"empty_rows": True}}
         for name, change in (changes | {"no maps": {"tma": False}}).items():
             yield f"forward {name} {mask} {head_dim}", plans.forward(plain._replace(**change), 90)
-    for arch in test_compile.ARCHS:
+    for arch in plans.ARCHS:
         yield f"align sm_{arch}", plans.aligned(arch)
 
 
 def compile_to(path: str, label: str) -> None:
     plan = dict(kernels())[label]
-    Path(path).write_bytes(test_compile.compile_plan(plan).cubin)
+    Path(path).write_bytes(plans.compile_plan(plan).cubin)
 
 
 def path_of(directory: Path, label: str) -> Path:

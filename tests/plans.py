@@ -1,21 +1,74 @@
-"""Plans and grids by what tests vary."""
+"""Plans and grids by what tests vary: the facts of problems, at the edges of the tables of tiles."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from cufa import _kernels
 from cufa._call.problem import LONG_ROWS, Problem, Static
-from cufa._kernels import BACKWARD, FORWARD, Plan, align, choose
+from cufa._compile import jit as _jit
+from cufa._kernels import Plan, align, choose
+from cufa._kernels.kernel import SIZEOF, has_short_tile
+
+ARCHS = (80, 86, 90, 100, 120)
+HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (40, 57), (64, 128), (192, 128))
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"mask": "causal"},
+    "short": {"mask": "causal", "short": True},
+    "sharing": {"pack": 4, "mask": "causal", "short": True},
+    "window": {"mask": "window"},
+    "packed": {"mask": "causal", "short": True, "varlen": True},
+    "everything": {"mask": "window", "softcap": True, "alibi": True, "sinks": True, "varlen": True},
+    "elementwise": {"mask": "causal", "varlen": True, "copy_bytes": 0, "store_bytes": 0},
+    "many": {"varlen": True, "many": True},
+}
+
+
+def static(element: str, head_dim: int, head_dim_v: int, **features: Any) -> Static:
+    size = SIZEOF[element]
+    facts: dict[str, Any] = {"mask": "none", "softcap": False, "alibi": False, "sinks": False, "varlen": False}
+    facts |= {"tma": features.get("copy_bytes", 16) == 16, "short": False}
+    facts |= {"copy_bytes": 16, "out_copy_bytes": 16, "store_bytes": max(size, math.gcd(16, head_dim_v * size))}
+    facts |= features
+    facts |= {name: facts[name] or size for name in ("copy_bytes", "store_bytes", "out_copy_bytes")}
+    return Static(element=element, head_dim=head_dim, head_dim_v=head_dim_v, **facts)
+
+
+def compile_plan(plan: Plan) -> _jit.Compiled:
+    return _jit.compile_unit(_jit.unit_of(plan))
+
+
+BACKWARD: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"mask": "causal"},
+    "packed": {"mask": "causal", "varlen": True},
+    "window": {"mask": "window", "sinks": True},
+    "slopes": {"alibi": True},
+    "everything": {"mask": "window", "softcap": True, "alibi": True, "sinks": True, "varlen": True},
+    "elementwise": {"mask": "causal", "varlen": True, "copy_bytes": 0, "out_copy_bytes": 0, "store_bytes": 0},
+    "elementwise results": {"mask": "causal", "varlen": True, "out_copy_bytes": 0, "store_bytes": 0},
+}
+
+SHORT_TILES = ((16, 16), (32, 32), (16, 64), (32, 16), (16, 32), (32, 64))
+
+
+def short(element: str, head_dims: tuple[int, int], tile: tuple[int, int], features: dict[str, Any]) -> Static:
+    """Of sequences that have small tiles to themselves."""
+    facts = static(element, *head_dims, **features)._replace(pack=1, short_rows=tile[0], short_keys=tile[1])
+    assert has_short_tile(facts)
+    return facts
 
 
 def forward(static: Static, arch: int) -> Plan:
     """The kernel of the forward for a GPU of compute capability `arch`."""
-    return choose(FORWARD, static, arch)
+    return choose(_kernels.FORWARD, static, arch)
 
 
 def backward(static: Static, arch: int, deterministic: bool = False, average_rows: int = LONG_ROWS) -> Plan:
     """The kernel of the gradients."""
-    return choose(BACKWARD, static._replace(deterministic=deterministic, average_rows=average_rows), arch)
+    return choose(_kernels.BACKWARD, static._replace(deterministic=deterministic, average_rows=average_rows), arch)
 
 
 def aligned(arch: int) -> Plan:

@@ -110,7 +110,7 @@ def set_atime(path: Path, seconds_ago: float) -> None:
 
 def run_script(script: str, *arguments: object, timeout: float = 30) -> tuple[subprocess.Popen[str], Callable[[], str]]:
     """Start a script in a new interpreter; the second value waits for it and returns what it wrote."""
-    root = str(Path(_cache.__file__).parent.parent)
+    root = str(Path(_cache.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],

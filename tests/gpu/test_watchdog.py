@@ -25,7 +25,7 @@ def test_hangs():
 @pytest.mark.gpu
 def test_a_hang_is_reported_with_the_kernel(tmp_path: Path) -> None:
     pytest.importorskip("cupy")
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     (tmp_path / "conftest.py").write_text((tests / "conftest.py").read_text())
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     (tmp_path / "test_hangs.py").write_text(HANGS)

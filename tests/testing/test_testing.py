@@ -51,7 +51,7 @@ def test_the_examples_run(module: types.ModuleType) -> None:
 
 
 def test_the_readme_tests_a_pipeline() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     section = readme.partition("\n## Testing your own pipeline\n")[2].partition("\n## ")[0]
     found: dict[str, Any] = {}
     exec(re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)[0], found)

@@ -21,8 +21,9 @@ def test_sanitizer(tool: str, direction: str) -> None:
     if not Path(sanitizer).exists():
         pytest.skip("needs compute-sanitizer")
     pytest.importorskip("cupy")
-    root = str(PROFILE.parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    root = PROFILE.parents[2]
+    paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     run = subprocess.run(
         [
             sanitizer,

@@ -7,7 +7,7 @@ from typing import Any
 
 import plans
 import pytest
-from test_compile import compile_plan, static
+from plans import compile_plan, static
 
 from cufa._compile import jit as _jit
 

@@ -22,7 +22,7 @@ from cufa._compile import jit as _jit
 from cufa._kernels import Plan
 
 FACTS = Static("bf16", 64, 64, "causal", True, True, True, False, 16, 16, True, False)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

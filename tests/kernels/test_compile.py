@@ -28,40 +28,12 @@ from typing import Any, NamedTuple
 import plans
 import pytest
 import sass
+from plans import ARCHS, BACKWARD, FEATURES, HEAD_DIMS, SHORT_TILES, compile_plan, short, static
 
 from cufa._call.problem import Static
 from cufa._compile import jit as _jit
 from cufa._kernels import Plan
-from cufa._kernels.kernel import SHARED_MEMORY, SIZEOF, has_short_tile
-
-ARCHS = (80, 86, 90, 100, 120)
-HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (40, 57), (64, 128), (192, 128))
-FEATURES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "causal": {"mask": "causal"},
-    "short": {"mask": "causal", "short": True},
-    "sharing": {"pack": 4, "mask": "causal", "short": True},
-    "window": {"mask": "window"},
-    "packed": {"mask": "causal", "short": True, "varlen": True},
-    "everything": {"mask": "window", "softcap": True, "alibi": True, "sinks": True, "varlen": True},
-    "elementwise": {"mask": "causal", "varlen": True, "copy_bytes": 0, "store_bytes": 0},
-    "many": {"varlen": True, "many": True},
-}
-
-
-def static(element: str, head_dim: int, head_dim_v: int, **features: Any) -> Static:
-    size = SIZEOF[element]
-    facts: dict[str, Any] = {"mask": "none", "softcap": False, "alibi": False, "sinks": False, "varlen": False}
-    facts |= {"tma": features.get("copy_bytes", 16) == 16, "short": False}
-    facts |= {"copy_bytes": 16, "out_copy_bytes": 16, "store_bytes": max(size, math.gcd(16, head_dim_v * size))}
-    facts |= features
-    facts |= {name: facts[name] or size for name in ("copy_bytes", "store_bytes", "out_copy_bytes")}
-    return Static(element=element, head_dim=head_dim, head_dim_v=head_dim_v, **facts)
-
-
-def compile_plan(plan: Plan) -> _jit.Compiled:
-    return _jit.compile_unit(_jit.unit_of(plan))
-
+from cufa._kernels.kernel import SHARED_MEMORY
 
 NEWEST = "newest"
 """The NVRTC that cufa finds by itself."""
@@ -73,7 +45,8 @@ class OtherNvrtc:
     """A process that checks plans with another NVRTC: of one name only one library can be loaded into a process."""
 
     def __init__(self, libraries: list[Path]) -> None:
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        root = Path(__file__).parents[2]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
         command = [sys.executable, __file__, *map(str, libraries)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -322,18 +295,6 @@ def test_copies_of_rows_of_any_width(features: str) -> None:
         check(facts, 80, NVRTCS[(turn + 1) % 3])
 
 
-BACKWARD: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "causal": {"mask": "causal"},
-    "packed": {"mask": "causal", "varlen": True},
-    "window": {"mask": "window", "sinks": True},
-    "slopes": {"alibi": True},
-    "everything": {"mask": "window", "softcap": True, "alibi": True, "sinks": True, "varlen": True},
-    "elementwise": {"mask": "causal", "varlen": True, "copy_bytes": 0, "out_copy_bytes": 0, "store_bytes": 0},
-    "elementwise results": {"mask": "causal", "varlen": True, "out_copy_bytes": 0, "store_bytes": 0},
-}
-
-
 @pytest.mark.parametrize(
     ("features", "deterministic", "head_dims"),
     [
@@ -392,16 +353,6 @@ def test_gradients_for_every_gpu(element: str, arch: int) -> None:
 def test_gradients_that_wgmma_does_not_serve() -> None:
     for element, head_dim, head_dim_v, features in (("f32", 128, 40, "window"), ("f16", 57, 256, "elementwise")):
         check_backward(static(element, head_dim, head_dim_v, **BACKWARD[features]), 90, True)
-
-
-SHORT_TILES = ((16, 16), (32, 32), (16, 64), (32, 16), (16, 32), (32, 64))
-
-
-def short(element: str, head_dims: tuple[int, int], tile: tuple[int, int], features: dict[str, Any]) -> Static:
-    """Of sequences that have small tiles to themselves."""
-    facts = static(element, *head_dims, **features)._replace(pack=1, short_rows=tile[0], short_keys=tile[1])
-    assert has_short_tile(facts)
-    return facts
 
 
 @pytest.mark.parametrize("arch", ARCHS)
