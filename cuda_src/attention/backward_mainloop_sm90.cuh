@@ -25,6 +25,7 @@
 #include "tile/local.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/shared.cuh"
+#include "tile/turn.cuh"
 
 namespace attention {
 
@@ -61,6 +62,9 @@ struct BackwardMainloopSm90 {
 
   static constexpr int chain_floats = dq_threads * (Dk::cols + Dv::cols) / 2;  // of a block: dk and dv, taken over
   static constexpr bool first_stores = true;  // dq_sum begins with the first numbers stored there, not with zeros
+
+  // Consumers take turns from S to the last exponential, so that exponentials of one run beside products of the other.
+  using Turn = tile::Turn<consumers>;
 
   static constexpr int stages = 2;
   static constexpr int sums_stages = by_rows ? 1 : 2;  // tiles of dq, as many as there is shared memory for
@@ -243,19 +247,6 @@ struct BackwardMainloopSm90 {
     for (int part = 0; part < consumers; ++part) sums_ring(part).release(at.previous());
   }
 
-  // Consumers take turns from S to the last exponential, so that exponentials of one run beside products of the other.
-  struct Turn {
-    int consumer;
-
-    explicit Turn(int consumer) : consumer(consumer) {
-      if (consumer == 0) ptx::bar_arrive(barrier(0), 128 * consumers);
-    }
-
-    static int barrier(int consumer) { return 1 + consumer; }
-    void take() const { ptx::bar_sync(barrier(consumer), 128 * consumers); }
-    void pass() const { ptx::bar_arrive(barrier(1 - consumer), 128 * consumers); }
-  };
-
   // Called by warpgroup `consumer` of the consumers. It computes its part of dq one step behind the rest: by then dS of
   // the other consumer has long been there, and while one is busy with its scores, the tensor cores work for the other.
   //
@@ -306,7 +297,7 @@ struct BackwardMainloopSm90 {
       numbers.load(lse(stage), lse_ahead);
       probabilities<Config>(p, ds_factors, s, numbers, params, work, head, first_key, m_block, boundary);
       if (!early_dp) begin_dp();
-      turn.pass();
+      turn.pass(1 - consumer);
       warpgroup::gemm_ab(dv, p, dout(stage), true);
       warpgroup::wait<1>(dp);
       numbers.load(delta(stage));
@@ -368,7 +359,7 @@ struct BackwardMainloopSm90 {
           }
         }
       }
-      ptx::bar_sync(1 + consumers, 128 * consumers);
+      ptx::bar_sync(Turn::next_barrier, 128 * consumers);
       finish_tiles<Config, BackwardMainloopSm90>(backward, each, thread);
     }
   }

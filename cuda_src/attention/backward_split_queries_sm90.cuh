@@ -12,13 +12,13 @@
 #include "attention/mask.cuh"
 #include "attention/variant.cuh"
 #include "core/math.cuh"
-#include "ptx/barrier.cuh"
 #include "ptx/math.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/gemm_sm90.cuh"
 #include "tile/local.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/shared.cuh"
+#include "tile/turn.cuh"
 
 namespace attention {
 
@@ -61,6 +61,9 @@ struct BackwardQueriesSm90 {
 
   using Variant = typename Config::variant;
   using Span = KeySpan<Config::causal, Config::window>;
+  // Consumers take turns in giving the tensor cores S and dP to do.
+  using Turn = tile::Turn<consumers>;
+
   using Scores = tile::Accumulator<1, block_n>;
   using Operand = tile::Operand<block_n>;
   using Dq = tile::Accumulator<1, round_up(Config::head_dim, 16)>;
@@ -155,7 +158,7 @@ struct BackwardQueriesSm90 {
       warpgroup::gemm_abt<Config::head_dim>(s, q(consumer), k(at_keys.stage()));
       values().wait_full(at_values);
       warpgroup::gemm_abt<Config::head_dim_v>(dp, dout(consumer), v());
-      turn.pass();
+      turn.pass(1 - consumer);
       warpgroup::wait<2>(dq, ds);
       if (at_keys.count > 0) keys().release_warp(at_keys.previous());
       warpgroup::wait<1>(s);
@@ -227,18 +230,6 @@ struct BackwardQueriesSm90 {
     }
     if (unlikely(not_finite.found())) *backward.not_finite = 1;
   }
-
-  // Consumers take turns in giving the tensor cores S and dP to do.
-  struct Turn {
-    int consumer;
-
-    explicit Turn(int consumer) : consumer(consumer) {
-      if (consumer == 0) ptx::bar_arrive(1, 128 * consumers);
-    }
-
-    void take() const { ptx::bar_sync(1 + consumer, 128 * consumers); }
-    void pass() const { ptx::bar_arrive(2 - consumer, 128 * consumers); }
-  };
 };
 
 }  // namespace attention

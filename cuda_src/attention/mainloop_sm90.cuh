@@ -21,7 +21,6 @@
 #include "attention/variant.cuh"
 #include "attention/work.cuh"
 #include "core/math.cuh"
-#include "ptx/barrier.cuh"
 #include "ptx/opaque.cuh"
 #include "ptx/shared.cuh"
 #include "tile/accumulator.cuh"
@@ -30,6 +29,7 @@
 #include "tile/pipeline.cuh"
 #include "tile/shared.cuh"
 #include "tile/tensor_sm90.cuh"
+#include "tile/turn.cuh"
 
 namespace attention {
 
@@ -51,6 +51,9 @@ struct MainloopSm90 {
   using Probabilities = tile::Operand<Config::block_n>;
   using Out = tile::Accumulator<1, round_up(Config::head_dim_v, 16)>;
   using Statistics = Softmax<element, 1>;
+  // Warpgroups take turns in giving the tensor cores work, so that the softmax of one runs during the products of the
+  // others. A turn ends when its products have begun, or, with Config::whole_turns, when they are done.
+  using Turn = tile::Turn<consumers>;
   static constexpr int chain_blocks = tile::chain_blocks(Config::block_n);
 
   // The tiles on their way through the block: one warp finds a tile, then it is loaded, then computed, and its entry is
@@ -281,12 +284,12 @@ struct MainloopSm90 {
       const int own = Config::head_dim > 160 ? ptx::opaque(warpgroup) : warpgroup;  // lest descriptors take registers
       warpgroup::gemm_abt<Config::head_dim>(scores, q(own), k(at_keys.stage()));
       if (unlikely(unwritten_out)) {  // writing takes a while, and P·V has to wait for it
-        turn.pass();
+        turn.pass((warpgroup + 1) % consumers);
         write(out, finished, params, at_tiles.before(seam ? 2 : 1));
       }
       values().wait_full(at_values);
       warpgroup::gemm_ab(out, p, v(at_values.stage()), !unwritten_out);
-      if (!Config::whole_turns && !unwritten_out) turn.pass();
+      if (!Config::whole_turns && !unwritten_out) turn.pass((warpgroup + 1) % consumers);
       warpgroup::wait<1>(scores);
       release(keys(), at_keys);
       if (threadIdx.x % 128 == 0 && n_block == range.begin) queries.release(at_queries());
@@ -299,7 +302,7 @@ struct MainloopSm90 {
       // that p may be overwritten there.
       if (early_steps > 0 && n_block > range.begin) keys().wait_full(at_keys);
       warpgroup::wait<0>(out, p);
-      if (Config::whole_turns && !unwritten_out) turn.pass();
+      if (Config::whole_turns && !unwritten_out) turn.pass((warpgroup + 1) % consumers);
       release(values(), at_values);
       bool far[2] = {true, true}, accepted = false;
       if (unlikely(seam)) {
@@ -382,19 +385,6 @@ struct MainloopSm90 {
     if (threadIdx.x % 128 == 0) ring.release(at);
     at.advance();
   }
-
-  // Warpgroups take turns in giving the tensor cores work, so that the softmax of one runs during the products of the
-  // others. A turn ends when its products have begun, or, with Config::whole_turns, when they are done.
-  struct Turn {
-    int warpgroup;
-
-    explicit Turn(int warpgroup) : warpgroup(warpgroup) {
-      if (warpgroup == 0) ptx::bar_arrive(1, 256);
-    }
-
-    void take() const { ptx::bar_sync(1 + warpgroup, 256); }
-    void pass() const { ptx::bar_arrive(1 + (warpgroup + 1) % consumers, 256); }
-  };
 };
 
 }  // namespace attention
