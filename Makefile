@@ -55,9 +55,9 @@ demo: $(VENV)/.demo
 # With a GPU its tests run after the others and one at a time, since they share its memory.
 test: $(VENV)/.test
 	@if [ -n "$(CUDA_EXTRA)" ]; then \
-	  $(BIN)/python -m pytest -n auto -m 'not gpu' $(PYTEST_FLAGS) && $(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS); \
+	  $(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu' $(PYTEST_FLAGS) && $(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS); \
 	else \
-	  $(BIN)/python -m pytest -n auto $(PYTEST_FLAGS); \
+	  $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_FLAGS); \
 	fi
 
 lint: $(VENV)/.lint
