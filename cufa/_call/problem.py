@@ -612,7 +612,7 @@ def _access(operation: Operation, specs: dict[str, Spec]) -> dict[str, Any]:
     itemsize = ITEMSIZE[specs["q"].dtype]
     tiles = [specs[name] for name in operation.tiles]
     return {
-        "copy_bytes": min(widest_copy(spec, itemsize) for spec in tiles),
+        "copy_bytes": min((widest_copy(spec, itemsize) for spec in tiles), default=ALIGNMENT),
         "tma": all(has_tensor_map(spec, itemsize) for spec in tiles),
         "out_copy_bytes": widest_copy(specs["out"], itemsize) if operation.gradient else ALIGNMENT,
     }

@@ -63,12 +63,12 @@ def backward(
     Examples
     --------
     >>> import numpy as np
-    >>> from cufa import _cpu, _cpu_backward
+    >>> from cufa._cpu import backward, forward
     >>> options = dict(softmax_scale=1.0, window_left=None, window_right=0, softcap=0.0, alibi_slopes=None, sinks=None)
     >>> x = np.ones((1, 2, 1, 1))
     >>> out, lse, dq, dk, dv = np.empty_like(x), np.empty((1, 1, 2)), *np.empty((3, 1, 2, 1, 1))
-    >>> _cpu.forward(x, x, x, out, lse, **options)
-    >>> _cpu_backward.backward(x, x, x, x, out, lse, None, dq, dk, dv, None, **options)
+    >>> forward.forward(x, x, x, out, lse, **options)
+    >>> backward.backward(x, x, x, x, out, lse, None, dq, dk, dv, None, **options)
     >>> dv.ravel().round(9).tolist()  # the first key gets all of the first row and half of the second
     [1.5, 0.5]
     """

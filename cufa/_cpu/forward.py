@@ -58,7 +58,7 @@ def block_sizes(
 
     Examples
     --------
-    >>> from cufa._cpu import block_sizes
+    >>> from cufa._cpu.forward import block_sizes
     >>> block_sizes(2, 4096, 4096, 8, 8)
     Blocks(batch=1, num_heads_k=1, block_m=512, block_n=1024)
     >>> block_sizes(2, 1, 300, 8, 2)  # one query: all heads and batch entries at once
@@ -177,11 +177,11 @@ def forward(
     Examples
     --------
     >>> import numpy as np
-    >>> from cufa import _cpu
+    >>> from cufa._cpu.forward import forward
     >>> q = np.ones((1, 2, 1, 4), np.float32)
     >>> out = np.empty_like(q)
-    >>> _cpu.forward(q, q, q, out, None, softmax_scale=0.5, window_left=None, window_right=0, softcap=0.0,
-    ...              alibi_slopes=None, sinks=None)
+    >>> forward(q, q, q, out, None, softmax_scale=0.5, window_left=None, window_right=0, softcap=0.0,
+    ...         alibi_slopes=None, sinks=None)
     >>> out[0, :, 0, 0].tolist()
     [1.0, 1.0]
     """

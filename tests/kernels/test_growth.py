@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_problem import Launched, OnGpu, unpacked
 
 import cufa
 from cufa import reference
@@ -183,6 +184,18 @@ def test_a_kernel_compiles_from_its_own_header(added: Any) -> None:
     unit = _jit.unit_of(plan)
     assert _jit.compile_unit(unit).cubin[:4] == b"\x7fELF"
     assert _jit.key_of(unit) != _jit.key_of(unit._replace(headers=unit.headers | {"attention/naive_lse.cuh": b""}))
+
+
+def test_an_operation_is_launched_on_a_pretended_gpu(added: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = OnGpu(2, 50, 4, 24, dtype="float32"), OnGpu(2, 70, 2, 24, dtype="float32", pointer=1 << 44)
+    with monkeypatch.context() as patch:
+        launched = Launched(patch)
+        lse = call(added.LSE, (q, k, k, None, None, None), (True, None, None, 0.0, False, False))
+        ((entry, argument),) = launched.kernels
+        assert (entry, launched.allocated) == ("attention_naive_lse", [(lse.shape, "float32")])
+        named = unpacked("Params", argument)
+        assert [named[name] for name in ("q", "k", "v", "lse", "out")] == [*(x.pointer for x in (q, k, k, lse)), 0]
+    _problem._checked.cache_clear()
 
 
 def test_kernels_are_asked_in_their_order(added: Any) -> None:
