@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cufa import _kernels
 from cufa._call.problem import LONG_ROWS, Problem, Static
 from cufa._compile import jit as _jit
 from cufa._kernels import Plan, align, choose
 from cufa._kernels.kernel import SIZEOF, has_short_tile
+from cufa._operations.backward import BACKWARD as GRADIENTS
+from cufa._operations.forward import FORWARD
 
 ARCHS = (80, 86, 90, 100, 120)
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (40, 57), (64, 128), (192, 128))
@@ -63,12 +64,12 @@ def short(element: str, head_dims: tuple[int, int], tile: tuple[int, int], featu
 
 def forward(static: Static, arch: int) -> Plan:
     """The kernel of the forward for a GPU of compute capability `arch`."""
-    return choose(_kernels.FORWARD, static, arch)
+    return choose(FORWARD, static, arch)
 
 
 def backward(static: Static, arch: int, deterministic: bool = False, average_rows: int = LONG_ROWS) -> Plan:
     """The kernel of the gradients."""
-    return choose(_kernels.BACKWARD, static._replace(deterministic=deterministic, average_rows=average_rows), arch)
+    return choose(GRADIENTS, static._replace(deterministic=deterministic, average_rows=average_rows), arch)
 
 
 def aligned(arch: int) -> Plan:

@@ -13,7 +13,6 @@ from .._call.align import Copies
 from .._call.arrays import CPU
 from .._call.problem import Problem
 from .._compile import jit as _jit
-from .._kernels import align
 from .._operations.call import interop_jax, planned
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
 from ..errors import UnsupportedError
@@ -158,6 +157,8 @@ def _said(copies: Copies) -> str:
 def _explain_kernel(problem: Problem) -> Explanation:
     _, copies, plan, grid, _, _ = planned(problem)
     if copies is not None:
+        from .._kernels import align
+
         _jit.entry_of(_jit.unit_of(align.plan_for(plan.arch)))
     unit = _jit.unit_of(plan)
     if _jit.is_loaded(plan, problem.device):

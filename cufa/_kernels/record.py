@@ -158,6 +158,8 @@ def read(name: str, headers: tuple[str, ...]) -> Record:
         If none does, or it has members of a kind that is not known here.
     """
     for text in headers:
+        if f"struct {name} {{\n" not in text:
+            continue
         found = re.search(rf"^struct {name} \{{\n(.*?)^\}};", re.sub(r"//.*", "", text), re.MULTILINE | re.DOTALL)
         if found:
             return _parse(name, found[1], headers)

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._call.problem import Problem
-from .._kernels import BACKWARD
+from .._kernels import Kernel
+from .._kernels.backward_sm80 import BackwardSm80
+from .._kernels.backward_sm90 import BackwardSm90
+from .._kernels.backward_split_sm90 import BackwardSplitSm90
 from .forward import ATTENTION, ATTENTION_VARLEN
 from .operation import Operation, Result
 
+BACKWARD: tuple[Kernel, ...] = (BackwardSm90(), BackwardSplitSm90(), BackwardSm80())
 BESIDE = ("dout", "lse", "dlse", "dq", "dk", "dv")
 """What gradients take after the arrays of the forward."""
 

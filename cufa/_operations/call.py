@@ -15,7 +15,7 @@ from .._call.problem import Problem
 from .._compile import jit as _jit
 from .._driver import driver as _driver
 from .._driver.launch import Launch
-from .._kernels import Plan, align, choose
+from .._kernels import Plan, choose
 from .._kernels import unit as units
 from .._kernels.kernel import Scratch
 from .operation import Operation
@@ -184,6 +184,8 @@ class Copying:
 
 def _load_copying(copies: Copies, floats: int, stream: int) -> Copying:
     """Compile and load the kernel that copies; the copies begin `floats` numbers into the scratch memory."""
+    from .._kernels import align  # most problems need no copies
+
     problem = copies.problem
     device = _driver.device(problem.device)
     plan = align.plan_for(device.arch)

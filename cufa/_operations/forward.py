@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._call.problem import Problem
-from .._kernels import FORWARD
+from .._kernels import Kernel
+from .._kernels.forward_sm80 import ForwardSm80
+from .._kernels.forward_sm90 import ForwardSm90
 from .operation import Operation, Result
 
+FORWARD: tuple[Kernel, ...] = (ForwardSm90(), ForwardSm80())
 INPUTS = ("q", "k", "v", "alibi_slopes", "sinks")
 OFFSETS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
 

@@ -291,7 +291,8 @@ def test_kernels_compile_while_the_interpreter_ends(own_cache: Path) -> None:
         f"""
         import atexit, os, sys
         from cufa._compile import jit as _jit
-        from cufa._kernels import FORWARD, choose
+        from cufa._kernels import choose
+        from cufa._operations.forward import FORWARD
         from cufa._call.problem import Static
         facts = Static("f16", 64, 64, "none", False, False, False, False, 16, 16, True, False)
         units = [_jit.unit_of(choose(FORWARD, facts, arch))._replace(source={SMALL!r}) for arch in (80, 86)]
@@ -318,7 +319,8 @@ def test_a_child_forked_while_threads_compile_can_compile() -> None:
         """
         import os, signal, threading, time, warnings
         from cufa._compile import jit as _jit
-        from cufa._kernels import FORWARD, choose
+        from cufa._kernels import choose
+        from cufa._operations.forward import FORWARD
         from cufa._call.problem import Static
         warnings.simplefilter("ignore")  # about the fork of a process with threads, which is the point
         os.environ["CUFA_CACHE"] = "0"
@@ -387,7 +389,8 @@ def test_cufa_works_from_a_zip_file(plan: Plan, tmp_path: Path) -> None:
             import numpy
             import cufa
             from cufa._compile import jit as _jit
-            from cufa._kernels import FORWARD, choose
+            from cufa._kernels import choose
+            from cufa._operations.forward import FORWARD
             from cufa._call.problem import Static
             assert ".zip" in cufa.__file__
             facts = Static("bf16", 64, 64, "causal", True, True, True, False, 16, 16, True, False)

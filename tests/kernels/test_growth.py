@@ -16,9 +16,9 @@ import cufa
 from cufa import reference
 from cufa._call import problem as _problem
 from cufa._compile import jit as _jit
-from cufa._kernels import FORWARD, choose
+from cufa._kernels import choose
 from cufa._operations.call import call
-from cufa._operations.forward import ATTENTION
+from cufa._operations.forward import ATTENTION, FORWARD
 from cufa.testing import to_numpy
 
 HEADER = """\
@@ -73,7 +73,7 @@ from typing import NamedTuple
 from cufa._cpu import forward as _cpu
 from cufa._kernels.kernel import Config, Kernel, common
 from cufa._kernels.params import params_of
-from cufa._operations.forward import ATTENTION
+from cufa._operations.forward import ATTENTION, FORWARD
 from cufa._operations.operation import Operation
 
 
