@@ -2,6 +2,7 @@
 // not see.
 #pragma once
 
+#include "attention/masks.cuh"
 #include "attention/params.cuh"
 #include "attention/seqlen.cuh"
 #include "core/math.cuh"
@@ -13,16 +14,19 @@ namespace attention {
 // The queries that see a key: [first, last], relative to first_query, so that comparisons are with constants.
 template <class Config>
 struct QuerySpan {
+  using Mask = typename Config::mask;
+
   int first, last;
 
   QuerySpan(const Params& params, const Seqlen& seqlen, int key, int first_query) {
     const int diagonal_query = key - seqlen.diagonal() - first_query;
-    first = Config::window ? diagonal_query - params.window_right : Config::causal ? diagonal_query : 0;
-    last = diagonal_query + params.window_left;
+    first = last = 0;
+    if constexpr (Mask::hides_last) first = Mask::first_query(params, diagonal_query);
+    if constexpr (Mask::hides_first) last = Mask::last_query(params, diagonal_query);
     if (key >= seqlen.k) first = Config::block_m;
   }
 
-  bool sees(int query) const { return query >= first && (!Config::window || query <= last); }
+  bool sees(int query) const { return query >= first && (!Mask::hides_first || query <= last); }
 };
 
 // The bits of an entry that is masked before a variant's terms are applied: not -infinity, of which terms may make

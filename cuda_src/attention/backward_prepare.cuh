@@ -6,6 +6,7 @@
 #include "attention/backward_params.cuh"
 #include "attention/backward_work.cuh"
 #include "attention/block_range.cuh"
+#include "attention/masks.cuh"
 #include "core/math.cuh"
 #include "ptx/convert.cuh"
 #include "tile/copy.cuh"
@@ -129,7 +130,7 @@ inline void clear_sums(const BackwardParams& backward, const RowTile& tile, int 
 template <class Config>
 inline void prepare_rows(const BackwardParams& backward, const RowTile& tile, int thread, int threads) {
   using element = typename Config::element;
-  using Span = KeySpan<Config::causal, Config::window>;
+  using Mask = typename Config::mask;
   constexpr int chunk_elements = 16 / sizeof(element), chunks = ceil_div(Config::head_dim_v, chunk_elements);
   constexpr int lanes = 8;  // lanes that share a row
   constexpr int lane_chunks = ceil_div(chunks, lanes);
@@ -187,7 +188,8 @@ inline void prepare_rows(const BackwardParams& backward, const RowTile& tile, in
       // -infinity, not NaN.
       const bool empty = row_lse[t] == -infinity;
       const int own_row = tile.m_block * Config::block_m + row;
-      if (Span::first(backward.forward, tile.seqlen, own_row) > Span::last(backward.forward, tile.seqlen, own_row)) {
+      if (Mask::first_key(backward.forward, tile.seqlen, own_row) >
+          Mask::last_key(backward.forward, tile.seqlen, own_row)) {
         delta = 0.0f;  // the row sees no key: whatever its dout holds, only dlse counts, for the sink
       }
       if (row < live_rows && dlse) delta -= dlse[row * backward.dlse_strides.seqlen];

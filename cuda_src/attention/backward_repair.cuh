@@ -7,6 +7,7 @@
 #include "attention/backward_prepare.cuh"
 #include "attention/backward_work.cuh"
 #include "attention/block_range.cuh"
+#include "attention/masks.cuh"
 #include "attention/params.cuh"
 #include "attention/repair.cuh"
 #include "attention/seqlen.cuh"
@@ -70,6 +71,7 @@ inline void repair_keys(const BackwardParams& backward, const BackwardWork& work
   using Qk = LaneColumns<element, Config::head_dim>;
   using V = LaneColumns<element, Config::head_dim_v>;
   using Gradient = LaneColumns<element, of_values ? Config::head_dim_v : Config::head_dim>;
+  using Mask = typename Config::mask;
   const Params& params = backward.forward;
   const Seqlen& seqlen = work.seqlen;
   const RepairedSequence sequence{seqlen, work.batch};
@@ -91,8 +93,9 @@ inline void repair_keys(const BackwardParams& backward, const BackwardWork& work
     v.load(sequence.row(static_cast<const element*>(params.v), params.v_strides, work.head, seqlen.k_first_row + key),
            params.v_strides.dim);
     const int diagonal_row = key - seqlen.diagonal();
-    const int first_row = Config::window ? diagonal_row - params.window_right : Config::causal ? diagonal_row : 0;
-    const int last_row = Config::window ? diagonal_row + params.window_left : seqlen.q - 1;
+    int first_row = 0, last_row = seqlen.q - 1;
+    if constexpr (Mask::hides_last) first_row = Mask::first_query(params, diagonal_row);
+    if constexpr (Mask::hides_first) last_row = Mask::last_query(params, diagonal_row);
     bool settled = false;
 #pragma unroll 1
     for (int i = 0; i < params.qheads_per_khead && !settled; ++i) {
@@ -128,7 +131,7 @@ inline void repair_queries(const BackwardParams& backward, const Seqlen& seqlen,
   using element = typename Config::element;
   using Qk = LaneColumns<element, Config::head_dim>;
   using V = LaneColumns<element, Config::head_dim_v>;
-  using Span = KeySpan<Config::causal, Config::window>;
+  using Mask = typename Config::mask;
   const Params& params = backward.forward;
   const RepairedSequence sequence{seqlen, batch};
   const int head_k = head / params.qheads_per_khead;
@@ -152,9 +155,9 @@ inline void repair_queries(const BackwardParams& backward, const Seqlen& seqlen,
         backward.dout_strides.dim);
     if (is_without_keys(row_lse, row_delta)) dout.clear();
     bool settled = false;
-    const int last = Span::last(params, seqlen, row);
+    const int last = Mask::last_key(params, seqlen, row);
 #pragma unroll 1
-    for (int key = Span::first(params, seqlen, row); key <= last && !settled; ++key) {
+    for (int key = Mask::first_key(params, seqlen, row); key <= last && !settled; ++key) {
       Qk k;
       V v;
       k.load(sequence.row(static_cast<const element*>(params.k), params.k_strides, head_k, seqlen.k_first_row + key),

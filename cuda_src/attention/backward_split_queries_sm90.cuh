@@ -10,6 +10,7 @@
 #include "attention/backward_tensors_sm90.cuh"
 #include "attention/block_range.cuh"
 #include "attention/mask.cuh"
+#include "attention/masks.cuh"
 #include "attention/variant.cuh"
 #include "core/math.cuh"
 #include "ptx/math.cuh"
@@ -60,7 +61,7 @@ struct BackwardQueriesSm90 {
   using V = tile::SharedTile<element, block_n, Config::tile_head_dim_v>;
 
   using Variant = typename Config::variant;
-  using Span = KeySpan<Config::causal, Config::window>;
+  using Mask = typename Config::mask;
   // Consumers take turns in giving the tensor cores S and dP to do.
   using Turn = tile::Turn<consumers>;
 
@@ -170,8 +171,8 @@ struct BackwardQueriesSm90 {
       for (int i = 0; i < 2; ++i) {
         // The same arithmetic, not transposed, as in `probabilities` of backward_tensors_sm90.cuh.
         const int row = first_row + tile::fragment_row(0, i), thread_key = first_key + tile::fragment_col();
-        const int first = Span::first(params, tile.seqlen, row) - thread_key;
-        const int last = Span::last(params, tile.seqlen, row) - thread_key;
+        const int first = Mask::first_key(params, tile.seqlen, row) - thread_key;
+        const int last = Mask::last_key(params, tile.seqlen, row) - thread_key;
         const float distance = float(row + tile.seqlen.diagonal() - thread_key);
 #pragma unroll
         for (int j = 0; j < Scores::n_tiles; ++j) {
@@ -184,7 +185,7 @@ struct BackwardQueriesSm90 {
             if constexpr (!Variant::empty) {
               const Point at{tile.batch, tile.head, row, thread_key + key, distance - float(key)};
               x[e] = variant.score(x[e] * params.softmax_scale, at, derivative);
-              if (key > last || (Config::window && key < first)) x[e] = -infinity;
+              if (key > last || (Mask::hides_first && key < first)) x[e] = -infinity;
             }
             x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, -lse[i])) * derivative;
           }

@@ -4,6 +4,7 @@
 
 #include "attention/backward_params.cuh"
 #include "attention/block_range.cuh"
+#include "attention/masks.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/seqlen.cuh"
 #include "core/math.cuh"
@@ -23,18 +24,18 @@ struct QueryRange {
 // Sets the range of a block of keys.
 template <class Config>
 constexpr void find_query_range(const Params& params, const Seqlen& seqlen, int n_block, QueryRange& range) {
+  using Mask = typename Config::mask;
   constexpr int block_m = Config::block_m;
   const int first_key = n_block * Config::block_n, last_key = min_of(first_key + Config::block_n, seqlen.k) - 1;
-  // Key j is seen by rows [j - diagonal - right, j - diagonal + left].
+  // A key's own position is that of query j - diagonal.
   int first_row = 0, first_full_row = 0, last_row = seqlen.q - 1, last_full_row = seqlen.q - 1;
-  if constexpr (Config::causal || Config::window) {
-    const int right = Config::window ? params.window_right : 0;
-    first_row = max_of(0, first_key - seqlen.diagonal() - right);
-    first_full_row = max_of(0, last_key - seqlen.diagonal() - right);
+  if constexpr (Mask::hides_last) {
+    first_row = max_of(0, Mask::first_query(params, first_key - seqlen.diagonal()));
+    first_full_row = max_of(0, Mask::first_query(params, last_key - seqlen.diagonal()));
   }
-  if constexpr (Config::window) {
-    last_row = min_of(last_row, last_key - seqlen.diagonal() + params.window_left);
-    last_full_row = min_of(last_full_row, first_key - seqlen.diagonal() + params.window_left);
+  if constexpr (Mask::hides_first) {
+    last_row = min_of(last_row, Mask::last_query(params, last_key - seqlen.diagonal()));
+    last_full_row = min_of(last_full_row, Mask::last_query(params, first_key - seqlen.diagonal()));
   }
   range.begin = first_row / block_m;
   range.end = last_key < first_key || last_row < first_row ? 0 : last_row / block_m + 1;

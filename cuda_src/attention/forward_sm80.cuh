@@ -5,6 +5,7 @@
 #include "attention/epilogue.cuh"
 #include "attention/epilogue_empty.cuh"
 #include "attention/mainloop_sm80.cuh"
+#include "attention/masks.cuh"
 #include "attention/packed.cuh"
 #include "attention/params.cuh"
 #include "attention/work.cuh"
@@ -24,7 +25,7 @@ inline void forward_tile(const Params& params, const PointerWork<typename Config
                 "Config and the tiles disagree on shared memory");
   static_assert(Config::pack == 1, "no heads share a tile here");
   if (work.template idle<Config>()) return;
-  constexpr bool often_empty = Config::causal || Config::window || Config::varlen;
+  constexpr bool often_empty = Config::mask::hides_last || Config::varlen;
   if (often_empty && work.range.empty()) {
     return epilogue_empty<Config, Config::num_threads>(params, work, work.template sink<Config>(params), ptx::tid_x());
   }

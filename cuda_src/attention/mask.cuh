@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/block_range.cuh"
+#include "attention/masks.cuh"
 #include "attention/params.cuh"
 #include "attention/seqlen.cuh"
 #include "core/math.cuh"
@@ -14,8 +15,7 @@ namespace attention {
 template <class Config, int m_tiles, int block_n>
 inline void mask(tile::Accumulator<m_tiles, block_n>& scores, const Params& params, const Seqlen& seqlen, int first_row,
                  int first_col) {
-  constexpr bool window = Config::window;
-  using Span = KeySpan<Config::causal, window>;
+  using Mask = typename Config::mask;
   const int thread_col = first_col + tile::fragment_col();
 #pragma unroll
   for (int t = 0; t < m_tiles; ++t) {
@@ -23,14 +23,14 @@ inline void mask(tile::Accumulator<m_tiles, block_n>& scores, const Params& para
     for (int i = 0; i < 2; ++i) {
       const int row = (first_row + tile::fragment_row(t, i)) / Config::pack;
       // Relative to this thread's columns, so that each comparison is with a constant.
-      const int last = Span::last(params, seqlen, row) - thread_col;
-      const int first = Span::first(params, seqlen, row) - thread_col;
+      const int last = Mask::last_key(params, seqlen, row) - thread_col;
+      const int first = Mask::first_key(params, seqlen, row) - thread_col;
 #pragma unroll
       for (int j = 0; j < block_n / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int col = 8 * j + e;
-          if (col > last || (window && col < first)) scores.x[t][j][2 * i + e] = -infinity;
+          if (col > last || (Mask::hides_first && col < first)) scores.x[t][j][2 * i + e] = -infinity;
         }
       }
     }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention/block_range.cuh"
+#include "attention/masks.cuh"
 #include "attention/params.cuh"
 #include "attention/variant.cuh"
 #include "attention/work.cuh"
@@ -160,7 +161,7 @@ inline void repair(const Params& all, const Work<typename Config::element>& work
   using element = typename Config::element;
   using Out = LaneColumns<element, Config::head_dim_v>;
   using Qk = LaneColumns<element, Config::head_dim>;
-  using Span = KeySpan<Config::causal, Config::window>;
+  using Mask = typename Config::mask;
   const Params& params = ptx::opaque(all);
   const Seqlen& seqlen = work.seqlen;
   __syncwarp();  // the lane sees what other lanes have written
@@ -181,9 +182,9 @@ inline void repair(const Params& all, const Work<typename Config::element>& work
     q.load(work.origin(params.q, params.q_strides, head, seqlen.q_first_row + row), params.q_strides.dim);
     sums.clear();
     float row_max = -infinity, sum = 0.0f;  // the sum is of exponentials relative to row_max
-    const int last = Span::last(params, seqlen, row);
+    const int last = Mask::last_key(params, seqlen, row);
 #pragma unroll 1
-    for (int key = Span::first(params, seqlen, row); key <= last; ++key) {
+    for (int key = Mask::first_key(params, seqlen, row); key <= last; ++key) {
       k.load(work.origin(params.k, params.k_strides, head_k, seqlen.k_first_row + key), params.k_strides.dim);
       v.load(work.origin(params.v, params.v_strides, head_k, seqlen.k_first_row + key), params.v_strides.dim);
       const Point at{work.tile.batch, head, row, key, float(row + seqlen.diagonal() - key)};

@@ -1,6 +1,7 @@
 // attention: the scheduler says which tile of queries, head and sequence a thread block works on.
 #pragma once
 
+#include "attention/masks.cuh"
 #include "attention/packed.cuh"
 #include "attention/params.cuh"
 #include "attention/seqlen.cuh"
@@ -93,7 +94,7 @@ struct DenseCursor {
 
  private:
   void take_listed() {
-    if (!Config::causal && !Config::window) {  // the host lists tiles only under a mask
+    if (!Config::mask::hides_last) {  // the host lists tiles only under a mask
       at_end = true;
       return;
     }

@@ -207,7 +207,8 @@ def as_numpy(array: Any) -> NDArray[Any]:
     """An array in host memory, which will be written, as a NumPy array that shares it."""
     if isinstance(array, np.ndarray):
         return np.asarray(array)
-    adapter = _ADAPTERS.get(type(array)) or _OTHERS[type(array)]
+    # That a framework's own empty() makes may be of a type that was not seen before.
+    adapter = _ADAPTERS.get(type(array)) or _find_adapter("cufa", "a result", array)
     pointer, layout = adapter.view_written(array)
     return borrow(pointer, adapter.spec(layout), (array, pointer))
 

@@ -36,6 +36,12 @@ class ConfigAlign:
     blocks_per_sm: int
     smem_bytes = 0
 
+    def types(self) -> dict[str, str]:
+        return {}
+
+    def includes(self) -> list[str]:
+        return []
+
     def words(self) -> list[str]:
         return []
 

@@ -65,6 +65,9 @@ class Scratch(NamedTuple):
     floats: int
 
 
+MASKS = {"none": "attention::FullMask", "causal": "attention::CausalMask", "window": "attention::WindowMask"}
+"""Masks by their names in Static, as C++ types: ``attention/masks.cuh``."""
+
 NO_SCRATCH = Scratch({}, 0)
 
 
@@ -86,7 +89,9 @@ class Config:
     num_threads : int
     smem_bytes : int
     store_bytes : int
-    causal, window, varlen, sinks : bool
+    mask : {'none', 'causal', 'window'}
+        Which of `MASKS`.
+    varlen, sinks : bool
     chains : bool
         Whether sums are taken over at intervals.
     pack : int
@@ -104,12 +109,28 @@ class Config:
     num_threads: int
     smem_bytes: int
     store_bytes: int
-    causal: bool
-    window: bool
+    mask: str
     varlen: bool
     sinks: bool
     chains: bool
     pack: int = 1
+
+    @property
+    def causal(self) -> bool:
+        return self.mask == "causal"
+
+    @property
+    def window(self) -> bool:
+        return self.mask == "window"
+
+    def types(self) -> dict[str, str]:
+        """Its members that are types, in C++."""
+        variant = f"attention::Variant<{', '.join(self.variant)}>"
+        return {"element": self.element, "variant": variant, "mask": MASKS[self.mask]}
+
+    def includes(self) -> list[str]:
+        """The headers of its types."""
+        return ["attention/masks.cuh", *map(header_of, self.variant)]
 
     def words(self) -> list[str]:
         """What it is for, in the words of a user."""
@@ -286,8 +307,7 @@ def common(static: Static) -> dict[str, Any]:
         "head_dim": static.head_dim,
         "head_dim_v": static.head_dim_v,
         "store_bytes": static.store_bytes,
-        "causal": static.mask == "causal",
-        "window": static.mask == "window",
+        "mask": static.mask,
         "varlen": static.varlen,
         "sinks": static.sinks,
         "chains": static.chains,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from . import record
-from .kernel import Plan, header_of
+from .kernel import Plan
 
 
 class Unit(NamedTuple):
@@ -48,13 +48,8 @@ def unit_of(plan: Plan, headers: Mapping[str, bytes]) -> Unit:
 
 def _source(plan: Plan, headers: Mapping[str, bytes]) -> str:
     kernel, config = plan.kernel, plan.config
-    included = [f"attention/{kernel.name.removeprefix('attention_')}.cuh", "ptx/grid.cuh"]
-    types = ""
-    if hasattr(config, "variant"):
-        included += map(header_of, config.variant)
-        types = (
-            f"  using element = {config.element};\n  using variant = attention::Variant<{', '.join(config.variant)}>;\n"
-        )
+    included = [f"attention/{kernel.name.removeprefix('attention_')}.cuh", "ptx/grid.cuh", *config.includes()]
+    types = "".join(f"  using {name} = {type_name};\n" for name, type_name in config.types().items())
     constants = [
         f"  static constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};\n"
         for name, value in vars(config).items()

@@ -162,7 +162,9 @@ def test_exports_that_cannot_serve(
         ask(**arrays)
 
 
-def test_exports_that_may_be_copies_where_they_are_read() -> None:
+def test_exports_that_may_be_copies_where_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whose results are of a type that was never seen."""
+    monkeypatch.setattr(_arrays, "_OTHERS", weakref.WeakKeyDictionary())
     expected = cufa.attention(random(), random(), random())
     for export in (copying, copying_if_it_may, read_only):
         assert np.array_equal(cufa.attention(*(Exporter(export) for _ in range(3))).array, expected)

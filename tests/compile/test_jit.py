@@ -69,9 +69,9 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_source_names_every_member(plan: Plan) -> None:
     source = _jit.unit_of(plan).source
     assert "using variant = attention::Variant<attention::Softcap<bf16>, attention::Alibi>;" in source
-    assert "static constexpr bool causal = true;" in source
+    assert "using mask = attention::CausalMask;" in source
     for name, value in vars(plan.config).items():
-        if name not in ("element", "variant"):
+        if name not in ("element", "variant", "mask"):
             assert f" {name} = {str(value).lower()};" in source
     assert "attention_forward_sm80(const __grid_constant__ attention::Params params)" in source
 

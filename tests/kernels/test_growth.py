@@ -25,7 +25,7 @@ HEADER = """\
 // attention: the log-sum-exp of scores alone, one row per thread.
 #pragma once
 
-#include "attention/block_range.cuh"
+#include "attention/masks.cuh"
 #include "attention/params.cuh"
 #include "attention/seqlen.cuh"
 #include "attention/variant.cuh"
@@ -35,7 +35,7 @@ namespace attention {
 
 template <class Config>
 inline void naive_lse(const Params& params) {
-  using Span = KeySpan<Config::causal, Config::window>;
+  using Mask = typename Config::mask;
   const i64 number = i64(blockIdx.x) * Config::num_threads + threadIdx.x;
   const int heads = params.num_heads_q;
   if (number >= i64(params.batch) * heads * params.seqlen_q) return;
@@ -46,7 +46,7 @@ inline void naive_lse(const Params& params) {
   const float* const q = static_cast<const float*>(params.q) + batch * params.q_strides.batch +
                          head * params.q_strides.head + row * params.q_strides.seqlen;
   float largest = -infinity, sum = 0.0f;
-  for (int key = Span::first(params, seqlen, row); key <= Span::last(params, seqlen, row); ++key) {
+  for (int key = Mask::first_key(params, seqlen, row); key <= Mask::last_key(params, seqlen, row); ++key) {
     const float* const k = static_cast<const float*>(params.k) + batch * params.k_strides.batch +
                            head / params.qheads_per_khead * params.k_strides.head + key * params.k_strides.seqlen;
     float score = 0.0f;

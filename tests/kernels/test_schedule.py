@@ -32,12 +32,11 @@ PRELUDE = """
 
 using namespace attention;
 
-enum Mask { none, is_causal, is_window };
-
-template <int rows, int keys, Mask mask = none, int heads = 1>
+template <int rows, int keys, class its_mask = FullMask, int heads = 1>
 struct Config {
   static constexpr int block_m = rows, block_n = keys, pack = heads;
-  static constexpr bool causal = mask == is_causal, window = mask == is_window, varlen = false;
+  using mask = its_mask;
+  static constexpr bool varlen = false;
 };
 
 template <class Base>
@@ -227,7 +226,7 @@ constexpr bool rounds(int blocks, int units) {
 
 
 def config_of(config: Any) -> str:
-    mask = "is_causal" if config.causal else "is_window" if config.window else "none"
+    mask = "CausalMask" if config.causal else "WindowMask" if config.window else "FullMask"
     found = f"Config<{config.block_m}, {config.block_n}, {mask}, {getattr(config, 'pack', 1)}>"
     return f"Varlen<{found}>" if config.varlen else found
 
@@ -255,7 +254,7 @@ def test_dense_tiles_are_visited_once() -> None:
             claims.append(f"dense_tiles<Config<64, 64>>({record('Params', **fields, heads_per_section=section)})")
             claims.append(f"heads_run_fastest({m_units}, {batch * heads}, {section})")
     shared = record("Params", batch=2, num_heads_q=12, m_blocks=3, m_units=3, heads_per_section=2)
-    run(*claims, f"dense_tiles<Config<64, 64, none, 4>>({shared})", prelude=TILES)
+    run(*claims, f"dense_tiles<Config<64, 64, FullMask, 4>>({shared})", prelude=TILES)
 
 
 DENSE_MASKS: list[dict[str, Any]] = [{}, {"causal": True}, {"window_size": (300, 0)}, {"window_size": (None, 200)}]
@@ -389,7 +388,9 @@ def test_rounds_reach_every_unit() -> None:
 # --- who sees what ------------------------------------------------------------------------------------
 
 RANGES = """
-constexpr bool sees(const Params& params, const Seqlen& seqlen, bool causal, bool window, int query, int key) {
+template <class Mask>
+constexpr bool sees(const Params& params, const Seqlen& seqlen, int query, int key) {
+  constexpr bool causal = is_same<Mask, CausalMask>, window = is_same<Mask, WindowMask>;
   const int aligned = query + seqlen.k - seqlen.q;  // the key that is the query's own
   return !(causal && key > aligned) &&
          !(window && (key < aligned - params.window_left || key > aligned + params.window_right));
@@ -407,7 +408,7 @@ constexpr Seen brute(const Params& params, const Seqlen& seqlen, int m_block, in
     const int query = row / Config::pack;
     if (query >= seqlen.q) break;
     for (int key = n_block * Config::block_n; key < (n_block + 1) * Config::block_n; ++key) {
-      const bool it_does = key < seqlen.k && sees(params, seqlen, Config::causal, Config::window, query, key);
+      const bool it_does = key < seqlen.k && sees<typename Config::mask>(params, seqlen, query, key);
       seen.some |= it_does;
       seen.all &= it_does;
     }
@@ -417,12 +418,12 @@ constexpr Seen brute(const Params& params, const Seqlen& seqlen, int m_block, in
 
 template <class Config>
 constexpr bool key_spans(const Params& params) {
-  using Span = KeySpan<Config::causal, Config::window>;
+  using Mask = typename Config::mask;
   const Seqlen seqlen = dense_seqlen(params);
   for (int query = 0; query < seqlen.q; ++query) {
-    const int first = Span::first(params, seqlen, query), last = Span::last(params, seqlen, query);
+    const int first = Mask::first_key(params, seqlen, query), last = Mask::last_key(params, seqlen, query);
     for (int key = 0; key < seqlen.k; ++key) {
-      const bool it_does = sees(params, seqlen, Config::causal, Config::window, query, key);
+      const bool it_does = sees<typename Config::mask>(params, seqlen, query, key);
       if (it_does != (first <= key && key <= last)) return false;
     }
   }
@@ -479,9 +480,9 @@ def masked() -> list[tuple[str, str]]:
     found = []
     for seqlen_q, seqlen_k in SHAPES:
         params = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
-        found += [(mask, record("Params", **params)) for mask in ("none", "is_causal")]
+        found += [(mask, record("Params", **params)) for mask in ("FullMask", "CausalMask")]
         found += [
-            ("is_window", record("Params", **params, window_left=left, window_right=right)) for left, right in WINDOWS
+            ("WindowMask", record("Params", **params, window_left=left, window_right=right)) for left, right in WINDOWS
         ]
     return found
 
@@ -658,7 +659,7 @@ def test_blocks_of_keys_are_visited_once_and_in_turn() -> None:
     claims = []
     for (seqlen_q, seqlen_k), (heads, ratio), section in itertools.product(SHAPES, [(1, 1), (6, 2)], (1, 4, 5)):
         for (mask, left, right), last_first in itertools.product(
-            [("none", 0, 0), ("is_causal", 0, 0), ("is_window", 3, 2)], (False, True)
+            [("FullMask", 0, 0), ("CausalMask", 0, 0), ("WindowMask", 3, 2)], (False, True)
         ):
             fields = {"batch": 2, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "num_heads_q": heads * ratio}
             fields |= {"qheads_per_khead": ratio, "heads_per_section": section}
