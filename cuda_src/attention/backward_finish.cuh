@@ -194,7 +194,7 @@ inline void finish(const BackwardParams& backward) {
   const int m_block = tile[0].m_block;
   if (m_block * Config::block_m >= tile[0].seqlen.q) return;  // no row of the tile is live
   if (!writes_dq<Config>(tile[0].seqlen)) return finish_tiles<Config, Main>(backward, tile, Threads::thread());
-  const QueryRange written = query_range<Config>(backward.forward, tile[0].seqlen, 0);
+  const BlockRange written = query_range<Config>(backward.forward, tile[0].seqlen, 0);
   if (m_block >= written.begin && m_block < written.end) return;
   clear_rows<Config>(backward, tile[0], Threads::thread(), Threads::threads);
 }

@@ -73,7 +73,7 @@ struct BackwardMainloopSm80 {
   struct Tile {
     int head, m_block;
 
-    Tile next(const QueryRange& range) const {
+    Tile next(const BlockRange& range) const {
       return m_block + 1 < range.end ? Tile{head, m_block + 1} : Tile{head + 1, range.begin};
     }
   };

@@ -154,7 +154,7 @@ struct BackwardQueriesSm90 {
       const int first_key = n_block * block_n;
       Scores s, dp;
       keys().wait_full(at_keys);
-      const bool boundary = work.range.template is_boundary<Config>(n_block);
+      const bool boundary = work.range.template is_boundary<Config::mask::hides_first>(n_block);
       turn.take();
       warpgroup::gemm_abt<Config::head_dim>(s, q(consumer), k(at_keys.stage()));
       values().wait_full(at_values);

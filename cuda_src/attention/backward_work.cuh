@@ -12,18 +12,9 @@
 
 namespace attention {
 
-// The tiles of queries, of Config::block_m rows, that see any of a block's keys.
-struct QueryRange {
-  int begin, end;            // tiles [begin, end) hold every row that sees a key of the block
-  int full_begin, full_end;  // in tiles [full_begin, full_end) every row sees every key
-
-  constexpr bool empty() const { return begin >= end; }
-  constexpr bool is_boundary(int m_block) const { return m_block < full_begin || m_block >= full_end; }
-};
-
-// Sets the range of a block of keys.
+// Sets the range of the tiles of queries, of Config::block_m rows, that see any key of a block.
 template <class Config>
-constexpr void find_query_range(const Params& params, const Seqlen& seqlen, int n_block, QueryRange& range) {
+constexpr void find_query_range(const Params& params, const Seqlen& seqlen, int n_block, BlockRange& range) {
   using Mask = typename Config::mask;
   constexpr int block_m = Config::block_m;
   const int first_key = n_block * Config::block_n, last_key = min_of(first_key + Config::block_n, seqlen.k) - 1;
@@ -50,8 +41,8 @@ constexpr void find_query_range(const Params& params, const Seqlen& seqlen, int 
 }
 
 template <class Config>
-inline QueryRange query_range(const Params& params, const Seqlen& seqlen, int n_block) {
-  QueryRange range;
+inline BlockRange query_range(const Params& params, const Seqlen& seqlen, int n_block) {
+  BlockRange range;
   find_query_range<Config>(params, seqlen, n_block, range);
   return range;
 }
@@ -166,7 +157,7 @@ struct BackwardWork {
   int n_block, head, batch;  // `head` is a key head; n_block is negative where there is no more work
   Seqlen seqlen;
   int key_rows;  // how many rows of k and v the sequence has, live or not
-  QueryRange range;
+  BlockRange range;
   int rank;                        // how many packed sequences before this one have rows of q
   int query_head, query_head_end;  // the query heads of the work: [query_head, query_head_end)
 

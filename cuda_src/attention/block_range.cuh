@@ -1,4 +1,4 @@
-// attention: the range of the blocks of keys that a tile of queries needs, and of those that need no mask.
+// attention: ranges of blocks, and the blocks of keys that a tile of queries needs.
 #pragma once
 
 #include "attention/masks.cuh"
@@ -8,21 +8,22 @@
 
 namespace attention {
 
+// The blocks of keys that a tile of queries needs, or the tiles of queries that a block of keys needs.
 struct BlockRange {
-  int begin, end;            // blocks [begin, end) hold every key some row of the tile sees
-  int full_begin, full_end;  // blocks [full_begin, full_end) are seen whole by every row
+  int begin, end;            // blocks [begin, end) hold everything that is seen
+  int full_begin, full_end;  // in blocks [full_begin, full_end) all is seen, by all
 
   constexpr bool empty() const { return begin >= end; }
 
-  // Says whether some row of the tile does not see all of a block of [begin, end). Where no first keys are hidden, only
-  // the end is asked.
-  template <class Config>
-  constexpr bool is_boundary(int n_block) const {
-    return (Config::mask::hides_first && n_block < full_begin) || n_block >= full_end;
+  // Says whether not all of a block of [begin, end) is seen by all. Where full_begin is known to be 0, only the end is
+  // asked.
+  template <bool has_full_begin = true>
+  constexpr bool is_boundary(int block) const {
+    return (has_full_begin && block < full_begin) || block >= full_end;
   }
 };
 
-// Sets the range of a tile of queries.
+// Sets the range of the blocks of keys, of Config::block_n, that some row of a tile of queries sees.
 template <class Config>
 constexpr void find_block_range(const Params& params, const Seqlen& seqlen, int m_block, BlockRange& range) {
   constexpr int block_n = Config::block_n;

@@ -88,7 +88,7 @@ struct MainloopSm80 {
       if (n_block > range.begin) load<Config::head_dim>(next_k_chunks);
       ptx::cp_async_commit_group();
       apply<Config>(variant, scores, params, work.tile, work.seqlen, first_row() + warp_row(), first_col);
-      if (range.template is_boundary<Config>(n_block)) {
+      if (range.template is_boundary<Config::mask::hides_first>(n_block)) {
         mask<Config>(scores, params, work.seqlen, first_row() + warp_row(), first_col);
       }
 #pragma unroll

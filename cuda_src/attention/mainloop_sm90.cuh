@@ -237,7 +237,7 @@ struct MainloopSm90 {
     const auto finish_scores = [&](Scores& scores) {
       const int first_row = work->tile.m_block * Config::block_m + warp_row(), first_col = n_block * Config::block_n;
       apply<Config>(variant, scores, params, work->tile, work->seqlen, first_row, first_col);
-      if (unlikely(range.template is_boundary<Config>(n_block)))
+      if (unlikely(range.template is_boundary<Config::mask::hides_first>(n_block)))
         mask<Config>(scores, params, work->seqlen, first_row, first_col);
     };
     Probabilities p;

@@ -69,8 +69,8 @@ constexpr BlockRange block_range_of(const Params& params, const Seqlen& seqlen, 
 }
 
 template <class Config>
-constexpr QueryRange query_range_of(const Params& params, const Seqlen& seqlen, int n_block) {
-  QueryRange range{};
+constexpr BlockRange query_range_of(const Params& params, const Seqlen& seqlen, int n_block) {
+  BlockRange range{};
   find_query_range<Config>(params, seqlen, n_block, range);
   return range;
 }
@@ -442,7 +442,7 @@ constexpr bool block_ranges(const Params& params) {
       empty &= !seen.some;
       if (seen.some != (range.begin <= n && n < range.end)) return false;
       if (seen.all != (range.full_begin <= n && n < range.full_end)) return false;
-      if (seen.some && range.is_boundary<Config>(n) == seen.all) return false;
+      if (seen.some && range.is_boundary<Config::mask::hides_first>(n) == seen.all) return false;
     }
     if (range.empty() != empty) return false;
   }
@@ -455,7 +455,7 @@ template <class Config>
 constexpr bool query_ranges(const Params& params) {
   const Seqlen seqlen = dense_seqlen(params);
   for (int n_block = 0; n_block < ceil_div(seqlen.k, Config::block_n) + 1; ++n_block) {
-    const QueryRange range = query_range_of<Config>(params, seqlen, n_block);
+    const BlockRange range = query_range_of<Config>(params, seqlen, n_block);
     if (range.begin < 0 || range.end < 0 || range.end > ceil_div(seqlen.q, Config::block_m)) return false;
     bool empty = true;
     for (int m = 0; m < ceil_div(seqlen.q, Config::block_m); ++m) {
@@ -524,7 +524,7 @@ constexpr bool key_blocks(const BackwardParams& backward) {
     if (found.head < 0 || found.head >= heads || found.batch >= params.batch) return false;
     if (found.n_block != (backward.reversed ? backward.n_blocks - 1 - index : index)) return false;
     if (!met.add(head * backward.n_blocks + found.n_block, all)) return false;
-    const QueryRange range = query_range_of<Config>(params, seqlen, found.n_block);
+    const BlockRange range = query_range_of<Config>(params, seqlen, found.n_block);
     for (int m_block = range.begin; m_block < range.end; ++m_block) {
       const int turn = turn_in(backward, block_range_of<Config>(params, seqlen, m_block), found.n_block);
       if (turn != added[head * tiles + m_block]++) return false;
