@@ -174,7 +174,7 @@ struct BackwardMainloopSm90 {
         const PackedUnit found = BackwardWork::find_packed<Config>(backward, work.unit);
         if (found.units == 0) continue;
         const PackedOffset* const keys = backward.offsets_k + found.batch;
-        if (found.row * block_n >= keys[1].row - keys[0].row) continue;
+        if (found.place * block_n >= keys[1].row - keys[0].row) continue;
         if (tile::lane() == 0) work.take_packed<Config>(backward, found);
         __syncwarp();
       }

@@ -31,7 +31,7 @@ struct RowTile {
       const PackedUnit found =
           packed_unit<Config::block_m>(unit, backward.offsets_q, params.batch, params.num_heads_q, 1);
       if (found.units == 0) return none();
-      tile.m_block = found.units - 1 - found.row;
+      tile.m_block = found.units - 1 - found.place;
       tile.head = found.head;
       tile.batch = found.batch;
       tile.rank = backward.offsets_q[found.batch].rank;

@@ -54,9 +54,9 @@ inline bool writes_dq(const Seqlen& seqlen) {
   return Config::writes_dq && (!Config::varlen || seqlen.k <= Config::block_n);
 }
 
-// A unit is `rows` rows of a head of a packed sequence; its place in the head is `row`.
+// A unit is so many rows of a head of a packed sequence, which come in the unit's place of the head.
 struct PackedUnit {
-  int row, head, batch;
+  int place, head, batch;
   int units;  // how many units each head of the sequence has; 0 where the unit is no sequence's
 };
 
@@ -231,7 +231,7 @@ struct BackwardWork {
     const int heads = params.num_heads_q / params.qheads_per_khead;
     PackedUnit found =
         packed_unit<Config::block_n>(unit, backward.offsets_k, params.batch, heads, params.heads_per_section);
-    if (backward.reversed) found.row = found.units - 1 - found.row;
+    if (backward.reversed) found.place = found.units - 1 - found.place;
     return found;
   }
 
@@ -246,12 +246,12 @@ struct BackwardWork {
   void take_packed(const BackwardParams& backward, const PackedUnit& found) {
     BackwardWork& work = *this;
     const PackedSequence sequence = packed_sequence(backward, found.batch);
-    work.n_block = found.row;
+    work.n_block = found.place;
     work.head = found.head;
     work.batch = found.batch;
     work.seqlen = packed_seqlen(backward.forward, sequence);
     work.key_rows = sequence.k_end - sequence.k_begin;
-    work.range = query_range<Config>(backward.forward, work.seqlen, found.row);
+    work.range = query_range<Config>(backward.forward, work.seqlen, found.place);
     work.rank = backward.offsets_q[found.batch].rank;
     work.take_all(backward.forward);
   }
