@@ -103,7 +103,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # before workers are waited for: a run that is cut off then has ended
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """After a run of all GPU tests, cut short or not, write down what was verified, where, and on which sources."""
     config = session.config
