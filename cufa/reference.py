@@ -84,6 +84,7 @@ from scipy.special import logsumexp
 
 from ._call import options as _options
 from ._call import problem as _problem
+from ._terms import TERMS
 
 __all__ = ["attention", "attention_backward", "attention_varlen", "attention_varlen_backward"]
 
@@ -423,7 +424,7 @@ def _check(
     """Refuse what the function of that name in cufa refuses, in its words; the options as plain values."""
     _options.flag(function, "return_lse", return_lse)
     arrays = {name: None if x is None else np.asarray(x) for name, x in given.items()}
-    return _problem.check_host(function, arrays, options)
+    return _problem.check_host(function, arrays, options, TERMS)
 
 
 def _check_gradients(function: str, given: dict[str, Any], options: Options) -> Options:

@@ -11,6 +11,7 @@ from cufa._kernels import Plan, align, choose
 from cufa._kernels.kernel import SIZEOF, has_short_tile
 from cufa._operations.backward import BACKWARD as GRADIENTS
 from cufa._operations.forward import FORWARD
+from cufa._terms import TERMS
 
 ARCHS = (80, 86, 90, 100, 120)
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (40, 57), (64, 128), (192, 128))
@@ -28,11 +29,13 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def static(element: str, head_dim: int, head_dim_v: int, **features: Any) -> Static:
+    """The facts of a problem; a score term is there if its name is among the features."""
     size = SIZEOF[element]
-    facts: dict[str, Any] = {"mask": "none", "softcap": False, "alibi": False, "sinks": False, "varlen": False}
+    facts: dict[str, Any] = {"mask": "none", "sinks": False, "varlen": False}
     facts |= {"tma": features.get("copy_bytes", 16) == 16, "short": False}
     facts |= {"copy_bytes": 16, "out_copy_bytes": 16, "store_bytes": max(size, math.gcd(16, head_dim_v * size))}
     facts |= features
+    facts["terms"] = tuple(term for term in TERMS if facts.pop(term.name, False))
     facts |= {name: facts[name] or size for name in ("copy_bytes", "store_bytes", "out_copy_bytes")}
     return Static(element=element, head_dim=head_dim, head_dim_v=head_dim_v, **facts)
 

@@ -166,9 +166,12 @@ def test_comments_point_to_what_is_there() -> None:
     assert not found, "\n".join(found)
 
 
-ROOMS = ("errors", "_driver", "_call", "_kernels", "_compile", "_cpu", "_operations", "interop", "_api", "__init__")
+ROOMS = (
+    *("errors", "_driver", "_call", "_terms", "_kernels", "_compile", "_cpu", "_operations", "interop", "_api"),
+    "__init__",
+)
 """Of the package, in their order: a room imports from itself and from those before it."""
-BESIDE = {"reference": ("errors", "_call"), "testing": ("errors", "_call", "reference")}
+BESIDE = {"reference": ("errors", "_call", "_terms"), "testing": ("errors", "_call", "_terms", "reference")}
 """Rooms that stand by themselves, and what they import from."""
 MODULES = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "cufa").rglob("*.py"))}
 

@@ -1,22 +1,25 @@
 // attention: the score term that keeps scores within a softcap.
 #pragma once
 
-#include "attention/params.cuh"
-#include "attention/variant.cuh"
+#include "attention/term.cuh"
 #include "core/types.cuh"
 #include "ptx/math.cuh"
 
 namespace attention {
 
+struct SoftcapData {
+  float softcap, inverse, exponent;  // softcap, 1 / softcap and 2 log2 e / softcap
+};
+
 // A score s becomes softcap · tanh(s / softcap).
 template <class element>
-struct Softcap {
+struct Softcap : Term {
+  using Data = SoftcapData;
   static constexpr bool per_head = false;
 
   float softcap, inverse, exponent;
 
-  Softcap(const Params& params, int, int)
-      : softcap(params.softcap), inverse(params.softcap_inverse), exponent(params.softcap_exponent) {}
+  Softcap(const Data& data, int, int) : softcap(data.softcap), inverse(data.inverse), exponent(data.exponent) {}
 
   float score(float s, const Point&) const {
     const float x = s * inverse;

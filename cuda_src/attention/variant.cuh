@@ -1,22 +1,15 @@
 // attention: what happens to a score between q·k and the softmax. A variant is a list of terms, applied in the order of
-// the specification. A term is a struct in a header of its own: a closure over Params, with `score`, its derivative
-// `dscore` as a function of what `score` returned, and `per_head`: whether it differs from one query head to the next.
-// The main loops know no term by name.
+// the specification. The main loops know no term by name.
 #pragma once
 
 #include "attention/params.cuh"
 #include "attention/seqlen.cuh"
+#include "attention/term.cuh"
 #include "core/math.cuh"
+#include "core/types.cuh"
 #include "tile/accumulator.cuh"
 
 namespace attention {
-
-// Where a score is. Terms take what they need; what no term asks for is never computed.
-struct Point {
-  int batch, head;  // which sequence, and which query head
-  int query, key;   // of the sequence's own
-  float distance;   // how far the key lies before the query's own position: query + diagonal - key
-};
 
 template <class... Terms>
 struct Variant;
@@ -24,8 +17,10 @@ struct Variant;
 template <>
 struct Variant<> {
   static constexpr bool empty = true, per_head = false;
+  static constexpr int words = 0;
 
   Variant(const Params&, int, int) {}
+  Variant(const u64*, int, int) {}
 
   float score(float s, const Point&) const { return s; }
 
@@ -34,12 +29,20 @@ struct Variant<> {
 
 template <class Term, class... Rest>
 struct Variant<Term, Rest...> {
+  using Data = typename Term::Data;
   static constexpr bool empty = false, per_head = Term::per_head || Variant<Rest...>::per_head;
+
+  // The data of a term begin with a word of Params::terms, behind those of the terms before it.
+  static constexpr int own_words = ceil_div(int(sizeof(Data)), int(sizeof(u64)));
+  static constexpr int words = own_words + Variant<Rest...>::words;
+  static_assert(words <= Params::max_term_words, "the data of all terms must fit Params::terms");
 
   Term term;
   Variant<Rest...> rest;
 
-  Variant(const Params& params, int batch, int head) : term(params, batch, head), rest(params, batch, head) {}
+  Variant(const Params& params, int batch, int head) : Variant(params.terms, batch, head) {}
+  Variant(const u64* data, int batch, int head)
+      : term(*reinterpret_cast<const Data*>(data), batch, head), rest(data + own_words, batch, head) {}
 
   float score(float s, const Point& at) const { return rest.score(term.score(s, at), at); }
 
@@ -77,7 +80,8 @@ inline void apply(const typename Config::variant& variant, tile::Accumulator<m_t
           for (int e = 0; e < 2; ++e) {
             float& s = scores.x[t][j][2 * i + e];
             const int col = 8 * j + e;
-            const Point at{tile.batch, head, query, thread_key + col, distance - float(col)};
+            const bool live = query < seqlen.q && thread_key + col < seqlen.k;
+            const Point at{tile.batch, head, query, thread_key + col, distance - float(col), live};
             s = variant.score(s * params.softmax_scale, at);
           }
         }

@@ -24,6 +24,7 @@ from .options import Options, Plain
 
 if TYPE_CHECKING:
     from .._operations.operation import Operation, Result
+    from .._terms.term import Term
 
 MAX_HEAD_DIM = 256
 
@@ -68,7 +69,9 @@ class Static(NamedTuple):
     element : {'f16', 'bf16', 'f32'}
     head_dim, head_dim_v : int
     mask : {'none', 'causal', 'window'}
-    softcap, alibi, sinks, varlen : bool
+    terms : tuple of Term
+        Score terms, in the order in which they are applied.
+    sinks, varlen : bool
     copy_bytes : {16, 8, 4, 2}
         Widest copy that the alignment of q, k and v, and of dout, allows; the size of an element copies them singly.
     store_bytes : {16, 8, 4, 2}
@@ -102,8 +105,7 @@ class Static(NamedTuple):
     head_dim: int
     head_dim_v: int
     mask: str
-    softcap: bool
-    alibi: bool
+    terms: tuple[Term, ...]
     sinks: bool
     varlen: bool
     copy_bytes: int
@@ -182,6 +184,11 @@ class Problem:
         """What a call gives."""
         return self.operation.results(self)
 
+    @cached_property
+    def terms(self) -> tuple[Term, ...]:
+        """Its score terms, in the order in which they are applied."""
+        return tuple(term for term in self.operation.terms if term.asked(self.specs, self.options))
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of q, k or v."""
         rows, heads = (self.seqlen_q, self.num_heads_q) if name == "q" else (self.seqlen_k, self.num_heads_k)
@@ -251,7 +258,9 @@ def _checked(operation: Operation, layouts: tuple[Layout | None, ...], options: 
     return _CallCheck(operation, specs, options).problem()
 
 
-def check_host(function: str, arrays: dict[str, NDArray[Any] | None], options: tuple[Any, ...]) -> Plain:
+def check_host(
+    function: str, arrays: dict[str, NDArray[Any] | None], options: tuple[Any, ...], terms: tuple[Term, ...]
+) -> Plain:
     """Check NumPy arrays by name as a call does, but for dtypes and limits of size; the options, plain.
 
     For what computes in float64 whatever it is given: the arrays need not agree in dtype, but must hold real numbers,
@@ -260,7 +269,7 @@ def check_host(function: str, arrays: dict[str, NDArray[Any] | None], options: t
     plain = _options.plain(function, *options)
     specs = {name: _host_spec(name, array) for name, array in arrays.items() if array is not None}
     packed, gradient = function.startswith("attention_varlen"), function.endswith("_backward")
-    found = _Check(function, specs, plain, packed=packed, gradient=gradient, limited=False)
+    found = Check(function, specs, plain, terms, packed=packed, gradient=gradient, limited=False)
     found.inputs()
     if "dout" in specs:
         found.gradients_given()
@@ -275,11 +284,11 @@ def _host_spec(name: str, array: NDArray[Any]) -> Spec:
     return Spec("numpy", array.shape, array.strides, wanted if right else array.dtype.name, CPU, 0, True)
 
 
-class _Check:
+class Check:
     """The checks of arrays and options, in the order in which a user would want to hear of them.
 
-    `packed` is whether sequences lie end to end, `gradient` whether there are arrays for the gradients, and `limited`
-    whether sizes must be such as the kernels support.
+    `terms` are the score terms that there may be. `packed` is whether sequences lie end to end, `gradient` whether
+    there are arrays for the gradients, and `limited` whether sizes must be such as the kernels support.
     """
 
     def __init__(
@@ -287,6 +296,7 @@ class _Check:
         function: str,
         specs: dict[str, Spec],
         options: tuple[Any, ...],
+        terms: tuple[Term, ...],
         *,
         packed: bool,
         gradient: bool,
@@ -297,6 +307,7 @@ class _Check:
         self.gradient = gradient
         self.specs = specs
         self.options = options
+        self.terms = terms
         self.limited = limited
 
     def inputs(self) -> tuple[int | None, int | None, float, float]:
@@ -308,7 +319,10 @@ class _Check:
         self.check_together()
         self.check_shapes(q, k, v)
         values = _options.check(self.function, self.options, q.shape[-1])
-        self.check_heads_arrays(q)
+        for term in self.terms:
+            term.check(self)
+        if "sinks" in self.specs:
+            self.check_sinks(self.specs["sinks"], q)
         if self.varlen:
             self.check_offsets_arrays()
         return values
@@ -396,24 +410,18 @@ class _Check:
             if self.limited and length > MAX_SEQLEN:
                 self.unsupported(f"{name} has {length} rows; sequences of at most {MAX_SEQLEN} are supported.")
 
-    def check_heads_arrays(self, q: Spec) -> None:
-        batch, num_heads_q = self.specs["q"].shape[0], q.shape[-2]
-        if self.varlen:
-            batch = max(0, self.specs["cu_seqlens_q"].shape[0] - 1) if self.specs["cu_seqlens_q"].shape else 0
-        slopes, sinks = self.specs.get("alibi_slopes"), self.specs.get("sinks")
-        if slopes is not None:
-            self.check_float32("alibi_slopes", slopes)
-            if slopes.shape not in ((num_heads_q,), (batch, num_heads_q)):
-                self.value_error(
-                    f"alibi_slopes has shape {slopes.shape}; ({num_heads_q},) or ({batch}, {num_heads_q}), that is "
-                    "(num_heads_q,) or (batch, num_heads_q), is expected."
-                )
-        if sinks is not None:
-            self.check_float32("sinks", sinks)
-            if sinks.shape != (num_heads_q,):
-                self.value_error(
-                    f"sinks has shape {sinks.shape}; ({num_heads_q},), that is (num_heads_q,), is expected."
-                )
+    def batch(self) -> int:
+        """How many sequences there are, as far as that is known before offsets are checked."""
+        if not self.varlen:
+            return self.specs["q"].shape[0]
+        offsets = self.specs["cu_seqlens_q"].shape
+        return max(0, offsets[0] - 1) if offsets else 0
+
+    def check_sinks(self, sinks: Spec, q: Spec) -> None:
+        num_heads_q = q.shape[-2]
+        self.check_float32("sinks", sinks)
+        if sinks.shape != (num_heads_q,):
+            self.value_error(f"sinks has shape {sinks.shape}; ({num_heads_q},), that is (num_heads_q,), is expected.")
 
     def check_float32(self, name: str, spec: Spec) -> None:
         if spec.dtype != "float32" and not (spec.device == CPU and spec.dtype == "float64"):
@@ -481,13 +489,14 @@ class _Check:
         raise UnsupportedError(f"{self.function}: {text}")
 
 
-class _CallCheck(_Check):
+class _CallCheck(Check):
     """The checks of a call of an operation, and what follows from them."""
 
     options: Options
 
     def __init__(self, operation: Operation, specs: dict[str, Spec], options: Options) -> None:
-        super().__init__(operation.name, specs, options, packed=operation.packed, gradient=operation.gradient)
+        packed, gradient = operation.packed, operation.gradient
+        super().__init__(operation.name, specs, options, operation.terms, packed=packed, gradient=gradient)
         self.operation = operation
 
     def problem(self) -> Problem:
@@ -508,7 +517,7 @@ class _CallCheck(_Check):
         return Problem(
             self.operation,
             self.options,
-            None if q.device == CPU else self.static(q, v, left, right, softcap),
+            None if q.device == CPU else self.static(q, v, left, right),
             q.device,
             q.dtype,
             batch,
@@ -527,14 +536,7 @@ class _CallCheck(_Check):
             self.lse_shape(),
         )
 
-    def static(
-        self,
-        q: Spec,
-        v: Spec,
-        left: int | None,
-        right: int | None,
-        softcap: float,
-    ) -> Static:
+    def static(self, q: Spec, v: Spec, left: int | None, right: int | None) -> Static:
         itemsize = ITEMSIZE[q.dtype]
         backward = self.gradient
         row_bytes = math.gcd(v.shape[-1], q.shape[-1] if backward else 0) * itemsize
@@ -549,8 +551,7 @@ class _CallCheck(_Check):
             head_dim=q.shape[-1],
             head_dim_v=v.shape[-1],
             mask=mask,
-            softcap=softcap > 0.0,
-            alibi="alibi_slopes" in self.specs,
+            terms=self.asked(),
             sinks="sinks" in self.specs,
             varlen=self.varlen,
             **_access(self.operation, self.specs),
@@ -565,6 +566,10 @@ class _CallCheck(_Check):
             deterministic=self.options.deterministic,
             average_rows=self.average_rows(q) if backward else LONG_ROWS,
         )
+
+    def asked(self) -> tuple[Term, ...]:
+        """The score terms that the call has."""
+        return tuple(term for term in self.terms if term.asked(self.specs, self.options))
 
     def has_empty_rows(self, right: int | None) -> bool:
         """Whether the first row of a dense q, which sees the least of the first keys, sees none."""
@@ -601,7 +606,8 @@ class _CallCheck(_Check):
         """Packing pays where it leaves at most three quarters of the tiles of 128 rows."""
         heads_k = self.specs["k"].shape[-2]
         ratio = q.shape[-2] // heads_k if heads_k else 1
-        if self.varlen or ratio not in (2, 4, 8, 16, 32, 64) or "alibi_slopes" in self.specs or "sinks" in self.specs:
+        per_head = "sinks" in self.specs or any(term.per_head for term in self.asked())
+        if self.varlen or ratio not in (2, 4, 8, 16, 32, 64) or per_head:
             return 1
         rows = q.shape[1]
         return ratio if -(-rows * ratio // 128) <= 0.75 * ratio * -(-rows // 128) else 1

@@ -100,7 +100,8 @@ class BackwardSm90(BackwardKernel):
 def tile(static: Static) -> tuple[int, int]:
     """The table of tiles: (block_m, block_n). What was tried is in docs/backward.md."""
     widest = max(static.head_dim, static.head_dim_v)
-    return 128 if widest <= 64 and not static.softcap and static.average_rows > 64 else 64, 128
+    wide = widest <= 64 and static.average_rows > 64 and not any(term.bends for term in static.terms)
+    return 128 if wide else 64, 128
 
 
 def barriers_bytes(*rings: int) -> int:

@@ -17,7 +17,6 @@ from .kernel import (
     known_arch,
     reason_for_every_gpu,
     round_up,
-    terms,
 )
 from .params import params_of
 
@@ -137,7 +136,7 @@ def tile(static: Static, arch: int) -> tuple[int, int, int, int]:
         static.head_dim == static.head_dim_v
         and static.copy_bytes == static.store_bytes == 16
         and static.mask != "window"
-        and not terms(static)
+        and not static.terms
         and not static.many
     )
     if widest <= 64:

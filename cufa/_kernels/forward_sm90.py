@@ -19,7 +19,6 @@ from .kernel import (
     common,
     needs_maps,
     round_up,
-    terms,
 )
 from .params import params_of
 
@@ -167,7 +166,7 @@ def tile(static: Static) -> tuple[int, int, int, bool]:
     """
     dim, dim_v = round_up(static.head_dim, 32), round_up(static.head_dim_v, 32)
     widest = max(dim, dim_v)
-    plain, window = not terms(static), static.mask == "window"
+    plain, window = not static.terms, static.mask == "window"
     if widest <= 64:
         if window and plain:
             return 128, 128, 4, False

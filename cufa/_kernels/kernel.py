@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from .._call.problem import Problem, Static
 from .._driver.launch import Argument
+from .._terms import Term
 from ..errors import UnsupportedError
 from .record import Record
 
@@ -78,8 +79,8 @@ class Config:
     Attributes
     ----------
     element : str
-    variant : tuple of str
-        Score terms in their order, as C++ types.
+    variant : tuple of Term
+        Score terms in their order.
     head_dim, head_dim_v : int
         Exact.
     tile_head_dim, tile_head_dim_v : int
@@ -99,7 +100,7 @@ class Config:
     """
 
     element: str
-    variant: tuple[str, ...]
+    variant: tuple[Term, ...]
     head_dim: int
     head_dim_v: int
     tile_head_dim: int
@@ -125,12 +126,13 @@ class Config:
 
     def types(self) -> dict[str, str]:
         """Its members that are types, in C++."""
-        variant = f"attention::Variant<{', '.join(self.variant)}>"
+        terms = ", ".join(term.type.format(element=self.element) for term in self.variant)
+        variant = f"attention::Variant<{terms}>"
         return {"element": self.element, "variant": variant, "mask": MASKS[self.mask]}
 
     def includes(self) -> list[str]:
         """The headers of its types."""
-        return ["attention/masks.cuh", *map(header_of, self.variant)]
+        return ["attention/masks.cuh", *(term.header for term in self.variant)]
 
     def words(self) -> list[str]:
         """What it is for, in the words of a user."""
@@ -139,7 +141,7 @@ class Config:
             parts.append(f"head_dim_v {self.head_dim_v}")
         names = ("causal", "window", "varlen", "sinks", "deterministic")
         parts += [name for name in names if getattr(self, name, False)]
-        return parts + [term.removeprefix("attention::").partition("<")[0].lower() for term in self.variant]
+        return parts + [term.name for term in self.variant]
 
 
 class Kernel:
@@ -303,7 +305,7 @@ def common(static: Static) -> dict[str, Any]:
     """The members of Config that follow from the problem alone."""
     return {
         "element": static.element,
-        "variant": terms(static),
+        "variant": static.terms,
         "head_dim": static.head_dim,
         "head_dim_v": static.head_dim_v,
         "store_bytes": static.store_bytes,
@@ -312,31 +314,6 @@ def common(static: Static) -> dict[str, Any]:
         "sinks": static.sinks,
         "chains": static.chains,
     }
-
-
-class Term(NamedTuple):
-    """A score term: the member of Static that asks for it, its header in ``cuda_src``, and its C++ type."""
-
-    name: str
-    header: str
-    type: str
-
-
-TERMS = (
-    Term("softcap", "attention/softcap.cuh", "attention::Softcap<{element}>"),
-    Term("alibi", "attention/alibi.cuh", "attention::Alibi"),
-)
-"""All score terms, in the order in which they are applied."""
-
-
-def terms(static: Static) -> tuple[str, ...]:
-    """The score terms of a problem, in their order, as C++ types."""
-    return tuple(term.type.format(element=static.element) for term in TERMS if getattr(static, term.name))
-
-
-def header_of(term: str) -> str:
-    """The header of a score term, given as a C++ type."""
-    return next(each.header for each in TERMS if each.type.partition("<")[0] == term.partition("<")[0])
 
 
 def has_short_tile(static: Static) -> bool:

@@ -16,8 +16,6 @@ def params_of(
     """All of them but the addresses; `m_units` are `m_blocks` where tiles are dealt out one by one."""
     strides = problem.strides
     lse = contiguous(problem.lse_shape)
-    alibi = strides.get("alibi_slopes", (0,))
-    inverse = 1.0 / problem.softcap if problem.softcap else 0.0
     left, right = (MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right))
     return {
         "q_strides": four(strides["q"]),
@@ -26,8 +24,6 @@ def params_of(
         "out_strides": four(strides.get("out") or contiguous(problem.out_shape)),
         "lse_batch_stride": lse[0] if len(lse) == 3 else 0,
         "lse_head_stride": lse[-2],
-        "alibi_batch_stride": alibi[0] if len(alibi) == 2 else 0,
-        "alibi_head_stride": alibi[-1],
         **{f"{name}_stride": strides.get(name, (0,))[0] for name in VECTORS},
         "batch": problem.batch,
         "seqlen_q": problem.seqlen_q,
@@ -39,13 +35,11 @@ def params_of(
         "window_left": left,
         "window_right": right,
         "softmax_scale": problem.softmax_scale,
-        "softcap": problem.softcap,
-        "softcap_inverse": inverse,
-        "softcap_exponent": 2.0 * inverse / math.log(2.0),
         "m_units": m_blocks if m_units is None else m_units,
         "units_per_block": units_per_block,
         "clear_out": "out" not in strides,
         "exponent_scale": problem.softmax_scale / math.log(2.0),
+        "terms": {term.name: term.values(problem) for term in problem.terms},
     }
 
 

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 SCALARS = {"i32": "i", "u32": "I", "i64": "q", "u64": "Q", "u16": "H", "float": "f"}
 """Formats of `struct` by C++ type; pointers are unsigned integers of 8 bytes."""
 
+WORD = 8
+"""Bytes of the words that hold structs of whatever kinds."""
+
 OPAQUE = {"ptx::TensorMap": (128, 64)}
 """Size and alignment of what is filled in as bytes."""
 
@@ -70,7 +73,7 @@ class Record:
         self.members = members
         self.constants = constants
         self.alignment = alignment
-        end = members[-1].offset + members[-1].size
+        end = members[-1].offset + members[-1].size if members else 0
         self.size = -(-end // alignment) * alignment
 
     def pack(self, values: Mapping[str, Any]) -> bytes:
@@ -127,9 +130,35 @@ class Record:
         """Of a member, in bytes."""
         return next(member.offset for member in self.members if member.name == name)
 
+    def holding(self, name: str, parts: Mapping[str, Record]) -> Record:
+        """The same struct, where an array of words, which may be in a struct in it, holds structs by name.
+
+        Each begins with a word, behind the last.
+
+        Raises
+        ------
+        ValueError
+            If the array has not so many words.
+        """
+        members = []
+        for member in self.members:
+            if member.name == name:
+                held, offset = [], 0
+                for part, record in parts.items():
+                    held.append(Member(part, offset, 1, "", record, record.size))
+                    offset += -(-record.size // WORD) * WORD
+                if offset > member.size:
+                    raise ValueError(f"{self.name}: {', '.join(parts)} take {offset} bytes of {member.size}.")
+                record = Record("", tuple(held), {}, WORD)
+                member = member._replace(format="", elements=1, record=record)
+            elif member.record is not None:
+                member = member._replace(record=member.record.holding(name, parts))
+            members.append(member)
+        return Record(self.name, tuple(members), self.constants, self.alignment)
+
     def asserts(self) -> str:
         """C++ that fails to compile where the struct, or one in it, is another than was read."""
-        return "".join(record._own_asserts() for record in self._records().values())
+        return "".join(record._own_asserts() for name, record in self._records().items() if name)
 
     def _records(self) -> dict[str, Record]:
         """This one and those in it, by name."""

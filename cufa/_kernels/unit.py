@@ -40,8 +40,7 @@ class Unit(NamedTuple):
 def unit_of(plan: Plan, headers: Mapping[str, bytes]) -> Unit:
     """The unit of a plan, given the headers of ``cuda_src``."""
     kernel = plan.kernel
-    if kernel.headers:
-        headers = {**headers, **{name: text.encode() for name, text in kernel.headers.items()}}
+    headers = _with_own(plan, headers)
     source = _source(plan, headers)
     return Unit(kernel.name, source, headers, plan.entries, plan.arch, kernel.target_suffix, plan.words())
 
@@ -75,6 +74,15 @@ def _source(plan: Plan, headers: Mapping[str, bytes]) -> str:
 
 
 def record_of(plan: Plan, headers: Mapping[str, bytes]) -> record.Record:
-    """The argument of the plan's kernels."""
-    texts = tuple(text.decode() for name, text in headers.items() if name.startswith("attention/"))
-    return record.read(plan.kernel.record, texts)
+    """The argument of the plan's kernels, in which its score terms have their data."""
+    texts = tuple(text.decode() for name, text in _with_own(plan, headers).items() if name.startswith("attention/"))
+    terms = {term.name: record.read(term.data, texts) for term in getattr(plan.config, "variant", ())}
+    return record.read(plan.kernel.record, texts).holding("terms", terms)
+
+
+def _with_own(plan: Plan, headers: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """The headers with those of the kernel and of its score terms."""
+    own = dict(plan.kernel.headers)
+    for term in getattr(plan.config, "variant", ()):
+        own |= term.headers
+    return {**headers, **{name: text.encode() for name, text in own.items()}} if own else headers

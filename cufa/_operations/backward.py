@@ -10,6 +10,7 @@ from .._kernels import Kernel
 from .._kernels.backward_sm80 import BackwardSm80
 from .._kernels.backward_sm90 import BackwardSm90
 from .._kernels.backward_split_sm90 import BackwardSplitSm90
+from .._terms import TERMS
 from .forward import ATTENTION, ATTENTION_VARLEN
 from .operation import Operation, Result
 
@@ -46,6 +47,7 @@ ATTENTION_BACKWARD = Operation(
     written=("dq", "dk", "dv"),
     tiles=("q", "k", "v", "dout"),
     results=_results,
+    terms=TERMS,
     kernels=BACKWARD,
     on_cpu=_on_cpu,
 )
@@ -56,6 +58,7 @@ ATTENTION_VARLEN_BACKWARD = Operation(
     written=("dq", "dk", "dv"),
     tiles=("q", "k", "v", "dout"),
     results=_results,
+    terms=TERMS,
     kernels=BACKWARD,
     on_cpu=_on_cpu,
 )

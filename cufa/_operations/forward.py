@@ -9,6 +9,7 @@ from .._call.problem import Problem
 from .._kernels import Kernel
 from .._kernels.forward_sm80 import ForwardSm80
 from .._kernels.forward_sm90 import ForwardSm90
+from .._terms import TERMS
 from .operation import Operation, Result
 
 FORWARD: tuple[Kernel, ...] = (ForwardSm90(), ForwardSm80())
@@ -42,6 +43,7 @@ ATTENTION = Operation(
     written=("out",),
     tiles=("q", "k", "v"),
     results=_results,
+    terms=TERMS,
     kernels=FORWARD,
     on_cpu=_on_cpu,
 )
@@ -52,6 +54,7 @@ ATTENTION_VARLEN = Operation(
     written=("out",),
     tiles=("q", "k", "v"),
     results=_results,
+    terms=TERMS,
     kernels=FORWARD,
     on_cpu=_on_cpu,
 )

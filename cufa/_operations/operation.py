@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from .._call.problem import Problem
     from .._kernels import Kernel
+    from .._terms import Term
 
 
 class Result(NamedTuple):
@@ -37,6 +38,8 @@ class Operation:
         Those of which kernels read tiles, and which are copied first where their rows are not aligned.
     results : callable
         From a problem to what a call of it gives.
+    terms : tuple of Term
+        Score terms that calls may have, in the order in which they are applied.
     kernels : tuple of Kernel
         Those that may serve it, fastest first.
     on_cpu : callable
@@ -48,6 +51,7 @@ class Operation:
     written: tuple[str, ...]
     tiles: tuple[str, ...]
     results: Callable[[Problem], tuple[Result, ...]]
+    terms: tuple[Term, ...]
     kernels: tuple[Kernel, ...]
     on_cpu: Callable[[Problem, Mapping[str, Any], Mapping[str, Any]], None]
 

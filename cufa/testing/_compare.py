@@ -14,6 +14,7 @@ from cufa.reference import Options
 
 from .. import reference
 from .._call import problem as _problem
+from .._terms import TERMS
 
 Array: TypeAlias = NDArray[Any]
 
@@ -91,7 +92,7 @@ class Problem(NamedTuple):
         asked = (options.get("causal", False), options.get("window_size"))
         asked_scales = (options.get("softmax_scale"), options.get("softcap", 0.0))
         causal, window_size, softmax_scale, softcap = _problem.check_host(
-            function, dict(zip(names, host, strict=True)) | (gradients or {}), (*asked, *asked_scales)
+            function, dict(zip(names, host, strict=True)) | (gradients or {}), (*asked, *asked_scales), TERMS
         )
         host_options = options | {
             "causal": causal,

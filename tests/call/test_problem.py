@@ -36,6 +36,7 @@ from cufa._kernels import unit as units
 from cufa._kernels.backward import BackwardGrid
 from cufa._kernels.backward_split_sm90 import SPLIT_QUERIES
 from cufa._kernels.params import params_of
+from cufa._kernels.record import Record
 from cufa._operations.backward import ATTENTION_BACKWARD, ATTENTION_VARLEN_BACKWARD
 from cufa._operations.call import planned
 from cufa._operations.forward import ATTENTION, ATTENTION_VARLEN
@@ -134,14 +135,14 @@ def backward_problem(
 PARAMS = tuple(text.decode() for name, text in _jit.headers().items() if name.startswith("attention/"))
 
 
-def unpacked(name: str, packed: bytes) -> dict[str, Any]:
-    """The members of a struct, those of structs in it in dictionaries of their own."""
-    record = units.record.read(name, PARAMS)
+def unpacked(what: str | Record, packed: bytes) -> dict[str, Any]:
+    """The members of a struct, given itself or by name, those of structs in it in dictionaries of their own."""
+    record = units.record.read(what, PARAMS) if isinstance(what, str) else what
     found: dict[str, Any] = {}
     for member in record.members:
         part = packed[member.offset : member.offset + member.size]
         if member.record is not None:
-            found[member.name] = unpacked(member.record.name, part)
+            found[member.name] = unpacked(member.record, part)
         elif member.format:
             values = struct.unpack(f"<{member.elements}{member.format.replace('P', 'Q')}", part)
             found[member.name] = values if member.elements > 1 else values[0]
@@ -741,8 +742,8 @@ def test_params_are_packed_as_they_are_declared() -> None:
         q, OnGpu(2, 70, 3, 64), OnGpu(2, 70, 3, 64), softmax_scale=0.25, softcap=3.0, window_size=(5, None)
     )
     assert problem.static is not None and problem.device != CPU
-    packed = units.record.read("Params", PARAMS).pack(params_of(problem, m_blocks=7, m_units=4, heads_per_section=9))
-    named = unpacked("Params", packed)
+    record = units.record.read("Params", PARAMS).holding("terms", {"softcap": units.record.read("SoftcapData", PARAMS)})
+    named = unpacked(record, record.pack(params_of(problem, m_blocks=7, m_units=4, heads_per_section=9)))
     assert tuple(named["q_strides"].values()) == (1, 2, 3, 1)
     assert tuple(named["out_strides"].values()) == (100 * 6 * 64, 6 * 64, 64, 1)
     assert (named["lse_batch_stride"], named["lse_head_stride"]) == (600, 100)
@@ -750,7 +751,8 @@ def test_params_are_packed_as_they_are_declared() -> None:
     assert (named["num_heads_q"], named["qheads_per_khead"]) == (6, 2)
     assert (named["m_blocks"], named["m_units"], named["heads_per_section"]) == (7, 4, 9)
     assert (named["window_left"], named["window_right"]) == (5, _problem.MAX_SEQLEN)
-    assert (named["softmax_scale"], named["softcap"]) == (0.25, 3.0)
+    assert named["softmax_scale"] == 0.25
+    assert named["terms"]["softcap"] == pytest.approx({"softcap": 3.0, "inverse": 1 / 3, "exponent": 2 / 3 / np.log(2)})
     assert not any(named[name] for name in ("q", "out", "seqused_k"))
 
 

@@ -20,8 +20,9 @@ import cufa
 from cufa._call.problem import Static
 from cufa._compile import jit as _jit
 from cufa._kernels import Plan
+from cufa._terms import TERMS
 
-FACTS = Static("bf16", 64, 64, "causal", True, True, True, False, 16, 16, True, False)
+FACTS = Static("bf16", 64, 64, "causal", TERMS, True, False, 16, 16, True, False)
 ROOT = Path(__file__).parents[2]
 
 
@@ -294,7 +295,7 @@ def test_kernels_compile_while_the_interpreter_ends(own_cache: Path) -> None:
         from cufa._kernels import choose
         from cufa._operations.forward import FORWARD
         from cufa._call.problem import Static
-        facts = Static("f16", 64, 64, "none", False, False, False, False, 16, 16, True, False)
+        facts = Static("f16", 64, 64, "none", (), False, False, 16, 16, True, False)
         units = [_jit.unit_of(choose(FORWARD, facts, arch))._replace(source={SMALL!r}) for arch in (80, 86)]
         def compile(unit, entry_of=_jit.entry_of, write=os.write):
             write(1, b"%d " % len(entry_of(unit).cubin))
@@ -324,7 +325,7 @@ def test_a_child_forked_while_threads_compile_can_compile() -> None:
         from cufa._call.problem import Static
         warnings.simplefilter("ignore")  # about the fork of a process with threads, which is the point
         os.environ["CUFA_CACHE"] = "0"
-        facts = Static("f16", 64, 64, "none", False, False, False, False, 16, 16, True, False)
+        facts = Static("f16", 64, 64, "none", (), False, False, 16, 16, True, False)
         unit = _jit.unit_of(choose(FORWARD, facts, 80))
 
         def child(work):
@@ -391,9 +392,10 @@ def test_cufa_works_from_a_zip_file(plan: Plan, tmp_path: Path) -> None:
             from cufa._compile import jit as _jit
             from cufa._kernels import choose
             from cufa._operations.forward import FORWARD
+            from cufa._terms import TERMS
             from cufa._call.problem import Static
             assert ".zip" in cufa.__file__
-            facts = Static("bf16", 64, 64, "causal", True, True, True, False, 16, 16, True, False)
+            facts = Static("bf16", 64, 64, "causal", TERMS, True, False, 16, 16, True, False)
             key = _jit.key_of(_jit.unit_of(choose(FORWARD, facts, 80)))
             q = numpy.ones((1, 4, 1, 8), numpy.float32)
             print(key, len(_jit.headers()), cufa.attention(q, q, q).sum(), cufa.show_config())

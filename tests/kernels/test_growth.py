@@ -19,6 +19,7 @@ from cufa._compile import jit as _jit
 from cufa._kernels import choose
 from cufa._operations.call import call
 from cufa._operations.forward import ATTENTION, FORWARD
+from cufa._terms import TERMS
 from cufa.testing import to_numpy
 
 HEADER = """\
@@ -74,7 +75,9 @@ from cufa._cpu import forward as _cpu
 from cufa._kernels.kernel import Config, Kernel, common
 from cufa._kernels.params import params_of
 from cufa._operations.forward import ATTENTION, FORWARD
+from cufa._terms import TERMS
 from cufa._operations.operation import Operation
+from cufa._terms import TERMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,7 @@ LSE = Operation(
     arrays=ATTENTION.arrays,
     written=(),
     tiles=(),
+    terms=TERMS,
     results=lambda problem: (problem.operation.result("lse", problem.lse_shape, problem.lse_dtype),),
     kernels=(NaiveLse(),),
     on_cpu=on_cpu,
@@ -178,7 +182,7 @@ def test_an_operation_serves_jax_under_jit(added: Any) -> None:
 
 
 def test_a_kernel_compiles_from_its_own_header(added: Any) -> None:
-    static = _problem.Static("f32", 24, 24, "causal", True, True, False, False, 16, 16, False, False)
+    static = _problem.Static("f32", 24, 24, "causal", TERMS, False, False, 16, 16, False, False)
     plan = choose(added.LSE.kernels, static, 90)
     assert plan.words() == "attention_naive_lse (f32, head_dim 24, causal, softcap, alibi) for sm_90"
     unit = _jit.unit_of(plan)
@@ -200,7 +204,7 @@ def test_an_operation_is_launched_on_a_pretended_gpu(added: Any, monkeypatch: py
 
 def test_kernels_are_asked_in_their_order(added: Any) -> None:
     """And say why they do not serve."""
-    static = _problem.Static("bf16", 64, 64, "none", False, False, False, False, 16, 16, True, False)
+    static = _problem.Static("bf16", 64, 64, "none", (), False, False, 16, 16, True, False)
     plan = choose((*added.LSE.kernels, *FORWARD), static, 90)
     assert plan.name == "attention_forward_sm90"
     assert plan.refusals == (("attention_naive_lse", "it reads float32 alone"),)

@@ -10,9 +10,11 @@ import pytest
 from plans import compile_plan, static
 
 from cufa._compile import jit as _jit
+from cufa._terms.alibi import Alibi
+from cufa._terms.softcap import Softcap
 
 
-@pytest.mark.parametrize("changes", [{"variant": ("attention::Alibi",)}, {"sinks": True}], ids=["alibi", "sinks"])
+@pytest.mark.parametrize("changes", [{"variant": (Alibi(),)}, {"sinks": True}], ids=["alibi", "sinks"])
 def test_what_differs_by_head_refuses_tiles_that_heads_share(changes: dict[str, Any]) -> None:
     plan = plans.forward(static("bf16", 64, 64), 90)
     wrong = plan._replace(config=dataclasses.replace(plan.config, pack=4, **changes))
@@ -22,5 +24,5 @@ def test_what_differs_by_head_refuses_tiles_that_heads_share(changes: dict[str, 
 
 def test_terms_that_are_the_same_for_all_heads_may_share_tiles() -> None:
     plan = plans.forward(static("bf16", 64, 64), 90)
-    shared = plan._replace(config=dataclasses.replace(plan.config, pack=4, variant=("attention::Softcap<bf16>",)))
+    shared = plan._replace(config=dataclasses.replace(plan.config, pack=4, variant=(Softcap(),)))
     assert compile_plan(shared).cubin

@@ -1,0 +1,40 @@
+// attention: what score terms are made of. A term is a struct in a header of its own, which says only what differs from
+// `Term`. Beside the struct is that of its data, which the host packs into Params::terms by the names of its members; a
+// pointer has the name of an array, or of a result, of the call. The host's twin of a term is in cufa/_terms.
+#pragma once
+
+#include "attention/params.cuh"
+
+namespace attention {
+
+// Where a score is. Terms take what they need; what no term asks for is never computed.
+struct Point {
+  int batch, head;  // which sequence, and which query head
+  int query, key;   // of the sequence's own
+  float distance;   // how far the key lies before the query's own position: query + diagonal - key
+  bool live;        // whether there are such a query and key; else a term must not read there, and what it says is void
+};
+
+// A term is a closure over its data for a sequence and a query head: Term(const Data&, int batch, int head).
+struct Term {
+  static constexpr bool per_head = true;       // whether it differs from one query head to the next
+  static constexpr bool bends = true;          // whether its derivative by the score may be another than 1
+  static constexpr bool scales = false;        // whether it has a `factor`
+  static constexpr bool has_gradient = false;  // whether it has a `gradient`, and `begin`
+
+  // What becomes of a score, and the derivative of that as a function of what `score` returned.
+  float score(float s, const Point&) const { return s; }
+  float dscore(float, const Point&) const { return 1.0f; }
+
+  // What a probability is multiplied by once it is divided by the sum of its row, to which it counts as it was.
+  float factor(const Point&) const { return 1.0f; }
+
+  // Takes the gradient by what `score` returned, once for every point that a query sees.
+  void gradient(float, const Point&) const {}
+
+  // Sets to 0 what `gradient` adds to. Every thread of an earlier launch calls this, thread `thread` of `threads`.
+  template <class Data>
+  static void begin(const Data&, i64, i64) {}
+};
+
+}  // namespace attention

@@ -1,0 +1,36 @@
+"""The score term that lowers scores of keys that are far away: ``s - slope · |distance|``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .term import Term
+
+if TYPE_CHECKING:
+    from .._call.problem import Check, Problem
+
+
+class Alibi(Term):
+    """Source: Press, Smith and Lewis, *Train Short, Test Long*, 2022."""
+
+    name = "alibi"
+    header = "attention/alibi.cuh"
+    type = "attention::Alibi"
+    data = "AlibiData"
+    arrays = ("alibi_slopes",)
+    bends = False
+
+    def check(self, call: Check) -> None:
+        slopes, heads, batch = call.specs.get("alibi_slopes"), call.specs["q"].shape[-2], call.batch()
+        if slopes is None:
+            return
+        call.check_float32("alibi_slopes", slopes)
+        if slopes.shape not in ((heads,), (batch, heads)):
+            call.value_error(
+                f"alibi_slopes has shape {slopes.shape}; ({heads},) or ({batch}, {heads}), that is (num_heads_q,) or "
+                "(batch, num_heads_q), is expected."
+            )
+
+    def values(self, problem: Problem) -> dict[str, Any]:
+        *batch, head = problem.strides["alibi_slopes"]
+        return {"batch_stride": batch[0] if batch else 0, "head_stride": head}

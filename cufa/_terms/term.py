@@ -1,0 +1,126 @@
+"""What a score term is: a C++ struct for the kernels, and beside it what the host has to know of it.
+
+A term changes scores, one by one, knowing where each is; it may scale probabilities behind the softmax's sum, and what
+it reads may have gradients. Its C++ twin is told of in ``cuda_src/attention/variant.cuh``, by the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .._call.arrays import Spec
+    from .._call.options import Options
+    from .._call.problem import Check, Problem
+
+Array: TypeAlias = NDArray[Any]
+
+
+class Point(NamedTuple):
+    """Where scores are: arrays of integers that broadcast to the scores', (batch, heads, queries, keys).
+
+    Attributes
+    ----------
+    batch, head : array
+        Which sequence, and which head of q.
+    query, key : array
+        Of the sequence's own.
+    distance : array
+        How far the key lies before the query's own position: ``query + offset - key``.
+    """
+
+    batch: Array
+    head: Array
+    query: Array
+    key: Array
+    distance: Array
+
+
+class Term:
+    """A score term. It has no state; what a call gives it comes as `given`: its arrays and options, by name.
+
+    Attributes
+    ----------
+    name : str
+        What the term is called.
+    header : str
+        Where ``cuda_src``, or `headers`, has its C++ struct.
+    type : str
+        The struct, a C++ type; ``{element}`` stands for the type of q's elements.
+    data : str
+        The C++ struct of what its kernels are given. Its pointers have the names of arrays, or of results.
+    headers : dict of str to str
+        Sources beside those of ``cuda_src``, by the path by which they are included.
+    arrays : tuple of str
+        The arguments of an operation that are its own.
+    gradients : tuple of str
+        The results of an operation's gradients that are its own.
+    per_head : bool
+        Whether it differs from one query head to the next.
+    bends : bool
+        Whether its derivative by the score may be another than 1.
+    scales : bool
+        Whether it has a `factor`.
+    """
+
+    name: str
+    header: str
+    type: str
+    data: str
+    headers: Mapping[str, str] = MappingProxyType({})
+    arrays: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ()
+    per_head: bool = True
+    bends: bool = True
+    scales: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def asked(self, specs: Mapping[str, Spec], options: Options) -> bool:
+        """Whether a call with these arrays and options has the term."""
+        return any(name in specs for name in self.arrays)
+
+    def check(self, call: Check) -> None:
+        """Refuse arrays of its own that will not do; called whether the term is asked for or not."""
+
+    def results(self, problem: Problem) -> Mapping[str, tuple[tuple[int, ...], str]]:
+        """Shapes and dtypes of its `gradients`."""
+        return {}
+
+    def values(self, problem: Problem) -> dict[str, Any]:
+        """The members of its C++ data but for addresses."""
+        return {}
+
+    def options(self, problem: Problem) -> dict[str, Any]:
+        """What it is given on the CPU beside its arrays."""
+        return {}
+
+    def fits(self, given: Mapping[str, Any], farthest: int, largest: float) -> bool:
+        """Whether numbers up to `largest` surely hold what it makes of scores, at distances up to `farthest`."""
+        return True
+
+    def score(self, s: Array, at: Point, given: Mapping[str, Any]) -> Array:
+        """What becomes of scores, which it may overwrite."""
+        return s
+
+    def dscore(self, scored: Array, at: Point, given: Mapping[str, Any]) -> Array | float:
+        """The derivative by the score it was applied to, from what it made of that."""
+        return 1.0
+
+    def factor(self, at: Point, given: Mapping[str, Any]) -> Array | float:
+        """What probabilities are multiplied by once they are divided by their sum."""
+        return 1.0
+
+    def gradient(self, dscored: Array, at: Point, given: Mapping[str, Any], into: Mapping[str, Array]) -> None:
+        """Add what the gradient by what it made of scores gives its `gradients`, by name."""
