@@ -152,9 +152,9 @@ def unresolved(comment: str) -> Iterator[str]:
         ("see `params_of` in params.py, and tile/local.cuh", []),
         ("See Softmax::reject.", ["Softmax::reject"]),
         ("See Softmax::accept, repair.cuh and nowhere/repair.cuh", ["nowhere/repair.cuh"]),
-        ("as in `probabilities` of mask.cuh", ["probabilities in mask.cuh"]),
-        ("``Softmax::shift`` in cuda_src/attention/mask.cuh", ["Softmax::shift in cuda_src/attention/mask.cuh"] * 2),
-        ("what block_range in mask.cuh finds", []),
+        ("as in `probabilities` of masks.cuh", ["probabilities in masks.cuh"]),
+        ("``Softmax::shift`` in cuda_src/attention/masks.cuh", ["Softmax::shift in cuda_src/attention/masks.cuh"] * 2),
+        ("what exponent_scale in scoring.cuh finds", []),
     ],
 )
 def test_what_comments_point_to_is_looked_up(comment: str, missing: list[str]) -> None:

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "attention/backward_finish.cuh"
-#include "attention/backward_mask.cuh"
 #include "attention/backward_params.cuh"
 #include "attention/backward_prepare.cuh"
 #include "attention/backward_rows.cuh"
@@ -14,10 +13,9 @@
 #include "attention/backward_work.cuh"
 #include "attention/epilogue.cuh"
 #include "attention/params.cuh"
-#include "attention/variant.cuh"
+#include "attention/scoring.cuh"
 #include "core/math.cuh"
 #include "ptx/cp_async.cuh"
-#include "ptx/math.cuh"
 #include "ptx/red.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/sync.cuh"
@@ -48,6 +46,7 @@ struct BackwardMainloopSm80 {
   using DkDivision = KeyDivision<Config::tile_head_dim>;
   using DvDivision = KeyDivision<Config::tile_head_dim_v>;
   using DqDivision = Division<block_m, Config::tile_head_dim, Config::dq_row_warps, warps / Config::dq_row_warps>;
+  using Variant = typename Config::variant;
   using Scores = typename ScoreDivision::Part;
   using Dk = typename DkDivision::Part;
   using Dv = typename DvDivision::Part;
@@ -149,80 +148,62 @@ struct BackwardMainloopSm80 {
   void gradients_of_scores(const Tile& tile, u32 at) const {
     Scores scores, dp;
     warp::gemm_abt<Config::head_dim>(scores, k(), q(at), ScoreDivision::row(), ScoreDivision::col());
-    if (work.range.is_boundary(tile.m_block)) {
-      mask_transposed<Config>(scores, backward.forward, work.seqlen, work.n_block * block_n + ScoreDivision::row(),
-                              tile.m_block * block_m + ScoreDivision::col(),
-                              Config::variant::empty ? -infinity : __uint_as_float(masked_entry));
-    }
-    float2 row_lse[Scores::n_tiles];
-#pragma unroll
-    for (int j = 0; j < Scores::n_tiles; ++j) {
-      row_lse[j] =
-          ptx::ld_shared_f32x2(lse(at) + (ScoreDivision::col() + tile::fragment_col() + 8 * j) * sizeof(float));
-    }
+    const auto place = [&] {
+      return TransposedPlace<Config>{backward.forward,
+                                     work.seqlen,
+                                     work.batch,
+                                     tile.head,
+                                     work.n_block * block_n + ScoreDivision::row(),
+                                     tile.m_block * block_m + ScoreDivision::col()};
+    };
+    if (work.range.is_boundary(tile.m_block)) mask_before_terms<Config>(scores, place());
+    ColumnNumbers<Scores::cols> row_lse;
+    row_lse.load(lse(at) + ScoreDivision::col() * sizeof(float));
     // These products come before the probabilities, so that exponentials run beside them.
     warp::gemm_abt<Config::head_dim_v>(dp, v(), dout(at), ScoreDivision::row(), ScoreDivision::col());
-    probabilities(scores, tile, row_lse);
-    const u32 row_delta = delta(at) + (ScoreDivision::col() + tile::fragment_col()) * sizeof(float);
+    // Scores become what dP - delta is multiplied by.
+    tile::Accumulator<Scores::m_tiles, Variant::keeps ? Scores::cols : 16> rests;
+    const Staged to_p(p());
+    probabilities<Config>(scores, place(), row_lse, [&](int t, int i, int j, const ScorePair& pair) {
+      to_p.store(t, i, j, pair.weight[0], pair.weight[1]);
+      put(scores, t, i, j, pair.factor);
+      if constexpr (Variant::keeps) put(rests, t, i, j, pair.rest);
+    });
+    const LoadedNumbers row_delta{delta(at) + ScoreDivision::col() * int(sizeof(float))};
+    gradients<Config, true>(
+        dp, place(), row_delta, [&](int t, int i, int j) { return pair_of(scores, t, i, j); },
+        [&](int t, int i, int j) { return pair_of(rests, t, i, j); },
+        [&](int t, int i, int j, float low, float high) { put(scores, t, i, j, {low, high}); });
+    const Staged to_ds(ds());  // stores behind all loads, which otherwise wait for each other
 #pragma unroll
     for (int j = 0; j < Scores::n_tiles; ++j) {
-      const float2 subtracted = ptx::ld_shared_f32x2(row_delta + 8 * j * sizeof(float));
 #pragma unroll
       for (int t = 0; t < Scores::m_tiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          scores.x[t][j][i] *= dp.x[t][j][i] - (i % 2 == 0 ? subtracted.x : subtracted.y);
-        }
-      }
-    }
-    const Staged to(ds());
-#pragma unroll
-    for (int j = 0; j < Scores::n_tiles; ++j) {
-#pragma unroll
-      for (int t = 0; t < Scores::m_tiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) to.store(t, i, j, scores.x[t][j][2 * i], scores.x[t][j][2 * i + 1]);
+        for (int i = 0; i < 2; ++i) to_ds.store(t, i, j, scores.x[t][j][2 * i], scores.x[t][j][2 * i + 1]);
       }
     }
   }
 
-  // The tile of P ← the probabilities of masked scores. `scores` become dS but for its factor dP - delta: probabilities
-  // times the derivatives of the variant.
-  void probabilities(Scores& scores, const Tile& tile, const float2 (&row_lse)[Scores::n_tiles]) const {
-    using Variant = typename Config::variant;
-    const Params& params = backward.forward;
-    const Variant variant(params, work.batch, tile.head);
-    const float scale = exponent_scale<Variant>(params);
-    const Staged to(p());
-    const int first_query = tile.m_block * block_m + to.col, first_key = work.n_block * block_n + to.row;
-    const int distance = first_query + work.seqlen.diagonal() - first_key;
-#pragma unroll
-    for (int j = 0; j < Scores::n_tiles; ++j) {
-      const float2 subtracted = row_lse[j];
-#pragma unroll
-      for (int t = 0; t < Scores::m_tiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float p[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& s = scores.x[t][j][2 * i + e];
-            float exponent = s, derivative = 1.0f;
-            if constexpr (!Variant::empty) {
-              const int query = 8 * j + e, key = 16 * t + 8 * i;
-              const Point at{work.batch, tile.head, first_query + query, first_key + key,
-                             float(distance + query - key)};
-              exponent = variant.score(s * params.softmax_scale, at, derivative);
-              if (__float_as_uint(s) == masked_entry) exponent = -infinity;
-            }
-            p[e] = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));
-            s = p[e] * derivative;
-          }
-          to.store(t, i, j, p[0], p[1]);
-        }
-      }
-    }
+  // Entries 2 * i and 2 * i + 1 of the accumulator's part (t, j).
+  template <class Part>
+  static void put(Part& to, int t, int i, int j, const float (&pair)[2]) {
+    to.x[t][j][2 * i] = pair[0];
+    to.x[t][j][2 * i + 1] = pair[1];
   }
+  template <class Part>
+  static float2 pair_of(const Part& from, int t, int i, int j) {
+    return {from.x[t][j][2 * i], from.x[t][j][2 * i + 1]};
+  }
+
+  // Numbers of columns, read where they are needed.
+  struct LoadedNumbers {
+    u32 address;
+
+    float2 of(int j, int, int) const {
+      return ptx::ld_shared_f32x2(address + (tile::fragment_col() + 8 * j) * sizeof(float));
+    }
+  };
 
   // Where this thread's first elements of P or dS go in a shared tile.
   struct Staged {

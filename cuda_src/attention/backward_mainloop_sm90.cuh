@@ -14,7 +14,7 @@
 #include "attention/backward_sums_sm90.cuh"
 #include "attention/backward_tensors_sm90.cuh"
 #include "attention/backward_work.cuh"
-#include "attention/variant.cuh"
+#include "attention/scoring.cuh"
 #include "core/math.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/shared.cuh"
@@ -293,15 +293,17 @@ struct BackwardMainloopSm90 {
       constexpr bool early_dp = Variant::empty;  // else derivatives need the registers
       if (early_dp) begin_dp();
       warpgroup::wait<early_dp>(s);
-      Operand p, ds_factors, ds;
+      Held<Config, block_m> held;
+      Operand ds;
       numbers.load(lse(stage), lse_ahead);
-      probabilities<Config>(p, ds_factors, s, numbers, params, work, head, first_key, m_block, boundary);
+      const TransposedPlace<Config> place{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
+      hold_probabilities(held, s, place, numbers, boundary);
       if (!early_dp) begin_dp();
       turn.pass(1 - consumer);
-      warpgroup::gemm_ab(dv, p, dout(stage), true);
+      warpgroup::gemm_ab(dv, held.weights, dout(stage), true);
       warpgroup::wait<1>(dp);
       numbers.load(delta(stage));
-      gradients_of_scores<Config>(ds, Variant::empty ? p : ds_factors, dp, numbers);
+      gradients_of_scores<Config, true>(ds, held.factors(), held.rests, dp, place, numbers);
       exchange().wait_empty(at);
       store_transposed(this->ds(stage), ds, 64 * consumer);
       if (at.count != first) exchange().wait_full(at.previous());
@@ -309,7 +311,7 @@ struct BackwardMainloopSm90 {
       warpgroup::gemm_ab(dk, ds, q(stage), true);
       ptx::fence_proxy_async_shared();
       exchange().fill_warp(at);
-      warpgroup::wait<1>(dv, dq, p);
+      warpgroup::wait<1>(dv, dq, held.weights);
       gradients().release_warp(at);
       if (at.count != first) lay_down(dq, consumer, at.previous());
       warpgroup::wait<0>(dk, ds);

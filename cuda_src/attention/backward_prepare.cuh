@@ -207,10 +207,18 @@ inline void write_padding(const BackwardParams& backward) {
   backward.row_delta[int(threadIdx.x) - padding_rows] = 0.0f;
 }
 
+// Writes the zeros from which gradients of score terms add up.
+template <class Config>
+inline void begin_terms(const BackwardParams& backward) {
+  const i64 threads = i64(gridDim.x) * blockDim.x;
+  Config::variant::begin(backward.forward.terms, i64(blockIdx.x) * blockDim.x + threadIdx.x, threads);
+}
+
 // The kernel before main kernels that write dq themselves.
 template <class Config>
 inline void prepare(const BackwardParams& backward) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *backward.not_finite = 0;
+  begin_terms<Config>(backward);
   write_padding<Config>(backward);
   const RowTile tile = RowTile::find<Config>(backward, blockIdx.x, backward.forward.m_blocks);
   if (tile.row >= 0) prepare_rows<Config>(backward, tile, threadIdx.x, prepare_threads);
@@ -222,6 +230,7 @@ inline void prepare(const BackwardParams& backward) {
   using Threads = RowThreads<prepare_threads, Config::row_tiles>;
   const int unit = Threads::unit(), thread = Threads::thread();
   begin_counts<Config>(backward, unit, thread);
+  begin_terms<Config>(backward);
   write_padding<Config>(backward);
   if (!Threads::template live<Config>(backward)) return;
   const RowTile tile = RowTile::find<Config>(backward, unit, backward.forward.m_blocks);

@@ -30,9 +30,9 @@ struct RepairedSequence {
   }
 };
 
-// An entry of P and the same entry of dS.
+// An entry of what dout is multiplied by, which is P unless a term scales it, and the same entry of dS.
 struct Entry {
-  float p, ds;
+  float weight, ds;
 };
 
 // The entry of query `row` and a key, whose rows of q, k, v and dout are given, in lanes of a warp.
@@ -41,11 +41,12 @@ inline Entry entry_of(const BackwardParams& backward, const RepairedSequence& se
                       const V& v, const V& dout, int query_head, int row, int key, float row_lse, float row_delta) {
   const Params& params = backward.forward;
   const typename Config::variant variant(params, sequence.batch, query_head);
-  float derivative = 1.0f;
-  const Point at{sequence.batch, query_head, row, key, float(row + sequence.seqlen.diagonal() - key)};
-  const float score = variant.score(q.dot(k) * params.softmax_scale, at, derivative);
-  const float p = ptx::ex2_approx_ftz(fmaf(score, log2_e, -row_lse));
-  return {p, p * derivative * (dout.dot(v) - row_delta)};
+  Derivatives derivatives;
+  const Point at{sequence.batch, query_head, row, key, float(row + sequence.seqlen.diagonal() - key), true};
+  const float score = variant.score(q.dot(k) * params.softmax_scale, at, derivatives);
+  const float p = ptx::ex2_approx_ftz(fmaf(score, log2_e, -row_lse)), factor = variant.factor(at);
+  const float derivative = derivatives.before * derivatives.after;
+  return {p * factor, p * derivative * (factor * dout.dot(v) - row_delta)};
 }
 
 // sums += factor · row. True if all of `columns` are NaN, which they then stay.
@@ -114,7 +115,7 @@ inline void repair_keys(const BackwardParams& backward, const BackwardWork& work
         if (is_without_keys(row_lse, row_delta)) dout.clear();
         const Entry entry = entry_of<Config>(backward, sequence, q, k, v, dout, head, row, key, row_lse, row_delta);
         if constexpr (of_values)
-          settled = add_row(sums, entry.p, dout, columns);
+          settled = add_row(sums, entry.weight, dout, columns);
         else
           settled = add_row(sums, entry.ds, q, columns);
       }

@@ -4,12 +4,11 @@
 // shared memory.
 #pragma once
 
-#include "attention/backward_mask.cuh"
 #include "attention/backward_params.cuh"
 #include "attention/backward_rows.cuh"
 #include "attention/backward_tensors_sm90.cuh"
 #include "attention/backward_work.cuh"
-#include "attention/variant.cuh"
+#include "attention/scoring.cuh"
 #include "core/math.cuh"
 #include "ptx/math.cuh"
 #include "ptx/shared.cuh"
@@ -43,7 +42,7 @@ struct BackwardKeysSm90 {
   using Ring = tile::Ring<stages>;
   using KeyRing = tile::Ring<1>;
   static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
-  static constexpr int ds_factors_bytes = 128 * sizeof(Operand);
+  static constexpr int ds_factors_bytes = 128 * sizeof(Operand) * (Variant::keeps ? 2 : 1);  // and of `rests`
 
   static constexpr int k_offset = 0, v_offset = k_offset + K::bytes, q_offset = v_offset + V::bytes;
   static constexpr int dout_offset = q_offset + stages * Q::bytes;
@@ -99,10 +98,13 @@ struct BackwardKeysSm90 {
       warpgroup::wait<1>(dv, p);
       if (at.count > 0) gradients().release_warp(at.previous());
       warpgroup::wait<0>(s);
-      Operand factors;
-      probabilities<Config>(p, factors, s, numbers, params, work, head, first_key, m_block, boundary);
+      Held<Config, block_m> held;
+      const TransposedPlace<Config> place{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
+      hold_probabilities(held, s, place, numbers, boundary);
+      p = held.weights;
       exchange().wait_empty(at);
-      give(Variant::empty ? p : factors, ds_factors(at.stage()));
+      give(held.factors(), ds_factors(at.stage()));
+      if constexpr (Variant::keeps) give(held.rests, ds_factors(at.stage()) + ds_factors_bytes / 2);
       exchange().fill_warp(at);
       gradients().wait_full(at);
       warpgroup::gemm_ab(dv, p, dout(at.stage()), true);
@@ -118,6 +120,7 @@ struct BackwardKeysSm90 {
 
   // Called by the second consumer, which computes dP, dS and dk.
   void consume_gradients(const BackwardParams& backward, const BackwardWork& work) const {
+    const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + int(threadIdx.x / 32 % 4) * 16;
     typename Ring::Cursor at;
     Dk dk;
@@ -125,7 +128,7 @@ struct BackwardKeysSm90 {
     tile::LocalSums<1, Dk::cols> local_dk;
     dk.zero();
     if (!work.range.empty()) values().wait_full({});
-    const auto step = [&](int, int) {
+    const auto step = [&](int head, int m_block) {
       Scores dp;
       ColumnNumbers<block_m> numbers;
       gradients().wait_full(at);
@@ -135,10 +138,13 @@ struct BackwardKeysSm90 {
       if (at.count > 0) queries().release_warp(at.previous());
       warpgroup::wait<0>(dp);
       Operand factors;
+      typename Held<Config, block_m>::Rests rests;
       exchange().wait_full(at);
       take(factors, ds_factors(at.stage()));
+      if constexpr (Variant::keeps) take(rests, ds_factors(at.stage()) + ds_factors_bytes / 2);
       exchange().release_warp(at);
-      gradients_of_scores<Config>(ds, factors, dp, numbers);
+      const TransposedPlace<Config> place{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
+      gradients_of_scores<Config, true>(ds, factors, rests, dp, place, numbers);
       queries().wait_full(at);
       warpgroup::gemm_ab(dk, ds, q(at.stage()), true);
       gradients().release_warp(at);

@@ -9,11 +9,8 @@
 #include "attention/backward_rows.cuh"
 #include "attention/backward_tensors_sm90.cuh"
 #include "attention/block_range.cuh"
-#include "attention/mask.cuh"
-#include "attention/masks.cuh"
-#include "attention/variant.cuh"
+#include "attention/scoring.cuh"
 #include "core/math.cuh"
-#include "ptx/math.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/gemm_sm90.cuh"
 #include "tile/local.cuh"
@@ -61,7 +58,6 @@ struct BackwardQueriesSm90 {
   using V = tile::SharedTile<element, block_n, Config::tile_head_dim_v>;
 
   using Variant = typename Config::variant;
-  using Mask = typename Config::mask;
   // Consumers take turns in giving the tensor cores S and dP to do.
   using Turn = tile::Turn<consumers>;
 
@@ -133,15 +129,13 @@ struct BackwardQueriesSm90 {
     const Params& params = backward.forward;
     const RowTile& tile = work.tile;
     const int first_row = tile.m_block * Config::block_m + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
-    const Variant variant(params, tile.batch, tile.head);
-    const float scale = exponent_scale<Variant>(params);
     const Turn turn(consumer);
-    float lse[2], delta[2];
+    RowNumbers<1> lse, delta;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row + tile::fragment_row(0, i);
-      lse[i] = row < tile.seqlen.q ? backward.row_lse[work.row + row] : infinity;
-      delta[i] = row < tile.seqlen.q ? backward.row_delta[work.row + row] : 0.0f;
+      lse.x[0][i] = row < tile.seqlen.q ? backward.row_lse[work.row + row] : infinity;
+      delta.x[0][i] = row < tile.seqlen.q ? backward.row_delta[work.row + row] : 0.0f;
     }
     Keys::Cursor at_keys;
     Values::Cursor at_values;
@@ -163,47 +157,12 @@ struct BackwardQueriesSm90 {
       warpgroup::wait<2>(dq, ds);
       if (at_keys.count > 0) keys().release_warp(at_keys.previous());
       warpgroup::wait<1>(s);
-      if (Variant::empty && unlikely(boundary)) {
-        mask<Config>(s, params, tile.seqlen, first_row, first_key);
-      }
-      Operand ds_factors;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        // The same arithmetic, not transposed, as in `probabilities` of backward_tensors_sm90.cuh.
-        const int row = first_row + tile::fragment_row(0, i), thread_key = first_key + tile::fragment_col();
-        const int first = Mask::first_key(params, tile.seqlen, row) - thread_key;
-        const int last = Mask::last_key(params, tile.seqlen, row) - thread_key;
-        const float distance = float(row + tile.seqlen.diagonal() - thread_key);
-#pragma unroll
-        for (int j = 0; j < Scores::n_tiles; ++j) {
-          float x[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int key = 8 * j + e;
-            float derivative = 1.0f;
-            x[e] = s.x[0][j][2 * i + e];
-            if constexpr (!Variant::empty) {
-              const Point at{tile.batch, tile.head, row, thread_key + key, distance - float(key)};
-              x[e] = variant.score(x[e] * params.softmax_scale, at, derivative);
-              if (key > last || (Mask::hides_first && key < first)) x[e] = -infinity;
-            }
-            x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, -lse[i])) * derivative;
-          }
-          ds_factors.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0], x[1]);
-        }
-      }
+      const Place<Config> place{params, tile.seqlen, tile.batch, tile.head, first_row, first_key};
+      Held<Config, block_n> held;
+      hold_probabilities(held, s, place, lse, boundary);
       warpgroup::wait<0>(dp);
       values().release_warp(at_values);
-#pragma unroll
-      for (int j = 0; j < Scores::n_tiles; ++j) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          u32& packed = ds.x[j / 2][2 * (j % 2) + i];
-          const float2 factor = ptx::cvt_f32_x2<element>(ds_factors.x[j / 2][2 * (j % 2) + i]);
-          packed = ptx::cvt_rn_x2<element>(factor.x * (dp.x[0][j][2 * i] - delta[i]),
-                                           factor.y * (dp.x[0][j][2 * i + 1] - delta[i]));
-        }
-      }
+      gradients_of_scores<Config, false>(ds, held.factors(), held.rests, dp, place, delta);
       warpgroup::gemm_ab(dq, ds, k(at_keys.stage()), true);
       // ptxas serialises all products if one runs across the loop's edge beside a variant's arithmetic.
       if (!Variant::empty) warpgroup::wait<0>(dq, ds);

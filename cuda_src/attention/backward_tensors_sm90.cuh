@@ -1,16 +1,13 @@
 // attention: what the backward's main loops for sm_90 share: loading rows, and the arithmetic between their products.
 #pragma once
 
-#include "attention/backward_mask.cuh"
 #include "attention/backward_params.cuh"
 #include "attention/backward_rows.cuh"
 #include "attention/backward_work.cuh"
-#include "attention/variant.cuh"
+#include "attention/scoring.cuh"
 #include "core/math.cuh"
 #include "ptx/convert.cuh"
-#include "ptx/math.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/shared.cuh"
 #include "ptx/tma.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/pipeline.cuh"
@@ -94,79 +91,61 @@ struct TileLoader {
   }
 };
 
-// The lse or delta of the query of each column of transposed scores that a thread holds. These numbers are loaded ahead
-// of products, since any access to shared memory after a product waits until the tensor cores have begun the product.
-template <int cols>
-struct ColumnNumbers {
-  static constexpr int pairs = cols / 8;
-  float2 x[pairs];
+// What is held of a warpgroup's scores until dS is made of it: operands, packed as those of products.
+template <class Config, int cols>
+struct Held {
+  using Variant = typename Config::variant;
+  // Whether what dP - delta is multiplied by differs from what dout is.
+  static constexpr bool own_factors = Variant::bends || Variant::scales;
+  using Operand = tile::Operand<cols>;
+  using Rests = tile::Operand<Variant::keeps ? cols : 0>;
 
-  // Loads pairs [first, last) of this thread's; the tile's numbers lie at shared address `numbers`.
-  void load(u32 numbers, int first = 0, int last = pairs) {
-    const u32 address = numbers + tile::fragment_col() * sizeof(float);
-#pragma unroll
-    for (int j = first; j < last; ++j) x[j] = ptx::ld_shared_f32x2(address + 8 * j * sizeof(float));
+  Operand weights;                            // what dout is multiplied by: P, unless a term scales it
+  tile::Operand<own_factors ? cols : 0> own;  // what dP - delta is multiplied by, if it is something else
+  Rests rests;                                // what is multiplied to dS once terms have had their gradients
+
+  const Operand& factors() const {
+    if constexpr (own_factors)
+      return own;
+    else
+      return weights;
+  }
+
+  void put(int, int i, int j, const ScorePair& pair) {
+    using element = typename Config::element;
+    const int s = j / 2, x = 2 * (j % 2) + i;
+    weights.x[s][x] = ptx::cvt_rn_x2<element>(pair.weight[0], pair.weight[1]);
+    if constexpr (own_factors) own.x[s][x] = ptx::cvt_rn_x2<element>(pair.factor[0], pair.factor[1]);
+    if constexpr (Variant::keeps) rests.x[s][x] = ptx::cvt_rn_x2<element>(pair.rest[0], pair.rest[1]);
   }
 };
 
-// p ← the probabilities of transposed scores s; ds_factors ← the same times the derivatives of the variant's scores,
-// unless the variant is empty. In a `boundary` tile not every query sees every key.
-template <class Config, int block_m>
-inline void probabilities(tile::Operand<block_m>& p, tile::Operand<block_m>& ds_factors,
-                          tile::Accumulator<1, block_m>& s, const ColumnNumbers<block_m>& lse, const Params& params,
-                          const BackwardWork& work, int head, int first_key, int m_block, bool boundary) {
-  using Variant = typename Config::variant;
-  using element = typename Config::element;
-  const Variant variant(params, work.batch, head);
-  const float scale = exponent_scale<Variant>(params);
-  const int first_query = m_block * block_m, thread_query = first_query + tile::fragment_col();
-  const int keys[2] = {first_key + tile::fragment_row(0, 0), first_key + tile::fragment_row(0, 1)};
-  const QuerySpan<Config> spans[2] = {{params, work.seqlen, keys[0], thread_query},
-                                      {params, work.seqlen, keys[1], thread_query}};
-  if (Variant::empty && unlikely(boundary)) mask_transposed<Config>(s, params, work.seqlen, first_key, first_query);
-#pragma unroll
-  for (int j = 0; j < block_m / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float x[2], derivative[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int query = 8 * j + e;
-        x[e] = s.x[0][j][2 * i + e];
-        derivative[e] = 1.0f;
-        // A variant's derivatives need the registers that a whole tile of its scores would take, so the variant, and
-        // with it the mask, is applied score by score.
-        if constexpr (!Variant::empty) {
-          const float distance = float(thread_query + work.seqlen.diagonal() - keys[i]);
-          const Point at{work.batch, head, thread_query + query, keys[i], distance + float(query)};
-          x[e] = variant.score(x[e] * params.softmax_scale, at, derivative[e]);
-          if (!spans[i].sees(query)) x[e] = -infinity;
-        }
-        x[e] = ptx::ex2_approx_ftz(fmaf(x[e], scale, e == 0 ? -lse.x[j].x : -lse.x[j].y));
-      }
-      p.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0], x[1]);
-      if constexpr (!Variant::empty) {
-        ds_factors.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(x[0] * derivative[0], x[1] * derivative[1]);
-      }
-    }
-  }
+// The pair (i, j) of an operand.
+template <class element, int cols>
+inline float2 pair_of(const tile::Operand<cols>& operand, int i, int j) {
+  return ptx::cvt_f32_x2<element>(operand.x[j / 2][2 * (j % 2) + i]);
 }
 
-// ds ← ds_factors · (dp - delta).
-template <class Config, int block_m>
-inline void gradients_of_scores(tile::Operand<block_m>& ds, const tile::Operand<block_m>& ds_factors,
-                                const tile::Accumulator<1, block_m>& dp, const ColumnNumbers<block_m>& delta) {
+// held ← what is held of scores. In a `boundary` tile not every query sees every key.
+template <class Config, class Place, int cols, class Numbers>
+inline void hold_probabilities(Held<Config, cols>& held, tile::Accumulator<1, cols>& s, const Place& place,
+                               const Numbers& lse, bool boundary) {
+  if (unlikely(boundary)) mask_before_terms<Config>(s, place);
+  probabilities<Config>(s, place, lse, [&](int t, int i, int j, const ScorePair& pair) { held.put(t, i, j, pair); });
+}
+
+// ds ← the gradients of scores, of which `factors` and `rests` are held.
+template <class Config, bool for_terms, class Place, int cols, class Numbers>
+inline void gradients_of_scores(tile::Operand<cols>& ds, const tile::Operand<cols>& factors,
+                                const typename Held<Config, cols>::Rests& rests, const tile::Accumulator<1, cols>& dp,
+                                const Place& place, const Numbers& delta) {
   using element = typename Config::element;
-#pragma unroll
-  for (int j = 0; j < block_m / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float2 factor = ptx::cvt_f32_x2<element>(ds_factors.x[j / 2][2 * (j % 2) + i]);
-      const float low = factor.x * (dp.x[0][j][2 * i] - delta.x[j].x);
-      const float high = factor.y * (dp.x[0][j][2 * i + 1] - delta.x[j].y);
-      ds.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(low, high);
-    }
-  }
+  gradients<Config, for_terms>(
+      dp, place, delta, [&](int, int i, int j) { return pair_of<element>(factors, i, j); },
+      [&](int, int i, int j) { return pair_of<element>(rests, i, j); },
+      [&](int, int i, int j, float low, float high) {
+        ds.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(low, high);
+      });
 }
 
 // dk or dv ← factor · a warpgroup's accumulator, whose rows are keys; the warp's first is first_key. Rows past the live

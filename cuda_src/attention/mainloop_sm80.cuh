@@ -5,11 +5,9 @@
 
 #include "attention/block_range.cuh"
 #include "attention/chains.cuh"
-#include "attention/mask.cuh"
 #include "attention/params.cuh"
-#include "attention/seqlen.cuh"
+#include "attention/scoring.cuh"
 #include "attention/softmax.cuh"
-#include "attention/variant.cuh"
 #include "attention/work.cuh"
 #include "core/math.cuh"
 #include "ptx/cp_async.cuh"
@@ -87,14 +85,15 @@ struct MainloopSm80 {
       __syncthreads();  // V has arrived, and every warp is done with K
       if (n_block > range.begin) load<Config::head_dim>(next_k_chunks);
       ptx::cp_async_commit_group();
-      apply<Config>(variant, scores, params, work.tile, work.seqlen, first_row() + warp_row(), first_col);
-      if (range.template is_boundary<Config::mask::hides_first>(n_block)) {
-        mask<Config>(scores, params, work.seqlen, first_row() + warp_row(), first_col);
-      }
+      const Place<Config> place{params,   work.seqlen, work.tile.batch, work.tile.head, first_row() + warp_row(),
+                                first_col};
+      apply(variant, scores, place);
+      if (range.template is_boundary<Config::mask::hides_first>(n_block)) mask(scores, place);
 #pragma unroll
       for (int t = 0; t < m_tiles; ++t) {
         statistics.update(scores, out, scale, t);
       }
+      weigh(variant, scores, place);
       warp::gemm_ab(out, scores, v, warp_col());
       const int blocks = range.end - n_block;
       const bool last = n_block == range.begin;

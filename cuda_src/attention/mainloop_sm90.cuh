@@ -12,13 +12,12 @@
 #include "attention/chains.cuh"
 #include "attention/epilogue_direct.cuh"
 #include "attention/epilogue_empty.cuh"
-#include "attention/mask.cuh"
 #include "attention/params.cuh"
 #include "attention/repair.cuh"
 #include "attention/scheduler.cuh"
+#include "attention/scoring.cuh"
 #include "attention/softmax.cuh"
 #include "attention/tma_params.cuh"
-#include "attention/variant.cuh"
 #include "attention/work.cuh"
 #include "core/math.cuh"
 #include "ptx/opaque.cuh"
@@ -234,11 +233,18 @@ struct MainloopSm90 {
     BlockRange range = work->range;
     int n_block = range.end - 1;
     typename Config::variant variant(params, work->tile.batch, work->tile.head);
+    const auto place = [&] {
+      const TileIndex& tile = work->tile;
+      return Place<Config>{params,
+                           work->seqlen,
+                           tile.batch,
+                           tile.head,
+                           tile.m_block * Config::block_m + warp_row(),
+                           n_block * Config::block_n};
+    };
     const auto finish_scores = [&](Scores& scores) {
-      const int first_row = work->tile.m_block * Config::block_m + warp_row(), first_col = n_block * Config::block_n;
-      apply<Config>(variant, scores, params, work->tile, work->seqlen, first_row, first_col);
-      if (unlikely(range.template is_boundary<Config::mask::hides_first>(n_block)))
-        mask<Config>(scores, params, work->seqlen, first_row, first_col);
+      apply(variant, scores, place());
+      if (unlikely(range.template is_boundary<Config::mask::hides_first>(n_block))) mask(scores, place());
     };
     Probabilities p;
     Out out;
@@ -257,6 +263,7 @@ struct MainloopSm90 {
       bool far[2] = {true, true};
       statistics.follow_far(scores, scale, far);
       statistics.exponentiate(scores, scale);
+      weigh(variant, scores, place());
       tile::pack<element>(p, scores);
       if (early_steps > 0 && n_block > range.begin) keys().wait_full(at_keys);
     }
@@ -297,7 +304,9 @@ struct MainloopSm90 {
       // The products still read p, so the next P begins in registers of its own.
       Probabilities early_p;
       float sum[2] = {statistics.row_sum[0][0], statistics.row_sum[0][1]};
-      if (!seam) statistics.template exponentiate_at_once<0, early_steps>(early_p, scores, scale, sum);
+      const auto at = place();
+      const auto weight = weights<1>(variant, at);
+      if (!seam) statistics.template exponentiate_at_once<0, early_steps>(early_p, scores, scale, sum, weight);
       // Without a branch here the compiler would move the wait for the products up, above the exponentials, and believe
       // that p may be overwritten there.
       if (early_steps > 0 && n_block > range.begin) keys().wait_full(at_keys);
@@ -310,13 +319,14 @@ struct MainloopSm90 {
         statistics.init();
       } else {
         tile::copy_steps<early_steps>(p, early_p);
-        statistics.template exponentiate_at_once<early_steps, steps>(p, scores, scale, sum);
+        statistics.template exponentiate_at_once<early_steps, steps>(p, scores, scale, sum, weight);
         accepted = statistics.template accept<Config::block_n>(sum, far);
       }
       if (unlikely(!accepted)) {  // maxima are sought, as in the textbook
         statistics.follow_far(scores, scale, far);
         if (!seam) statistics.rescale(out);
         statistics.exponentiate(scores, scale);
+        weigh(variant, scores, place());
         // Rows that are not far have these bits in p already. To ask which rows are far keeps the copies of the early
         // steps among the exponentials; else the compiler moves the copies to the path around this branch, behind
         // everything that could run beside them. Copies of one or two steps, where registers are few, may go there.

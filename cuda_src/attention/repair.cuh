@@ -187,7 +187,7 @@ inline void repair(const Params& all, const Work<typename Config::element>& work
     for (int key = Mask::first_key(params, seqlen, row); key <= last; ++key) {
       k.load(work.origin(params.k, params.k_strides, head_k, seqlen.k_first_row + key), params.k_strides.dim);
       v.load(work.origin(params.v, params.v_strides, head_k, seqlen.k_first_row + key), params.v_strides.dim);
-      const Point at{work.tile.batch, head, row, key, float(row + seqlen.diagonal() - key)};
+      const Point at{work.tile.batch, head, row, key, float(row + seqlen.diagonal() - key), true};
       const float score = variant.score(q.dot(k) * params.softmax_scale, at);
       const float new_max = fminf(fmaxf(row_max, score), largest_float);
       const float subtracted = new_max == -infinity ? 0.0f : new_max;
@@ -195,7 +195,7 @@ inline void repair(const Params& all, const Work<typename Config::element>& work
       const float p = ptx::ex2_approx_ftz((score - subtracted) * log2_e);
       sum = fmaf(kept, sum, p);
       row_max = new_max;
-      if (sums.add(kept, p, v, columns)) break;
+      if (sums.add(kept, p * variant.factor(at), v, columns)) break;
     }
     float kept = 1.0f;
     if (Config::sinks) {

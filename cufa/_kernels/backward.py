@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from .._call.arrays import contiguous
 from .._call.problem import CHAIN_ROWS, Problem
+from .._terms import Term
 from ..errors import UnsupportedError
 from . import tensor_map
 from .kernel import MAX_GRID, SIZEOF, Config, Kernel, Map, Scratch, Step, blocks_in, four
@@ -161,6 +162,8 @@ class BackwardKernel(Kernel):
         sinks, least = problem.num_heads_q if config.sinks else 0, 1 if problem.varlen else 0
         counts = Counts(tiles, units, sinks, least)
         prepare, main, finish = self.main_blocks(config, problem, counts, num_sms)
+        if any(term.gradients for term in config.variant):
+            prepare = max(1, prepare)  # someone has to write the zeros from which they add up
         repair = min(max(tiles, units), num_sms) if tiles else 0
         workspace_rows = m_blocks * config.block_m
         if problem.varlen:
@@ -242,6 +245,12 @@ class BackwardKernel(Kernel):
 
     def asserts(self) -> str:
         return f"static_assert(tile::chain_rows == {CHAIN_ROWS});\n"
+
+
+def keeps_derivatives(terms: tuple[Term, ...]) -> bool:
+    """Whether derivatives are kept until score terms have had their gradients: ``Variant::keeps``."""
+    first = next((index for index, term in enumerate(terms) if term.gradients), None)
+    return first is not None and any(term.bends for term in terms[: first + 1])
 
 
 def turns(config: ConfigBackward, varlen: bool, seqlen_q: int, seqlen_k: int) -> tuple[int, bool]:

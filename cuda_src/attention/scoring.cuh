@@ -1,0 +1,316 @@
+// attention: what lies between the products of the main loops: from scores to probabilities, and from the gradients of
+// these to those of scores. All kernels, forward and backward, come here; what differs is which way a tile lies.
+#pragma once
+
+#include "attention/masks.cuh"
+#include "attention/params.cuh"
+#include "attention/seqlen.cuh"
+#include "attention/variant.cuh"
+#include "core/math.cuh"
+#include "core/types.cuh"
+#include "ptx/math.cuh"
+#include "ptx/shared.cuh"
+#include "tile/accumulator.cuh"
+
+namespace attention {
+
+// A row of scores: a query. Columns, which are keys, are counted from the thread's first.
+template <class Config>
+struct QueryRow {
+  using Mask = typename Config::mask;
+
+  int batch, head, query, key;
+  float distance;   // of the thread's first key
+  int first, last;  // the columns that the query sees, so that comparisons are with constants
+  bool live;
+  int live_keys;  // how many keys there are from the thread's first on
+
+  bool sees(int col) const { return !(col > last || (Mask::hides_first && col < first)); }
+
+  Point at(int col) const { return {batch, head, query, key + col, distance - float(col), live && col < live_keys}; }
+};
+
+// A row of transposed scores: a key. Columns are queries.
+template <class Config>
+struct KeyRow {
+  using Mask = typename Config::mask;
+
+  int batch, head, query, key;
+  float distance;   // of the thread's first query
+  int first, last;  // the queries that see the key; more than Config::block_m: none does
+  bool live;
+  int live_queries;
+
+  bool sees(int col) const { return col >= first && (!Mask::hides_first || col <= last); }
+
+  Point at(int col) const { return {batch, head, query + col, key, distance + float(col), live && col < live_queries}; }
+};
+
+// Where a warp's accumulator of scores lies. The thread's rows are those of the accumulator.
+template <class Config>
+struct Place {
+  using Row = QueryRow<Config>;
+
+  const Params& params;
+  const Seqlen& seqlen;
+  int batch, head;  // of q, or, where heads share a tile, of k
+  int first_row;    // of the first row, counted from row 0 of the head's first tile
+  int first_key;    // of the first column
+
+  Row row(int t, int i) const {
+    using Mask = typename Config::mask;
+    const int row = first_row + tile::fragment_row(t, i), key = first_key + tile::fragment_col();
+    const int query = row / Config::pack;
+    return {batch,
+            head * Config::pack + row % Config::pack,
+            query,
+            key,
+            float(query + seqlen.diagonal() - key),
+            Mask::first_key(params, seqlen, query) - key,
+            Mask::last_key(params, seqlen, query) - key,
+            query < seqlen.q,
+            seqlen.k - key};
+  }
+};
+
+// The same of transposed scores.
+template <class Config>
+struct TransposedPlace {
+  using Row = KeyRow<Config>;
+
+  const Params& params;
+  const Seqlen& seqlen;
+  int batch, head;
+  int first_key;    // of the first row
+  int first_query;  // of the first column
+
+  Row row(int t, int i) const {
+    using Mask = typename Config::mask;
+    const int key = first_key + tile::fragment_row(t, i), query = first_query + tile::fragment_col();
+    const int own = key - seqlen.diagonal() - query;  // the column of the query at the key's own position
+    int first = 0, last = 0;
+    if constexpr (Mask::hides_last) first = Mask::first_query(params, own);
+    if constexpr (Mask::hides_first) last = Mask::last_query(params, own);
+    const bool live = key < seqlen.k;
+    return {batch, head, query,           key, float(query + seqlen.diagonal() - key), live ? first : Config::block_m,
+            last,  live, seqlen.q - query};
+  }
+};
+
+// The bits of an entry that is masked before a variant's terms are applied: not -infinity, of which terms may make
+// something else, nor a NaN that a product can be.
+inline constexpr u32 masked_entry = 0x7fc00001;
+
+// Entries of scores that a query does not see ← `masked`.
+template <class Place, int m_tiles, int cols>
+inline void mask(tile::Accumulator<m_tiles, cols>& scores, const Place& place, float masked = -infinity) {
+#pragma unroll
+  for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const typename Place::Row row = place.row(t, i);
+#pragma unroll
+      for (int j = 0; j < cols / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (!row.sees(8 * j + e)) scores.x[t][j][2 * i + e] = masked;
+        }
+      }
+    }
+  }
+}
+
+// The same before `probabilities`, which tells them from what terms may be applied to.
+template <class Config, class Place, int m_tiles, int cols>
+inline void mask_before_terms(tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
+  mask(scores, place, Config::variant::empty ? -infinity : __uint_as_float(masked_entry));
+}
+
+// The factor that takes what apply() leaves in a tile to exponents of 2. Without terms the scale rides in the softmax's
+// multiply-add and apply() does nothing.
+template <class Variant>
+inline float exponent_scale(const Params& params) {
+  return Variant::empty ? params.exponent_scale : log2_e;
+}
+
+// Scores ← what the variant's terms make of them.
+template <class Variant, class Place, int m_tiles, int cols>
+inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
+  if constexpr (!Variant::empty) {
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const typename Place::Row row = place.row(t, i);
+#pragma unroll
+        for (int j = 0; j < cols / 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& s = scores.x[t][j][2 * i + e];
+            s = variant.score(s * place.params.softmax_scale, row.at(8 * j + e));
+          }
+        }
+      }
+    }
+  }
+}
+
+// The rows of a tile that a thread holds, if they are asked for.
+template <class Place, int m_tiles, bool asked>
+struct Rows {
+  typename Place::Row rows[m_tiles][2];
+
+  explicit Rows(const Place& place) {
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) rows[t][i] = place.row(t, i);
+    }
+  }
+  const typename Place::Row& of(int t, int i) const { return rows[t][i]; }
+};
+
+template <class Place, int m_tiles>
+struct Rows<Place, m_tiles, false> {
+  explicit Rows(const Place&) {}
+};
+
+// A function of an entry's place in a tile, and of a probability there: what V is multiplied by.
+template <int m_tiles, class Variant, class Place>
+inline auto weights(const Variant& variant, const Place& place) {
+  const Rows<Place, m_tiles, Variant::scales> rows(place);
+  return [&variant, rows](int t, int i, int col, float p) {
+    if constexpr (Variant::scales) p *= variant.factor(rows.of(t, i).at(col));
+    return p;
+  };
+}
+
+// Probabilities ← what V is multiplied by.
+template <class Variant, class Place, int m_tiles, int cols>
+inline void weigh(const Variant& variant, tile::Accumulator<m_tiles, cols>& p, const Place& place) {
+  if constexpr (Variant::scales) {
+    const auto weight = weights<m_tiles>(variant, place);
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < cols / 8; ++j) {
+#pragma unroll
+        for (int x = 0; x < 4; ++x) p.x[t][j][x] = weight(t, x / 2, 8 * j + x % 2, p.x[t][j][x]);
+      }
+    }
+  }
+}
+
+// The lse or delta of the query of each column of transposed scores that a thread holds. These numbers are loaded ahead
+// of products, since any access to shared memory after a product waits until the tensor cores have begun the product.
+template <int cols>
+struct ColumnNumbers {
+  static constexpr int pairs = cols / 8;
+  float2 x[pairs];
+
+  // Loads pairs [first, last) of this thread's; the tile's numbers lie at shared address `numbers`.
+  void load(u32 numbers, int first = 0, int last = pairs) {
+    const u32 address = numbers + tile::fragment_col() * sizeof(float);
+#pragma unroll
+    for (int j = first; j < last; ++j) x[j] = ptx::ld_shared_f32x2(address + 8 * j * sizeof(float));
+  }
+
+  float2 of(int j, int, int) const { return x[j]; }
+};
+
+// The lse or delta of the query of each row that a thread holds.
+template <int m_tiles>
+struct RowNumbers {
+  float x[m_tiles][2];
+
+  float2 of(int, int t, int i) const { return {x[t][i], x[t][i]}; }
+};
+
+// What is made of two neighbouring entries of scores: what dout is multiplied by, which is P unless a term scales it;
+// what dP - delta is multiplied by, which is P times derivatives; and what is multiplied to that once terms have had
+// their gradients.
+struct ScorePair {
+  float weight[2], factor[2], rest[2];
+};
+
+// Calls emit(t, i, j, pair) for every pair of entries (t, j, 2 i) and (t, j, 2 i + 1) of the scores that a thread
+// holds, which are masked.
+template <class Config, class Place, int m_tiles, int cols, class Numbers, class Emit>
+inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const Place& place, const Numbers& lse,
+                          Emit&& emit) {
+  using Variant = typename Config::variant;
+  const Variant variant(place.params, place.batch, place.head);
+  const float scale = exponent_scale<Variant>(place.params);
+  const Rows<Place, m_tiles, !Variant::empty> rows(place);
+#pragma unroll
+  for (int j = 0; j < cols / 8; ++j) {
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 subtracted = lse.of(j, t, i);
+        ScorePair pair;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float s = scores.x[t][j][2 * i + e];
+          float exponent = s, weight = 1.0f;
+          Derivatives derivatives;
+          // Derivatives need the registers that a whole tile of terms' scores would take, so terms are applied score by
+          // score.
+          if constexpr (!Variant::empty) {
+            const Point at = rows.of(t, i).at(8 * j + e);
+            exponent = variant.score(s * place.params.softmax_scale, at, derivatives);
+            if (__float_as_uint(s) == masked_entry) exponent = -infinity;
+            if (Variant::scales) weight = variant.factor(at);
+          }
+          const float p = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));
+          pair.weight[e] = p * weight;
+          pair.factor[e] = p * derivatives.after;
+          pair.rest[e] = derivatives.before;
+        }
+        emit(t, i, j, pair);
+      }
+    }
+  }
+}
+
+// Calls emit(t, i, j, low, high) with two neighbouring entries of dS, of which factors(t, i, j) and rests(t, i, j) are
+// the factors that `probabilities` gave. If asked for, terms get their gradients.
+template <class Config, bool for_terms, class Place, int m_tiles, int cols, class Numbers, class Factors, class Rests,
+          class Emit>
+inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& place, const Numbers& delta,
+                      Factors&& factors, Rests&& rests, Emit&& emit) {
+  using Variant = typename Config::variant;
+  const Variant variant(place.params, place.batch, place.head);
+  const Rows<Place, m_tiles, Variant::scales || (Variant::has_gradient && for_terms)> rows(place);
+#pragma unroll
+  for (int j = 0; j < cols / 8; ++j) {
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 subtracted = delta.of(j, t, i), factor = factors(t, i, j);
+        float2 d{dp.x[t][j][2 * i], dp.x[t][j][2 * i + 1]};
+        if constexpr (Variant::scales) {
+          d.x *= variant.factor(rows.of(t, i).at(8 * j));
+          d.y *= variant.factor(rows.of(t, i).at(8 * j + 1));
+        }
+        float2 ds{factor.x * (d.x - subtracted.x), factor.y * (d.y - subtracted.y)};
+        if constexpr (Variant::has_gradient && for_terms) {
+          const typename Place::Row& row = rows.of(t, i);
+          const Point low = row.at(8 * j), high = row.at(8 * j + 1);
+          if (low.live && row.sees(8 * j)) variant.gradient(ds.x, low);
+          if (high.live && row.sees(8 * j + 1)) variant.gradient(ds.y, high);
+        }
+        if constexpr (Variant::keeps) {
+          const float2 rest = rests(t, i, j);
+          ds.x *= rest.x;
+          ds.y *= rest.y;
+        }
+        emit(t, i, j, ds.x, ds.y);
+      }
+    }
+  }
+}
+
+}  // namespace attention
