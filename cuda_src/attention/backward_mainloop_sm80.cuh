@@ -175,14 +175,8 @@ struct BackwardMainloopSm80 {
         [&](int t, int i, int j) { return pair_of(rests, t, i, j); },
         [&](int t, int i, int j, float low, float high) { put(scores, t, i, j, {low, high}); });
     const Staged to_ds(ds());  // stores behind all loads, which otherwise wait for each other
-#pragma unroll
-    for (int j = 0; j < Scores::n_tiles; ++j) {
-#pragma unroll
-      for (int t = 0; t < Scores::m_tiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) to_ds.store(t, i, j, scores.x[t][j][2 * i], scores.x[t][j][2 * i + 1]);
-      }
-    }
+    tile::for_each_pair<Scores::m_tiles, Scores::cols>(
+        [&](int t, int i, int j) { to_ds.store(t, i, j, scores.x[t][j][2 * i], scores.x[t][j][2 * i + 1]); });
   }
 
   // Entries 2 * i and 2 * i + 1 of the accumulator's part (t, j).

@@ -190,14 +190,10 @@ template <class Variant, class Place, int m_tiles, int cols>
 inline void weigh(const Variant& variant, tile::Accumulator<m_tiles, cols>& p, const Place& place) {
   if constexpr (Variant::scales) {
     const auto weight = weights<m_tiles>(variant, place);
+    tile::for_each_pair<m_tiles, cols>([&](int t, int i, int j) {
 #pragma unroll
-    for (int t = 0; t < m_tiles; ++t) {
-#pragma unroll
-      for (int j = 0; j < cols / 8; ++j) {
-#pragma unroll
-        for (int x = 0; x < 4; ++x) p.x[t][j][x] = weight(t, x / 2, 8 * j + x % 2, p.x[t][j][x]);
-      }
-    }
+      for (int e = 0; e < 2; ++e) p.x[t][j][2 * i + e] = weight(t, i, 8 * j + e, p.x[t][j][2 * i + e]);
+    });
   }
 }
 
@@ -242,36 +238,29 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
   const Variant variant(place.params, place.batch, place.head);
   const float scale = exponent_scale<Variant>(place.params);
   const Rows<Place, m_tiles, !Variant::empty> rows(place);
+  tile::for_each_pair<m_tiles, cols>([&](int t, int i, int j) {
+    const float2 subtracted = lse.of(j, t, i);
+    ScorePair pair;
 #pragma unroll
-  for (int j = 0; j < cols / 8; ++j) {
-#pragma unroll
-    for (int t = 0; t < m_tiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 subtracted = lse.of(j, t, i);
-        ScorePair pair;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float s = scores.x[t][j][2 * i + e];
-          float exponent = s, weight = 1.0f;
-          Derivatives derivatives;
-          // Derivatives need the registers that a whole tile of terms' scores would take, so terms are applied score by
-          // score.
-          if constexpr (!Variant::empty) {
-            const Point at = rows.of(t, i).at(8 * j + e);
-            exponent = variant.score(s * place.params.softmax_scale, at, derivatives);
-            if (__float_as_uint(s) == masked_entry) exponent = -infinity;
-            if (Variant::scales) weight = variant.factor(at);
-          }
-          const float p = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));
-          pair.weight[e] = p * weight;
-          pair.factor[e] = p * derivatives.after;
-          pair.rest[e] = derivatives.before;
-        }
-        emit(t, i, j, pair);
+    for (int e = 0; e < 2; ++e) {
+      const float s = scores.x[t][j][2 * i + e];
+      float exponent = s, weight = 1.0f;
+      Derivatives derivatives;
+      // Derivatives need the registers that a whole tile of terms' scores would take, so terms are applied score by
+      // score.
+      if constexpr (!Variant::empty) {
+        const Point at = rows.of(t, i).at(8 * j + e);
+        exponent = variant.score(s * place.params.softmax_scale, at, derivatives);
+        if (__float_as_uint(s) == masked_entry) exponent = -infinity;
+        if (Variant::scales) weight = variant.factor(at);
       }
+      const float p = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));
+      pair.weight[e] = p * weight;
+      pair.factor[e] = p * derivatives.after;
+      pair.rest[e] = derivatives.before;
     }
-  }
+    emit(t, i, j, pair);
+  });
 }
 
 // Calls emit(t, i, j, low, high) with two neighbouring entries of dS, of which factors(t, i, j) and rests(t, i, j) are
@@ -283,34 +272,27 @@ inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& p
   using Variant = typename Config::variant;
   const Variant variant(place.params, place.batch, place.head);
   const Rows<Place, m_tiles, Variant::scales || (Variant::has_gradient && for_terms)> rows(place);
-#pragma unroll
-  for (int j = 0; j < cols / 8; ++j) {
-#pragma unroll
-    for (int t = 0; t < m_tiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 subtracted = delta.of(j, t, i), factor = factors(t, i, j);
-        float2 d{dp.x[t][j][2 * i], dp.x[t][j][2 * i + 1]};
-        if constexpr (Variant::scales) {
-          d.x *= variant.factor(rows.of(t, i).at(8 * j));
-          d.y *= variant.factor(rows.of(t, i).at(8 * j + 1));
-        }
-        float2 ds{factor.x * (d.x - subtracted.x), factor.y * (d.y - subtracted.y)};
-        if constexpr (Variant::has_gradient && for_terms) {
-          const typename Place::Row& row = rows.of(t, i);
-          const Point low = row.at(8 * j), high = row.at(8 * j + 1);
-          if (low.live && row.sees(8 * j)) variant.gradient(ds.x, low);
-          if (high.live && row.sees(8 * j + 1)) variant.gradient(ds.y, high);
-        }
-        if constexpr (Variant::keeps) {
-          const float2 rest = rests(t, i, j);
-          ds.x *= rest.x;
-          ds.y *= rest.y;
-        }
-        emit(t, i, j, ds.x, ds.y);
-      }
+  tile::for_each_pair<m_tiles, cols>([&](int t, int i, int j) {
+    const float2 subtracted = delta.of(j, t, i), factor = factors(t, i, j);
+    float2 d{dp.x[t][j][2 * i], dp.x[t][j][2 * i + 1]};
+    if constexpr (Variant::scales) {
+      d.x *= variant.factor(rows.of(t, i).at(8 * j));
+      d.y *= variant.factor(rows.of(t, i).at(8 * j + 1));
     }
-  }
+    float2 ds{factor.x * (d.x - subtracted.x), factor.y * (d.y - subtracted.y)};
+    if constexpr (Variant::has_gradient && for_terms) {
+      const typename Place::Row& row = rows.of(t, i);
+      const Point low = row.at(8 * j), high = row.at(8 * j + 1);
+      if (low.live && row.sees(8 * j)) variant.gradient(ds.x, low);
+      if (high.live && row.sees(8 * j + 1)) variant.gradient(ds.y, high);
+    }
+    if constexpr (Variant::keeps) {
+      const float2 rest = rests(t, i, j);
+      ds.x *= rest.x;
+      ds.y *= rest.y;
+    }
+    emit(t, i, j, ds.x, ds.y);
+  });
 }
 
 }  // namespace attention

@@ -46,6 +46,20 @@ inline int fragment_row(int t, int i) {
 
 inline int fragment_col() { return 2 * (lane() % 4); }
 
+// Calls step(t, i, j) for every pair of entries x[t][j][2 * i] and x[t][j][2 * i + 1] of an accumulator, which are
+// neighbours in a row.
+template <int m_tiles, int cols, class Step>
+inline void for_each_pair(Step&& step) {
+#pragma unroll
+  for (int j = 0; j < cols / 8; ++j) {
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) step(t, i, j);
+    }
+  }
+}
+
 // A warp's 16 rows of an accumulator as the A operand of mma.m16n8k16 and wgmma: x[s] is columns 16 s to 16 s + 15.
 template <int cols>
 struct Operand {
