@@ -201,10 +201,13 @@ class Problem:
             "softmax_scale": self.softmax_scale,
             "window_left": self.window_left,
             "window_right": self.window_right,
-            "softcap": self.softcap,
-            "alibi_slopes": arrays["alibi_slopes"],
+            "terms": [(term, self.given_to(term, arrays)) for term in self.terms],
             "sinks": arrays["sinks"],
         }
+
+    def given_to(self, term: Term, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """What a score term is given on the CPU: its arrays and options, by name."""
+        return {name: arrays[name] for name in term.arrays} | term.options(self)
 
     @property
     def strides(self) -> dict[str, tuple[int, ...]]:

@@ -11,10 +11,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cufa._cpu import forward as _cpu
+from cufa._terms import Term
+from cufa._terms.alibi import Alibi
+from cufa._terms.softcap import Softcap
 from cufa.testing import DTYPES, OFFSETS, Case, assert_close, dense_cases, varlen_cases
 
 ALL_DTYPES = (*DTYPES, "float64")
 Result = tuple[np.ndarray, np.ndarray | None]
+
+
+def scoring(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
+    """What happens to a case's scores, in the keywords of the functions under test."""
+    left, right = (None if side == -1 else side for side in case.window_size or (None, None))
+    if case.causal:
+        right = 0 if right is None else min(right, 0)
+    terms: list[tuple[Term, dict[str, Any]]] = [(Softcap(), {"softcap": case.softcap})] if case.softcap else []
+    if "alibi_slopes" in arrays:
+        terms.append((Alibi(), {"alibi_slopes": arrays["alibi_slopes"]}))
+    return {
+        "softmax_scale": case.softmax_scale or case.head_dim**-0.5,
+        "window_left": left,
+        "window_right": right,
+        "terms": terms,
+        "sinks": arrays.get("sinks"),
+    }
 
 
 def attend(case: Case, arrays: dict[str, Any], out: np.ndarray | None = None) -> Result:
@@ -25,17 +45,7 @@ def attend(case: Case, arrays: dict[str, Any], out: np.ndarray | None = None) ->
     lse_shape = lse_shape or (case.batch, case.num_heads_q, case.seqlen_q)
     lse_dtype = np.float64 if case.dtype == "float64" else np.float32
     lse = np.full(lse_shape, np.nan, lse_dtype) if case.return_lse else None
-    left, right = (None if side == -1 else side for side in case.window_size or (None, None))
-    if case.causal:
-        right = 0 if right is None else min(right, 0)
-    options: dict[str, Any] = {
-        "softmax_scale": case.softmax_scale or case.head_dim**-0.5,
-        "window_left": left,
-        "window_right": right,
-        "softcap": case.softcap,
-        "alibi_slopes": arrays.get("alibi_slopes"),
-        "sinks": arrays.get("sinks"),
-    }
+    options = scoring(case, arrays)
     qkv = arrays["q"], arrays["k"], arrays["v"]
     if varlen:
         offsets = arrays["cu_seqlens_q"], arrays["cu_seqlens_k"], arrays.get("seqused_k")
