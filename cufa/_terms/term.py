@@ -65,6 +65,8 @@ class Term:
         Sources beside those of ``cuda_src``, by the path by which they are included.
     arrays : tuple of str
         The arguments of an operation that are its own.
+    option_names : tuple of str
+        The options of an operation that are its own; their values are in `Options.more`.
     gradients : tuple of str
         The results of an operation's gradients that are its own.
     per_head : bool
@@ -81,6 +83,7 @@ class Term:
     data: str
     headers: Mapping[str, str] = MappingProxyType({})
     arrays: tuple[str, ...] = ()
+    option_names: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
     per_head: bool = True
     bends: bool = True
@@ -98,6 +101,13 @@ class Term:
     def asked(self, specs: Mapping[str, Spec], options: Options) -> bool:
         """Whether a call with these arrays and options has the term."""
         return any(name in specs for name in self.arrays)
+
+    def plain(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The values of its `option_names` as plain ones, each always of the same type, or TypeError.
+
+        Problems are remembered by them, and True, 1 and 1.0 are the same key.
+        """
+        return values
 
     def check(self, call: Check) -> None:
         """Refuse arrays of its own that will not do; called whether the term is asked for or not."""
