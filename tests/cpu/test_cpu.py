@@ -231,6 +231,25 @@ def test_numbers_that_float32_does_not_hold() -> None:
         check(case, arrays | wide)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1.0, 2.0**60], ids=["usual", "careful"])
+def test_terms_are_applied_in_the_order_given(dtype: str, size: float) -> None:
+    """A softcap behind ALiBi caps both; q then is not divided by it."""
+    case = Case(seqlen_q=20, seqlen_k=30, num_heads_q=2, num_heads_k=1, alibi_ndim=2, dtype=dtype)
+    arrays = case.arrays()
+    q, k, v, slopes = (arrays[name] for name in ("q", "k", "v", "alibi_slopes"))
+    options = scoring(case, arrays)
+    options["terms"] = [*options["terms"], (Softcap(), {"softcap": 1.5})]
+    s = case.head_dim**-0.5 * np.einsum("bihd,bjd->bhij", q, k[:, :, 0], dtype=np.float64)
+    s -= slopes[:, :, None, None] * np.abs(np.arange(20)[:, None] + 10 - np.arange(30))
+    p = np.exp(1.5 * np.tanh(s / 1.5))
+    out = np.empty_like(v, shape=(*q.shape[:3], v.shape[-1]))
+    options["softmax_scale"] /= size
+    _cpu.forward(q * q.dtype.type(size), k, v, out, None, **options)
+    expected = np.einsum("bhij,bjd->bihd", p / p.sum(axis=-1, keepdims=True), v[:, :, 0])
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_scores_far_apart() -> None:
     """Scores of thousands, in ascending and in descending order, so that the maximum moves in every block."""
     k = np.linspace(-3000, 3000, 1200, dtype=np.float32).reshape(1, -1, 1, 1)
