@@ -44,6 +44,13 @@ class Alibi(Term):
     def score(self, s: Array, at: Point, given: Mapping[str, Any]) -> Array:
         slopes = given["alibi_slopes"]
         chosen = slopes[at.head] if slopes.ndim == 1 else slopes[at.batch, at.head]
-        distance = at.distance.astype(s.dtype)
-        s -= chosen.astype(s.dtype) * np.abs(distance, out=distance)
+        # Differences of integers as numbers of s's dtype, without a whole matrix of integers: from the first key on.
+        first = at.key.flat[0]
+        bias: Array = (at.query + (at.offset - first)).astype(s.dtype) - (at.key - first).astype(s.dtype)
+        np.abs(bias, out=bias)
+        if chosen.size == 1:  # which needs no second matrix
+            bias *= chosen.item()
+            s -= bias
+        else:
+            s -= chosen.astype(s.dtype) * bias
         return s
