@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import plans
 import pytest
+from test_problem import Launched, OnGpu, unpacked
 
 import cufa
 from cufa import reference
 from cufa._call import problem as _problem
+from cufa._compile import jit as _jit
 from cufa._cpu import forward as _cpu
+from cufa._kernels import unit as units
 from cufa._operations.call import call
 from cufa._operations.forward import ATTENTION
 from cufa._terms import TERMS
@@ -471,3 +475,41 @@ def test_terms_are_computed_on_a_gpu(added: Any, packed: bool, dtype: str, optio
     given = problem(packed, element, rows=300, keys=420, **options)
     arrays = {name: cupy.asarray(x) for name, x in given.arrays.items()}
     check(given._replace(arrays=arrays).both(added), given, unit)
+
+
+def kernel(terms: tuple[Any, ...], dtype: str, arch: int, packed: bool, of: Any) -> Any:
+    """The plan of a kernel that has these terms, by `plans.forward` or `plans.backward`."""
+    return of(plans.static(dtype, 64, 64, mask="window", varlen=packed)._replace(terms=terms), arch)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("dtype", "packed"), [("f32", True), ("bf16", False)], ids=["f32 packed", "bf16 dense"])
+@pytest.mark.parametrize("of", [plans.forward, plans.backward], ids=["forward", "backward"])
+def test_kernels_compile_with_headers_of_terms(added: Any, arch: int, packed: bool, dtype: str, of: Any) -> None:
+    plan = kernel((*TERMS, *added.TERMS), dtype, arch, packed, of)
+    assert "softcap, alibi, table, checkers" in plan.words()
+    assert plans.compile_plan(plan).cubin[:4] == b"\x7fELF"
+
+
+def test_the_header_of_a_term_is_in_the_key(added: Any) -> None:
+    unit = _jit.unit_of(kernel(added.TERMS, "bf16", 80, False, plans.forward))
+    other = unit._replace(headers=unit.headers | {"attention/table.cuh": b""})
+    assert _jit.key_of(unit) != _jit.key_of(other)
+
+
+def test_what_kernels_are_given(added: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terms' own numbers, and the addresses of their arrays and gradients, are packed by name."""
+    q, k = OnGpu(2, 200, 4, 64, dtype="bfloat16"), OnGpu(2, 300, 2, 64, dtype="bfloat16")
+    lse, table = OnGpu(2, 4, 200, dtype="float32"), OnGpu(4, 33, dtype="float32", pointer=3 << 44, strides=(1, 4))
+    given = Problem({"q": q, "k": k, "v": k, "out": q, "dout": q, "lse": lse, "table": table}, bound=0.25)
+    with monkeypatch.context() as patch:
+        launched = Launched(patch)
+        *_, dtable = given.run(added.BACKWARD[0])
+        (plan,) = launched.plans.values()
+    _problem._checked.cache_clear()
+    assert (dtable.shape, dtable.dtype) == ((4, 33), "float32")
+    for _, argument in launched.kernels:
+        terms = unpacked(units.record_of(plan, _jit.headers()), argument)["params"]["forward"]["terms"]
+        assert [*terms] == ["softcap", "table", "checkers"] and terms["checkers"] == {"inverse": 4.0, "seed": 7}
+        strides = {"head_stride": 1, "distance_stride": 4, "heads": 4, "reach": 33}
+        assert terms["table"] == {"table": table.pointer, "dtable": dtable.pointer, **strides}
