@@ -75,7 +75,7 @@ def of(function: str, asked: tuple[Any, ...], terms: tuple[Term, ...] = ()) -> O
     more: tuple[tuple[str, Any], ...] = ()
     try:
         causal, window_size, softmax_scale, softcap, return_lse, deterministic = asked
-    except ValueError:
+    except ValueError:  # there are more, and asking for their number would cost every call
         causal, window_size, softmax_scale, softcap, return_lse, deterministic = asked[:6]
         more = _more(function, asked[6:], terms)
     if (

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Array: TypeAlias = NDArray[Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Point:
     """Where scores are: arrays of integers that broadcast to the scores', (batch, heads, queries, keys).
 
