@@ -45,8 +45,7 @@ def blocked(case: Case) -> Callable[[], np.ndarray]:
             softmax_scale=case.head_dim**-0.5,
             window_left=None,
             window_right=0 if case.causal else None,
-            softcap=0.0,
-            alibi_slopes=None,
+            terms=(),
             sinks=None,
         )
         return out

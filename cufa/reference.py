@@ -24,6 +24,19 @@ For query row ``i`` and key ``j``, with ``offset = seqlen_k - seqlen_q``, query 
 11. ``dq_i = softmax_scale * sum over j of ds_ij k_j`` and ``dk_j = softmax_scale * sum over i of ds_ij q_i``; dk and
     dv add up over the query heads that share a key head
 
+**Score terms.** Steps 2 and 3 are *score terms*, and there may be more, which are given to the private functions only
+(`Term`). A term is applied between steps 3 and 4, in its order, to every score with its sequence, query head, query,
+key and distance ``i + offset - j``, and so changes none that the mask removes from the sums. With ``t`` a term and
+``s'`` the score that it is applied to:
+
+- between 3 and 4: ``s = t(s')``
+- in 6 and 7, with ``k_ij`` the product of all factors: ``out_i = sum over kept j of p_ij k_ij v_j`` and ``dv_j = sum
+  over i of p_ij k_ij dout_i``. The sum of step 5 counts probabilities as they were.
+- in 8 and 9: ``ds_ij = p_ij (k_ij dp_ij - delta_i + dlse_i)`` and ``delta_i = sum over kept j of p_ij k_ij dp_ij``,
+  which still is ``dout_i · out_i``
+- between 9 and 10, last term first: what the term reads has the gradient that ``ds``, the gradient by ``t(s')``, gives
+  it; then ``ds = ds * t'(s')``
+
 **The mask.** Causal masks and windows are aligned at the bottom right: the last query sees the last key.
 Drawn is ``window_size=(2, 1)`` and, to its right, ``causal=True`` (``#`` kept, ``.`` removed)::
 
@@ -75,8 +88,8 @@ denominators of Xiao et al., *Efficient Streaming Language Models with Attention
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, overload
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -101,6 +114,35 @@ class Options(TypedDict, total=False):
     softcap: float
     alibi_slopes: ArrayLike | None
     sinks: ArrayLike | None
+
+
+class At(NamedTuple):
+    """Where scores are: arrays of integers that broadcast to (batch, num_heads_q, seqlen_q, seqlen_k)."""
+
+    batch: Array
+    head: Array
+    query: Array
+    key: Array
+    distance: Array
+
+
+class Term(Protocol):
+    """A further score term."""
+
+    def score(self, s: Array, at: At) -> Array:
+        """What becomes of scores."""
+
+    def slope(self, s: Array, at: At) -> ArrayLike:
+        """The derivative of that at the scores before."""
+
+    def factor(self, at: At) -> ArrayLike:
+        """What probabilities are multiplied by behind their sum."""
+
+    def gradient(self, ds: Array, s: Array, at: At) -> tuple[Array, ...]:
+        """The gradients by what it reads, from that by its result, which is 0 for removed keys; `s` are scores before.
+
+        Packed sequences' are added up.
+        """
 
 
 class Precision(NamedTuple):
@@ -339,20 +381,20 @@ def attention_varlen(
     given |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
     options = causal, window_size, softmax_scale, softcap
     causal, window_size, softmax_scale, softcap = _check("attention_varlen", given, options, return_lse)
-    q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
-    out = np.zeros((*q.shape[:2], v.shape[-1]))
-    lse = np.full((q.shape[1], q.shape[0]), -np.inf)
-    for rows, _, *qkv, slopes in _sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes):
-        out_n, lse_n = _attend(
-            *qkv,
-            causal=causal,
-            window_size=window_size,
-            softmax_scale=softmax_scale,
-            softcap=softcap,
-            alibi_slopes=slopes,
-            sinks=sinks,
-        )
-        out[rows], lse[:, rows] = out_n[0], lse_n[0]
+    out, lse = _attend_packed(
+        np.asarray(q),
+        np.asarray(k),
+        np.asarray(v),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        causal=causal,
+        window_size=window_size,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
     return (out, lse) if return_lse else out
 
 
@@ -404,18 +446,10 @@ def attention_varlen_backward(
     given = {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse}
     given |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
     options = _check_gradients("attention_varlen_backward", given, options)
-    dout, q, k, v = np.asarray(dout), np.asarray(q), np.asarray(k), np.asarray(v)
     dlse = None if dlse is None else np.asarray(dlse)
-    dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
-    dsinks = np.zeros(q.shape[1])
-    slopes = options.pop("alibi_slopes", None)
-    for each in _sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, slopes):
-        dout_n, dlse_n = dout[None, each.rows], None if dlse is None else dlse[None, :, each.rows]
-        options["alibi_slopes"] = each.alibi_slopes
-        found = _differentiate(dout_n, each.q, each.k, each.v, dlse_n, **options)
-        dq[each.rows], dk[each.keys], dv[each.keys] = (gradient[0] for gradient in found[:3])
-        dsinks += found[3]
-    return (dq, dk, dv) if options.get("sinks") is None else (dq, dk, dv, dsinks)
+    arrays = np.asarray(dout), np.asarray(q), np.asarray(k), np.asarray(v)
+    gradients = _differentiate_packed(*arrays, cu_seqlens_q, cu_seqlens_k, seqused_k, dlse, **options)
+    return gradients[:3] if options.get("sinks") is None else gradients
 
 
 def _check(
@@ -438,6 +472,58 @@ def _check_gradients(function: str, given: dict[str, Any], options: Options) -> 
         "softmax_scale": softmax_scale,
         "softcap": softcap,
     }
+
+
+def _attend_packed(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    seqused_k: ArrayLike | None,
+    *,
+    alibi_slopes: ArrayLike | None = None,
+    terms: Sequence[Term] = (),
+    **options: Any,
+) -> tuple[Array, Array]:
+    """`_attend` for each sequence: out (total_q, num_heads_q, head_dim_v) and lse (num_heads_q, total_q)."""
+    out = np.zeros((*q.shape[:2], v.shape[-1]))
+    lse = np.full((q.shape[1], q.shape[0]), -np.inf)
+    sequences = _sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes)
+    for number, each in enumerate(sequences):
+        own: dict[str, Any] = {"alibi_slopes": each.alibi_slopes, "terms": terms, "sequence": number}
+        out_n, lse_n = _attend(each.q, each.k, each.v, **own, **options)
+        out[each.rows], lse[:, each.rows] = out_n[0], lse_n[0]
+    return out, lse
+
+
+def _differentiate_packed(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    seqused_k: ArrayLike | None,
+    dlse: Array | None,
+    *,
+    alibi_slopes: ArrayLike | None = None,
+    terms: Sequence[Term] = (),
+    **options: Any,
+) -> tuple[Array, ...]:
+    """`_differentiate` for each sequence; what all of them read has the sum of their gradients."""
+    dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    shared: list[Any] = []  # dsinks and the terms' gradients, of each sequence
+    sequences = _sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes)
+    for number, each in enumerate(sequences):
+        own: dict[str, Any] = {"alibi_slopes": each.alibi_slopes, "terms": terms, "sequence": number}
+        dout_n, dlse_n = dout[None, each.rows], None if dlse is None else dlse[None, :, each.rows]
+        found = _differentiate(dout_n, each.q, each.k, each.v, dlse_n, **own, **options)
+        dq[each.rows], dk[each.keys], dv[each.keys] = (gradient[0] for gradient in found[:3])
+        shared.append(found[3:])
+    if not shared:
+        return dq, dk, dv, np.zeros(q.shape[1])
+    return dq, dk, dv, *(np.sum(each, axis=0) for each in zip(*shared, strict=True))
 
 
 class _Sequence(NamedTuple):
@@ -490,15 +576,23 @@ def _attend(
     softcap: float = 0.0,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    terms: Sequence[Term] = (),
+    sequence: int = 0,
     precision: Precision = EXACT,
 ) -> tuple[Array, Array]:
-    """Steps 1 to 6 in the given precision: out (batch, seqlen_q, num_heads_q, head_dim_v) and lse."""
+    """Steps 1 to 6 in the given precision: out (batch, seqlen_q, num_heads_q, head_dim_v) and lse.
+
+    `sequence` is what `terms` take for the number of the first batch entry.
+    """
     _check_shapes(q, k, v)
     keep = _keep(q.shape[1], k.shape[1], causal, window_size)
     with np.errstate(all="ignore"):  # NaN and Inf are data here
+        at = _at(q, k, sequence)
         s = _scores(q, k, softmax_scale, softcap, alibi_slopes, precision)
+        for term in terms:
+            s = term.score(s, at)
         p, lse = _softmax(np.where(keep, s, -np.inf), sinks)
-        p = p.astype(precision.storage).astype(precision.compute)
+        p = (p * _factor(terms, at)).astype(precision.storage).astype(precision.compute)
         out = _mean(p, _match_heads(v, q).astype(precision.compute), keep)
         out = np.where(np.isneginf(lse).swapaxes(1, 2)[..., None], 0, out)
         return out.astype(precision.storage).astype(precision.compute), lse
@@ -517,9 +611,14 @@ def _differentiate(
     softcap: float = 0.0,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    terms: Sequence[Term] = (),
+    sequence: int = 0,
     precision: Precision = EXACT,
-) -> tuple[Array, Array, Array, Array]:
-    """Steps 7 to 11 in the given precision: dq, dk, dv and dsinks. p and ds are rounded before they are multiplied."""
+) -> tuple[Array, ...]:
+    """Steps 7 to 11 in the given precision: dq, dk, dv, dsinks and the gradients of `terms`, in their order.
+
+    p and ds are rounded before they are multiplied. `sequence` is as in `_attend`.
+    """
     _check_shapes(q, k, v)
     if dout.shape != (*q.shape[:3], v.shape[3]):
         raise ValueError(f"attention_backward: dout {dout.shape} does not belong to q {q.shape} and v {v.shape}.")
@@ -534,8 +633,14 @@ def _differentiate(
     with np.errstate(all="ignore"):  # NaN and Inf are data here
         raw = _scores(q, k, softmax_scale, softcap, None, precision)
         s = raw if alibi_slopes is None else _scores(q, k, softmax_scale, softcap, alibi_slopes, precision)
+        at, before = _at(q, k, sequence), []
+        for term in terms:
+            before.append(s)
+            s = term.score(s, at)
         p, lse = _softmax(np.where(keep, s, -np.inf), sinks)
         p = np.where(keep, p, 0)  # also in a row that is NaN
+        factor = _factor(terms, at)
+        scaled = np.where(keep, p * factor, 0)
         empty = np.isneginf(lse)
         dlse = np.where(empty, 0, 0 if dlse is None else dlse).astype(compute)
         unseen = empty | ~keep.any(axis=1)
@@ -543,9 +648,13 @@ def _differentiate(
         q = q.astype(compute)
         k_heads, v_heads = (_match_heads(x, q).astype(compute) for x in (k, v))
         dp = dout.swapaxes(1, 2) @ v_heads.transpose(0, 2, 3, 1)
-        out = np.where(unseen.swapaxes(1, 2)[..., None], 0, rounded(_mean(rounded(p), v_heads, keep)))
+        out = np.where(unseen.swapaxes(1, 2)[..., None], 0, rounded(_mean(rounded(scaled), v_heads, keep)))
         delta = (dout * out).sum(axis=-1).swapaxes(1, 2)
-        ds = np.where(keep, p * (dp - delta[..., None] + dlse[..., None]), 0)
+        ds = np.where(keep, p * (factor * dp - delta[..., None] + dlse[..., None]), 0)
+        of_terms: list[Array] = []
+        for term, s_before in zip(reversed(terms), reversed(before), strict=True):
+            of_terms = [*term.gradient(ds, s_before, at), *of_terms]
+            ds = np.where(keep, ds * term.slope(s_before, at), 0)
         if softcap > 0:
             ds = np.where(keep, ds * (1 - (raw / compute(softcap)) ** 2), 0)
         sink = np.full(q.shape[2], -np.inf) if sinks is None else np.asarray(sinks)
@@ -553,12 +662,27 @@ def _differentiate(
         # A sink that alone makes up lse has probability 1, +inf included.
         p_sink = np.where(empty, 0, np.where(sink == lse, 1, np.exp(sink - lse)))
         dsinks = np.where(p_sink != 0, p_sink * (dlse - delta), 0).sum(axis=(0, 2))
-        p, ds = rounded(p), rounded(ds)
+        scaled, ds = rounded(scaled), rounded(ds)
         scale = compute(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
         dq = scale * _weighted_sum(ds, k_heads, keep)
         dk = scale * _sum_groups(_weighted_sum(ds.swapaxes(2, 3), q, keep.T), k)
-        dv = _sum_groups(_weighted_sum(p.swapaxes(2, 3), dout, keep.T), v)
-        return rounded(dq), rounded(dk), rounded(dv), dsinks
+        dv = _sum_groups(_weighted_sum(scaled.swapaxes(2, 3), dout, keep.T), v)
+        return rounded(dq), rounded(dk), rounded(dv), dsinks, *of_terms
+
+
+def _at(q: Array, k: Array, sequence: int) -> At:
+    """Where the scores of a dense problem are."""
+    batch = sequence + np.arange(q.shape[0])[:, None, None, None]
+    head, query, key = np.arange(q.shape[2])[:, None, None], np.arange(q.shape[1])[:, None], np.arange(k.shape[1])
+    return At(batch, head, query, key, query + k.shape[1] - q.shape[1] - key)
+
+
+def _factor(terms: Sequence[Term], at: At) -> Any:
+    """The product of all factors."""
+    product: Any = 1
+    for term in terms:
+        product = product * np.asarray(term.factor(at))
+    return product
 
 
 def _sum_groups(x: Array, like: Array) -> Array:

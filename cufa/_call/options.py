@@ -10,7 +10,10 @@ import math
 import operator
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .._terms.term import Term
 
 MAX_SEQLEN = (1 << 30) - 1
 """Longest sequence, and widest window; positions and their differences then fit 32 bits."""
@@ -42,6 +45,8 @@ class Options(NamedTuple):
         Forward: whether lse is a result.
     deterministic : bool
         Gradients: whether dq is the same bits in every run.
+    more : tuple of (str, object)
+        Names and values of those that score terms have of their own.
     """
 
     causal: bool
@@ -50,18 +55,29 @@ class Options(NamedTuple):
     softcap: float
     return_lse: bool
     deterministic: bool
+    more: tuple[tuple[str, Any], ...] = ()
+
+    def own(self, name: str) -> Any:
+        """The value of a score term's own option."""
+        return dict(self.more)[name]
 
 
 _tuple = tuple.__new__
 """Makes an `Options` several times as fast as its own constructor does."""
 
 
-def of(function: str, asked: tuple[Any, ...]) -> Options:
+def of(function: str, asked: tuple[Any, ...], terms: tuple[Term, ...] = ()) -> Options:
     """The options of a call, given in the order of `Options`, or TypeError; whether their values will do, `check` says.
 
-    Plain values come back as they are, in a fraction of a microsecond.
+    Behind them come those that `terms` have of their own. Plain values come back as they are, in a fraction of a
+    microsecond.
     """
-    causal, window_size, softmax_scale, softcap, return_lse, deterministic = asked
+    more: tuple[tuple[str, Any], ...] = ()
+    try:
+        causal, window_size, softmax_scale, softcap, return_lse, deterministic = asked
+    except ValueError:  # there are more, and asking for their number would cost every call
+        causal, window_size, softmax_scale, softcap, return_lse, deterministic = asked[:6]
+        more = _more(function, asked[6:], terms)
     if (
         type(causal) is bool
         and type(softcap) is float
@@ -70,20 +86,40 @@ def of(function: str, asked: tuple[Any, ...]) -> Options:
         and (softmax_scale is None or type(softmax_scale) is float)
         and (window_size is None or (type(window_size) is tuple and tuple(map(type, window_size)) in _PAIRS))
     ):
-        return _tuple(Options, asked)
+        plain_values = causal, window_size, softmax_scale, softcap, return_lse, deterministic, more
+        return _tuple(Options, plain_values)
     return Options(
         *plain(function, causal, window_size, softmax_scale, softcap),
         flag(function, "return_lse", return_lse),
         flag(function, "deterministic", deterministic),
+        more,
     )
+
+
+def _more(function: str, asked: tuple[Any, ...], terms: tuple[Term, ...]) -> tuple[tuple[str, Any], ...]:
+    """Options of the terms' own, given in the order of terms, with their names."""
+    check_more(function, asked, terms)
+    found: list[tuple[str, Any]] = []
+    for term in terms:
+        own = asked[len(found) : len(found) + len(term.option_names)]
+        found += zip(term.option_names, term.plain(function, own), strict=True)
+    return tuple(found)
+
+
+def check_more(function: str, more: tuple[Any, ...], terms: tuple[Term, ...]) -> None:
+    """Check that there are as many further options as the terms have of their own."""
+    names = [name for term in terms for name in term.option_names]
+    if len(more) != len(names):
+        wanted = f"those of its score terms are {', '.join(names)}" if names else "its score terms have none"
+        raise TypeError(f"{function}: {len(more)} further options are given; {wanted}.")
 
 
 def plain(function: str, causal: Any, window_size: Any, softmax_scale: Any, softcap: Any) -> Plain:
     """Those of them that scores depend on."""
     causal = flag(function, "causal", causal)
     sides = None if window_size is None else _sides(function, window_size)
-    scale = None if softmax_scale is None else _number(function, "softmax_scale", softmax_scale)
-    return causal, sides, scale, _number(function, "softcap", softcap)
+    scale = None if softmax_scale is None else number(function, "softmax_scale", softmax_scale)
+    return causal, sides, scale, number(function, "softcap", softcap)
 
 
 def flag(function: str, name: str, given: Any) -> bool:
@@ -105,19 +141,24 @@ def _sides(function: str, given: Any) -> Window:
 
 
 def _side(function: str, name: str, given: Any) -> int | None:
-    if given is None or type(given) is int:
+    if given is None:
+        return None
+    return integer(function, f"the {name} side of window_size", given, "an integer or None")
+
+
+def integer(function: str, name: str, given: Any, wanted: str = "an integer") -> int:
+    """The value of an integer, or of an array of no dimensions that holds one."""
+    if type(given) is int:
         return given
     try:
         if isinstance(given, bool) or _kind(given) == "bool":
             raise TypeError
         return operator.index(given)
     except TypeError:
-        raise TypeError(
-            f"{function}: the {name} side of window_size is a {type(given).__name__}; pass an integer or None."
-        ) from None
+        raise TypeError(f"{function}: {name} is a {type(given).__name__}; pass {wanted}.") from None
 
 
-def _number(function: str, name: str, given: Any) -> float:
+def number(function: str, name: str, given: Any) -> float:
     """The value of a real number, or of an array of no dimensions."""
     if type(given) is bool or not isinstance(given, (int, float)):
         kind = _kind(given)

@@ -201,10 +201,13 @@ class Problem:
             "softmax_scale": self.softmax_scale,
             "window_left": self.window_left,
             "window_right": self.window_right,
-            "softcap": self.softcap,
-            "alibi_slopes": arrays["alibi_slopes"],
+            "terms": [(term, self.given_to(term, arrays)) for term in self.terms],
             "sinks": arrays["sinks"],
         }
+
+    def given_to(self, term: Term, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """What a score term is given on the CPU: its arrays and options, by name."""
+        return {name: arrays[name] for name in term.arrays} | term.options(self)
 
     @property
     def strides(self) -> dict[str, tuple[int, ...]]:
@@ -267,7 +270,8 @@ def check_host(
     and integers where offsets are expected.
     """
     plain = _options.plain(function, *options)
-    specs = {name: _host_spec(name, array) for name, array in arrays.items() if array is not None}
+    single = ("sinks", "dlse", *(name for term in terms for name in term.arrays))
+    specs = {name: _host_spec(name, array, single) for name, array in arrays.items() if array is not None}
     packed, gradient = function.startswith("attention_varlen"), function.endswith("_backward")
     found = Check(function, specs, plain, terms, packed=packed, gradient=gradient, limited=False)
     found.inputs()
@@ -276,9 +280,10 @@ def check_host(
     return plain  # offsets may hold anything: `cufa.reference` says how they are read
 
 
-def _host_spec(name: str, array: NDArray[Any]) -> Spec:
+def _host_spec(name: str, array: NDArray[Any], single: Sequence[str]) -> Spec:
+    """What stands for an array of whatever dtype; `single` are the names of those that calls take in float32."""
     integers = name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
-    wanted = "int32" if integers else "float32" if name in ("alibi_slopes", "sinks", "dlse") else "float64"
+    wanted = "int32" if integers else "float32" if name in single else "float64"
     # Only the dtypes of ml_dtypes are of kind V and have a name of their own.
     right = array.dtype.kind in "iu" if integers else array.dtype.kind in "iufb" or "float" in array.dtype.name
     return Spec("numpy", array.shape, array.strides, wanted if right else array.dtype.name, CPU, 0, True)
@@ -500,6 +505,7 @@ class _CallCheck(Check):
         self.operation = operation
 
     def problem(self) -> Problem:
+        _options.check_more(self.function, self.options.more, self.terms)
         left, right, softmax_scale, softcap = self.inputs()
         q, k, v = (self.specs[name] for name in "qkv")
         batch = self.specs["cu_seqlens_q"].shape[0] - 1 if self.varlen else q.shape[0]

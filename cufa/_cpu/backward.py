@@ -5,17 +5,21 @@ rows, meets one block of keys after the other. Probabilities come back from the 
 ``p = exp(s - lse)`` (Dao et al., *FlashAttention*, 2022, Algorithm 4). dk and dv of the slab add up in the work dtype.
 
 Gradients that are not finite are computed once more, carefully, as `_cpu` does; so are those whose lse is so large that
-its own rounding makes probabilities of more than 1.
+its own rounding makes probabilities of more than 1. Of score terms' gradients, which parts of the problem may share,
+nothing can be taken back: with such terms all of the problem is computed once more.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import numpy as np
 
+from .._terms.term import Array, Point
 from .forward import (
-    Array,
     Options,
     _cuts,
     _Scoring,
@@ -32,6 +36,10 @@ MAX_LSE = 2.0**10
 MAX_EXACT_LSE = 2.0**39
 """The same in float64."""
 
+Gradients: TypeAlias = Mapping[str, Array]
+"""Of score terms, by name."""
+NO_GRADIENTS: Gradients = MappingProxyType({})
+
 
 def backward(
     dout: Array,
@@ -45,9 +53,10 @@ def backward(
     dk: Array,
     dv: Array,
     dsinks: Array | None,
+    gradients: Gradients = NO_GRADIENTS,
     **options: Unpack[Options],
 ) -> None:
-    """Gradients of a batch of equally long sequences, written into `dq`, `dk`, `dv` and `dsinks`.
+    """Gradients of a batch of equally long sequences, written into `dq`, `dk`, `dv`, `dsinks` and `gradients`.
 
     Parameters
     ----------
@@ -57,14 +66,16 @@ def backward(
         `dlse` may be None.
     dsinks : array or None, (num_heads_q,)
         None without sinks.
-    softmax_scale, window_left, window_right, softcap, alibi_slopes, sinks
+    gradients : mapping of str to array
+        Those of score terms, by name.
+    softmax_scale, window_left, window_right, terms, sinks
         As in `_cpu.forward`.
 
     Examples
     --------
     >>> import numpy as np
     >>> from cufa._cpu import backward, forward
-    >>> options = dict(softmax_scale=1.0, window_left=None, window_right=0, softcap=0.0, alibi_slopes=None, sinks=None)
+    >>> options = dict(softmax_scale=1.0, window_left=None, window_right=0, terms=(), sinks=None)
     >>> x = np.ones((1, 2, 1, 1))
     >>> out, lse, dq, dk, dv = np.empty_like(x), np.empty((1, 1, 2)), *np.empty((3, 1, 2, 1, 1))
     >>> forward.forward(x, x, x, out, lse, **options)
@@ -72,13 +83,13 @@ def backward(
     >>> dv.ravel().round(9).tolist()  # the first key gets all of the first row and half of the second
     [1.5, 0.5]
     """
-    sums = np.zeros(q.shape[2])  # of the sinks' gradients
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
-        scoring = _Scoring.of(q, k, **options)
-        given = _Given(dout, q, k, v, out, lse, dlse)
-        _backward(given, dq, dk, dv, sums, scoring, _workspaces(q))
-        if dsinks is not None:
-            dsinks[...] = sums
+        given, workspaces = _Given(dout, q, k, v, out, lse, dlse), _workspaces(q)
+
+        def attempt(scoring: _Scoring, sums: _Sums) -> bool:
+            return _backward(given, dq, dk, dv, sums, scoring, workspaces)
+
+        _sum_up(attempt, _Scoring.of(q, k, **options), q.shape[2], dsinks, gradients)
 
 
 def varlen_backward(
@@ -96,6 +107,7 @@ def varlen_backward(
     dk: Array,
     dv: Array,
     dsinks: Array | None,
+    gradients: Gradients = NO_GRADIENTS,
     **options: Unpack[Options],
 ) -> None:
     """`backward` for each of the sequences laid end to end in q, k and v.
@@ -109,28 +121,55 @@ def varlen_backward(
     seqused_k : integer array or None, (batch,)
     lse, dlse : array, (num_heads_q, total_q)
         `dlse` may be None.
-    dsinks, softmax_scale, window_left, window_right, softcap, alibi_slopes, sinks
+    dsinks, gradients, softmax_scale, window_left, window_right, terms, sinks
         As in `backward`.
     """
-    sums = np.zeros(q.shape[1])  # of the sinks' gradients
     for gradient in (dq, dk, dv):
         gradient[...] = 0
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
-        scoring = _Scoring.of(q, k, **options)
         workspaces = _workspaces(q)
-        for rows, keys, own in sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, len(q), len(k), scoring):
-            given = _Given(
-                dout[None, rows],
-                q[None, rows],
-                k[None, keys],
-                v[None, keys],
-                out[None, rows],
-                lse[None, :, rows],
-                None if dlse is None else dlse[None, :, rows],
-            )
-            _backward(given, dq[None, rows], dk[None, keys], dv[None, keys], sums, own, workspaces)
-        if dsinks is not None:
-            dsinks[...] = sums
+
+        def attempt(scoring: _Scoring, sums: _Sums) -> bool:
+            for rows, keys, own in sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, len(q), len(k), scoring):
+                given = _Given(
+                    dout[None, rows],
+                    q[None, rows],
+                    k[None, keys],
+                    v[None, keys],
+                    out[None, rows],
+                    lse[None, :, rows],
+                    None if dlse is None else dlse[None, :, rows],
+                )
+                if not _backward(given, dq[None, rows], dk[None, keys], dv[None, keys], sums, own, workspaces):
+                    return False
+            return True
+
+        _sum_up(attempt, _Scoring.of(q, k, **options), q.shape[1], dsinks, gradients)
+
+
+class _Sums(NamedTuple):
+    """What all parts of a problem add to, in float64."""
+
+    dsinks: Array
+    gradients: Gradients
+
+
+def _sum_up(
+    attempt: Callable[[_Scoring, _Sums], bool],
+    scoring: _Scoring,
+    heads: int,
+    dsinks: Array | None,
+    gradients: Gradients,
+) -> None:
+    """Write what an attempt has added up; it is False, and all is done carefully, if it added what may be wrong."""
+    for own in (scoring, replace(scoring, careful=True)):
+        sums = _Sums(np.zeros(heads), {name: np.zeros(x.shape) for name, x in gradients.items()})
+        if attempt(own, sums):
+            break
+    if dsinks is not None:
+        dsinks[...] = sums.dsinks
+    for name, x in gradients.items():
+        x[...] = sums.gradients[name]
 
 
 class _Given(NamedTuple):
@@ -150,15 +189,15 @@ def _backward(
     dq: Array,
     dk: Array,
     dv: Array,
-    dsinks: Array,
+    sums: _Sums,
     scoring: _Scoring,
     workspaces: tuple[_Workspace, _Workspace],
-) -> None:
-    """Gradients of a dense problem, written into dq, dk and dv, and added to dsinks."""
+) -> bool:
+    """Gradients of a dense problem, written into dq, dk and dv, and added to sums; False if those may be wrong."""
     batch, seqlen_q, num_heads_q, head_dim = given.q.shape
     seqlen_k, num_heads_k, head_dim_v = given.v.shape[1:]
     if not num_heads_k:
-        return
+        return True
     group = num_heads_q // num_heads_k
     blocks = block_sizes(batch, seqlen_q, seqlen_k, num_heads_q, num_heads_k, head_dim, head_dim_v)
     exact = given.lse.dtype == np.float64
@@ -169,10 +208,14 @@ def _backward(
             largest = np.abs(lse).max(initial=0, where=~np.isneginf(lse))
             careful = scoring.careful or not largest <= (MAX_EXACT_LSE if exact else MAX_LSE)
             part = _Part(scoring, workspaces[careful], entries, heads_k, heads, blocks.block_m, blocks.block_n, careful)
-            share = part.differentiate(given, dq, dk, dv)
+            share = part.differentiate(given, dq, dk, dv, sums.gradients)
+            if share is None and sums.gradients:
+                return False
             if share is None:
-                share = part._replace(workspace=workspaces[1], careful=True).differentiate(given, dq, dk, dv)
-            dsinks[heads] += share
+                part = part._replace(workspace=workspaces[1], careful=True)
+                share = part.differentiate(given, dq, dk, dv, sums.gradients)
+            sums.dsinks[heads] += share
+    return True
 
 
 class _Part(NamedTuple):
@@ -187,8 +230,8 @@ class _Part(NamedTuple):
     block_n: int
     careful: bool
 
-    def differentiate(self, given: _Given, dq: Array, dk: Array, dv: Array) -> Array | None:
-        """Write dq, dk and dv; the share of dsinks, by head, or None where care is needed."""
+    def differentiate(self, given: _Given, dq: Array, dk: Array, dv: Array, gradients: Gradients) -> Array | None:
+        """Write dq, dk and dv, add to gradients; the share of dsinks, by head, or None where care is needed."""
         dout, q, k, v, out, lse, dlse = given
         entries, heads_k, heads = self.entries, self.heads_k, self.heads
         # (batch, heads, rows, columns): what np.matmul takes a batch of
@@ -202,7 +245,8 @@ class _Part(NamedTuple):
             offset = k.shape[1] - q.shape[1]
             slab = _SlabBackward(self.scoring, self.workspace, entries, heads, rows, offset, group, self.careful)
             delta = slab.delta(dout[at], out[at], None if dlse is None else dlse[in_lse], k.shape[1])
-            found = slab.differentiate(dout[at], q[at], keys, values, lse[in_lse], delta, dkeys, dvalues, self.block_n)
+            own = dout[at], q[at], keys, values, lse[in_lse], delta
+            found = slab.differentiate(*own, dkeys, dvalues, gradients, self.block_n)
             if found is None:
                 return None
             dq[at] = found.swapaxes(1, 2)
@@ -255,9 +299,10 @@ class _SlabBackward(_Slab):
         delta: Array,
         dk: Array,
         dv: Array,
+        gradients: Gradients,
         block_n: int,
     ) -> Array | None:
-        """dq (batch, heads, rows, head_dim) of these rows; adds their share to dk and dv. None where care is needed.
+        """dq (batch, heads, rows, head_dim) of these rows; adds to dk, dv and gradients. None where care is needed.
 
         dout and q (batch, rows, heads, ·), k, v, dk and dv (batch, key heads, seqlen_k, ·), lse and delta (batch,
         heads, rows).
@@ -280,7 +325,7 @@ class _SlabBackward(_Slab):
         dq = work.take("dq", (*shape, head_dim))
         dq[...] = 0
         # What q was multiplied by, which is in dk twice otherwise.
-        factor = work.dtype.type(scoring.softmax_scale if self.careful else scoring.softcap or 1.0)
+        factor = work.dtype.type(scoring.softmax_scale if self.careful else scoring.unit)
         start, stop = scoring.keys(self.rows.start, self.rows.stop - 1, self.offset, k.shape[2])
         for first in range(start, stop, block_n):
             keys = slice(first, min(first + block_n, stop))
@@ -289,22 +334,26 @@ class _SlabBackward(_Slab):
             np.matmul(rows, k_block.swapaxes(2, 3), out=scores)
             if not self._in_range(scores):
                 return None
-            slope = self._slope(scores)
-            self._modify(scores.reshape(batch, heads, num_rows, -1), keys)
+            at, slopes = self.at(keys), list[Any]()
+            self._modify(scores.reshape(batch, heads, num_rows, -1), at, keys, slopes)
             scores -= subtracted
             if self.careful:  # a rounded lse may be less than a score
                 np.minimum(scores, 0, out=scores)
             p = np.exp(scores, out=scores)
             np.matmul(d_rows, v_block.swapaxes(2, 3), out=ds)
+            if scoring.scales:
+                self._scale(ds.reshape(batch, heads, num_rows, -1), at)
             ds -= delta
             ds *= p
-            ds *= slope
+            keep = self.keep(keys) if self.careful else None
+            self._through_terms(ds, (batch, heads, num_rows, -1), at, keep, slopes, gradients)
+            if scoring.scales:
+                self._scale(p.reshape(batch, heads, num_rows, -1), at)
             if not self.careful:
                 dv[:, :, keys] += p.swapaxes(2, 3) @ d_rows
                 dk[:, :, keys] += (ds.swapaxes(2, 3) @ rows) * factor
                 dq += ds @ k_block
                 continue
-            keep = self.keep(keys)
             if keep is not None:
                 p, ds = np.where(keep, p, 0), np.where(keep, ds, 0)
             kept = None if keep is None else keep.T
@@ -316,9 +365,24 @@ class _SlabBackward(_Slab):
             return None
         return dq.reshape(batch, heads, num_rows, head_dim)
 
-    def _slope(self, products: Array) -> Any:
-        """By what the softcap changes a score when the product changes."""
-        scoring = self.scoring
-        if scoring.softcap == 0:
-            return 1.0
-        return 1 - np.tanh(products * (scoring.softmax_scale / scoring.softcap) if self.careful else products) ** 2
+    def _through_terms(
+        self,
+        ds: Array,
+        shape: tuple[int, ...],
+        at: Point,
+        keep: Array | None,
+        slopes: list[Any],
+        gradients: Gradients,
+    ) -> None:
+        """From the gradient by what the terms made of products to that by products, in place, last term first.
+
+        `ds` is 0 outside `keep`, or where that is None outside the mask; `shape` has heads and rows apart.
+        """
+        by_head = ds.reshape(shape)
+        for (term, given), slope in zip(reversed(self.scoring.terms), reversed(slopes), strict=True):
+            if term.gradients:
+                if keep is not None:
+                    np.copyto(ds, 0, where=~keep)
+                term.gradient(by_head, at, given, gradients)
+            if term.bends:
+                by_head *= slope

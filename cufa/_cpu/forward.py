@@ -14,14 +14,16 @@ of sums, where NaN and Inf times 0 would count. So finite numbers cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array: TypeAlias = NDArray[Any]
+from .._terms.term import Array, Point, Term
+
+Terms: TypeAlias = Sequence[tuple[Term, Mapping[str, Any]]]
+"""Score terms in their order, each with its arrays and options by name."""
 
 BLOCK_M = 512
 """Rows of scores in a slab at most: queries × query heads of a group."""
@@ -80,42 +82,46 @@ class Options(TypedDict):
     softmax_scale: float
     window_left: int | None
     window_right: int | None
-    softcap: float
-    alibi_slopes: Array | None
+    terms: Terms
     sinks: Array | None
 
 
 @dataclass(frozen=True)
 class _Scoring:
-    """What happens to a score; slopes are (1 or batch, num_heads_q) and sinks (num_heads_q,)."""
+    """What happens to a score; sinks are (num_heads_q,).
+
+    `unit` is that of the first term, by which q is divided; `bends` and `scales` are whether one of the terms does so.
+    `sequence` is the number of the first batch entry.
+    """
 
     softmax_scale: float
     window_left: int | None
     window_right: int | None
-    softcap: float
-    alibi_slopes: Array | None
+    terms: Terms
     sinks: Array | None
+    unit: float
+    bends: bool
+    scales: bool
     careful: bool
+    sequence: int = 0
 
     @classmethod
     def of(cls, q: Array, k: Array, **options: Unpack[Options]) -> _Scoring:
         """From what `forward` takes; careful from the start where the work dtype cannot hold the options."""
-        sinks, slopes = options["sinks"], options["alibi_slopes"]
-        options["alibi_slopes"] = slopes = None if slopes is None else np.atleast_2d(np.asarray(slopes))
+        sinks, terms = options["sinks"], options["terms"]
         largest = float(np.finfo(work_dtype(q)).max)
-        distance = q.shape[-3] + k.shape[-3]
-        bias = 0.0 if slopes is None else distance * float(np.abs(slopes).max(initial=0))
+        share, farthest = largest / (4 * max(1, len(terms))), q.shape[-3] + k.shape[-3]
         sink = 0.0 if sinks is None else float(np.abs(sinks, dtype=np.float64).max(initial=0, where=~np.isinf(sinks)))
-        factor = options["softmax_scale"] / (options["softcap"] or 1.0)
-        fits = bias < largest / 4 and sink < largest / 4 and options["softcap"] < MAX_FOLDED
-        careful = not (fits and 1 / MAX_FOLDED < factor < MAX_FOLDED)
-        return cls(**options, careful=careful)
-
-    def slopes(self, entries: slice, heads: slice) -> Array | None:
-        """The slopes of a slab, (1 or batch, heads)."""
-        if self.alibi_slopes is None:
-            return None
-        return self.alibi_slopes[entries if len(self.alibi_slopes) > 1 else slice(None), heads]
+        fits = sink < largest / 4 and all(term.fits(given, farthest, share) for term, given in terms)
+        unit = terms[0][0].unit(terms[0][1]) if terms else 1.0
+        folds = unit < MAX_FOLDED and 1 / MAX_FOLDED < options["softmax_scale"] / unit < MAX_FOLDED
+        return cls(
+            **options,
+            unit=unit,
+            bends=any(term.bends for term, _ in terms),
+            scales=any(term.scales for term, _ in terms),
+            careful=not (fits and folds),
+        )
 
     def keys(self, first: int, last: int, offset: int, seqlen_k: int) -> tuple[int, int]:
         """The range of keys that rows first to last, both inclusive, can see."""
@@ -169,9 +175,8 @@ def forward(
         Multiplies q·kᵀ.
     window_left, window_right : int or None
         Keys before and after the bottom-right diagonal; None is unbounded. Causal is ``window_right=0``.
-    softcap : float
-        0.0 is off.
-    alibi_slopes : array or None, (num_heads_q,) or (batch, num_heads_q)
+    terms : sequence of (Term, mapping)
+        Score terms in the order in which they are applied, each with its arrays and options by name.
     sinks : array or None, (num_heads_q,)
 
     Examples
@@ -180,8 +185,7 @@ def forward(
     >>> from cufa._cpu.forward import forward
     >>> q = np.ones((1, 2, 1, 4), np.float32)
     >>> out = np.empty_like(q)
-    >>> forward(q, q, q, out, None, softmax_scale=0.5, window_left=None, window_right=0, softcap=0.0,
-    ...         alibi_slopes=None, sinks=None)
+    >>> forward(q, q, q, out, None, softmax_scale=0.5, window_left=None, window_right=0, terms=(), sinks=None)
     >>> out[0, :, 0, 0].tolist()
     [1.0, 1.0]
     """
@@ -216,7 +220,7 @@ def varlen_forward(
         -inf in rows that belong to no sequence.
     fresh : bool
         Rows of `out` that belong to no sequence become 0; without, they are not written.
-    softmax_scale, window_left, window_right, softcap, alibi_slopes, sinks
+    softmax_scale, window_left, window_right, terms, sinks
         As in `forward`.
     """
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
@@ -255,11 +259,9 @@ def sequences(
     )
     lengths = np.diff(offsets_k)
     lengths = (lengths if seqused_k is None else np.clip(seqused_k, 0, lengths)).tolist()
-    slopes = scoring.alibi_slopes
     for n, length in enumerate(lengths):
-        own = slopes[n : n + 1] if slopes is not None and len(slopes) > 1 else slopes
         rows, keys = slice(offsets_q[n], offsets_q[n + 1]), slice(offsets_k[n], offsets_k[n] + length)
-        yield rows, keys, replace(scoring, alibi_slopes=own)
+        yield rows, keys, replace(scoring, sequence=n)
 
 
 def _clear(rows: slice, out: Array | None, lse: Array | None) -> None:
@@ -346,12 +348,6 @@ class _Slab:
     careful: bool = False
 
     @property
-    def slopes(self) -> Array | None:
-        """(1 or batch, heads)."""
-        slopes = self.scoring.slopes(self.entries, self.heads)
-        return None if slopes is None else slopes.astype(self.workspace.dtype)
-
-    @property
     def sinks(self) -> Array | None:
         """(heads,)."""
         sinks = self.scoring.sinks
@@ -378,8 +374,11 @@ class _Slab:
             np.matmul(rows, k_block.swapaxes(2, 3), out=scores)
             if not self._in_range(scores):
                 return None
-            self._modify(scores.reshape(batch, heads, num_rows, -1), keys)
+            at = self.at(keys)
+            self._modify(scores.reshape(batch, heads, num_rows, -1), at, keys)
             decay = self._softmax(scores, row_max, row_sum)
+            if self.scoring.scales:
+                self._scale(scores.reshape(batch, heads, num_rows, -1), at)
             if self.careful:
                 keep = self.keep(keys)
                 p = scores if keep is None else np.where(keep, scores, 0)
@@ -392,8 +391,9 @@ class _Slab:
         empty = row_sum == 0
         np.copyto(acc, 0, where=empty)
         acc /= np.where(empty, 1, row_sum)
-        if shrink != 1.0:  # and no mean is larger than the largest
-            largest = np.finfo(work.dtype).max
+        if shrink != 1.0:
+            # No mean is larger than the largest value; what factors make of one may be.
+            largest = np.inf if self.scoring.scales else np.finfo(work.dtype).max
             acc = np.where(np.isinf(acc), acc, np.clip(acc / shrink, -largest, largest))
         if not (self.careful or np.isfinite(acc).all()):
             return None
@@ -403,21 +403,21 @@ class _Slab:
     def _scaled(self, q: Array) -> Array:
         """q of a slab in the work dtype, (batch, key heads, rows, head_dim): a group's heads are rows of its key head.
 
-        Scaling q once is cheaper than scaling every score, and so is dividing by the cap; a careful slab does not,
-        since what comes of it may be too large, or so small that bits are lost.
+        Scaling q once is cheaper than scaling every score, and so is dividing by the first term's unit; a careful slab
+        does not, since what comes of it may be too large, or so small that bits are lost.
         """
         batch, num_rows, heads, head_dim = q.shape
         scaled = self.workspace.take("q", (batch, heads, num_rows, head_dim))
         scaled[...] = q.swapaxes(1, 2)
         if not self.careful:
-            scaled *= self.scoring.softmax_scale / (self.scoring.softcap or 1.0)
+            scaled *= self.scoring.softmax_scale / self.scoring.unit
         return scaled.reshape(batch, heads // self.group, self.group * num_rows, head_dim)
 
     def _in_range(self, products: Array) -> bool:
-        """Whether no product overflowed; +inf is seen in the result, unless a cap hides it."""
+        """Whether no product overflowed; +inf is seen in the result, unless a term that bends hides it."""
         if self.careful:
             return True
-        if self.scoring.softcap > 0 and not products.max(initial=0) < np.inf:
+        if self.scoring.bends and not products.max(initial=0) < np.inf:
             return False
         return bool(products.min(initial=0) > -np.inf)
 
@@ -447,28 +447,47 @@ class _Slab:
             keep &= j >= diagonal - left
         return None if keep.all() else np.tile(keep, (self.group, 1))
 
-    def _modify(self, scores: Array, keys: slice) -> None:
-        """From products of rows of q and k to scores, in place; scores (batch, heads, rows, keys)."""
+    def at(self, keys: slice) -> Point:
+        """Where the scores of these keys are."""
+        entries, first = self.entries, self.scoring.sequence
+        return Point(
+            batch=np.arange(first + entries.start, first + entries.stop)[:, None, None, None],
+            head=np.arange(self.heads.start, self.heads.stop)[:, None, None],
+            query=np.arange(self.rows.start, self.rows.stop)[:, None],
+            key=np.arange(keys.start, keys.stop),
+            offset=self.offset,
+        )
+
+    def _modify(self, scores: Array, at: Point, keys: slice, slopes: list[Any] | None = None) -> None:
+        """From products of rows of q and k to scores, in place; scores (batch, heads, rows, keys).
+
+        The derivatives of terms that bend are appended to `slopes`, if it is given; 1 stands for the others'.
+        """
         scoring = self.scoring
         if self.careful:
             scores *= scoring.softmax_scale
-            scores /= scoring.softcap or 1.0
-        if scoring.softcap > 0:
-            np.tanh(scores, out=scores)
-            scores *= scoring.softcap
-        diagonal = np.arange(self.rows.start + self.offset, self.rows.stop + self.offset)[:, None]
-        j = np.arange(keys.start, keys.stop)
-        slopes = self.slopes
-        if slopes is not None:
-            bias = self.workspace.take("bias", scores.shape)
-            distance = np.abs(diagonal - j).astype(scores.dtype)
-            np.multiply(slopes[:, :, None, None], distance, out=bias)
-            scores -= bias
+        for index, (term, given) in enumerate(scoring.terms):
+            if index or self.careful:  # else it is in q
+                unit = term.unit(given)
+                if unit != 1.0:
+                    scores /= unit
+            scored = term.score(scores, at, given)
+            if slopes is not None:
+                slopes.append(term.dscore(scored, at, given) if term.bends else 1.0)
+            if scored is not scores:
+                scores[...] = scored
+        diagonal, j = at.query + self.offset, at.key
         left, right = scoring.window_left, scoring.window_right
         if right is not None and keys.stop - 1 > self.rows.start + self.offset + right:
             np.copyto(scores, -np.inf, where=j > diagonal + right)
         if left is not None and keys.start < self.rows.stop - 1 + self.offset - left:
             np.copyto(scores, -np.inf, where=j < diagonal - left)
+
+    def _scale(self, p: Array, at: Point) -> None:
+        """Multiply probabilities, or what they become by their sum, by the terms' factors, in place."""
+        for term, given in self.scoring.terms:
+            if term.scales:
+                p *= term.factor(at, given)
 
     def _softmax(self, scores: Array, row_max: Array, row_sum: Array) -> Array:
         """Turn scores into exponentials below the new running maximum; the factor for the old ones."""

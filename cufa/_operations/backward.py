@@ -21,10 +21,13 @@ BESIDE = ("dout", "lse", "dlse", "dq", "dk", "dv")
 
 def _results(problem: Problem) -> tuple[Result, ...]:
     result = problem.operation.result
-    gradients = tuple(result(f"d{name}", problem.shape(name), problem.dtype) for name in "qkv")
-    if "sinks" not in problem.specs:
-        return gradients
-    return *gradients, result("dsinks", (problem.num_heads_q,), problem.lse_dtype)
+    gradients = [result(f"d{name}", problem.shape(name), problem.dtype) for name in "qkv"]
+    if "sinks" in problem.specs:
+        gradients.append(result("dsinks", (problem.num_heads_q,), problem.lse_dtype))
+    for term in problem.terms:
+        shapes = term.results(problem)
+        gradients += (result(name, *shapes[name]) for name in term.gradients)
+    return tuple(gradients)
 
 
 def _on_cpu(problem: Problem, arrays: Mapping[str, Any], results: Mapping[str, Any]) -> None:
@@ -33,12 +36,13 @@ def _on_cpu(problem: Problem, arrays: Mapping[str, Any], results: Mapping[str, A
     dout, q, k, v, out, lse, dlse = (arrays[name] for name in ("dout", "q", "k", "v", "out", "lse", "dlse"))
     dq, dk, dv, dsinks = (results.get(name) for name in ("dq", "dk", "dv", "dsinks"))
     gradients: tuple[Any, Any, Any, Any] = dq, dk, dv, dsinks
+    of_terms = {name: results[name] for term in problem.terms for name in term.gradients}
     options = problem.scoring(arrays)
     if problem.varlen:
         offsets: tuple[Any, Any, Any] = (arrays["cu_seqlens_q"], arrays["cu_seqlens_k"], arrays["seqused_k"])
-        _cpu_backward.varlen_backward(dout, q, k, v, *offsets, out, lse, dlse, *gradients, **options)
+        _cpu_backward.varlen_backward(dout, q, k, v, *offsets, out, lse, dlse, *gradients, of_terms, **options)
     else:
-        _cpu_backward.backward(dout, q, k, v, out, lse, dlse, *gradients, **options)
+        _cpu_backward.backward(dout, q, k, v, out, lse, dlse, *gradients, of_terms, **options)
 
 
 ATTENTION_BACKWARD = Operation(

@@ -22,10 +22,10 @@ from .operation import Operation
 
 
 def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
-    """Call an operation with its arrays, in its order, and with options in that of `Options`."""
+    """Call an operation with its arrays, in its order, and with options in that of `Options` and then of its terms."""
     if _arrays.compiling():
         return _arrays.uncompiled(call, operation, given, asked)
-    options = _options.of(operation.name, asked)
+    options = _options.of(operation.name, asked, operation.terms)
     if _arrays.is_jax(given[0]):  # its runtime owns streams and results
         return interop_jax().call(operation, given, options)
     arrays = _arrays.view(operation.name, operation.arrays, given, operation.written_indices)

@@ -13,7 +13,7 @@ from .._terms import TERMS
 from .operation import Operation, Result
 
 FORWARD: tuple[Kernel, ...] = (ForwardSm90(), ForwardSm80())
-INPUTS = ("q", "k", "v", "alibi_slopes", "sinks")
+INPUTS = ("q", "k", "v", *(name for term in TERMS for name in term.arrays), "sinks")
 OFFSETS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,6 +64,25 @@ class Operation:
     def gradient(self) -> bool:
         """Whether it computes the gradients of another."""
         return "dout" in self.arrays
+
+    def having(self, *terms: Term, name: str | None = None) -> Operation:
+        """The same operation with further score terms, which are applied after its own.
+
+        Their arrays come behind all others, so that those keep their places, and their options behind the others.
+        Problems are remembered by operation: make one once, not for every call.
+
+        Raises
+        ------
+        ValueError
+            If two arrays, options or terms have the same name.
+        """
+        more = tuple(array for term in terms for array in term.arrays)
+        found = replace(self, name=name or self.name, arrays=(*self.arrays, *more), terms=(*self.terms, *terms))
+        options = [option for term in found.terms for option in term.option_names]
+        for names in (found.arrays, options, [term.name for term in found.terms]):
+            if len({*names}) < len(names):
+                raise ValueError(f"{found.name}: of {', '.join(names)}, two have the same name.")
+        return found
 
     @cached_property
     def written_indices(self) -> tuple[int, ...]:

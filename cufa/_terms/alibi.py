@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .term import Term
+import numpy as np
+
+from .term import Array, Point, Term
 
 if TYPE_CHECKING:
     from .._call.problem import Check, Problem
@@ -34,3 +37,20 @@ class Alibi(Term):
     def values(self, problem: Problem) -> dict[str, Any]:
         *batch, head = problem.strides["alibi_slopes"]
         return {"batch_stride": batch[0] if batch else 0, "head_stride": head}
+
+    def fits(self, given: Mapping[str, Any], farthest: int, largest: float) -> bool:
+        return farthest * float(np.abs(given["alibi_slopes"]).max(initial=0)) < largest
+
+    def score(self, s: Array, at: Point, given: Mapping[str, Any]) -> Array:
+        slopes = given["alibi_slopes"]
+        chosen = slopes[at.head] if slopes.ndim == 1 else slopes[at.batch, at.head]
+        # Differences of integers as numbers of s's dtype, without a whole matrix of integers: from the first key on.
+        first = at.key.flat[0]
+        bias: Array = (at.query + (at.offset - first)).astype(s.dtype) - (at.key - first).astype(s.dtype)
+        np.abs(bias, out=bias)
+        if chosen.size == 1:  # which needs no second matrix
+            bias *= chosen.item()
+            s -= bias
+        else:
+            s -= chosen.astype(s.dtype) * bias
+        return s

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .term import Term
+import numpy as np
+
+from .term import Array, Point, Term
 
 if TYPE_CHECKING:
     from .._call.arrays import Spec
@@ -29,3 +31,20 @@ class Softcap(Term):
     def values(self, problem: Problem) -> dict[str, Any]:
         inverse = 1.0 / problem.softcap
         return {"softcap": problem.softcap, "inverse": inverse, "exponent": 2.0 * inverse / math.log(2.0)}
+
+    def options(self, problem: Problem) -> dict[str, Any]:
+        return {"softcap": problem.softcap}
+
+    def unit(self, given: Mapping[str, Any]) -> float:
+        return float(given["softcap"])
+
+    def score(self, s: Array, at: Point, given: Mapping[str, Any]) -> Array:
+        np.tanh(s, out=s)
+        s *= given["softcap"]
+        return s
+
+    def dscore(self, scored: Array, at: Point, given: Mapping[str, Any]) -> Array:
+        slope: Array = scored / given["softcap"]
+        slope *= slope
+        np.subtract(1, slope, out=slope)
+        return slope

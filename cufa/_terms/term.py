@@ -7,8 +7,10 @@ it reads may have gradients. Its C++ twin is told of in ``cuda_src/attention/var
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from numpy.typing import NDArray
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 Array: TypeAlias = NDArray[Any]
 
 
-class Point(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Point:
     """Where scores are: arrays of integers that broadcast to the scores', (batch, heads, queries, keys).
 
     Attributes
@@ -29,15 +32,20 @@ class Point(NamedTuple):
         Which sequence, and which head of q.
     query, key : array
         Of the sequence's own.
-    distance : array
-        How far the key lies before the query's own position: ``query + offset - key``.
+    offset : int
+        The keys that the sequence has more than queries.
     """
 
     batch: Array
     head: Array
     query: Array
     key: Array
-    distance: Array
+    offset: int
+
+    @cached_property
+    def distance(self) -> Array:
+        """How far the key lies before the query's own position. It is not computed unless a term asks for it."""
+        return self.query + self.offset - self.key
 
 
 class Term:
@@ -57,6 +65,8 @@ class Term:
         Sources beside those of ``cuda_src``, by the path by which they are included.
     arrays : tuple of str
         The arguments of an operation that are its own.
+    option_names : tuple of str
+        The options of an operation that are its own; their values are in `Options.more`.
     gradients : tuple of str
         The results of an operation's gradients that are its own.
     per_head : bool
@@ -73,6 +83,7 @@ class Term:
     data: str
     headers: Mapping[str, str] = MappingProxyType({})
     arrays: tuple[str, ...] = ()
+    option_names: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
     per_head: bool = True
     bends: bool = True
@@ -91,6 +102,13 @@ class Term:
         """Whether a call with these arrays and options has the term."""
         return any(name in specs for name in self.arrays)
 
+    def plain(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The values of its `option_names` as plain ones, each always of the same type, or TypeError.
+
+        Problems are remembered by them, and True, 1 and 1.0 are the same key.
+        """
+        return values
+
     def check(self, call: Check) -> None:
         """Refuse arrays of its own that will not do; called whether the term is asked for or not."""
 
@@ -106,21 +124,28 @@ class Term:
         """What it is given on the CPU beside its arrays."""
         return {}
 
+    def unit(self, given: Mapping[str, Any]) -> float:
+        """By how much scores are divided before `score` takes them: q is cheaper to divide than scores are."""
+        return 1.0
+
     def fits(self, given: Mapping[str, Any], farthest: int, largest: float) -> bool:
-        """Whether numbers up to `largest` surely hold what it makes of scores, at distances up to `farthest`."""
+        """Whether what it adds to scores stays below `largest` at distances up to `farthest`."""
         return True
 
     def score(self, s: Array, at: Point, given: Mapping[str, Any]) -> Array:
-        """What becomes of scores, which it may overwrite."""
+        """What becomes of scores, which come divided by its `unit` and may be overwritten; in their dtype."""
         return s
 
     def dscore(self, scored: Array, at: Point, given: Mapping[str, Any]) -> Array | float:
-        """The derivative by the score it was applied to, from what it made of that."""
+        """The derivative by the score it was applied to, which was not divided, from what it made of that."""
         return 1.0
 
     def factor(self, at: Point, given: Mapping[str, Any]) -> Array | float:
-        """What probabilities are multiplied by once they are divided by their sum."""
+        """What probabilities are multiplied by once they are divided by their sum, to which they count as they were."""
         return 1.0
 
     def gradient(self, dscored: Array, at: Point, given: Mapping[str, Any], into: Mapping[str, Array]) -> None:
-        """Add what the gradient by what it made of scores gives its `gradients`, by name."""
+        """Add what follows from the gradient by what it made of scores to float64 arrays, by its `gradients`' names.
+
+        That gradient is 0 where a query does not see the key.
+        """

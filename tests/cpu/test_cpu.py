@@ -11,10 +11,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cufa._cpu import forward as _cpu
+from cufa._terms import Term
+from cufa._terms.alibi import Alibi
+from cufa._terms.softcap import Softcap
 from cufa.testing import DTYPES, OFFSETS, Case, assert_close, dense_cases, varlen_cases
 
 ALL_DTYPES = (*DTYPES, "float64")
 Result = tuple[np.ndarray, np.ndarray | None]
+
+
+def scoring(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
+    """What happens to a case's scores, in the keywords of the functions under test."""
+    left, right = (None if side == -1 else side for side in case.window_size or (None, None))
+    if case.causal:
+        right = 0 if right is None else min(right, 0)
+    terms: list[tuple[Term, dict[str, Any]]] = [(Softcap(), {"softcap": case.softcap})] if case.softcap else []
+    if "alibi_slopes" in arrays:
+        terms.append((Alibi(), {"alibi_slopes": arrays["alibi_slopes"]}))
+    return {
+        "softmax_scale": case.softmax_scale or case.head_dim**-0.5,
+        "window_left": left,
+        "window_right": right,
+        "terms": terms,
+        "sinks": arrays.get("sinks"),
+    }
 
 
 def attend(case: Case, arrays: dict[str, Any], out: np.ndarray | None = None) -> Result:
@@ -25,17 +45,7 @@ def attend(case: Case, arrays: dict[str, Any], out: np.ndarray | None = None) ->
     lse_shape = lse_shape or (case.batch, case.num_heads_q, case.seqlen_q)
     lse_dtype = np.float64 if case.dtype == "float64" else np.float32
     lse = np.full(lse_shape, np.nan, lse_dtype) if case.return_lse else None
-    left, right = (None if side == -1 else side for side in case.window_size or (None, None))
-    if case.causal:
-        right = 0 if right is None else min(right, 0)
-    options: dict[str, Any] = {
-        "softmax_scale": case.softmax_scale or case.head_dim**-0.5,
-        "window_left": left,
-        "window_right": right,
-        "softcap": case.softcap,
-        "alibi_slopes": arrays.get("alibi_slopes"),
-        "sinks": arrays.get("sinks"),
-    }
+    options = scoring(case, arrays)
     qkv = arrays["q"], arrays["k"], arrays["v"]
     if varlen:
         offsets = arrays["cu_seqlens_q"], arrays["cu_seqlens_k"], arrays.get("seqused_k")
@@ -219,6 +229,25 @@ def test_numbers_that_float32_does_not_hold() -> None:
         wide["q"][..., :8] = np.float32(1e19)
         wide["k"][..., :8] = np.float32(factor) * np.array([8, 8, 8, 8, -8, -8, -8, -8], np.float32)
         check(case, arrays | wide)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1.0, 2.0**60], ids=["usual", "careful"])
+def test_terms_are_applied_in_the_order_given(dtype: str, size: float) -> None:
+    """A softcap behind ALiBi caps both; q then is not divided by it."""
+    case = Case(seqlen_q=20, seqlen_k=30, num_heads_q=2, num_heads_k=1, alibi_ndim=2, dtype=dtype)
+    arrays = case.arrays()
+    q, k, v, slopes = (arrays[name] for name in ("q", "k", "v", "alibi_slopes"))
+    options = scoring(case, arrays)
+    options["terms"] = [*options["terms"], (Softcap(), {"softcap": 1.5})]
+    s = case.head_dim**-0.5 * np.einsum("bihd,bjd->bhij", q, k[:, :, 0], dtype=np.float64)
+    s -= slopes[:, :, None, None] * np.abs(np.arange(20)[:, None] + 10 - np.arange(30))
+    p = np.exp(1.5 * np.tanh(s / 1.5))
+    out = np.empty_like(v, shape=(*q.shape[:3], v.shape[-1]))
+    options["softmax_scale"] /= size
+    _cpu.forward(q * q.dtype.type(size), k, v, out, None, **options)
+    expected = np.einsum("bhij,bjd->bihd", p / p.sum(axis=-1, keepdims=True), v[:, :, 0])
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_scores_far_apart() -> None:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from test_cpu import ALL_DTYPES, BLOCKING, blockings
+from test_cpu import ALL_DTYPES, BLOCKING, blockings, scoring
 
 import cufa
 from cufa import reference
@@ -38,17 +38,7 @@ def differentiate(case: Case) -> Call:
     lse_shape = (out.shape[1], out.shape[0]) if varlen else (out.shape[0], out.shape[2], out.shape[1])
     lse = np.full(lse_shape, -np.inf, np.float64 if case.dtype == "float64" else np.float32)
     dout, dlse = rng.standard_normal(out.shape).astype(out.dtype), rng.standard_normal(lse_shape).astype(lse.dtype)
-    left, right = (None if side == -1 else side for side in case.window_size or (None, None))
-    if case.causal:
-        right = 0 if right is None else min(right, 0)
-    options: dict[str, Any] = {
-        "softmax_scale": case.softmax_scale or case.head_dim**-0.5,
-        "window_left": left,
-        "window_right": right,
-        "softcap": case.softcap,
-        "alibi_slopes": arrays.get("alibi_slopes"),
-        "sinks": arrays.get("sinks"),
-    }
+    options = scoring(case, arrays)
     qkv = arrays["q"], arrays["k"], arrays["v"]
     gradients = tuple(np.full(x.shape, np.nan, x.dtype) for x in qkv)
     dsinks = np.full(arrays["sinks"].shape, np.nan, lse.dtype) if "sinks" in arrays else None
@@ -141,8 +131,8 @@ def test_gradients_of_float64_are_of_float64(score: float) -> None:
 def test_gradients_hold_no_score_matrix() -> None:
     q = np.random.default_rng(0).standard_normal((1, 4096, 2, 64), dtype=np.float32)
     out, lse, gradients = np.empty_like(q), np.empty((1, 2, 4096), np.float32), np.empty((3, *q.shape), np.float32)
-    options: dict[str, Any] = {"softmax_scale": 0.125, "window_left": None, "window_right": 0, "softcap": 0.0}
-    options |= {"alibi_slopes": None, "sinks": None}
+    options: dict[str, Any] = {"softmax_scale": 0.125, "window_left": None, "window_right": 0, "terms": ()}
+    options |= {"sinks": None}
     _cpu.forward(q, q, q, out, lse, **options)
     tracemalloc.start()
     _cpu_backward.backward(q, q, q, q, out, lse, None, *gradients, None, **options)
@@ -154,8 +144,8 @@ def test_gradients_hold_no_score_matrix() -> None:
 def test_a_row_without_keys_gives_no_gradient() -> None:
     q, k, dout = (np.random.default_rng(seed).standard_normal((1, rows, 1, 8)) for seed, rows in enumerate((5, 3, 5)))
     out, lse = np.empty_like(q), np.empty((1, 1, 5))
-    options: dict[str, Any] = {"softmax_scale": 1.0, "window_left": None, "window_right": 0, "softcap": 0.0}
-    options |= {"alibi_slopes": None, "sinks": None}
+    options: dict[str, Any] = {"softmax_scale": 1.0, "window_left": None, "window_right": 0, "terms": ()}
+    options |= {"sinks": None}
     _cpu.forward(q, k, k, out, lse, **options)
     dout[:, :2] = np.nan  # rows 0 and 1 see no key
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(k)
