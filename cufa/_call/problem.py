@@ -258,6 +258,11 @@ def _checked(operation: Operation, layouts: tuple[Layout | None, ...], options: 
                 specs[name] = layout[0].spec(layout)
             except UnsupportedError as error:
                 raise UnsupportedError(f"{operation.name}: {name}: {error}") from None
+    return operation.check(operation, specs, options)
+
+
+def of_attention(operation: Operation, specs: dict[str, Spec], options: Options) -> Problem:
+    """The checked problem of an operation that takes what attention takes, or its gradients."""
     return _CallCheck(operation, specs, options).problem()
 
 
@@ -518,6 +523,8 @@ class _CallCheck(Check):
                 self.check_written(f"d{name}", self.specs[name].shape, q.dtype)
         else:
             self.check_written("out", self.out_shape(), q.dtype)
+        if self.options.deterministic and q.device != CPU:
+            self.check_ordered()
         if left is None and right == 0 and seqlen_q == 1 and not self.varlen:
             right = None  # the only query is the last one, which sees every key
         return Problem(
@@ -572,6 +579,14 @@ class _CallCheck(Check):
             deterministic=self.options.deterministic,
             average_rows=self.average_rows(q) if backward else LONG_ROWS,
         )
+
+    def check_ordered(self) -> None:
+        for term in self.asked():
+            if term.gradients and not term.ordered:
+                self.unsupported(
+                    f"the gradients of {term.name} add up in no fixed order on a GPU, and so are not the same bits in "
+                    "every run; pass deterministic=False."
+                )
 
     def asked(self) -> tuple[Term, ...]:
         """The score terms that the call has."""

@@ -7,7 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._call.problem import of_attention
+
 if TYPE_CHECKING:
+    from .._call.arrays import Spec
+    from .._call.options import Options
     from .._call.problem import Problem
     from .._kernels import Kernel
     from .._terms import Term
@@ -44,6 +48,9 @@ class Operation:
         Those that may serve it, fastest first.
     on_cpu : callable
         Computes a problem of arrays in host memory: from it, the arrays by name and the results by name.
+    check : callable
+        Makes a problem of the arrays that are given, by name, and of the options, or refuses them; addresses and values
+        of arrays, which it does not know, must not matter.
     """
 
     name: str
@@ -54,6 +61,7 @@ class Operation:
     terms: tuple[Term, ...]
     kernels: tuple[Kernel, ...]
     on_cpu: Callable[[Problem, Mapping[str, Any], Mapping[str, Any]], None]
+    check: Callable[[Operation, dict[str, Spec], Options], Problem] = of_attention
 
     @cached_property
     def packed(self) -> bool:

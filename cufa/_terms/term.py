@@ -75,6 +75,8 @@ class Term:
         Whether its derivative by the score may be another than 1.
     scales : bool
         Whether it has a `factor`.
+    ordered : bool
+        Whether its gradients add up in a fixed order on a GPU where that is asked for.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Term:
     per_head: bool = True
     bends: bool = True
     scales: bool = False
+    ordered: bool = False
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)

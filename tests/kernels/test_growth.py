@@ -71,6 +71,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from cufa._call.problem import of_attention
 from cufa._cpu import forward as _cpu
 from cufa._kernels.kernel import Config, Kernel, common
 from cufa._kernels.params import params_of
@@ -114,6 +115,12 @@ class NaiveLse(Kernel):
         return params_of(problem, m_blocks=grid.blocks[0], heads_per_section=1)
 
 
+def check(operation, specs, options):
+    if options.return_lse:
+        raise ValueError(f"{operation.name}: lse is all that it gives; leave return_lse out.")
+    return of_attention(operation, specs, options)
+
+
 def on_cpu(problem, arrays, results):
     q, k, v = (arrays[name] for name in "qkv")
     out = v[:, :1, :1].repeat(q.shape[1], axis=1).repeat(q.shape[2], axis=2)
@@ -129,6 +136,7 @@ LSE = Operation(
     results=lambda problem: (problem.operation.result("lse", problem.lse_shape, problem.lse_dtype),),
     kernels=(NaiveLse(),),
     on_cpu=on_cpu,
+    check=check,
 )
 '''
 
@@ -172,6 +180,8 @@ def test_an_operation_computes_on_the_cpu_and_is_checked(added: Any) -> None:
         call(added.LSE, (*arrays[:2], arrays[2][:, :69], *arrays[3:]), options)
     with pytest.raises(TypeError, match=r"^attention_lse: causal is a str"):
         call(added.LSE, arrays, ("yes", *options[1:]))
+    with pytest.raises(ValueError, match=r"^attention_lse: lse is all that it gives"):
+        call(added.LSE, arrays, (*options[:4], True, False))
 
 
 def test_an_operation_serves_jax_under_jit(added: Any) -> None:

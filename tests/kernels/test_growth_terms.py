@@ -441,6 +441,19 @@ def test_arrays_and_options_of_terms_are_checked(added: Any) -> None:
         call(ATTENTION, arrays[:-1], (False, None, None, 0.0, False, False, 1.0))
 
 
+def test_gradients_in_no_order_are_not_called_deterministic(added: Any) -> None:
+    given, backward = problem(packed=False), added.BACKWARD[0]
+    out, lse = given.run(added.FORWARD[0], return_lse=True)
+    arrays = given.arrays | {"out": out, "lse": lse}
+    asked = given.causal, given.window_size, None, 4.0, False, True, given.bound, given.seed
+    check(call(backward, tuple(arrays.get(name) for name in backward.arrays), asked), given)  # on the CPU they are
+    q, k, lse = OnGpu(2, 200, 4, 64), OnGpu(2, 300, 2, 64), OnGpu(2, 4, 200, dtype="float32")
+    arrays = {"q": q, "k": k, "v": k, "out": q, "dout": q, "lse": lse, "table": OnGpu(4, 33, dtype="float32")}
+    with pytest.raises(cufa.UnsupportedError, match=r"the gradients of table add up in no fixed order"):
+        call(backward, tuple(arrays.get(name) for name in backward.arrays), asked)
+    _problem._checked.cache_clear()
+
+
 def test_options_of_one_value_and_two_types_are_one_problem(added: Any) -> None:
     given = problem(packed=False)._replace(bound=3)
     out = given.run(added.FORWARD[0])
