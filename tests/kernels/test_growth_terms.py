@@ -320,14 +320,16 @@ class Problem(NamedTuple):
         return out, lse, *self.run(added.BACKWARD[self.packed], out=out, lse=lse)
 
 
-def problem(packed: bool, dtype: Any = np.float32, rows: int = 50, keys: int = 70, **options: Any) -> Problem:
+def problem(
+    packed: bool, dtype: Any = np.float32, rows: int = 50, keys: int = 70, head_dim: int = 24, **options: Any
+) -> Problem:
     """Three sequences, of one length, or of different ones."""
     rng = np.random.default_rng(0)
     wide = np.float64 if dtype == np.float64 else np.float32
-    shape_q, shape_k, shape_lse = (3, rows, 4, 24), (3, keys, 2, 24), (3, 4, rows)
+    shape_q, shape_k, shape_lse = (3, rows, 4, head_dim), (3, keys, 2, head_dim), (3, 4, rows)
     arrays: dict[str, Any] = {}
     if packed:
-        shape_q, shape_k, shape_lse = (3 * rows, 4, 24), (3 * keys, 2, 24), (4, 3 * rows)
+        shape_q, shape_k, shape_lse = (3 * rows, 4, head_dim), (3 * keys, 2, head_dim), (4, 3 * rows)
         starts = [[0, rows // 2, 2 * rows, 3 * rows], [0, keys, keys + keys // 2, 3 * keys]]
         lengths = [keys - 5, keys // 2, keys]
         names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
@@ -481,11 +483,20 @@ def test_the_package_knows_nothing_of_them(added: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [{}, {"causal": True, "window_size": None, "seed": -8}], ids=["window", "causal"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "window_size": None, "seed": -8},
+        {"head_dim": 160, "causal": True, "window_size": None},  # a kernel of two passes on Hopper
+        {"rows": 30, "keys": 40},  # small tiles
+    ],
+    ids=["window", "causal", "wide", "short"],
+)
 def test_terms_are_computed_on_a_gpu(added: Any, packed: bool, dtype: str, options: dict[str, Any]) -> None:
     cupy = pytest.importorskip("cupy")
     element, unit = {"float32": (np.float32, 2.0**-18), "bfloat16": (ml_dtypes.bfloat16, 2.0**-8)}[dtype]
-    given = problem(packed, element, rows=300, keys=420, **options)
+    given = problem(packed, element, **({"rows": 300, "keys": 420} | options))
     arrays = {name: cupy.asarray(x) for name, x in given.arrays.items()}
     check(given._replace(arrays=arrays).both(added), given, unit)
 
