@@ -74,7 +74,8 @@ class Explanation:
                 f"thread, {self.spill_bytes} bytes spilled",
                 f"  kernel is  {self.state} (compiling it took {self.compile_seconds:.2f} s)",
             ]
-        refused = [f"  not by     {kernel}: {why}" for kernel, why in self.refusals.items()]
+        others = {kernel: why for kernel, why in self.refusals.items() if not self.reason.startswith(why)}
+        refused = [f"  not by     {kernel}: {why}" for kernel, why in others.items()]
         return "\n".join([*lines, f"  because    {self.reason}", *refused])
 
 

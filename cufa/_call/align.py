@@ -22,7 +22,7 @@ CHUNK = ALIGNMENT // 2
 """Elements that are copied at a time."""
 
 WORKSPACE_ALIGNMENT = 64
-"""Of what shares a workspace, in float32 numbers."""
+"""Of the parts of memory that a call takes while it runs, in float32 numbers."""
 
 
 class Axis(NamedTuple):

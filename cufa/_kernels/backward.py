@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .._call.align import WORKSPACE_ALIGNMENT
 from .._call.arrays import contiguous
 from .._call.problem import CHAIN_ROWS, Problem
 from .._terms import Term
@@ -21,9 +22,6 @@ ALIGNED_ROWS = 4
 
 PADDING_ROWS = 128
 """``padding_rows`` in attention/backward_work.cuh."""
-
-WORKSPACE_ALIGNMENT = 64
-"""Of the parts of scratch memory, in float32 numbers."""
 
 SECTION = 24 << 20
 """Bytes of q, dout and sums of dq that heads running side by side may share."""

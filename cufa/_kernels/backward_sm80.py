@@ -18,6 +18,7 @@ from .kernel import (
     reason_for_every_gpu,
     round_up,
 )
+from .record import MAP_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class BackwardSm80(BackwardKernel):
         return groups, (counts.units,), max(counts.least, finish + counts.sinks)
 
     def values(self, config: Any, problem: Problem, grid: BackwardGrid) -> dict[str, Any]:
-        no_map = bytes(128)
+        no_map = bytes(MAP_BYTES)
         return super().values(config, problem, grid) | dict.fromkeys(("q", "k", "v", "dout"), no_map)
 
     def maps(self, config: Any, problem: Problem) -> tuple[Map, ...]:

@@ -19,7 +19,10 @@ SCALARS = {"i32": "i", "u32": "I", "i64": "q", "u64": "Q", "u16": "H", "float": 
 WORD = 8
 """Bytes of the words that hold structs of whatever kinds."""
 
-OPAQUE = {"ptx::TensorMap": (128, 64)}
+MAP_BYTES = 128
+"""Of a tensor map."""
+
+OPAQUE = {"ptx::TensorMap": (MAP_BYTES, 64)}
 """Size and alignment of what is filled in as bytes."""
 
 
@@ -63,15 +66,12 @@ class Record:
     ----------
     name : str
     members : tuple of Member
-    constants : dict of str to int
-        Its static members.
     size, alignment : int
     """
 
-    def __init__(self, name: str, members: tuple[Member, ...], constants: dict[str, int], alignment: int) -> None:
+    def __init__(self, name: str, members: tuple[Member, ...], alignment: int) -> None:
         self.name = name
         self.members = members
-        self.constants = constants
         self.alignment = alignment
         end = members[-1].offset + members[-1].size if members else 0
         self.size = -(-end // alignment) * alignment
@@ -149,12 +149,12 @@ class Record:
                     offset += -(-record.size // WORD) * WORD
                 if offset > member.size:
                     raise ValueError(f"{self.name}: {', '.join(parts)} take {offset} bytes of {member.size}.")
-                record = Record("", tuple(held), {}, WORD)
+                record = Record("", tuple(held), WORD)
                 member = member._replace(format="", elements=1, record=record)
             elif member.record is not None:
                 member = member._replace(record=member.record.holding(name, parts))
             members.append(member)
-        return Record(self.name, tuple(members), self.constants, self.alignment)
+        return Record(self.name, tuple(members), self.alignment)
 
     def asserts(self) -> str:
         """C++ that fails to compile where the struct, or one in it, is another than was read."""
@@ -222,7 +222,7 @@ def _parse(name: str, body: str, headers: tuple[str, ...]) -> Record:
             offset = -(-offset // alignment) * alignment
             members.append(Member(found[2], offset, count, form, record, count * size))
             offset, largest = offset + count * size, max(largest, alignment)
-    return Record(name, tuple(members), constants, largest)
+    return Record(name, tuple(members), largest)
 
 
 def _number(text: str, constants: dict[str, int]) -> int:

@@ -13,8 +13,7 @@ from .._call.problem import Problem
 from .._driver import driver as _driver
 from ..errors import CudaError, UnsupportedError
 from .kernel import SIZEOF, WARPGROUP_ROWS, Config, Map
-
-MAP_BYTES = 128
+from .record import MAP_BYTES
 
 TYPES = {"f16": "FLOAT16", "bf16": "BFLOAT16"}
 """Elements of maps, and the driver's names of them. What is not here has none, and is not taken for another."""

@@ -1232,6 +1232,7 @@ def test_explain_says_what_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         told = cufa.explain(q, k, v)
         assert told.kernel == f"attention_forward_{kernel}" and told.reason.startswith(reason)
+        assert str(told).count(reason) == 1  # also where it is why another kernel does not serve
 
 
 # --- the gradients ----------------------------------------------------------------------------------
