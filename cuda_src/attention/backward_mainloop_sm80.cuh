@@ -80,13 +80,13 @@ struct BackwardMainloopSm80 {
 
   // The state lies in shared memory and is read where it is needed: the accumulators leave no registers to carry it in.
   struct State {
-    BackwardWork work;
+    BackwardWork<Config> work;
     Tile tiles[2];  // the present tile and the next, by turns
   };
 
   const BackwardParams& backward;
   State& state;
-  const BackwardWork& work;
+  const BackwardWork<Config>& work;
   u32 smem;
 
   K k() const { return {smem}; }

@@ -120,7 +120,7 @@ struct BackwardMainloopSm90 {
   }
 
   // The work of the thread block, two units at a time: on its way from the warp that finds it to those that do it.
-  using Works = BackwardWork[stages];
+  using Works = BackwardWork<Config>[stages];
 
   // Called by one thread. Units are taken in order, so that nobody waits for a unit that is not being worked on, and
   // not before the last loads of the unit before are on their way, since another block may come to a unit sooner.
@@ -131,19 +131,19 @@ struct BackwardMainloopSm90 {
     do {
       claims().wait_empty({at.count});
       this->works().wait_empty(at);
-      BackwardWork& work = works[at.stage()];
-      const BackwardWork& previous = works[at.previous().stage()];
+      BackwardWork<Config>& work = works[at.stage()];
+      const BackwardWork<Config>& previous = works[at.previous().stage()];
       const int chain = !Config::chains || previous.last_chain ? 0 : previous.chain + 1;
       const int unit = chain == 0 ? atomicAdd(backward.next_unit, 1) : previous.unit;
-      done = unit >= BackwardWork::units<Config>(backward);
+      done = unit >= BackwardWork<Config>::units(backward);
       if (!done) {
-        work = BackwardWork::find<Config>(backward, unit);
-        if (work.idle<Config>()) continue;
+        work = BackwardWork<Config>::find(backward, unit);
+        if (work.idle()) continue;
         if constexpr (Config::chains) {
           work.unit = unit;
           work.chain = chain;
           __threadfence_block();  // the compiler forgets what `work` holds: registers are few
-          work.take_chain<Config>();
+          work.take_chain();
         }
       } else {
         work.n_block = -1;
@@ -162,25 +162,25 @@ struct BackwardMainloopSm90 {
     do {
       claims().wait_empty({at.count});
       this->works().wait_empty(at);
-      BackwardWork& work = works[at.stage()];  // unit and chain are written early: registers are few
+      BackwardWork<Config>& work = works[at.stage()];  // unit and chain are written early: registers are few
       if (tile::lane() == 0) {
-        const BackwardWork& previous = works[at.previous().stage()];
+        const BackwardWork<Config>& previous = works[at.previous().stage()];
         work.chain = !Config::chains || previous.last_chain ? 0 : previous.chain + 1;
         work.unit = work.chain == 0 ? atomicAdd(backward.next_unit, 1) : previous.unit;
       }
       __syncwarp();
-      done = work.unit >= BackwardWork::units<Config>(backward);
+      done = work.unit >= BackwardWork<Config>::units(backward);
       if (!done) {
-        const PackedUnit found = BackwardWork::find_packed<Config>(backward, work.unit);
+        const PackedUnit found = BackwardWork<Config>::find_packed(backward, work.unit);
         if (found.units == 0) continue;
         const PackedOffset* const keys = backward.offsets_k + found.batch;
         if (found.place * block_n >= keys[1].row - keys[0].row) continue;
-        if (tile::lane() == 0) work.take_packed<Config>(backward, found);
+        if (tile::lane() == 0) work.take_packed(backward, found);
         __syncwarp();
       }
       if (tile::lane() == 0) {
         if (done) work.n_block = -1;
-        if (Config::chains && !done) work.take_chain<Config>();
+        if (Config::chains && !done) work.take_chain();
         this->works().fill(at);
       }
       __syncwarp();
@@ -194,7 +194,7 @@ struct BackwardMainloopSm90 {
 #pragma unroll 1
     for (typename Ring::Cursor at;; at.advance()) {
       this->works().wait_full(at);
-      const BackwardWork& work = works[at.stage()];
+      const BackwardWork<Config>& work = works[at.stage()];
       if (work.n_block < 0) break;
       step(work);
       ptx::hold(at.count);  // what follows from the count is computed anew, not held
@@ -206,7 +206,7 @@ struct BackwardMainloopSm90 {
   template <Side side>
   void load(const BackwardArgument& argument, const Works& works) const {
     TileLoader<Config, BackwardMainloopSm90, side> loader{*this, argument};
-    for_each_work(works, [&](const BackwardWork& work) {
+    for_each_work(works, [&](const BackwardWork<Config>& work) {
       if (tile::lane() != 0) return;
       loader.load(work);
       if (side == Side::scores) claims().release({});
@@ -216,7 +216,7 @@ struct BackwardMainloopSm90 {
   // Called by one warp, one thread of which adds the tiles of dq, as the consumers lay them down, to those in memory.
   void add_dq(const BackwardParams& backward, const Works& works) const {
     typename SumsRing::Cursor at;
-    for_each_work(works, [&](const BackwardWork& work) {
+    for_each_work(works, [&](const BackwardWork<Config>& work) {
       if (tile::lane() != 0) return;
       DqSum<Config, consumers> sum{backward};
       for_each_query_tile<Config::chains>(backward.forward, work, [&](int head, int m_block) {
@@ -255,12 +255,13 @@ struct BackwardMainloopSm90 {
   void consume(const BackwardParams& backward, const Works& works, int consumer) const {
     const Turn turn(consumer);
     Progress progress;
-    for_each_work(works, [&](const BackwardWork& work) { consume_work(backward, work, consumer, turn, progress); });
+    for_each_work(works,
+                  [&](const BackwardWork<Config>& work) { consume_work(backward, work, consumer, turn, progress); });
   }
 
   using Progress = tile::CursorPair<stages>;  // the step that a consumer is at, and the block of keys
 
-  void consume_work(const BackwardParams& backward, const BackwardWork& work, int consumer, const Turn& turn,
+  void consume_work(const BackwardParams& backward, const BackwardWork<Config>& work, int consumer, const Turn& turn,
                     Progress& progress) const {
     typename Ring::Cursor& at = progress.first;
     const Params& params = backward.forward;

@@ -66,7 +66,7 @@ inline bool is_without_keys(float row_lse, float row_delta) { return row_lse == 
 // Called by one warp: repairs rows of dk, or of dv, of keys [first_key, first_key + keys) of the work's sequence, as
 // far as they are live.
 template <class Config, bool of_values>
-inline void repair_keys(const BackwardParams& backward, const BackwardWork& work, int first_key, int keys) {
+inline void repair_keys(const BackwardParams& backward, const BackwardWork<Config>& work, int first_key, int keys) {
   using element = typename Config::element;
   using Qk = LaneColumns<element, Config::head_dim>;
   using V = LaneColumns<element, Config::head_dim_v>;
@@ -179,11 +179,11 @@ inline void backward_repair(const BackwardArgument& argument) {
   const Params& forward = backward.forward;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
   const int keys = ceil_div(Config::block_n, warps), queries = ceil_div(Config::block_m, warps);
-  const int units = BackwardWork::units<Config>(backward);
+  const int units = BackwardWork<Config>::units(backward);
 #pragma unroll 1
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
-    const BackwardWork work = BackwardWork::find<Config>(backward, unit);
-    if (work.idle<Config>()) continue;
+    const BackwardWork<Config> work = BackwardWork<Config>::find(backward, unit);
+    if (work.idle()) continue;
     const int first_key = work.n_block * Config::block_n + warp * keys;
     const int count = min_of(keys, Config::block_n - warp * keys);
     repair_keys<Config, false>(backward, work, first_key, count);

@@ -80,7 +80,7 @@ struct BackwardKeysSm90 {
 
   // Called by the first consumer, which computes S, P and dv. A step's last product runs on beside the next step's
   // first.
-  void consume_scores(const BackwardParams& backward, const BackwardWork& work) const {
+  void consume_scores(const BackwardParams& backward, const BackwardWork<Config>& work) const {
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + int(threadIdx.x / 32 % 4) * 16;
     typename Ring::Cursor at;
@@ -117,7 +117,7 @@ struct BackwardKeysSm90 {
   }
 
   // Called by the second consumer, which computes dP, dS and dk.
-  void consume_gradients(const BackwardParams& backward, const BackwardWork& work) const {
+  void consume_gradients(const BackwardParams& backward, const BackwardWork<Config>& work) const {
     const int first_key = work.n_block * block_n + int(threadIdx.x / 32 % 4) * 16;
     typename Ring::Cursor at;
     Dk dk;

@@ -43,7 +43,7 @@ struct TileLoader {
   const BackwardArgument& argument;
   tile::CursorPair<Loop::Ring::stages> progress;  // the tile of queries, and the block of keys
 
-  void load(const BackwardWork& work) {
+  void load(const BackwardWork<Config>& work) {
     const BackwardParams& backward = argument.params;
     if (work.range.empty()) return;
     if constexpr (side == Side::scores)
@@ -65,7 +65,7 @@ struct TileLoader {
  private:
   template <class Tile>
   void load_keys(const typename Loop::KeyRing& ring, const Tile& to, const ptx::TensorMap& map,
-                 const BackwardWork& work) {
+                 const BackwardWork<Config>& work) {
     ring.wait_empty(progress.second());
     ring.expect(progress.second(), Tile::bytes);
     load_rows<Config>(to, map, ring.full(0), work.n_block * Config::block_n, work.seqlen.k, work.seqlen.k_first_row,
@@ -75,7 +75,7 @@ struct TileLoader {
 
   template <class Tile>
   void load_queries(const typename Loop::Ring& ring, const Tile& to, const ptx::TensorMap& map, u32 to_numbers,
-                    const float* numbers, const BackwardWork& work, int head, int m_block) {
+                    const float* numbers, const BackwardWork<Config>& work, int head, int m_block) {
     typename Loop::Ring::Cursor& at = progress.first;
     ring.wait_empty(at);
     ring.expect(at, Tile::bytes + Loop::rows_bytes);
@@ -114,7 +114,7 @@ struct ColumnNumbers {
 template <class Config, int block_m>
 inline void probabilities(tile::Operand<block_m>& p, tile::Operand<block_m>& ds_factors,
                           tile::Accumulator<1, block_m>& s, const ColumnNumbers<block_m>& lse, const Params& params,
-                          const BackwardWork& work, int head, int first_key, int m_block, bool boundary) {
+                          const BackwardWork<Config>& work, int head, int first_key, int m_block, bool boundary) {
   using Variant = typename Config::variant;
   using element = typename Config::element;
   const Variant variant(params, work.batch, head);
@@ -172,8 +172,8 @@ inline void gradients_of_scores(tile::Operand<block_m>& ds, const tile::Operand<
 // dk or dv ← factor · a warpgroup's accumulator, whose rows are keys; the warp's first is first_key. Rows past the live
 // length get zeros, whatever dout holds.
 template <class Config, bool of_values, int cols>
-inline void write_keys(const BackwardParams& backward, const BackwardWork& work, const tile::Accumulator<1, cols>& from,
-                       int first_key) {
+inline void write_keys(const BackwardParams& backward, const BackwardWork<Config>& work,
+                       const tile::Accumulator<1, cols>& from, int first_key) {
   constexpr int valid_cols = of_values ? Config::head_dim_v : Config::head_dim;
   const float factor = of_values ? 1.0f : backward.forward.softmax_scale;
   const Strides& strides = of_values ? backward.dv_strides : backward.dk_strides;

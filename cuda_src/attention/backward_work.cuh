@@ -153,6 +153,7 @@ constexpr DenseUnit dense_unit(const BackwardParams& backward, int unit) {
   return {n_block, index.head % heads, index.head / heads};
 }
 
+template <class Config>
 struct BackwardWork {
   int n_block, head, batch;  // `head` is a key head; n_block is negative where there is no more work
   Seqlen seqlen;
@@ -167,7 +168,6 @@ struct BackwardWork {
   int unit, chain;  // the work is chain number `chain` of the unit
 
   // Turns the work of the whole unit into chain number `chain`. Nothing is divided: the caller has few registers.
-  template <class Config>
   constexpr void take_chain() {
     constexpr int most = tile::chain_blocks(Config::block_m);
     int index = chain;
@@ -197,17 +197,13 @@ struct BackwardWork {
   }
 
   // Says whether the block of keys lies past the end of the sequence.
-  template <class Config>
-  constexpr bool idle() const {
-    return n_block * Config::block_n >= key_rows;
-  }
+  constexpr bool idle() const { return n_block * Config::block_n >= key_rows; }
 
   // Finds the work of a unit. A whole warp calls this.
-  template <class Config>
   static BackwardWork find(const BackwardParams& backward, int unit) {
     const Params& params = backward.forward;
     if constexpr (Config::varlen) {
-      return of_packed<Config>(backward, find_packed<Config>(backward, unit));
+      return of_packed(backward, find_packed(backward, unit));
     } else {
       const DenseUnit found = dense_unit(backward, unit);
       BackwardWork work;
@@ -225,7 +221,6 @@ struct BackwardWork {
 
   // The work of a unit of packed sequences is found in two steps: the whole warp takes this one, and then of_packed or
   // take_packed needs one thread.
-  template <class Config>
   static PackedUnit find_packed(const BackwardParams& backward, int unit) {
     const Params& params = backward.forward;
     const int heads = params.num_heads_q / params.qheads_per_khead;
@@ -235,14 +230,12 @@ struct BackwardWork {
     return found;
   }
 
-  template <class Config>
   static BackwardWork of_packed(const BackwardParams& backward, const PackedUnit& found) {
     BackwardWork work{};
-    if (found.units > 0) work.take_packed<Config>(backward, found);
+    if (found.units > 0) work.take_packed(backward, found);
     return work;
   }
 
-  template <class Config>
   void take_packed(const BackwardParams& backward, const PackedUnit& found) {
     BackwardWork& work = *this;
     const PackedSequence sequence = packed_sequence(backward, found.batch);
@@ -257,7 +250,6 @@ struct BackwardWork {
   }
 
   // How many units the launch has; some may be idle.
-  template <class Config>
   static constexpr int units(const BackwardParams& backward) {
     const Params& params = backward.forward;
     return backward.n_blocks * (params.num_heads_q / params.qheads_per_khead) * (Config::varlen ? 1 : params.batch);
@@ -267,8 +259,8 @@ struct BackwardWork {
 // Calls step(query head, tile of queries) for every tile that sees the block's keys or, of a work in chains, for every
 // tile of the chain. The work is in shared memory, where every turn of the loop reads the last head again, which saves
 // a register.
-template <bool chains, class Step>
-inline void for_each_query_tile(const Params& params, const BackwardWork& work, Step&& step) {
+template <bool chains, class Config, class Step>
+inline void for_each_query_tile(const Params& params, const BackwardWork<Config>& work, Step&& step) {
   const volatile int& chain_end = work.query_head_end;
   const int first_head = chains ? work.query_head : work.head * params.qheads_per_khead;
   const int end = work.range.end;
@@ -281,8 +273,8 @@ inline void for_each_query_tile(const Params& params, const BackwardWork& work, 
 
 // Calls step(query head, tile of queries) for every tile that sees the block's keys, and end_chain(first, last) after
 // every `chain` steps and after the last; without chains end_chain is called once, at the end.
-template <bool chains, class Step, class EndChain>
-constexpr void for_each_query_chain(const Params& params, const BackwardWork& work, int chain, Step&& step,
+template <bool chains, class Config, class Step, class EndChain>
+constexpr void for_each_query_chain(const Params& params, const BackwardWork<Config>& work, int chain, Step&& step,
                                     EndChain&& end_chain) {
   if constexpr (!chains) {
     for_each_query_tile<false>(params, work, step);

@@ -52,7 +52,7 @@ struct MainloopSm80 {
   // Sets out and its statistics to the sums over the blocks of the range, which is not empty, last block first. K and V
   // have one buffer each: a V arrives while Q·Kᵀ runs, or, with Config::early_v, the first V with the first K; the next
   // K arrives while the softmax and P·V run.
-  static void run(Out& out, Statistics& statistics, const Params& params, const PointerWork<element>& work, u32 smem) {
+  static void run(Out& out, Statistics& statistics, const Params& params, const PointerWork<Config>& work, u32 smem) {
     const Q q{smem};
     const K k{smem + Q::bytes};
     const V v{smem + Q::bytes + K::bytes};
@@ -112,7 +112,7 @@ struct MainloopSm80 {
                                                                                         row_limit);
   }
 
-  static auto key_chunks(const K& k, const Params& params, const PointerWork<element>& work, int n_block) {
+  static auto key_chunks(const K& k, const Params& params, const PointerWork<Config>& work, int n_block) {
     return chunks(k, work.k, params.k_strides, n_block * Config::block_n, work.seqlen.k);
   }
 

@@ -63,7 +63,7 @@ struct MainloopSm90 {
   // What is known of a tile. A tile with so many blocks of keys that sums over them would drift (tile/local.cuh) has an
   // entry for each chain of blocks.
   struct Entry {
-    Work<element> work;
+    Work<Config> work;
     bool end;  // whether no tile is left, and `work` means nothing
     int ends;  // which ends of the tile the chain has, if there are chains
 
@@ -120,13 +120,12 @@ struct MainloopSm90 {
       tiles().wait_empty(at_tiles);
       __syncwarp();
       if (tile::lane() == 0) entry.end = at.done();
-      if (!at.done()) entry.work.template find<Config>(argument.params, scan, at.unit(), at.second());
+      if (!at.done()) entry.work.find(argument.params, scan, at.unit(), at.second());
       __syncwarp();
       if (at.done()) break;
-      const bool idle = entry.work.template idle<Config>(), empty = entry.work.range.empty();
+      const bool idle = entry.work.idle(), empty = entry.work.range.empty();
       if (Config::varlen && !idle && empty) {
-        epilogue_empty<Config, 32>(argument.params, entry.work, entry.work.template sink<Config>(argument.params),
-                                   tile::lane());
+        epilogue_empty<Config, 32>(argument.params, entry.work, entry.work.sink(argument.params), tile::lane());
       }
       if (!idle && !empty) {
         if constexpr (Config::chains) {
@@ -148,8 +147,8 @@ struct MainloopSm90 {
   void load_tiles(const TmaParams& argument) const {
     Loader loader{*this, argument};
     typename Tiles::Cursor at_tiles;
-    const Work<element>* v_work = nullptr;  // the tile whose V comes next
-    int v_block = 0;                        // the block of keys whose V comes next
+    const Work<Config>* v_work = nullptr;  // the tile whose V comes next
+    int v_block = 0;                       // the block of keys whose V comes next
     while (true) {
       tiles().wait_full(at_tiles);
       const Entry& entry = entries[at_tiles.stage()];
@@ -173,15 +172,15 @@ struct MainloopSm90 {
     Queries::Cursor at_queries;
     typename Keys::Cursor at_keys, at_values;
 
-    void load_keys(const Work<element>& work, int n_block) {
+    void load_keys(const Work<Config>& work, int n_block) {
       load_block(loop.keys(), at_keys, loop.k(at_keys.stage()), argument.k, work, n_block);
     }
 
-    void load_values(const Work<element>& work, int n_block) {
+    void load_values(const Work<Config>& work, int n_block) {
       load_block(loop.values(), at_values, loop.v(at_values.stage()), argument.v, work, n_block);
     }
 
-    void load_queries(const Work<element>& work) {
+    void load_queries(const Work<Config>& work) {
 #pragma unroll 1
       for (int w = 0; w < consumers; ++w) {
         const Queries queries = loop.queries(w);
@@ -203,7 +202,7 @@ struct MainloopSm90 {
     // zero-filled.
     template <class Tile>
     void load_block(const Keys& ring, typename Keys::Cursor& at, const Tile& to, const ptx::TensorMap& map,
-                    const Work<element>& work, int n_block) const {
+                    const Work<Config>& work, int n_block) const {
       ring.wait_empty(at);
       ring.expect(at, Tile::bytes);
       const int head = Config::pack > 1 ? work.tile.head : work.tile.head / argument.params.qheads_per_khead;
@@ -230,7 +229,7 @@ struct MainloopSm90 {
 
     tiles().wait_full(at_tiles);
     if (entries[at_tiles.stage()].end) return;
-    const Work<element>* work = &entries[at_tiles.stage()].work;
+    const Work<Config>* work = &entries[at_tiles.stage()].work;
     BlockRange range = work->range;
     int n_block = range.end - 1;
     typename Config::variant variant(params, work->tile.batch, work->tile.head);
@@ -345,7 +344,7 @@ struct MainloopSm90 {
   void write(Out& out, const Statistics& statistics, const Params& params, typename Tiles::Cursor at) const {
     const Entry& entry = entries[at.stage()];
     if (!Config::chains || likely(entry.ends & last_end)) {
-      const auto totals = statistics.template totals<Config::sinks>(entry.work.template sink<Config>(params));
+      const auto totals = statistics.template totals<Config::sinks>(entry.work.sink(params));
       totals.divide(out);
       if (unlikely(epilogue_direct<Config>(out, totals, params, entry.work, warp_row()))) {
         ptx::st_shared_u32(to_repair(), 1);
@@ -362,7 +361,7 @@ struct MainloopSm90 {
     if (likely(ptx::ld_shared_u32(to_repair()) == 0)) return;
     // A Place lies where the warp's rows of Q were, which nothing needs any more.
     struct Place {
-      Work<element> work;
+      Work<Config> work;
       PackedScan scan;
     };
     static_assert(sizeof(Place) <= 16 * Q::panel_bytes, "a warp has 16 rows");
@@ -372,9 +371,9 @@ struct MainloopSm90 {
 #pragma unroll 1
     for (TileCursor<Config> at(argument); !at.done(); at.advance()) {
       __syncwarp();
-      place.work.template find<Config>(argument.params, place.scan, at.unit(), at.second());
+      place.work.find(argument.params, place.scan, at.unit(), at.second());
       __syncwarp();
-      if (place.work.template idle<Config>() || place.work.range.empty()) continue;
+      if (place.work.idle() || place.work.range.empty()) continue;
       repair<Config>(argument.params, place.work, place.work.tile.m_block * Config::block_m + warp_row(), 16);
     }
   }

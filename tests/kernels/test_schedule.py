@@ -35,6 +35,7 @@ using namespace attention;
 template <int rows, int keys, class its_mask = FullMask, int heads = 1>
 struct Config {
   static constexpr int block_m = rows, block_n = keys, pack = heads;
+  using element = f16;
   using mask = its_mask;
   static constexpr bool varlen = false;
 };
@@ -197,10 +198,10 @@ constexpr bool packed_tiles(const Params& params, int round_units, const int (&g
     if (scan.holds<block_m>(slot, pairs) != (b >= 0 && b == scan.found.batch)) return false;
     scan.found = {b, b < 0 ? 0 : offsets.row[b], b < 0 ? 0 : offsets.row[end], 0, 0};
     for (int second = 0; second < 1 + pairs; ++second) {
-      Work<f16> work{};
+      Work<Config> work{};
       work.seqlen = packed_seqlen(params, scan.found);
       work.tile = packed_tile<Config>(params, scan.found, unit, second);
-      if (work.idle<Config>()) continue;
+      if (work.idle()) continue;
       const int tiles = ceil_div(work.seqlen.q, block_m), head = work.tile.head;
       if (work.tile.batch != b || head < 0 || head >= params.num_heads_q) return false;
       const int index = first_tile[b] + head * tiles + work.tile.m_block;
@@ -515,7 +516,7 @@ constexpr bool key_blocks(const BackwardParams& backward) {
   const Params& params = backward.forward;
   const Seqlen seqlen = dense_seqlen(params);
   const int heads = params.num_heads_q / params.qheads_per_khead, all = params.batch * heads * backward.n_blocks;
-  const int units = BackwardWork::units<Config>(backward), tiles = ceil_div(seqlen.q, Config::block_m);
+  const int units = BackwardWork<Config>::units(backward), tiles = ceil_div(seqlen.q, Config::block_m);
   Met<room> met;
   int of_head[room] = {}, added[room] = {};
   for (int unit = 0; unit < units; ++unit) {
@@ -609,12 +610,12 @@ constexpr bool chains(int heads, int begin, int end) {
   const int most = heads * tiles <= 2 * limit ? 2 * limit : limit;
   Met<room> met;
   for (int chain = 0; chain <= room; ++chain) {
-    BackwardWork work{};
+    BackwardWork<Config> work{};
     work.head = 3;
     work.range.begin = begin, work.range.end = end;
     work.take_all(params);
     work.chain = chain;
-    work.take_chain<Config>();
+    work.take_chain();
     if (work.first_chain != (chain == 0)) return false;
     if ((work.query_head_end - work.query_head) * (work.range.end - work.range.begin) > most) return false;
     for (int head = work.query_head; head < work.query_head_end; ++head) {
@@ -631,7 +632,7 @@ constexpr bool chains(int heads, int begin, int end) {
 constexpr bool chains_of_steps(int heads, int begin, int end, int chain) {
   Params params{};
   params.qheads_per_khead = heads;
-  BackwardWork work{};
+  BackwardWork<Config<64, 64>> work{};
   work.head = 3;
   work.range.begin = begin, work.range.end = end;
   Met<room> met;
@@ -696,7 +697,7 @@ def test_packed_blocks_of_keys_and_tiles_of_queries_are_visited_once(kernel: str
             backward = record("BackwardParams", **params, n_blocks=grid.n_blocks, workspace_rows=grid.workspace_rows)
             name = config_of(config)
             units, tiles = grid.n_blocks * heads_k, grid.m_blocks * heads_q
-            claims.append(f"BackwardWork::units<{name}>({backward}) == {units}")
+            claims.append(f"BackwardWork<{name}>::units({backward}) == {units}")
             given = f"{units}, {total_k}, {braces(offsets_k)}"
             for section in (grid.heads_per_section, 2):
                 claims.append(f"packed_units<{name}, {config.block_n}>({backward}, {heads_k}, {section}, {given})")
