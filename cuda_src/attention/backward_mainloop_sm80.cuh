@@ -33,6 +33,7 @@ namespace attention {
 template <class Config>
 struct BackwardMainloopSm80 {
   using element = typename Config::element;
+  using Blocks = typename Config::mask::Blocks;
   static constexpr int block_m = Config::block_m, block_n = Config::block_n, warps = Config::num_threads / 32;
   static_assert((block_m & (block_m - 1)) == 0, "P's rows are swizzled by powers of two");
   using K = tile::SharedTile<element, block_n, Config::tile_head_dim>;
@@ -71,10 +72,10 @@ struct BackwardMainloopSm80 {
 
   // A tile of queries, of one of the heads that share the keys.
   struct Tile {
-    int head, m_block;
+    int head, position;  // the latter among the work's tiles
 
-    Tile next(const BlockRange& range) const {
-      return m_block + 1 < range.end ? Tile{head, m_block + 1} : Tile{head + 1, range.begin};
+    Tile next(const Blocks& tiles) const {
+      return position + 1 < tiles.end ? Tile{head, position + 1} : Tile{head + 1, tiles.begin};
     }
   };
 
@@ -99,9 +100,9 @@ struct BackwardMainloopSm80 {
   static u32 lse(u32 stage) { return stage + Q::bytes + Dout::bytes; }
   static u32 delta(u32 stage) { return lse(stage) + rows_bytes; }
 
-  // Sets dk and dv, but for the scale of dk, to the sums over the tiles of the range, which is not empty, and adds to
-  // dq_sum. There are two barriers per tile, before P and behind dS, and with a single stage a third, behind which the
-  // next tile may arrive.
+  // Sets dk and dv, but for the scale of dk, to the sums over the work's tiles, of which there is one at least, and
+  // adds to dq_sum. There are two barriers per tile, before P and behind dS, and with a single stage a third, behind
+  // which the next tile may arrive.
   void run(Dk& dk, Dv& dv) const {
     const int first_key = work.n_block * block_n;
     load<Config::head_dim>(k(),
@@ -110,7 +111,7 @@ struct BackwardMainloopSm80 {
     load<Config::head_dim_v>(v(),
                              origin(backward.forward.v, backward.forward.v_strides, work.head, work.seqlen.k_first_row),
                              backward.forward.v_strides, first_key, work.seqlen.k);
-    load_queries({work.head * backward.forward.qheads_per_khead, work.range.begin}, buffer(0));
+    load_queries({work.head * backward.forward.qheads_per_khead, work.tiles.begin}, buffer(0));
     tile::LocalSums<Dk::m_tiles, Dk::cols> local_dk;
     tile::LocalSums<Dv::m_tiles, Dv::cols> local_dv;
     dk.zero();
@@ -122,15 +123,15 @@ struct BackwardMainloopSm80 {
       index ^= 1;
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // the tile has arrived, and every warp is done with the one before
-      if (threadIdx.x == 0) state.tiles[index] = tile.next(work.range);
-      if (stages == 2) load_next(tile.next(work.range), buffer(index));
+      if (threadIdx.x == 0) state.tiles[index] = tile.next(work.tiles);
+      if (stages == 2) load_next(tile.next(work.tiles), buffer(index));
       if (ScoreDivision::warps == warps || threadIdx.x < 32 * ScoreDivision::warps) gradients_of_scores(tile, at);
       __syncthreads();  // P and dS are complete
       warp::gemm_ab(dv, p(), dout(at), DvDivision::row(), DvDivision::col());
       warp::gemm_ab(dk, ds(), q(at), DkDivision::row(), DkDivision::col());
       if constexpr (stages == 1) {
         __syncthreads();  // every warp is done with q and dout
-        load_next(tile.next(work.range), at);
+        load_next(tile.next(work.tiles), at);
       }
       add_dq(tile);
       if (Config::chains && unlikely(++steps % chain_steps == 0)) {
@@ -149,9 +150,9 @@ struct BackwardMainloopSm80 {
   void gradients_of_scores(const Tile& tile, u32 at) const {
     Scores scores, dp;
     warp::gemm_abt<Config::head_dim>(scores, k(), q(at), ScoreDivision::row(), ScoreDivision::col());
-    if (work.range.is_boundary(tile.m_block)) {
+    if (work.tiles.is_boundary(tile.position)) {
       mask_transposed<Config>(scores, backward.forward, work.seqlen, work.n_block * block_n + ScoreDivision::row(),
-                              tile.m_block * block_m + ScoreDivision::col(),
+                              m_block(tile) * block_m + ScoreDivision::col(),
                               Config::variant::empty ? -infinity : __uint_as_float(masked_entry));
     }
     float2 row_lse[Scores::n_tiles];
@@ -194,7 +195,7 @@ struct BackwardMainloopSm80 {
     const Variant variant(params, work.batch, tile.head);
     const float scale = exponent_scale<Variant>(params);
     const Staged to(p());
-    const int first_query = tile.m_block * block_m + to.col, first_key = work.n_block * block_n + to.row;
+    const int first_query = m_block(tile) * block_m + to.col, first_key = work.n_block * block_n + to.row;
     const int distance = first_query + work.seqlen.diagonal() - first_key;
 #pragma unroll
     for (int j = 0; j < Scores::n_tiles; ++j) {
@@ -253,7 +254,7 @@ struct BackwardMainloopSm80 {
     const bool whole = writes_dq<Config>(work.seqlen);
     constexpr int most = Config::sums_by_rows && Dq::n_tiles % 4 == 0 ? 24 : 48;
     constexpr int passes = Dq::m_tiles * Dq::n_tiles * 4 > most ? 2 : 1, n_tiles = Dq::n_tiles / passes;
-    const int index = sum_tile<Config>(backward, work, tile.head, tile.m_block);
+    const int index = sum_tile<Config>(backward, work, tile.head, m_block(tile));
     float* const sums = backward.dq_sum + i64(index) * (block_m * Config::tile_head_dim) + ptx::tid_x();
 #pragma unroll
     for (int pass = 0; pass < passes; ++pass) {
@@ -266,7 +267,7 @@ struct BackwardMainloopSm80 {
       }
       if (Config::deterministic && pass == 0) wait_for_turn(tile, backward.turns + index);
       if constexpr (Config::sums_by_rows) {
-        add_rows<Config>(backward, work, tile.head, tile.m_block * block_m + DqDivision::row(),
+        add_rows<Config>(backward, work, tile.head, m_block(tile) * block_m + DqDivision::row(),
                          DqDivision::col() + 8 * n_tiles * pass, dq);
         continue;
       }
@@ -296,7 +297,7 @@ struct BackwardMainloopSm80 {
   void write_dq(const Part& dq, const Tile& tile, int first_col) const {
     const Strides& strides = backward.dq_strides;
     element* const rows = const_cast<element*>(origin(backward.dq, strides, tile.head, work.seqlen.q_first_row));
-    const int first_row = tile.m_block * block_m + DqDivision::row();
+    const int first_row = m_block(tile) * block_m + DqDivision::row();
     NotFinite<f32> not_finite;
 #pragma unroll
     for (int t = 0; t < Part::m_tiles; ++t) {
@@ -313,12 +314,14 @@ struct BackwardMainloopSm80 {
 
   void wait_for_turn(const Tile& tile, const i32* turn) const {
     if (threadIdx.x == 0) {
-      const int wanted = turn_of<Config>(backward, work.seqlen, tile.m_block, work.n_block);
+      const int wanted = turn_of(backward, work, m_block(tile));
       while (ptx::ld_acquire_gpu(turn) != wanted) {
       }
     }
     __syncthreads();
   }
+
+  int m_block(const Tile& tile) const { return work.tiles.block(tile.position); }
 
   bool is_live(const Tile& tile) const { return tile.head < (work.head + 1) * backward.forward.qheads_per_khead; }
 
@@ -329,7 +332,7 @@ struct BackwardMainloopSm80 {
   // Starts the copies of a tile's q, dout, row_lse and row_delta.
   void load_queries(const Tile& tile, u32 to) const {
     const Params& params = backward.forward;
-    const int first_row = tile.m_block * block_m;
+    const int first_row = m_block(tile) * block_m;
     load<Config::head_dim>(q(to), origin(params.q, params.q_strides, tile.head, work.seqlen.q_first_row),
                            params.q_strides, first_row, work.seqlen.q);
     load<Config::head_dim_v>(dout(to), origin(backward.dout, backward.dout_strides, tile.head, work.seqlen.q_first_row),

@@ -219,8 +219,8 @@ struct BackwardMainloopSm90 {
     for_each_work(works, [&](const BackwardWork<Config>& work) {
       if (tile::lane() != 0) return;
       DqSum<Config, consumers> sum{backward};
-      for_each_query_tile<Config::chains>(backward.forward, work, [&](int head, int m_block) {
-        sum.begin(work, head, m_block);
+      for_each_query_tile<Config::chains>(backward.forward, work, [&](int head, int position) {
+        sum.begin(work, head, work.tiles.block(position));
         if (sums_stages > 1) give_back_sums(at);  // those of the tile before, while the answer is on its way
 #pragma unroll
         for (int part = 0; part < consumers; ++part) {
@@ -272,17 +272,18 @@ struct BackwardMainloopSm90 {
     HeldK held_k;
     dk.zero();
     dv.zero();
-    if (!work.range.empty()) {  // else nothing is loaded
+    if (!work.tiles.empty()) {  // else nothing is loaded
       keys().wait_full(progress.second());
       values().wait_full(progress.second());
     }
     warpgroup::load_operand(held_k, k(), 64 * consumer);  // even if nothing is loaded: no branch around products
     const u32 first = at.count;                           // the first step, at which no dq of a step before is due
-    for_each_query_tile<Config::chains>(params, work, [&](int head, int m_block) {
+    for_each_query_tile<Config::chains>(params, work, [&](int head, int position) {
+      const int m_block = work.tiles.block(position);
       const u32 stage = at.stage();
       Scores s, dp;
       queries().wait_full(at);
-      const bool boundary = work.range.is_boundary(m_block);
+      const bool boundary = work.tiles.is_boundary(position);
       ColumnNumbers<block_m> numbers;
       numbers.load(lse(stage), 0, lse_ahead);
       turn.take();

@@ -103,6 +103,10 @@ inline void repair_keys(const BackwardParams& backward, const BackwardWork<Confi
       const i64 rows = workspace_row<Config>(backward, work, head);
 #pragma unroll 1
       for (int row = max_of(0, first_row); row <= min_of(last_row, seqlen.q - 1) && !settled; ++row) {
+        if constexpr (!Mask::Blocks::contiguous) {
+          const int m_block = row / Config::block_m;
+          if (!needs_block_of<Config>(params, seqlen, work.batch, work.head, m_block, key)) continue;
+        }
         const float row_lse = backward.row_lse[rows + row], row_delta = backward.row_delta[rows + row];
         Qk q;
         V dout;
@@ -158,6 +162,9 @@ inline void repair_queries(const BackwardParams& backward, const Seqlen& seqlen,
     const int last = Mask::last_key(params, seqlen, row);
 #pragma unroll 1
     for (int key = Mask::first_key(params, seqlen, row); key <= last && !settled; ++key) {
+      if constexpr (!Mask::Blocks::contiguous) {
+        if (!needs_block_of<Config>(params, seqlen, batch, head_k, row / Config::block_m, key)) continue;
+      }
       Qk k;
       V v;
       k.load(sequence.row(static_cast<const element*>(params.k), params.k_strides, head_k, seqlen.k_first_row + key),

@@ -36,7 +36,7 @@ inline void backward_sm80(const BackwardArgument& argument) {
     const BackwardWork<Config> found = BackwardWork<Config>::find(backward, blockIdx.x);
     if (threadIdx.x == 0) {
       state.work = found;
-      state.tiles[0] = {found.head * backward.forward.qheads_per_khead, found.range.begin};
+      state.tiles[0] = {found.head * backward.forward.qheads_per_khead, found.tiles.begin};
     }
   }
   __syncthreads();
@@ -45,7 +45,7 @@ inline void backward_sm80(const BackwardArgument& argument) {
   const Main main{backward, state, work, ptx::shared_address(dynamic_smem)};
   typename Main::Dk dk;
   typename Main::Dv dv;
-  if (work.range.empty()) {
+  if (work.tiles.empty()) {
     dk.zero();
     dv.zero();
   } else {

@@ -88,11 +88,12 @@ struct BackwardKeysSm90 {
     Operand p;
     tile::LocalSums<1, Dv::cols> local_dv;
     dv.zero();
-    if (!work.range.empty()) keys().wait_full({});
-    const auto step = [&](int head, int m_block) {
+    if (!work.tiles.empty()) keys().wait_full({});
+    const auto step = [&](int head, int position) {
+      const int m_block = work.tiles.block(position);
       Scores s;
       ColumnNumbers<block_m> numbers;
-      const bool boundary = work.range.is_boundary(m_block);
+      const bool boundary = work.tiles.is_boundary(position);
       queries().wait_full(at);
       numbers.load(lse(at.stage()));
       warpgroup::gemm_abt<Config::head_dim>(s, k(), q(at.stage()));
@@ -124,7 +125,7 @@ struct BackwardKeysSm90 {
     Operand ds;
     tile::LocalSums<1, Dk::cols> local_dk;
     dk.zero();
-    if (!work.range.empty()) values().wait_full({});
+    if (!work.tiles.empty()) values().wait_full({});
     const auto step = [&](int, int) {
       Scores dp;
       ColumnNumbers<block_m> numbers;

@@ -27,14 +27,15 @@ namespace attention {
 template <class Config>
 struct QueryWork {
   RowTile tile;
-  BlockRange range;
-  i64 row;  // row of the workspace where the sequence begins
+  typename Config::mask::Blocks blocks;  // of keys
+  i64 row;                               // row of the workspace where the sequence begins
 
   static QueryWork find(const BackwardParams& backward, int unit) {
     const Params& params = backward.forward;
     QueryWork work;
     work.tile = RowTile::find<Config>(backward, unit, Config::varlen ? 0 : ceil_div(params.seqlen_q, Config::block_m));
-    work.range = block_range<Config>(params, work.tile.seqlen, work.tile.m_block);
+    work.blocks = key_blocks<Config>(params, work.tile.seqlen, work.tile.batch,
+                                     work.tile.head / params.qheads_per_khead, work.tile.m_block);
     work.row = workspace_row<Config>(backward, work.tile, work.tile.head);
     return work;
   }
@@ -113,7 +114,8 @@ struct BackwardQueriesSm90 {
                         tile.batch);
     }
 #pragma unroll 1
-    for (int n_block = work.range.end - 1; n_block >= work.range.begin; --n_block) {
+    for (int position = work.blocks.end - 1; position >= work.blocks.begin; --position) {
+      const int n_block = work.blocks.block(position);
       keys().wait_empty(at_keys);
       keys().expect(at_keys, K::bytes);
       load_rows<Config>(k(at_keys.stage()), argument.k, keys().full(at_keys.stage()), n_block * block_n, tile.seqlen.k,
@@ -150,11 +152,11 @@ struct BackwardQueriesSm90 {
     tile::LocalSums<1, Dq::cols> local_dq;
     dq.zero();
     tile::wait(queries_full(), 0);
-    const auto step = [&](int n_block) {
-      const int first_key = n_block * block_n;
+    const auto step = [&](int position) {
+      const int first_key = work.blocks.block(position) * block_n;
       Scores s, dp;
       keys().wait_full(at_keys);
-      const bool boundary = work.range.template is_boundary<Config::mask::hides_first>(n_block);
+      const bool boundary = work.blocks.template is_boundary<Config::mask::hides_first>(position);
       turn.take();
       warpgroup::gemm_abt<Config::head_dim>(s, q(consumer), k(at_keys.stage()));
       values().wait_full(at_values);
@@ -210,12 +212,12 @@ struct BackwardQueriesSm90 {
       at_keys.advance();
       at_values.advance();
     };
-    const int begin = work.range.begin, end = work.range.end;
+    const int begin = work.blocks.begin, end = work.blocks.end;
 #pragma unroll 1
     for (int chain = end; chain > begin; chain = Config::chains ? chain - chain_steps : begin) {
       const int chain_begin = Config::chains ? max_of(begin, chain - chain_steps) : begin;
 #pragma unroll 1
-      for (int n_block = chain - 1; n_block >= chain_begin; --n_block) step(n_block);
+      for (int position = chain - 1; position >= chain_begin; --position) step(position);
       warpgroup::wait<0>(dq, ds);
       const bool first = chain == end, last = chain_begin == begin;
       if (Config::chains && !(first && last)) local_dq.take_over(dq, first, last);

@@ -24,7 +24,7 @@ struct DqSum {
   void begin(const BackwardWork<Config>& work, int head, int m_block) {
     index = sum_tile<Config>(backward, work, head, m_block);
     if constexpr (Config::deterministic) {
-      wanted = turn_of<Config>(backward, work.seqlen, m_block, work.n_block);
+      wanted = turn_of(backward, work, m_block);
       found = ptx::ld_acquire_gpu(backward.turns + index);
     } else {
       wanted = stored;

@@ -45,13 +45,14 @@ struct TileLoader {
 
   void load(const BackwardWork<Config>& work) {
     const BackwardParams& backward = argument.params;
-    if (work.range.empty()) return;
+    if (work.tiles.empty()) return;
     if constexpr (side == Side::scores)
       load_keys(loop.keys(), loop.k(), argument.k, work);
     else
       load_keys(loop.values(), loop.v(), argument.v, work);
     const auto& at = progress.first;
-    for_each_query_tile<Config::chains>(backward.forward, work, [&](int head, int m_block) {
+    for_each_query_tile<Config::chains>(backward.forward, work, [&](int head, int position) {
+      const int m_block = work.tiles.block(position);
       const i64 row = workspace_row<Config>(backward, work, head) + m_block * Config::block_m;
       if constexpr (side == Side::scores)
         load_queries(loop.queries(), loop.q(at.stage()), argument.q, loop.lse(at.stage()), backward.row_lse + row, work,

@@ -47,6 +47,22 @@ inline BlockRange query_range(const Params& params, const Seqlen& seqlen, int n_
   return range;
 }
 
+// Returns the tiles of queries that a block of keys of key head `head` of sequence `batch` needs; see `key_blocks` in
+// attention/block_range.cuh.
+template <class Config>
+inline typename Config::mask::Blocks query_tiles(const Params& params, const Seqlen& seqlen, int batch, int head,
+                                                 int n_block) {
+  using Mask = typename Config::mask;
+  if constexpr (is_same<typename Mask::Blocks, BlockRange>) {
+    return query_range<Config>(params, seqlen, n_block);
+  } else {
+    auto tiles = Mask::template query_tiles<Config>(params, batch, head, n_block);
+    const int live = ceil_div(seqlen.q, Config::block_m), first_key = n_block * Config::block_n;
+    tiles.clip(first_key < seqlen.k ? live : 0, first_key + Config::block_n > seqlen.k ? 0 : live);
+    return tiles;
+  }
+}
+
 // Says whether the block of keys writes dq itself. It does where it has all live keys of the sequence, and so computes
 // the whole dq of the tiles that see them. Of dense arrays Config::writes_dq alone says that.
 template <class Config>
@@ -125,17 +141,13 @@ constexpr int key_head(const Params& params, int batch, int query_head) {
   return (batch * params.num_heads_q + query_head) / params.qheads_per_khead;
 }
 
-// How many blocks of keys add to a tile of dq before block `n_block` does, in the deterministic order. The tile needs
-// the blocks of `range`. Blocks add in the order in which they are launched, so that no block waits for one that cannot
-// run.
-constexpr int turn_in(const BackwardParams& backward, const BlockRange& range, int n_block) {
-  return backward.reversed ? range.end - 1 - n_block : n_block - range.begin;
-}
-
-template <class Config>
-inline int turn_of(const BackwardParams& backward, const Seqlen& seqlen, int m_block, int n_block) {
-  const BlockRange range = block_range<Config>(backward.forward, seqlen, m_block);
-  return turn_in(backward, range, n_block);
+// How many blocks of keys add to a tile of dq before block `n_block` does, in the deterministic order. `blocks` are
+// those that the tile needs. Blocks add in the order in which they are launched, so that no block waits for one that
+// cannot run.
+template <class Blocks>
+constexpr int turn_in(const BackwardParams& backward, const Blocks& blocks, int n_block) {
+  const int position = blocks.position_of(n_block);
+  return backward.reversed ? blocks.end - 1 - position : position - blocks.begin;
 }
 
 // A unit of the backward of dense arrays is a block of keys of a key head.
@@ -157,10 +169,10 @@ template <class Config>
 struct BackwardWork {
   int n_block, head, batch;  // `head` is a key head; n_block is negative where there is no more work
   Seqlen seqlen;
-  int key_rows;  // how many rows of k and v the sequence has, live or not
-  BlockRange range;
-  int rank;                        // how many packed sequences before this one have rows of q
-  int query_head, query_head_end;  // the query heads of the work: [query_head, query_head_end)
+  int key_rows;                         // how many rows of k and v the sequence has, live or not
+  typename Config::mask::Blocks tiles;  // of queries
+  int rank;                             // how many packed sequences before this one have rows of q
+  int query_head, query_head_end;       // the query heads of the work: [query_head, query_head_end)
 
   // Where there are so many tiles of queries that sums over them would drift (tile/local.cuh), a unit's work is done in
   // chains. A chain has all tiles of a few query heads, or some of the tiles of one query head.
@@ -171,22 +183,22 @@ struct BackwardWork {
   constexpr void take_chain() {
     constexpr int most = tile::chain_blocks(Config::block_m);
     int index = chain;
-    const int tiles = range.end - range.begin, heads_end = query_head_end;
-    if (tiles * (heads_end - query_head) <= 2 * most) return;
+    const int count = tiles.end - tiles.begin, heads_end = query_head_end;
+    if (count * (heads_end - query_head) <= 2 * most) return;
     int chain_heads = 1;
-    while (2 * chain_heads * tiles <= most) chain_heads *= 2;
-    int begin = range.begin;
+    while (2 * chain_heads * count <= most) chain_heads *= 2;
+    int begin = tiles.begin;
     first_chain = index == 0;
     for (; index > 0; --index) {
       begin += most;
-      if (begin < range.end) continue;
-      begin = range.begin;
+      if (begin < tiles.end) continue;
+      begin = tiles.begin;
       query_head += chain_heads;
     }
     query_head_end = min_of(query_head + chain_heads, heads_end);
-    last_chain = begin + most >= range.end && query_head_end == heads_end;
-    range.begin = begin;
-    range.end = min_of(range.end, begin + most);
+    last_chain = begin + most >= tiles.end && query_head_end == heads_end;
+    tiles.begin = begin;
+    tiles.end = min_of(tiles.end, begin + most);
   }
 
   // Gives the work all query heads that share the key head, in one chain.
@@ -213,7 +225,7 @@ struct BackwardWork {
       work.rank = 0;
       work.key_rows = params.seqlen_k;
       work.seqlen = dense_seqlen(params);
-      work.range = query_range<Config>(params, work.seqlen, work.n_block);
+      work.tiles = query_tiles<Config>(params, work.seqlen, work.batch, work.head, work.n_block);
       work.take_all(params);
       return work;
     }
@@ -244,7 +256,7 @@ struct BackwardWork {
     work.batch = found.batch;
     work.seqlen = packed_seqlen(backward.forward, sequence);
     work.key_rows = sequence.k_end - sequence.k_begin;
-    work.range = query_range<Config>(backward.forward, work.seqlen, found.place);
+    work.tiles = query_tiles<Config>(backward.forward, work.seqlen, found.batch, found.head, found.place);
     work.rank = backward.offsets_q[found.batch].rank;
     work.take_all(backward.forward);
   }
@@ -256,23 +268,30 @@ struct BackwardWork {
   }
 };
 
-// Calls step(query head, tile of queries) for every tile that sees the block's keys or, of a work in chains, for every
-// tile of the chain. The work is in shared memory, where every turn of the loop reads the last head again, which saves
-// a register.
+// How many blocks of keys add to tile m_block of dq before that of the work does.
+template <class Config>
+inline int turn_of(const BackwardParams& backward, const BackwardWork<Config>& work, int m_block) {
+  const int n_block = work.n_block;
+  return turn_in(backward, key_blocks<Config>(backward.forward, work.seqlen, work.batch, work.head, m_block), n_block);
+}
+
+// Calls step(query head, position among the work's tiles of queries) for every tile that sees the block's keys or, of a
+// work in chains, for every tile of the chain. The work is in shared memory, where every turn of the loop reads the
+// last head again, which saves a register.
 template <bool chains, class Config, class Step>
 inline void for_each_query_tile(const Params& params, const BackwardWork<Config>& work, Step&& step) {
   const volatile int& chain_end = work.query_head_end;
   const int first_head = chains ? work.query_head : work.head * params.qheads_per_khead;
-  const int end = work.range.end;
+  const int end = work.tiles.end;
 #pragma unroll 1
   for (int head = first_head; head < (chains ? int(chain_end) : first_head + params.qheads_per_khead); ++head) {
 #pragma unroll 1
-    for (int m_block = work.range.begin; m_block < end; ++m_block) step(head, m_block);
+    for (int position = work.tiles.begin; position < end; ++position) step(head, position);
   }
 }
 
-// Calls step(query head, tile of queries) for every tile that sees the block's keys, and end_chain(first, last) after
-// every `chain` steps and after the last; without chains end_chain is called once, at the end.
+// Calls step(query head, position) for every tile that sees the block's keys, and end_chain(first, last) after every
+// `chain` steps and after the last; without chains end_chain is called once, at the end.
 template <bool chains, class Config, class Step, class EndChain>
 constexpr void for_each_query_chain(const Params& params, const BackwardWork<Config>& work, int chain, Step&& step,
                                     EndChain&& end_chain) {
@@ -281,18 +300,18 @@ constexpr void for_each_query_chain(const Params& params, const BackwardWork<Con
     end_chain(true, true);
     return;
   }
-  const int begin = work.range.begin, end = work.range.end, last_head = params.qheads_per_khead - 1;
+  const int begin = work.tiles.begin, end = work.tiles.end, last_head = params.qheads_per_khead - 1;
   if (begin >= end) return;
-  int head = 0, m_block = begin;
+  int head = 0, position = begin;
 #pragma unroll 1
   for (bool first = true, last = false; !last; first = false) {
 #pragma unroll 1
     for (int left = chain; left > 0 && !last; --left) {
-      step(work.head * params.qheads_per_khead + head, m_block);
-      const bool next_head = ++m_block == end;
+      step(work.head * params.qheads_per_khead + head, position);
+      const bool next_head = ++position == end;
       last = next_head && head == last_head;
       head += next_head;
-      if (next_head) m_block = begin;
+      if (next_head) position = begin;
     }
     end_chain(first, last);
   }

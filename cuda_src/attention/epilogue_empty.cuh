@@ -52,12 +52,12 @@ inline void epilogue_empty(const Params& params, const Work<Config>& work, float
 template <class Config>
 inline void write_empty_tiles(const Params& params, Work<Config>& work, int warp, int warps) {
   const Seqlen seqlen = dense_seqlen(params);
-  const auto is_empty = [&](int m_block) { return block_range<Config>(params, seqlen, m_block).empty(); };
   const int heads = params.num_heads_q / Config::pack, tiles = params.m_blocks * heads * params.batch;
 #pragma unroll 1
   for (int i = blockIdx.x * warps + warp; i < tiles; i += gridDim.x * warps) {
     const int m_block = i % params.m_blocks, head = i / params.m_blocks;
-    if (!is_empty(m_block)) continue;
+    const int key_head = Work<Config>::key_head(params, head % heads);
+    if (!key_blocks<Config>(params, seqlen, head / heads, key_head, m_block).empty()) continue;
     __syncwarp();  // all lanes have read what the tile before is
     if (tile::lane() == 0) work.take(params, {m_block, head % heads, head / heads}, seqlen);
     __syncwarp();

@@ -26,12 +26,12 @@ inline void forward_tile(const Params& params, const PointerWork<Config>& work, 
   static_assert(Config::pack == 1, "no heads share a tile here");
   if (work.idle()) return;
   constexpr bool often_empty = Config::mask::hides_last || Config::varlen;
-  if (often_empty && work.range.empty()) {
+  if (often_empty && work.blocks.empty()) {
     return epilogue_empty<Config, Config::num_threads>(params, work, work.sink(params), ptx::tid_x());
   }
   typename Mainloop::Out out;
   typename Mainloop::Statistics statistics;
-  if (!often_empty && work.range.empty()) {  // there is no key at all
+  if (!often_empty && work.blocks.empty()) {  // there is no key at all
     out.zero();
     statistics.init();
   } else {

@@ -49,22 +49,22 @@ struct MainloopSm80 {
   static int warp_row() { return int(threadIdx.x / 32 % row_warps) * 16 * m_tiles; }
   static int warp_col() { return int(threadIdx.x / 32 / row_warps) * warp_cols; }
 
-  // Sets out and its statistics to the sums over the blocks of the range, which is not empty, last block first. K and V
-  // have one buffer each: a V arrives while Q·Kᵀ runs, or, with Config::early_v, the first V with the first K; the next
-  // K arrives while the softmax and P·V run.
+  // Sets out and its statistics to the sums over the work's blocks, of which there is one at least, last block first. K
+  // and V have one buffer each: a V arrives while Q·Kᵀ runs, or, with Config::early_v, the first V with the first K;
+  // the next K arrives while the softmax and P·V run.
   static void run(Out& out, Statistics& statistics, const Params& params, const PointerWork<Config>& work, u32 smem) {
     const Q q{smem};
     const K k{smem + Q::bytes};
     const V v{smem + Q::bytes + K::bytes};
-    const BlockRange& range = work.range;
+    const auto& blocks = work.blocks;
     const auto first_row = [&work] { return work.tile.m_block * Config::block_m; };
     const typename Config::variant variant(params, work.tile.batch, work.tile.head);
     const float scale = exponent_scale<typename Config::variant>(params);
 
     load<Config::head_dim>(chunks(q, work.q, params.q_strides, first_row(), work.seqlen.q));
-    load<Config::head_dim>(key_chunks(k, params, work, range.end - 1));
+    load<Config::head_dim>(key_chunks(k, params, work, blocks.block(blocks.end - 1)));
     if constexpr (Config::early_v) {
-      const int first_col = (range.end - 1) * Config::block_n;
+      const int first_col = blocks.block(blocks.end - 1) * Config::block_n;
       load<Config::head_dim_v>(chunks(v, work.v, params.v_strides, first_col, work.seqlen.k));
     }
     ptx::cp_async_commit_group();
@@ -72,23 +72,23 @@ struct MainloopSm80 {
     statistics.init();
     Chains<Config::chains, element, m_tiles, Out::cols> chains;
 #pragma unroll 1
-    for (int n_block = range.end - 1; n_block >= range.begin; --n_block) {
-      const int first_col = n_block * Config::block_n;
+    for (int position = blocks.end - 1; position >= blocks.begin; --position) {
+      const int first_col = blocks.block(position) * Config::block_n;
       Scores scores;
       const auto v_chunks = chunks(v, work.v, params.v_strides, first_col, work.seqlen.k);
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // this block's K has arrived, and every warp is done with V
-      if (!Config::early_v || n_block != range.end - 1) load<Config::head_dim_v>(v_chunks);
+      if (!Config::early_v || position != blocks.end - 1) load<Config::head_dim_v>(v_chunks);
       ptx::cp_async_commit_group();
       warp::gemm_abt<Config::head_dim>(scores, q, k, warp_row());
 
-      const auto next_k_chunks = key_chunks(k, params, work, n_block - 1);
+      const auto next_k_chunks = key_chunks(k, params, work, blocks.block_before(position));
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // V has arrived, and every warp is done with K
-      if (n_block > range.begin) load<Config::head_dim>(next_k_chunks);
+      if (position > blocks.begin) load<Config::head_dim>(next_k_chunks);
       ptx::cp_async_commit_group();
       apply<Config>(variant, scores, params, work.tile, work.seqlen, first_row() + warp_row(), first_col);
-      if (range.template is_boundary<Config::mask::hides_first>(n_block)) {
+      if (blocks.template is_boundary<Config::mask::hides_first>(position)) {
         mask<Config>(scores, params, work.seqlen, first_row() + warp_row(), first_col);
       }
 #pragma unroll
@@ -96,10 +96,10 @@ struct MainloopSm80 {
         statistics.update(scores, out, scale, t);
       }
       warp::gemm_ab(out, scores, v, warp_col());
-      const int blocks = range.end - n_block;
-      const bool last = n_block == range.begin;
-      if (Config::chains && unlikely(last ? blocks > chain_blocks : blocks % chain_blocks == 0)) {
-        chains.end(out, statistics, scale, blocks == chain_blocks, last);
+      const int done = blocks.end - position;
+      const bool last = position == blocks.begin;
+      if (Config::chains && unlikely(last ? done > chain_blocks : done % chain_blocks == 0)) {
+        chains.end(out, statistics, scale, done == chain_blocks, last);
         if (!last) statistics.init();
       }
     }

@@ -68,13 +68,7 @@ struct MainloopSm90 {
     int ends;  // which ends of the tile the chain has, if there are chains
 
     // Turns the entry of the whole tile, as it was found, into that of its chain `index`.
-    void take_chain(int index) {
-      const int whole_end = work.range.end, end = whole_end - index * chain_blocks;
-      const int begin = max_of(work.range.begin, end - chain_blocks);
-      ends = (index == 0 ? first_end : 0) | (begin <= work.range.begin ? last_end : 0);
-      work.range.begin = begin;
-      work.range.end = end;
-    }
+    void take_chain(int index) { ends = attention::take_chain(work.blocks, index, chain_blocks); }
   };
 
   static constexpr int tiles_bytes = consumers * Q::bytes + Config::stages * (K::bytes + V::bytes);
@@ -123,7 +117,7 @@ struct MainloopSm90 {
       if (!at.done()) entry.work.find(argument.params, scan, at.unit(), at.second());
       __syncwarp();
       if (at.done()) break;
-      const bool idle = entry.work.idle(), empty = entry.work.range.empty();
+      const bool idle = entry.work.idle(), empty = entry.work.blocks.empty();
       if (Config::varlen && !idle && empty) {
         epilogue_empty<Config, 32>(argument.params, entry.work, entry.work.sink(argument.params), tile::lane());
       }
@@ -154,10 +148,11 @@ struct MainloopSm90 {
       const Entry& entry = entries[at_tiles.stage()];
       if (entry.end) break;
 #pragma unroll 1
-      for (int n_block = entry.work.range.end - 1; n_block >= entry.work.range.begin; --n_block) {
+      for (int position = entry.work.blocks.end - 1; position >= entry.work.blocks.begin; --position) {
+        const int n_block = entry.work.blocks.block(position);
         loader.load_keys(entry.work, n_block);
         if (v_work) loader.load_values(*v_work, v_block);
-        if (n_block == entry.work.range.end - 1) loader.load_queries(entry.work);  // after K, since Q waits longest
+        if (position == entry.work.blocks.end - 1) loader.load_queries(entry.work);  // after K, since Q waits longest
         v_work = &entry.work;
         v_block = n_block;
       }
@@ -230,13 +225,14 @@ struct MainloopSm90 {
     tiles().wait_full(at_tiles);
     if (entries[at_tiles.stage()].end) return;
     const Work<Config>* work = &entries[at_tiles.stage()].work;
-    BlockRange range = work->range;
-    int n_block = range.end - 1;
+    auto blocks = work->blocks;
+    int position = blocks.end - 1;
     typename Config::variant variant(params, work->tile.batch, work->tile.head);
     const auto finish_scores = [&](Scores& scores) {
-      const int first_row = work->tile.m_block * Config::block_m + warp_row(), first_col = n_block * Config::block_n;
+      const int first_row = work->tile.m_block * Config::block_m + warp_row();
+      const int first_col = blocks.block(position) * Config::block_n;
       apply<Config>(variant, scores, params, work->tile, work->seqlen, first_row, first_col);
-      if (unlikely(range.template is_boundary<Config::mask::hides_first>(n_block)))
+      if (unlikely(blocks.template is_boundary<Config::mask::hides_first>(position)))
         mask<Config>(scores, params, work->seqlen, first_row, first_col);
     };
     Probabilities p;
@@ -250,34 +246,34 @@ struct MainloopSm90 {
       warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage()));
       warpgroup::wait<0>(scores);
       release(keys(), at_keys);
-      if (threadIdx.x % 128 == 0 && n_block == range.begin) queries.release(at_queries());
+      if (threadIdx.x % 128 == 0 && position == blocks.begin) queries.release(at_queries());
       finish_scores(scores);
       statistics.init();
       bool far[2] = {true, true};
       statistics.follow_far(scores, scale, far);
       statistics.exponentiate(scores, scale);
       tile::pack<element>(p, scores);
-      if (early_steps > 0 && n_block > range.begin) keys().wait_full(at_keys);
+      if (early_steps > 0 && position > blocks.begin) keys().wait_full(at_keys);
     }
     // Each step begins the scores of a block and P·V of the block before, then turns the scores into the next P.
     out.zero();
     bool unwritten_out = false;  // whether `out` is finished but not written, and p, of the next tile, begins another
     while (true) {
-      const bool seam = n_block == range.begin;  // p is of its tile's last block: scores of the next tile follow
+      const bool seam = position == blocks.begin;  // p is of its tile's last block: scores of the next tile follow
       if (unlikely(seam)) {
         at_tiles.advance();
         tiles().wait_full(at_tiles);
         if (entries[at_tiles.stage()].end) break;
         work = &entries[at_tiles.stage()].work;
-        range = work->range;
-        n_block = range.end;
+        blocks = work->blocks;
+        position = blocks.end;
         variant = typename Config::variant(params, work->tile.batch, work->tile.head);
         queries.wait_full(at_queries());
         keys().wait_full(at_keys);
       } else if (early_steps == 0) {
         keys().wait_full(at_keys);
       }
-      --n_block;
+      --position;
       Scores scores;
       turn.take();
       const int own = Config::head_dim > 160 ? ptx::opaque(warpgroup) : warpgroup;  // lest descriptors take registers
@@ -291,7 +287,7 @@ struct MainloopSm90 {
       if (!Config::whole_turns && !unwritten_out) turn.pass((warpgroup + 1) % consumers);
       warpgroup::wait<1>(scores);
       release(keys(), at_keys);
-      if (threadIdx.x % 128 == 0 && n_block == range.begin) queries.release(at_queries());
+      if (threadIdx.x % 128 == 0 && position == blocks.begin) queries.release(at_queries());
       finish_scores(scores);
       // The products still read p, so the next P begins in registers of its own.
       Probabilities early_p;
@@ -299,7 +295,7 @@ struct MainloopSm90 {
       if (!seam) statistics.template exponentiate_at_once<0, early_steps>(early_p, scores, scale, sum);
       // Without a branch here the compiler would move the wait for the products up, above the exponentials, and believe
       // that p may be overwritten there.
-      if (early_steps > 0 && n_block > range.begin) keys().wait_full(at_keys);
+      if (early_steps > 0 && position > blocks.begin) keys().wait_full(at_keys);
       warpgroup::wait<0>(out, p);
       if (Config::whole_turns && !unwritten_out) turn.pass((warpgroup + 1) % consumers);
       release(values(), at_values);
@@ -373,7 +369,7 @@ struct MainloopSm90 {
       __syncwarp();
       place.work.find(argument.params, place.scan, at.unit(), at.second());
       __syncwarp();
-      if (place.work.idle() || place.work.range.empty()) continue;
+      if (place.work.idle() || place.work.blocks.empty()) continue;
       repair<Config>(argument.params, place.work, place.work.tile.m_block * Config::block_m + warp_row(), 16);
     }
   }

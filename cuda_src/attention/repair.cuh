@@ -185,6 +185,10 @@ inline void repair(const Params& all, const Work<Config>& work, int first_row, i
     const int last = Mask::last_key(params, seqlen, row);
 #pragma unroll 1
     for (int key = Mask::first_key(params, seqlen, row); key <= last; ++key) {
+      if constexpr (!Mask::Blocks::contiguous) {
+        const int m_block = work.tile.m_block;
+        if (!needs_block_of<Config>(params, seqlen, work.tile.batch, head_k, m_block, key)) continue;
+      }
       k.load(work.origin(params.k, params.k_strides, head_k, seqlen.k_first_row + key), params.k_strides.dim);
       v.load(work.origin(params.v, params.v_strides, head_k, seqlen.k_first_row + key), params.v_strides.dim);
       const Point at{work.tile.batch, head, row, key, float(row + seqlen.diagonal() - key)};

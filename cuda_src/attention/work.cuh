@@ -20,7 +20,7 @@ struct Work {
 
   TileIndex tile;
   Seqlen seqlen;
-  BlockRange range;
+  typename Config::mask::Blocks blocks;  // of keys
   element* out;  // where `out` has the first row of the sequence, in the tile's head or the first of its heads
   float* lse;    // where lse has that row; null: lse is not wanted
 
@@ -59,12 +59,17 @@ struct Work {
   void take(const Params& params, const TileIndex& its_tile, const Seqlen& its_seqlen) {
     tile = its_tile;
     seqlen = its_seqlen;
-    range = block_range<Config>(params, seqlen, tile.m_block);
+    blocks = key_blocks<Config>(params, seqlen, tile.batch, key_head(params, tile.head), tile.m_block);
     const int head = tile.head * Config::pack;
     out = const_cast<element*>(origin(params.out, params.out_strides, head, seqlen.q_first_row));
     lse = params.lse
               ? params.lse + tile.batch * params.lse_batch_stride + head * params.lse_head_stride + seqlen.q_first_row
               : nullptr;
+  }
+
+  // The key head that a tile's head reads.
+  static constexpr int key_head(const Params& params, int head) {
+    return Config::pack > 1 ? head : head / params.qheads_per_khead;
   }
 
   // The score of a key without a value.

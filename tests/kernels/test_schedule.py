@@ -27,6 +27,7 @@ PRELUDE = """
 #include "attention/backward_prepare.cuh"
 #include "attention/backward_split_queries_sm90.cuh"
 #include "attention/backward_work.cuh"
+#include "attention/chains.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/work.cuh"
 
@@ -38,6 +39,11 @@ struct Config {
   using element = f16;
   using mask = its_mask;
   static constexpr bool varlen = false;
+};
+
+// A mask whose blocks are listed; which they are is told where they are used.
+struct ListMask : FullMask {
+  using Blocks = BlockList;
 };
 
 template <class Base>
@@ -506,6 +512,106 @@ def test_blocks_of_keys_need_the_tiles_whose_rows_see_them(tile: str) -> None:
     run(*(f"query_ranges<Config<{tile}, {mask}>>({params})" for mask, params in masked()), prelude=RANGES)
 
 
+# --- kinds of blocks ----------------------------------------------------------------------------------
+
+BLOCKS = """
+constexpr i32 listed[] = {2 * 1 + 1, 2 * 4, 2 * 5 + 1, 2 * 9 + 1, 2 * 10 + 1, 2 * 17};
+constexpr BlockList list{listed, 0, 6, 10}, some{listed, 2, 5, 99}, no_list{listed, 3, 3, 99};
+constexpr BlockRange range{3, 11, 5, 9}, short_range{7, 8, 0, 8}, no_range{4, 2, 0, 0};
+
+// Positions are these blocks, and no others, each a boundary or not.
+template <class Blocks, int count>
+constexpr bool are(const Blocks& blocks, const int (&wanted)[count], const bool (&boundary)[count]) {
+  if (blocks.end - blocks.begin != count || blocks.empty()) return false;
+  for (int i = 0; i < count; ++i) {
+    const int position = blocks.begin + i;
+    if (blocks.block(position) != wanted[i] || blocks.is_boundary(position) != boundary[i]) return false;
+    if (i > 0 && blocks.block_before(position) != wanted[i - 1]) return false;
+  }
+  return true;
+}
+
+// A block is found where it is, one between two of the blocks where the second is, and none that is not there.
+template <class Blocks>
+constexpr bool are_found(const Blocks& blocks, int limit) {
+  int count = 0;
+  for (int block = 0; block < limit; ++block) {
+    const int position = blocks.position_of(block);
+    const bool inside = position >= blocks.begin && position < blocks.end;
+    if (blocks.contains(block) != (inside && blocks.block(position) == block)) return false;
+    if (inside && blocks.block(position) < block) return false;
+    if (inside && position > blocks.begin && blocks.block(position - 1) >= block) return false;
+    count += blocks.contains(block);
+  }
+  return count == max_of(0, blocks.end - blocks.begin);
+}
+
+// Parts have every position once, in order, and about as many each. In a part a block is what it is in the whole.
+template <class Blocks>
+constexpr bool parts(const Blocks& blocks, int count) {
+  const int least = max_of(0, blocks.end - blocks.begin) / count;
+  int next = blocks.begin;
+  for (int index = 0; index < count; ++index) {
+    const Blocks its = part(blocks, index, count);
+    if (its.begin != next || its.end - its.begin < least || its.end - its.begin > least + 1) return false;
+    for (int position = its.begin; position < its.end; ++position) {
+      if (its.block(position) != blocks.block(position)) return false;
+      if (its.is_boundary(position) != blocks.is_boundary(position)) return false;
+    }
+    next = its.end;
+  }
+  return next == max_of(blocks.begin, blocks.end);
+}
+
+// Chains have every position once, from last to first.
+template <class Blocks>
+constexpr bool tile_chains(const Blocks& blocks, int most) {
+  int next = blocks.end;
+  for (int index = 0;; ++index) {
+    Blocks its = blocks;
+    const int ends = take_chain(its, index, most), size = its.end - its.begin;
+    if (its.end != next || size < 1 || size > most || (ends & first_end) != (index == 0 ? first_end : 0)) return false;
+    next = its.begin;
+    if (ends & last_end) return next == blocks.begin;
+    if (size != most) return false;
+  }
+}
+
+// Turns count the blocks, from the first or, reversed, from the last.
+template <class Blocks>
+constexpr bool turns(const Blocks& blocks, bool reversed) {
+  BackwardParams backward{};
+  backward.reversed = reversed;
+  for (int i = 0; i < blocks.end - blocks.begin; ++i) {
+    const int block = blocks.block(reversed ? blocks.end - 1 - i : blocks.begin + i);
+    if (turn_in(backward, blocks, block) != i) return false;
+  }
+  return true;
+}
+
+constexpr BlockList clipped(BlockList blocks, int count, int full_end) {
+  blocks.clip(count, full_end);
+  return blocks;
+}
+"""
+
+
+def test_a_kind_of_blocks_says_which_block_a_position_is() -> None:
+    kinds = ("range", "short_range", "no_range", "list", "some", "no_list")
+    run(
+        "are(range, {3, 4, 5, 6, 7, 8, 9, 10}, {true, true, false, false, false, false, true, true})",
+        "are(list, {1, 4, 5, 9, 10, 17}, {false, true, false, false, true, true})",
+        "are(some, {5, 9, 10}, {false, false, false})",
+        "are(clipped(list, 10, 5), {1, 4, 5, 9}, {false, true, true, true})",
+        "clipped(list, 1, 0).empty() && no_list.empty() && no_range.empty()",
+        *(f"are_found({kind}, 20)" for kind in kinds),
+        *(f"parts({kind}, {count})" for kind in kinds for count in (1, 2, 3, 5, 6, 13)),
+        *(f"tile_chains({kind}, {most})" for kind in kinds if "no" not in kind for most in (1, 2, 3, 8, 9)),
+        *(f"turns({kind}, {order})" for kind in kinds for order in ("false", "true")),
+        prelude=BLOCKS,
+    )
+
+
 # --- the gradients' work ------------------------------------------------------------------------------
 
 WORK = """
@@ -612,14 +718,14 @@ constexpr bool chains(int heads, int begin, int end) {
   for (int chain = 0; chain <= room; ++chain) {
     BackwardWork<Config> work{};
     work.head = 3;
-    work.range.begin = begin, work.range.end = end;
+    work.tiles.begin = begin, work.tiles.end = end;
     work.take_all(params);
     work.chain = chain;
     work.take_chain();
     if (work.first_chain != (chain == 0)) return false;
-    if ((work.query_head_end - work.query_head) * (work.range.end - work.range.begin) > most) return false;
+    if ((work.query_head_end - work.query_head) * (work.tiles.end - work.tiles.begin) > most) return false;
     for (int head = work.query_head; head < work.query_head_end; ++head) {
-      for (int m_block = work.range.begin; m_block < work.range.end; ++m_block) {
+      for (int m_block = work.tiles.begin; m_block < work.tiles.end; ++m_block) {
         if (m_block < begin || !met.add((head - 3 * heads) * tiles + m_block - begin, heads * tiles)) return false;
       }
     }
@@ -629,12 +735,13 @@ constexpr bool chains(int heads, int begin, int end) {
 }
 
 // for_each_query_chain does the same.
+template <class Mask>
 constexpr bool chains_of_steps(int heads, int begin, int end, int chain) {
   Params params{};
   params.qheads_per_khead = heads;
-  BackwardWork<Config<64, 64>> work{};
+  BackwardWork<Config<64, 64, Mask>> work{};
   work.head = 3;
-  work.range.begin = begin, work.range.end = end;
+  work.tiles.begin = begin, work.tiles.end = end;
   Met<room> met;
   int steps = 0, ended = 0;
   bool right = true, done = false;
@@ -715,9 +822,15 @@ def test_packed_blocks_of_keys_and_tiles_of_queries_are_visited_once(kernel: str
 
 def test_chains_have_every_tile_once() -> None:
     cases = list(itertools.product((1, 2, 5), (0, 3), (0, 1, 3, 4, 5, 9, 30)))
+    masks = ("FullMask", "ListMask")
     run(
-        *(f"chains<Config<4096, 64>>({heads}, {begin}, {begin + tiles})" for heads, begin, tiles in cases),
-        *(f"chains<Config<1024, 64>>({heads}, {begin}, {begin + tiles})" for heads, begin, tiles in cases),
-        *(f"chains_of_steps({heads}, {begin}, {begin + tiles}, 4)" for heads, begin, tiles in cases),
+        *(
+            f"chains<Config<{rows}, 64, {mask}>>({heads}, {begin}, {begin + tiles})"
+            for (heads, begin, tiles), mask, rows in itertools.product(cases, masks, (4096, 1024))
+        ),
+        *(
+            f"chains_of_steps<{mask}>({heads}, {begin}, {begin + tiles}, 4)"
+            for (heads, begin, tiles), mask in itertools.product(cases, masks)
+        ),
         prelude=WORK,
     )
