@@ -14,6 +14,7 @@
 #include "attention/backward_work.cuh"
 #include "attention/epilogue.cuh"
 #include "attention/params.cuh"
+#include "attention/row_source.cuh"
 #include "attention/variant.cuh"
 #include "core/math.cuh"
 #include "ptx/cp_async.cuh"
@@ -105,12 +106,8 @@ struct BackwardMainloopSm80 {
   // which the next tile may arrive.
   void run(Dk& dk, Dv& dv) const {
     const int first_key = work.n_block * block_n;
-    load<Config::head_dim>(k(),
-                           origin(backward.forward.k, backward.forward.k_strides, work.head, work.seqlen.k_first_row),
-                           backward.forward.k_strides, first_key, work.seqlen.k);
-    load<Config::head_dim_v>(v(),
-                             origin(backward.forward.v, backward.forward.v_strides, work.head, work.seqlen.k_first_row),
-                             backward.forward.v_strides, first_key, work.seqlen.k);
+    load<Config::head_dim>(k(), first_key, keys(backward.forward.k, backward.forward.k_strides));
+    load<Config::head_dim_v>(v(), first_key, keys(backward.forward.v, backward.forward.v_strides));
     load_queries({work.head * backward.forward.qheads_per_khead, work.tiles.begin}, buffer(0));
     tile::LocalSums<Dk::m_tiles, Dk::cols> local_dk;
     tile::LocalSums<Dv::m_tiles, Dv::cols> local_dv;
@@ -333,10 +330,8 @@ struct BackwardMainloopSm80 {
   void load_queries(const Tile& tile, u32 to) const {
     const Params& params = backward.forward;
     const int first_row = m_block(tile) * block_m;
-    load<Config::head_dim>(q(to), origin(params.q, params.q_strides, tile.head, work.seqlen.q_first_row),
-                           params.q_strides, first_row, work.seqlen.q);
-    load<Config::head_dim_v>(dout(to), origin(backward.dout, backward.dout_strides, tile.head, work.seqlen.q_first_row),
-                             backward.dout_strides, first_row, work.seqlen.q);
+    load<Config::head_dim>(q(to), first_row, queries(params.q, params.q_strides, tile.head));
+    load<Config::head_dim_v>(dout(to), first_row, queries(backward.dout, backward.dout_strides, tile.head));
     constexpr int chunks = rows_bytes / 16;
     static_assert(2 * chunks <= Config::num_threads, "a thread copies at most one");
     if (threadIdx.x < 2 * chunks) {
@@ -354,11 +349,17 @@ struct BackwardMainloopSm80 {
            row * strides.seqlen;
   }
 
+  PointedRows<element> keys(const void* array, const Strides& strides) const {
+    return {origin(array, strides, work.head, work.seqlen.k_first_row), strides, work.seqlen.k};
+  }
+
+  PointedRows<element> queries(const void* array, const Strides& strides, int head) const {
+    return {origin(array, strides, head, work.seqlen.q_first_row), strides, work.seqlen.q};
+  }
+
   template <int valid_cols, class Tile>
-  static void load(const Tile& to, const element* pointer, const Strides& strides, int first_row, int row_limit) {
-    const tile::GlobalRows<const element> rows{pointer, strides.seqlen, strides.dim};
-    block::load<Config::copy_bytes, valid_cols>(
-        block::Chunks<Config::num_threads, Config::copy_unroll, Tile, const element>(to, rows, first_row, row_limit));
+  static void load(const Tile& to, int row, const PointedRows<element>& from) {
+    load_chunks<Config, valid_cols>(find_chunks<Config>(to, row, from));
   }
 
   // Writes the block's rows of dk and dv; the tiles of K and V are free when this is called.

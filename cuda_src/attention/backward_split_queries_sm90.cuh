@@ -11,6 +11,7 @@
 #include "attention/block_range.cuh"
 #include "attention/mask.cuh"
 #include "attention/masks.cuh"
+#include "attention/row_source.cuh"
 #include "attention/variant.cuh"
 #include "core/math.cuh"
 #include "ptx/math.cuh"
@@ -39,6 +40,10 @@ struct QueryWork {
     work.row = workspace_row<Config>(backward, work.tile, work.tile.head);
     return work;
   }
+
+  // Where the tile's queries are, in q and in dout, and where the keys of its key head are, in k and in v.
+  MappedRows queries() const { return {tile.seqlen.q, tile.seqlen.q_first_row, tile.head, tile.batch}; }
+  MappedRows keys(int key_head) const { return {tile.seqlen.k, tile.seqlen.k_first_row, key_head, tile.batch}; }
 
   // Whether no row is live.
   bool idle() const { return tile.row < 0 || tile.m_block * Config::block_m >= tile.seqlen.q; }
@@ -108,22 +113,19 @@ struct BackwardQueriesSm90 {
     ptx::mbarrier_arrive_expect_tx(queries_full(), live * (Q::bytes + Dout::bytes));
     for (int w = 0; w < live; ++w) {
       const int row = first_row + 64 * w;
-      load_rows<Config>(q(w), argument.q, queries_full(), row, tile.seqlen.q, tile.seqlen.q_first_row, tile.head,
-                        tile.batch);
-      load_rows<Config>(dout(w), argument.dout, queries_full(), row, tile.seqlen.q, tile.seqlen.q_first_row, tile.head,
-                        tile.batch);
+      load_rows<Config>(q(w), argument.q, queries_full(), row, work.queries());
+      load_rows<Config>(dout(w), argument.dout, queries_full(), row, work.queries());
     }
 #pragma unroll 1
     for (int position = work.blocks.end - 1; position >= work.blocks.begin; --position) {
       const int n_block = work.blocks.block(position);
       keys().wait_empty(at_keys);
       keys().expect(at_keys, K::bytes);
-      load_rows<Config>(k(at_keys.stage()), argument.k, keys().full(at_keys.stage()), n_block * block_n, tile.seqlen.k,
-                        tile.seqlen.k_first_row, head_k, tile.batch);
+      load_rows<Config>(k(at_keys.stage()), argument.k, keys().full(at_keys.stage()), n_block * block_n,
+                        work.keys(head_k));
       values().wait_empty(at_values);
       values().expect(at_values, V::bytes);
-      load_rows<Config>(v(), argument.v, values().full(0), n_block * block_n, tile.seqlen.k, tile.seqlen.k_first_row,
-                        head_k, tile.batch);
+      load_rows<Config>(v(), argument.v, values().full(0), n_block * block_n, work.keys(head_k));
       at_keys.advance();
       at_values.advance();
     }

@@ -1,10 +1,11 @@
-// attention: what the backward's main loops for sm_90 share: loading rows, and the arithmetic between their products.
+// attention: what the backward's main loops for sm_90 share: loading tiles, and the arithmetic between their products.
 #pragma once
 
 #include "attention/backward_mask.cuh"
 #include "attention/backward_params.cuh"
 #include "attention/backward_rows.cuh"
 #include "attention/backward_work.cuh"
+#include "attention/row_source.cuh"
 #include "attention/variant.cuh"
 #include "core/math.cuh"
 #include "ptx/convert.cuh"
@@ -17,20 +18,6 @@
 #include "tile/tensor_sm90.cuh"
 
 namespace attention {
-
-// to ← rows from `row` on of a sequence of `length` rows; rows past its end become zeros. How packed sequences are
-// clipped is told at MainloopSm90::Loader. One row at least must be live: a box that is clipped as a whole faults where
-// the map's address, which lies before the array if sequences are packed, is not mapped.
-template <class Config, class Tile>
-inline void load_rows(const Tile& to, const ptx::TensorMap& map, u32 barrier, int row, int length, int first_row,
-                      int head, int batch) {
-  if constexpr (Config::varlen) {
-    const int live = min_of(length - row, Tile::rows);
-    tile::load(to, map, barrier, Tile::rows - live, head, first_row + row + live);
-  } else {
-    tile::load(to, map, barrier, row, head, batch);
-  }
-}
 
 // What one of the two loaders loads: Q, K and row_lse, for scores, or dout, V and row_delta, for their gradients.
 enum class Side { scores, gradients };
@@ -69,8 +56,7 @@ struct TileLoader {
                  const BackwardWork<Config>& work) {
     ring.wait_empty(progress.second());
     ring.expect(progress.second(), Tile::bytes);
-    load_rows<Config>(to, map, ring.full(0), work.n_block * Config::block_n, work.seqlen.k, work.seqlen.k_first_row,
-                      work.head, work.batch);
+    load_rows<Config>(to, map, ring.full(0), work.n_block * Config::block_n, work.keys());
     progress.advance_second();
   }
 
@@ -80,8 +66,7 @@ struct TileLoader {
     typename Loop::Ring::Cursor& at = progress.first;
     ring.wait_empty(at);
     ring.expect(at, Tile::bytes + Loop::rows_bytes);
-    load_rows<Config>(to, map, ring.full(at.stage()), m_block * Config::block_m, work.seqlen.q, work.seqlen.q_first_row,
-                      head, work.batch);
+    load_rows<Config>(to, map, ring.full(at.stage()), m_block * Config::block_m, work.queries(head));
     int own = Loop::rows_bytes;  // bytes that are the sequence's own; another's may follow in memory
     if (Config::varlen) {
       own = min_of(own, round_up(work.seqlen.q - m_block * Config::block_m, aligned_rows) * int(sizeof(float)));

@@ -5,6 +5,7 @@
 #include "attention/backward_params.cuh"
 #include "attention/block_range.cuh"
 #include "attention/masks.cuh"
+#include "attention/row_source.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/seqlen.cuh"
 #include "core/math.cuh"
@@ -207,6 +208,10 @@ struct BackwardWork {
     query_head_end = query_head + params.qheads_per_khead;
     first_chain = last_chain = true;
   }
+
+  // Where the work's keys are, in k and in v, and where the queries of a head are, in q and in dout.
+  MappedRows keys() const { return {seqlen.k, seqlen.k_first_row, head, batch}; }
+  MappedRows queries(int head) const { return {seqlen.q, seqlen.q_first_row, head, batch}; }
 
   // Says whether the block of keys lies past the end of the sequence.
   constexpr bool idle() const { return n_block * Config::block_n >= key_rows; }

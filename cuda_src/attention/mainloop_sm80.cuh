@@ -7,6 +7,7 @@
 #include "attention/chains.cuh"
 #include "attention/mask.cuh"
 #include "attention/params.cuh"
+#include "attention/row_source.cuh"
 #include "attention/seqlen.cuh"
 #include "attention/softmax.cuh"
 #include "attention/variant.cuh"
@@ -61,11 +62,11 @@ struct MainloopSm80 {
     const typename Config::variant variant(params, work.tile.batch, work.tile.head);
     const float scale = exponent_scale<typename Config::variant>(params);
 
-    load<Config::head_dim>(chunks(q, work.q, params.q_strides, first_row(), work.seqlen.q));
-    load<Config::head_dim>(key_chunks(k, params, work, blocks.block(blocks.end - 1)));
+    load_chunks<Config, Config::head_dim>(find_chunks<Config>(q, first_row(), work.queries(params)));
+    load_chunks<Config, Config::head_dim>(key_chunks(k, params, work, blocks.block(blocks.end - 1)));
     if constexpr (Config::early_v) {
       const int first_col = blocks.block(blocks.end - 1) * Config::block_n;
-      load<Config::head_dim_v>(chunks(v, work.v, params.v_strides, first_col, work.seqlen.k));
+      load_chunks<Config, Config::head_dim_v>(find_chunks<Config>(v, first_col, work.values(params)));
     }
     ptx::cp_async_commit_group();
     out.zero();
@@ -75,17 +76,17 @@ struct MainloopSm80 {
     for (int position = blocks.end - 1; position >= blocks.begin; --position) {
       const int first_col = blocks.block(position) * Config::block_n;
       Scores scores;
-      const auto v_chunks = chunks(v, work.v, params.v_strides, first_col, work.seqlen.k);
+      const auto v_chunks = find_chunks<Config>(v, first_col, work.values(params));
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // this block's K has arrived, and every warp is done with V
-      if (!Config::early_v || position != blocks.end - 1) load<Config::head_dim_v>(v_chunks);
+      if (!Config::early_v || position != blocks.end - 1) load_chunks<Config, Config::head_dim_v>(v_chunks);
       ptx::cp_async_commit_group();
       warp::gemm_abt<Config::head_dim>(scores, q, k, warp_row());
 
       const auto next_k_chunks = key_chunks(k, params, work, blocks.block_before(position));
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // V has arrived, and every warp is done with K
-      if (position > blocks.begin) load<Config::head_dim>(next_k_chunks);
+      if (position > blocks.begin) load_chunks<Config, Config::head_dim>(next_k_chunks);
       ptx::cp_async_commit_group();
       apply<Config>(variant, scores, params, work.tile, work.seqlen, first_row() + warp_row(), first_col);
       if (blocks.template is_boundary<Config::mask::hides_first>(position)) {
@@ -105,20 +106,8 @@ struct MainloopSm80 {
     }
   }
 
-  template <class Tile>
-  static auto chunks(const Tile& tile, const element* pointer, const Strides& strides, int first_row, int row_limit) {
-    const tile::GlobalRows<const element> rows{pointer, strides.seqlen, strides.dim};
-    return block::Chunks<Config::num_threads, Config::copy_unroll, Tile, const element>(tile, rows, first_row,
-                                                                                        row_limit);
-  }
-
   static auto key_chunks(const K& k, const Params& params, const PointerWork<Config>& work, int n_block) {
-    return chunks(k, work.k, params.k_strides, n_block * Config::block_n, work.seqlen.k);
-  }
-
-  template <int valid_cols, class Chunks>
-  static void load(const Chunks& chunks) {
-    block::load<Config::copy_bytes, valid_cols>(chunks);
+    return find_chunks<Config>(k, n_block * Config::block_n, work.keys(params));
   }
 };
 

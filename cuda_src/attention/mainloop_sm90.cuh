@@ -15,6 +15,7 @@
 #include "attention/mask.cuh"
 #include "attention/params.cuh"
 #include "attention/repair.cuh"
+#include "attention/row_source.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/softmax.cuh"
 #include "attention/tma_params.cuh"
@@ -192,22 +193,12 @@ struct MainloopSm90 {
       at_queries.advance();
     }
 
-    // A packed sequence ends where its neighbour begins, whose rows may hold anything. The box therefore begins so far
-    // into the map's block_n clipped rows that only live rows come before their end: the rest of the box is
-    // zero-filled.
     template <class Tile>
     void load_block(const Keys& ring, typename Keys::Cursor& at, const Tile& to, const ptx::TensorMap& map,
                     const Work<Config>& work, int n_block) const {
       ring.wait_empty(at);
       ring.expect(at, Tile::bytes);
-      const int head = Config::pack > 1 ? work.tile.head : work.tile.head / argument.params.qheads_per_khead;
-      const int row = n_block * Config::block_n;
-      if constexpr (Config::varlen) {
-        const int live = min_of(Config::block_n, work.seqlen.k - row);
-        tile::load(to, map, ring.full(at.stage()), Config::block_n - live, head, work.seqlen.k_first_row + row + live);
-      } else {
-        tile::load(to, map, ring.full(at.stage()), row, head, work.tile.batch);
-      }
+      load_rows<Config>(to, map, ring.full(at.stage()), n_block * Config::block_n, work.keys(argument.params));
       at.advance();
     }
   };

@@ -5,6 +5,7 @@
 #include "attention/block_range.cuh"
 #include "attention/packed.cuh"
 #include "attention/params.cuh"
+#include "attention/row_source.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/seqlen.cuh"
 #include "tile/accumulator.cuh"
@@ -72,6 +73,11 @@ struct Work {
     return Config::pack > 1 ? head : head / params.qheads_per_khead;
   }
 
+  // Where the tile's keys are, in k and in v.
+  MappedRows keys(const Params& params) const {
+    return {seqlen.k, seqlen.k_first_row, key_head(params, tile.head), tile.batch};
+  }
+
   // The score of a key without a value.
   float sink(const Params& params) const {
     return Config::sinks ? params.sinks[tile.head * params.sinks_stride] : -infinity;
@@ -91,6 +97,10 @@ struct PointerWork : Work<Config> {
   const element* q;
   const element* k;
   const element* v;
+
+  PointedRows<element> queries(const Params& params) const { return {q, params.q_strides, this->seqlen.q}; }
+  PointedRows<element> keys(const Params& params) const { return {k, params.k_strides, this->seqlen.k}; }
+  PointedRows<element> values(const Params& params) const { return {v, params.v_strides, this->seqlen.k}; }
 
   void find(const Params& params, PackedScan& scan, int unit) {
     Work<Config>::template find<Config::scan_groups, Config::many>(params, scan, unit, false);
