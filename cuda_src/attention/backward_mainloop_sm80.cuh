@@ -66,10 +66,20 @@ struct BackwardMainloopSm80 {
   // Tiles of queries in shared memory: with two, one arrives while the other is worked on.
   static constexpr int stages = Config::stages;
   static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
-  static constexpr int stage_bytes = Q::bytes + Dout::bytes + 2 * rows_bytes;
-  static constexpr int p_offset = K::bytes + V::bytes, ds_offset = p_offset + P::bytes;
-  static constexpr int stages_offset = ds_offset + P::bytes;
-  static constexpr int smem_bytes = stages_offset + stages * stage_bytes;
+
+  struct Stage {
+    typename Q::Storage q;
+    typename Dout::Storage dout;
+    float lse[block_m], delta[block_m];
+  };
+
+  struct Shared {
+    typename K::Storage k;
+    typename V::Storage v;
+    typename P::Storage p, ds;
+    Stage stages[BackwardMainloopSm80::stages];
+  };
+  static constexpr int smem_bytes = sizeof(Shared);
 
   // A tile of queries, of one of the heads that share the keys.
   struct Tile {
@@ -91,15 +101,18 @@ struct BackwardMainloopSm80 {
   const BackwardWork<Config>& work;
   u32 smem;
 
-  K k() const { return {smem}; }
-  V v() const { return {smem + K::bytes}; }
-  P p() const { return {smem + p_offset}; }
-  P ds() const { return {smem + ds_offset}; }
-  u32 buffer(int index) const { return smem + stages_offset + (stages == 1 ? 0 : index * stage_bytes); }
-  static Q q(u32 stage) { return {stage}; }
-  static Dout dout(u32 stage) { return {stage + Q::bytes}; }
-  static u32 lse(u32 stage) { return stage + Q::bytes + Dout::bytes; }
-  static u32 delta(u32 stage) { return lse(stage) + rows_bytes; }
+  K k() const { return {smem + tile::offset<&Shared::k>}; }
+  V v() const { return {smem + tile::offset<&Shared::v>}; }
+  P p() const { return {smem + tile::offset<&Shared::p>}; }
+  P ds() const { return {smem + tile::offset<&Shared::ds>}; }
+
+  u32 buffer(int index) const {
+    return smem + tile::offset<&Shared::stages> + (stages == 1 ? 0 : index) * int(sizeof(Stage));
+  }
+  static Q q(u32 stage) { return {stage + tile::offset<&Stage::q>}; }
+  static Dout dout(u32 stage) { return {stage + tile::offset<&Stage::dout>}; }
+  static u32 lse(u32 stage) { return stage + tile::offset<&Stage::lse>; }
+  static u32 delta(u32 stage) { return stage + tile::offset<&Stage::delta>; }
 
   // Sets dk and dv, but for the scale of dk, to the sums over the work's tiles, of which there is one at least, and
   // adds to dq_sum. There are two barriers per tile, before P and behind dS, and with a single stage a third, behind

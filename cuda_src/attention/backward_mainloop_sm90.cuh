@@ -66,6 +66,9 @@ struct BackwardMainloopSm90 {
   // Consumers take turns from S to the last exponential, so that exponentials of one run beside products of the other.
   using Turn = tile::Turn<consumers>;
 
+  // Named barriers, besides those of turns.
+  enum Barrier : u32 { consumers_barrier = Turn::next_barrier };
+
   static constexpr int stages = 2;
   static constexpr int sums_stages = by_rows ? 1 : 2;  // tiles of dq, as many as there is shared memory for
   using Ring = tile::Ring<stages>;
@@ -74,37 +77,43 @@ struct BackwardMainloopSm90 {
   static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
   static constexpr int sums_bytes = block_m * Config::tile_head_dim * sizeof(float);
 
-  static constexpr int k_offset = 0, v_offset = k_offset + K::bytes, q_offset = v_offset + V::bytes;
-  static constexpr int dout_offset = q_offset + stages * Q::bytes, ds_offset = dout_offset + stages * Dout::bytes;
-  static constexpr int sums_offset = ds_offset + stages * Ds::bytes;
-  static constexpr int lse_offset = sums_offset + sums_stages * sums_bytes;
-  static constexpr int delta_offset = lse_offset + stages * rows_bytes;
-  static constexpr int barriers_offset = delta_offset + stages * rows_bytes;
-  static constexpr int smem_bytes =
-      barriers_offset + 4 * Ring::bytes + 3 * KeyRing::bytes + consumers * SumsRing::bytes;
+  struct Shared {
+    typename K::Storage k;
+    typename V::Storage v;
+    typename Q::Storage q[stages];
+    typename Dout::Storage dout[stages];
+    typename Ds::Storage ds[stages];
+    float sums[sums_stages][consumers][block_m * Config::tile_head_dim / consumers];
+    float lse[stages][block_m], delta[stages][block_m];
+    typename Ring::Storage queries, gradients;
+    typename Ring::Storage exchange;  // hands dS over
+    typename Ring::Storage works;
+    typename KeyRing::Storage keys, values;
+    typename KeyRing::Storage claims;  // of work
+    typename SumsRing::Storage sums_rings[consumers];
+  };
+  static constexpr int smem_bytes = sizeof(Shared);
 
   u32 smem;
 
-  K k() const { return {smem + k_offset}; }
-  V v() const { return {smem + v_offset}; }
-  Q q(u32 stage) const { return {smem + q_offset + stage * Q::bytes}; }
-  Dout dout(u32 stage) const { return {smem + dout_offset + stage * Dout::bytes}; }
-  Ds ds(u32 stage) const { return {smem + ds_offset + stage * Ds::bytes}; }
+  K k() const { return {smem + tile::offset<&Shared::k>}; }
+  V v() const { return {smem + tile::offset<&Shared::v>}; }
+  Q q(u32 stage) const { return {smem + tile::offset<&Shared::q> + stage * Q::bytes}; }
+  Dout dout(u32 stage) const { return {smem + tile::offset<&Shared::dout> + stage * Dout::bytes}; }
+  Ds ds(u32 stage) const { return {smem + tile::offset<&Shared::ds> + stage * Ds::bytes}; }
   u32 sums(u32 stage, int part) const {
-    return smem + sums_offset + (stage * consumers + part) * (sums_bytes / consumers);
+    return smem + tile::offset<&Shared::sums> + (stage * consumers + part) * (sums_bytes / consumers);
   }
-  u32 lse(u32 stage) const { return smem + lse_offset + stage * rows_bytes; }
-  u32 delta(u32 stage) const { return smem + delta_offset + stage * rows_bytes; }
-  Ring queries() const { return {smem + barriers_offset}; }
-  Ring gradients() const { return {smem + barriers_offset + Ring::bytes}; }
-  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // hands dS over
-  Ring works() const { return {smem + barriers_offset + 3 * Ring::bytes}; }
-  KeyRing keys() const { return {smem + barriers_offset + 4 * Ring::bytes}; }
-  KeyRing values() const { return {smem + barriers_offset + 4 * Ring::bytes + KeyRing::bytes}; }
-  KeyRing claims() const { return {smem + barriers_offset + 4 * Ring::bytes + 2 * KeyRing::bytes}; }  // of work
-  SumsRing sums_ring(int part) const {
-    return {smem + barriers_offset + 4 * Ring::bytes + 3 * KeyRing::bytes + part * SumsRing::bytes};
-  }
+  u32 lse(u32 stage) const { return smem + tile::offset<&Shared::lse> + stage * rows_bytes; }
+  u32 delta(u32 stage) const { return smem + tile::offset<&Shared::delta> + stage * rows_bytes; }
+  Ring queries() const { return {smem + tile::offset<&Shared::queries>}; }
+  Ring gradients() const { return {smem + tile::offset<&Shared::gradients>}; }
+  Ring exchange() const { return {smem + tile::offset<&Shared::exchange>}; }
+  Ring works() const { return {smem + tile::offset<&Shared::works>}; }
+  KeyRing keys() const { return {smem + tile::offset<&Shared::keys>}; }
+  KeyRing values() const { return {smem + tile::offset<&Shared::values>}; }
+  KeyRing claims() const { return {smem + tile::offset<&Shared::claims>}; }
+  SumsRing sums_ring(int part) const { return {smem + tile::offset<&Shared::sums_rings> + part * SumsRing::bytes}; }
 
   void init() const {
     constexpr int arrivals = 4 * consumers * tile::warp_arrivals;
@@ -361,7 +370,7 @@ struct BackwardMainloopSm90 {
           }
         }
       }
-      ptx::bar_sync(Turn::next_barrier, 128 * consumers);
+      ptx::bar_sync(consumers_barrier, 128 * consumers);
       finish_tiles<Config, BackwardMainloopSm90>(backward, each, thread);
     }
   }

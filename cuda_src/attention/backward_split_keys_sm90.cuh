@@ -45,28 +45,33 @@ struct BackwardKeysSm90 {
   static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
   static constexpr int ds_factors_bytes = 128 * sizeof(Operand);
 
-  static constexpr int k_offset = 0, v_offset = k_offset + K::bytes, q_offset = v_offset + V::bytes;
-  static constexpr int dout_offset = q_offset + stages * Q::bytes;
-  static constexpr int ds_factors_offset = dout_offset + stages * Dout::bytes;
-  static constexpr int lse_offset = ds_factors_offset + stages * ds_factors_bytes;
-  static constexpr int delta_offset = lse_offset + stages * rows_bytes;
-  static constexpr int barriers_offset = delta_offset + stages * rows_bytes;
-  static constexpr int smem_bytes = barriers_offset + 3 * Ring::bytes + 2 * KeyRing::bytes;
+  struct Shared {
+    typename K::Storage k;
+    typename V::Storage v;
+    typename Q::Storage q[stages];
+    typename Dout::Storage dout[stages];
+    Operand ds_factors[stages][128];  // one for each thread of a warpgroup
+    float lse[stages][block_m], delta[stages][block_m];
+    typename Ring::Storage queries, gradients;
+    typename Ring::Storage exchange;  // of ds_factors
+    typename KeyRing::Storage keys, values;
+  };
+  static constexpr int smem_bytes = sizeof(Shared);
 
   u32 smem;
 
-  K k() const { return {smem + k_offset}; }
-  V v() const { return {smem + v_offset}; }
-  Q q(u32 stage) const { return {smem + q_offset + stage * Q::bytes}; }
-  Dout dout(u32 stage) const { return {smem + dout_offset + stage * Dout::bytes}; }
-  u32 ds_factors(u32 stage) const { return smem + ds_factors_offset + stage * ds_factors_bytes; }
-  u32 lse(u32 stage) const { return smem + lse_offset + stage * rows_bytes; }
-  u32 delta(u32 stage) const { return smem + delta_offset + stage * rows_bytes; }
-  Ring queries() const { return {smem + barriers_offset}; }
-  Ring gradients() const { return {smem + barriers_offset + Ring::bytes}; }
-  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // of ds_factors
-  KeyRing keys() const { return {smem + barriers_offset + 3 * Ring::bytes}; }
-  KeyRing values() const { return {smem + barriers_offset + 3 * Ring::bytes + KeyRing::bytes}; }
+  K k() const { return {smem + tile::offset<&Shared::k>}; }
+  V v() const { return {smem + tile::offset<&Shared::v>}; }
+  Q q(u32 stage) const { return {smem + tile::offset<&Shared::q> + stage * Q::bytes}; }
+  Dout dout(u32 stage) const { return {smem + tile::offset<&Shared::dout> + stage * Dout::bytes}; }
+  u32 ds_factors(u32 stage) const { return smem + tile::offset<&Shared::ds_factors> + stage * ds_factors_bytes; }
+  u32 lse(u32 stage) const { return smem + tile::offset<&Shared::lse> + stage * rows_bytes; }
+  u32 delta(u32 stage) const { return smem + tile::offset<&Shared::delta> + stage * rows_bytes; }
+  Ring queries() const { return {smem + tile::offset<&Shared::queries>}; }
+  Ring gradients() const { return {smem + tile::offset<&Shared::gradients>}; }
+  Ring exchange() const { return {smem + tile::offset<&Shared::exchange>}; }
+  KeyRing keys() const { return {smem + tile::offset<&Shared::keys>}; }
+  KeyRing values() const { return {smem + tile::offset<&Shared::values>}; }
 
   void init() const {
     constexpr int arrivals = 4 * tile::warp_arrivals;  // arrivals of a warpgroup

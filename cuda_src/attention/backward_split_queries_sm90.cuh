@@ -79,20 +79,27 @@ struct BackwardQueriesSm90 {
 
   using Keys = tile::Ring<2>;
   using Values = tile::Ring<1>;
-  static constexpr int q_offset = 0, dout_offset = q_offset + consumers * Q::bytes;
-  static constexpr int k_offset = dout_offset + consumers * Dout::bytes, v_offset = k_offset + Keys::stages * K::bytes;
-  static constexpr int barriers_offset = v_offset + Values::stages * V::bytes;
-  static constexpr int smem_bytes = barriers_offset + Keys::bytes + Values::bytes + sizeof(u64);
+
+  struct Shared {
+    typename Q::Storage q[consumers];
+    typename Dout::Storage dout[consumers];
+    typename K::Storage k[Keys::stages];
+    typename V::Storage v;
+    Keys::Storage keys;
+    Values::Storage values;
+    u64 queries_full;  // a barrier
+  };
+  static constexpr int smem_bytes = sizeof(Shared);
 
   u32 smem;
 
-  Q q(int warpgroup) const { return {smem + q_offset + warpgroup * Q::bytes}; }
-  Dout dout(int warpgroup) const { return {smem + dout_offset + warpgroup * Dout::bytes}; }
-  K k(u32 stage) const { return {smem + k_offset + stage * K::bytes}; }
-  V v() const { return {smem + v_offset}; }
-  Keys keys() const { return {smem + barriers_offset}; }
-  Values values() const { return {smem + barriers_offset + Keys::bytes}; }
-  u32 queries_full() const { return smem + barriers_offset + Keys::bytes + Values::bytes; }
+  Q q(int warpgroup) const { return {smem + tile::offset<&Shared::q> + warpgroup * Q::bytes}; }
+  Dout dout(int warpgroup) const { return {smem + tile::offset<&Shared::dout> + warpgroup * Dout::bytes}; }
+  K k(u32 stage) const { return {smem + tile::offset<&Shared::k> + stage * K::bytes}; }
+  V v() const { return {smem + tile::offset<&Shared::v>}; }
+  Keys keys() const { return {smem + tile::offset<&Shared::keys>}; }
+  Values values() const { return {smem + tile::offset<&Shared::values>}; }
+  u32 queries_full() const { return smem + tile::offset<&Shared::queries_full>; }
 
   void init() const {
     keys().init(4 * consumers * tile::warp_arrivals);

@@ -45,7 +45,12 @@ struct MainloopSm80 {
   using Statistics = Softmax<element, m_tiles>;
   static constexpr int chain_blocks = tile::chain_blocks(Config::block_n);
 
-  static constexpr int smem_bytes = Q::bytes + K::bytes + V::bytes;
+  struct Shared {
+    typename Q::Storage q;
+    typename K::Storage k;
+    typename V::Storage v;
+  };
+  static constexpr int smem_bytes = sizeof(Shared);
 
   static int warp_row() { return int(threadIdx.x / 32 % row_warps) * 16 * m_tiles; }
   static int warp_col() { return int(threadIdx.x / 32 / row_warps) * warp_cols; }
@@ -54,9 +59,9 @@ struct MainloopSm80 {
   // and V have one buffer each: a V arrives while Q·Kᵀ runs, or, with Config::early_v, the first V with the first K;
   // the next K arrives while the softmax and P·V run.
   static void run(Out& out, Statistics& statistics, const Params& params, const PointerWork<Config>& work, u32 smem) {
-    const Q q{smem};
-    const K k{smem + Q::bytes};
-    const V v{smem + Q::bytes + K::bytes};
+    const Q q{smem + tile::offset<&Shared::q>};
+    const K k{smem + tile::offset<&Shared::k>};
+    const V v{smem + tile::offset<&Shared::v>};
     const auto& blocks = work.blocks;
     const auto first_row = [&work] { return work.tile.m_block * Config::block_m; };
     const typename Config::variant variant(params, work.tile.batch, work.tile.head);

@@ -72,29 +72,32 @@ struct MainloopSm90 {
     void take_chain(int index) { ends = attention::take_chain(work.blocks, index, chain_blocks); }
   };
 
-  static constexpr int tiles_bytes = consumers * Q::bytes + Config::stages * (K::bytes + V::bytes);
-  static constexpr int barriers_bytes = 2 * Keys::bytes + Tiles::bytes + consumers * Queries::bytes;
-  static constexpr int entries_bytes = Tiles::stages * sizeof(Entry);
-  static constexpr int smem_bytes = tiles_bytes + barriers_bytes + entries_bytes + sizeof(i32);
+  struct Shared {
+    typename Q::Storage q[consumers];
+    typename K::Storage k[Config::stages];
+    typename V::Storage v[Config::stages];
+    typename Keys::Storage keys, values;
+    typename Tiles::Storage tiles;
+    typename Queries::Storage queries[consumers];
+    Entry entries[Tiles::stages];
+    u32 to_repair;  // whether some output is to be repaired
+  };
+  static constexpr int smem_bytes = sizeof(Shared);
 
   u32 smem;
   Entry* entries;
 
   explicit MainloopSm90(char* dynamic_smem)
-      : smem(ptx::shared_address(dynamic_smem)),
-        entries(reinterpret_cast<Entry*>(dynamic_smem + tiles_bytes + barriers_bytes)) {}
+      : smem(ptx::shared_address(dynamic_smem)), entries(reinterpret_cast<Shared*>(dynamic_smem)->entries) {}
 
-  Q q(int warpgroup) const { return {smem + warpgroup * Q::bytes}; }
-  K k(u32 stage) const { return {smem + consumers * Q::bytes + stage * K::bytes}; }
-  V v(u32 stage) const { return {smem + consumers * Q::bytes + Config::stages * K::bytes + stage * V::bytes}; }
-  Keys keys() const { return {smem + tiles_bytes}; }
-  Keys values() const { return {smem + tiles_bytes + Keys::bytes}; }
-  Tiles tiles() const { return {smem + tiles_bytes + 2 * Keys::bytes}; }
-  // The address of a flag that says whether some output is to be repaired.
-  u32 to_repair() const { return smem + tiles_bytes + barriers_bytes + entries_bytes; }
-  Queries queries(int warpgroup) const {
-    return {smem + tiles_bytes + 2 * Keys::bytes + Tiles::bytes + warpgroup * Queries::bytes};
-  }
+  Q q(int warpgroup) const { return {smem + tile::offset<&Shared::q> + warpgroup * Q::bytes}; }
+  K k(u32 stage) const { return {smem + tile::offset<&Shared::k> + stage * K::bytes}; }
+  V v(u32 stage) const { return {smem + tile::offset<&Shared::v> + stage * V::bytes}; }
+  Keys keys() const { return {smem + tile::offset<&Shared::keys>}; }
+  Keys values() const { return {smem + tile::offset<&Shared::values>}; }
+  Tiles tiles() const { return {smem + tile::offset<&Shared::tiles>}; }
+  Queries queries(int warpgroup) const { return {smem + tile::offset<&Shared::queries> + warpgroup * Queries::bytes}; }
+  u32 to_repair() const { return smem + tile::offset<&Shared::to_repair>; }
 
   void init() const {
     keys().init(consumers);
@@ -352,7 +355,8 @@ struct MainloopSm90 {
       PackedScan scan;
     };
     static_assert(sizeof(Place) <= 16 * Q::panel_bytes, "a warp has 16 rows");
-    char* const queries = reinterpret_cast<char*>(entries) - barriers_bytes - tiles_bytes + warpgroup * Q::bytes;
+    constexpr int distance = tile::offset<&Shared::entries> - tile::offset<&Shared::q>;
+    char* const queries = reinterpret_cast<char*>(entries) - distance + warpgroup * Q::bytes;
     Place& place = *reinterpret_cast<Place*>(queries + threadIdx.x / 32 % 4 * (16 * Q::panel_bytes));
     place.scan.init();
 #pragma unroll 1
