@@ -51,8 +51,8 @@ inline BlockRange query_range(const Params& params, const Seqlen& seqlen, int n_
 // Returns the tiles of queries that a block of keys of key head `head` of sequence `batch` needs; see `key_blocks` in
 // attention/block_range.cuh.
 template <class Config>
-inline typename Config::mask::Blocks query_tiles(const Params& params, const Seqlen& seqlen, int batch, int head,
-                                                 int n_block) {
+constexpr typename Config::mask::Blocks query_tiles(const Params& params, const Seqlen& seqlen, int batch, int head,
+                                                    int n_block) {
   using Mask = typename Config::mask;
   if constexpr (is_same<typename Mask::Blocks, BlockRange>) {
     return query_range<Config>(params, seqlen, n_block);

@@ -37,8 +37,8 @@ inline BlockRange block_range(const Params& params, const Seqlen& seqlen, int m_
 // mask of ranges says row by row what is seen. Any other mask knows the blocks that whole sequences would need, and
 // here those that are not live are left out.
 template <class Config>
-inline typename Config::mask::Blocks key_blocks(const Params& params, const Seqlen& seqlen, int batch, int head,
-                                                int m_block) {
+constexpr typename Config::mask::Blocks key_blocks(const Params& params, const Seqlen& seqlen, int batch, int head,
+                                                   int m_block) {
   using Mask = typename Config::mask;
   if constexpr (is_same<typename Mask::Blocks, BlockRange>) {
     return block_range<Config>(params, seqlen, m_block);

@@ -41,9 +41,40 @@ struct Config {
   static constexpr bool varlen = false;
 };
 
-// A mask whose blocks are listed; which they are is told where they are used.
+// Every third block is hidden from a tile, and of those that it sees every second is not seen whole.
+struct Lists {
+  static constexpr int most = 8;
+  i32 keys[most][most] = {}, queries[most][most] = {};
+  int keys_count[most] = {}, queries_count[most] = {};
+
+  static constexpr bool has(int m_block, int n_block) { return (m_block + n_block) % 3 != 0; }
+  static constexpr bool all(int m_block, int n_block) { return (m_block + n_block) % 2 == 0; }
+
+  constexpr Lists() {
+    for (int m_block = 0; m_block < most; ++m_block) {
+      for (int n_block = 0; n_block < most; ++n_block) {
+        if (!has(m_block, n_block)) continue;
+        keys[m_block][keys_count[m_block]++] = 2 * n_block + all(m_block, n_block);
+        queries[n_block][queries_count[n_block]++] = 2 * m_block + all(m_block, n_block);
+      }
+    }
+  }
+};
+
+constexpr Lists lists;
+
 struct ListMask : FullMask {
   using Blocks = BlockList;
+
+  template <class Config>
+  static constexpr Blocks key_blocks(const Params&, int, int, int m_block) {
+    return {lists.keys[m_block], 0, lists.keys_count[m_block], 0};
+  }
+
+  template <class Config>
+  static constexpr Blocks query_tiles(const Params&, int, int, int n_block) {
+    return {lists.queries[n_block], 0, lists.queries_count[n_block], 0};
+  }
 };
 
 template <class Base>
@@ -80,6 +111,23 @@ constexpr BlockRange query_range_of(const Params& params, const Seqlen& seqlen, 
   BlockRange range{};
   find_query_range<Config>(params, seqlen, n_block, range);
   return range;
+}
+
+// key_blocks and query_tiles.
+template <class Config>
+constexpr auto key_blocks_of(const Params& params, const Seqlen& seqlen, int m_block) {
+  if constexpr (Config::mask::Blocks::contiguous)
+    return block_range_of<Config>(params, seqlen, m_block);
+  else
+    return key_blocks<Config>(params, seqlen, 0, 0, m_block);
+}
+
+template <class Config>
+constexpr auto query_tiles_of(const Params& params, const Seqlen& seqlen, int n_block) {
+  if constexpr (Config::mask::Blocks::contiguous)
+    return query_range_of<Config>(params, seqlen, n_block);
+  else
+    return query_tiles<Config>(params, seqlen, 0, 0, n_block);
 }
 """
 
@@ -589,6 +637,25 @@ constexpr bool turns(const Blocks& blocks, bool reversed) {
   return true;
 }
 
+// What a mask lists, but for what is not live. Keys past the end make a boundary of a block, in either direction.
+template <class Config>
+constexpr bool live_lists(const Params& params) {
+  const Seqlen seqlen = dense_seqlen(params);
+  const int tiles = ceil_div(seqlen.q, Config::block_m), blocks = ceil_div(seqlen.k, Config::block_n);
+  for (int m = 0; m < Lists::most; ++m) {
+    for (int n = 0; n < Lists::most; ++n) {
+      const bool boundary = !Lists::all(m, n) || (n + 1) * Config::block_n > seqlen.k;
+      const auto keys = key_blocks<Config>(params, seqlen, 0, 0, m);
+      if (keys.contains(n) != (n < blocks && Lists::has(m, n))) return false;
+      if (keys.contains(n) && keys.is_boundary(keys.position_of(n)) != boundary) return false;
+      const auto queries = query_tiles<Config>(params, seqlen, 0, 0, n);
+      if (queries.contains(m) != (n < blocks && m < tiles && Lists::has(m, n))) return false;
+      if (queries.contains(m) && queries.is_boundary(queries.position_of(m)) != boundary) return false;
+    }
+  }
+  return true;
+}
+
 constexpr BlockList clipped(BlockList blocks, int count, int full_end) {
   blocks.clip(count, full_end);
   return blocks;
@@ -612,6 +679,13 @@ def test_a_kind_of_blocks_says_which_block_a_position_is() -> None:
     )
 
 
+def test_of_a_list_the_live_blocks_are_taken() -> None:
+    run(
+        *(f"live_lists<Config<4, 3, ListMask>>({record('Params', seqlen_q=q, seqlen_k=k)})" for q, k in SHAPES),
+        prelude=BLOCKS,
+    )
+
+
 # --- the gradients' work ------------------------------------------------------------------------------
 
 WORK = """
@@ -631,9 +705,10 @@ constexpr bool key_blocks(const BackwardParams& backward) {
     if (found.head < 0 || found.head >= heads || found.batch >= params.batch) return false;
     if (found.n_block != (backward.reversed ? backward.n_blocks - 1 - index : index)) return false;
     if (!met.add(head * backward.n_blocks + found.n_block, all)) return false;
-    const BlockRange range = query_range_of<Config>(params, seqlen, found.n_block);
-    for (int m_block = range.begin; m_block < range.end; ++m_block) {
-      const int turn = turn_in(backward, block_range_of<Config>(params, seqlen, m_block), found.n_block);
+    const auto queries = query_tiles_of<Config>(params, seqlen, found.n_block);
+    for (int position = queries.begin; position < queries.end; ++position) {
+      const int m_block = queries.block(position);
+      const int turn = turn_in(backward, key_blocks_of<Config>(params, seqlen, m_block), found.n_block);
       if (turn != added[head * tiles + m_block]++) return false;
     }
   }
@@ -767,7 +842,7 @@ def test_blocks_of_keys_are_visited_once_and_in_turn() -> None:
     claims = []
     for (seqlen_q, seqlen_k), (heads, ratio), section in itertools.product(SHAPES, [(1, 1), (6, 2)], (1, 4, 5)):
         for (mask, left, right), last_first in itertools.product(
-            [("FullMask", 0, 0), ("CausalMask", 0, 0), ("WindowMask", 3, 2)], (False, True)
+            [("FullMask", 0, 0), ("CausalMask", 0, 0), ("WindowMask", 3, 2), ("ListMask", 0, 0)], (False, True)
         ):
             fields = {"batch": 2, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "num_heads_q": heads * ratio}
             fields |= {"qheads_per_khead": ratio, "heads_per_section": section}
@@ -775,7 +850,7 @@ def test_blocks_of_keys_are_visited_once_and_in_turn() -> None:
             given_forward = {f"forward__{name}": value for name, value in fields.items()}
             backward = record("BackwardParams", **given_forward, n_blocks=-(-seqlen_k // 3), reversed=last_first)
             claims.append(f"key_blocks<Config<4, 3, {mask}>>({backward})")
-    run(*claims[::5], prelude=WORK)
+    run(*claims[::5], *(claim for claim in claims if "ListMask" in claim), prelude=WORK)
 
 
 KERNELS = [("sm80", 64), ("sm90", 64), ("sm90", 128), ("split_sm90", 256), ("short", 64)]
