@@ -143,18 +143,55 @@ def test_it_compiles_into_every_kernel(
         assert not sass.wgmma_hazards(instructions)
 
 
+def sees(queries: int, keys: int) -> Any:
+    """Which query sees which key."""
+    query, key = np.arange(queries)[:, None], np.arange(keys)
+    return (key <= query) & ((query // STRIPE - key // STRIPE) % 2 == 0) & (query // STRIPE != BLIND_STRIPE)
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(64, 64), (64, 128), (128, 64), (128, 128)])
+def test_its_lists_say_what_queries_see(block_m: int, block_n: int) -> None:
+    longest = 1024
+    tiles, blocks = longest // block_m, longest // block_n
+    seen = sees(longest, longest).reshape(tiles, block_m, blocks, block_n)
+    kinds = seen.any((1, 3)) + seen.all((1, 3)).astype(int)
+    check = """
+    template <int block_m, int block_n, int tiles, int blocks>
+    constexpr bool right(const int (&kinds)[tiles][blocks]) {
+      const attention::StripedBlocks<block_m, block_n> all;
+      int queries_count[blocks] = {};
+      for (int m = 0; m < tiles; ++m) {
+        int keys_count = 0;
+        for (int n = 0; n < blocks; ++n) {
+          if (kinds[m][n] == 0) continue;
+          if (all.keys[m][keys_count++] != 2 * n + kinds[m][n] - 1) return false;
+          if (all.queries[n][queries_count[n]++] != 2 * m + kinds[m][n] - 1) return false;
+        }
+        if (all.keys_count[m] != keys_count) return false;
+      }
+      for (int n = 0; n < blocks; ++n) {
+        if (all.queries_count[n] != queries_count[n]) return false;
+      }
+      return true;
+    }
+    """
+    rows = ", ".join(f"{{{', '.join(map(str, row))}}}" for row in kinds.tolist())
+    claim = f"right<{block_m}, {block_n}, {tiles}, {blocks}>({{{rows}}})"
+    source = f'{HEADER.replace("#pragma once", "")}\n{check}\nstatic_assert({claim}, "");\n'
+    _jit.compile_source(source, _jit.options_of(80), "stripes")
+
+
 def expected(q: Any, k: Any, v: Any, dout: Any) -> dict[str, Any]:
     """Attention and its gradients in float64."""
     q, k, v, dout = (x.astype(np.float64) for x in (q, k, v, dout))
     shared = q.shape[2] // k.shape[2]
     k, v = (x.repeat(shared, axis=2) for x in (k, v))
-    query, key = np.arange(q.shape[1])[:, None], np.arange(k.shape[1])
-    sees = (key <= query) & ((query // STRIPE - key // STRIPE) % 2 == 0) & (query // STRIPE != BLIND_STRIPE)
+    seen = sees(q.shape[1], k.shape[1])
     scale = q.shape[-1] ** -0.5
-    scores = np.where(sees, scale * np.einsum("bqhd,bkhd->bhqk", q, k), -np.inf)
+    scores = np.where(seen, scale * np.einsum("bqhd,bkhd->bhqk", q, k), -np.inf)
     with np.errstate(divide="ignore"):
         lse = np.log(np.exp(scores).sum(-1))
-    p = np.where(sees, np.exp(scores - np.where(sees.any(-1), lse, 0.0)[..., None]), 0.0)
+    p = np.where(seen, np.exp(scores - np.where(seen.any(-1), lse, 0.0)[..., None]), 0.0)
     dp = np.einsum("bqhd,bkhd->bhqk", dout, v)
     ds = p * (dp - (p * dp).sum(-1, keepdims=True))
 
