@@ -194,8 +194,9 @@ inline void finish(const BackwardParams& backward) {
   const int m_block = tile[0].m_block;
   if (m_block * Config::block_m >= tile[0].seqlen.q) return;  // no row of the tile is live
   if (!writes_dq<Config>(tile[0].seqlen)) return finish_tiles<Config, Main>(backward, tile, Threads::thread());
-  const BlockRange written = query_range<Config>(backward.forward, tile[0].seqlen, 0);
-  if (m_block >= written.begin && m_block < written.end) return;
+  const int head = tile[0].head / backward.forward.qheads_per_khead;
+  const auto written = query_tiles<Config>(backward.forward, tile[0].seqlen, tile[0].batch, head, 0);
+  if (written.contains(m_block)) return;
   clear_rows<Config>(backward, tile[0], Threads::thread(), Threads::threads);
 }
 

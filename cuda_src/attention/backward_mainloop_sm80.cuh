@@ -13,6 +13,7 @@
 #include "attention/backward_work.cuh"
 #include "attention/epilogue.cuh"
 #include "attention/params.cuh"
+#include "attention/row_source.cuh"
 #include "attention/scoring.cuh"
 #include "core/math.cuh"
 #include "ptx/cp_async.cuh"
@@ -31,6 +32,7 @@ namespace attention {
 template <class Config>
 struct BackwardMainloopSm80 {
   using element = typename Config::element;
+  using Blocks = typename Config::mask::Blocks;
   static constexpr int block_m = Config::block_m, block_n = Config::block_n, warps = Config::num_threads / 32;
   static_assert((block_m & (block_m - 1)) == 0, "P's rows are swizzled by powers of two");
   using K = tile::SharedTile<element, block_n, Config::tile_head_dim>;
@@ -63,53 +65,62 @@ struct BackwardMainloopSm80 {
   // Tiles of queries in shared memory: with two, one arrives while the other is worked on.
   static constexpr int stages = Config::stages;
   static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
-  static constexpr int stage_bytes = Q::bytes + Dout::bytes + 2 * rows_bytes;
-  static constexpr int p_offset = K::bytes + V::bytes, ds_offset = p_offset + P::bytes;
-  static constexpr int stages_offset = ds_offset + P::bytes;
-  static constexpr int smem_bytes = stages_offset + stages * stage_bytes;
+
+  struct Stage {
+    typename Q::Storage q;
+    typename Dout::Storage dout;
+    float lse[block_m], delta[block_m];
+  };
+
+  struct Shared {
+    typename K::Storage k;
+    typename V::Storage v;
+    typename P::Storage p, ds;
+    Stage stages[BackwardMainloopSm80::stages];
+  };
+  static constexpr int smem_bytes = sizeof(Shared);
 
   // A tile of queries, of one of the heads that share the keys.
   struct Tile {
-    int head, m_block;
+    int head, position;  // the latter among the work's tiles
 
-    Tile next(const BlockRange& range) const {
-      return m_block + 1 < range.end ? Tile{head, m_block + 1} : Tile{head + 1, range.begin};
+    Tile next(const Blocks& tiles) const {
+      return position + 1 < tiles.end ? Tile{head, position + 1} : Tile{head + 1, tiles.begin};
     }
   };
 
   // The state lies in shared memory and is read where it is needed: the accumulators leave no registers to carry it in.
   struct State {
-    BackwardWork work;
+    BackwardWork<Config> work;
     Tile tiles[2];  // the present tile and the next, by turns
   };
 
   const BackwardParams& backward;
   State& state;
-  const BackwardWork& work;
+  const BackwardWork<Config>& work;
   u32 smem;
 
-  K k() const { return {smem}; }
-  V v() const { return {smem + K::bytes}; }
-  P p() const { return {smem + p_offset}; }
-  P ds() const { return {smem + ds_offset}; }
-  u32 buffer(int index) const { return smem + stages_offset + (stages == 1 ? 0 : index * stage_bytes); }
-  static Q q(u32 stage) { return {stage}; }
-  static Dout dout(u32 stage) { return {stage + Q::bytes}; }
-  static u32 lse(u32 stage) { return stage + Q::bytes + Dout::bytes; }
-  static u32 delta(u32 stage) { return lse(stage) + rows_bytes; }
+  K k() const { return {smem + tile::offset<&Shared::k>}; }
+  V v() const { return {smem + tile::offset<&Shared::v>}; }
+  P p() const { return {smem + tile::offset<&Shared::p>}; }
+  P ds() const { return {smem + tile::offset<&Shared::ds>}; }
 
-  // Sets dk and dv, but for the scale of dk, to the sums over the tiles of the range, which is not empty, and adds to
-  // dq_sum. There are two barriers per tile, before P and behind dS, and with a single stage a third, behind which the
-  // next tile may arrive.
+  u32 buffer(int index) const {
+    return smem + tile::offset<&Shared::stages> + (stages == 1 ? 0 : index) * int(sizeof(Stage));
+  }
+  static Q q(u32 stage) { return {stage + tile::offset<&Stage::q>}; }
+  static Dout dout(u32 stage) { return {stage + tile::offset<&Stage::dout>}; }
+  static u32 lse(u32 stage) { return stage + tile::offset<&Stage::lse>; }
+  static u32 delta(u32 stage) { return stage + tile::offset<&Stage::delta>; }
+
+  // Sets dk and dv, but for the scale of dk, to the sums over the work's tiles, of which there is one at least, and
+  // adds to dq_sum. There are two barriers per tile, before P and behind dS, and with a single stage a third, behind
+  // which the next tile may arrive.
   void run(Dk& dk, Dv& dv) const {
     const int first_key = work.n_block * block_n;
-    load<Config::head_dim>(k(),
-                           origin(backward.forward.k, backward.forward.k_strides, work.head, work.seqlen.k_first_row),
-                           backward.forward.k_strides, first_key, work.seqlen.k);
-    load<Config::head_dim_v>(v(),
-                             origin(backward.forward.v, backward.forward.v_strides, work.head, work.seqlen.k_first_row),
-                             backward.forward.v_strides, first_key, work.seqlen.k);
-    load_queries({work.head * backward.forward.qheads_per_khead, work.range.begin}, buffer(0));
+    load<Config::head_dim>(k(), first_key, keys(backward.forward.k, backward.forward.k_strides));
+    load<Config::head_dim_v>(v(), first_key, keys(backward.forward.v, backward.forward.v_strides));
+    load_queries({work.head * backward.forward.qheads_per_khead, work.tiles.begin}, buffer(0));
     tile::LocalSums<Dk::m_tiles, Dk::cols> local_dk;
     tile::LocalSums<Dv::m_tiles, Dv::cols> local_dv;
     dk.zero();
@@ -121,15 +132,15 @@ struct BackwardMainloopSm80 {
       index ^= 1;
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // the tile has arrived, and every warp is done with the one before
-      if (threadIdx.x == 0) state.tiles[index] = tile.next(work.range);
-      if (stages == 2) load_next(tile.next(work.range), buffer(index));
+      if (threadIdx.x == 0) state.tiles[index] = tile.next(work.tiles);
+      if (stages == 2) load_next(tile.next(work.tiles), buffer(index));
       if (ScoreDivision::warps == warps || threadIdx.x < 32 * ScoreDivision::warps) gradients_of_scores(tile, at);
       __syncthreads();  // P and dS are complete
       warp::gemm_ab(dv, p(), dout(at), DvDivision::row(), DvDivision::col());
       warp::gemm_ab(dk, ds(), q(at), DkDivision::row(), DkDivision::col());
       if constexpr (stages == 1) {
         __syncthreads();  // every warp is done with q and dout
-        load_next(tile.next(work.range), at);
+        load_next(tile.next(work.tiles), at);
       }
       add_dq(tile);
       if (Config::chains && unlikely(++steps % chain_steps == 0)) {
@@ -154,9 +165,9 @@ struct BackwardMainloopSm80 {
                                      work.batch,
                                      tile.head,
                                      work.n_block * block_n + ScoreDivision::row(),
-                                     tile.m_block * block_m + ScoreDivision::col()};
+                                     m_block(tile) * block_m + ScoreDivision::col()};
     };
-    if (work.range.is_boundary(tile.m_block)) mask_before_terms<Config>(scores, place());
+    if (work.tiles.is_boundary(tile.position)) mask_before_terms<Config>(scores, place());
     ColumnNumbers<Scores::cols> row_lse;
     row_lse.load(lse(at) + ScoreDivision::col() * sizeof(float));
     // These products come before the probabilities, so that exponentials run beside them.
@@ -228,7 +239,7 @@ struct BackwardMainloopSm80 {
     const bool whole = writes_dq<Config>(work.seqlen);
     constexpr int most = Config::sums_by_rows && Dq::n_tiles % 4 == 0 ? 24 : 48;
     constexpr int passes = Dq::m_tiles * Dq::n_tiles * 4 > most ? 2 : 1, n_tiles = Dq::n_tiles / passes;
-    const int index = sum_tile<Config>(backward, work, tile.head, tile.m_block);
+    const int index = sum_tile<Config>(backward, work, tile.head, m_block(tile));
     float* const sums = backward.dq_sum + i64(index) * (block_m * Config::tile_head_dim) + ptx::tid_x();
 #pragma unroll
     for (int pass = 0; pass < passes; ++pass) {
@@ -241,7 +252,7 @@ struct BackwardMainloopSm80 {
       }
       if (Config::deterministic && pass == 0) wait_for_turn(tile, backward.turns + index);
       if constexpr (Config::sums_by_rows) {
-        add_rows<Config>(backward, work, tile.head, tile.m_block * block_m + DqDivision::row(),
+        add_rows<Config>(backward, work, tile.head, m_block(tile) * block_m + DqDivision::row(),
                          DqDivision::col() + 8 * n_tiles * pass, dq);
         continue;
       }
@@ -271,7 +282,7 @@ struct BackwardMainloopSm80 {
   void write_dq(const Part& dq, const Tile& tile, int first_col) const {
     const Strides& strides = backward.dq_strides;
     element* const rows = const_cast<element*>(origin(backward.dq, strides, tile.head, work.seqlen.q_first_row));
-    const int first_row = tile.m_block * block_m + DqDivision::row();
+    const int first_row = m_block(tile) * block_m + DqDivision::row();
     NotFinite<f32> not_finite;
 #pragma unroll
     for (int t = 0; t < Part::m_tiles; ++t) {
@@ -288,12 +299,14 @@ struct BackwardMainloopSm80 {
 
   void wait_for_turn(const Tile& tile, const i32* turn) const {
     if (threadIdx.x == 0) {
-      const int wanted = turn_of<Config>(backward, work.seqlen, tile.m_block, work.n_block);
+      const int wanted = turn_of(backward, work, m_block(tile));
       while (ptx::ld_acquire_gpu(turn) != wanted) {
       }
     }
     __syncthreads();
   }
+
+  int m_block(const Tile& tile) const { return work.tiles.block(tile.position); }
 
   bool is_live(const Tile& tile) const { return tile.head < (work.head + 1) * backward.forward.qheads_per_khead; }
 
@@ -304,11 +317,9 @@ struct BackwardMainloopSm80 {
   // Starts the copies of a tile's q, dout, row_lse and row_delta.
   void load_queries(const Tile& tile, u32 to) const {
     const Params& params = backward.forward;
-    const int first_row = tile.m_block * block_m;
-    load<Config::head_dim>(q(to), origin(params.q, params.q_strides, tile.head, work.seqlen.q_first_row),
-                           params.q_strides, first_row, work.seqlen.q);
-    load<Config::head_dim_v>(dout(to), origin(backward.dout, backward.dout_strides, tile.head, work.seqlen.q_first_row),
-                             backward.dout_strides, first_row, work.seqlen.q);
+    const int first_row = m_block(tile) * block_m;
+    load<Config::head_dim>(q(to), first_row, queries(params.q, params.q_strides, tile.head));
+    load<Config::head_dim_v>(dout(to), first_row, queries(backward.dout, backward.dout_strides, tile.head));
     constexpr int chunks = rows_bytes / 16;
     static_assert(2 * chunks <= Config::num_threads, "a thread copies at most one");
     if (threadIdx.x < 2 * chunks) {
@@ -326,11 +337,17 @@ struct BackwardMainloopSm80 {
            row * strides.seqlen;
   }
 
+  PointedRows<element> keys(const void* array, const Strides& strides) const {
+    return {origin(array, strides, work.head, work.seqlen.k_first_row), strides, work.seqlen.k};
+  }
+
+  PointedRows<element> queries(const void* array, const Strides& strides, int head) const {
+    return {origin(array, strides, head, work.seqlen.q_first_row), strides, work.seqlen.q};
+  }
+
   template <int valid_cols, class Tile>
-  static void load(const Tile& to, const element* pointer, const Strides& strides, int first_row, int row_limit) {
-    const tile::GlobalRows<const element> rows{pointer, strides.seqlen, strides.dim};
-    block::load<Config::copy_bytes, valid_cols>(
-        block::Chunks<Config::num_threads, Config::copy_unroll, Tile, const element>(to, rows, first_row, row_limit));
+  static void load(const Tile& to, int row, const PointedRows<element>& from) {
+    load_chunks<Config, valid_cols>(find_chunks<Config>(to, row, from));
   }
 
   // Writes the block's rows of dk and dv; the tiles of K and V are free when this is called.

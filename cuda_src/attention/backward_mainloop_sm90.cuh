@@ -66,6 +66,9 @@ struct BackwardMainloopSm90 {
   // Consumers take turns from S to the last exponential, so that exponentials of one run beside products of the other.
   using Turn = tile::Turn<consumers>;
 
+  // Named barriers, besides those of turns.
+  enum Barrier : u32 { consumers_barrier = Turn::next_barrier };
+
   static constexpr int stages = 2;
   static constexpr int sums_stages = by_rows ? 1 : 2;  // tiles of dq, as many as there is shared memory for
   using Ring = tile::Ring<stages>;
@@ -74,37 +77,43 @@ struct BackwardMainloopSm90 {
   static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
   static constexpr int sums_bytes = block_m * Config::tile_head_dim * sizeof(float);
 
-  static constexpr int k_offset = 0, v_offset = k_offset + K::bytes, q_offset = v_offset + V::bytes;
-  static constexpr int dout_offset = q_offset + stages * Q::bytes, ds_offset = dout_offset + stages * Dout::bytes;
-  static constexpr int sums_offset = ds_offset + stages * Ds::bytes;
-  static constexpr int lse_offset = sums_offset + sums_stages * sums_bytes;
-  static constexpr int delta_offset = lse_offset + stages * rows_bytes;
-  static constexpr int barriers_offset = delta_offset + stages * rows_bytes;
-  static constexpr int smem_bytes =
-      barriers_offset + 4 * Ring::bytes + 3 * KeyRing::bytes + consumers * SumsRing::bytes;
+  struct Shared {
+    typename K::Storage k;
+    typename V::Storage v;
+    typename Q::Storage q[stages];
+    typename Dout::Storage dout[stages];
+    typename Ds::Storage ds[stages];
+    float sums[sums_stages][consumers][block_m * Config::tile_head_dim / consumers];
+    float lse[stages][block_m], delta[stages][block_m];
+    typename Ring::Storage queries, gradients;
+    typename Ring::Storage exchange;  // hands dS over
+    typename Ring::Storage works;
+    typename KeyRing::Storage keys, values;
+    typename KeyRing::Storage claims;  // of work
+    typename SumsRing::Storage sums_rings[consumers];
+  };
+  static constexpr int smem_bytes = sizeof(Shared);
 
   u32 smem;
 
-  K k() const { return {smem + k_offset}; }
-  V v() const { return {smem + v_offset}; }
-  Q q(u32 stage) const { return {smem + q_offset + stage * Q::bytes}; }
-  Dout dout(u32 stage) const { return {smem + dout_offset + stage * Dout::bytes}; }
-  Ds ds(u32 stage) const { return {smem + ds_offset + stage * Ds::bytes}; }
+  K k() const { return {smem + tile::offset<&Shared::k>}; }
+  V v() const { return {smem + tile::offset<&Shared::v>}; }
+  Q q(u32 stage) const { return {smem + tile::offset<&Shared::q> + stage * Q::bytes}; }
+  Dout dout(u32 stage) const { return {smem + tile::offset<&Shared::dout> + stage * Dout::bytes}; }
+  Ds ds(u32 stage) const { return {smem + tile::offset<&Shared::ds> + stage * Ds::bytes}; }
   u32 sums(u32 stage, int part) const {
-    return smem + sums_offset + (stage * consumers + part) * (sums_bytes / consumers);
+    return smem + tile::offset<&Shared::sums> + (stage * consumers + part) * (sums_bytes / consumers);
   }
-  u32 lse(u32 stage) const { return smem + lse_offset + stage * rows_bytes; }
-  u32 delta(u32 stage) const { return smem + delta_offset + stage * rows_bytes; }
-  Ring queries() const { return {smem + barriers_offset}; }
-  Ring gradients() const { return {smem + barriers_offset + Ring::bytes}; }
-  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // hands dS over
-  Ring works() const { return {smem + barriers_offset + 3 * Ring::bytes}; }
-  KeyRing keys() const { return {smem + barriers_offset + 4 * Ring::bytes}; }
-  KeyRing values() const { return {smem + barriers_offset + 4 * Ring::bytes + KeyRing::bytes}; }
-  KeyRing claims() const { return {smem + barriers_offset + 4 * Ring::bytes + 2 * KeyRing::bytes}; }  // of work
-  SumsRing sums_ring(int part) const {
-    return {smem + barriers_offset + 4 * Ring::bytes + 3 * KeyRing::bytes + part * SumsRing::bytes};
-  }
+  u32 lse(u32 stage) const { return smem + tile::offset<&Shared::lse> + stage * rows_bytes; }
+  u32 delta(u32 stage) const { return smem + tile::offset<&Shared::delta> + stage * rows_bytes; }
+  Ring queries() const { return {smem + tile::offset<&Shared::queries>}; }
+  Ring gradients() const { return {smem + tile::offset<&Shared::gradients>}; }
+  Ring exchange() const { return {smem + tile::offset<&Shared::exchange>}; }
+  Ring works() const { return {smem + tile::offset<&Shared::works>}; }
+  KeyRing keys() const { return {smem + tile::offset<&Shared::keys>}; }
+  KeyRing values() const { return {smem + tile::offset<&Shared::values>}; }
+  KeyRing claims() const { return {smem + tile::offset<&Shared::claims>}; }
+  SumsRing sums_ring(int part) const { return {smem + tile::offset<&Shared::sums_rings> + part * SumsRing::bytes}; }
 
   void init() const {
     constexpr int arrivals = 4 * consumers * tile::warp_arrivals;
@@ -120,7 +129,7 @@ struct BackwardMainloopSm90 {
   }
 
   // The work of the thread block, two units at a time: on its way from the warp that finds it to those that do it.
-  using Works = BackwardWork[stages];
+  using Works = BackwardWork<Config>[stages];
 
   // Called by one thread. Units are taken in order, so that nobody waits for a unit that is not being worked on, and
   // not before the last loads of the unit before are on their way, since another block may come to a unit sooner.
@@ -131,19 +140,19 @@ struct BackwardMainloopSm90 {
     do {
       claims().wait_empty({at.count});
       this->works().wait_empty(at);
-      BackwardWork& work = works[at.stage()];
-      const BackwardWork& previous = works[at.previous().stage()];
+      BackwardWork<Config>& work = works[at.stage()];
+      const BackwardWork<Config>& previous = works[at.previous().stage()];
       const int chain = !Config::chains || previous.last_chain ? 0 : previous.chain + 1;
       const int unit = chain == 0 ? atomicAdd(backward.next_unit, 1) : previous.unit;
-      done = unit >= BackwardWork::units<Config>(backward);
+      done = unit >= BackwardWork<Config>::units(backward);
       if (!done) {
-        work = BackwardWork::find<Config>(backward, unit);
-        if (work.idle<Config>()) continue;
+        work = BackwardWork<Config>::find(backward, unit);
+        if (work.idle()) continue;
         if constexpr (Config::chains) {
           work.unit = unit;
           work.chain = chain;
           __threadfence_block();  // the compiler forgets what `work` holds: registers are few
-          work.take_chain<Config>();
+          work.take_chain();
         }
       } else {
         work.n_block = -1;
@@ -162,25 +171,25 @@ struct BackwardMainloopSm90 {
     do {
       claims().wait_empty({at.count});
       this->works().wait_empty(at);
-      BackwardWork& work = works[at.stage()];  // unit and chain are written early: registers are few
+      BackwardWork<Config>& work = works[at.stage()];  // unit and chain are written early: registers are few
       if (tile::lane() == 0) {
-        const BackwardWork& previous = works[at.previous().stage()];
+        const BackwardWork<Config>& previous = works[at.previous().stage()];
         work.chain = !Config::chains || previous.last_chain ? 0 : previous.chain + 1;
         work.unit = work.chain == 0 ? atomicAdd(backward.next_unit, 1) : previous.unit;
       }
       __syncwarp();
-      done = work.unit >= BackwardWork::units<Config>(backward);
+      done = work.unit >= BackwardWork<Config>::units(backward);
       if (!done) {
-        const PackedUnit found = BackwardWork::find_packed<Config>(backward, work.unit);
+        const PackedUnit found = BackwardWork<Config>::find_packed(backward, work.unit);
         if (found.units == 0) continue;
         const PackedOffset* const keys = backward.offsets_k + found.batch;
         if (found.place * block_n >= keys[1].row - keys[0].row) continue;
-        if (tile::lane() == 0) work.take_packed<Config>(backward, found);
+        if (tile::lane() == 0) work.take_packed(backward, found);
         __syncwarp();
       }
       if (tile::lane() == 0) {
         if (done) work.n_block = -1;
-        if (Config::chains && !done) work.take_chain<Config>();
+        if (Config::chains && !done) work.take_chain();
         this->works().fill(at);
       }
       __syncwarp();
@@ -194,7 +203,7 @@ struct BackwardMainloopSm90 {
 #pragma unroll 1
     for (typename Ring::Cursor at;; at.advance()) {
       this->works().wait_full(at);
-      const BackwardWork& work = works[at.stage()];
+      const BackwardWork<Config>& work = works[at.stage()];
       if (work.n_block < 0) break;
       step(work);
       ptx::hold(at.count);  // what follows from the count is computed anew, not held
@@ -206,7 +215,7 @@ struct BackwardMainloopSm90 {
   template <Side side>
   void load(const BackwardArgument& argument, const Works& works) const {
     TileLoader<Config, BackwardMainloopSm90, side> loader{*this, argument};
-    for_each_work(works, [&](const BackwardWork& work) {
+    for_each_work(works, [&](const BackwardWork<Config>& work) {
       if (tile::lane() != 0) return;
       loader.load(work);
       if (side == Side::scores) claims().release({});
@@ -216,11 +225,11 @@ struct BackwardMainloopSm90 {
   // Called by one warp, one thread of which adds the tiles of dq, as the consumers lay them down, to those in memory.
   void add_dq(const BackwardParams& backward, const Works& works) const {
     typename SumsRing::Cursor at;
-    for_each_work(works, [&](const BackwardWork& work) {
+    for_each_work(works, [&](const BackwardWork<Config>& work) {
       if (tile::lane() != 0) return;
       DqSum<Config, consumers> sum{backward};
-      for_each_query_tile<Config::chains>(backward.forward, work, [&](int head, int m_block) {
-        sum.begin(work, head, m_block);
+      for_each_query_tile<Config::chains>(backward.forward, work, [&](int head, int position) {
+        sum.begin(work, head, work.tiles.block(position));
         if (sums_stages > 1) give_back_sums(at);  // those of the tile before, while the answer is on its way
 #pragma unroll
         for (int part = 0; part < consumers; ++part) {
@@ -255,12 +264,13 @@ struct BackwardMainloopSm90 {
   void consume(const BackwardParams& backward, const Works& works, int consumer) const {
     const Turn turn(consumer);
     Progress progress;
-    for_each_work(works, [&](const BackwardWork& work) { consume_work(backward, work, consumer, turn, progress); });
+    for_each_work(works,
+                  [&](const BackwardWork<Config>& work) { consume_work(backward, work, consumer, turn, progress); });
   }
 
   using Progress = tile::CursorPair<stages>;  // the step that a consumer is at, and the block of keys
 
-  void consume_work(const BackwardParams& backward, const BackwardWork& work, int consumer, const Turn& turn,
+  void consume_work(const BackwardParams& backward, const BackwardWork<Config>& work, int consumer, const Turn& turn,
                     Progress& progress) const {
     typename Ring::Cursor& at = progress.first;
     const Params& params = backward.forward;
@@ -271,17 +281,18 @@ struct BackwardMainloopSm90 {
     HeldK held_k;
     dk.zero();
     dv.zero();
-    if (!work.range.empty()) {  // else nothing is loaded
+    if (!work.tiles.empty()) {  // else nothing is loaded
       keys().wait_full(progress.second());
       values().wait_full(progress.second());
     }
     warpgroup::load_operand(held_k, k(), 64 * consumer);  // even if nothing is loaded: no branch around products
     const u32 first = at.count;                           // the first step, at which no dq of a step before is due
-    for_each_query_tile<Config::chains>(params, work, [&](int head, int m_block) {
+    for_each_query_tile<Config::chains>(params, work, [&](int head, int position) {
+      const int m_block = work.tiles.block(position);
       const u32 stage = at.stage();
       Scores s, dp;
       queries().wait_full(at);
-      const bool boundary = work.range.is_boundary(m_block);
+      const bool boundary = work.tiles.is_boundary(position);
       ColumnNumbers<block_m> numbers;
       numbers.load(lse(stage), 0, lse_ahead);
       turn.take();
@@ -361,7 +372,7 @@ struct BackwardMainloopSm90 {
           }
         }
       }
-      ptx::bar_sync(Turn::next_barrier, 128 * consumers);
+      ptx::bar_sync(consumers_barrier, 128 * consumers);
       finish_tiles<Config, BackwardMainloopSm90>(backward, each, thread);
     }
   }

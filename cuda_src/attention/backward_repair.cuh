@@ -67,7 +67,7 @@ inline bool is_without_keys(float row_lse, float row_delta) { return row_lse == 
 // Called by one warp: repairs rows of dk, or of dv, of keys [first_key, first_key + keys) of the work's sequence, as
 // far as they are live.
 template <class Config, bool of_values>
-inline void repair_keys(const BackwardParams& backward, const BackwardWork& work, int first_key, int keys) {
+inline void repair_keys(const BackwardParams& backward, const BackwardWork<Config>& work, int first_key, int keys) {
   using element = typename Config::element;
   using Qk = LaneColumns<element, Config::head_dim>;
   using V = LaneColumns<element, Config::head_dim_v>;
@@ -104,6 +104,10 @@ inline void repair_keys(const BackwardParams& backward, const BackwardWork& work
       const i64 rows = workspace_row<Config>(backward, work, head);
 #pragma unroll 1
       for (int row = max_of(0, first_row); row <= min_of(last_row, seqlen.q - 1) && !settled; ++row) {
+        if constexpr (!Mask::Blocks::contiguous) {
+          const int m_block = row / Config::block_m;
+          if (!needs_block_of<Config>(params, seqlen, work.batch, work.head, m_block, key)) continue;
+        }
         const float row_lse = backward.row_lse[rows + row], row_delta = backward.row_delta[rows + row];
         Qk q;
         V dout;
@@ -159,6 +163,9 @@ inline void repair_queries(const BackwardParams& backward, const Seqlen& seqlen,
     const int last = Mask::last_key(params, seqlen, row);
 #pragma unroll 1
     for (int key = Mask::first_key(params, seqlen, row); key <= last && !settled; ++key) {
+      if constexpr (!Mask::Blocks::contiguous) {
+        if (!needs_block_of<Config>(params, seqlen, batch, head_k, row / Config::block_m, key)) continue;
+      }
       Qk k;
       V v;
       k.load(sequence.row(static_cast<const element*>(params.k), params.k_strides, head_k, seqlen.k_first_row + key),
@@ -180,11 +187,11 @@ inline void backward_repair(const BackwardArgument& argument) {
   const Params& forward = backward.forward;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
   const int keys = ceil_div(Config::block_n, warps), queries = ceil_div(Config::block_m, warps);
-  const int units = BackwardWork::units<Config>(backward);
+  const int units = BackwardWork<Config>::units(backward);
 #pragma unroll 1
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
-    const BackwardWork work = BackwardWork::find<Config>(backward, unit);
-    if (work.idle<Config>()) continue;
+    const BackwardWork<Config> work = BackwardWork<Config>::find(backward, unit);
+    if (work.idle()) continue;
     const int first_key = work.n_block * Config::block_n + warp * keys;
     const int count = min_of(keys, Config::block_n - warp * keys);
     repair_keys<Config, false>(backward, work, first_key, count);

@@ -30,22 +30,22 @@ inline void backward_sm80(const BackwardArgument& argument) {
   extern __shared__ __align__(1024) char dynamic_smem[];
   __shared__ typename Main::State state;
   const BackwardParams& backward = argument.params;
-  const BackwardWork& work = state.work;
+  const BackwardWork<Config>& work = state.work;
 
   if (threadIdx.x < (Config::varlen ? 32 : 1)) {
-    const BackwardWork found = BackwardWork::find<Config>(backward, blockIdx.x);
+    const BackwardWork<Config> found = BackwardWork<Config>::find(backward, blockIdx.x);
     if (threadIdx.x == 0) {
       state.work = found;
-      state.tiles[0] = {found.head * backward.forward.qheads_per_khead, found.range.begin};
+      state.tiles[0] = {found.head * backward.forward.qheads_per_khead, found.tiles.begin};
     }
   }
   __syncthreads();
-  if (work.template idle<Config>()) return;
+  if (work.idle()) return;
 
   const Main main{backward, state, work, ptx::shared_address(dynamic_smem)};
   typename Main::Dk dk;
   typename Main::Dv dv;
-  if (work.range.empty()) {
+  if (work.tiles.empty()) {
     dk.zero();
     dv.zero();
   } else {

@@ -42,30 +42,39 @@ struct BackwardKeysSm90 {
   using Ring = tile::Ring<stages>;
   using KeyRing = tile::Ring<1>;
   static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
-  static constexpr int ds_factors_bytes = 128 * sizeof(Operand) * (Variant::keeps ? 2 : 1);  // and of `rests`
+  static constexpr int exchanged = Variant::keeps ? 2 : 1;    // operands that go from one warpgroup to the other
+  static constexpr int operand_bytes = 128 * sizeof(Operand);
 
-  static constexpr int k_offset = 0, v_offset = k_offset + K::bytes, q_offset = v_offset + V::bytes;
-  static constexpr int dout_offset = q_offset + stages * Q::bytes;
-  static constexpr int ds_factors_offset = dout_offset + stages * Dout::bytes;
-  static constexpr int lse_offset = ds_factors_offset + stages * ds_factors_bytes;
-  static constexpr int delta_offset = lse_offset + stages * rows_bytes;
-  static constexpr int barriers_offset = delta_offset + stages * rows_bytes;
-  static constexpr int smem_bytes = barriers_offset + 3 * Ring::bytes + 2 * KeyRing::bytes;
+  struct Shared {
+    typename K::Storage k;
+    typename V::Storage v;
+    typename Q::Storage q[stages];
+    typename Dout::Storage dout[stages];
+    Operand ds_factors[stages][exchanged][128];  // one for each thread of a warpgroup
+    float lse[stages][block_m], delta[stages][block_m];
+    typename Ring::Storage queries, gradients;
+    typename Ring::Storage exchange;  // of ds_factors
+    typename KeyRing::Storage keys, values;
+  };
+  static constexpr int smem_bytes = sizeof(Shared);
 
   u32 smem;
 
-  K k() const { return {smem + k_offset}; }
-  V v() const { return {smem + v_offset}; }
-  Q q(u32 stage) const { return {smem + q_offset + stage * Q::bytes}; }
-  Dout dout(u32 stage) const { return {smem + dout_offset + stage * Dout::bytes}; }
-  u32 ds_factors(u32 stage) const { return smem + ds_factors_offset + stage * ds_factors_bytes; }
-  u32 lse(u32 stage) const { return smem + lse_offset + stage * rows_bytes; }
-  u32 delta(u32 stage) const { return smem + delta_offset + stage * rows_bytes; }
-  Ring queries() const { return {smem + barriers_offset}; }
-  Ring gradients() const { return {smem + barriers_offset + Ring::bytes}; }
-  Ring exchange() const { return {smem + barriers_offset + 2 * Ring::bytes}; }  // of ds_factors
-  KeyRing keys() const { return {smem + barriers_offset + 3 * Ring::bytes}; }
-  KeyRing values() const { return {smem + barriers_offset + 3 * Ring::bytes + KeyRing::bytes}; }
+  K k() const { return {smem + tile::offset<&Shared::k>}; }
+  V v() const { return {smem + tile::offset<&Shared::v>}; }
+  Q q(u32 stage) const { return {smem + tile::offset<&Shared::q> + stage * Q::bytes}; }
+  Dout dout(u32 stage) const { return {smem + tile::offset<&Shared::dout> + stage * Dout::bytes}; }
+  u32 ds_factors(u32 stage) const {
+    return smem + tile::offset<&Shared::ds_factors> + stage * (exchanged * operand_bytes);
+  }
+  u32 rests(u32 stage) const { return ds_factors(stage) + operand_bytes; }
+  u32 lse(u32 stage) const { return smem + tile::offset<&Shared::lse> + stage * rows_bytes; }
+  u32 delta(u32 stage) const { return smem + tile::offset<&Shared::delta> + stage * rows_bytes; }
+  Ring queries() const { return {smem + tile::offset<&Shared::queries>}; }
+  Ring gradients() const { return {smem + tile::offset<&Shared::gradients>}; }
+  Ring exchange() const { return {smem + tile::offset<&Shared::exchange>}; }
+  KeyRing keys() const { return {smem + tile::offset<&Shared::keys>}; }
+  KeyRing values() const { return {smem + tile::offset<&Shared::values>}; }
 
   void init() const {
     constexpr int arrivals = 4 * tile::warp_arrivals;  // arrivals of a warpgroup
@@ -79,7 +88,7 @@ struct BackwardKeysSm90 {
 
   // Called by the first consumer, which computes S, P and dv. A step's last product runs on beside the next step's
   // first.
-  void consume_scores(const BackwardParams& backward, const BackwardWork& work) const {
+  void consume_scores(const BackwardParams& backward, const BackwardWork<Config>& work) const {
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + int(threadIdx.x / 32 % 4) * 16;
     typename Ring::Cursor at;
@@ -87,11 +96,12 @@ struct BackwardKeysSm90 {
     Operand p;
     tile::LocalSums<1, Dv::cols> local_dv;
     dv.zero();
-    if (!work.range.empty()) keys().wait_full({});
-    const auto step = [&](int head, int m_block) {
+    if (!work.tiles.empty()) keys().wait_full({});
+    const auto step = [&](int head, int position) {
+      const int m_block = work.tiles.block(position);
       Scores s;
       ColumnNumbers<block_m> numbers;
-      const bool boundary = work.range.is_boundary(m_block);
+      const bool boundary = work.tiles.is_boundary(position);
       queries().wait_full(at);
       numbers.load(lse(at.stage()));
       warpgroup::gemm_abt<Config::head_dim>(s, k(), q(at.stage()));
@@ -104,7 +114,7 @@ struct BackwardKeysSm90 {
       p = held.weights;
       exchange().wait_empty(at);
       give(held.factors(), ds_factors(at.stage()));
-      if constexpr (Variant::keeps) give(held.rests, ds_factors(at.stage()) + ds_factors_bytes / 2);
+      if constexpr (Variant::keeps) give(held.rests, rests(at.stage()));
       exchange().fill_warp(at);
       gradients().wait_full(at);
       warpgroup::gemm_ab(dv, p, dout(at.stage()), true);
@@ -119,7 +129,7 @@ struct BackwardKeysSm90 {
   }
 
   // Called by the second consumer, which computes dP, dS and dk.
-  void consume_gradients(const BackwardParams& backward, const BackwardWork& work) const {
+  void consume_gradients(const BackwardParams& backward, const BackwardWork<Config>& work) const {
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + int(threadIdx.x / 32 % 4) * 16;
     typename Ring::Cursor at;
@@ -127,8 +137,8 @@ struct BackwardKeysSm90 {
     Operand ds;
     tile::LocalSums<1, Dk::cols> local_dk;
     dk.zero();
-    if (!work.range.empty()) values().wait_full({});
-    const auto step = [&](int head, int m_block) {
+    if (!work.tiles.empty()) values().wait_full({});
+    const auto step = [&](int head, int position) {
       Scores dp;
       ColumnNumbers<block_m> numbers;
       gradients().wait_full(at);
@@ -138,13 +148,14 @@ struct BackwardKeysSm90 {
       if (at.count > 0) queries().release_warp(at.previous());
       warpgroup::wait<0>(dp);
       Operand factors;
-      typename Held<Config, block_m>::Rests rests;
+      typename Held<Config, block_m>::Rests its_rests;
       exchange().wait_full(at);
       take(factors, ds_factors(at.stage()));
-      if constexpr (Variant::keeps) take(rests, ds_factors(at.stage()) + ds_factors_bytes / 2);
+      if constexpr (Variant::keeps) take(its_rests, rests(at.stage()));
       exchange().release_warp(at);
-      const TransposedPlace<Config> place{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
-      gradients_of_scores<Config, true>(ds, factors, rests, dp, place, numbers);
+      const TransposedPlace<Config> place{params, work.seqlen, work.batch,
+                                          head,   first_key,   work.tiles.block(position) * block_m};
+      gradients_of_scores<Config, true>(ds, factors, its_rests, dp, place, numbers);
       queries().wait_full(at);
       warpgroup::gemm_ab(dk, ds, q(at.stage()), true);
       gradients().release_warp(at);

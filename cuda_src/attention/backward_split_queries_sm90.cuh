@@ -9,6 +9,7 @@
 #include "attention/backward_rows.cuh"
 #include "attention/backward_tensors_sm90.cuh"
 #include "attention/block_range.cuh"
+#include "attention/row_source.cuh"
 #include "attention/scoring.cuh"
 #include "core/math.cuh"
 #include "tile/accumulator.cuh"
@@ -24,17 +25,22 @@ namespace attention {
 template <class Config>
 struct QueryWork {
   RowTile tile;
-  BlockRange range;
-  i64 row;  // row of the workspace where the sequence begins
+  typename Config::mask::Blocks blocks;  // of keys
+  i64 row;                               // row of the workspace where the sequence begins
 
   static QueryWork find(const BackwardParams& backward, int unit) {
     const Params& params = backward.forward;
     QueryWork work;
     work.tile = RowTile::find<Config>(backward, unit, Config::varlen ? 0 : ceil_div(params.seqlen_q, Config::block_m));
-    work.range = block_range<Config>(params, work.tile.seqlen, work.tile.m_block);
+    work.blocks = key_blocks<Config>(params, work.tile.seqlen, work.tile.batch,
+                                     work.tile.head / params.qheads_per_khead, work.tile.m_block);
     work.row = workspace_row<Config>(backward, work.tile, work.tile.head);
     return work;
   }
+
+  // Where the tile's queries are, in q and in dout, and where the keys of its key head are, in k and in v.
+  MappedRows queries() const { return {tile.seqlen.q, tile.seqlen.q_first_row, tile.head, tile.batch}; }
+  MappedRows keys(int key_head) const { return {tile.seqlen.k, tile.seqlen.k_first_row, key_head, tile.batch}; }
 
   // Whether no row is live.
   bool idle() const { return tile.row < 0 || tile.m_block * Config::block_m >= tile.seqlen.q; }
@@ -69,20 +75,27 @@ struct BackwardQueriesSm90 {
 
   using Keys = tile::Ring<2>;
   using Values = tile::Ring<1>;
-  static constexpr int q_offset = 0, dout_offset = q_offset + consumers * Q::bytes;
-  static constexpr int k_offset = dout_offset + consumers * Dout::bytes, v_offset = k_offset + Keys::stages * K::bytes;
-  static constexpr int barriers_offset = v_offset + Values::stages * V::bytes;
-  static constexpr int smem_bytes = barriers_offset + Keys::bytes + Values::bytes + sizeof(u64);
+
+  struct Shared {
+    typename Q::Storage q[consumers];
+    typename Dout::Storage dout[consumers];
+    typename K::Storage k[Keys::stages];
+    typename V::Storage v;
+    Keys::Storage keys;
+    Values::Storage values;
+    u64 queries_full;  // a barrier
+  };
+  static constexpr int smem_bytes = sizeof(Shared);
 
   u32 smem;
 
-  Q q(int warpgroup) const { return {smem + q_offset + warpgroup * Q::bytes}; }
-  Dout dout(int warpgroup) const { return {smem + dout_offset + warpgroup * Dout::bytes}; }
-  K k(u32 stage) const { return {smem + k_offset + stage * K::bytes}; }
-  V v() const { return {smem + v_offset}; }
-  Keys keys() const { return {smem + barriers_offset}; }
-  Values values() const { return {smem + barriers_offset + Keys::bytes}; }
-  u32 queries_full() const { return smem + barriers_offset + Keys::bytes + Values::bytes; }
+  Q q(int warpgroup) const { return {smem + tile::offset<&Shared::q> + warpgroup * Q::bytes}; }
+  Dout dout(int warpgroup) const { return {smem + tile::offset<&Shared::dout> + warpgroup * Dout::bytes}; }
+  K k(u32 stage) const { return {smem + tile::offset<&Shared::k> + stage * K::bytes}; }
+  V v() const { return {smem + tile::offset<&Shared::v>}; }
+  Keys keys() const { return {smem + tile::offset<&Shared::keys>}; }
+  Values values() const { return {smem + tile::offset<&Shared::values>}; }
+  u32 queries_full() const { return smem + tile::offset<&Shared::queries_full>; }
 
   void init() const {
     keys().init(4 * consumers * tile::warp_arrivals);
@@ -103,21 +116,19 @@ struct BackwardQueriesSm90 {
     ptx::mbarrier_arrive_expect_tx(queries_full(), live * (Q::bytes + Dout::bytes));
     for (int w = 0; w < live; ++w) {
       const int row = first_row + 64 * w;
-      load_rows<Config>(q(w), argument.q, queries_full(), row, tile.seqlen.q, tile.seqlen.q_first_row, tile.head,
-                        tile.batch);
-      load_rows<Config>(dout(w), argument.dout, queries_full(), row, tile.seqlen.q, tile.seqlen.q_first_row, tile.head,
-                        tile.batch);
+      load_rows<Config>(q(w), argument.q, queries_full(), row, work.queries());
+      load_rows<Config>(dout(w), argument.dout, queries_full(), row, work.queries());
     }
 #pragma unroll 1
-    for (int n_block = work.range.end - 1; n_block >= work.range.begin; --n_block) {
+    for (int position = work.blocks.end - 1; position >= work.blocks.begin; --position) {
+      const int n_block = work.blocks.block(position);
       keys().wait_empty(at_keys);
       keys().expect(at_keys, K::bytes);
-      load_rows<Config>(k(at_keys.stage()), argument.k, keys().full(at_keys.stage()), n_block * block_n, tile.seqlen.k,
-                        tile.seqlen.k_first_row, head_k, tile.batch);
+      load_rows<Config>(k(at_keys.stage()), argument.k, keys().full(at_keys.stage()), n_block * block_n,
+                        work.keys(head_k));
       values().wait_empty(at_values);
       values().expect(at_values, V::bytes);
-      load_rows<Config>(v(), argument.v, values().full(0), n_block * block_n, tile.seqlen.k, tile.seqlen.k_first_row,
-                        head_k, tile.batch);
+      load_rows<Config>(v(), argument.v, values().full(0), n_block * block_n, work.keys(head_k));
       at_keys.advance();
       at_values.advance();
     }
@@ -144,11 +155,11 @@ struct BackwardQueriesSm90 {
     tile::LocalSums<1, Dq::cols> local_dq;
     dq.zero();
     tile::wait(queries_full(), 0);
-    const auto step = [&](int n_block) {
-      const int first_key = n_block * block_n;
+    const auto step = [&](int position) {
+      const int first_key = work.blocks.block(position) * block_n;
       Scores s, dp;
       keys().wait_full(at_keys);
-      const bool boundary = work.range.template is_boundary<Config::mask::hides_first>(n_block);
+      const bool boundary = work.blocks.template is_boundary<Config::mask::hides_first>(position);
       turn.take();
       warpgroup::gemm_abt<Config::head_dim>(s, q(consumer), k(at_keys.stage()));
       values().wait_full(at_values);
@@ -169,12 +180,12 @@ struct BackwardQueriesSm90 {
       at_keys.advance();
       at_values.advance();
     };
-    const int begin = work.range.begin, end = work.range.end;
+    const int begin = work.blocks.begin, end = work.blocks.end;
 #pragma unroll 1
     for (int chain = end; chain > begin; chain = Config::chains ? chain - chain_steps : begin) {
       const int chain_begin = Config::chains ? max_of(begin, chain - chain_steps) : begin;
 #pragma unroll 1
-      for (int n_block = chain - 1; n_block >= chain_begin; --n_block) step(n_block);
+      for (int position = chain - 1; position >= chain_begin; --position) step(position);
       warpgroup::wait<0>(dq, ds);
       const bool first = chain == end, last = chain_begin == begin;
       if (Config::chains && !(first && last)) local_dq.take_over(dq, first, last);

@@ -32,16 +32,16 @@ inline void backward_split_keys_sm90(const BackwardArgument& argument) {
   static_assert(Config::smem_bytes == max_of(Mainloop::smem_bytes, BackwardQueriesSm90<Config>::smem_bytes),
                 "Config and the tiles disagree on shared memory");
   extern __shared__ __align__(1024) char dynamic_smem[];
-  __shared__ BackwardWork work;
+  __shared__ BackwardWork<Config> work;
   const Mainloop mainloop{ptx::shared_address(dynamic_smem)};
 
   if (threadIdx.x == 0) mainloop.init();
   if (threadIdx.x < (Config::varlen ? 32 : 1)) {
-    const BackwardWork found = BackwardWork::find<Config>(argument.params, blockIdx.x);
+    const BackwardWork<Config> found = BackwardWork<Config>::find(argument.params, blockIdx.x);
     if (threadIdx.x == 0) work = found;
   }
   __syncthreads();
-  if (work.template idle<Config>()) return;
+  if (work.idle()) return;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Config::producer_registers>();

@@ -26,8 +26,8 @@ struct Division {
 
 // Adds a warp's part of dq, which begins at first_row and first_col, to the sums of query head `head`.
 template <class Config, class Part>
-inline void add_rows(const BackwardParams& backward, const BackwardWork& work, int head, int first_row, int first_col,
-                     const Part& dq) {
+inline void add_rows(const BackwardParams& backward, const BackwardWork<Config>& work, int head, int first_row,
+                     int first_col, const Part& dq) {
   const i64 head_row = i64(head) * backward.forward.seqlen_q + work.seqlen.q_first_row;
 #pragma unroll
   for (int t = 0; t < Part::m_tiles; ++t) {

@@ -21,10 +21,10 @@ struct DqSum {
   i32 untold = -1;           // a tile before, of which others have not been told yet that it is there
 
   // Asks, ahead of `wait`, for the state of a tile.
-  void begin(const BackwardWork& work, int head, int m_block) {
+  void begin(const BackwardWork<Config>& work, int head, int m_block) {
     index = sum_tile<Config>(backward, work, head, m_block);
     if constexpr (Config::deterministic) {
-      wanted = turn_of<Config>(backward, work.seqlen, m_block, work.n_block);
+      wanted = turn_of(backward, work, m_block);
       found = ptx::ld_acquire_gpu(backward.turns + index);
     } else {
       wanted = stored;
@@ -73,7 +73,7 @@ struct DqSum {
   }
 
   // Waits until all that the block's unit of work adds is there, and counts the unit.
-  void finish_work(const BackwardWork& work) {
+  void finish_work(const BackwardWork<Config>& work) {
     tell<0>();
     ptx::cp_async_bulk_wait_group<0>();
     ptx::fence_proxy_async_global();

@@ -1,9 +1,10 @@
-// attention: what the backward's main loops for sm_90 share: loading rows, and the arithmetic between their products.
+// attention: what the backward's main loops for sm_90 share: loading tiles, and the arithmetic between their products.
 #pragma once
 
 #include "attention/backward_params.cuh"
 #include "attention/backward_rows.cuh"
 #include "attention/backward_work.cuh"
+#include "attention/row_source.cuh"
 #include "attention/scoring.cuh"
 #include "core/math.cuh"
 #include "ptx/convert.cuh"
@@ -14,20 +15,6 @@
 #include "tile/tensor_sm90.cuh"
 
 namespace attention {
-
-// to ← rows from `row` on of a sequence of `length` rows; rows past its end become zeros. How packed sequences are
-// clipped is told at MainloopSm90::Loader. One row at least must be live: a box that is clipped as a whole faults where
-// the map's address, which lies before the array if sequences are packed, is not mapped.
-template <class Config, class Tile>
-inline void load_rows(const Tile& to, const ptx::TensorMap& map, u32 barrier, int row, int length, int first_row,
-                      int head, int batch) {
-  if constexpr (Config::varlen) {
-    const int live = min_of(length - row, Tile::rows);
-    tile::load(to, map, barrier, Tile::rows - live, head, first_row + row + live);
-  } else {
-    tile::load(to, map, barrier, row, head, batch);
-  }
-}
 
 // What one of the two loaders loads: Q, K and row_lse, for scores, or dout, V and row_delta, for their gradients.
 enum class Side { scores, gradients };
@@ -40,15 +27,16 @@ struct TileLoader {
   const BackwardArgument& argument;
   tile::CursorPair<Loop::Ring::stages> progress;  // the tile of queries, and the block of keys
 
-  void load(const BackwardWork& work) {
+  void load(const BackwardWork<Config>& work) {
     const BackwardParams& backward = argument.params;
-    if (work.range.empty()) return;
+    if (work.tiles.empty()) return;
     if constexpr (side == Side::scores)
       load_keys(loop.keys(), loop.k(), argument.k, work);
     else
       load_keys(loop.values(), loop.v(), argument.v, work);
     const auto& at = progress.first;
-    for_each_query_tile<Config::chains>(backward.forward, work, [&](int head, int m_block) {
+    for_each_query_tile<Config::chains>(backward.forward, work, [&](int head, int position) {
+      const int m_block = work.tiles.block(position);
       const i64 row = workspace_row<Config>(backward, work, head) + m_block * Config::block_m;
       if constexpr (side == Side::scores)
         load_queries(loop.queries(), loop.q(at.stage()), argument.q, loop.lse(at.stage()), backward.row_lse + row, work,
@@ -62,22 +50,20 @@ struct TileLoader {
  private:
   template <class Tile>
   void load_keys(const typename Loop::KeyRing& ring, const Tile& to, const ptx::TensorMap& map,
-                 const BackwardWork& work) {
+                 const BackwardWork<Config>& work) {
     ring.wait_empty(progress.second());
     ring.expect(progress.second(), Tile::bytes);
-    load_rows<Config>(to, map, ring.full(0), work.n_block * Config::block_n, work.seqlen.k, work.seqlen.k_first_row,
-                      work.head, work.batch);
+    load_rows<Config>(to, map, ring.full(0), work.n_block * Config::block_n, work.keys());
     progress.advance_second();
   }
 
   template <class Tile>
   void load_queries(const typename Loop::Ring& ring, const Tile& to, const ptx::TensorMap& map, u32 to_numbers,
-                    const float* numbers, const BackwardWork& work, int head, int m_block) {
+                    const float* numbers, const BackwardWork<Config>& work, int head, int m_block) {
     typename Loop::Ring::Cursor& at = progress.first;
     ring.wait_empty(at);
     ring.expect(at, Tile::bytes + Loop::rows_bytes);
-    load_rows<Config>(to, map, ring.full(at.stage()), m_block * Config::block_m, work.seqlen.q, work.seqlen.q_first_row,
-                      head, work.batch);
+    load_rows<Config>(to, map, ring.full(at.stage()), m_block * Config::block_m, work.queries(head));
     int own = Loop::rows_bytes;  // bytes that are the sequence's own; another's may follow in memory
     if (Config::varlen) {
       own = min_of(own, round_up(work.seqlen.q - m_block * Config::block_m, aligned_rows) * int(sizeof(float)));
@@ -151,8 +137,8 @@ inline void gradients_of_scores(tile::Operand<cols>& ds, const tile::Operand<col
 // dk or dv ← factor · a warpgroup's accumulator, whose rows are keys; the warp's first is first_key. Rows past the live
 // length get zeros, whatever dout holds.
 template <class Config, bool of_values, int cols>
-inline void write_keys(const BackwardParams& backward, const BackwardWork& work, const tile::Accumulator<1, cols>& from,
-                       int first_key) {
+inline void write_keys(const BackwardParams& backward, const BackwardWork<Config>& work,
+                       const tile::Accumulator<1, cols>& from, int first_key) {
   constexpr int valid_cols = of_values ? Config::head_dim_v : Config::head_dim;
   const float factor = of_values ? 1.0f : backward.forward.softmax_scale;
   const Strides& strides = of_values ? backward.dv_strides : backward.dk_strides;

@@ -5,6 +5,7 @@
 #include "attention/backward_params.cuh"
 #include "attention/block_range.cuh"
 #include "attention/masks.cuh"
+#include "attention/row_source.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/seqlen.cuh"
 #include "core/math.cuh"
@@ -45,6 +46,22 @@ inline BlockRange query_range(const Params& params, const Seqlen& seqlen, int n_
   BlockRange range;
   find_query_range<Config>(params, seqlen, n_block, range);
   return range;
+}
+
+// Returns the tiles of queries that a block of keys of key head `head` of sequence `batch` needs; see `key_blocks` in
+// attention/block_range.cuh.
+template <class Config>
+constexpr typename Config::mask::Blocks query_tiles(const Params& params, const Seqlen& seqlen, int batch, int head,
+                                                    int n_block) {
+  using Mask = typename Config::mask;
+  if constexpr (is_same<typename Mask::Blocks, BlockRange>) {
+    return query_range<Config>(params, seqlen, n_block);
+  } else {
+    auto tiles = Mask::template query_tiles<Config>(params, batch, head, n_block);
+    const int live = ceil_div(seqlen.q, Config::block_m), first_key = n_block * Config::block_n;
+    tiles.clip(first_key < seqlen.k ? live : 0, first_key + Config::block_n > seqlen.k ? 0 : live);
+    return tiles;
+  }
 }
 
 // Says whether the block of keys writes dq itself. It does where it has all live keys of the sequence, and so computes
@@ -125,17 +142,13 @@ constexpr int key_head(const Params& params, int batch, int query_head) {
   return (batch * params.num_heads_q + query_head) / params.qheads_per_khead;
 }
 
-// How many blocks of keys add to a tile of dq before block `n_block` does, in the deterministic order. The tile needs
-// the blocks of `range`. Blocks add in the order in which they are launched, so that no block waits for one that cannot
-// run.
-constexpr int turn_in(const BackwardParams& backward, const BlockRange& range, int n_block) {
-  return backward.reversed ? range.end - 1 - n_block : n_block - range.begin;
-}
-
-template <class Config>
-inline int turn_of(const BackwardParams& backward, const Seqlen& seqlen, int m_block, int n_block) {
-  const BlockRange range = block_range<Config>(backward.forward, seqlen, m_block);
-  return turn_in(backward, range, n_block);
+// How many blocks of keys add to a tile of dq before block `n_block` does, in the deterministic order. `blocks` are
+// those that the tile needs. Blocks add in the order in which they are launched, so that no block waits for one that
+// cannot run.
+template <class Blocks>
+constexpr int turn_in(const BackwardParams& backward, const Blocks& blocks, int n_block) {
+  const int position = blocks.position_of(n_block);
+  return backward.reversed ? blocks.end - 1 - position : position - blocks.begin;
 }
 
 // A unit of the backward of dense arrays is a block of keys of a key head.
@@ -153,13 +166,14 @@ constexpr DenseUnit dense_unit(const BackwardParams& backward, int unit) {
   return {n_block, index.head % heads, index.head / heads};
 }
 
+template <class Config>
 struct BackwardWork {
   int n_block, head, batch;  // `head` is a key head; n_block is negative where there is no more work
   Seqlen seqlen;
-  int key_rows;  // how many rows of k and v the sequence has, live or not
-  BlockRange range;
-  int rank;                        // how many packed sequences before this one have rows of q
-  int query_head, query_head_end;  // the query heads of the work: [query_head, query_head_end)
+  int key_rows;                         // how many rows of k and v the sequence has, live or not
+  typename Config::mask::Blocks tiles;  // of queries
+  int rank;                             // how many packed sequences before this one have rows of q
+  int query_head, query_head_end;       // the query heads of the work: [query_head, query_head_end)
 
   // Where there are so many tiles of queries that sums over them would drift (tile/local.cuh), a unit's work is done in
   // chains. A chain has all tiles of a few query heads, or some of the tiles of one query head.
@@ -167,26 +181,25 @@ struct BackwardWork {
   int unit, chain;  // the work is chain number `chain` of the unit
 
   // Turns the work of the whole unit into chain number `chain`. Nothing is divided: the caller has few registers.
-  template <class Config>
   constexpr void take_chain() {
     constexpr int most = tile::chain_blocks(Config::block_m);
     int index = chain;
-    const int tiles = range.end - range.begin, heads_end = query_head_end;
-    if (tiles * (heads_end - query_head) <= 2 * most) return;
+    const int count = tiles.end - tiles.begin, heads_end = query_head_end;
+    if (count * (heads_end - query_head) <= 2 * most) return;
     int chain_heads = 1;
-    while (2 * chain_heads * tiles <= most) chain_heads *= 2;
-    int begin = range.begin;
+    while (2 * chain_heads * count <= most) chain_heads *= 2;
+    int begin = tiles.begin;
     first_chain = index == 0;
     for (; index > 0; --index) {
       begin += most;
-      if (begin < range.end) continue;
-      begin = range.begin;
+      if (begin < tiles.end) continue;
+      begin = tiles.begin;
       query_head += chain_heads;
     }
     query_head_end = min_of(query_head + chain_heads, heads_end);
-    last_chain = begin + most >= range.end && query_head_end == heads_end;
-    range.begin = begin;
-    range.end = min_of(range.end, begin + most);
+    last_chain = begin + most >= tiles.end && query_head_end == heads_end;
+    tiles.begin = begin;
+    tiles.end = min_of(tiles.end, begin + most);
   }
 
   // Gives the work all query heads that share the key head, in one chain.
@@ -196,18 +209,18 @@ struct BackwardWork {
     first_chain = last_chain = true;
   }
 
+  // Where the work's keys are, in k and in v, and where the queries of a head are, in q and in dout.
+  MappedRows keys() const { return {seqlen.k, seqlen.k_first_row, head, batch}; }
+  MappedRows queries(int head) const { return {seqlen.q, seqlen.q_first_row, head, batch}; }
+
   // Says whether the block of keys lies past the end of the sequence.
-  template <class Config>
-  constexpr bool idle() const {
-    return n_block * Config::block_n >= key_rows;
-  }
+  constexpr bool idle() const { return n_block * Config::block_n >= key_rows; }
 
   // Finds the work of a unit. A whole warp calls this.
-  template <class Config>
   static BackwardWork find(const BackwardParams& backward, int unit) {
     const Params& params = backward.forward;
     if constexpr (Config::varlen) {
-      return of_packed<Config>(backward, find_packed<Config>(backward, unit));
+      return of_packed(backward, find_packed(backward, unit));
     } else {
       const DenseUnit found = dense_unit(backward, unit);
       BackwardWork work;
@@ -217,7 +230,7 @@ struct BackwardWork {
       work.rank = 0;
       work.key_rows = params.seqlen_k;
       work.seqlen = dense_seqlen(params);
-      work.range = query_range<Config>(params, work.seqlen, work.n_block);
+      work.tiles = query_tiles<Config>(params, work.seqlen, work.batch, work.head, work.n_block);
       work.take_all(params);
       return work;
     }
@@ -225,7 +238,6 @@ struct BackwardWork {
 
   // The work of a unit of packed sequences is found in two steps: the whole warp takes this one, and then of_packed or
   // take_packed needs one thread.
-  template <class Config>
   static PackedUnit find_packed(const BackwardParams& backward, int unit) {
     const Params& params = backward.forward;
     const int heads = params.num_heads_q / params.qheads_per_khead;
@@ -235,14 +247,12 @@ struct BackwardWork {
     return found;
   }
 
-  template <class Config>
   static BackwardWork of_packed(const BackwardParams& backward, const PackedUnit& found) {
     BackwardWork work{};
-    if (found.units > 0) work.take_packed<Config>(backward, found);
+    if (found.units > 0) work.take_packed(backward, found);
     return work;
   }
 
-  template <class Config>
   void take_packed(const BackwardParams& backward, const PackedUnit& found) {
     BackwardWork& work = *this;
     const PackedSequence sequence = packed_sequence(backward, found.batch);
@@ -251,56 +261,62 @@ struct BackwardWork {
     work.batch = found.batch;
     work.seqlen = packed_seqlen(backward.forward, sequence);
     work.key_rows = sequence.k_end - sequence.k_begin;
-    work.range = query_range<Config>(backward.forward, work.seqlen, found.place);
+    work.tiles = query_tiles<Config>(backward.forward, work.seqlen, found.batch, found.head, found.place);
     work.rank = backward.offsets_q[found.batch].rank;
     work.take_all(backward.forward);
   }
 
   // How many units the launch has; some may be idle.
-  template <class Config>
   static constexpr int units(const BackwardParams& backward) {
     const Params& params = backward.forward;
     return backward.n_blocks * (params.num_heads_q / params.qheads_per_khead) * (Config::varlen ? 1 : params.batch);
   }
 };
 
-// Calls step(query head, tile of queries) for every tile that sees the block's keys or, of a work in chains, for every
-// tile of the chain. The work is in shared memory, where every turn of the loop reads the last head again, which saves
-// a register.
-template <bool chains, class Step>
-inline void for_each_query_tile(const Params& params, const BackwardWork& work, Step&& step) {
+// How many blocks of keys add to tile m_block of dq before that of the work does.
+template <class Config>
+inline int turn_of(const BackwardParams& backward, const BackwardWork<Config>& work, int m_block) {
+  const int n_block = work.n_block;
+  return turn_in(backward, key_blocks<Config>(backward.forward, work.seqlen, work.batch, work.head, m_block), n_block);
+}
+
+// Calls step(query head, position among the work's tiles of queries) for every tile that sees the block's keys or, of a
+// work in chains, for every tile of the chain. The work is in shared memory, where every turn of the loop reads the
+// last head again, which saves a register.
+template <bool chains, class Config, class Step>
+inline void for_each_query_tile(const Params& params, const BackwardWork<Config>& work, Step&& step) {
   const volatile int& chain_end = work.query_head_end;
   const int first_head = chains ? work.query_head : work.head * params.qheads_per_khead;
-  const int end = work.range.end;
+  const int end = work.tiles.end;
 #pragma unroll 1
   for (int head = first_head; head < (chains ? int(chain_end) : first_head + params.qheads_per_khead); ++head) {
 #pragma unroll 1
-    for (int m_block = work.range.begin; m_block < end; ++m_block) step(head, m_block);
+    for (int position = work.tiles.begin; position < end; ++position) step(head, position);
   }
 }
 
-// Calls step(query head, tile of queries) for every tile that sees the block's keys, and end_chain(first, last) after
-// every `chain` steps and after the last; without chains end_chain is called once, at the end.
-template <bool chains, class Step, class EndChain>
-constexpr void for_each_query_chain(const Params& params, const BackwardWork& work, int chain, Step&& step,
+// Calls step(query head, position) for every tile that sees the block's keys, and end_chain(first, last) after every
+// `chain` steps and after the last; without chains end_chain is called once, at the end.
+template <bool chains, class Config, class Step, class EndChain>
+constexpr void for_each_query_chain(const Params& params, const BackwardWork<Config>& work, int chain, Step&& step,
                                     EndChain&& end_chain) {
   if constexpr (!chains) {
     for_each_query_tile<false>(params, work, step);
     end_chain(true, true);
     return;
   }
-  const int begin = work.range.begin, end = work.range.end, last_head = params.qheads_per_khead - 1;
+  const int begin = work.tiles.begin, end = work.tiles.end, last_head = params.qheads_per_khead - 1;
   if (begin >= end) return;
-  int head = 0, m_block = begin;
+  int head = 0, position = begin;
 #pragma unroll 1
   for (bool first = true, last = false; !last; first = false) {
 #pragma unroll 1
     for (int left = chain; left > 0 && !last; --left) {
-      step(work.head * params.qheads_per_khead + head, m_block);
-      const bool next_head = ++m_block == end;
+      step(work.head * params.qheads_per_khead + head, position);
+      const bool next_head = ++position == end;
       last = next_head && head == last_head;
       head += next_head;
-      if (next_head) m_block = begin;
+      if (next_head) position = begin;
     }
     end_chain(first, last);
   }

@@ -1,27 +1,14 @@
-// attention: ranges of blocks, and the blocks of keys that a tile of queries needs.
+// attention: the blocks of keys that a tile of queries needs.
 #pragma once
 
+#include "attention/blocks.cuh"
 #include "attention/masks.cuh"
 #include "attention/params.cuh"
 #include "attention/seqlen.cuh"
 #include "core/math.cuh"
+#include "core/types.cuh"
 
 namespace attention {
-
-// The blocks of keys that a tile of queries needs, or the tiles of queries that a block of keys needs.
-struct BlockRange {
-  int begin, end;            // blocks [begin, end) hold everything that is seen
-  int full_begin, full_end;  // in blocks [full_begin, full_end) all is seen, by all
-
-  constexpr bool empty() const { return begin >= end; }
-
-  // Says whether not all of a block of [begin, end) is seen by all. Where full_begin is known to be 0, only the end is
-  // asked.
-  template <bool has_full_begin = true>
-  constexpr bool is_boundary(int block) const {
-    return (has_full_begin && block < full_begin) || block >= full_end;
-  }
-};
 
 // Sets the range of the blocks of keys, of Config::block_n, that some row of a tile of queries sees.
 template <class Config>
@@ -44,6 +31,29 @@ inline BlockRange block_range(const Params& params, const Seqlen& seqlen, int m_
   BlockRange range;
   find_block_range<Config>(params, seqlen, m_block, range);
   return range;
+}
+
+// Returns the blocks of keys that a tile of queries needs; the keys are those of key head `head` of sequence `batch`. A
+// mask of ranges says row by row what is seen. Any other mask knows the blocks that whole sequences would need, and
+// here those that are not live are left out.
+template <class Config>
+constexpr typename Config::mask::Blocks key_blocks(const Params& params, const Seqlen& seqlen, int batch, int head,
+                                                   int m_block) {
+  using Mask = typename Config::mask;
+  if constexpr (is_same<typename Mask::Blocks, BlockRange>) {
+    return block_range<Config>(params, seqlen, m_block);
+  } else {
+    auto blocks = Mask::template key_blocks<Config>(params, batch, head, m_block);
+    blocks.clip(ceil_div(seqlen.k, Config::block_n), seqlen.k / Config::block_n);
+    return blocks;
+  }
+}
+
+// Says whether a tile of queries needs the block of a key. Of blocks that follow each other this need not be asked
+// where the key is in the range of one of the tile's rows.
+template <class Config>
+inline bool needs_block_of(const Params& params, const Seqlen& seqlen, int batch, int head, int m_block, int key) {
+  return key_blocks<Config>(params, seqlen, batch, head, m_block).contains(key / Config::block_n);
 }
 
 }  // namespace attention

@@ -12,6 +12,18 @@ namespace attention {
 // The ends of a tile that a chain may have.
 inline constexpr int first_end = 1, last_end = 2;
 
+// Leaves the positions of chain `index` of a tile's blocks, which the tile goes over from last to first, `most` per
+// chain. Returns the ends that the chain has.
+template <class Blocks>
+constexpr int take_chain(Blocks& blocks, int index, int most) {
+  const int whole_end = blocks.end, end = whole_end - index * most;
+  const int begin = max_of(blocks.begin, end - most);
+  const int ends = (index == 0 ? first_end : 0) | (begin <= blocks.begin ? last_end : 0);
+  blocks.begin = begin;
+  blocks.end = end;
+  return ends;
+}
+
 // Without `any` every tile is one chain, and nothing is taken over.
 template <bool any, class element, int m_tiles, int cols>
 struct Chains {

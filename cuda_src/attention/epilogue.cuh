@@ -49,7 +49,7 @@ inline bool stage(const Tile& staging, const tile::Accumulator<m_tiles, cols>& o
 // Writes the rows of the work's tile; the staging tile is free when this is called.
 template <class Config, int m_tiles, int cols, class Tile>
 inline void epilogue(const tile::Accumulator<m_tiles, cols>& out, const Totals<m_tiles>& totals, const Params& params,
-                     const Work<typename Config::element>& work, int warp_row, int warp_col, const Tile& staging) {
+                     const Work<Config>& work, int warp_row, int warp_col, const Tile& staging) {
   const int first_row = work.tile.m_block * Config::block_m;
   const bool not_finite = stage(staging, out, warp_row, warp_col);
   if (work.lse && warp_col + tile::fragment_col() == 0) {

@@ -45,16 +45,16 @@ inline void store_traded(const Params& params, typename Config::element* row, bo
 // Writes the warp's 16 rows of the work's tile, from row warp_row of the tile on. True if something is not finite.
 template <class Config, int cols>
 inline bool epilogue_direct(const tile::Accumulator<1, cols>& out, const Totals<1>& totals, const Params& params,
-                            const Work<typename Config::element>& work, int warp_row) {
+                            const Work<Config>& work, int warp_row) {
   using element = typename Config::element;
   NotFinite<element> not_finite;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = work.tile.m_block * Config::block_m + warp_row + tile::fragment_row(0, i);
-    const bool live = row < work.template rows<Config>();
+    const bool live = row < work.rows();
     // The operators do not stop early: a branch would make other lanes wait for its read of shared memory.
     if (live & (work.lse != nullptr) & (tile::fragment_col() == 0)) {
-      *work.template lse_row<Config>(params, row) = totals.lse[0][i];
+      *work.lse_row(params, row) = totals.lse[0][i];
     }
     u32 before = 0;
     const auto packed = [&](int j) {
@@ -63,7 +63,7 @@ inline bool epilogue_direct(const tile::Accumulator<1, cols>& out, const Totals<
       before = words;
       return words;
     };
-    store_traded<Config, cols / 8>(params, work.template out_row<Config>(params, row), live, packed);
+    store_traded<Config, cols / 8>(params, work.out_row(params, row), live, packed);
   }
   return not_finite.found();
 }

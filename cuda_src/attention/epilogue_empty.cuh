@@ -14,15 +14,14 @@ namespace attention {
 
 // Writes the tile of a work whose rows see no key: zeros, and the sink as lse. Called by threads 0 to threads - 1.
 template <class Config, int threads>
-inline void epilogue_empty(const Params& params, const Work<typename Config::element>& work, float sink, int thread) {
+inline void epilogue_empty(const Params& params, const Work<Config>& work, float sink, int thread) {
   constexpr int chunks = ceil_div(Config::head_dim_v * sizeof(typename Config::element), 16);
   const int first_row = work.tile.m_block * Config::block_m;
-  const int rows = min_of(Config::block_m, work.template rows<Config>() - first_row);
+  const int rows = min_of(Config::block_m, work.rows() - first_row);
   if constexpr (threads % chunks == 0 && Config::pack == 1 &&
                 Config::store_bytes == 16) {  // a thread writes one column of chunks
     constexpr int step = threads / chunks;
-    auto* to = reinterpret_cast<char*>(work.template out_row<Config>(params, first_row + thread / chunks)) +
-               thread % chunks * 16;
+    auto* to = reinterpret_cast<char*>(work.out_row(params, first_row + thread / chunks)) + thread % chunks * 16;
     const i64 step_bytes = step * params.out_strides.seqlen * int(sizeof(typename Config::element));
     constexpr int unroll = Config::varlen ? 1 : 4;  // the warp that finds packed tiles has few registers
 #pragma unroll unroll
@@ -33,36 +32,36 @@ inline void epilogue_empty(const Params& params, const Work<typename Config::ele
   } else if constexpr (Config::store_bytes == 16) {
 #pragma unroll 1
     for (int i = thread; i < rows * chunks; i += threads) {
-      tile::store_chunk<16, Config::head_dim_v>(work.template out_row<Config>(params, first_row + i / chunks),
-                                                params.out_strides.dim, i % chunks, uint4{0, 0, 0, 0});
+      tile::store_chunk<16, Config::head_dim_v>(work.out_row(params, first_row + i / chunks), params.out_strides.dim,
+                                                i % chunks, uint4{0, 0, 0, 0});
     }
   } else {  // elements are written singly, since registers may be few
     constexpr int cols = Config::head_dim_v;
 #pragma unroll 1
     for (int i = thread; i < rows * cols; i += threads) {
-      work.template out_row<Config>(params, first_row + i / cols)[i % cols * params.out_strides.dim] = {};
+      work.out_row(params, first_row + i / cols)[i % cols * params.out_strides.dim] = {};
     }
   }
   if (!work.lse) return;
 #pragma unroll 1
-  for (int row = thread; row < rows; row += threads) *work.template lse_row<Config>(params, first_row + row) = sink;
+  for (int row = thread; row < rows; row += threads) *work.lse_row(params, first_row + row) = sink;
 }
 
 // Writes the warp's share of all tiles of dense arrays whose rows see no key. Called by warp `warp` of `warps` of each
 // thread block, which may have few registers; `work` is in shared memory and the warp's own.
 template <class Config>
-inline void write_empty_tiles(const Params& params, Work<typename Config::element>& work, int warp, int warps) {
+inline void write_empty_tiles(const Params& params, Work<Config>& work, int warp, int warps) {
   const Seqlen seqlen = dense_seqlen(params);
-  const auto is_empty = [&](int m_block) { return block_range<Config>(params, seqlen, m_block).empty(); };
   const int heads = params.num_heads_q / Config::pack, tiles = params.m_blocks * heads * params.batch;
 #pragma unroll 1
   for (int i = blockIdx.x * warps + warp; i < tiles; i += gridDim.x * warps) {
     const int m_block = i % params.m_blocks, head = i / params.m_blocks;
-    if (!is_empty(m_block)) continue;
+    const int key_head = Work<Config>::key_head(params, head % heads);
+    if (!key_blocks<Config>(params, seqlen, head / heads, key_head, m_block).empty()) continue;
     __syncwarp();  // all lanes have read what the tile before is
-    if (tile::lane() == 0) work.template take<Config>(params, {m_block, head % heads, head / heads}, seqlen);
+    if (tile::lane() == 0) work.take(params, {m_block, head % heads, head / heads}, seqlen);
     __syncwarp();
-    epilogue_empty<Config, 32>(params, work, work.template sink<Config>(params), tile::lane());
+    epilogue_empty<Config, 32>(params, work, work.sink(params), tile::lane());
   }
 }
 

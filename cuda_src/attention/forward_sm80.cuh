@@ -17,21 +17,21 @@
 namespace attention {
 
 template <class Config>
-inline void forward_tile(const Params& params, const PointerWork<typename Config::element>& work, u32 smem) {
+inline void forward_tile(const Params& params, const PointerWork<Config>& work, u32 smem) {
   using element = typename Config::element;
   using Mainloop = MainloopSm80<Config>;
   using Staging = tile::SharedTile<element, Config::block_m, Config::tile_head_dim_v>;
   static_assert(Config::smem_bytes == max_of(Mainloop::smem_bytes, Staging::bytes),
                 "Config and the tiles disagree on shared memory");
   static_assert(Config::pack == 1, "no heads share a tile here");
-  if (work.template idle<Config>()) return;
+  if (work.idle()) return;
   constexpr bool often_empty = Config::mask::hides_last || Config::varlen;
-  if (often_empty && work.range.empty()) {
-    return epilogue_empty<Config, Config::num_threads>(params, work, work.template sink<Config>(params), ptx::tid_x());
+  if (often_empty && work.blocks.empty()) {
+    return epilogue_empty<Config, Config::num_threads>(params, work, work.sink(params), ptx::tid_x());
   }
   typename Mainloop::Out out;
   typename Mainloop::Statistics statistics;
-  if (!often_empty && work.range.empty()) {  // there is no key at all
+  if (!often_empty && work.blocks.empty()) {  // there is no key at all
     out.zero();
     statistics.init();
   } else {
@@ -39,7 +39,7 @@ inline void forward_tile(const Params& params, const PointerWork<typename Config
     __syncthreads();  // every warp is done with the tiles the epilogue writes over
   }
   statistics.settle(exponent_scale<typename Config::variant>(params));
-  const auto totals = statistics.template totals<Config::sinks>(work.template sink<Config>(params));
+  const auto totals = statistics.template totals<Config::sinks>(work.sink(params));
   totals.divide(out);
   epilogue<Config>(out, totals, params, work, Mainloop::warp_row(), Mainloop::warp_col(), Staging{smem});
 }
@@ -47,7 +47,7 @@ inline void forward_tile(const Params& params, const PointerWork<typename Config
 template <class Config>
 inline void forward_sm80(const Params& params) {
   extern __shared__ __align__(1024) char dynamic_smem[];
-  __shared__ PointerWork<typename Config::element> work;
+  __shared__ PointerWork<Config> work;
   __shared__ PackedScan scan;
   const u32 smem = ptx::shared_address(dynamic_smem);
 
@@ -63,7 +63,7 @@ inline void forward_sm80(const Params& params) {
     __syncthreads();
 #pragma unroll 1
     while (unit < end) {
-      if (ptx::tid_x() < 32) work.template find<Config>(params, scan, unit);
+      if (ptx::tid_x() < 32) work.find(params, scan, unit);
       __syncthreads();
       forward_tile<Config>(params, work, smem);
       __syncthreads();  // every warp is done with `work` and `unit`
@@ -74,7 +74,7 @@ inline void forward_sm80(const Params& params) {
     if (Config::varlen && ptx::tid_x() == 0) scan.init();
     if (ptx::tid_x() < 32) {
       __syncwarp();
-      work.template find<Config>(params, scan, blockIdx.x);
+      work.find(params, scan, blockIdx.x);
     }
     __syncthreads();
     forward_tile<Config>(params, work, smem);

@@ -37,7 +37,7 @@ inline void forward_sm90(const TmaParams& argument) {
     if constexpr (Config::varlen) {
       if (warp >= 2) clear_outside<Config>(argument.params, idle_warp, 2);
     } else if constexpr (Config::empty_rows) {
-      __shared__ Work<typename Config::element> works[2];
+      __shared__ Work<Config> works[2];
       if (warp >= 2) write_empty_tiles<Config>(argument.params, works[idle_warp], idle_warp, 2);
     }
   } else {

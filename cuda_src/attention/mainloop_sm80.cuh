@@ -6,6 +6,7 @@
 #include "attention/block_range.cuh"
 #include "attention/chains.cuh"
 #include "attention/params.cuh"
+#include "attention/row_source.cuh"
 #include "attention/scoring.cuh"
 #include "attention/softmax.cuh"
 #include "attention/work.cuh"
@@ -42,82 +43,75 @@ struct MainloopSm80 {
   using Statistics = Softmax<element, m_tiles>;
   static constexpr int chain_blocks = tile::chain_blocks(Config::block_n);
 
-  static constexpr int smem_bytes = Q::bytes + K::bytes + V::bytes;
+  struct Shared {
+    typename Q::Storage q;
+    typename K::Storage k;
+    typename V::Storage v;
+  };
+  static constexpr int smem_bytes = sizeof(Shared);
 
   static int warp_row() { return int(threadIdx.x / 32 % row_warps) * 16 * m_tiles; }
   static int warp_col() { return int(threadIdx.x / 32 / row_warps) * warp_cols; }
 
-  // Sets out and its statistics to the sums over the blocks of the range, which is not empty, last block first. K and V
-  // have one buffer each: a V arrives while Q·Kᵀ runs, or, with Config::early_v, the first V with the first K; the next
-  // K arrives while the softmax and P·V run.
-  static void run(Out& out, Statistics& statistics, const Params& params, const PointerWork<element>& work, u32 smem) {
-    const Q q{smem};
-    const K k{smem + Q::bytes};
-    const V v{smem + Q::bytes + K::bytes};
-    const BlockRange& range = work.range;
+  // Sets out and its statistics to the sums over the work's blocks, of which there is one at least, last block first. K
+  // and V have one buffer each: a V arrives while Q·Kᵀ runs, or, with Config::early_v, the first V with the first K;
+  // the next K arrives while the softmax and P·V run.
+  static void run(Out& out, Statistics& statistics, const Params& params, const PointerWork<Config>& work, u32 smem) {
+    const Q q{smem + tile::offset<&Shared::q>};
+    const K k{smem + tile::offset<&Shared::k>};
+    const V v{smem + tile::offset<&Shared::v>};
+    const auto& blocks = work.blocks;
     const auto first_row = [&work] { return work.tile.m_block * Config::block_m; };
     const typename Config::variant variant(params, work.tile.batch, work.tile.head);
     const float scale = exponent_scale<typename Config::variant>(params);
 
-    load<Config::head_dim>(chunks(q, work.q, params.q_strides, first_row(), work.seqlen.q));
-    load<Config::head_dim>(key_chunks(k, params, work, range.end - 1));
+    load_chunks<Config, Config::head_dim>(find_chunks<Config>(q, first_row(), work.queries(params)));
+    load_chunks<Config, Config::head_dim>(key_chunks(k, params, work, blocks.block(blocks.end - 1)));
     if constexpr (Config::early_v) {
-      const int first_col = (range.end - 1) * Config::block_n;
-      load<Config::head_dim_v>(chunks(v, work.v, params.v_strides, first_col, work.seqlen.k));
+      const int first_col = blocks.block(blocks.end - 1) * Config::block_n;
+      load_chunks<Config, Config::head_dim_v>(find_chunks<Config>(v, first_col, work.values(params)));
     }
     ptx::cp_async_commit_group();
     out.zero();
     statistics.init();
     Chains<Config::chains, element, m_tiles, Out::cols> chains;
 #pragma unroll 1
-    for (int n_block = range.end - 1; n_block >= range.begin; --n_block) {
-      const int first_col = n_block * Config::block_n;
+    for (int position = blocks.end - 1; position >= blocks.begin; --position) {
+      const int first_col = blocks.block(position) * Config::block_n;
       Scores scores;
-      const auto v_chunks = chunks(v, work.v, params.v_strides, first_col, work.seqlen.k);
+      const auto v_chunks = find_chunks<Config>(v, first_col, work.values(params));
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // this block's K has arrived, and every warp is done with V
-      if (!Config::early_v || n_block != range.end - 1) load<Config::head_dim_v>(v_chunks);
+      if (!Config::early_v || position != blocks.end - 1) load_chunks<Config, Config::head_dim_v>(v_chunks);
       ptx::cp_async_commit_group();
       warp::gemm_abt<Config::head_dim>(scores, q, k, warp_row());
 
-      const auto next_k_chunks = key_chunks(k, params, work, n_block - 1);
+      const auto next_k_chunks = key_chunks(k, params, work, blocks.block_before(position));
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // V has arrived, and every warp is done with K
-      if (n_block > range.begin) load<Config::head_dim>(next_k_chunks);
+      if (position > blocks.begin) load_chunks<Config, Config::head_dim>(next_k_chunks);
       ptx::cp_async_commit_group();
       const Place<Config> place{params,   work.seqlen, work.tile.batch, work.tile.head, first_row() + warp_row(),
                                 first_col};
       apply(variant, scores, place);
-      if (range.template is_boundary<Config::mask::hides_first>(n_block)) mask(scores, place);
+      if (blocks.template is_boundary<Config::mask::hides_first>(position)) mask(scores, place);
 #pragma unroll
       for (int t = 0; t < m_tiles; ++t) {
         statistics.update(scores, out, scale, t);
       }
       weigh(variant, scores, place);
       warp::gemm_ab(out, scores, v, warp_col());
-      const int blocks = range.end - n_block;
-      const bool last = n_block == range.begin;
-      if (Config::chains && unlikely(last ? blocks > chain_blocks : blocks % chain_blocks == 0)) {
-        chains.end(out, statistics, scale, blocks == chain_blocks, last);
+      const int done = blocks.end - position;
+      const bool last = position == blocks.begin;
+      if (Config::chains && unlikely(last ? done > chain_blocks : done % chain_blocks == 0)) {
+        chains.end(out, statistics, scale, done == chain_blocks, last);
         if (!last) statistics.init();
       }
     }
   }
 
-  template <class Tile>
-  static auto chunks(const Tile& tile, const element* pointer, const Strides& strides, int first_row, int row_limit) {
-    const tile::GlobalRows<const element> rows{pointer, strides.seqlen, strides.dim};
-    return block::Chunks<Config::num_threads, Config::copy_unroll, Tile, const element>(tile, rows, first_row,
-                                                                                        row_limit);
-  }
-
-  static auto key_chunks(const K& k, const Params& params, const PointerWork<element>& work, int n_block) {
-    return chunks(k, work.k, params.k_strides, n_block * Config::block_n, work.seqlen.k);
-  }
-
-  template <int valid_cols, class Chunks>
-  static void load(const Chunks& chunks) {
-    block::load<Config::copy_bytes, valid_cols>(chunks);
+  static auto key_chunks(const K& k, const Params& params, const PointerWork<Config>& work, int n_block) {
+    return find_chunks<Config>(k, n_block * Config::block_n, work.keys(params));
   }
 };
 

@@ -14,6 +14,7 @@
 #include "attention/epilogue_empty.cuh"
 #include "attention/params.cuh"
 #include "attention/repair.cuh"
+#include "attention/row_source.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/scoring.cuh"
 #include "attention/softmax.cuh"
@@ -62,43 +63,40 @@ struct MainloopSm90 {
   // What is known of a tile. A tile with so many blocks of keys that sums over them would drift (tile/local.cuh) has an
   // entry for each chain of blocks.
   struct Entry {
-    Work<element> work;
+    Work<Config> work;
     bool end;  // whether no tile is left, and `work` means nothing
     int ends;  // which ends of the tile the chain has, if there are chains
 
     // Turns the entry of the whole tile, as it was found, into that of its chain `index`.
-    void take_chain(int index) {
-      const int whole_end = work.range.end, end = whole_end - index * chain_blocks;
-      const int begin = max_of(work.range.begin, end - chain_blocks);
-      ends = (index == 0 ? first_end : 0) | (begin <= work.range.begin ? last_end : 0);
-      work.range.begin = begin;
-      work.range.end = end;
-    }
+    void take_chain(int index) { ends = attention::take_chain(work.blocks, index, chain_blocks); }
   };
 
-  static constexpr int tiles_bytes = consumers * Q::bytes + Config::stages * (K::bytes + V::bytes);
-  static constexpr int barriers_bytes = 2 * Keys::bytes + Tiles::bytes + consumers * Queries::bytes;
-  static constexpr int entries_bytes = Tiles::stages * sizeof(Entry);
-  static constexpr int smem_bytes = tiles_bytes + barriers_bytes + entries_bytes + sizeof(i32);
+  struct Shared {
+    typename Q::Storage q[consumers];
+    typename K::Storage k[Config::stages];
+    typename V::Storage v[Config::stages];
+    typename Keys::Storage keys, values;
+    typename Tiles::Storage tiles;
+    typename Queries::Storage queries[consumers];
+    Entry entries[Tiles::stages];
+    u32 to_repair;  // whether some output is to be repaired
+  };
+  static constexpr int smem_bytes = sizeof(Shared);
 
   u32 smem;
   Entry* entries;
 
   explicit MainloopSm90(char* dynamic_smem)
-      : smem(ptx::shared_address(dynamic_smem)),
-        entries(reinterpret_cast<Entry*>(dynamic_smem + tiles_bytes + barriers_bytes)) {}
+      : smem(ptx::shared_address(dynamic_smem)), entries(reinterpret_cast<Shared*>(dynamic_smem)->entries) {}
 
-  Q q(int warpgroup) const { return {smem + warpgroup * Q::bytes}; }
-  K k(u32 stage) const { return {smem + consumers * Q::bytes + stage * K::bytes}; }
-  V v(u32 stage) const { return {smem + consumers * Q::bytes + Config::stages * K::bytes + stage * V::bytes}; }
-  Keys keys() const { return {smem + tiles_bytes}; }
-  Keys values() const { return {smem + tiles_bytes + Keys::bytes}; }
-  Tiles tiles() const { return {smem + tiles_bytes + 2 * Keys::bytes}; }
-  // The address of a flag that says whether some output is to be repaired.
-  u32 to_repair() const { return smem + tiles_bytes + barriers_bytes + entries_bytes; }
-  Queries queries(int warpgroup) const {
-    return {smem + tiles_bytes + 2 * Keys::bytes + Tiles::bytes + warpgroup * Queries::bytes};
-  }
+  Q q(int warpgroup) const { return {smem + tile::offset<&Shared::q> + warpgroup * Q::bytes}; }
+  K k(u32 stage) const { return {smem + tile::offset<&Shared::k> + stage * K::bytes}; }
+  V v(u32 stage) const { return {smem + tile::offset<&Shared::v> + stage * V::bytes}; }
+  Keys keys() const { return {smem + tile::offset<&Shared::keys>}; }
+  Keys values() const { return {smem + tile::offset<&Shared::values>}; }
+  Tiles tiles() const { return {smem + tile::offset<&Shared::tiles>}; }
+  Queries queries(int warpgroup) const { return {smem + tile::offset<&Shared::queries> + warpgroup * Queries::bytes}; }
+  u32 to_repair() const { return smem + tile::offset<&Shared::to_repair>; }
 
   void init() const {
     keys().init(consumers);
@@ -119,13 +117,12 @@ struct MainloopSm90 {
       tiles().wait_empty(at_tiles);
       __syncwarp();
       if (tile::lane() == 0) entry.end = at.done();
-      if (!at.done()) entry.work.template find<Config>(argument.params, scan, at.unit(), at.second());
+      if (!at.done()) entry.work.find(argument.params, scan, at.unit(), at.second());
       __syncwarp();
       if (at.done()) break;
-      const bool idle = entry.work.template idle<Config>(), empty = entry.work.range.empty();
+      const bool idle = entry.work.idle(), empty = entry.work.blocks.empty();
       if (Config::varlen && !idle && empty) {
-        epilogue_empty<Config, 32>(argument.params, entry.work, entry.work.template sink<Config>(argument.params),
-                                   tile::lane());
+        epilogue_empty<Config, 32>(argument.params, entry.work, entry.work.sink(argument.params), tile::lane());
       }
       if (!idle && !empty) {
         if constexpr (Config::chains) {
@@ -147,17 +144,18 @@ struct MainloopSm90 {
   void load_tiles(const TmaParams& argument) const {
     Loader loader{*this, argument};
     typename Tiles::Cursor at_tiles;
-    const Work<element>* v_work = nullptr;  // the tile whose V comes next
-    int v_block = 0;                        // the block of keys whose V comes next
+    const Work<Config>* v_work = nullptr;  // the tile whose V comes next
+    int v_block = 0;                       // the block of keys whose V comes next
     while (true) {
       tiles().wait_full(at_tiles);
       const Entry& entry = entries[at_tiles.stage()];
       if (entry.end) break;
 #pragma unroll 1
-      for (int n_block = entry.work.range.end - 1; n_block >= entry.work.range.begin; --n_block) {
+      for (int position = entry.work.blocks.end - 1; position >= entry.work.blocks.begin; --position) {
+        const int n_block = entry.work.blocks.block(position);
         loader.load_keys(entry.work, n_block);
         if (v_work) loader.load_values(*v_work, v_block);
-        if (n_block == entry.work.range.end - 1) loader.load_queries(entry.work);  // after K, since Q waits longest
+        if (position == entry.work.blocks.end - 1) loader.load_queries(entry.work);  // after K, since Q waits longest
         v_work = &entry.work;
         v_block = n_block;
       }
@@ -172,15 +170,15 @@ struct MainloopSm90 {
     Queries::Cursor at_queries;
     typename Keys::Cursor at_keys, at_values;
 
-    void load_keys(const Work<element>& work, int n_block) {
+    void load_keys(const Work<Config>& work, int n_block) {
       load_block(loop.keys(), at_keys, loop.k(at_keys.stage()), argument.k, work, n_block);
     }
 
-    void load_values(const Work<element>& work, int n_block) {
+    void load_values(const Work<Config>& work, int n_block) {
       load_block(loop.values(), at_values, loop.v(at_values.stage()), argument.v, work, n_block);
     }
 
-    void load_queries(const Work<element>& work) {
+    void load_queries(const Work<Config>& work) {
 #pragma unroll 1
       for (int w = 0; w < consumers; ++w) {
         const Queries queries = loop.queries(w);
@@ -197,22 +195,12 @@ struct MainloopSm90 {
       at_queries.advance();
     }
 
-    // A packed sequence ends where its neighbour begins, whose rows may hold anything. The box therefore begins so far
-    // into the map's block_n clipped rows that only live rows come before their end: the rest of the box is
-    // zero-filled.
     template <class Tile>
     void load_block(const Keys& ring, typename Keys::Cursor& at, const Tile& to, const ptx::TensorMap& map,
-                    const Work<element>& work, int n_block) const {
+                    const Work<Config>& work, int n_block) const {
       ring.wait_empty(at);
       ring.expect(at, Tile::bytes);
-      const int head = Config::pack > 1 ? work.tile.head : work.tile.head / argument.params.qheads_per_khead;
-      const int row = n_block * Config::block_n;
-      if constexpr (Config::varlen) {
-        const int live = min_of(Config::block_n, work.seqlen.k - row);
-        tile::load(to, map, ring.full(at.stage()), Config::block_n - live, head, work.seqlen.k_first_row + row + live);
-      } else {
-        tile::load(to, map, ring.full(at.stage()), row, head, work.tile.batch);
-      }
+      load_rows<Config>(to, map, ring.full(at.stage()), n_block * Config::block_n, work.keys(argument.params));
       at.advance();
     }
   };
@@ -229,9 +217,9 @@ struct MainloopSm90 {
 
     tiles().wait_full(at_tiles);
     if (entries[at_tiles.stage()].end) return;
-    const Work<element>* work = &entries[at_tiles.stage()].work;
-    BlockRange range = work->range;
-    int n_block = range.end - 1;
+    const Work<Config>* work = &entries[at_tiles.stage()].work;
+    auto blocks = work->blocks;
+    int position = blocks.end - 1;
     typename Config::variant variant(params, work->tile.batch, work->tile.head);
     const auto place = [&] {
       const TileIndex& tile = work->tile;
@@ -240,11 +228,11 @@ struct MainloopSm90 {
                            tile.batch,
                            tile.head,
                            tile.m_block * Config::block_m + warp_row(),
-                           n_block * Config::block_n};
+                           blocks.block(position) * Config::block_n};
     };
     const auto finish_scores = [&](Scores& scores) {
       apply(variant, scores, place());
-      if (unlikely(range.template is_boundary<Config::mask::hides_first>(n_block))) mask(scores, place());
+      if (unlikely(blocks.template is_boundary<Config::mask::hides_first>(position))) mask(scores, place());
     };
     Probabilities p;
     Out out;
@@ -257,7 +245,7 @@ struct MainloopSm90 {
       warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage()));
       warpgroup::wait<0>(scores);
       release(keys(), at_keys);
-      if (threadIdx.x % 128 == 0 && n_block == range.begin) queries.release(at_queries());
+      if (threadIdx.x % 128 == 0 && position == blocks.begin) queries.release(at_queries());
       finish_scores(scores);
       statistics.init();
       bool far[2] = {true, true};
@@ -265,27 +253,27 @@ struct MainloopSm90 {
       statistics.exponentiate(scores, scale);
       weigh(variant, scores, place());
       tile::pack<element>(p, scores);
-      if (early_steps > 0 && n_block > range.begin) keys().wait_full(at_keys);
+      if (early_steps > 0 && position > blocks.begin) keys().wait_full(at_keys);
     }
     // Each step begins the scores of a block and P·V of the block before, then turns the scores into the next P.
     out.zero();
     bool unwritten_out = false;  // whether `out` is finished but not written, and p, of the next tile, begins another
     while (true) {
-      const bool seam = n_block == range.begin;  // p is of its tile's last block: scores of the next tile follow
+      const bool seam = position == blocks.begin;  // p is of its tile's last block: scores of the next tile follow
       if (unlikely(seam)) {
         at_tiles.advance();
         tiles().wait_full(at_tiles);
         if (entries[at_tiles.stage()].end) break;
         work = &entries[at_tiles.stage()].work;
-        range = work->range;
-        n_block = range.end;
+        blocks = work->blocks;
+        position = blocks.end;
         variant = typename Config::variant(params, work->tile.batch, work->tile.head);
         queries.wait_full(at_queries());
         keys().wait_full(at_keys);
       } else if (early_steps == 0) {
         keys().wait_full(at_keys);
       }
-      --n_block;
+      --position;
       Scores scores;
       turn.take();
       const int own = Config::head_dim > 160 ? ptx::opaque(warpgroup) : warpgroup;  // lest descriptors take registers
@@ -299,7 +287,7 @@ struct MainloopSm90 {
       if (!Config::whole_turns && !unwritten_out) turn.pass((warpgroup + 1) % consumers);
       warpgroup::wait<1>(scores);
       release(keys(), at_keys);
-      if (threadIdx.x % 128 == 0 && n_block == range.begin) queries.release(at_queries());
+      if (threadIdx.x % 128 == 0 && position == blocks.begin) queries.release(at_queries());
       finish_scores(scores);
       // The products still read p, so the next P begins in registers of its own.
       Probabilities early_p;
@@ -309,7 +297,7 @@ struct MainloopSm90 {
       if (!seam) statistics.template exponentiate_at_once<0, early_steps>(early_p, scores, scale, sum, weight);
       // Without a branch here the compiler would move the wait for the products up, above the exponentials, and believe
       // that p may be overwritten there.
-      if (early_steps > 0 && n_block > range.begin) keys().wait_full(at_keys);
+      if (early_steps > 0 && position > blocks.begin) keys().wait_full(at_keys);
       warpgroup::wait<0>(out, p);
       if (Config::whole_turns && !unwritten_out) turn.pass((warpgroup + 1) % consumers);
       release(values(), at_values);
@@ -355,7 +343,7 @@ struct MainloopSm90 {
   void write(Out& out, const Statistics& statistics, const Params& params, typename Tiles::Cursor at) const {
     const Entry& entry = entries[at.stage()];
     if (!Config::chains || likely(entry.ends & last_end)) {
-      const auto totals = statistics.template totals<Config::sinks>(entry.work.template sink<Config>(params));
+      const auto totals = statistics.template totals<Config::sinks>(entry.work.sink(params));
       totals.divide(out);
       if (unlikely(epilogue_direct<Config>(out, totals, params, entry.work, warp_row()))) {
         ptx::st_shared_u32(to_repair(), 1);
@@ -372,19 +360,20 @@ struct MainloopSm90 {
     if (likely(ptx::ld_shared_u32(to_repair()) == 0)) return;
     // A Place lies where the warp's rows of Q were, which nothing needs any more.
     struct Place {
-      Work<element> work;
+      Work<Config> work;
       PackedScan scan;
     };
     static_assert(sizeof(Place) <= 16 * Q::panel_bytes, "a warp has 16 rows");
-    char* const queries = reinterpret_cast<char*>(entries) - barriers_bytes - tiles_bytes + warpgroup * Q::bytes;
+    constexpr int distance = tile::offset<&Shared::entries> - tile::offset<&Shared::q>;
+    char* const queries = reinterpret_cast<char*>(entries) - distance + warpgroup * Q::bytes;
     Place& place = *reinterpret_cast<Place*>(queries + threadIdx.x / 32 % 4 * (16 * Q::panel_bytes));
     place.scan.init();
 #pragma unroll 1
     for (TileCursor<Config> at(argument); !at.done(); at.advance()) {
       __syncwarp();
-      place.work.template find<Config>(argument.params, place.scan, at.unit(), at.second());
+      place.work.find(argument.params, place.scan, at.unit(), at.second());
       __syncwarp();
-      if (place.work.template idle<Config>() || place.work.range.empty()) continue;
+      if (place.work.idle() || place.work.blocks.empty()) continue;
       repair<Config>(argument.params, place.work, place.work.tile.m_block * Config::block_m + warp_row(), 16);
     }
   }

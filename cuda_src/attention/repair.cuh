@@ -157,7 +157,7 @@ struct WeightedSums {
 // Called by one warp: repairs rows [first_row, first_row + rows) of the work's tiles, as far as they are live and not
 // finite.
 template <class Config>
-inline void repair(const Params& all, const Work<typename Config::element>& work, int first_row, int rows) {
+inline void repair(const Params& all, const Work<Config>& work, int first_row, int rows) {
   using element = typename Config::element;
   using Out = LaneColumns<element, Config::head_dim_v>;
   using Qk = LaneColumns<element, Config::head_dim>;
@@ -166,8 +166,8 @@ inline void repair(const Params& all, const Work<typename Config::element>& work
   const Seqlen& seqlen = work.seqlen;
   __syncwarp();  // the lane sees what other lanes have written
 #pragma unroll 1
-  for (int tile_row = first_row; tile_row < min_of(first_row + rows, work.template rows<Config>()); ++tile_row) {
-    element* const to = work.template out_row<Config>(params, tile_row);
+  for (int tile_row = first_row; tile_row < min_of(first_row + rows, work.rows()); ++tile_row) {
+    element* const to = work.out_row(params, tile_row);
     Out out;
     out.load(to, params.out_strides.dim);
     const u32 columns = out.not_finite();
@@ -185,6 +185,10 @@ inline void repair(const Params& all, const Work<typename Config::element>& work
     const int last = Mask::last_key(params, seqlen, row);
 #pragma unroll 1
     for (int key = Mask::first_key(params, seqlen, row); key <= last; ++key) {
+      if constexpr (!Mask::Blocks::contiguous) {
+        const int m_block = work.tile.m_block;
+        if (!needs_block_of<Config>(params, seqlen, work.tile.batch, head_k, m_block, key)) continue;
+      }
       k.load(work.origin(params.k, params.k_strides, head_k, seqlen.k_first_row + key), params.k_strides.dim);
       v.load(work.origin(params.v, params.v_strides, head_k, seqlen.k_first_row + key), params.v_strides.dim);
       const Point at{work.tile.batch, head, row, key, float(row + seqlen.diagonal() - key), true};

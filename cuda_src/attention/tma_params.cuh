@@ -21,7 +21,7 @@ struct Deal {
 // The map of q has the axes (columns, rows, heads, batch), or, where heads share tiles, (columns, heads that share one,
 // rows, key heads, batch). The maps of k and v have the axes (columns, rows, heads, batch), or, for packed sequences,
 // (columns, clipped rows, heads, rows): the two axes of rows add up, and rows of a box past the clipped rows become
-// zeros, so that it can end with a sequence: see MainloopSm90::Loader.
+// zeros, so that it can end with a sequence: see `load_rows` in attention/row_source.cuh.
 struct TmaParams {
   ptx::TensorMap q, k, v;
   Params params;

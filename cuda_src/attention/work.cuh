@@ -5,6 +5,7 @@
 #include "attention/block_range.cuh"
 #include "attention/packed.cuh"
 #include "attention/params.cuh"
+#include "attention/row_source.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/seqlen.cuh"
 #include "tile/accumulator.cuh"
@@ -14,40 +15,34 @@ namespace attention {
 
 // Where few rows of q would leave most of a tile empty, heads that share a key head share the tile: with Config::pack
 // heads in a tile, row r of the tiles is query row r / pack of head r % pack, and `tile.head` is the key head.
-template <class element>
+template <class Config>
 struct Work {
+  using element = typename Config::element;
+
   TileIndex tile;
   Seqlen seqlen;
-  BlockRange range;
+  typename Config::mask::Blocks blocks;  // of keys
   element* out;  // where `out` has the first row of the sequence, in the tile's head or the first of its heads
   float* lse;    // where lse has that row; null: lse is not wanted
 
   // Says whether no row of the tile is live: the tile lies past the end of its sequence or is the missing partner of
   // the one in the middle of a head.
-  template <class Config>
-  constexpr bool idle() const {
-    return tile.m_block * Config::block_m >= rows<Config>();
-  }
+  constexpr bool idle() const { return tile.m_block * Config::block_m >= rows(); }
 
   // How many rows the tiles of a head of the whole sequence have.
-  template <class Config>
-  constexpr int rows() const {
-    return seqlen.q * Config::pack;
-  }
+  constexpr int rows() const { return seqlen.q * Config::pack; }
 
-  template <class Config>
   element* out_row(const Params& params, int row) const {
     return out + row / Config::pack * params.out_strides.seqlen + row % Config::pack * params.out_strides.head;
   }
 
-  template <class Config>
   float* lse_row(const Params& params, int row) const {
     return lse + row / Config::pack + row % Config::pack * params.lse_head_stride;
   }
 
   // Becomes the work of a tile of a unit. A whole warp calls this, and a barrier has to follow. Of packed sequences the
   // units of a warp's calls must not decrease; `alike` says that many in a row are of one sequence.
-  template <class Config, int groups = 2, bool alike = false>
+  template <int groups = 2, bool alike = false>
   void find(const Params& params, PackedScan& scan, int unit, bool second) {
     if constexpr (Config::varlen) {
       const int slot = unit / params.num_heads_q;
@@ -56,17 +51,16 @@ struct Work {
     }
     if (tile::lane() != 0) return;
     if constexpr (Config::varlen)
-      take<Config>(params, packed_tile<Config>(params, scan.found, unit, second), packed_seqlen(params, scan.found));
+      take(params, packed_tile<Config>(params, scan.found, unit, second), packed_seqlen(params, scan.found));
     else
-      take<Config>(params, dense_tile<Config>(params, unit, second), dense_seqlen(params));
+      take(params, dense_tile<Config>(params, unit, second), dense_seqlen(params));
   }
 
   // Becomes the work of a tile. One thread calls this.
-  template <class Config>
   void take(const Params& params, const TileIndex& its_tile, const Seqlen& its_seqlen) {
     tile = its_tile;
     seqlen = its_seqlen;
-    range = block_range<Config>(params, seqlen, tile.m_block);
+    blocks = key_blocks<Config>(params, seqlen, tile.batch, key_head(params, tile.head), tile.m_block);
     const int head = tile.head * Config::pack;
     out = const_cast<element*>(origin(params.out, params.out_strides, head, seqlen.q_first_row));
     lse = params.lse
@@ -74,8 +68,17 @@ struct Work {
               : nullptr;
   }
 
+  // The key head that a tile's head reads.
+  static constexpr int key_head(const Params& params, int head) {
+    return Config::pack > 1 ? head : head / params.qheads_per_khead;
+  }
+
+  // Where the tile's keys are, in k and in v.
+  MappedRows keys(const Params& params) const {
+    return {seqlen.k, seqlen.k_first_row, key_head(params, tile.head), tile.batch};
+  }
+
   // The score of a key without a value.
-  template <class Config>
   float sink(const Params& params) const {
     return Config::sinks ? params.sinks[tile.head * params.sinks_stride] : -infinity;
   }
@@ -87,15 +90,20 @@ struct Work {
 };
 
 // The work of kernels that read q, k and v through pointers, which point to the first row of the sequence.
-template <class element>
-struct PointerWork : Work<element> {
+template <class Config>
+struct PointerWork : Work<Config> {
+  using element = typename Config::element;
+
   const element* q;
   const element* k;
   const element* v;
 
-  template <class Config>
+  PointedRows<element> queries(const Params& params) const { return {q, params.q_strides, this->seqlen.q}; }
+  PointedRows<element> keys(const Params& params) const { return {k, params.k_strides, this->seqlen.k}; }
+  PointedRows<element> values(const Params& params) const { return {v, params.v_strides, this->seqlen.k}; }
+
   void find(const Params& params, PackedScan& scan, int unit) {
-    Work<element>::template find<Config, Config::scan_groups, Config::many>(params, scan, unit, false);
+    Work<Config>::template find<Config::scan_groups, Config::many>(params, scan, unit, false);
     if (tile::lane() != 0) return;
     const int head_k = this->tile.head / params.qheads_per_khead;
     q = this->origin(params.q, params.q_strides, this->tile.head, this->seqlen.q_first_row);

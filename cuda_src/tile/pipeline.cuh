@@ -48,6 +48,11 @@ struct Ring {
   static constexpr int bytes = 2 * stages * sizeof(u64);
   using Cursor = tile::Cursor<stages>;
 
+  // What a ring takes in a struct of shared memory.
+  struct Storage {
+    u64 barriers[2 * stages];
+  };
+
   u32 barriers;
 
   u32 full(u32 stage) const { return barriers + stage * sizeof(u64); }

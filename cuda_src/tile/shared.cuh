@@ -22,6 +22,12 @@ struct SharedTile {
   static constexpr int chunk_elements = 16 / sizeof(element);
   static constexpr int bytes = rows * row_bytes;
 
+  // What a tile takes in a struct of shared memory. Such structs have their tiles first, each of which then lies as the
+  // swizzle wants, and are no larger than their members.
+  struct Storage {
+    alignas(16) u8 data[bytes];
+  };
+
   u32 base;  // shared-memory address, aligned to 128 bytes
 
   // Where the swizzle puts 16-byte chunk `chunk` of a panel: 8 consecutive rows fill all 32 banks at every chunk.
@@ -53,5 +59,17 @@ struct SharedTile {
   // From an address in panel 0, the address `count` columns on; count is whole panels.
   static constexpr u32 step_cols(int count) { return count / (panel_chunks * chunk_elements) * panel_stride; }
 };
+
+template <auto member>
+struct OffsetOf;
+template <class Struct, class Type, Type Struct::* member>
+struct OffsetOf<member> {
+  static constexpr int value = __INTADDR__(&(static_cast<Struct*>(nullptr)->*member));
+};
+
+// How far from the beginning of a struct a member lies: offset<&Shared::k>. This is what offsetof expands to; NVRTC has
+// no __builtin_offsetof before 13.3.
+template <auto member>
+inline constexpr int offset = OffsetOf<member>::value;
 
 }  // namespace tile

@@ -119,7 +119,7 @@ def _stands_in(static: Static, arch: int) -> bool:
 
 def writes_all_dq(config: ConfigBackwardSm80, problem: Problem) -> bool:
     """Whether the main kernel writes every row of dq: each tile of queries has one that sees a key."""
-    if not config.writes_dq or problem.varlen or config.window or problem.seqlen_k == 0:
+    if not config.writes_dq or problem.varlen or config.mask not in ("none", "causal") or problem.seqlen_k == 0:
         return False
     return not config.causal or problem.seqlen_q - problem.seqlen_k < config.block_m
 

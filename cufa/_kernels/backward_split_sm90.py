@@ -34,7 +34,7 @@ class BackwardSplitSm90(BackwardKernel):
         exchanged = 1 + keeps_derivatives(static.terms)  # operands that one warpgroup hands to the other
         weights, rows = exchanged * size * STAGES * block * block, 2 * 4 * STAGES * block
         keys = size * (1 + STAGES) * block * both + weights + rows + barriers_bytes(*[STAGES] * 3, 1, 1)
-        queries = size * block * (2 * both + STAGES * tile_head_dim + tile_head_dim_v) + barriers_bytes(STAGES, 1) + 8
+        queries = size * block * (2 * both + STAGES * tile_head_dim + tile_head_dim_v) + barriers_bytes(STAGES, 1) + 16
         producer_registers, consumer_registers = REGISTERS[2]
         return ConfigBackwardSm90(
             **common(static),

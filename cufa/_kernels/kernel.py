@@ -66,8 +66,19 @@ class Scratch(NamedTuple):
     floats: int
 
 
-MASKS = {"none": "attention::FullMask", "causal": "attention::CausalMask", "window": "attention::WindowMask"}
-"""Masks by their names in Static, as C++ types: ``attention/masks.cuh``."""
+class Mask(NamedTuple):
+    """A mask: its name in Static, its header in ``cuda_src``, and its C++ type."""
+
+    name: str
+    header: str
+    type: str
+
+
+MASKS = (
+    Mask("none", "attention/masks.cuh", "attention::FullMask"),
+    Mask("causal", "attention/masks.cuh", "attention::CausalMask"),
+    Mask("window", "attention/masks.cuh", "attention::WindowMask"),
+)
 
 NO_SCRATCH = Scratch({}, 0)
 
@@ -90,8 +101,8 @@ class Config:
     num_threads : int
     smem_bytes : int
     store_bytes : int
-    mask : {'none', 'causal', 'window'}
-        Which of `MASKS`.
+    mask : str
+        The name of one of `MASKS`.
     varlen, sinks : bool
     chains : bool
         Whether sums are taken over at intervals.
@@ -128,19 +139,19 @@ class Config:
         """Its members that are types, in C++."""
         terms = ", ".join(term.type.format(element=self.element) for term in self.variant)
         variant = f"attention::Variant<{terms}>"
-        return {"element": self.element, "variant": variant, "mask": MASKS[self.mask]}
+        return {"element": self.element, "variant": variant, "mask": mask_of(self.mask).type}
 
     def includes(self) -> list[str]:
         """The headers of its types."""
-        return ["attention/masks.cuh", *(term.header for term in self.variant)]
+        return [mask_of(self.mask).header, *(term.header for term in self.variant)]
 
     def words(self) -> list[str]:
         """What it is for, in the words of a user."""
         parts = [self.element, f"head_dim {self.head_dim}"]
         if self.head_dim_v != self.head_dim:
             parts.append(f"head_dim_v {self.head_dim_v}")
-        names = ("causal", "window", "varlen", "sinks", "deterministic")
-        parts += [name for name in names if getattr(self, name, False)]
+        parts += [self.mask] if self.mask != "none" else []
+        parts += [name for name in ("varlen", "sinks", "deterministic") if getattr(self, name, False)]
         return parts + [term.name for term in self.variant]
 
 
@@ -314,6 +325,11 @@ def common(static: Static) -> dict[str, Any]:
         "sinks": static.sinks,
         "chains": static.chains,
     }
+
+
+def mask_of(name: str) -> Mask:
+    """The mask of a name."""
+    return next(mask for mask in MASKS if mask.name == name)
 
 
 def has_short_tile(static: Static) -> bool:

@@ -27,6 +27,7 @@ PRELUDE = """
 #include "attention/backward_prepare.cuh"
 #include "attention/backward_split_queries_sm90.cuh"
 #include "attention/backward_work.cuh"
+#include "attention/chains.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/work.cuh"
 
@@ -35,8 +36,45 @@ using namespace attention;
 template <int rows, int keys, class its_mask = FullMask, int heads = 1>
 struct Config {
   static constexpr int block_m = rows, block_n = keys, pack = heads;
+  using element = f16;
   using mask = its_mask;
   static constexpr bool varlen = false;
+};
+
+// Every third block is hidden from a tile, and of those that it sees every second is not seen whole.
+struct Lists {
+  static constexpr int most = 8;
+  i32 keys[most][most] = {}, queries[most][most] = {};
+  int keys_count[most] = {}, queries_count[most] = {};
+
+  static constexpr bool has(int m_block, int n_block) { return (m_block + n_block) % 3 != 0; }
+  static constexpr bool all(int m_block, int n_block) { return (m_block + n_block) % 2 == 0; }
+
+  constexpr Lists() {
+    for (int m_block = 0; m_block < most; ++m_block) {
+      for (int n_block = 0; n_block < most; ++n_block) {
+        if (!has(m_block, n_block)) continue;
+        keys[m_block][keys_count[m_block]++] = 2 * n_block + all(m_block, n_block);
+        queries[n_block][queries_count[n_block]++] = 2 * m_block + all(m_block, n_block);
+      }
+    }
+  }
+};
+
+constexpr Lists lists;
+
+struct ListMask : FullMask {
+  using Blocks = BlockList;
+
+  template <class Config>
+  static constexpr Blocks key_blocks(const Params&, int, int, int m_block) {
+    return {lists.keys[m_block], 0, lists.keys_count[m_block], 0};
+  }
+
+  template <class Config>
+  static constexpr Blocks query_tiles(const Params&, int, int, int n_block) {
+    return {lists.queries[n_block], 0, lists.queries_count[n_block], 0};
+  }
 };
 
 template <class Base>
@@ -73,6 +111,23 @@ constexpr BlockRange query_range_of(const Params& params, const Seqlen& seqlen, 
   BlockRange range{};
   find_query_range<Config>(params, seqlen, n_block, range);
   return range;
+}
+
+// key_blocks and query_tiles.
+template <class Config>
+constexpr auto key_blocks_of(const Params& params, const Seqlen& seqlen, int m_block) {
+  if constexpr (Config::mask::Blocks::contiguous)
+    return block_range_of<Config>(params, seqlen, m_block);
+  else
+    return key_blocks<Config>(params, seqlen, 0, 0, m_block);
+}
+
+template <class Config>
+constexpr auto query_tiles_of(const Params& params, const Seqlen& seqlen, int n_block) {
+  if constexpr (Config::mask::Blocks::contiguous)
+    return query_range_of<Config>(params, seqlen, n_block);
+  else
+    return query_tiles<Config>(params, seqlen, 0, 0, n_block);
 }
 """
 
@@ -197,10 +252,10 @@ constexpr bool packed_tiles(const Params& params, int round_units, const int (&g
     if (scan.holds<block_m>(slot, pairs) != (b >= 0 && b == scan.found.batch)) return false;
     scan.found = {b, b < 0 ? 0 : offsets.row[b], b < 0 ? 0 : offsets.row[end], 0, 0};
     for (int second = 0; second < 1 + pairs; ++second) {
-      Work<f16> work{};
+      Work<Config> work{};
       work.seqlen = packed_seqlen(params, scan.found);
       work.tile = packed_tile<Config>(params, scan.found, unit, second);
-      if (work.idle<Config>()) continue;
+      if (work.idle()) continue;
       const int tiles = ceil_div(work.seqlen.q, block_m), head = work.tile.head;
       if (work.tile.batch != b || head < 0 || head >= params.num_heads_q) return false;
       const int index = first_tile[b] + head * tiles + work.tile.m_block;
@@ -505,6 +560,132 @@ def test_blocks_of_keys_need_the_tiles_whose_rows_see_them(tile: str) -> None:
     run(*(f"query_ranges<Config<{tile}, {mask}>>({params})" for mask, params in masked()), prelude=RANGES)
 
 
+# --- kinds of blocks ----------------------------------------------------------------------------------
+
+BLOCKS = """
+constexpr i32 listed[] = {2 * 1 + 1, 2 * 4, 2 * 5 + 1, 2 * 9 + 1, 2 * 10 + 1, 2 * 17};
+constexpr BlockList list{listed, 0, 6, 10}, some{listed, 2, 5, 99}, no_list{listed, 3, 3, 99};
+constexpr BlockRange range{3, 11, 5, 9}, short_range{7, 8, 0, 8}, no_range{4, 2, 0, 0};
+
+// Positions are these blocks, and no others, each a boundary or not.
+template <class Blocks, int count>
+constexpr bool are(const Blocks& blocks, const int (&wanted)[count], const bool (&boundary)[count]) {
+  if (blocks.end - blocks.begin != count || blocks.empty()) return false;
+  for (int i = 0; i < count; ++i) {
+    const int position = blocks.begin + i;
+    if (blocks.block(position) != wanted[i] || blocks.is_boundary(position) != boundary[i]) return false;
+    if (i > 0 && blocks.block_before(position) != wanted[i - 1]) return false;
+  }
+  return true;
+}
+
+// A block is found where it is, one between two of the blocks where the second is, and none that is not there.
+template <class Blocks>
+constexpr bool are_found(const Blocks& blocks, int limit) {
+  int count = 0;
+  for (int block = 0; block < limit; ++block) {
+    const int position = blocks.position_of(block);
+    const bool inside = position >= blocks.begin && position < blocks.end;
+    if (blocks.contains(block) != (inside && blocks.block(position) == block)) return false;
+    if (inside && blocks.block(position) < block) return false;
+    if (inside && position > blocks.begin && blocks.block(position - 1) >= block) return false;
+    count += blocks.contains(block);
+  }
+  return count == max_of(0, blocks.end - blocks.begin);
+}
+
+// Parts have every position once, in order, and about as many each. In a part a block is what it is in the whole.
+template <class Blocks>
+constexpr bool parts(const Blocks& blocks, int count) {
+  const int least = max_of(0, blocks.end - blocks.begin) / count;
+  int next = blocks.begin;
+  for (int index = 0; index < count; ++index) {
+    const Blocks its = part(blocks, index, count);
+    if (its.begin != next || its.end - its.begin < least || its.end - its.begin > least + 1) return false;
+    for (int position = its.begin; position < its.end; ++position) {
+      if (its.block(position) != blocks.block(position)) return false;
+      if (its.is_boundary(position) != blocks.is_boundary(position)) return false;
+    }
+    next = its.end;
+  }
+  return next == max_of(blocks.begin, blocks.end);
+}
+
+// Chains have every position once, from last to first.
+template <class Blocks>
+constexpr bool tile_chains(const Blocks& blocks, int most) {
+  int next = blocks.end;
+  for (int index = 0;; ++index) {
+    Blocks its = blocks;
+    const int ends = take_chain(its, index, most), size = its.end - its.begin;
+    if (its.end != next || size < 1 || size > most || (ends & first_end) != (index == 0 ? first_end : 0)) return false;
+    next = its.begin;
+    if (ends & last_end) return next == blocks.begin;
+    if (size != most) return false;
+  }
+}
+
+// Turns count the blocks, from the first or, reversed, from the last.
+template <class Blocks>
+constexpr bool turns(const Blocks& blocks, bool reversed) {
+  BackwardParams backward{};
+  backward.reversed = reversed;
+  for (int i = 0; i < blocks.end - blocks.begin; ++i) {
+    const int block = blocks.block(reversed ? blocks.end - 1 - i : blocks.begin + i);
+    if (turn_in(backward, blocks, block) != i) return false;
+  }
+  return true;
+}
+
+// What a mask lists, but for what is not live. Keys past the end make a boundary of a block, in either direction.
+template <class Config>
+constexpr bool live_lists(const Params& params) {
+  const Seqlen seqlen = dense_seqlen(params);
+  const int tiles = ceil_div(seqlen.q, Config::block_m), blocks = ceil_div(seqlen.k, Config::block_n);
+  for (int m = 0; m < Lists::most; ++m) {
+    for (int n = 0; n < Lists::most; ++n) {
+      const bool boundary = !Lists::all(m, n) || (n + 1) * Config::block_n > seqlen.k;
+      const auto keys = key_blocks<Config>(params, seqlen, 0, 0, m);
+      if (keys.contains(n) != (n < blocks && Lists::has(m, n))) return false;
+      if (keys.contains(n) && keys.is_boundary(keys.position_of(n)) != boundary) return false;
+      const auto queries = query_tiles<Config>(params, seqlen, 0, 0, n);
+      if (queries.contains(m) != (n < blocks && m < tiles && Lists::has(m, n))) return false;
+      if (queries.contains(m) && queries.is_boundary(queries.position_of(m)) != boundary) return false;
+    }
+  }
+  return true;
+}
+
+constexpr BlockList clipped(BlockList blocks, int count, int full_end) {
+  blocks.clip(count, full_end);
+  return blocks;
+}
+"""
+
+
+def test_a_kind_of_blocks_says_which_block_a_position_is() -> None:
+    kinds = ("range", "short_range", "no_range", "list", "some", "no_list")
+    run(
+        "are(range, {3, 4, 5, 6, 7, 8, 9, 10}, {true, true, false, false, false, false, true, true})",
+        "are(list, {1, 4, 5, 9, 10, 17}, {false, true, false, false, true, true})",
+        "are(some, {5, 9, 10}, {false, false, false})",
+        "are(clipped(list, 10, 5), {1, 4, 5, 9}, {false, true, true, true})",
+        "clipped(list, 1, 0).empty() && no_list.empty() && no_range.empty()",
+        *(f"are_found({kind}, 20)" for kind in kinds),
+        *(f"parts({kind}, {count})" for kind in kinds for count in (1, 2, 3, 5, 6, 13)),
+        *(f"tile_chains({kind}, {most})" for kind in kinds if "no" not in kind for most in (1, 2, 3, 8, 9)),
+        *(f"turns({kind}, {order})" for kind in kinds for order in ("false", "true")),
+        prelude=BLOCKS,
+    )
+
+
+def test_of_a_list_the_live_blocks_are_taken() -> None:
+    run(
+        *(f"live_lists<Config<4, 3, ListMask>>({record('Params', seqlen_q=q, seqlen_k=k)})" for q, k in SHAPES),
+        prelude=BLOCKS,
+    )
+
+
 # --- the gradients' work ------------------------------------------------------------------------------
 
 WORK = """
@@ -515,7 +696,7 @@ constexpr bool key_blocks(const BackwardParams& backward) {
   const Params& params = backward.forward;
   const Seqlen seqlen = dense_seqlen(params);
   const int heads = params.num_heads_q / params.qheads_per_khead, all = params.batch * heads * backward.n_blocks;
-  const int units = BackwardWork::units<Config>(backward), tiles = ceil_div(seqlen.q, Config::block_m);
+  const int units = BackwardWork<Config>::units(backward), tiles = ceil_div(seqlen.q, Config::block_m);
   Met<room> met;
   int of_head[room] = {}, added[room] = {};
   for (int unit = 0; unit < units; ++unit) {
@@ -524,9 +705,10 @@ constexpr bool key_blocks(const BackwardParams& backward) {
     if (found.head < 0 || found.head >= heads || found.batch >= params.batch) return false;
     if (found.n_block != (backward.reversed ? backward.n_blocks - 1 - index : index)) return false;
     if (!met.add(head * backward.n_blocks + found.n_block, all)) return false;
-    const BlockRange range = query_range_of<Config>(params, seqlen, found.n_block);
-    for (int m_block = range.begin; m_block < range.end; ++m_block) {
-      const int turn = turn_in(backward, block_range_of<Config>(params, seqlen, m_block), found.n_block);
+    const auto queries = query_tiles_of<Config>(params, seqlen, found.n_block);
+    for (int position = queries.begin; position < queries.end; ++position) {
+      const int m_block = queries.block(position);
+      const int turn = turn_in(backward, key_blocks_of<Config>(params, seqlen, m_block), found.n_block);
       if (turn != added[head * tiles + m_block]++) return false;
     }
   }
@@ -609,16 +791,16 @@ constexpr bool chains(int heads, int begin, int end) {
   const int most = heads * tiles <= 2 * limit ? 2 * limit : limit;
   Met<room> met;
   for (int chain = 0; chain <= room; ++chain) {
-    BackwardWork work{};
+    BackwardWork<Config> work{};
     work.head = 3;
-    work.range.begin = begin, work.range.end = end;
+    work.tiles.begin = begin, work.tiles.end = end;
     work.take_all(params);
     work.chain = chain;
-    work.take_chain<Config>();
+    work.take_chain();
     if (work.first_chain != (chain == 0)) return false;
-    if ((work.query_head_end - work.query_head) * (work.range.end - work.range.begin) > most) return false;
+    if ((work.query_head_end - work.query_head) * (work.tiles.end - work.tiles.begin) > most) return false;
     for (int head = work.query_head; head < work.query_head_end; ++head) {
-      for (int m_block = work.range.begin; m_block < work.range.end; ++m_block) {
+      for (int m_block = work.tiles.begin; m_block < work.tiles.end; ++m_block) {
         if (m_block < begin || !met.add((head - 3 * heads) * tiles + m_block - begin, heads * tiles)) return false;
       }
     }
@@ -628,12 +810,13 @@ constexpr bool chains(int heads, int begin, int end) {
 }
 
 // for_each_query_chain does the same.
+template <class Mask>
 constexpr bool chains_of_steps(int heads, int begin, int end, int chain) {
   Params params{};
   params.qheads_per_khead = heads;
-  BackwardWork work{};
+  BackwardWork<Config<64, 64, Mask>> work{};
   work.head = 3;
-  work.range.begin = begin, work.range.end = end;
+  work.tiles.begin = begin, work.tiles.end = end;
   Met<room> met;
   int steps = 0, ended = 0;
   bool right = true, done = false;
@@ -659,7 +842,7 @@ def test_blocks_of_keys_are_visited_once_and_in_turn() -> None:
     claims = []
     for (seqlen_q, seqlen_k), (heads, ratio), section in itertools.product(SHAPES, [(1, 1), (6, 2)], (1, 4, 5)):
         for (mask, left, right), last_first in itertools.product(
-            [("FullMask", 0, 0), ("CausalMask", 0, 0), ("WindowMask", 3, 2)], (False, True)
+            [("FullMask", 0, 0), ("CausalMask", 0, 0), ("WindowMask", 3, 2), ("ListMask", 0, 0)], (False, True)
         ):
             fields = {"batch": 2, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "num_heads_q": heads * ratio}
             fields |= {"qheads_per_khead": ratio, "heads_per_section": section}
@@ -667,7 +850,7 @@ def test_blocks_of_keys_are_visited_once_and_in_turn() -> None:
             given_forward = {f"forward__{name}": value for name, value in fields.items()}
             backward = record("BackwardParams", **given_forward, n_blocks=-(-seqlen_k // 3), reversed=last_first)
             claims.append(f"key_blocks<Config<4, 3, {mask}>>({backward})")
-    run(*claims[::5], prelude=WORK)
+    run(*claims[::5], *(claim for claim in claims if "ListMask" in claim), prelude=WORK)
 
 
 KERNELS = [("sm80", 64), ("sm90", 64), ("sm90", 128), ("split_sm90", 256), ("short", 64)]
@@ -696,7 +879,7 @@ def test_packed_blocks_of_keys_and_tiles_of_queries_are_visited_once(kernel: str
             backward = record("BackwardParams", **params, n_blocks=grid.n_blocks, workspace_rows=grid.workspace_rows)
             name = config_of(config)
             units, tiles = grid.n_blocks * heads_k, grid.m_blocks * heads_q
-            claims.append(f"BackwardWork::units<{name}>({backward}) == {units}")
+            claims.append(f"BackwardWork<{name}>::units({backward}) == {units}")
             given = f"{units}, {total_k}, {braces(offsets_k)}"
             for section in (grid.heads_per_section, 2):
                 claims.append(f"packed_units<{name}, {config.block_n}>({backward}, {heads_k}, {section}, {given})")
@@ -714,9 +897,15 @@ def test_packed_blocks_of_keys_and_tiles_of_queries_are_visited_once(kernel: str
 
 def test_chains_have_every_tile_once() -> None:
     cases = list(itertools.product((1, 2, 5), (0, 3), (0, 1, 3, 4, 5, 9, 30)))
+    masks = ("FullMask", "ListMask")
     run(
-        *(f"chains<Config<4096, 64>>({heads}, {begin}, {begin + tiles})" for heads, begin, tiles in cases),
-        *(f"chains<Config<1024, 64>>({heads}, {begin}, {begin + tiles})" for heads, begin, tiles in cases),
-        *(f"chains_of_steps({heads}, {begin}, {begin + tiles}, 4)" for heads, begin, tiles in cases),
+        *(
+            f"chains<Config<{rows}, 64, {mask}>>({heads}, {begin}, {begin + tiles})"
+            for (heads, begin, tiles), mask, rows in itertools.product(cases, masks, (4096, 1024))
+        ),
+        *(
+            f"chains_of_steps<{mask}>({heads}, {begin}, {begin + tiles}, 4)"
+            for (heads, begin, tiles), mask in itertools.product(cases, masks)
+        ),
         prelude=WORK,
     )

@@ -1,0 +1,96 @@
+// attention: which blocks a loop goes over: the blocks of keys that a tile of queries needs, or the tiles of queries
+// that a block of keys needs.
+//
+// A loop goes over positions [begin, end). Which block a position is, and whether all of it is seen, it asks; so a mask
+// may have a kind of blocks of its own, with the members of the two here. Blocks are in increasing order. Some of the
+// positions are blocks as well: a chain, or a part for each of several thread blocks.
+#pragma once
+
+#include "core/math.cuh"
+#include "core/types.cuh"
+
+namespace attention {
+
+// Blocks that follow each other. A position is the block itself.
+struct BlockRange {
+  static constexpr bool contiguous = true;  // whether every block between two of the blocks is one of them
+
+  int begin, end;            // blocks [begin, end) hold everything that is seen
+  int full_begin, full_end;  // in blocks [full_begin, full_end) all is seen, by all
+
+  constexpr bool empty() const { return begin >= end; }
+
+  // Functions that ask nothing of the range are static, which spares the compiler an address of it.
+  static constexpr int block(int position) { return position; }
+
+  // Returns the block before that of a position, and any number where there is none.
+  static constexpr int block_before(int position) { return position - 1; }
+
+  // Says whether not all of the block of a position is seen by all. Where full_begin is known to be 0, only the end is
+  // asked.
+  template <bool has_full_begin = true>
+  constexpr bool is_boundary(int position) const {
+    return (has_full_begin && position < full_begin) || position >= full_end;
+  }
+
+  // Returns the position of a block, or, if it is none of the blocks, the one that it would have.
+  static constexpr int position_of(int block) { return block; }
+
+  constexpr bool contains(int block) const { return block >= begin && block < end; }
+};
+
+// Blocks that are listed in device memory.
+struct BlockList {
+  static constexpr bool contiguous = false;
+
+  const i32* entries;  // by position: 2 · block, + 1 if all of the block is seen by all
+  int begin, end;
+  int full_end;  // blocks from this one on are not seen whole, whatever their entries say
+
+  constexpr bool empty() const { return begin >= end; }
+
+  constexpr int block(int position) const { return entries[position] >> 1; }
+
+  constexpr int block_before(int position) const { return block(max_of(begin, position - 1)); }
+
+  template <bool = true>
+  constexpr bool is_boundary(int position) const {
+    const int entry = entries[position];
+    return entry % 2 == 0 || entry >> 1 >= full_end;
+  }
+
+  constexpr int position_of(int block) const {
+    int low = begin, high = end;
+    while (low < high) {
+      const int middle = low + (high - low) / 2;
+      if (this->block(middle) < block)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+
+  constexpr bool contains(int block) const {
+    const int position = position_of(block);
+    return position < end && this->block(position) == block;
+  }
+
+  // Leaves out the blocks from `blocks` on, and lets no block from its_full_end on be seen whole.
+  constexpr void clip(int blocks, int its_full_end) {
+    end = position_of(blocks);
+    full_end = its_full_end;
+  }
+};
+
+// Part `index` of `count` parts of blocks, whose numbers of positions differ by one at most.
+template <class Blocks>
+constexpr Blocks part(Blocks blocks, int index, int count) {
+  const i64 positions = max_of(0, blocks.end - blocks.begin);
+  const int begin = blocks.begin;
+  blocks.begin = begin + int(positions * index / count);
+  blocks.end = begin + int(positions * (index + 1) / count);
+  return blocks;
+}
+
+}  // namespace attention
