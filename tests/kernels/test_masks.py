@@ -18,6 +18,7 @@ from cufa._kernels.backward_sm90 import BackwardSm90
 from cufa._operations.backward import ATTENTION_BACKWARD, BACKWARD
 from cufa._operations.call import call
 from cufa._operations.forward import ATTENTION, FORWARD
+from cufa._terms.alibi import Alibi
 from cufa.testing import to_numpy
 
 HEADER = """\
@@ -123,7 +124,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "plain": {},
     "chains": {"chains": True},
     "deterministic": {"deterministic": True},
-    "slopes": {"alibi": True},
+    "slopes": {"terms": (Alibi(),)},
 }
 
 
