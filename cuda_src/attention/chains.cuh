@@ -13,15 +13,14 @@ namespace attention {
 inline constexpr int first_end = 1, last_end = 2;
 
 // Leaves the positions of chain `index` of a tile's blocks, which the tile goes over from last to first, `most` per
-// chain. Returns the ends that the chain has.
+// chain, and sets which ends the chain has.
 template <class Blocks>
-constexpr int take_chain(Blocks& blocks, int index, int most) {
+constexpr void take_chain(Blocks& blocks, int& ends, int index, int most) {
   const int whole_end = blocks.end, end = whole_end - index * most;
   const int begin = max_of(blocks.begin, end - most);
-  const int ends = (index == 0 ? first_end : 0) | (begin <= blocks.begin ? last_end : 0);
+  ends = (index == 0 ? first_end : 0) | (begin <= blocks.begin ? last_end : 0);
   blocks.begin = begin;
   blocks.end = end;
-  return ends;
 }
 
 // Without `any` every tile is one chain, and nothing is taken over.

@@ -68,7 +68,7 @@ struct MainloopSm90 {
     int ends;  // which ends of the tile the chain has, if there are chains
 
     // Turns the entry of the whole tile, as it was found, into that of its chain `index`.
-    void take_chain(int index) { ends = attention::take_chain(work.blocks, index, chain_blocks); }
+    void take_chain(int index) { attention::take_chain(work.blocks, ends, index, chain_blocks); }
   };
 
   struct Shared {

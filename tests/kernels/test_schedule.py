@@ -617,7 +617,9 @@ constexpr bool tile_chains(const Blocks& blocks, int most) {
   int next = blocks.end;
   for (int index = 0;; ++index) {
     Blocks its = blocks;
-    const int ends = take_chain(its, index, most), size = its.end - its.begin;
+    int ends = 0;
+    take_chain(its, ends, index, most);
+    const int size = its.end - its.begin;
     if (its.end != next || size < 1 || size > most || (ends & first_end) != (index == 0 ? first_end : 0)) return false;
     next = its.begin;
     if (ends & last_end) return next == blocks.begin;
