@@ -251,7 +251,10 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
       if constexpr (!Variant::empty) {
         const Point at = rows.of(t, i).at(8 * j + e);
         exponent = variant.score(s * place.params.softmax_scale, at, derivatives);
-        if (__float_as_uint(s) == masked_entry) exponent = -infinity;
+        if (__float_as_uint(s) == masked_entry) {
+          exponent = -infinity;
+          if (Variant::bends) derivatives = {0.0f, 0.0f};  // not NaN, of which no P of 0 makes 0
+        }
         if (Variant::scales) weight = variant.factor(at);
       }
       const float p = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));

@@ -349,7 +349,9 @@ def check(found: tuple[Any, ...], right: Problem, unit: float = 2.0**-20) -> Non
     for each, exact in zip(found, expected, strict=True):
         each = to_numpy(each).astype(np.float64)
         seen = np.isfinite(exact)  # lse is -inf where no key is seen
-        assert each.shape == exact.shape and np.array_equal(np.isfinite(each), seen) and np.abs(exact[seen]).max() > 0.1
+        assert (
+            each.shape == exact.shape and np.array_equal(np.isfinite(each), seen) and np.abs(exact[seen]).max() > 0.01
+        )
         assert np.linalg.norm((each - exact)[seen]) <= 4 * unit * np.linalg.norm(exact[seen])
 
 
