@@ -293,7 +293,7 @@ struct MainloopSm90 {
       Probabilities early_p;
       float sum[2] = {statistics.row_sum[0][0], statistics.row_sum[0][1]};
       const auto at = place();
-      const auto weight = weights<1>(variant, at);
+      const auto weight = weights(variant, at);
       if (!seam) statistics.template exponentiate_at_once<0, early_steps>(early_p, scores, scale, sum, weight);
       // Without a branch here the compiler would move the wait for the products up, above the exponentials, and believe
       // that p may be overwritten there.

@@ -97,13 +97,9 @@ struct TransposedPlace {
   }
 };
 
-// The bits of an entry that is masked before a variant's terms are applied: not -infinity, of which terms may make
-// something else, nor a NaN that a product can be.
-inline constexpr u32 masked_entry = 0x7fc00001;
-
-// Entries of scores that a query does not see ← `masked`.
+// Entries of scores that a query does not see ← -infinity.
 template <class Place, int m_tiles, int cols>
-inline void mask(tile::Accumulator<m_tiles, cols>& scores, const Place& place, float masked = -infinity) {
+inline void mask(tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
 #pragma unroll
   for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
@@ -113,17 +109,11 @@ inline void mask(tile::Accumulator<m_tiles, cols>& scores, const Place& place, f
       for (int j = 0; j < cols / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (!row.sees(8 * j + e)) scores.x[t][j][2 * i + e] = masked;
+          if (!row.sees(8 * j + e)) scores.x[t][j][2 * i + e] = -infinity;
         }
       }
     }
   }
-}
-
-// The same before `probabilities`, which tells them from what terms may be applied to.
-template <class Config, class Place, int m_tiles, int cols>
-inline void mask_before_terms(tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
-  mask(scores, place, Config::variant::empty ? -infinity : __uint_as_float(masked_entry));
 }
 
 // The factor that takes what apply() leaves in a tile to exponents of 2. Without terms the scale rides in the softmax's
@@ -155,46 +145,59 @@ inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scor
   }
 }
 
-// The rows of a tile that a thread holds, if they are asked for.
-template <class Place, int m_tiles, bool asked>
-struct Rows {
-  typename Place::Row rows[m_tiles][2];
+// Stands for a row that is not asked for.
+struct NoRow {};
 
-  explicit Rows(const Place& place) {
+// Calls step(row, t, i, j) for every pair of entries (t, j, 2 i) and (t, j, 2 i + 1) that a thread holds. Where rows
+// are asked for, the step goes through one after the other, since they take registers.
+template <bool asked, int m_tiles, int cols, class Place, class Step>
+inline void for_each_pair(const Place& place, Step&& step) {
+  if constexpr (asked) {
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) rows[t][i] = place.row(t, i);
+      for (int i = 0; i < 2; ++i) {
+        const typename Place::Row row = place.row(t, i);
+#pragma unroll
+        for (int j = 0; j < cols / 8; ++j) step(row, t, i, j);
+      }
     }
+  } else {
+    tile::for_each_pair<m_tiles, cols>([&](int t, int i, int j) { step(NoRow{}, t, i, j); });
   }
-  const typename Place::Row& of(int t, int i) const { return rows[t][i]; }
-};
-
-template <class Place, int m_tiles>
-struct Rows<Place, m_tiles, false> {
-  explicit Rows(const Place&) {}
-};
-
-// A function of an entry's place in a tile, and of a probability there: what V is multiplied by.
-template <int m_tiles, class Variant, class Place>
-inline auto weights(const Variant& variant, const Place& place) {
-  const Rows<Place, m_tiles, Variant::scales> rows(place);
-  return [&variant, rows](int t, int i, int col, float p) {
-    if constexpr (Variant::scales) p *= variant.factor(rows.of(t, i).at(col));
-    return p;
-  };
 }
 
 // Probabilities ← what V is multiplied by.
 template <class Variant, class Place, int m_tiles, int cols>
 inline void weigh(const Variant& variant, tile::Accumulator<m_tiles, cols>& p, const Place& place) {
   if constexpr (Variant::scales) {
-    const auto weight = weights<m_tiles>(variant, place);
-    tile::for_each_pair<m_tiles, cols>([&](int t, int i, int j) {
+    for_each_pair<true, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) p.x[t][j][2 * i + e] = weight(t, i, 8 * j + e, p.x[t][j][2 * i + e]);
+      for (int e = 0; e < 2; ++e) p.x[t][j][2 * i + e] *= variant.factor(row.at(8 * j + e));
     });
   }
+}
+
+// The same, entry by entry, of an accumulator of one m-tile: weight(i, column, probability).
+template <class Variant, class Place>
+struct Weights {
+  const Variant& variant;
+  typename Place::Row rows[2];
+
+  Weights(const Variant& variant, const Place& place) : variant(variant), rows{place.row(0, 0), place.row(0, 1)} {}
+  float operator()(int i, int col, float p) const { return p * variant.factor(rows[i].at(col)); }
+};
+
+struct NoWeights {
+  float operator()(int, int, float p) const { return p; }
+};
+
+template <class Variant, class Place>
+inline auto weights(const Variant& variant, const Place& place) {
+  if constexpr (Variant::scales)
+    return Weights<Variant, Place>(variant, place);
+  else
+    return NoWeights{};
 }
 
 // The lse or delta of the query of each column of transposed scores that a thread holds. These numbers are loaded ahead
@@ -230,15 +233,15 @@ struct ScorePair {
 };
 
 // Calls emit(t, i, j, pair) for every pair of entries (t, j, 2 i) and (t, j, 2 i + 1) of the scores that a thread
-// holds, which are masked.
+// holds. Without terms the scores are masked. With terms this function masks what comes of them: neither terms nor
+// their derivatives are to meet infinities.
 template <class Config, class Place, int m_tiles, int cols, class Numbers, class Emit>
 inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const Place& place, const Numbers& lse,
                           Emit&& emit) {
   using Variant = typename Config::variant;
   const Variant variant(place.params, place.batch, place.head);
   const float scale = exponent_scale<Variant>(place.params);
-  const Rows<Place, m_tiles, !Variant::empty> rows(place);
-  tile::for_each_pair<m_tiles, cols>([&](int t, int i, int j) {
+  for_each_pair<!Variant::empty, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
     const float2 subtracted = lse.of(j, t, i);
     ScorePair pair;
 #pragma unroll
@@ -249,12 +252,9 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
       // Derivatives need the registers that a whole tile of terms' scores would take, so terms are applied score by
       // score.
       if constexpr (!Variant::empty) {
-        const Point at = rows.of(t, i).at(8 * j + e);
+        const Point at = row.at(8 * j + e);
         exponent = variant.score(s * place.params.softmax_scale, at, derivatives);
-        if (__float_as_uint(s) == masked_entry) {
-          exponent = -infinity;
-          if (Variant::bends) derivatives = {0.0f, 0.0f};  // not NaN, of which no P of 0 makes 0
-        }
+        if (!row.sees(8 * j + e)) exponent = -infinity;
         if (Variant::scales) weight = variant.factor(at);
       }
       const float p = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));
@@ -274,17 +274,16 @@ inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& p
                       Factors&& factors, Rests&& rests, Emit&& emit) {
   using Variant = typename Config::variant;
   const Variant variant(place.params, place.batch, place.head);
-  const Rows<Place, m_tiles, Variant::scales || (Variant::has_gradient && for_terms)> rows(place);
-  tile::for_each_pair<m_tiles, cols>([&](int t, int i, int j) {
+  constexpr bool tells = Variant::has_gradient && for_terms;
+  for_each_pair<Variant::scales || tells, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
     const float2 subtracted = delta.of(j, t, i), factor = factors(t, i, j);
     float2 d{dp.x[t][j][2 * i], dp.x[t][j][2 * i + 1]};
     if constexpr (Variant::scales) {
-      d.x *= variant.factor(rows.of(t, i).at(8 * j));
-      d.y *= variant.factor(rows.of(t, i).at(8 * j + 1));
+      d.x *= variant.factor(row.at(8 * j));
+      d.y *= variant.factor(row.at(8 * j + 1));
     }
     float2 ds{factor.x * (d.x - subtracted.x), factor.y * (d.y - subtracted.y)};
-    if constexpr (Variant::has_gradient && for_terms) {
-      const typename Place::Row& row = rows.of(t, i);
+    if constexpr (tells) {
       const Point low = row.at(8 * j), high = row.at(8 * j + 1);
       if (low.live && row.sees(8 * j)) variant.gradient(ds.x, low);
       if (high.live && row.sees(8 * j + 1)) variant.gradient(ds.y, high);

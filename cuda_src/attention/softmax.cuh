@@ -205,7 +205,7 @@ struct Softmax {
 
   // p ← what `exponentiate` and packing give for steps [begin, end) of P·V, as long as `accept` then finds that the
   // base will do. Besides p only `sum` changes, which begins as row_sum. What is packed of a probability, which counts
-  // to the sum as it is, is weight(0, row, column, probability).
+  // to the sum as it is, is weight(row, column, probability).
   template <int begin, int end, int block_n, class Weight>
   void exponentiate_at_once(tile::Operand<block_n>& p, const tile::Accumulator<1, block_n>& scores, float scale,
                             float (&sum)[2], Weight&& weight) const {
@@ -219,7 +219,7 @@ struct Softmax {
         sum[i % 2] += low;
         sum[i % 2] += high;
         const int col = 8 * (2 * s + i / 2);
-        p.x[s][i] = ptx::cvt_rn_x2<element>(weight(0, i % 2, col, low), weight(0, i % 2, col + 1, high));
+        p.x[s][i] = ptx::cvt_rn_x2<element>(weight(i % 2, col, low), weight(i % 2, col + 1, high));
       }
     }
   }

@@ -401,7 +401,7 @@ def test_a_config_that_disagrees_with_the_tiles_does_not_compile(arch: int | Non
 @pytest.mark.parametrize(
     ("name", "member"),
     [
-        ("params", b"float softmax_scale, softcap;"),
+        ("params", b"i32 num_heads_q, qheads_per_khead;"),
         ("backward_params", b"const void* dout;\n  const float* dlse;"),
         ("align", b"const void* sources[arrays];\n  void* copies[arrays];"),
     ],
