@@ -519,7 +519,7 @@ def test_softcaps_that_hardly_cap(dtype: str, head_dim: int) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in DENSE if kind.layouts in ("aligned", "wide")], ids=name_of)
 def test_ordinary_numbers_are_not_computed_once_more(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last kernel mends what is not finite, so a NaN on the way is not seen, but takes hundreds of times the time."""
+    """The last kernel mends what is not finite: a NaN on the way is not seen, but takes hundreds of times the time."""
     cupy = framework("cupy")
     places: dict[int, int] = {}
     found = []
