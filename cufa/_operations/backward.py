@@ -54,6 +54,7 @@ ATTENTION_BACKWARD = Operation(
     terms=TERMS,
     kernels=BACKWARD,
     on_cpu=_on_cpu,
+    of=ATTENTION,
 )
 
 ATTENTION_VARLEN_BACKWARD = Operation(
@@ -65,4 +66,5 @@ ATTENTION_VARLEN_BACKWARD = Operation(
     terms=TERMS,
     kernels=BACKWARD,
     on_cpu=_on_cpu,
+    of=ATTENTION_VARLEN,
 )

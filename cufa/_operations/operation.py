@@ -51,6 +51,9 @@ class Operation:
     check : callable
         Makes a problem of the arrays that are given, by name, and of the options, or refuses them; addresses and values
         of arrays, which it does not know, must not matter.
+    of : Operation or None
+        The operation whose gradients it computes. Their names are those of its arrays behind a d: ``dq``, ``dsinks``.
+        Beside its arrays and its results ``out`` and ``lse`` it takes ``dout`` and ``dlse``, which may be None.
     """
 
     name: str
@@ -62,6 +65,11 @@ class Operation:
     kernels: tuple[Kernel, ...]
     on_cpu: Callable[[Problem, Mapping[str, Any], Mapping[str, Any]], None]
     check: Callable[[Operation, dict[str, Spec], Options], Problem] = of_attention
+    of: Operation | None = None
+
+    def __post_init__(self) -> None:
+        if self.of is not None:
+            _GRADIENTS[self.of] = self
 
     @cached_property
     def packed(self) -> bool:
@@ -71,10 +79,10 @@ class Operation:
     @cached_property
     def gradient(self) -> bool:
         """Whether it computes the gradients of another."""
-        return "dout" in self.arrays
+        return self.of is not None
 
-    def having(self, *terms: Term, name: str | None = None) -> Operation:
-        """The same operation with further score terms, which are applied after its own.
+    def having(self, *terms: Term, name: str | None = None, of: Operation | None = None) -> Operation:
+        """The same operation with further score terms, which are applied after its own; gradients are those `of` another.
 
         Their arrays come behind all others, so that those keep their places, and their options behind the others.
         Problems are remembered by operation: make one once, not for every call.
@@ -85,7 +93,10 @@ class Operation:
             If two arrays, options or terms have the same name.
         """
         more = tuple(array for term in terms for array in term.arrays)
-        found = replace(self, name=name or self.name, arrays=(*self.arrays, *more), terms=(*self.terms, *terms))
+        if (of is None) != (self.of is None):
+            raise ValueError(f"{self.name}: gradients, and they alone, are those of an operation with the same terms.")
+        arrays, terms = (*self.arrays, *more), (*self.terms, *terms)
+        found = replace(self, name=name or self.name, arrays=arrays, terms=terms, of=of)
         options = [option for term in found.terms for option in term.option_names]
         for names in (found.arrays, options, [term.name for term in found.terms]):
             if len({*names}) < len(names):
@@ -99,3 +110,14 @@ class Operation:
     def result(self, name: str, shape: tuple[int, ...], dtype: str) -> Result:
         """A result, which may be given if it is among the written arrays."""
         return Result(name, shape, dtype, self.arrays.index(name) if name in self.written else None)
+
+
+_GRADIENTS: dict[Operation, Operation] = {}
+
+
+def gradients_of(operation: Operation) -> Operation | None:
+    """The operation that computes the gradients of another; None if there is none."""
+    from . import backward as _backward  # which adds those of cufa
+
+    assert _backward.ATTENTION_BACKWARD.of is not None
+    return _GRADIENTS.get(operation)

@@ -22,6 +22,7 @@ from cufa._cpu import forward as _cpu
 from cufa._kernels import unit as units
 from cufa._operations.call import call
 from cufa._operations.forward import ATTENTION
+from cufa._operations.operation import gradients_of
 from cufa._terms import TERMS
 from cufa.testing import to_numpy
 
@@ -207,7 +208,10 @@ class Checkers(Term):
 
 TERMS = (Table(), Checkers())
 FORWARD = [each.having(*TERMS, name=f"{each.name}_added") for each in (ATTENTION, ATTENTION_VARLEN)]
-BACKWARD = [each.having(*TERMS) for each in (ATTENTION_BACKWARD, ATTENTION_VARLEN_BACKWARD)]
+BACKWARD = [
+    each.having(*TERMS, of=forward)
+    for each, forward in zip((ATTENTION_BACKWARD, ATTENTION_VARLEN_BACKWARD), FORWARD, strict=True)
+]
 '''
 
 
@@ -473,6 +477,13 @@ def test_names_are_not_given_twice(added: Any) -> None:
         added.FORWARD[0].having(added.Table())
     with pytest.raises(ValueError, match="bound, seed, bound, seed, two have the same name"):
         ATTENTION.having(added.Checkers(), added.Checkers())
+
+
+def test_gradients_are_found_by_their_operation(added: Any) -> None:
+    assert [gradients_of(each) for each in added.FORWARD] == added.BACKWARD
+    assert gradients_of(ATTENTION) is not added.BACKWARD[0] and gradients_of(added.BACKWARD[0]) is None
+    with pytest.raises(ValueError, match="gradients, and they alone, are those of an operation"):
+        added.BACKWARD[0].having()
 
 
 def test_the_package_knows_nothing_of_them(added: Any) -> None:
