@@ -218,3 +218,15 @@ def test_modules_make_no_cycle() -> None:
     for path in MODULES:
         visit(path, ())
     assert len(done) == len(MODULES) > 40
+
+
+def test_the_source_that_is_walked_is_what_is_generated(capsys: pytest.CaptureFixture[str]) -> None:
+    flow = (ROOT / "docs" / "flow.md").read_text()
+    (code,), (shown,) = (re.findall(rf"```{language}\n(.*?)```", flow, re.DOTALL) for language in ("python", "cpp"))
+    exec(code, {})
+    source = capsys.readouterr().out.splitlines()
+    there = [line for line in shown.splitlines() if line and not line.startswith("// ...")]
+    assert len(there) > 40 and not set(there) - set(source)
+    counts = len(source), sum("static_assert" in line for line in set(source) - set(there)), "of"
+    total = sum("static_assert" in line for line in source)
+    assert "of {} lines; {} {} {} asserts are left out".format(*counts, total) in " ".join(flow.split())
