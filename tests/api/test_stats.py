@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 import cufa
 from cufa._driver import counts as _counts
+from cufa._driver import driver as _driver
+from cufa._driver.launch import Argument, Launch
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +63,40 @@ def test_no_thread_is_missed() -> None:
         thread.join()
     assert seen == sorted(seen)
     assert cufa.stats(reset=True).launches["threads"] == 160_000
+
+
+class Bindings:
+    """A driver that launches nothing, and fails when told to."""
+
+    CUlaunchConfig = type("CUlaunchConfig", (), {})
+    status = 0
+
+    def cuLaunchKernelEx(self, *_: Any) -> tuple[int]:
+        return (self.status,)
+
+    def cuGetErrorString(self, status: int) -> tuple[int, bytes]:
+        return 0, b"it fails"
+
+
+def test_a_launch_of_several_kernels_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings = Bindings()
+    monkeypatch.setattr(_driver, "driver", lambda: bindings)
+    monkeypatch.setattr(_driver, "overlaps", lambda device: False)
+    monkeypatch.setattr(_driver, "current", lambda device: contextlib.nullcontext())
+    argument = Argument(bytes(8), ((0, "q"),))
+
+    def launch(words: str, blocks: int) -> Launch:
+        return Launch(words, ["first", "second"], 0, [(blocks, 32, 0)] * 2, argument, ["q"])
+
+    several, none = launch("several", 4), launch("none", 0)
+    for current_device in (0, 0, -1):
+        several([64], 0, current_device)
+        none([64], 0, current_device)
+    launch("several", 8)([64], 0, 0)
+    bindings.status = 1
+    with pytest.raises(cufa.CudaError, match="launching several failed"):
+        several([64], 0, 0)
+    assert cufa.stats(reset=True).launches == {"several": 4}
 
 
 @pytest.mark.gpu

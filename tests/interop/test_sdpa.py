@@ -561,6 +561,38 @@ def test_threads() -> None:
     assert cufa.stats().launches == {"cpu (attention)": 80}
 
 
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:There is a performance drop:UserWarning")
+def test_in_what_torch_compiles_records_and_transforms(backend: str) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def program(q: Any) -> Any:
+        return sdpa(backend, q, q * 2.0, q, is_causal=True)[0] * 2.0
+
+    q = random(2, 2, 8, 16, seed=1, grad=True)
+    right = program(q)
+    (wanted,) = torch.autograd.grad(right.sum(), q)
+    plain, right = q.detach(), right.detach()
+    torch._dynamo.reset()
+    compiled = torch.compile(program, backend="aot_eager", fullgraph=True)(q)
+    torch._dynamo.reset()
+    for found in (compiled.detach(), make_fx(program)(plain)(plain)):
+        torch.testing.assert_close(found, right)
+    if backend == "efficient":  # the operations of the others torch cannot trace by themselves
+        torch.testing.assert_close(torch.jit.trace(program, (plain,))(plain), right)
+    with torch.inference_mode():
+        torch.testing.assert_close(program(plain), right)
+    for gradient in (
+        *torch.autograd.grad(compiled.sum(), q),
+        *torch.autograd.grad(torch.utils.checkpoint.checkpoint(program, q, use_reentrant=False).sum(), q),
+        torch.func.grad(lambda q: program(q).sum())(plain),
+    ):
+        torch.testing.assert_close(gradient, wanted)
+    torch.testing.assert_close(torch.vmap(program)(torch.stack([plain, plain]))[1], right)
+    assert not cufa.stats().handed_on
+
+
 # --- On a GPU ---------------------------------------------------------------------------------------
 
 
