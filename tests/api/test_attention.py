@@ -294,7 +294,9 @@ assert not loaded & {"cupy", "torch", "jax", "numba", "cuda", "scipy", "hypothes
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("name", ["_api.attention", "_api.config", "_api.explain", "_api.backward", "reference"])
+@pytest.mark.parametrize(
+    "name", ["_api.attention", "_api.config", "_api.explain", "_api.backward", "_api.stats", "reference"]
+)
 def test_examples_in_docstrings(name: str) -> None:
     module = importlib.import_module(f"cufa.{name}")
     result = doctest.testmod(module)
