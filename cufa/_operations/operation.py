@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 from .._call.problem import of_attention
 
@@ -68,6 +69,7 @@ class Operation:
     of: Operation | None = None
 
     def __post_init__(self) -> None:
+        _MADE.add(self)
         if self.of is not None:
             _GRADIENTS[self.of] = self
 
@@ -113,6 +115,15 @@ class Operation:
 
 
 _GRADIENTS: dict[Operation, Operation] = {}
+_MADE: WeakSet[Operation] = WeakSet()
+
+
+def made() -> tuple[Operation, ...]:
+    """All operations that there are."""
+    from . import backward as _backward  # which adds those of cufa
+
+    assert _backward.ATTENTION_BACKWARD in _MADE
+    return tuple(_MADE)
 
 
 def gradients_of(operation: Operation) -> Operation | None:
