@@ -3,7 +3,7 @@
 The mapped axis is folded into the batch, or else into the heads: where an array or a result has no axis of the batch,
 as sinks and their gradients have none, or sequences are packed. Which axis is which is not written down anywhere: the
 checks of the operation say what shapes they would take, and so of arrays of later operations, too. What neither serves,
-such as a mapped axis of offsets, is a loop.
+such as a mapped axis of offsets or a score term that is not `foldable`, is a loop.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ def folding(call: Call, device: int, place: Callable[..., tuple[Any, ...]]) -> A
     def rule(size: int, mapped: Sequence[bool], *arrays: Any) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
         inner = [array.shape[1:] if each else array.shape for array, each in zip(arrays, mapped, strict=True)]
         layouts = tuple(layout_of(shape, array.dtype, device) for shape, array in zip(inner, arrays, strict=True))
+        expected = call.problem(layouts).results
         for kind in ("batch", "heads"):
             axes = axes_of(call, layouts, kind)
             if axes is not None and serves(axes, mapped):
                 folded = [_fold(*each, size, layouts) for each in zip(arrays, mapped, axes.arrays, strict=True)]
                 results = wrapped(*folded)
-                unfolded = [_unfold(x, axis, size) for x, axis in zip(results, axes.results, strict=True)]
-                return tuple(unfolded), (True,) * len(unfolded)
-        return _loop(wrapped, size, mapped, arrays), (True,) * len(call.problem(layouts).results)
+                each = zip(results, axes.results, expected, strict=True)
+                return tuple(_unfold(x, axis, size, one.shape) for x, axis, one in each), (True,) * len(results)
+        return _loop(wrapped, size, mapped, arrays), (True,) * len(expected)
 
     wrapped.def_vmap(rule)
     return wrapped
@@ -75,11 +76,10 @@ def _fold(array: Any, mapped: bool, axis: int | None, size: int, layouts: tuple[
     return array.reshape(*shape[:axis], size * shape[axis + 1], *shape[axis + 2 :])
 
 
-def _unfold(array: Any, axis: int | None, size: int) -> Any:
+def _unfold(array: Any, axis: int | None, size: int, shape: Shape) -> Any:
+    """The mapped axis apart from `axis`, and first; `shape` is that of one entry."""
     assert axis is not None
-    shape = array.shape
-    array = array.reshape(*shape[:axis], size, shape[axis] // size if size else 0, *shape[axis + 1 :])
-    return jax.numpy.moveaxis(array, axis, 0)
+    return jax.numpy.moveaxis(array.reshape(*shape[:axis], size, *shape[axis:]), axis, 0)
 
 
 def _loop(wrapped: Any, size: int, mapped: Sequence[bool], arrays: Sequence[Any]) -> tuple[Any, ...]:
@@ -104,6 +104,8 @@ def axes_of(call: Call, layouts: tuple[Layout, ...], kind: str) -> Axes | None:
     shapes = dict(zip(call.names, (layout[1] for layout in layouts), strict=True))
     given = dict(zip(call.names, layouts, strict=True))
     known = dict.fromkeys("qkv", 0 if kind == "batch" else -2)
+    if not all(term.foldable for term in call.problem(layouts).terms):
+        return None
     if (kind == "batch" and operation.packed) or 0 in (shapes["q"][known["q"]], shapes["k"][known["k"]]):
         return None
     if operation.of is not None:
