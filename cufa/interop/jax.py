@@ -85,7 +85,8 @@ def _check_readable(function: str, name: str, array: Any) -> None:
 def _device(array: Any) -> int:
     """The GPU, or `CPU`; a tracer's is not known, and likely JAX's default."""
     if isinstance(array, jax.core.Tracer):
-        return CPU if jax.default_backend() == "cpu" else 0
+        chosen = jax.config.jax_default_device  # a device, the name of a platform, or None
+        return CPU if (getattr(chosen, "platform", chosen) or jax.default_backend()) == "cpu" else 0
     return CPU if next(iter(array.devices())).platform == "cpu" else 0
 
 
