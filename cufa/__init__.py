@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that ``import cufa`` alone does next to nothing."""
     import importlib
 
-    if name in ("reference", "testing"):
+    if name in ("jax", "reference", "testing"):
         return importlib.import_module(f"cufa.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'cufa' has no attribute {name!r}")
