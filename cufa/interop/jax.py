@@ -38,23 +38,21 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
             raise UnsupportedError(
                 f"{operation.name}: {name} is not supported for JAX arrays, which cannot be written."
             )
-    for name, array in zip(operation.arrays, given, strict=True):
-        if array is not None:
-            _check_readable(operation.name, name, array)
     # Checked here, where the user's call is; values of offsets, which have none in a program, are not.
-    arrays = view(given)
+    arrays = view(operation, given)
     _problem.check(operation, arrays, options)
     program = _program(_call_of(operation, arrays.layouts, options), _device(given[0]), _deterministic())
     results = program(*(array for array in given if array is not None))
     return results[0] if len(results) == 1 else results
 
 
-def view(given: tuple[Any, ...]) -> Arrays:
+def view(operation: Operation, given: tuple[Any, ...]) -> Arrays:
     """The arguments without their addresses, which JAX shows only inside a program."""
-    layouts = [
-        None if array is None else layout_of(tuple(array.shape), np.dtype(array.dtype), _device(array))
-        for array in given
-    ]
+    layouts: list[Layout | None] = []
+    for name, array in zip(operation.arrays, given, strict=True):
+        if array is not None:
+            _check_readable(operation.name, name, array)
+        layouts.append(None if array is None else layout_of(tuple(array.shape), np.dtype(array.dtype), _device(array)))
     return Arrays(given, [0] * len(given), tuple(layouts))
 
 
@@ -74,8 +72,8 @@ def _check_readable(function: str, name: str, array: Any) -> None:
         return
     if array.is_deleted():
         raise ValueError(f"{function}: {name} was deleted, or donated to a program; pass an array that still is.")
-    devices = len(array.sharding.device_set)
-    if devices > 1 and not FOREIGN:
+    devices = 1 if FOREIGN else len(array.sharding.device_set)
+    if devices > 1:
         raise UnsupportedError(
             f"{function}: {name} lies on {devices} devices; call under jax.shard_map, which passes each device its own "
             "part, or move it to one with jax.device_put."

@@ -273,7 +273,9 @@ def handler(run: Callable[[Frame], None]) -> Any:
             if not _answer_metadata(address, table):
                 run(Frame(address))
         except BaseException as error:
-            return error_of(table, error) if table else 1
+            if not table:  # not a frame that can be answered
+                raise
+            return error_of(table, error)
         return None
 
     return Handler(handle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import os
@@ -562,6 +561,30 @@ def test_exported_programs_run_in_other_processes(tmp_path: Path) -> None:
     assert run_script(LOAD, *files) == "done\n"
 
 
+def test_handlers_are_told_when_a_program_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where kernels are loaded then; the metadata and both stages are of one handler."""
+    stages: list[int] = []
+
+    def run(frame: Any) -> None:
+        stages.append(frame.stage)
+        if frame.stage == xla.INSTANTIATE:
+            assert xla.described(frame.description())[1][0] == ((2, 9, 4, 16), "float32")
+        xla.run_on_cpu(frame)
+
+    KEPT.append(xla.handler(run))
+    capsules = {stage: jax.ffi.pycapsule(interop._address(KEPT[-1])) for stage in ("instantiate", "execute")}
+    jax.ffi.register_ffi_target("cufa.told", capsules, platform="cpu")
+    monkeypatch.setattr(interop, "TARGET", "cufa.told")
+    with jax.default_device(jax.devices("cpu")[0]):
+        q, k, v, *_ = arrays()
+        jax.block_until_ready(jax.jit(lambda *x: cufa.attention(*x, softmax_scale=0.25, softcap=7.0))(q, k, v))
+    assert stages == [xla.INSTANTIATE, xla.EXECUTE]
+
+
+KEPT: list[Any] = []
+"""XLA forgets no handler."""
+
+
 def test_exports_for_gpus_and_of_unknown_shapes() -> None:
     q, k, v, *_ = arrays()
     checks = cufa.jax.export_checks()
@@ -576,6 +599,13 @@ def test_exports_for_gpus_and_of_unknown_shapes() -> None:
 
 def test_importing_cufa_does_not_import_jax() -> None:
     assert run_script("import sys, cufa; print('jax' in sys.modules, cufa.jax.__name__)") == "False cufa.jax\n"
+
+
+def test_explain_takes_jax_arrays(device: str) -> None:
+    q, k, v, sinks, _ = arrays()
+    assert "attention" in str(cufa.explain(q, k, v, sinks=sinks))
+    with pytest.raises(TypeError, match="k is a ndarray but q is a jax array"):
+        cufa.explain(q, np.asarray(k), v)
 
 
 # --- As jax.nn has it -------------------------------------------------------------------------------
@@ -737,6 +767,4 @@ def test_command_buffers_may_record_calls() -> None:
         "print('done')\n"
     )
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_graph_min_graph_size=1"
-    with contextlib.suppress(KeyError):
-        os.environ.pop("JAX_PLATFORMS")
     assert run_script(script, XLA_FLAGS=flags, JAX_PLATFORMS="cuda") == "done\n"
