@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from .._call import problem as _problem
-from .._call.arrays import CPU, Arrays, Layout, register
+from .._call.arrays import CPU, Arrays, Layout
 from .._call.options import Options
 from .._operations.call import compute_on_cpu, planned, prepare
 from .._operations.operation import Operation, gradients_of
@@ -286,9 +286,8 @@ FOREIGN = _registered()
 
 
 def _callback() -> Any:
-    from jax.experimental.buffer_callback import Buffer, buffer_callback
+    from jax.experimental.buffer_callback import buffer_callback
 
-    register(Buffer, _xla.ADAPTER)
     return partial(buffer_callback, vmap_method="sequential")
 
 
