@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from .._call.arrays import Layout
+from .._call.problem import Problem
 from . import folding as _folding
 from .xla import Call
 
@@ -26,12 +27,14 @@ def divided(call: Call, layouts: tuple[Layout, ...], place: Place) -> Place:
         return place
     from jax.experimental.custom_partitioning import custom_partitioning
 
-    arrays = [_places(axes, "arrays", index) for index in range(len(layouts))]
-    results = [_places(axes, "results", index) for index in range(len(call.problem(layouts).results))]
+    problem = call.problem(layouts)
+    shapes = [layout[1] for layout in layouts]
+    arrays = [_places(axes, "arrays", index, problem, shape) for index, shape in enumerate(shapes)]
+    results = [_places(axes, "results", index, problem, each.shape) for index, each in enumerate(problem.results)]
 
     def partition(mesh: Any, given: Any, wanted: Any) -> tuple[Any, ...]:
         names = {kind: _names_along(arrays[0].get(kind), given[0]) for kind in KINDS}
-        heads = layouts[call.names.index("k")][1][-2]
+        heads = problem.num_heads_q if problem.num_heads_k == 1 else problem.num_heads_k
         if heads % _count(mesh, names["heads"]):
             names["heads"] = ()
         divide = [_sharding(mesh, each, names, len(x.shape)) for each, x in zip(arrays, given, strict=True)]
@@ -47,7 +50,7 @@ def divided(call: Call, layouts: tuple[Layout, ...], place: Place) -> Place:
         return mesh, lower, tuple(joined), tuple(divide)
 
     dividing = custom_partitioning(lambda *arrays: place(*arrays))
-    rule, sizes = _rule(call, layouts, arrays, results)
+    rule, sizes = _rule(problem, shapes, arrays, results)
     dividing.def_partition(partition=partition, sharding_rule=rule, **sizes)
 
     def typed(*given: Any) -> tuple[Any, ...]:
@@ -63,16 +66,28 @@ def divided(call: Call, layouts: tuple[Layout, ...], place: Place) -> Place:
     return typed
 
 
+def within_one() -> bool:
+    """Whether what is traced runs on one device already, under shard_map."""
+    mesh = jax.sharding.get_abstract_mesh() if hasattr(jax.sharding, "get_abstract_mesh") else None
+    kinds = getattr(mesh, "axis_types", None) or ()
+    return any(kind == jax.sharding.AxisType.Manual for kind in kinds)
+
+
 def explicit(array: Any) -> bool:
     """Whether its sharding is part of an array's type."""
     sharding = getattr(jax.typeof(array), "sharding", None) if hasattr(jax, "typeof") else None
     return sharding is not None and any(each is not None for each in sharding.spec)
 
 
-def _places(axes: dict[str, _folding.Axes | None], group: str, index: int) -> dict[str, int]:
-    """The axis of an array, or of a result, by kind."""
+def _places(
+    axes: dict[str, _folding.Axes | None], group: str, index: int, problem: Problem, shape: tuple[int, ...]
+) -> dict[str, int]:
+    """The axis of an array, or of a result, by kind. A single head of k is shared, and its gradient a sum."""
     found = {kind: getattr(each, group)[index] for kind, each in axes.items() if each is not None}
-    return {kind: axis for kind, axis in found.items() if axis is not None and axis != _folding.NEW}
+    places = {kind: axis for kind, axis in found.items() if axis is not None and axis != _folding.NEW}
+    if "heads" in places and shape[places["heads"]] == 1 < problem.num_heads_q:
+        del places["heads"]
+    return places
 
 
 def _names_along(axis: int | None, array: Any) -> tuple[str, ...]:
@@ -103,12 +118,10 @@ def spec_of(axes: dict[str, int], names: dict[str, tuple[str, ...]], rank: int) 
 
 
 def _rule(
-    call: Call, layouts: tuple[Layout, ...], arrays: list[dict[str, int]], results: list[dict[str, int]]
+    problem: Problem, shapes: list[tuple[int, ...]], arrays: list[dict[str, int]], results: list[dict[str, int]]
 ) -> tuple[str, dict[str, int]]:
     """What belongs together, as an einsum says it; and the sizes of parts of an axis. Heads of q are groups."""
-    shapes = [layout[1] for layout in layouts]
-    problem = call.problem(layouts)
-    ratio = problem.num_heads_q // max(1, problem.num_heads_k)
+    ratio = problem.num_heads_q // problem.num_heads_k if problem.num_heads_k > 1 else 1
     grouped = ratio > 1
     count = iter(range(1 << 20))
 

@@ -224,7 +224,7 @@ def _raw(call: Call, device: int) -> Any:
 def _divide(call: Call, device: int, *arrays: Any) -> tuple[Any, ...]:
     """Put the call into the program that is being traced, which may be one for several devices."""
     place: Any = partial(_place, call, device)
-    if FOREIGN and jax.device_count() > 1 and not _varying(arrays):
+    if FOREIGN and jax.device_count() > 1 and not _dividing.within_one():
         place = _dividing.divided(call, _layouts(device, *arrays), place)
     return tuple(place(*arrays))
 

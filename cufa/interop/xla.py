@@ -175,14 +175,17 @@ def _operation_of(key: str) -> Operation:
 # --- The frame --------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
 def _words(count: int) -> Any:
     return ctypes.c_uint64 * count
 
 
+_READ = [_words(count).from_address for count in range(64)]
+"""Making the type anew would take as long as reading."""
+
+
 def words(address: int, count: int) -> list[int]:
     """Words that lie at an address."""
-    found: list[int] = _words(count).from_address(address)[:] if count else []
+    found: list[int] = (_READ[count] if count < len(_READ) else _words(count).from_address)(address)[:]
     return found
 
 

@@ -487,6 +487,7 @@ def run(frame):
     known(frame)
 xla.run_on_cpu = run
 def check(call, *given):
+    jax.block_until_ready(expected)
     shapes.clear()
     found = jax.block_until_ready(call(*given))
     for one, other in zip(found, expected, strict=True):
@@ -512,10 +513,27 @@ for spec, part in ((P("x"), (2, 10, 4, 16)), (P(None, None, "x"), (4, 10, 2, 16)
         total = jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=checked)
         check(jax.grad(total, (0, 1, 2, 3)), sinks, q, k, v)
         assert {*shapes} == {part}, shapes
+single = k[:, :, :1], v[:, :, :1]  # one head, shared by the devices
+expected = jax.grad(loss, (0, 1, 2, 3))(sinks, *map(jax.numpy.asarray, (q, *single)))
+heads = jax.sharding.NamedSharding(mesh, P(None, None, "x"))
+check(jax.jit(jax.grad(loss, (0, 1, 2, 3))), sinks, jax.device_put(q, heads), *single)
+assert {*shapes} == {(4, 10, 2, 16)}, shapes
+offsets = jax.numpy.asarray([0, 4, 10], np.int32)
+packed = lambda *x: (cufa.attention_varlen(*x, offsets, offsets) ** 2).sum()
+rows = [jax.numpy.asarray(x[0]) for x in (q, k, v)]
+expected = jax.grad(packed, (0, 1, 2))(*rows)
+heads = jax.sharding.NamedSharding(mesh, P(None, "x"))
+check(jax.jit(jax.grad(packed, (0, 1, 2))), *(jax.device_put(x, heads) for x in rows))
+assert {*shapes} == {(10, 2, 16)}, shapes
 each = jax.shard_map(jax.vmap(lambda *x: cufa.attention(*x)), mesh=mesh, in_specs=P("x"), out_specs=P("x"))
 shapes.clear()
 each(*(x[:, None] for x in (q, k, v))).block_until_ready()
 assert {*shapes} == {(2, 10, 4, 16)}, shapes
+wide = jax.make_mesh((2, 1), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+for checked in (True, False):  # one axis of the mesh is left to the partitioner
+    part = {"in_specs": P("x"), "out_specs": P("x"), "axis_names": {"x"}, "check_vma": checked}
+    found = jax.jit(jax.shard_map(lambda *x: cufa.attention(*x), mesh=wide, **part))(q, k, v)
+    np.testing.assert_allclose(found, cufa.attention(q, k, v), atol=1e-5)
 print("done")
 """
 
