@@ -373,6 +373,14 @@ def test_descriptions_tell_calls_apart() -> None:
     found, arrays = xla.described(xla.description_of(call, layouts).encode())
     assert found == call and arrays == (((1, 4, 2, 8), "float32"),) * 3
     assert [type(x) for _, x in found.options.more] == [float, int]
+    text = xla.description_of(call, layouts)
+    for cache in (xla.key_of, xla.described):
+        cache.cache_clear()
+    xla._KEYS.clear()  # as in another process
+    assert xla.described(text.encode())[0] == call
+    alike = ATTENTION.having()
+    assert xla.key_of(alike) != xla.key_of(ATTENTION)
+    assert xla.described(xla.description_of(call._replace(operation=alike), layouts).encode())[0].operation is alike
     own = call._replace(options=options._replace(more=(("mask", len),)))
     text = xla.description_of(own, layouts)
     assert xla.described(text.encode())[0] == own and text == xla.description_of(own, layouts)
