@@ -52,7 +52,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that ``import cufa`` alone does next to nothing."""
     import importlib
 
-    if name in ("reference", "testing", "torch"):  # the last is not in __all__: a star would hide torch itself
+    if name in ("jax", "reference", "testing", "torch"):  # frameworks are not in __all__: a star would hide them
         return importlib.import_module(f"cufa.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'cufa' has no attribute {name!r}")
