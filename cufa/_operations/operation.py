@@ -82,7 +82,7 @@ class Operation:
         return self.of is not None
 
     def having(self, *terms: Term, name: str | None = None, of: Operation | None = None) -> Operation:
-        """The same operation with further score terms, which are applied after its own; gradients are those `of` another.
+        """The same operation with further score terms, applied after its own; gradients are those `of` another.
 
         Their arrays come behind all others, so that those keep their places, and their options behind the others.
         Problems are remembered by operation: make one once, not for every call.
