@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 
 from .._call import arrays as _arrays
 from .._call import options as _options
@@ -318,6 +318,7 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
         )
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_tangents(operation.name, given)
+    given = unwrap_dead_wrappers(given)  # of transforms that are over, as torch's own operators do
     seen = not MEMORY.issuperset(map(type, given)) and _is_seen(operation, given)
     seen = seen or _len_modes() > 0 or _transforms() or _key_included("PreDispatch")
     if not _autocasts():
