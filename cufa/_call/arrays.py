@@ -355,7 +355,7 @@ class TorchAdapter(Adapter):
         self._tracing_state = torch._C._get_tracing_state
         self._dispatch_modes = torch._C._len_torch_dispatch_stack
         self._function_modes = torch._C._len_torch_function_stack
-        self._autocast = torch._C._is_any_autocast_enabled
+        self._autocast = getattr(torch._C, "_is_any_autocast_enabled", torch.is_autocast_enabled)
         self._dispatch_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 
     def _public_stream(self, device: int) -> int:

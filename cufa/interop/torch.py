@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from .._call import arrays as _arrays
 from .._call import options as _options
@@ -168,8 +169,13 @@ class Operator:
         given = self.given_of(inputs)
         if keyset is None:
             return tuple(_computed(self.operation, _viewed(self.operation, given), options))
-        with _below_autograd():
-            return tuple(self.overload.redispatch(keyset & _after_autograd, *self.flat(given, options)))
+        flat = self.flat(given, options)
+        if not _transforms():
+            with _below_autograd():
+                return tuple(self.overload.redispatch(keyset & _after_autograd, *flat))
+        # What lies below records as well: another transform of torch.func, or autograd itself.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), _below_autograd():
+            return tuple(self.overload.redispatch(keyset & _after_autograd, *flat))
 
     def setup_context(self, ctx: Any, arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
         """Keep what the gradients read; refuse what has none."""
@@ -407,7 +413,8 @@ def compiled(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...
         return _outside("arrays that are no torch tensors", operation, given, asked)
     if any(x is not None for name, x in arrays if name in operation.written):
         return _outside("a given array that is written", operation, given, asked)
-    if not all(isinstance(x, PLAIN) for x in numbers):
+    flags = causal, others[2], others[3]
+    if not all(isinstance(x, bool) for x in flags) or not all(isinstance(x, PLAIN) for x in numbers):
         return _outside("options that are no plain numbers", operation, given, asked)
     results = getattr(torch.ops.cufa, _name(operation)).default(*inputs, *numbers)
     return results[0] if len(results) == 1 else tuple(results)
