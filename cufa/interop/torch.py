@@ -11,6 +11,8 @@ import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import compress
 from typing import Any, NoReturn
 
 import torch
@@ -39,6 +41,7 @@ MEMORY = {torch.Tensor, torch.nn.Parameter, type(None)}
 MAX_KNOWN = 256
 """Calls of an operator of which it is remembered what gradients they have."""
 
+_is_none = partial(operator.is_, None)
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _after_autograd = torch._C._after_autograd_keyset
 _requires_grad = torch._C._any_requires_grad
@@ -160,7 +163,9 @@ class Operator:
 
     def recorded(self, keyset: Any, given: tuple[Any, ...], options: Options) -> list[Any]:
         """The results, with a history; `keyset` is where to go on, or None for tensors in memory."""
-        whole = options if self.gradients is None else options._replace(return_lse=True)  # the gradients want it
+        whole = options
+        if self.gradients is not None and not options.return_lse:  # which the gradients read
+            whole = Options._make((*options[:4], True, *options[5:]))
         # The base class's, since that of its own binds arguments to a signature on every call.
         results = super(torch.autograd.Function, self.function).apply(keyset, whole, *self.inputs_of(given))  # type: ignore[misc]
         return [*results] if whole.return_lse == options.return_lse else [*results[:-1]]
@@ -185,15 +190,16 @@ class Operator:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *results)
         ctx.options, ctx.ways = options, self.ways(inputs, options)
-        for name, way, needed in zip(self.inputs, ctx.ways, ctx.needs_input_grad[2:], strict=True):
-            if needed and way is None:
-                raise UnsupportedError(
-                    f"{self.operation.name}: {name} requires grad, but has no gradient; pass {name}.detach()."
-                )
+        if True in compress(ctx.needs_input_grad[2:], map(_is_none, ctx.ways)):
+            needed = zip(self.inputs, ctx.ways, ctx.needs_input_grad[2:], strict=True)
+            name = next(name for name, way, need in needed if need and way is None)
+            raise UnsupportedError(
+                f"{self.operation.name}: {name} requires grad, but has no gradient; pass {name}.detach()."
+            )
 
     def ways(self, inputs: Sequence[Any], options: Options) -> tuple[int | None, ...]:
         """Which of the results of the gradients belongs to each input, if any."""
-        key = options, *[each is None for each in inputs]
+        key = options, *map(_is_none, inputs)
         known = self._ways.get(key)
         if known is None:
             assert self.gradients is not None
