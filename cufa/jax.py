@@ -1,7 +1,7 @@
 """For JAX programs: attention by the name and signature that `jax.nn` gives it, and what exporting programs needs.
 
-The functions of cufa itself take JAX arrays, too. A program that was exported with calls of cufa runs in any process that
-has imported this module.
+The functions of cufa itself take JAX arrays, too. A program that was exported with calls of cufa runs in any process
+that has imported this module.
 """
 
 from __future__ import annotations

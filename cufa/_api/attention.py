@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .._call.arrays import opaque
+from .._call.arrays import unscriptable
 from .._operations.call import call
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
 
@@ -13,7 +13,7 @@ Array = Any
 """An array of CuPy, torch, JAX, Numba or NumPy, or any with ``__dlpack__``."""
 
 
-@opaque
+@unscriptable
 def attention(
     q: Array,
     k: Array,
@@ -77,8 +77,7 @@ def attention(
     ValueError
         If shapes, dtypes, devices or values disagree.
     UnsupportedError
-        If the GPU is older than compute capability 8.0, or for float64 on a GPU, a head_dim above 256, or a torch
-        tensor that requires grad.
+        If the GPU is older than compute capability 8.0, or for float64 on a GPU, or a head_dim above 256.
     CompileError, MissingKernelError
         If the kernel is needed for the first time and cannot be compiled, or not now.
 
@@ -112,7 +111,7 @@ def attention(
     return call(ATTENTION, given, (causal, window_size, softmax_scale, softcap, return_lse, False))
 
 
-@opaque
+@unscriptable
 def attention_varlen(
     q: Array,
     k: Array,

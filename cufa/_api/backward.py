@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .._call.arrays import opaque
+from .._call.arrays import unscriptable
 from .._operations.backward import ATTENTION_BACKWARD, ATTENTION_VARLEN_BACKWARD
 from .._operations.call import call
 
@@ -13,7 +13,7 @@ Array = Any
 """An array of CuPy, torch, JAX, Numba or NumPy, or any with ``__dlpack__``."""
 
 
-@opaque
+@unscriptable
 def attention_backward(
     dout: Array,
     q: Array,
@@ -105,7 +105,7 @@ def attention_backward(
     return call(ATTENTION_BACKWARD, given, (causal, window_size, softmax_scale, softcap, False, deterministic))
 
 
-@opaque
+@unscriptable
 def attention_varlen_backward(
     dout: Array,
     q: Array,

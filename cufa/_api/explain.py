@@ -10,11 +10,12 @@ from .._call import arrays as _arrays
 from .._call import options as _options
 from .._call import problem as _problem
 from .._call.align import Copies
-from .._call.arrays import CPU
+from .._call.arrays import CPU, Arrays
 from .._call.problem import Problem
 from .._compile import jit as _jit
-from .._operations.call import interop_jax, planned
+from .._operations.call import interop_jax, interop_torch, planned
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
+from .._operations.operation import Operation
 from ..errors import UnsupportedError
 
 
@@ -135,7 +136,7 @@ return_lse, out
             raise UnsupportedError(f"{operation.name}: out is not supported for JAX arrays, which cannot be written.")
         problem = _problem.check(operation, arrays := interop_jax().view(operation, given), options)
     else:
-        arrays = _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
+        arrays = _view(operation, given)
         problem = _problem.checked(operation, arrays, options)
     if problem.device == CPU:
         layout = arrays.layouts[0]
@@ -144,6 +145,14 @@ return_lse, out
         reason = f"q is a {framework} array in host memory; CuPy, torch or JAX arrays on a GPU are computed there"
         return Explanation(operation.name, "cpu", "the CPU", "not needed", reason)
     return _explain_kernel(problem)
+
+
+def _view(operation: Operation, given: tuple[Any, ...]) -> Arrays:
+    try:
+        return _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
+    except _arrays.Recorded:
+        given = interop_torch().detached(operation, given)
+        return _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
 
 
 def _said(copies: Copies) -> str:

@@ -71,6 +71,10 @@ class Refused(Exception):
         return self.kind(f"{function}: {name} {self}")
 
 
+class Recorded(Exception):
+    """The framework has to be told of a call: it records, differentiates or transforms it."""
+
+
 class Address(int):
     """An address that keeps alive what lies there, for as long as it is itself."""
 
@@ -106,8 +110,11 @@ class Adapter:
         """The framework's current GPU; -1 if only the driver knows."""
         return -1
 
-    def check_call(self, function: str, given: tuple[Any, ...]) -> None:
-        """Refuse a call that the framework records or differentiates, of which it would see nothing."""
+    def check_memory(self, array: Any) -> None:
+        """Raise `Recorded` if an array has no address because it stands for others."""
+
+    def check_call(self) -> None:
+        """Raise `Recorded` if the framework has to be told of a call, whatever its arrays are."""
 
 
 class Arrays:
@@ -167,12 +174,12 @@ def view(function: str, names: tuple[str, ...], given: tuple[Any, ...], written:
             adapter = _ADAPTERS.get(type(array)) or _find_adapter(function, names[index], array)
             pointer, layout = adapter.view_written(array) if index in written else adapter.view(array)
             if not pointer:
+                adapter.check_memory(array)
                 _check_empty(layout)
             pointers.append(pointer)
             layouts.append(layout)
     except Refused as refused:
         raise refused.of(function, names[index]) from refused.__cause__
-    layouts[0][0].check_call(function, given)  # type: ignore[index]  # the first array is never optional
     return Arrays(given, pointers, tuple(layouts))
 
 
@@ -196,10 +203,16 @@ def uncompiled(function: Callable[..., Any], *arguments: Any, **options: Any) ->
     return sys.modules["torch"].compiler.disable(function)(*arguments, **options)
 
 
-def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Tell torch.compile to break its graph at a call of `function`, which it cannot see through."""
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    function._torchdynamo_disable_msg = "cufa computes outside of torch"  # type: ignore[attr-defined]
+def unscriptable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell torch.jit.script, which translates sources, that those of `function` cannot be."""
+
+    def refuse() -> NoReturn:
+        raise UnsupportedError(
+            f"{function.__name__}: torch.jit.script translates Python, and cufa is more than that; use torch.compile "
+            "or torch.export."
+        )
+
+    function.__prepare_scriptable__ = refuse  # type: ignore[attr-defined]
     return function
 
 
@@ -342,58 +355,41 @@ class TorchAdapter(Adapter):
         self._tracing_state = torch._C._get_tracing_state
         self._dispatch_modes = torch._C._len_torch_dispatch_stack
         self._function_modes = torch._C._len_torch_function_stack
+        self._autocast = getattr(torch._C, "_is_any_autocast_enabled", torch.is_autocast_enabled)
+        self._dispatch_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 
     def _public_stream(self, device: int) -> int:
         return self._torch.cuda.current_stream(device).cuda_stream  # type: ignore[no-any-return]
 
     def view(self, array: Any) -> tuple[int, Layout]:
         if array.requires_grad and self._torch.is_grad_enabled():
-            raise UnsupportedError(
-                "cufa: a torch tensor requires grad, and cufa has no backward yet; call under torch.no_grad() or "
-                "pass tensor.detach()."
-            )
+            raise Recorded
         if array.is_neg():
             raise UnsupportedError("cufa: a torch tensor has its negative bit set; pass tensor.resolve_neg().")
         try:
             pointer = array.data_ptr()
             return pointer, (self, array.shape, array.stride(), array.dtype, array.device, pointer & 15, True)
         except RuntimeError as error:  # torch's word for a tensor that is not a strided one in memory
+            self.check_memory(array)
             self._refuse(array, error)
 
-    def check_call(self, function: str, given: tuple[Any, ...]) -> None:
-        if self._forward_ad._current_level >= 0:
-            for array in given:
-                if isinstance(array, self._torch.Tensor) and self._forward_ad.unpack_dual(array).tangent is not None:
-                    raise UnsupportedError(
-                        f"{function}: a torch tensor carries a tangent of forward-mode differentiation, which cufa "
-                        "does not propagate; pass the primal, as torch.autograd.forward_ad.unpack_dual gives it."
-                    )
-        if self._tracing_state() is not None:
-            self._refuse_recording(function, "torch.jit.trace")
-        c = self._torch._C
-        if self._dispatch_modes():
-            for kind, what in (("PROXY", "make_fx"), ("FAKE", "FakeTensorMode")):
-                if c._get_dispatch_mode(getattr(c._TorchDispatchModeKey, kind)) is not None:
-                    self._refuse_recording(function, what)
-        if self._function_modes() and c._dispatch_tls_is_dispatch_key_included("PreDispatch"):
-            self._refuse_recording(function, "make_fx")
+    def check_memory(self, array: Any) -> None:
+        if self._torch._C._functorch.is_functorch_wrapped_tensor(array):
+            raise Recorded
 
-    def _refuse_recording(self, function: str, what: str) -> NoReturn:
-        raise UnsupportedError(
-            f"{function}: {what} records torch's own operations and would see nothing of this one; call cufa outside "
-            "of what is recorded, or use torch.compile, which breaks its graph at the call."
-        )
+    def check_call(self) -> None:
+        if (
+            self._forward_ad._current_level >= 0
+            or self._tracing_state() is not None
+            or self._dispatch_modes()
+            or self._autocast()
+            or (self._function_modes() and self._dispatch_key_included("PreDispatch"))
+        ):
+            raise Recorded
 
     def _refuse(self, array: Any, error: RuntimeError) -> NoReturn:
         """Say what kind of tensor it is that has no address or no strides."""
         torch = self._torch
-        functorch = getattr(torch._C, "_functorch", None)
-        if functorch is not None and functorch.is_functorch_wrapped_tensor(array):
-            raise Refused(
-                UnsupportedError,
-                "is inside a transform of torch.func, such as vmap, and stands for many tensors or their gradients; "
-                "call cufa outside of it.",
-            ) from error
         if array.is_nested:
             raise Refused(
                 UnsupportedError,
@@ -490,7 +486,7 @@ def _find_adapter(function: str, name: str, array: Any) -> Adapter:
     for module, attribute, kind in _KNOWN:
         found = getattr(sys.modules.get(module), attribute, None)
         if found is not None and isinstance(array, found):
-            _check_subclass(array_type)
+            check_subclass(array_type)
             adapter = _INSTANCES.setdefault(kind, kind())
             (_ADAPTERS if array_type is found else _OTHERS)[array_type] = adapter
             return adapter
@@ -507,18 +503,28 @@ def _find_adapter(function: str, name: str, array: Any) -> Adapter:
     )
 
 
-def _check_subclass(array_type: type) -> None:
+def check_subclass(array_type: type) -> None:
     """Refuse those subclasses of known arrays whose elements are not simply what lies in memory."""
     masked = sys.modules.get("numpy.ma")  # which NumPy imports late, for it takes 30 ms
     if masked is not None and issubclass(array_type, masked.MaskedArray):
         raise Refused(TypeError, "is a masked array, whose mask would be ignored; pass its .filled(...).")
     torch = sys.modules.get("torch")
-    if torch is None or not issubclass(array_type, torch.Tensor):
+    if torch is None or not issubclass(array_type, torch.Tensor) or not wraps(array_type):
         return
-    # Wrappers of other tensors: DTensor, FakeTensor, FunctionalTensor, jagged NestedTensor, quantized weights.
-    if array_type.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # type: ignore[attr-defined]
+    if any(base.__name__ in _NOT_SEEN_THROUGH for base in array_type.__mro__):
         raise Refused(
             UnsupportedError,
             f"is a {array_type.__name__}, whose elements are not simply what lies in memory; pass a plain torch "
             "tensor, as to_local() of a DTensor is one.",
         )
+    raise Recorded
+
+
+_NOT_SEEN_THROUGH = {"DTensor", "NestedTensor"}
+"""Classes of torch's that wrap tensors, and whose own dispatch knows nothing of cufa."""
+
+
+def wraps(array_type: Any) -> bool:
+    """Whether tensors of the type wrap others, and are told of what is done with them: FakeTensor, FunctionalTensor."""
+    torch = sys.modules["torch"]
+    return bool(array_type.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__)

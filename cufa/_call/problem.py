@@ -506,7 +506,11 @@ class _CallCheck(Check):
 
     def __init__(self, operation: Operation, specs: dict[str, Spec], options: Options) -> None:
         packed, gradient = operation.packed, operation.gradient
-        super().__init__(operation.name, specs, options, operation.terms, packed=packed, gradient=gradient)
+        known = all(type(extent) is int for spec in specs.values() for extent in spec.shape)
+        # Symbols are not bounded: a program that is traced with them would be no good for all that they stand for.
+        super().__init__(
+            operation.name, specs, options, operation.terms, packed=packed, gradient=gradient, limited=known
+        )
         self.operation = operation
 
     def problem(self) -> Problem:

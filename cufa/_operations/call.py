@@ -25,11 +25,15 @@ from .operation import Operation
 def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
     """Call an operation with its arrays, in its order, and with options in that of `Options` and then of its terms."""
     if _arrays.compiling():
-        return _arrays.uncompiled(call, operation, given, asked)
+        return interop_torch().compiled(operation, given, asked)
     options = _options.of(operation.name, asked, operation.terms)
     if _arrays.is_jax(given[0]):  # its runtime owns streams and results
         return interop_jax().call(operation, given, options)
-    arrays = _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
+    try:
+        arrays = _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
+        arrays.adapter.check_call()
+    except _arrays.Recorded:
+        return interop_torch().call(operation, given, options)
     problem = _problem.checked(operation, arrays, options)
     results, addresses = allocate(arrays, problem)
     compute(arrays, problem, results, addresses)
@@ -205,3 +209,9 @@ def interop_jax() -> Any:
     from ..interop import jax
 
     return jax
+
+
+def interop_torch() -> Any:
+    from ..interop import torch
+
+    return torch

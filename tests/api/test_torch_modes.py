@@ -30,14 +30,14 @@ def right(q: Any) -> np.ndarray:
     return reference.attention(x, x, x, causal=True) + 1
 
 
-def test_compiled_functions_call_it_as_it_is(q: Any) -> None:
+def test_compiled_functions_have_it_in_their_graph(q: Any) -> None:
     torch._dynamo.reset()
     for backend in ("eager", "aot_eager"):
-        compiled = torch.compile(call, backend=backend)
+        compiled = torch.compile(call, backend=backend, fullgraph=True)
         for length in range(1, 13):  # more shapes than torch compiles anew for
             part = q[:, :length]
             np.testing.assert_allclose(compiled(part).cpu(), right(part), atol=1e-5)
-    itself = torch.compile(cufa.attention, backend="eager")
+    itself = torch.compile(cufa.attention, backend="eager", fullgraph=True)
     np.testing.assert_allclose(itself(q, q, q, causal=True).cpu() + 1, right(q), atol=1e-5)
     out, lse = cufa.attention(q, q, q, causal=True, return_lse=True)
 
@@ -45,23 +45,46 @@ def test_compiled_functions_call_it_as_it_is(q: Any) -> None:
         return cufa.attention_backward(q * 1.0, q, q, q, out, lse, causal=True)[1] * 2
 
     expected = differentiate(q).cpu()
-    np.testing.assert_allclose(torch.compile(differentiate, backend="eager")(q).cpu(), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        torch.compile(differentiate, backend="eager", fullgraph=True)(q).cpu(), expected, atol=1e-5
+    )
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="cufa computes outside of torch"):
-        torch.compile(call, backend="eager", fullgraph=True)(q)
 
 
-def test_what_is_recorded_is_refused(q: Any) -> None:
+def test_what_only_a_break_can_serve_breaks_the_graph(q: Any) -> None:
+    """A given result, a number in a tensor, arrays of NumPy."""
+
+    def into(q: Any, out: Any) -> Any:
+        return cufa.attention(q * 1.0, q, q, causal=True, out=out) + 1
+
+    def scaled(q: Any, scale: Any) -> Any:
+        return cufa.attention(q * 1.0, q, q, causal=True, softmax_scale=scale) + 1
+
+    torch._dynamo.reset()
+    out = torch.zeros_like(q)
+    np.testing.assert_allclose(torch.compile(into, backend="eager")(q, out).cpu(), right(q), atol=1e-5)
+    np.testing.assert_allclose(out.cpu() + 1, right(q), atol=1e-5)
+    scale = torch.tensor(8**-0.5)
+    np.testing.assert_allclose(torch.compile(scaled, backend="eager")(q, scale).cpu(), right(q), atol=1e-5)
+    if q.device.type == "cpu":
+        x = q.numpy()
+        np.testing.assert_allclose(torch.compile(call, backend="eager")(x), right(q), atol=1e-5)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="attention: a given array that is written"):
+        torch.compile(into, backend="eager", fullgraph=True)(q, out)
+    torch._dynamo.reset()
+
+
+def test_what_is_recorded_holds_the_call(q: Any) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils.flop_counter import FlopCounterMode
 
     with pytest.raises(UnsupportedError, match=r"^attention: torch.jit.trace records torch's own operations"):
         torch.jit.trace(call, (q,))
-    for options in ({}, {"pre_dispatch": True}):
-        with pytest.raises(UnsupportedError, match=r"^attention: make_fx records torch's own operations"):
-            make_fx(call, **options)(q)
-    with pytest.raises(UnsupportedError, match=r"^attention: "):
-        make_fx(call, tracing_mode="fake")(q)
+    for options in ({}, {"pre_dispatch": True}, {"tracing_mode": "fake"}, {"tracing_mode": "symbolic"}):
+        graph = make_fx(call, **options)(q)
+        assert torch.ops.cufa.attention.default in {node.target for node in graph.graph.nodes}
+        np.testing.assert_allclose(graph(2 * q).cpu(), right(2 * q), atol=1e-5)
     with FlopCounterMode(display=False):  # counts what it sees, and changes nothing
         np.testing.assert_allclose(call(q).cpu(), right(q), atol=1e-5)
 

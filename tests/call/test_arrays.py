@@ -300,7 +300,6 @@ def test_arrays_without_memory() -> None:
 def torch_tensors(torch: Any) -> dict[str, tuple[Callable[[Any], Any], str]]:
     """Tensors that are not simply what lies in memory: how to make them, and what is said."""
     wrapped = r"is a {}, whose elements are not simply what lies in memory; pass a plain torch tensor"
-    fake = torch._subclasses.fake_tensor.FakeTensorMode()
 
     def resized(x: Any) -> Any:
         x = x.clone()
@@ -317,13 +316,12 @@ def torch_tensors(torch: Any) -> dict[str, tuple[Callable[[Any], Any], str]]:
             lambda x: torch.nested.nested_tensor([x[0], x[0]], layout=torch.jagged),
             wrapped.format("NestedTensor"),
         ),
-        "fake": (fake.from_tensor, wrapped.format("FakeTensor")),
         "resized": (resized, r"has shape \(1, 8, 2, 16\) but no memory"),
         "zero": (lambda x: torch._efficientzerotensor(SHAPE), r"has shape \(1, 8, 2, 16\) but no memory"),
     }
 
 
-TENSORS = ("meta", "sparse", "csr", "quantized", "nested", "jagged", "fake", "resized", "zero")
+TENSORS = ("meta", "sparse", "csr", "quantized", "nested", "jagged", "resized", "zero")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -351,16 +349,6 @@ def test_distributed_tensors_are_refused() -> None:
         assert torch.equal(cufa.attention(q, distributed.to_local(), q), cufa.attention(q, q, q))
     finally:
         group.destroy_process_group()
-
-
-def test_tensors_inside_transforms_are_refused() -> None:
-    torch = pytest.importorskip("torch")
-    q = torch.randn(2, *SHAPE)
-    text = r"^attention: q is inside a transform of torch.func, such as vmap"
-    with pytest.raises(cufa.UnsupportedError, match=text):
-        torch.vmap(lambda x: cufa.attention(x, x, x))(q)
-    with pytest.raises(ValueError, match=r"^attention: q has shape \(1, 8, 2, 16\) but no memory"):
-        torch.func.functionalize(lambda x: cufa.attention(x, x, x))(q[0])
 
 
 def test_plain_subclasses_of_tensors_are_read() -> None:

@@ -839,9 +839,9 @@ def test_refusals_leave_out_untouched(cupy: Any, torch: Any) -> None:
         ),
         (
             cufa.UnsupportedError,
-            "cufa: a torch tensor requires grad, and cufa has no backward yet; call under torch.no_grad() or pass "
-            "tensor.detach().",
-            lambda: cufa.attention(*[other.clone().requires_grad_()] * 3),
+            "attention: out is given and a tensor requires grad, but what is written there has no history; leave it "
+            "out, or call under torch.no_grad().",
+            lambda: cufa.attention(*[other.clone().requires_grad_()] * 3, out=torch.empty_like(other)),
         ),
     ]
     for error, text, refused in calls:

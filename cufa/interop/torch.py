@@ -1,0 +1,490 @@
+"""torch: operations as operators, which autograd differentiates, and torch.compile, export and vmap see through.
+
+Each operation becomes an operator of the library ``cufa`` when one of these first meets it. All of it follows from the
+record: the schema takes the arrays that are not written and the options, results are a list, and the gradients are
+those of `gradients_of`. What computes is the ordinary way of a call, which plain tensors go without any of this.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import compress
+from typing import Any, NoReturn
+
+import torch
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+from .._call import arrays as _arrays
+from .._call import options as _options
+from .._call import problem as _problem
+from .._call.arrays import CPU, Arrays, Spec, contiguous
+from .._call.options import MAX_SEQLEN, Options
+from .._call.problem import Problem
+from .._operations import call as _call
+from .._operations.forward import ATTENTION, ATTENTION_VARLEN
+from .._operations.operation import Operation, gradients_of
+from .._terms import TERMS
+from ..errors import UnsupportedError
+
+LIBRARY = torch.library.Library("cufa", "FRAGMENT")
+PLAIN = (bool, int, float, type(None))
+"""Types of numbers, symbolic ones too, that an operator takes as they are."""
+
+MEMORY = {torch.Tensor, torch.nn.Parameter, type(None)}
+"""Types of which there is no more to know."""
+
+MAX_KNOWN = 256
+"""Calls of an operator of which it is remembered what gradients they have."""
+
+_is_none = partial(operator.is_, None)
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_after_autograd = torch._C._after_autograd_keyset
+_requires_grad = torch._C._any_requires_grad
+_transforms = torch._C._are_functorch_transforms_active
+_len_modes = torch._C._len_torch_dispatch_stack
+_key_included = torch._C._dispatch_tls_is_dispatch_key_included
+_autocasts = torch._C._is_any_autocast_enabled
+
+
+class Operator:
+    """An operation as torch's dispatcher knows it.
+
+    Its arguments are `inputs`, then the options in their order, with the sides of the window one by one.
+
+    Attributes
+    ----------
+    operation : Operation
+    gradients : Operation or None
+        Those of it.
+    name : str
+        In the library.
+    inputs : tuple of str
+        Arrays that are not written.
+    overload : OpOverload
+    function : type
+        The `torch.autograd.Function` of it.
+    """
+
+    def __init__(self, operation: Operation) -> None:
+        self.operation = operation
+        self.gradients = gradients_of(operation)
+        self.inputs = tuple(name for name in operation.arrays if name not in operation.written)
+        self._given = _picked(operation.arrays, self.inputs)
+        self._inputs = _picked(self.inputs, operation.arrays)
+        if self.gradients is not None:
+            self._backward = _picked(self.gradients.arrays, (*self.inputs, "out", "lse", "dout", "dlse"))
+        self._ways: dict[Any, tuple[int | None, ...]] = {}
+        self.name = name = _free_name(operation)
+        LIBRARY.define(name + self.schema(), tags=(torch.Tag.pt2_compliant_tag,))
+        qualified = f"cufa::{name}"
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, self.compute, key)
+        torch.library.register_fake(qualified, self.fake, lib=LIBRARY)
+        torch.library.register_vmap(qualified, self.vmap, lib=LIBRARY)
+        LIBRARY.impl(name, self.autograd, "Autograd", with_keyset=True)
+        for device in ("cpu", "cuda") if self.gradients else ():
+            LIBRARY.impl(name, self.autocast(device), f"Autocast{device.upper()}")
+        self.overload = getattr(torch.ops.cufa, name).default
+        self.function = _function_of(self)
+
+    def schema(self) -> str:
+        arrays = [f"Tensor{'?' if index else ''} {name}" for index, name in enumerate(self.inputs)]
+        options = ["bool causal", "int? window_left", "int? window_right", "float? softmax_scale", "float softcap"]
+        more = [f"Scalar? {name}" for term in self.operation.terms for name in term.option_names]
+        return f"({', '.join([*arrays, *options, 'bool return_lse', 'bool deterministic', *more])}) -> Tensor[]"
+
+    def flat(self, given: tuple[Any, ...], options: Options) -> tuple[Any, ...]:
+        """The operator's arguments, from those of `call` with plain options."""
+        causal, window, *others, more = options
+        left, right = (None, None) if window is None else (_bounded(side) for side in window)
+        return (*self.inputs_of(given), causal, left, right, *others, *(value for _, value in more))
+
+    def unflat(self, flat: tuple[Any, ...]) -> tuple[tuple[Any, ...], Options]:
+        """The arrays and options of `call`, from the operator's arguments."""
+        count = len(self.inputs)
+        causal, left, right, *others = flat[count:]
+        window = None if left is None and right is None else (left, right)
+        asked = (causal, window, *others)
+        return self.given_of(flat[:count]), _options.of(self.operation.name, asked, self.operation.terms)
+
+    def given_of(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arrays of `call`, none of which is to be written, from those that are read."""
+        return self._given((*inputs, None))
+
+    def inputs_of(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return self._inputs((*given, None))
+
+    def compute(self, *flat: Any) -> list[Any]:
+        """Of tensors in memory."""
+        given, options = self.unflat(flat)
+        try:
+            arrays = _viewed(self.operation, given)
+        except _arrays.Recorded:  # by what has been seen to: this is below autograd
+            with torch.no_grad():
+                arrays = _viewed(self.operation, given)
+        return _computed(self.operation, arrays, options)
+
+    def fake(self, *flat: Any) -> list[Any]:
+        """Of tensors that have shapes only, which may be symbols."""
+        problem = self.sketch(flat)
+        return [flat[0].new_empty(each.shape, dtype=getattr(torch, each.dtype)) for each in problem.results]
+
+    def sketch(self, flat: tuple[Any, ...]) -> Problem:
+        return sketch(self.operation, *self.unflat(flat))
+
+    def autocast(self, device: str) -> Callable[..., list[Any]]:
+        """The operator's function where autocast is enabled for a type of device."""
+
+        def cast(*flat: Any) -> list[Any]:
+            given, options = self.unflat(flat)
+            with torch._C._DisableAutocast():
+                given = cast_to(self.operation, given, torch.get_autocast_dtype(device))
+                found: list[Any] = self.overload(*self.flat(given, options))
+            return found
+
+        return cast
+
+    def autograd(self, keyset: Any, *flat: Any) -> list[Any]:
+        """Record the call for autograd, if it is to be differentiated, and go on below."""
+        if torch.autograd.forward_ad._current_level >= 0:
+            _refuse_tangents(self.operation.name, flat)
+        if torch.is_grad_enabled() and _requires_grad(*flat):
+            given, options = self.unflat(flat)
+            with enable_single_level_autograd_function():
+                return self.recorded(keyset, given, options)
+        with _below_autograd():
+            found: list[Any] = self.overload.redispatch(keyset & _after_autograd, *flat)
+        return found
+
+    def recorded(self, keyset: Any, given: tuple[Any, ...], options: Options) -> list[Any]:
+        """The results, with a history; `keyset` is where to go on, or None for tensors in memory."""
+        whole = options
+        if self.gradients is not None and not options.return_lse:  # which the gradients read
+            whole = Options._make((*options[:4], True, *options[5:]))
+        # The base class's, since that of its own binds arguments to a signature on every call.
+        results = super(torch.autograd.Function, self.function).apply(keyset, whole, *self.inputs_of(given))  # type: ignore[misc]
+        return [*results] if whole.return_lse == options.return_lse else [*results[:-1]]
+
+    def forward(self, keyset: Any, options: Options, *inputs: Any) -> tuple[Any, ...]:
+        given = self.given_of(inputs)
+        if keyset is None:
+            return tuple(_computed(self.operation, _viewed(self.operation, given), options))
+        flat = self.flat(given, options)
+        if not _transforms():
+            with _below_autograd():
+                return tuple(self.overload.redispatch(keyset & _after_autograd, *flat))
+        # What lies below records as well: another transform of torch.func, or autograd itself.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), _below_autograd():
+            return tuple(self.overload.redispatch(keyset & _after_autograd, *flat))
+
+    def setup_context(self, ctx: Any, arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
+        """Keep what the gradients read; refuse what has none."""
+        if self.gradients is None:
+            return
+        _, options, *inputs = arguments
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *results)
+        ctx.options, ctx.ways = options, self.ways(inputs, options)
+        if True in compress(ctx.needs_input_grad[2:], map(_is_none, ctx.ways)):
+            needed = zip(self.inputs, ctx.ways, ctx.needs_input_grad[2:], strict=True)
+            name = next(name for name, way, need in needed if need and way is None)
+            raise UnsupportedError(
+                f"{self.operation.name}: {name} requires grad, but has no gradient; pass {name}.detach()."
+            )
+
+    def ways(self, inputs: Sequence[Any], options: Options) -> tuple[int | None, ...]:
+        """Which of the results of the gradients belongs to each input, if any."""
+        key = options, *map(_is_none, inputs)
+        known = self._ways.get(key)
+        if known is None:
+            assert self.gradients is not None
+            problem = sketch(self.operation, self.given_of(tuple(inputs)), options)
+            results = self.gradients.results(replace(problem, operation=self.gradients, memo={}))
+            names = [result.name for result in results]
+            known = tuple(names.index(f"d{name}") if f"d{name}" in names else None for name in self.inputs)
+            if len(self._ways) >= MAX_KNOWN:
+                self._ways.clear()
+            self._ways[key] = known
+        return known
+
+    def backward(self, ctx: Any, dresults: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The gradients by the arguments of `function`."""
+        if self.gradients is None:
+            raise UnsupportedError(
+                f"{self.operation.name}: a result is differentiated, and there are no gradients of it: those of "
+                "attention are not differentiated again. Pass tensor.detach()."
+            )
+        *saved, out, lse = ctx.saved_tensors
+        dout, dlse = dresults
+        if dout is None:
+            dout = torch.zeros_like(out)
+        causal, window, softmax_scale, softcap, _, _, more = ctx.options
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        asked = causal, window, softmax_scale, softcap, False, deterministic, *(value for _, value in more)
+        found = _call.call(self.gradients, self._backward((*saved, out, lse, dout, dlse, None)), asked)
+        needed = ctx.needs_input_grad[2:]
+        ways = zip(ctx.ways, needed, strict=True)
+        return None, None, *[found[way] if need and way is not None else None for way, need in ways]
+
+    def vmap(self, info: Any, in_dims: tuple[Any, ...], *flat: Any) -> tuple[list[Any], list[int]]:
+        """Of many calls at once: one call with a larger batch, or one after the other if that would not be the same."""
+        operation = self.operation
+        if operation.packed:
+            raise UnsupportedError(
+                f"{operation.name}: torch.func.vmap cannot put packed sequences side by side; pack those of all calls "
+                "into one, and add their offsets up."
+            )
+        folded = self.folded(info.batch_size, in_dims, flat)
+        if folded is not None:
+            results = [each.unflatten(0, (info.batch_size, -1)) for each in self.overload(*folded)]
+            return results, [0] * len(results)
+        calls = [
+            self.overload(*(_selected(each, dim, index) for each, dim in zip(flat, in_dims, strict=True)))
+            for index in range(info.batch_size)
+        ]
+        results = [torch.stack(each) for each in zip(*calls, strict=True)]
+        return results, [0] * len(results)
+
+    def folded(self, size: int, in_dims: tuple[Any, ...], flat: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The arguments of one call for all; None if an array or a result that has no batch axis is one call's own."""
+        names = {*self.operation.tiles, "out", "lse", "dlse"}
+        arrays: list[Any] = [*flat]
+        one: list[Any] = [*flat]
+        for index, (name, dim) in enumerate(zip(self.inputs, in_dims, strict=False)):
+            array = flat[index]
+            one[index] = _selected(array, dim, 0)
+            if array is None or (dim is None and name not in names):
+                continue
+            if name not in names:
+                return None
+            whole = array.expand(size, *array.shape) if dim is None else array.movedim(dim, 0)
+            arrays[index] = whole.flatten(0, 1) if whole.ndim > 1 else whole
+        single = self.sketch(tuple(one))
+        try:
+            every = self.sketch(tuple(arrays))
+        except ValueError:  # an array has a batch axis that was not known of
+            return None
+        shapes = zip(single.results, every.results, strict=True)
+        same = all(all.shape == (size * one.shape[0], *one.shape[1:]) for one, all in shapes)
+        return tuple(arrays) if same and size > 1 else None
+
+
+def _function_of(made: Operator) -> Any:
+    class Differentiable(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+        @staticmethod
+        def forward(keyset: Any, options: Options, *inputs: Any) -> tuple[Any, ...]:
+            return made.forward(keyset, options, *inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+            made.setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *dresults: Any) -> tuple[Any, ...]:
+            return made.backward(ctx, dresults)
+
+    Differentiable.__name__ = made.operation.name
+    return Differentiable
+
+
+_OPERATORS: dict[Operation, Operator] = {}
+_NAMES: set[str] = set()
+_LOCK = threading.RLock()
+
+
+def _free_name(operation: Operation) -> str:
+    """The name of an operator. Compiled programs are kept by it, so it says which score terms there are."""
+    found = base = "_".join([operation.name, *(term.name for term in operation.terms if term not in TERMS)])
+    count = 1
+    while found in _NAMES:
+        count += 1
+        found = f"{base}_{count}"
+    _NAMES.add(found)
+    return found
+
+
+def operator_of(operation: Operation) -> Operator:
+    """The operation as an operator, made on first use."""
+    known = _OPERATORS.get(operation)
+    if known is None:
+        with _LOCK:
+            known = _OPERATORS.get(operation)
+            if known is None:
+                known = _OPERATORS[operation] = Operator(operation)
+                if known.gradients is not None:  # which a program that was compiled before asks for by name
+                    operator_of(known.gradients)
+    return known
+
+
+def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
+    """Call an operation with tensors of which torch has to be told."""
+    if torch._C._get_tracing_state() is not None:
+        raise UnsupportedError(
+            f"{operation.name}: torch.jit.trace records torch's own operations and would see nothing of this one; use "
+            "torch.compile or torch.export."
+        )
+    if torch.autograd.forward_ad._current_level >= 0:
+        _refuse_tangents(operation.name, given)
+    given = unwrap_dead_wrappers(given)  # of transforms that are over, as torch's own operators do
+    seen = not MEMORY.issuperset(map(type, given)) and _is_seen(operation, given)
+    seen = seen or _len_modes() > 0 or _transforms() or _key_included("PreDispatch")
+    if not _autocasts():
+        results = _recorded(operation, given, options, seen)
+    else:
+        device = given[0].device.type
+        if torch.is_autocast_enabled(device):
+            given = cast_to(operation, given, torch.get_autocast_dtype(device))
+        with torch._C._DisableAutocast():
+            results = _recorded(operation, given, options, seen)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def detached(operation: Operation, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same tensors without a history; they must lie in memory."""
+    if (not MEMORY.issuperset(map(type, given)) and _is_seen(operation, given)) or _transforms():
+        raise UnsupportedError(f"{operation.name}: a torch tensor stands for others; pass tensors that lie in memory.")
+    return tuple(None if array is None else array.detach() for array in given)
+
+
+def _recorded(operation: Operation, given: tuple[Any, ...], options: Options, seen: bool) -> list[Any]:
+    """The results; `seen` is whether more than autograd sees the call."""
+    recorded = torch.is_grad_enabled() and _requires_grad(*given)
+    if not seen and not recorded:
+        return _computed(operation, _viewed(operation, given), options)
+    for index in operation.written_indices:
+        if given[index] is not None:
+            why = "a tensor requires grad" if recorded else "the call is traced"
+            raise UnsupportedError(
+                f"{operation.name}: {operation.arrays[index]} is given and {why}, but what is written there has no "
+                "history; leave it out, or call under torch.no_grad()."
+            )
+    found_operator = operator_of(operation)
+    if not seen:
+        return found_operator.recorded(None, given, options)
+    found: list[Any] = found_operator.overload(*found_operator.flat(given, options))
+    return found
+
+
+def _is_seen(operation: Operation, given: tuple[Any, ...]) -> bool:
+    """Whether a tensor wraps others, and is told of what is done with it; refuse what is none."""
+    seen = False
+    for name, array in zip(operation.arrays, given, strict=True):
+        if array is None:
+            continue
+        if not isinstance(array, torch.Tensor):
+            raise TypeError(
+                f"{operation.name}: {name} is a {type(array).__name__}, and others are torch tensors; pass arrays of "
+                "one framework."
+            )
+        try:
+            _arrays.check_subclass(type(array))
+        except _arrays.Refused as refused:
+            raise refused.of(operation.name, name) from None
+        except _arrays.Recorded:
+            seen = True
+    return seen
+
+
+def _computed(operation: Operation, arrays: Arrays, options: Options) -> list[Any]:
+    problem = _problem.checked(operation, arrays, options)
+    results, addresses = _call.allocate(arrays, problem)
+    _call.compute(arrays, problem, results, addresses)
+    return results
+
+
+def _viewed(operation: Operation, given: tuple[Any, ...]) -> Arrays:
+    return _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
+
+
+def _name(operation: Operation) -> str:
+    return operator_of(operation).name
+
+
+_name._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch.compiler would say, which imports much
+
+
+def compiled(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
+    """`call` where torch.compile traces it: a node of its graph, but for what only a break in it can serve."""
+    causal, window, *others = asked
+    left, right = (None, None) if window is None else window
+    numbers = (causal, left, right, *others)
+    arrays = list(zip(operation.arrays, given, strict=True))
+    inputs = [x for name, x in arrays if name not in operation.written]
+    if not isinstance(inputs[0], torch.Tensor) or not all(x is None or isinstance(x, torch.Tensor) for x in inputs):
+        return _outside("arrays that are no torch tensors", operation, given, asked)
+    if any(x is not None for name, x in arrays if name in operation.written):
+        return _outside("a given array that is written", operation, given, asked)
+    flags = causal, others[2], others[3]
+    if not all(isinstance(x, bool) for x in flags) or not all(isinstance(x, PLAIN) for x in numbers):
+        return _outside("options that are no plain numbers", operation, given, asked)
+    results = getattr(torch.ops.cufa, _name(operation)).default(*inputs, *numbers)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _outside(what: str, operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
+    torch._dynamo.graph_break(f"{operation.name}: {what} cannot be part of a graph")
+    return _arrays.uncompiled(_call.call, operation, given, asked)
+
+
+def sketch(operation: Operation, given: tuple[Any, ...], options: Options) -> Problem:
+    """The problem of tensors that may have no memory, as far as results and messages go: that of the CPU."""
+    arrays = [(name, x) for name, x in zip(operation.arrays, given, strict=True) if x is not None]
+    one = len({x.device for _, x in arrays}) == 1
+    specs = {}
+    for name, x in arrays:
+        shape, device = tuple(x.shape), x.device
+        ordinal = CPU if one or device.type == "cpu" else device.index or 0
+        dtype = str(x.dtype).removeprefix("torch.")
+        specs[name] = Spec("torch", shape, contiguous(shape), dtype, ordinal, 0, True)
+    return operation.check(operation, specs, options)
+
+
+def cast_to(operation: Operation, given: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
+    """What autocast makes of the arrays: q, k and v in its dtype, but not of float64, and nothing of gradients."""
+    if operation.gradient:
+        return given
+    return tuple(
+        x.to(dtype) if name in operation.tiles and _is_castable(x) else x
+        for name, x in zip(operation.arrays, given, strict=True)
+    )
+
+
+def _is_castable(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype is not torch.float64
+
+
+def _refuse_tangents(function: str, arrays: tuple[Any, ...]) -> None:
+    for array in arrays:
+        if isinstance(array, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(array).tangent is not None:
+            _refuse_tangent(function)
+
+
+def _refuse_tangent(function: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{function}: a torch tensor carries a tangent of forward-mode differentiation, which cufa does not propagate; "
+        "pass the primal, as torch.autograd.forward_ad.unpack_dual gives it."
+    )
+
+
+def _picked(names: tuple[str, ...], known: tuple[str, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """From what `known` stand for, and None behind it: what `names` stand for, which is None for all others."""
+    places = [known.index(name) if name in known else len(known) for name in names]
+    return operator.itemgetter(*places)
+
+
+def _bounded(side: Any) -> Any:
+    """A side of a window as an integer of 64 bits; all that are this wide are the same."""
+    return None if side is None else min(side, MAX_SEQLEN)
+
+
+def _selected(array: Any, dim: int | None, index: int) -> Any:
+    return array if dim is None else array.select(dim, index)
+
+
+for _each in (ATTENTION, ATTENTION_VARLEN):  # which exported programs ask for by name
+    operator_of(_each)
