@@ -193,9 +193,16 @@ def _check_empty(layout: Layout) -> None:
         raise Refused(ValueError, f"has shape {shape} but no memory (its address is 0); pass an array that has.")
 
 
-def compiling() -> bool:
-    """Whether torch.compile is tracing this very statement, in place of running it."""
-    return "torch._dynamo" in sys.modules and bool(sys.modules["torch"].compiler.is_dynamo_compiling())
+def compiling(array: Any) -> bool:
+    """Whether torch.compile is tracing this very statement, in place of running it, for a call with an array.
+
+    It asks the array's type for torch, and not `sys.modules`, which grows while torch traces what goes through it.
+    """
+    if not hasattr(type(array), "__torch_function__"):
+        return False
+    import torch  # it is there, since a tensor is
+
+    return torch.compiler.is_dynamo_compiling()
 
 
 def uncompiled(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -24,7 +24,7 @@ from .operation import Operation
 
 def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
     """Call an operation with its arrays, in its order, and with options in that of `Options` and then of its terms."""
-    if _arrays.compiling():
+    if _arrays.compiling(given[0]):
         return interop_torch().compiled(operation, given, asked)
     options = _options.of(operation.name, asked, operation.terms)
     if _arrays.is_jax(given[0]):  # its runtime owns streams and results

@@ -28,9 +28,9 @@ class Result(NamedTuple):
     place: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # torch.compile cannot hand on what is frozen
 class Operation:
-    """A public function.
+    """A public function; nothing changes it once it is made.
 
     Attributes
     ----------
