@@ -47,6 +47,7 @@ _after_autograd = torch._C._after_autograd_keyset
 _requires_grad = torch._C._any_requires_grad
 _transforms = torch._C._are_functorch_transforms_active
 _len_modes = torch._C._len_torch_dispatch_stack
+_len_functions = torch._C._len_torch_function_stack
 _key_included = torch._C._dispatch_tls_is_dispatch_key_included
 _autocasts = torch._C._is_any_autocast_enabled
 
@@ -330,12 +331,15 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
         )
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_tangents(operation.name, given)
-    given = unwrap_dead_wrappers(given)  # of transforms that are over, as torch's own operators do
     seen = not MEMORY.issuperset(map(type, given)) and _is_seen(operation, given)
-    seen = seen or _len_modes() > 0 or _transforms() or _key_included("PreDispatch")
+    seen = seen or _len_modes() > 0 or _transforms() or (_len_functions() > 0 and _key_included("PreDispatch"))
     if not _autocasts():
-        results = _recorded(operation, given, options, seen)
+        try:
+            results = _recorded(operation, given, options, seen)
+        except _arrays.Recorded:  # a transform is over, and has left wrappers of tensors behind
+            results = _recorded(operation, unwrap_dead_wrappers(given), options, seen)
     else:
+        given = unwrap_dead_wrappers(given)
         device = given[0].device.type
         if torch.is_autocast_enabled(device):
             given = cast_to(operation, given, torch.get_autocast_dtype(device))

@@ -338,7 +338,7 @@ def operators(packed: bool, device: str) -> dict[str, Any]:
     """Of a forward and its gradients, with arguments."""
     from cufa.interop.torch import operator_of
 
-    given = arrays(packed, device)
+    given = arrays(packed, device, torch.bfloat16)
     forward, backward = (ATTENTION_VARLEN, ATTENTION_VARLEN_BACKWARD) if packed else (ATTENTION, ATTENTION_BACKWARD)
     out, lse = attend(given, return_lse=True)
     results = {"out": out.detach(), "lse": lse.detach(), "dout": torch.randn_like(out), "dlse": torch.randn_like(lse)}
