@@ -332,7 +332,8 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_tangents(operation.name, given)
     seen = not MEMORY.issuperset(map(type, given)) and _is_seen(operation, given)
-    seen = seen or _len_modes() > 0 or _transforms() or (_len_functions() > 0 and _key_included("PreDispatch"))
+    seen = seen or _transforms() or (_len_functions() > 0 and _key_included("PreDispatch"))
+    seen = seen or (_len_modes() > 0 and _is_seen_by_modes(operation, given))
     if not _autocasts():
         try:
             results = _recorded(operation, given, options, seen)
@@ -392,6 +393,14 @@ def _is_seen(operation: Operation, given: tuple[Any, ...]) -> bool:
         except _arrays.Recorded:
             seen = True
     return seen
+
+
+def _is_seen_by_modes(operation: Operation, given: tuple[Any, ...]) -> bool:
+    """Whether modes are to see the call: all but that of a given result, of which only some have to be told."""
+    if all(given[index] is None for index in operation.written_indices):
+        return True
+    kinds = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(kind) is not None for kind in (kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL))
 
 
 def _computed(operation: Operation, arrays: Arrays, options: Options) -> list[Any]:
