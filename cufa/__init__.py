@@ -19,6 +19,7 @@ __all__ = [
     "is_available",
     "reference",
     "show_config",
+    "stats",
     "testing",
 ]
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ._api.backward import attention_backward, attention_varlen_backward
     from ._api.config import is_available, show_config
     from ._api.explain import explain
+    from ._api.stats import stats
     from .errors import CompileError, CudaError, MissingKernelError, UnsupportedError
 
 _HOMES = {
@@ -38,6 +40,7 @@ _HOMES = {
     "explain": "_api.explain",
     "is_available": "_api.config",
     "show_config": "_api.config",
+    "stats": "_api.stats",
     "CompileError": "errors",
     "CudaError": "errors",
     "MissingKernelError": "errors",
@@ -49,7 +52,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that ``import cufa`` alone does next to nothing."""
     import importlib
 
-    if name in ("reference", "testing"):
+    if name in ("jax", "reference", "testing", "torch"):  # frameworks are not in __all__: a star would hide them
         return importlib.import_module(f"cufa.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'cufa' has no attribute {name!r}")

@@ -72,15 +72,18 @@ def test_every_header_compiles_alone() -> None:
 
 
 FRAMEWORKS = {"cupy", "torch", "jax", "numba", "cuda"}
+PARTS = {"torch.py": "torch", "interop/torch.py": "torch", "jax.py": "jax"}
+PARTS |= dict.fromkeys(("interop/jax.py", "interop/folding.py", "interop/dividing.py"), "jax")
+"""A framework's own modules, which nothing else imports as soon as it is imported."""
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cufa").rglob("*.py")), ids=lambda path: path.name)
 def test_no_module_imports_a_framework(path: Path) -> None:
-    own = {path.stem} if path.parent == ROOT / "cufa" / "interop" else set()  # a framework's part imports that one
+    others = FRAMEWORKS - {PARTS.get(path.relative_to(ROOT / "cufa").as_posix())}
     for node in ast.parse(path.read_text()).body:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-        assert not (FRAMEWORKS - own) & {name.partition(".")[0] for name in names}
+        assert not others & {name.partition(".")[0] for name in names}
 
 
 def cuda_comments(code: str) -> Iterator[str]:
@@ -167,7 +170,7 @@ def test_comments_point_to_what_is_there() -> None:
 
 ROOMS = (
     *("errors", "_driver", "_call", "_terms", "_kernels", "_compile", "_cpu", "_operations", "interop", "_api"),
-    "__init__",
+    *("jax", "torch", "__init__"),
 )
 """Of the package, in their order: a room imports from itself and from those before it."""
 BESIDE = {"reference": ("errors", "_call", "_terms"), "testing": ("errors", "_call", "_terms", "reference")}
@@ -217,3 +220,15 @@ def test_modules_make_no_cycle() -> None:
     for path in MODULES:
         visit(path, ())
     assert len(done) == len(MODULES) > 40
+
+
+def test_the_source_that_is_walked_is_what_is_generated(capsys: pytest.CaptureFixture[str]) -> None:
+    flow = (ROOT / "docs" / "flow.md").read_text()
+    (code,), (shown,) = (re.findall(rf"```{language}\n(.*?)```", flow, re.DOTALL) for language in ("python", "cpp"))
+    exec(code, {})
+    source = capsys.readouterr().out.splitlines()
+    there = [line for line in shown.splitlines() if line and not line.startswith("// ...")]
+    assert len(there) > 30 and not set(there) - set(source)
+    left = sum("static_assert" in line for line in source if line not in there)
+    total = sum("static_assert" in line for line in source)
+    assert f"of {len(source)} lines; {left} of {total} asserts are left out" in " ".join(flow.split())

@@ -11,6 +11,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from ..errors import CudaError
+from . import counts as _counts
 from . import driver as _driver
 
 MAX_STREAMS = 64
@@ -77,6 +78,7 @@ class Launch:
     __slots__ = (
         "_configs",
         "_content",
+        "_counted",
         "_enqueue",
         "_maps",
         "_pointers",
@@ -112,6 +114,7 @@ class Launch:
         ]
         self._maps = [(offset, places[name], shift) for offset, name, shift in argument.maps]
         self._configs: dict[int, list[Any]] = {}
+        self._counted = (_counts.tally("launches", words) if running else _counts.Tally()).add
 
     def __call__(self, addresses: Sequence[int], stream: int, current_device: int) -> None:
         """Enqueue on `stream`.
@@ -133,6 +136,7 @@ class Launch:
                     break
                 done += 1
         if done == len(configs):
+            self._counted()
             return
         with _driver.current(self.device):
             for config, function in configs[done:]:
@@ -140,6 +144,7 @@ class Launch:
                 if status != 0:
                     described = _driver.describe(_driver.driver(), status)
                     raise CudaError(f"cufa: launching {self.words} failed: {described}.")
+        self._counted()
 
     def _make_configs(self, stream: int) -> list[Any]:
         """What the driver is told of each kernel, and the kernel; kept, because making it costs microseconds."""

@@ -13,6 +13,7 @@ from .._call.align import Copies
 from .._call.arrays import CPU, Arrays
 from .._call.problem import Problem
 from .._compile import jit as _jit
+from .._driver import counts as _counts
 from .._driver import driver as _driver
 from .._driver.launch import Launch
 from .._kernels import Plan, choose
@@ -78,6 +79,7 @@ def compute_on_cpu(arrays: Arrays, problem: Problem, results: Sequence[Any]) -> 
     inputs = {name: arrays.numpy(index) for index, name in enumerate(operation.arrays)}
     named = zip((result.name for result in problem.results), map(_arrays.as_numpy, results), strict=True)
     operation.on_cpu(problem, inputs, dict(named))
+    _counts.tally("launches", f"cpu ({operation.name})").add()
 
 
 class Planned(NamedTuple):

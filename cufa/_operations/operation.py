@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 from .._call.problem import of_attention
 
@@ -68,6 +70,7 @@ class Operation:
     of: Operation | None = None
 
     def __post_init__(self) -> None:
+        _MADE[next(_count)] = self
         if self.of is not None:
             _GRADIENTS[self.of] = self
 
@@ -113,6 +116,16 @@ class Operation:
 
 
 _GRADIENTS: dict[Operation, Operation] = {}
+_MADE: WeakValueDictionary[int, Operation] = WeakValueDictionary()
+_count = count()
+
+
+def made() -> tuple[Operation, ...]:
+    """All operations that there are, in the order in which they were made."""
+    from . import backward as _backward  # which adds those of cufa
+
+    assert _backward.ATTENTION_BACKWARD.of is not None
+    return tuple(operation for _, operation in sorted(_MADE.items()))
 
 
 def gradients_of(operation: Operation) -> Operation | None:

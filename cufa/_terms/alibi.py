@@ -20,6 +20,7 @@ class Alibi(Term):
     header = "attention/alibi.cuh"
     type = "attention::Alibi"
     data = "AlibiData"
+    foldable = True
     arrays = ("alibi_slopes",)
     bends = False
 

@@ -23,6 +23,7 @@ class Softcap(Term):
     header = "attention/softcap.cuh"
     type = "attention::Softcap<{element}>"
     data = "SoftcapData"
+    foldable = True
     per_head = False
 
     def asked(self, specs: Mapping[str, Spec], options: Options) -> bool:

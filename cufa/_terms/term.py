@@ -77,6 +77,9 @@ class Term:
         Whether it has a `factor`.
     ordered : bool
         Whether its gradients add up in a fixed order on a GPU where that is asked for.
+    foldable : bool
+        Whether the numbers of a sequence and of a head matter to it only as places in its arrays, so that a call may
+        become part of a larger one, or parts of it calls of their own.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Term:
     bends: bool = True
     scales: bool = False
     ordered: bool = False
+    foldable: bool = False
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)

@@ -1,59 +1,33 @@
 """JAX: cufa inside a program that XLA compiles.
 
-XLA owns the streams and the memory of JAX arrays, so nothing may be launched behind its back. The call becomes a
-``jax.experimental.buffer_callback``: at its place in the program, XLA hands over the buffers, those for the results
-included, and its stream. It works under jit, scan, remat and shard_map; vmap loops.
+XLA owns the streams and the memory of JAX arrays, so nothing may be launched behind its back. A call becomes a foreign
+function of XLA's (see interop/xla.py): at its place in the program, XLA hands over the buffers, those for the results
+included, and its stream. Around it stand what vmap does with it (see interop/folding.py) and its derivative, both made
+from the records of operations alone.
 """
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache, partial
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax.experimental.buffer_callback import Buffer, buffer_callback
 
 from .._call import problem as _problem
-from .._call.arrays import ALIGNMENT, CPU, Adapter, Arrays, Layout, Spec, contiguous, register
+from .._call.arrays import CPU, Arrays, Layout
 from .._call.options import Options
-from .._driver import driver as _driver
 from .._operations.call import compute_on_cpu, planned, prepare
-from .._operations.operation import Operation
+from .._operations.operation import Operation, gradients_of
 from ..errors import UnsupportedError
+from . import dividing as _dividing
+from . import folding as _folding
+from . import xla as _xla
+from .xla import Call, layout_of
 
-
-class JaxAdapter(Adapter):
-    """The buffers of a callback, and arrays or tracers as far as their shape and dtype go."""
-
-    name = "jax"
-
-    def view(self, array: Any) -> tuple[int, Layout]:
-        pointer, device = (0, _default_device())
-        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
-            device = CPU if next(iter(array.devices())).platform == "cpu" else 0
-        if isinstance(array, Buffer):
-            try:
-                pointer = array.__cuda_array_interface__["data"][0]
-                device = _device_of(pointer) if pointer else 0
-            except (jax.errors.JaxRuntimeError, AttributeError):  # a buffer in host memory
-                pointer, device = np.asarray(array).__array_interface__["data"][0], CPU
-        return pointer, (
-            self,
-            tuple(array.shape),
-            None,
-            np.dtype(array.dtype),
-            device,
-            pointer % ALIGNMENT,
-            True,
-        )
-
-    def spec(self, layout: Layout) -> Spec:
-        _, shape, _, dtype, device, misalignment, writable = layout
-        return Spec(self.name, shape, contiguous(shape), dtype.name, device, misalignment, writable)
-
-
-ADAPTER = JaxAdapter()
+TARGET = "cufa"
+"""The name of the foreign function."""
 
 
 def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
@@ -64,34 +38,41 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
             raise UnsupportedError(
                 f"{operation.name}: {name} is not supported for JAX arrays, which cannot be written."
             )
-    arrays = view(operation, given)
     # Checked here, where the user's call is; values of offsets, which have none in a program, are not.
+    arrays = view(operation, given)
     _problem.check(operation, arrays, options)
-    results = _program(operation, arrays.layouts, options)(*(array for array in given if array is not None))
-    return results[0] if len(results) == 1 else tuple(results)
+    program = _program(_call_of(operation, arrays.layouts, options), _device(given[0]), _deterministic())
+    results = program(*(array for array in given if array is not None))
+    return results[0] if len(results) == 1 else results
 
 
 def view(operation: Operation, given: tuple[Any, ...]) -> Arrays:
-    """The arguments without their addresses, which JAX shows only inside a callback."""
+    """The arguments without their addresses, which JAX shows only inside a program."""
+    layouts: list[Layout | None] = []
     for name, array in zip(operation.arrays, given, strict=True):
-        if array is not None and not isinstance(array, jax.Array):
-            raise TypeError(
-                f"{operation.name}: {name} is a {type(array).__name__} but q is a jax array; pass arrays of one "
-                "framework."
-            )
         if array is not None:
             _check_readable(operation.name, name, array)
-    return _view(given)
+        layouts.append(None if array is None else layout_of(tuple(array.shape), np.dtype(array.dtype), _device(array)))
+    return Arrays(given, [0] * len(given), tuple(layouts))
 
 
-def _check_readable(function: str, name: str, array: jax.Array) -> None:
+def _check_readable(function: str, name: str, array: Any) -> None:
+    if not isinstance(array, jax.Array):
+        raise TypeError(
+            f"{function}: {name} is a {type(array).__name__} but q is a jax array; pass arrays of one framework."
+        )
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
         raise ValueError(f"{function}: {name} has dtype {array.dtype}, which is no number; pass an array of numbers.")
+    if not all(type(extent) is int for extent in array.shape):
+        raise UnsupportedError(
+            f"{function}: {name} has the symbolic shape {array.shape}, and a kernel is chosen by its numbers; export "
+            "with those."
+        )
     if isinstance(array, jax.core.Tracer):
         return
     if array.is_deleted():
         raise ValueError(f"{function}: {name} was deleted, or donated to a program; pass an array that still is.")
-    devices = len(array.sharding.device_set)
+    devices = 1 if FOREIGN else len(array.sharding.device_set)
     if devices > 1:
         raise UnsupportedError(
             f"{function}: {name} lies on {devices} devices; call under jax.shard_map, which passes each device its own "
@@ -99,82 +80,249 @@ def _check_readable(function: str, name: str, array: jax.Array) -> None:
         )
 
 
-def _view(given: tuple[Any, ...]) -> Arrays:
-    views = [(0, None) if array is None else ADAPTER.view(array) for array in given]
-    return Arrays(given, [pointer for pointer, _ in views], tuple(layout for _, layout in views))
+def _device(array: Any) -> int:
+    """The GPU, or `CPU`; a tracer's is not known, and likely JAX's default."""
+    if isinstance(array, jax.core.Tracer):
+        chosen = jax.config.jax_default_device  # a device, the name of a platform, or None
+        return CPU if (getattr(chosen, "platform", chosen) or jax.default_backend()) == "cpu" else 0
+    return CPU if next(iter(array.devices())).platform == "cpu" else 0
 
 
-Layouts = tuple[Layout | None, ...]
+def _call_of(operation: Operation, layouts: tuple[Layout | None, ...], options: Options) -> Call:
+    return Call(operation, tuple(index for index, layout in enumerate(layouts) if layout is not None), options)
 
 
-def _present(layouts: Layouts) -> tuple[int, ...]:
-    """Which arguments there are."""
-    return tuple(index for index, layout in enumerate(layouts) if layout is not None)
+# --- Derivatives ------------------------------------------------------------------------------------
+
+
+def _deterministic() -> bool:
+    """Whether XLA is told to give the same bits in every run: then gradients do so, too."""
+    words = [word.partition("=") for word in os.environ.get("XLA_FLAGS", "").split()]
+    asked = [value for name, _, value in words if name == "--xla_gpu_deterministic_ops"]
+    return bool(asked) and asked[-1].lower() in ("", "1", "true", "t", "yes", "y")
 
 
 @lru_cache(maxsize=256)
-def _program(operation: Operation, layouts: Layouts, options: Options) -> Any:
-    """The jitted callback for arrays of these layouts: compiled once, however the options were written.
+def _program(call: Call, device: int, deterministic: bool) -> Any:
+    """The jitted, differentiable call: compiled once for arrays of one shape, however the options were written."""
+    differentiable = _differentiable(call, device, deterministic)
 
-    Memory that the call takes while it runs, if it takes any, is one more result.
-    """
-    problem = _problem.check(operation, Arrays((), [], layouts), options)
-    floats = 0 if problem.device == CPU else planned(problem).floats
-    shapes = (
-        *(jax.ShapeDtypeStruct(each.shape, jax.numpy.dtype(each.dtype)) for each in problem.results),
-        jax.ShapeDtypeStruct((floats,), np.float32) if floats else None,
-    )
-    callback = partial(_compute, operation, _present(layouts), options)
-    program = _differentiable(operation.name, callback, shapes)
-    return jax.jit(lambda *arrays: program(*arrays)[:-1])
+    def program(*arrays: Any) -> Any:
+        return differentiable(*_alike(arrays))
+
+    program.__name__ = call.operation.name  # which profiles show
+    return jax.jit(program)
 
 
-def _differentiable(function: str, callback: Any, shapes: Any) -> Any:
-    """The callback, which refuses to be differentiated in words of cufa's."""
-    program = jax.custom_vjp(buffer_callback(callback, shapes, vmap_method="sequential"))
-    program.defvjp(partial(_refuse_gradient, function), partial(_refuse_gradient, function))
+def _differentiable(call: Call, device: int, deterministic: bool) -> Any:
+    gradients = gradients_of(call.operation)
+    if gradients is None:
+        return _once(call, device)
+    whole = _once(call._replace(options=call.options._replace(return_lse=True)), device)
+    options = call.options._replace(return_lse=False, deterministic=deterministic)
+
+    def forward(*primals: Any) -> tuple[Any, Any]:
+        arrays = tuple(primal.value for primal in primals)
+        out, lse = whole(*arrays)
+        return (out, lse) if call.options.return_lse else (out,), (arrays, out, lse)
+
+    def backward(saved: Any, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
+        arrays, out, lse = saved
+        dout, dlse = (*map(_known, cotangents), None)[:2]
+        named = dict(zip(call.names, arrays, strict=True)) | {"out": out, "lse": lse, "dlse": dlse}
+        named["dout"] = jax.numpy.zeros_like(out) if dout is None else dout
+        present = tuple(index for index, name in enumerate(gradients.arrays) if named.get(name) is not None)
+        asked = Call(gradients, present, options)
+        given = [named[name] for name in asked.names]
+        results = asked.problem(_layouts(device, *given)).results
+        found = dict(zip((each.name for each in results), _once(asked, device)(*given), strict=True))
+        return tuple(_like(array, found.get(f"d{name}")) for name, array in zip(call.names, arrays, strict=True))
+
+    raw = _raw(call, device)
+    program = jax.custom_vjp(lambda *arrays: raw(*arrays))
+    program.defvjp(forward, backward, symbolic_zeros=True)
     return program
 
 
-def _refuse_gradient(function: str, *_: Any) -> NoReturn:
+def _like(array: Any, gradient: Any) -> Any:
+    """A gradient of the type that JAX expects; None where there is none, and JAX takes it for 0."""
+    if gradient is None:
+        return None
+    gradient = gradient.astype(array.dtype)
+    typed = next(filter(_dividing.explicit, (array, gradient)), None)
+    if typed is None:
+        return gradient
+    mesh, spec = jax.typeof(typed).sharding.mesh, jax.typeof(array).sharding.spec
+    return jax.sharding.reshard(gradient, jax.sharding.NamedSharding(mesh, spec))
+
+
+def _known(cotangent: Any) -> Any:
+    """A cotangent; None for one that is 0 as nothing depends on the result."""
+    return None if isinstance(cotangent, jax.custom_derivatives.SymbolicZero) else cotangent
+
+
+@lru_cache(maxsize=512)
+def _once(call: Call, device: int) -> Any:
+    """The call, which refuses to be differentiated in words of cufa's."""
+    raw = _raw(call, device)
+    program = jax.custom_jvp(lambda *arrays: raw(*arrays))
+    program.defjvp(partial(_refuse_derivative, call.operation))
+    return program
+
+
+def _refuse_derivative(operation: Operation, *_: Any) -> NoReturn:
     raise UnsupportedError(
-        f"{function}: JAX asks for a gradient, and cufa does not answer it yet; call cufa.attention_backward, or pass "
-        "jax.lax.stop_gradient(q), and k and v alike."
+        f"{operation.name}: JAX asks for the derivative of a gradient, or of what one is made of, and cufa computes "
+        "first derivatives only, in reverse mode; differentiate once, or pass jax.lax.stop_gradient of the arrays."
     )
 
 
-def _compute(
-    operation: Operation, present: tuple[int, ...], options: Options, context: Any, written: Any, *buffers: Any
-) -> None:
+# --- Under shard_map --------------------------------------------------------------------------------
+
+
+def _varying(arrays: tuple[Any, ...]) -> frozenset[str]:
+    """The axes of shard_map's mesh along which some of the arrays vary."""
+    if not hasattr(jax, "typeof"):
+        return frozenset()
+    types = [jax.typeof(array) for array in arrays]
+    return frozenset().union(
+        *(getattr(getattr(each, "mat", each), "varying", getattr(each, "vma", ())) for each in types)
+    )
+
+
+def _alike(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All arrays varying along the same axes, so that gradients of those that did not are added up along them."""
+    axes = _varying(arrays)
+    if not axes:
+        return arrays
+    missing = [tuple(axes - _varying((array,))) for array in arrays]
+    cast = partial(jax.lax.pcast, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary
+    return tuple(cast(array, names) if names else array for array, names in zip(arrays, missing, strict=True))
+
+
+def _struct(shape: tuple[int, ...], dtype: Any, arrays: tuple[Any, ...]) -> Any:
+    """What JAX is told of a result; versions of it name the axes along which it varies differently."""
+    varying = _varying(arrays)
+    if not varying:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    kind = getattr(jax.sharding, "ManualAxisType", None)
+    if kind is None:
+        return jax.ShapeDtypeStruct(shape, dtype, vma=varying)
+    sharding = jax.sharding.NamedSharding(jax.typeof(arrays[0]).sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=kind(varying=varying))
+
+
+# --- What stands in the program ---------------------------------------------------------------------
+
+
+@lru_cache(maxsize=512)
+def _raw(call: Call, device: int) -> Any:
+    """The call as one primitive, which vmap folds into one of a larger problem."""
+    return _folding.folding(call, device, partial(_divide, call, device))
+
+
+def _divide(call: Call, device: int, *arrays: Any) -> tuple[Any, ...]:
+    """Put the call into the program that is being traced, which may be one for several devices."""
+    place: Any = partial(_place, call, device)
+    if FOREIGN and jax.device_count() > 1 and not _dividing.within_one():
+        place = _dividing.divided(call, _layouts(device, *arrays), place)
+    return tuple(place(*arrays))
+
+
+def _layouts(device: int, *arrays: Any) -> tuple[Layout, ...]:
+    return tuple(layout_of(tuple(array.shape), np.dtype(array.dtype), device) for array in arrays)
+
+
+def _place(call: Call, device: int, *arrays: Any) -> tuple[Any, ...]:
+    """Put the call into the program that is being traced.
+
+    Memory that the call takes while it runs, if it takes any, is one more result.
+    """
+    layouts = _layouts(device, *arrays)
+    problem = call.problem(layouts)
+    floats = 0 if problem.device == CPU else planned(problem).floats
+    results = [(each.shape, jax.numpy.dtype(each.dtype)) for each in problem.results]
+    if floats:
+        results.append(((floats,), np.dtype(np.float32)))
+    shapes = tuple(_struct(shape, dtype, arrays) for shape, dtype in results)
+    if FOREIGN:
+        found = jax.ffi.ffi_call(TARGET, shapes)(*arrays, call=_xla.description_of(call, layouts))
+    else:
+        found = _callback()(partial(_compute, call), shapes)(*arrays)
+    return tuple(found[: len(problem.results)])
+
+
+def _registered() -> bool:
+    """Whether XLA has taken cufa's foreign functions, which it does where its interface is known."""
+    if not hasattr(jax, "ffi"):
+        return False
+    try:
+        for platform, stages in _HANDLERS.items():
+            capsules = {stage: jax.ffi.pycapsule(_address(handler)) for stage, handler in stages.items()}
+            whole = capsules if len(capsules) > 1 else capsules["execute"]
+            jax.ffi.register_ffi_target(TARGET, whole, platform=platform)
+    except Exception:
+        return False
+    return True
+
+
+def _address(handler: Any) -> Any:
+    import ctypes
+
+    return ctypes.cast(handler, ctypes.c_void_p)
+
+
+_ON_GPU = _xla.handler(lambda frame: _xla.run_on_gpu(frame))
+_HANDLERS = {
+    "cpu": {"execute": _xla.handler(lambda frame: _xla.run_on_cpu(frame))},
+    "CUDA": {"instantiate": _ON_GPU, "execute": _ON_GPU},
+}
+"""For as long as the process lives, as XLA keeps their addresses."""
+
+FOREIGN = _registered()
+
+
+# --- Where XLA's interface for foreign functions is not known -----------------------------------------
+
+
+def _callback() -> Any:
+    from jax.experimental.buffer_callback import buffer_callback
+
+    return partial(buffer_callback, vmap_method="sequential")
+
+
+def _compute(call: Call, context: Any, written: Any, *buffers: Any) -> None:
     """What runs within the program, on XLA's stream."""
-    *results, memory = written
-    given: list[Any] = [None] * len(operation.arrays)
-    for index, buffer in zip(present, buffers, strict=True):
-        given[index] = buffer
-    arrays = _view(tuple(given))  # without the results, which are new
-    problem = _problem.check(operation, arrays, options)
-    if problem.device == CPU:
-        compute_on_cpu(arrays, problem, results)
+    pointers = [_pointer_of(buffer) for buffer in (*buffers, *written)]
+    first = next((pointer for pointer in pointers if pointer[0]), (0, CPU))
+    device = CPU if first[1] == CPU else _xla.device_of(first[0])
+    layouts = [
+        layout_of(tuple(buffer.shape), np.dtype(buffer.dtype), device, pointer)
+        for buffer, (pointer, _) in zip(buffers, pointers, strict=False)
+    ]
+    problem = call.problem(tuple(layouts))
+    addresses = [pointer for pointer, _ in pointers]
+    inputs = call.given(addresses[: len(buffers)], 0)
+    if device == CPU:
+        arrays = Arrays(tuple(call.given(buffers)), inputs, tuple(call.given(layouts)))
+        compute_on_cpu(arrays, problem, [np.asarray(result) for result in written[: len(problem.results)]])
         return
-    address, floats = (0, 0) if memory is None else (ADAPTER.view(memory)[0], memory.shape[0])
+    there = written[len(problem.results) :]
+    floats = int(np.prod(there[0].shape)) if there else 0
     prepared = prepare(problem, context.stream)
     if prepared.floats > floats:  # traced for another device than it runs on
         prepared = prepare(problem, context.stream, copied=False)
     if prepared.floats > floats:
         raise UnsupportedError(
-            f"{operation.name}: traced for another device than it runs on; make the GPU JAX's default backend."
+            f"{call.operation.name}: traced for another device than it runs on; make the GPU JAX's default backend."
         )
-    addresses = [*arrays.pointers, *(ADAPTER.view(result)[0] for result in results)]
-    prepared(addresses, address, context.stream, -1)
+    results = addresses[len(buffers) : len(buffers) + len(problem.results)]
+    prepared([*inputs, *results], addresses[-1] if there else 0, context.stream, -1)
 
 
-def _default_device() -> int:
-    return CPU if jax.default_backend() == "cpu" else 0
-
-
-def _device_of(pointer: int) -> int:
-    attribute = _driver.driver().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    return int(_driver.call("cuPointerGetAttribute", attribute, pointer))
-
-
-register(Buffer, ADAPTER)
+def _pointer_of(buffer: Any) -> tuple[int, int]:
+    """The address of a buffer, and whether it is the CPU's."""
+    try:
+        return buffer.__cuda_array_interface__["data"][0], 0
+    except (jax.errors.JaxRuntimeError, AttributeError):  # a buffer in host memory
+        return np.asarray(buffer).__array_interface__["data"][0], CPU

@@ -136,6 +136,7 @@ class Table(Term):
     arrays = ("table",)
     gradients = ("dtable",)
     bends = False
+    foldable = True
 
     def check(self, call):
         table, heads = call.specs.get("table"), call.specs["q"].shape[-2]
@@ -550,3 +551,35 @@ def test_what_kernels_are_given(added: Any, monkeypatch: pytest.MonkeyPatch) -> 
         assert [*terms] == ["softcap", "table", "checkers"] and terms["checkers"] == {"inverse": 4.0, "seed": 7}
         strides = {"head_stride": 1, "distance_stride": 4, "heads": 4, "reach": 33}
         assert terms["table"] == {"table": table.pointer, "dtable": dtable.pointer, **strides}
+
+
+@pytest.mark.parametrize("bound", [0.0, 3.0])
+@pytest.mark.parametrize("packed", [False, True])
+def test_jax_differentiates_and_maps_what_is_added(added: Any, packed: bool, bound: float) -> None:
+    """By the records alone: gradients by all arrays that have some, the terms' own included, and vmap of it.
+
+    The chessboard asks for the number of a sequence, and so cannot be part of a larger call.
+    """
+    jax = pytest.importorskip("jax")
+    given = problem(packed, bound=bound)
+    arrays = {name: jax.numpy.asarray(x) for name, x in given.arrays.items()}
+    names = ("q", "k", "v", "sinks", "table")
+    beside = given._replace(arrays=arrays)
+    _, _, *expected = beside.both(added)
+
+    def attend(*chosen: Any) -> Any:
+        more = dict(zip(names, chosen, strict=True))
+        return beside.run(added.FORWARD[packed], return_lse=True, **more)
+
+    def pulled(*chosen: Any) -> Any:
+        return jax.vjp(attend, *chosen)[1]((arrays["dout"], arrays["dlse"]))
+
+    chosen = [arrays[name] for name in names]
+    for one, other in zip(jax.jit(pulled)(*chosen), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    double = [jax.numpy.stack([x, 0.5 * x]) for x in chosen]
+    for function, axes in ((attend, (0,) * 5), (attend, (0, 0, 0, None, None)), (pulled, (0,) * 5)):
+        taken = [x[0] if axis is None else x for x, axis in zip(double, axes, strict=True)]
+        apart = [function(*(y if axis is None else y[i] for y, axis in zip(taken, axes, strict=True))) for i in (0, 1)]
+        for one, *others in zip(jax.vmap(function, axes)(*taken), *apart, strict=True):
+            np.testing.assert_allclose(one, np.stack(others), rtol=2e-4, atol=2e-4)

@@ -1,0 +1,390 @@
+"""XLA's foreign functions, through ctypes: what XLA calls at a call's place in a program, without compiled code.
+
+XLA hands over one pointer, to a frame of 8-byte words, and takes null or an error object. Only the words that are read
+here are told of; they lie alike in every version of the interface whose major is 0 (``xla/ffi/api/c_api.h``).
+
+Within the frame: 0 its size, 1 extensions, 2 the table of XLA's own functions, 3 the context that those want, 4 the
+stage; from 5 on arguments, from 10 on results and from 15 on attributes, each as (size, extensions, count, types,
+pointers), attributes with their names before the pointers. A buffer: size, extensions, dtype, address, rank, extents.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import struct
+import uuid
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._call import problem as _problem
+from .._call.arrays import ALIGNMENT, CPU, Adapter, Arrays, Layout, Spec, borrow, contiguous, numpy_dtype
+from .._call.options import Options
+from .._call.problem import Problem
+from .._driver import driver as _driver
+from .._operations import operation as _operation
+from .._operations.call import compute_on_cpu, prepare
+from .._operations.operation import Operation
+from ..errors import UnsupportedError
+
+COMMAND_BUFFERS = 0
+"""The trait by which XLA may record the launches into a CUDA graph, 1 or 0. A launch depends on layouts alone, so it
+could be; but a recorded call whose kernel is not loaded by then fails."""
+
+INSTANTIATE, EXECUTE = 0, 3
+"""Stages: a program is made, and run."""
+
+_INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+DTYPES = dict(enumerate(_INTEGERS, 1)) | {10: "float16", 11: "float32", 12: "float64", 16: "bfloat16"}
+"""XLA's numbers of dtypes."""
+
+CREATE_ERROR, DESTROY_ERROR, GET_STREAM, ALLOCATE, FREE = 6, 8, 10, 15, 16
+"""Places of XLA's functions in its table."""
+
+INVALID_ARGUMENT, UNIMPLEMENTED, INTERNAL = 3, 12, 13
+
+Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+Function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+
+
+class XlaAdapter(Adapter):
+    """Arrays in the hands of XLA, which are contiguous."""
+
+    name = "jax"
+
+    def spec(self, layout: Layout) -> Spec:
+        _, shape, _, dtype, device, misalignment, writable = layout
+        return Spec(self.name, shape, contiguous(shape), dtype.name, device, misalignment, writable)
+
+
+ADAPTER = XlaAdapter()
+
+
+def layout_of(shape: tuple[int, ...], dtype: np.dtype[Any], device: int, pointer: int = 0) -> Layout:
+    """The layout of an array that XLA holds."""
+    return ADAPTER, shape, None, dtype, device, pointer % ALIGNMENT, True
+
+
+class Call(NamedTuple):
+    """What of a call is settled when its program is made.
+
+    Attributes
+    ----------
+    operation : Operation
+    present : tuple of int
+        The places of the arrays that are given.
+    options : Options
+    """
+
+    operation: Operation
+    present: tuple[int, ...]
+    options: Options
+
+    def given(self, values: tuple[Any, ...] | list[Any], other: Any = None) -> list[Any]:
+        """What belongs to the arrays that are given, in the operation's order, and `other` elsewhere."""
+        found = [other] * len(self.operation.arrays)
+        for place, value in zip(self.present, values, strict=True):
+            found[place] = value
+        return found
+
+    def problem(self, layouts: tuple[Layout, ...]) -> Problem:
+        """The checked problem of arrays of these layouts, in the order of `present`."""
+        return _problem.check(self.operation, Arrays((), [], tuple(self.given(layouts))), self.options)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the arrays that are given."""
+        return tuple(self.operation.arrays[place] for place in self.present)
+
+
+# --- What a program carries -------------------------------------------------------------------------
+
+_OWN: dict[str, Call] = {}
+"""Calls that no text can tell of; programs that have them cannot leave the process."""
+
+
+def description_of(call: Call, layouts: tuple[Layout, ...]) -> str:
+    """A call as text, by which any process that has the operation finds it again; layouts are what it may prepare."""
+    arrays = [(shape, dtype.name) for _, shape, _, dtype, *_ in layouts]
+    told = {"operation": key_of(call.operation), "present": call.present, "options": call.options, "arrays": arrays}
+    try:
+        text = json.dumps(told)
+        if _call_in(json.loads(text)) == call:
+            return text
+    except (TypeError, ValueError):
+        pass
+    key = next((key for key, known in _OWN.items() if known == call), None) or uuid.uuid4().hex
+    _OWN[key] = call
+    return json.dumps({"own": key, "arrays": arrays})
+
+
+@lru_cache(maxsize=4096)
+def described(text: bytes) -> tuple[Call, tuple[tuple[tuple[int, ...], str], ...]]:
+    """The call of a description, and shapes and dtypes of the arrays that it was made for."""
+    told = json.loads(text)
+    call = _OWN.get(told["own"]) if "own" in told else _call_in(told)
+    if call is None:
+        raise UnsupportedError("cufa: the program has a call with options that only the process that made it has.")
+    return call, tuple((tuple(shape), dtype) for shape, dtype in told["arrays"])
+
+
+def _call_in(told: dict[str, Any]) -> Call:
+    return Call(_operation_of(told["operation"]), tuple(told["present"]), Options(*_plain(told["options"])))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples where JSON has lists: options hold no lists."""
+    return tuple(map(_plain, value)) if isinstance(value, list) else value
+
+
+_KEYS: dict[str, Operation] = {}
+
+
+@lru_cache(maxsize=256)
+def key_of(operation: Operation) -> str:
+    """A name that another process gives to the same operation: of its arrays, and of its terms' types and sources."""
+    terms = [
+        (f"{type(term).__module__}.{type(term).__qualname__}", term.type, sorted(term.headers.items()))
+        for term in operation.terms
+    ]
+    told = (operation.name, operation.arrays, operation.written, operation.tiles, terms)
+    key = f"{operation.name}/{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}"
+    if _KEYS.setdefault(key, operation) is not operation:  # two that look alike
+        key = f"{key}/{uuid.uuid4().hex}"
+        _KEYS[key] = operation
+    return key
+
+
+def _operation_of(key: str) -> Operation:
+    if key not in _KEYS:
+        for operation in _operation.made():
+            key_of(operation)
+    if key not in _KEYS:
+        name = key.partition("/")[0]
+        raise UnsupportedError(
+            f"{name}: the program was made with an operation that is not here, or of another version; import what "
+            "makes it, and trace the program anew."
+        )
+    return _KEYS[key]
+
+
+# --- The frame --------------------------------------------------------------------------------------
+
+
+def _words(count: int) -> Any:
+    return ctypes.c_uint64 * count
+
+
+_READ = [_words(count).from_address for count in range(64)]
+"""Making the type anew would take as long as reading."""
+
+
+def words(address: int, count: int) -> list[int]:
+    """Words that lie at an address."""
+    found: list[int] = (_READ[count] if count < len(_READ) else _words(count).from_address)(address)[:]
+    return found
+
+
+class Frame:
+    """What XLA hands over.
+
+    Attributes
+    ----------
+    stage : int
+    table : int
+        The address of the table of XLA's functions.
+    context : int
+    """
+
+    __slots__ = ("_words", "context", "stage", "table")
+
+    def __init__(self, address: int) -> None:
+        self._words = words(address, 21)
+        self.table, self.context = self._words[2:4]
+        self.stage = self._words[4] & 0xFFFFFFFF
+
+    def buffers(self) -> tuple[list[int], tuple[tuple[int, tuple[int, ...]], ...]]:
+        """The addresses of arguments and then of results; and the dtype and extents of each."""
+        first, second = self._words[7], self._words[12]
+        pointers, kinds = [], []
+        for place in words(self._words[9], first) + words(self._words[14], second):
+            _, _, dtype, pointer, rank, extents = words(place, 6)
+            pointers.append(pointer)
+            kinds.append((dtype & 0xFFFFFFFF, tuple(words(extents, rank))))
+        return pointers, tuple(kinds)
+
+    def description(self) -> bytes:
+        """The only attribute, a text."""
+        assert self._words[17] == 1, "one attribute is expected"
+        pointer, length = words(words(self._words[20], 1)[0], 2)
+        return ctypes.string_at(pointer, length)
+
+    def ask(self, place: int, *arguments: int) -> int:
+        """Call a function of XLA's that wants the context; the last argument, which it may have written."""
+        count = 3 + len(arguments)
+        memory = _words(count)(8 * count, 0, self.context, *arguments)
+        error = _function(words(self.table + 8 * place, 1)[0])(ctypes.addressof(memory))
+        if error:
+            _function(words(self.table + 8 * DESTROY_ERROR, 1)[0])(ctypes.addressof(_words(3)(24, 0, error)))
+            raise RuntimeError(f"XLA's function {place} failed")
+        last: int = memory[count - 1]
+        return last
+
+
+@lru_cache(maxsize=64)
+def _function(address: int) -> Any:
+    return Function(address)
+
+
+def error_of(table: int, error: BaseException) -> int:
+    """An error object of XLA's, which JAX raises as a JaxRuntimeError."""
+    known = isinstance(error, (UnsupportedError, TypeError, ValueError))
+    kind = UNIMPLEMENTED if isinstance(error, UnsupportedError) else INVALID_ARGUMENT if known else INTERNAL
+    text = str(error) if known or str(error).startswith("cufa:") else f"cufa: {type(error).__name__}: {error}"
+    message = ctypes.create_string_buffer(text.encode(errors="replace"))
+    arguments = ctypes.create_string_buffer(struct.pack("@QQQi", 28, 0, ctypes.addressof(message), kind), 32)
+    created: int = _function(words(table + 8 * CREATE_ERROR, 1)[0])(ctypes.addressof(arguments))
+    return created
+
+
+def _answer_metadata(frame: int, table: int) -> bool:
+    """Whether XLA asks what the handler is, in place of calling it: then it is told."""
+    extension = words(frame + 8, 1)[0]
+    if not extension or words(extension + 8, 1)[0] & 0xFFFFFFFF != 1:
+        return False
+    record = words(extension + 24, 1)[0]
+    # What XLA says of itself, if it does: of major 0 the minor may be any, for nothing is read that minors changed.
+    version = words(table + 32, 1)[0] if table else 3 << 32
+    if version & 0xFFFFFFFF:
+        version = 3 << 32
+    ctypes.c_uint64.from_address(record + 24).value = version
+    ctypes.c_uint32.from_address(record + 32).value = COMMAND_BUFFERS
+    return True
+
+
+def handler(run: Callable[[Frame], None]) -> Any:
+    """A function for XLA that calls `run`; no exception gets out of it, for ctypes would drop it."""
+
+    def handle(address: int) -> int | None:
+        table = 0
+        try:
+            table = words(address + 16, 1)[0]
+            if not _answer_metadata(address, table):
+                run(Frame(address))
+        except BaseException as error:
+            if not table:  # not a frame that can be answered
+                raise
+            return error_of(table, error)
+        return None
+
+    return Handler(handle)
+
+
+# --- What is run ------------------------------------------------------------------------------------
+
+
+class _Ready(NamedTuple):
+    """What is remembered of calls whose buffers are alike."""
+
+    call: Call
+    problem: Problem
+    layouts: tuple[Layout, ...]
+    given: int
+    results: int
+
+
+@lru_cache(maxsize=4096)
+def _ready(
+    text: bytes, kinds: tuple[tuple[int, tuple[int, ...]], ...], device: int, misaligned: tuple[int, ...]
+) -> _Ready:
+    call, _ = described(text)
+    given = len(call.present)
+    layouts = []
+    for (dtype, shape), misalignment in zip(kinds[:given], misaligned, strict=True):
+        if dtype not in DTYPES:
+            raise UnsupportedError(f"{call.operation.name}: XLA's dtype {dtype} is not supported.")
+        layouts.append(layout_of(shape, numpy_dtype(DTYPES[dtype]), device, misalignment))
+    problem = call.problem(tuple(layouts))
+    expected = [(result.shape, result.dtype) for result in problem.results]
+    found = [(shape, DTYPES.get(dtype)) for dtype, shape in kinds[given : given + len(expected)]]
+    if found != expected:
+        raise ValueError(f"{call.operation.name}: the program wants results {found}, and the call gives {expected}.")
+    return _Ready(call, problem, tuple(layouts), given, len(expected))
+
+
+def run_on_cpu(frame: Frame) -> None:
+    """Compute a call of arrays in host memory."""
+    if frame.stage != EXECUTE:
+        return
+    pointers, kinds = frame.buffers()
+    text = frame.description()
+    count = len(described(text)[0].present)
+    ready = _ready(text, kinds, CPU, tuple(pointer % ALIGNMENT for pointer in pointers[:count]))
+    call = ready.call
+    held = tuple(call.given([frame] * count))  # whatever is not None
+    arrays = Arrays(held, call.given(pointers[:count], 0), tuple(call.given(ready.layouts)))
+    results = []
+    for pointer, result in zip(pointers[count:], ready.problem.results, strict=False):
+        results.append(borrow(pointer, ADAPTER.spec(layout_of(result.shape, numpy_dtype(result.dtype), CPU)), frame))
+    compute_on_cpu(arrays, ready.problem, results)
+
+
+def run_on_gpu(frame: Frame) -> None:
+    """Enqueue a call on XLA's stream; when its program is made, its kernels are loaded."""
+    if frame.stage == INSTANTIATE:
+        load_early(frame.description())
+    if frame.stage != EXECUTE:
+        return
+    pointers, kinds = frame.buffers()
+    text = frame.description()
+    call, _ = described(text)
+    count = len(call.present)
+    device = device_of(next((pointer for pointer in pointers if pointer), 0))
+    ready = _ready(text, kinds, device, tuple(pointer % ALIGNMENT for pointer in pointers[:count]))
+    stream = frame.ask(GET_STREAM, 0)
+    prepared = ready.problem.memo.get("prepared") or prepare(ready.problem, stream)
+    end = count + ready.results
+    addresses = [*call.given(pointers[:count], 0), *pointers[count:end]]
+    there = _size(kinds[end]) if len(kinds) > end else 0
+    if prepared.floats <= there:
+        prepared(addresses, pointers[end] if there else 0, stream, -1)
+        return
+    # Traced for another GPU, or in parts for several. XLA hands memory out in the order of its stream.
+    size = 4 * prepared.floats
+    memory = frame.ask(ALLOCATE, size, 256, 0)
+    try:
+        prepared(addresses, memory, stream, -1)
+    finally:
+        frame.ask(FREE, size, memory)
+
+
+def _size(kind: tuple[int, tuple[int, ...]]) -> int:
+    product = 1
+    for extent in kind[1]:
+        product *= extent
+    return product
+
+
+def device_of(pointer: int) -> int:
+    """The CUDA ordinal of the GPU that an address belongs to."""
+    if not pointer:
+        return 0
+    attribute = _driver.driver().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    return int(_driver.call("cuPointerGetAttribute", attribute, pointer))
+
+
+def load_early(text: bytes) -> None:
+    """Load what a call of the arrays that it was traced for will launch, lest its first run does; else that run will.
+
+    Programs may be made where there is no GPU, or for several.
+    """
+    try:
+        call, arrays = described(text)
+        layouts = tuple(layout_of(shape, numpy_dtype(dtype), 0) for shape, dtype in arrays)
+        prepare(call.problem(layouts), 0)
+    except Exception:
+        return
