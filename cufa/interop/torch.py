@@ -252,7 +252,7 @@ class Operator:
         return results, [0] * len(results)
 
     def folded(self, size: int, in_dims: tuple[Any, ...], flat: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The arguments of one call for all; None if an array or a result that has no batch axis is one call's own."""
+        """The arguments of one call for all; None if that would not be the same."""
         names = {*self.operation.tiles, "out", "lse", "dlse"}
         arrays: list[Any] = [*flat]
         one: list[Any] = [*flat]
@@ -266,6 +266,8 @@ class Operator:
             whole = array.expand(size, *array.shape) if dim is None else array.movedim(dim, 0)
             arrays[index] = whole.flatten(0, 1) if whole.ndim > 1 else whole
         single = self.sketch(tuple(one))
+        if not all(term.foldable for term in single.terms):
+            return None
         try:
             every = self.sketch(tuple(arrays))
         except ValueError:  # an array has a batch axis that was not known of

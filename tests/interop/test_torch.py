@@ -623,6 +623,18 @@ def test_operations_with_added_terms(added: Any, packed: bool) -> None:
     torch.library.opcheck(operator.overload, (*flat, False, 40, 15, None, 4.0, True, False, 3.0, 7))
 
 
+def test_maps_of_terms_that_know_their_sequence_are_loops(added: Any) -> None:
+    given = added_problem(packed=False, rows=6, keys=8, head_dim=4)
+    tensors = {name: torch.tensor(array) for name, array in given.arrays.items()}
+
+    def attend(q: Any) -> Any:
+        return given._replace(arrays=tensors | {"q": q, "table": None}).run(added.FORWARD[False])
+
+    tensors["alibi_slopes"] = None
+    qs = torch.randn(2, *tensors["q"].shape)
+    assert torch.equal(torch.vmap(attend)(qs), torch.stack([attend(q) for q in qs]))
+
+
 # --- processes --------------------------------------------------------------------------------------
 
 
