@@ -196,13 +196,14 @@ def _check_empty(layout: Layout) -> None:
 def compiling(array: Any) -> bool:
     """Whether torch.compile is tracing this very statement, in place of running it, for a call with an array.
 
-    It asks the array's type for torch, and not `sys.modules`, which grows while torch traces what goes through it.
+    A tensor tells that torch is there. Asking `sys.modules` lets some versions of torch trace all of them, and
+    fail if one is imported meanwhile; so only other arrays do, which seldom are in what is compiled.
     """
-    if not hasattr(type(array), "__torch_function__"):
-        return False
-    import torch  # it is there, since a tensor is
+    if hasattr(array, "requires_grad"):
+        import torch
 
-    return torch.compiler.is_dynamo_compiling()
+        return bool(torch.compiler.is_dynamo_compiling())
+    return "torch._dynamo" in sys.modules and bool(sys.modules["torch"].compiler.is_dynamo_compiling())
 
 
 def uncompiled(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -47,6 +47,7 @@ _after_autograd = torch._C._after_autograd_keyset
 _requires_grad = torch._C._any_requires_grad
 _transforms = torch._C._are_functorch_transforms_active
 _len_modes = torch._C._len_torch_dispatch_stack
+_len_functions = torch._C._len_torch_function_stack
 _key_included = torch._C._dispatch_tls_is_dispatch_key_included
 _autocasts = torch._C._is_any_autocast_enabled
 
@@ -251,7 +252,7 @@ class Operator:
         return results, [0] * len(results)
 
     def folded(self, size: int, in_dims: tuple[Any, ...], flat: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The arguments of one call for all; None if an array or a result that has no batch axis is one call's own."""
+        """The arguments of one call for all; None if that would not be the same."""
         names = {*self.operation.tiles, "out", "lse", "dlse"}
         arrays: list[Any] = [*flat]
         one: list[Any] = [*flat]
@@ -265,6 +266,8 @@ class Operator:
             whole = array.expand(size, *array.shape) if dim is None else array.movedim(dim, 0)
             arrays[index] = whole.flatten(0, 1) if whole.ndim > 1 else whole
         single = self.sketch(tuple(one))
+        if not all(term.foldable for term in single.terms):
+            return None
         try:
             every = self.sketch(tuple(arrays))
         except ValueError:  # an array has a batch axis that was not known of
@@ -330,12 +333,16 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
         )
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_tangents(operation.name, given)
-    given = unwrap_dead_wrappers(given)  # of transforms that are over, as torch's own operators do
     seen = not MEMORY.issuperset(map(type, given)) and _is_seen(operation, given)
-    seen = seen or _len_modes() > 0 or _transforms() or _key_included("PreDispatch")
+    seen = seen or _transforms() or (_len_functions() > 0 and _key_included("PreDispatch"))
+    seen = seen or (_len_modes() > 0 and _is_seen_by_modes(operation, given))
     if not _autocasts():
-        results = _recorded(operation, given, options, seen)
+        try:
+            results = _recorded(operation, given, options, seen)
+        except _arrays.Recorded:  # a transform is over, and has left wrappers of tensors behind
+            results = _recorded(operation, unwrap_dead_wrappers(given), options, seen)
     else:
+        given = unwrap_dead_wrappers(given)
         device = given[0].device.type
         if torch.is_autocast_enabled(device):
             given = cast_to(operation, given, torch.get_autocast_dtype(device))
@@ -388,6 +395,14 @@ def _is_seen(operation: Operation, given: tuple[Any, ...]) -> bool:
         except _arrays.Recorded:
             seen = True
     return seen
+
+
+def _is_seen_by_modes(operation: Operation, given: tuple[Any, ...]) -> bool:
+    """Whether modes are to see the call: all but that of a given result, of which only some have to be told."""
+    if all(given[index] is None for index in operation.written_indices):
+        return True
+    kinds = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(kind) is not None for kind in (kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL))
 
 
 def _computed(operation: Operation, arrays: Arrays, options: Options) -> list[Any]:

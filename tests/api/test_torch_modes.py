@@ -85,8 +85,13 @@ def test_what_is_recorded_holds_the_call(q: Any) -> None:
         graph = make_fx(call, **options)(q)
         assert torch.ops.cufa.attention.default in {node.target for node in graph.graph.nodes}
         np.testing.assert_allclose(graph(2 * q).cpu(), right(2 * q), atol=1e-5)
+    out = torch.empty_like(q)
     with FlopCounterMode(display=False):  # counts what it sees, and changes nothing
         np.testing.assert_allclose(call(q).cpu(), right(q), atol=1e-5)
+        assert cufa.attention(q, q, q, causal=True, out=out) is out
+    np.testing.assert_allclose(out.cpu() + 1, right(q), atol=1e-5)
+    with pytest.raises(UnsupportedError, match=r"^attention: out is given and the call is traced"):
+        make_fx(lambda q: cufa.attention(q, q, q, out=out))(q)
 
 
 def test_forward_mode_is_refused(q: Any) -> None:

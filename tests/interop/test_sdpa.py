@@ -20,6 +20,10 @@ if not hasattr(torch.library, "get_kernel"):
 import cufa.torch as provider  # noqa: E402
 
 aten = torch.ops.aten
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),  # in a thread of autograd's
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),  # Inductor's own
+]
 BACKENDS = ("flash", "cudnn", "efficient")
 
 

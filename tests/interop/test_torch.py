@@ -338,7 +338,7 @@ def operators(packed: bool, device: str) -> dict[str, Any]:
     """Of a forward and its gradients, with arguments."""
     from cufa.interop.torch import operator_of
 
-    given = arrays(packed, device)
+    given = arrays(packed, device, torch.bfloat16)
     forward, backward = (ATTENTION_VARLEN, ATTENTION_VARLEN_BACKWARD) if packed else (ATTENTION, ATTENTION_BACKWARD)
     out, lse = attend(given, return_lse=True)
     results = {"out": out.detach(), "lse": lse.detach(), "dout": torch.randn_like(out), "dlse": torch.randn_like(lse)}
@@ -621,6 +621,18 @@ def test_operations_with_added_terms(added: Any, packed: bool) -> None:
     assert operator.name == f"{operation.name}_table_checkers" and operator is operator_of(operation)
     flat = [tensors.get(name) for name in operator.inputs]
     torch.library.opcheck(operator.overload, (*flat, False, 40, 15, None, 4.0, True, False, 3.0, 7))
+
+
+def test_maps_of_terms_that_know_their_sequence_are_loops(added: Any) -> None:
+    given = added_problem(packed=False, rows=6, keys=8, head_dim=4)
+    tensors = {name: torch.tensor(array) for name, array in given.arrays.items()}
+
+    def attend(q: Any) -> Any:
+        return given._replace(arrays=tensors | {"q": q, "table": None}).run(added.FORWARD[False])
+
+    tensors["alibi_slopes"] = None
+    qs = torch.randn(2, *tensors["q"].shape)
+    assert torch.equal(torch.vmap(attend)(qs), torch.stack([attend(q) for q in qs]))
 
 
 # --- processes --------------------------------------------------------------------------------------
