@@ -70,7 +70,9 @@ class Operation:
     of: Operation | None = None
 
     def __post_init__(self) -> None:
-        _MADE[next(_count)] = self
+        number = next(_count)
+        _MADE[number] = self
+        self.key = f"{self.name} {number}"  # within the process
         if self.of is not None:
             _GRADIENTS[self.of] = self
 
@@ -134,3 +136,8 @@ def gradients_of(operation: Operation) -> Operation | None:
 
     assert _backward.ATTENTION_BACKWARD.of is not None
     return _GRADIENTS.get(operation)
+
+
+def by_key(key: str) -> Operation:
+    """The operation of a `key`."""
+    return _MADE[int(key.rpartition(" ")[2])]

@@ -27,7 +27,7 @@ from .._call.options import MAX_SEQLEN, Options
 from .._call.problem import Problem
 from .._operations import call as _call
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
-from .._operations.operation import Operation, gradients_of
+from .._operations.operation import Operation, by_key, gradients_of
 from .._terms import TERMS
 from ..errors import UnsupportedError
 
@@ -416,8 +416,9 @@ def _viewed(operation: Operation, given: tuple[Any, ...]) -> Arrays:
     return _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
 
 
-def _name(operation: Operation) -> str:
-    return operator_of(operation).name
+def _name(key: str) -> str:
+    """The name of an operation's operator; torch.compile takes it for a constant of the key, which is a text."""
+    return operator_of(by_key(key)).name
 
 
 _name._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch.compiler would say, which imports much
@@ -437,7 +438,7 @@ def compiled(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...
     flags = causal, others[2], others[3]
     if not all(isinstance(x, bool) for x in flags) or not all(isinstance(x, PLAIN) for x in numbers):
         return _outside("options that are no plain numbers", operation, given, asked)
-    results = getattr(torch.ops.cufa, _name(operation)).default(*inputs, *numbers)
+    results = getattr(torch.ops.cufa, _name(operation.key)).default(*inputs, *numbers)
     return results[0] if len(results) == 1 else tuple(results)
 
 
