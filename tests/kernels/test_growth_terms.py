@@ -509,7 +509,8 @@ def test_the_package_knows_nothing_of_them(added: Any) -> None:
 )
 def test_terms_are_computed_on_a_gpu(added: Any, packed: bool, dtype: str, options: dict[str, Any]) -> None:
     cupy = pytest.importorskip("cupy")
-    element, unit = {"float32": (np.float32, 2.0**-18), "bfloat16": (ml_dtypes.bfloat16, 2.0**-8)}[dtype]
+    # A number of the table adds up some hundred thousand gradients in float32, in the order in which they come.
+    element, unit = {"float32": (np.float32, 2.0**-16), "bfloat16": (ml_dtypes.bfloat16, 2.0**-8)}[dtype]
     given = problem(packed, element, **({"rows": 300, "keys": 420} | options))
     arrays = {name: cupy.asarray(x) for name, x in given.arrays.items()}
     check(given._replace(arrays=arrays).both(added), given, unit)
