@@ -3,7 +3,7 @@
 #
 #   make demo     run the examples, on the GPU if there is one
 #   make test     run the tests, those for a GPU too if there is one
-#   make test-frameworks    run the tests with torch and JAX, in .venv-frameworks, where both are
+#   make test-frameworks    run the tests with torch, in .venv-frameworks, where it is; those with JAX are in make test
 #   make lint     check style and types
 #   make format   put Python and CUDA sources into that style
 #   make bench    measure the kernels beside their peers; needs a GPU
@@ -66,7 +66,7 @@ test: $(VENV)/.test
 # The tests for a GPU, if there is one, have it to themselves.
 test-frameworks: $(FRAMEWORKS)/.test
 	@$(FRAMEWORKS)/bin/python -m pytest $(if $(CUDA_EXTRA),,-n auto --dist worksteal) $(PYTEST_FLAGS) \
-	  tests/interop tests/api/test_torch_modes.py
+	  tests/interop/test_torch.py tests/interop/test_sdpa.py tests/interop/test_training.py tests/api/test_torch_modes.py
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff check .

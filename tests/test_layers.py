@@ -232,3 +232,13 @@ def test_the_source_that_is_walked_is_what_is_generated(capsys: pytest.CaptureFi
     left = sum("static_assert" in line for line in source if line not in there)
     total = sum("static_assert" in line for line in source)
     assert f"of {len(source)} lines; {left} of {total} asserts are left out" in " ".join(flow.split())
+
+
+def test_tests_that_docs_name_are_there() -> None:
+    named = {name for path in (ROOT / "docs").glob("*.md") for name in re.findall(r"`(test_\w+)`", path.read_text())}
+    there = {
+        function
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for function in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert len(named) > 15 and named <= there
