@@ -509,9 +509,13 @@ def test_the_package_knows_nothing_of_them(added: Any) -> None:
 )
 def test_terms_are_computed_on_a_gpu(added: Any, packed: bool, dtype: str, options: dict[str, Any]) -> None:
     cupy = pytest.importorskip("cupy")
-    # A number of the table adds up some hundred thousand gradients in float32, in the order in which they come.
-    element, unit = {"float32": (np.float32, 2.0**-16), "bfloat16": (ml_dtypes.bfloat16, 2.0**-8)}[dtype]
-    given = problem(packed, element, **({"rows": 300, "keys": 420} | options))
+    # The last number of a head of the table adds up most gradients, in float32 and in the order in which they come: of
+    # 300 rows and 420 keys tens of thousands, whose sums pass through numbers many times as large as the last.
+    element, unit, rows, keys = {
+        "float32": (np.float32, 2.0**-18, 150, 210),
+        "bfloat16": (ml_dtypes.bfloat16, 2.0**-8, 300, 420),
+    }[dtype]
+    given = problem(packed, element, **({"rows": rows, "keys": keys} | options))
     arrays = {name: cupy.asarray(x) for name, x in given.arrays.items()}
     check(given._replace(arrays=arrays).both(added), given, unit)
 
@@ -528,6 +532,28 @@ def test_kernels_compile_with_headers_of_terms(added: Any, arch: int, packed: bo
     plan = kernel((*TERMS, *added.TERMS), dtype, arch, packed, of)
     assert "softcap, alibi, table, checkers" in plan.words()
     assert plans.compile_plan(plan).cubin[:4] == b"\x7fELF"
+
+
+def test_both_halves_of_a_term_say_the_same(added: Any) -> None:
+    check_halves((*TERMS, *added.TERMS))
+    with pytest.raises(_jit.CompileError, match="checkers: scales"):
+        check_halves(added.TERMS, {("checkers", "scales"): False})
+
+
+def check_halves(terms: tuple[Any, ...], wrong: dict[tuple[str, str], bool] | None = None) -> None:
+    """Compile what fails to if a term's struct says otherwise than its class; some of that may be given `wrong`."""
+    lines = []
+    for term in terms:
+        struct = term.type.format(element="bf16")
+        said = {"per_head": term.per_head, "bends": term.bends, "scales": term.scales}
+        for name, value in (said | {"has_gradient": bool(term.gradients)}).items():
+            value = (wrong or {}).get((term.name, name), value)
+            claim = f"attention::{struct.removeprefix('attention::')}::{name} == {str(value).lower()}"
+            lines.append(f'static_assert({claim}, "{term.name}: {name}");\n')
+    headers = _jit.headers() | {name: text.encode() for term in terms for name, text in term.headers.items()}
+    source = "".join(f'#include "{term.header}"\n' for term in terms) + "".join(lines)
+    unit = _jit.unit_of(kernel(terms, "bf16", 80, False, plans.forward))
+    _jit.compile_unit(unit._replace(source=source, headers=headers, entries=()))
 
 
 def test_the_header_of_a_term_is_in_the_key(added: Any) -> None:
