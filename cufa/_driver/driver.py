@@ -76,6 +76,12 @@ def device(ordinal: int) -> Device:
     return Device(10 * major + minor, num_sms)
 
 
+@lru_cache(maxsize=1)
+def count() -> int:
+    """How many GPUs this process sees."""
+    return int(call("cuDeviceGetCount"))
+
+
 @contextmanager
 def current(ordinal: int) -> Iterator[None]:
     """Make the primary context of a GPU current, if that of another is or none."""

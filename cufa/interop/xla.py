@@ -13,10 +13,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
+import operator
 import struct
 import uuid
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,19 +176,15 @@ def _operation_of(key: str) -> Operation:
 
 # --- The frame --------------------------------------------------------------------------------------
 
+_BYTES = memoryview((ctypes.c_char * (1 << 56)).from_address(0)).cast("B")
+"""All that a process on a 64-bit CPU can address: to read it takes a tenth of the time of making ctypes objects."""
 
-def _words(count: int) -> Any:
-    return ctypes.c_uint64 * count
-
-
-_READ = [_words(count).from_address for count in range(64)]
-"""Making the type anew would take as long as reading."""
+_WORDS = _BYTES.cast("Q")
 
 
-def words(address: int, count: int) -> list[int]:
-    """Words that lie at an address."""
-    found: list[int] = (_READ[count] if count < len(_READ) else _words(count).from_address)(address)[:]
-    return found
+def word(address: int, place: int = 0) -> int:
+    """The word that lies at an address, or some words behind it."""
+    return _WORDS[(address >> 3) + place]
 
 
 class Frame:
@@ -197,39 +195,49 @@ class Frame:
     stage : int
     table : int
         The address of the table of XLA's functions.
-    context : int
     """
 
-    __slots__ = ("_words", "context", "stage", "table")
+    __slots__ = ("_at", "stage", "table")
 
     def __init__(self, address: int) -> None:
-        self._words = words(address, 21)
-        self.table, self.context = self._words[2:4]
-        self.stage = self._words[4] & 0xFFFFFFFF
+        self._at = at = address >> 3
+        self.table = _WORDS[at + 2]
+        self.stage = _WORDS[at + 4] & 0xFFFFFFFF
 
-    def buffers(self) -> tuple[list[int], tuple[tuple[int, tuple[int, ...]], ...]]:
-        """The addresses of arguments and then of results; and the dtype and extents of each."""
-        first, second = self._words[7], self._words[12]
-        pointers, kinds = [], []
-        for place in words(self._words[9], first) + words(self._words[14], second):
-            _, _, dtype, pointer, rank, extents = words(place, 6)
-            pointers.append(pointer)
-            kinds.append((dtype & 0xFFFFFFFF, tuple(words(extents, rank))))
-        return pointers, tuple(kinds)
+    def addresses(self) -> list[int]:
+        """Of the arguments, and then of the results."""
+        at, found = self._at, []
+        for group in (at + 7, at + 12):
+            first = _WORDS[group + 2] >> 3
+            found += [_WORDS[(_WORDS[place] >> 3) + 3] for place in range(first, first + _WORDS[group])]
+        return found
+
+    def kinds(self) -> list[tuple[int, tuple[int, ...]]]:
+        """The dtypes of arguments and results, by XLA's numbers, and their extents."""
+        at, found = self._at, []
+        for group in (at + 7, at + 12):
+            first = _WORDS[group + 2] >> 3
+            for place in range(first, first + _WORDS[group]):
+                buffer = _WORDS[place] >> 3
+                extents = _WORDS[buffer + 5] >> 3
+                shape = tuple(_WORDS[extents : extents + _WORDS[buffer + 4]])
+                found.append((_WORDS[buffer + 2] & 0xFFFFFFFF, shape))
+        return found
 
     def description(self) -> bytes:
         """The only attribute, a text."""
-        assert self._words[17] == 1, "one attribute is expected"
-        pointer, length = words(words(self._words[20], 1)[0], 2)
-        return ctypes.string_at(pointer, length)
+        assert _WORDS[self._at + 17] == 1, "one attribute is expected"
+        span = word(_WORDS[self._at + 20]) >> 3
+        pointer = _WORDS[span]
+        return _BYTES[pointer : pointer + _WORDS[span + 1]].tobytes()
 
     def ask(self, place: int, *arguments: int) -> int:
         """Call a function of XLA's that wants the context; the last argument, which it may have written."""
         count = 3 + len(arguments)
-        memory = _words(count)(8 * count, 0, self.context, *arguments)
-        error = _function(words(self.table + 8 * place, 1)[0])(ctypes.addressof(memory))
+        memory = (ctypes.c_uint64 * count)(8 * count, 0, _WORDS[self._at + 3], *arguments)
+        error = _function(word(self.table, place))(memory)
         if error:
-            _function(words(self.table + 8 * DESTROY_ERROR, 1)[0])(ctypes.addressof(_words(3)(24, 0, error)))
+            _function(word(self.table, DESTROY_ERROR))((ctypes.c_uint64 * 3)(24, 0, error))
             raise RuntimeError(f"XLA's function {place} failed")
         last: int = memory[count - 1]
         return last
@@ -247,18 +255,18 @@ def error_of(table: int, error: BaseException) -> int:
     text = str(error) if known or str(error).startswith("cufa:") else f"cufa: {type(error).__name__}: {error}"
     message = ctypes.create_string_buffer(text.encode(errors="replace"))
     arguments = ctypes.create_string_buffer(struct.pack("@QQQi", 28, 0, ctypes.addressof(message), kind), 32)
-    created: int = _function(words(table + 8 * CREATE_ERROR, 1)[0])(ctypes.addressof(arguments))
+    created: int = _function(word(table, CREATE_ERROR))(arguments)
     return created
 
 
 def _answer_metadata(frame: int, table: int) -> bool:
     """Whether XLA asks what the handler is, in place of calling it: then it is told."""
-    extension = words(frame + 8, 1)[0]
-    if not extension or words(extension + 8, 1)[0] & 0xFFFFFFFF != 1:
+    extension = word(frame, 1)
+    if not extension or word(extension, 1) & 0xFFFFFFFF != 1:
         return False
-    record = words(extension + 24, 1)[0]
+    record = word(extension, 3)
     # What XLA says of itself, if it does: of major 0 the minor may be any, for nothing is read that minors changed.
-    version = words(table + 32, 1)[0] if table else 3 << 32
+    version = word(table, 4) if table else 3 << 32
     if version & 0xFFFFFFFF:
         version = 3 << 32
     ctypes.c_uint64.from_address(record + 24).value = version
@@ -272,7 +280,7 @@ def handler(run: Callable[[Frame], None]) -> Any:
     def handle(address: int) -> int | None:
         table = 0
         try:
-            table = words(address + 16, 1)[0]
+            table = word(address, 2)
             if not _answer_metadata(address, table):
                 run(Frame(address))
         except BaseException as error:
@@ -288,49 +296,83 @@ def handler(run: Callable[[Frame], None]) -> Any:
 
 
 class _Ready(NamedTuple):
-    """What is remembered of calls whose buffers are alike."""
+    """What is remembered of calls whose buffers are alike.
+
+    Attributes
+    ----------
+    call : Call
+    problem : Problem
+    layouts : tuple of Layout
+        Of the arguments.
+    chosen : callable
+        Takes the addresses of the buffers and 0, and gives those of the operation's arrays and of the results.
+    floats : int
+        The float32 numbers of the last result, if that is the memory a call takes while it runs.
+    """
 
     call: Call
     problem: Problem
     layouts: tuple[Layout, ...]
-    given: int
-    results: int
+    chosen: Callable[[list[int]], tuple[int, ...]]
+    floats: int
 
 
-@lru_cache(maxsize=4096)
-def _ready(
-    text: bytes, kinds: tuple[tuple[int, tuple[int, ...]], ...], device: int, misaligned: tuple[int, ...]
+MAX_READY = 4096
+_READY: dict[Any, _Ready] = {}
+
+
+def _ready(frame: Frame, device: int | None = None) -> tuple[_Ready, list[int]]:
+    """What is remembered of a call, and the addresses of its buffers; `device` is None for the GPU that has them.
+
+    Shapes and dtypes are part of the description, so that those of the buffers are looked at once.
+    """
+    text, addresses = frame.description(), frame.addresses()
+    if device is None:
+        device = 0 if _driver.count() == 1 else device_of(next(filter(None, addresses), 0))
+    aligned = reduce(operator.or_, addresses, 0) % ALIGNMENT == 0
+    misaligned = () if aligned else tuple(address % ALIGNMENT for address in addresses)
+    key = text, device, misaligned
+    known = _READY.get(key)
+    if known is None:
+        if len(_READY) >= MAX_READY:
+            _READY.clear()
+        known = _READY[key] = _make_ready(text, frame.kinds(), device, misaligned)
+    return known, addresses
+
+
+def _make_ready(
+    text: bytes, kinds: list[tuple[int, tuple[int, ...]]], device: int, misaligned: tuple[int, ...]
 ) -> _Ready:
     call, _ = described(text)
     given = len(call.present)
     layouts = []
-    for (dtype, shape), misalignment in zip(kinds[:given], misaligned, strict=True):
+    for (dtype, shape), misalignment in zip(kinds[:given], misaligned or (0,) * given, strict=False):
         if dtype not in DTYPES:
             raise UnsupportedError(f"{call.operation.name}: XLA's dtype {dtype} is not supported.")
         layouts.append(layout_of(shape, numpy_dtype(DTYPES[dtype]), device, misalignment))
     problem = call.problem(tuple(layouts))
     expected = [(result.shape, result.dtype) for result in problem.results]
-    found = [(shape, DTYPES.get(dtype)) for dtype, shape in kinds[given : given + len(expected)]]
+    end = given + len(expected)
+    found = [(shape, DTYPES.get(dtype)) for dtype, shape in kinds[given:end]]
     if found != expected:
         raise ValueError(f"{call.operation.name}: the program wants results {found}, and the call gives {expected}.")
-    return _Ready(call, problem, tuple(layouts), given, len(expected))
+    places = operator.itemgetter(*call.given([*range(given)], len(kinds)), *range(given, end))
+    floats = math.prod(kinds[end][1]) if len(kinds) > end else 0
+    return _Ready(call, problem, tuple(layouts), places, floats)
 
 
 def run_on_cpu(frame: Frame) -> None:
     """Compute a call of arrays in host memory."""
     if frame.stage != EXECUTE:
         return
-    pointers, kinds = frame.buffers()
-    text = frame.description()
-    count = len(described(text)[0].present)
-    ready = _ready(text, kinds, CPU, tuple(pointer % ALIGNMENT for pointer in pointers[:count]))
-    call = ready.call
+    (call, problem, layouts, _, _), addresses = _ready(frame, CPU)
+    count = len(layouts)
     held = tuple(call.given([frame] * count))  # whatever is not None
-    arrays = Arrays(held, call.given(pointers[:count], 0), tuple(call.given(ready.layouts)))
+    arrays = Arrays(held, call.given(addresses[:count], 0), tuple(call.given(layouts)))
     results = []
-    for pointer, result in zip(pointers[count:], ready.problem.results, strict=False):
-        results.append(borrow(pointer, ADAPTER.spec(layout_of(result.shape, numpy_dtype(result.dtype), CPU)), frame))
-    compute_on_cpu(arrays, ready.problem, results)
+    for address, result in zip(addresses[count:], problem.results, strict=False):
+        results.append(borrow(address, ADAPTER.spec(layout_of(result.shape, numpy_dtype(result.dtype), CPU)), frame))
+    compute_on_cpu(arrays, problem, results)
 
 
 def run_on_gpu(frame: Frame) -> None:
@@ -339,34 +381,21 @@ def run_on_gpu(frame: Frame) -> None:
         load_early(frame.description())
     if frame.stage != EXECUTE:
         return
-    pointers, kinds = frame.buffers()
-    text = frame.description()
-    call, _ = described(text)
-    count = len(call.present)
-    device = device_of(next((pointer for pointer in pointers if pointer), 0))
-    ready = _ready(text, kinds, device, tuple(pointer % ALIGNMENT for pointer in pointers[:count]))
+    (_, problem, _, chosen, floats), addresses = _ready(frame)
     stream = frame.ask(GET_STREAM, 0)
-    prepared = ready.problem.memo.get("prepared") or prepare(ready.problem, stream)
-    end = count + ready.results
-    addresses = [*call.given(pointers[:count], 0), *pointers[count:end]]
-    there = _size(kinds[end]) if len(kinds) > end else 0
-    if prepared.floats <= there:
-        prepared(addresses, pointers[end] if there else 0, stream, -1)
+    prepared = problem.memo.get("prepared") or prepare(problem, stream)
+    named = [*chosen([*addresses, 0])]
+    # XLA has made the GPU current; where it has not, the launch finds out.
+    if prepared.floats <= floats:
+        prepared(named, addresses[-1], stream, problem.device)
         return
     # Traced for another GPU, or in parts for several. XLA hands memory out in the order of its stream.
     size = 4 * prepared.floats
     memory = frame.ask(ALLOCATE, size, 256, 0)
     try:
-        prepared(addresses, memory, stream, -1)
+        prepared(named, memory, stream, problem.device)
     finally:
         frame.ask(FREE, size, memory)
-
-
-def _size(kind: tuple[int, tuple[int, ...]]) -> int:
-    product = 1
-    for extent in kind[1]:
-        product *= extent
-    return product
 
 
 def device_of(pointer: int) -> int:

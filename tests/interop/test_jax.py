@@ -48,7 +48,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     def told(known: Callable[[Any], None]) -> Callable[[Any], None]:
         def run(frame: Any) -> None:
             if frame.stage == xla.EXECUTE:
-                shapes.append(frame.buffers()[1][0][1])
+                shapes.append(frame.kinds()[0][1])
             known(frame)
 
         return run
@@ -392,6 +392,10 @@ def test_descriptions_tell_calls_apart() -> None:
         xla.described(xla.description_of(call, layouts).replace("attention/", "attention/0").encode())
 
 
+def words(address: int, count: int) -> list[int]:
+    return list((ctypes.c_uint64 * count).from_address(address))
+
+
 class FakeXla:
     """A frame as XLA hands it over on a GPU, and the functions of its table."""
 
@@ -422,20 +426,20 @@ class FakeXla:
         return ctypes.addressof(memory)
 
     def create(self, arguments: int) -> int:
-        _, _, message, kind = xla.words(arguments, 4)
+        _, _, message, kind = words(arguments, 4)
         self.asked.append(("error", kind & 0xFFFFFFFF, ctypes.string_at(message).decode()))
         return 99
 
     def stream(self, arguments: int) -> None:
-        assert xla.words(arguments, 3) == [32, 0, 77]
+        assert words(arguments, 3) == [32, 0, 77]
         ctypes.c_uint64.from_address(arguments + 24).value = 7
 
     def allocate(self, arguments: int) -> None:
-        self.asked.append(("allocate", *xla.words(arguments, 5)))
+        self.asked.append(("allocate", *words(arguments, 5)))
         ctypes.c_uint64.from_address(arguments + 40).value = 1 << 42
 
     def free(self, arguments: int) -> None:
-        self.asked.append(("free", *xla.words(arguments, 5)))
+        self.asked.append(("free", *words(arguments, 5)))
 
 
 @pytest.mark.parametrize("traced", [True, False])
@@ -445,8 +449,9 @@ def test_frames_on_a_gpu(monkeypatch: pytest.MonkeyPatch, traced: bool) -> None:
     from cufa._operations.call import planned
 
     launched = Launched(monkeypatch)
+    monkeypatch.setattr(xla._driver, "count", lambda: 2)
     monkeypatch.setattr(xla, "device_of", lambda _: 0)
-    xla._ready.cache_clear()
+    monkeypatch.setattr(xla, "_READY", {})
     present = tuple(index for index, x in enumerate(ATTENTION_BACKWARD.arrays) if x in ("q", "k", "v", "out", "dout"))
     present = tuple(sorted((*present, ATTENTION_BACKWARD.arrays.index("lse"))))
     shape = (1, 256, 2, 64)
@@ -460,7 +465,7 @@ def test_frames_on_a_gpu(monkeypatch: pytest.MonkeyPatch, traced: bool) -> None:
     fake = FakeXla(xla.description_of(call, layouts), [*shapes, *[shape] * 3, *[(floats,)] * traced], len(present))
     for index, name in enumerate(dtypes):
         if name == "float32":
-            place = xla.words(xla.words(fake.frame, 21)[9], len(present))[index]
+            place = words(words(fake.frame, 21)[9], len(present))[index]
             ctypes.c_uint64.from_address(place + 16).value = 11
     handler = xla.handler(xla.run_on_gpu)
     assert handler(fake.frame) is None, fake.asked
@@ -476,8 +481,6 @@ def test_frames_on_a_gpu(monkeypatch: pytest.MonkeyPatch, traced: bool) -> None:
     monkeypatch.setattr(xla, "_ready", fail)
     assert handler(fake.frame) == 99
     assert fake.asked[-1] == ("error", 3, "no")
-    monkeypatch.undo()
-    xla._ready.cache_clear()
 
 
 # --- Several devices, other processes ---------------------------------------------------------------
@@ -491,7 +494,7 @@ sinks = rng.standard_normal(4, dtype=np.float32)
 loss = lambda sinks, *x: (cufa.attention(*x, causal=True, sinks=sinks) ** 2).sum()
 shapes, known = [], xla.run_on_cpu
 def run(frame):
-    shapes.append(frame.buffers()[1][0][1])
+    shapes.append(frame.kinds()[0][1])
     known(frame)
 xla.run_on_cpu = run
 def check(call, *given):
