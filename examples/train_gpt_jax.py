@@ -5,8 +5,8 @@
 
 What changes in a model that calls `jax.nn.dot_product_attention` is one line of `attend`; `jax.value_and_grad` and
 `jax.jit` stay. Both models see the same batches, so that their losses differ by rounding alone. Losses of both, and
-the time of a step, are printed side by side. The model runs in bfloat16 on a GPU and in float32 on a CPU. The text is
-that of train_char_lm.py.
+the time of a step, are printed side by side; `--out DIRECTORY` also draws them. The model runs in bfloat16 on a GPU
+and in float32 on a CPU. The text is that of train_char_lm.py.
 """
 
 from __future__ import annotations
@@ -129,11 +129,28 @@ def train(tokens: np.ndarray[Any, Any], size: Size, with_cufa: bool) -> tuple[li
     return losses, statistics.median(times[min(10, len(times) // 2) :])
 
 
+def draw(out: Path, curves: dict[str, list[float]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    out.mkdir(parents=True, exist_ok=True)
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, losses in curves.items():
+        axes.plot(losses, label=name, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss, nats per character")
+    axes.legend()
+    figure.savefig(out / "losses.png", dpi=150, bbox_inches="tight")
+    print(f"The curves are in {out / 'losses.png'}.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cpu" if jax.default_backend() == "cpu" else "gpu"
     for name, value in SIZES[device]._asdict().items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
+    parser.add_argument("--out", type=Path, help="directory for a picture of the losses")
     arguments = parser.parse_args()
     size = Size(*(getattr(arguments, name) for name in Size._fields))
     if min(size) < 1 or size.width % size.heads:
@@ -151,6 +168,8 @@ def main() -> None:
     last = {name: statistics.mean(losses[-10:]) for name, losses in curves.items()}
     print(f"last losses: cufa {last['cufa']:.4f}, jax {last['jax']:.4f}; at most {apart:.4f} apart at any step")
     print(f"a step: cufa {1e3 * times['cufa']:.2f} ms, jax {1e3 * times['jax']:.2f} ms")
+    if arguments.out:
+        draw(arguments.out, curves)
 
 
 if __name__ == "__main__":

@@ -638,22 +638,25 @@ def test_maps_of_terms_that_know_their_sequence_are_loops(added: Any) -> None:
 # --- processes --------------------------------------------------------------------------------------
 
 
-def one_of_two(rank: int, store: str, kind: str) -> None:
+def one_of_two(rank: int, store: str, kind: str, device: str) -> None:
     """Half of the batch; gradients are the mean of both."""
     from torch.distributed.fsdp import fully_shard
 
     group = torch.distributed
-    group.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    backend = "nccl" if device == "cuda" else "gloo"
+    group.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=2)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     try:
         torch.manual_seed(0)
-        layer, x = Layer(), torch.randn(4, 7, 2, 8)
-        expected = Layer()
+        layer, x = Layer().to(device), torch.randn(4, 7, 2, 8).to(device)
+        expected = Layer().to(device)
         expected.load_state_dict(layer.state_dict())
         (expected(x).sin().sum() / 2).backward()
         if kind == "ddp":
             layer = torch.nn.parallel.DistributedDataParallel(layer)
         else:
-            mesh = group.device_mesh.init_device_mesh("cpu", (2,))
+            mesh = group.device_mesh.init_device_mesh(device, (2,))
             fully_shard(layer, mesh=mesh)
         layer(x[2 * rank : 2 * rank + 2]).sin().sum().backward()
         for found, right in zip(layer.parameters(), expected.parameters(), strict=True):
@@ -663,9 +666,17 @@ def one_of_two(rank: int, store: str, kind: str) -> None:
         group.destroy_process_group()
 
 
+def need_two_gpus() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_distributed_modules(kind: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "store"), kind), nprocs=2)
+def test_distributed_modules(kind: str, device: str, tmp_path: Path) -> None:
+    if device == "cuda":
+        need_two_gpus()
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "store"), kind, device), nprocs=2)
 
 
 def test_distributed_tensors_are_refused_though_they_require_grad() -> None:
@@ -709,6 +720,18 @@ def test_graphs_hold_forward_and_backward(packed: bool, dtype: str, deterministi
     graph.replay()
     torch.cuda.synchronize()
     assert equal(found, plain_gradients(given, dout, causal=True))
+
+
+@pytest.mark.gpu
+@SHAPES
+def test_gradients_on_a_gpu_that_is_not_current(packed: bool, deterministic: None) -> None:
+    need_two_gpus()
+    given = arrays(packed, "cuda:1", torch.bfloat16, rows=150, dim=64)
+    assert torch.cuda.current_device() == 0
+    out = attend(given, causal=True)
+    found = torch.autograd.grad(out.square().sum(), leaves(given))
+    with torch.cuda.device(1):
+        assert equal(found, plain_gradients(given, 2 * out.detach(), causal=True))
 
 
 @pytest.mark.gpu
