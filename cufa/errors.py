@@ -1,8 +1,12 @@
-"""The exceptions that are cufa's own. Wrong types raise TypeError, and values that disagree ValueError."""
+"""The exceptions that are cufa's own. Wrong types raise TypeError, and values that disagree a kind of ValueError."""
 
 from __future__ import annotations
 
 __all__ = ["CompileError", "CudaError", "MissingKernelError", "UnsupportedError"]
+
+
+class ArgumentError(ValueError):
+    """Arguments disagree, or have values that no call may have; unlike other ValueErrors, it is no fault of cufa's."""
 
 
 class UnsupportedError(NotImplementedError):

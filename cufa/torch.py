@@ -15,10 +15,12 @@ Examples
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.attention
@@ -26,7 +28,9 @@ import torch.nn.attention
 from ._call import arrays as _arrays
 from ._call import options as _options
 from ._call import problem as _problem
-from ._call.arrays import CPU, Arrays, Layout, Refused
+from ._call.arrays import CPU, Arrays, Layout, Recorded, Refused
+from ._call.options import Options
+from ._call.problem import Problem
 from ._driver import counts as _counts
 from ._driver import driver as _driver
 from ._kernels import OLDEST_ARCH
@@ -34,7 +38,7 @@ from ._operations.backward import ATTENTION_BACKWARD, ATTENTION_VARLEN_BACKWARD
 from ._operations.call import allocate, compute
 from ._operations.forward import ATTENTION, ATTENTION_VARLEN
 from ._operations.operation import Operation
-from .errors import UnsupportedError
+from .errors import ArgumentError, UnsupportedError
 
 __all__ = ["NAME", "Activation", "activate", "deactivate"]
 
@@ -46,7 +50,8 @@ View = tuple[Tensor, int, Layout]
 """A tensor, its address, and its layout as cufa reads it, heads behind rows."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SIZES = "shapes that cufa does not serve"
+NO_MEMORY = "tensors that have no memory of their own"
+NO_GRADIENT = "no gradient by the result"
 
 _adapter = _arrays.view("cufa.torch", ("a tensor",), (torch.empty(0, device="cpu"),)).adapter
 _grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
@@ -61,26 +66,114 @@ class NotServed(Exception):
 # --- What is served ---------------------------------------------------------------------------------
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float | None, more: Any) -> None:
-    """Refuse what cufa does not serve.
+class Axes(NamedTuple):
+    """Where the shapes of query, key and value have what."""
+
+    rank: int
+    heads: int
+    rows: int
+
+
+SWAPPED, DENSE, PACKED = Axes(4, -3, -2), Axes(4, -2, -3), Axes(3, -2, -3)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    scale: float | None,
+    more: Any,
+    axes: Axes = SWAPPED,
+) -> None:
+    """Refuse what cufa does not serve, before anything is made for it.
 
     It asks for nothing that a forward and its backward are not both told, so that both run on cufa, or neither does.
+    Where a forward is handed on for what it alone is told, such as num_splits, its gradients are cufa's all the same:
+    torch's out and lse say what cufa's do.
     """
     if dropout_p != 0.0:
         raise NotServed("dropout")
     for name, given in more.items():  # of other versions of torch; what is not given has its default
         if given is not None:
             raise NotServed(f"argument {name}")
-    if query.dtype not in DTYPES:
-        raise NotServed(f"dtype {str(query.dtype).removeprefix('torch.')}")
-    if max(query.shape[-1], value.shape[-1]) > _problem.MAX_HEAD_DIM:
-        raise NotServed(f"head_dim above {_problem.MAX_HEAD_DIM}")
     if scale is not None and not _options.SCALE_RANGE[0] <= scale <= _options.SCALE_RANGE[1]:
-        raise NotServed("scale that is not positive")
-    if not (query.numel() and key.numel() and value.numel()):
-        raise NotServed("no elements")
+        raise NotServed("scale out of range")
+    reason = _misfit(query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, axes)
+    if reason:
+        raise NotServed(reason)
     if query.is_cuda and _driver.device(query.device.index).arch < OLDEST_ARCH:
         raise NotServed(f"GPU older than compute capability {OLDEST_ARCH // 10}.{OLDEST_ARCH % 10}")
+
+
+@lru_cache(maxsize=1024)  # looking the answer up takes half as long as finding it
+def _misfit(
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value: tuple[int, ...],
+    dtype: Any,
+    key_dtype: Any,
+    value_dtype: Any,
+    axes: Axes,
+) -> str:
+    """Why cufa does not serve tensors of these shapes and dtypes; empty if it does."""
+    rank, heads, rows = axes
+    if dtype not in DTYPES:
+        return f"dtype {str(dtype).removeprefix('torch.')}"
+    if not dtype is key_dtype is value_dtype:
+        return "dtypes of query, key and value differ"
+    if not len(query) == len(key) == len(value) == rank:
+        return f"query, key or value not of {rank} dimensions"
+    if 0 in (*query, *key, *value):
+        return "no elements"
+    if max(query[-1], value[-1]) > _problem.MAX_HEAD_DIM:
+        return f"head_dim above {_problem.MAX_HEAD_DIM}"
+    if query[-1] != key[-1]:
+        return "head dims of query and key differ"
+    if rank == 4 and not query[0] == key[0] == value[0]:
+        return "batch sizes differ"
+    if key[rows] != value[rows]:
+        return "lengths of key and value differ"
+    if key[heads] != value[heads]:
+        return "numbers of heads of key and value differ"
+    if query[heads] % key[heads]:
+        return "heads of query not a multiple of those of key"
+    if max(query[rows], key[rows]) > _problem.MAX_SEQLEN:
+        return f"more than {_problem.MAX_SEQLEN} rows"
+    return ""
+
+
+@lru_cache(maxsize=1024)
+def _problem_of(operation: Operation, layouts: tuple[Layout | None, ...], options: Options) -> Problem:
+    """The problem of a call whose query, key and value `_check` lets through, if the other tensors fit them.
+
+    That is asked once for all calls whose tensors lie alike. Beyond it cufa's own checks may raise errors of theirs.
+    """
+    given = {name: layout for name, layout in zip(operation.arrays, layouts, strict=True) if layout is not None}
+    if len({layout[4] for layout in given.values()}) > 1:
+        raise NotServed("tensors on several devices")
+    shapes = {name: layout[1] for name, layout in given.items()}
+    dtypes = {name: layout[3] for name, layout in given.items()}
+    batch = shapes["q"][0]
+    if operation.packed:
+        offsets = [name for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k") if name in given]
+        if any(dtypes[name] is not torch.int32 for name in offsets):
+            raise NotServed("offsets or seqused_k not int32")
+        ends = shapes["cu_seqlens_q"]
+        if len(ends) != 1 or not ends[0] or shapes["cu_seqlens_k"] != ends:
+            raise NotServed("shapes of the offsets")
+        batch = ends[0] - 1
+        if shapes.get("seqused_k", (batch,)) != (batch,):
+            raise NotServed("shape of seqused_k")
+    if "alibi_slopes" in given:
+        heads = shapes["q"][-2]
+        if dtypes["alibi_slopes"] is not torch.float32:
+            raise NotServed("alibi_slopes not float32")
+        if shapes["alibi_slopes"] not in ((heads,), (batch, heads)):
+            raise NotServed("shape of alibi_slopes")
+    if "out" in given and (shapes["out"] != (*shapes["q"][:-1], shapes["v"][-1]) or dtypes["out"] is not dtypes["q"]):
+        raise NotServed("out of another shape or dtype")
+    return _problem.check(operation, Arrays((), [], layouts), options)
 
 
 def _refuse(**given: Any) -> None:
@@ -96,14 +189,16 @@ def _refuse(**given: Any) -> None:
 def _view(tensor: Tensor) -> View:
     """A tensor as it lies: rows before heads."""
     pointer, layout = _adapter.view(tensor)
+    if not pointer:  # there are elements, so their memory was freed, or never was
+        raise NotServed(NO_MEMORY)
     return tensor, pointer, layout
 
 
 def _swapped(tensor: Tensor, rows: int | None = None) -> View:
     """A tensor of heads before rows, read with rows before heads; of its `rows` the first, if that many are given."""
     pointer, (adapter, shape, strides, *rest) = _adapter.view(tensor)
-    if len(shape) != 4:
-        raise NotServed(SIZES)
+    if not pointer:
+        raise NotServed(NO_MEMORY)
     batch, heads, length, columns = shape
     outer, head, row, column = strides
     shape = (batch, length if rows is None else rows, heads, columns)
@@ -117,13 +212,11 @@ def _compute(
     nothing: tuple[None, int, None] = (None, 0, None)
     tensors, pointers, layouts = zip(*(views.get(name, nothing) for name in operation.arrays), strict=True)
     arrays = Arrays(tensors, list(pointers), layouts)
-    try:
-        options = _options.of(operation.name, asked, operation.terms)
-        # Results that are new share no memory; the values of offsets are looked at on the CPU only.
-        check = _problem.checked if given or not tensors[0].is_cuda else _problem.check
-        problem = check(operation, arrays, options)
-    except (TypeError, ValueError, UnsupportedError) as error:
-        raise NotServed(SIZES) from error
+    options = _options.of(operation.name, asked, operation.terms)
+    problem = _problem_of(operation, layouts, options)
+    # Results that are new share no memory; the values of offsets are looked at on the CPU only.
+    if given or problem.device == CPU:
+        _problem.checked(operation, arrays, options)
     results, addresses = allocate(arrays, problem)
     if problem.device == CPU:  # where results are found by their own strides
         for index, (_, _, _, place) in enumerate(problem.results):
@@ -176,6 +269,8 @@ def _backward_swapped(
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Write the gradients of what was computed of `forward`: query, key, value, out and lse."""
+    if grad_out is None:
+        raise NotServed(NO_GRADIENT)
     causal, window, keys = mask
     query, key, value, out, lse = forward
     dq, dk, dv = gradients
@@ -349,6 +444,7 @@ def _sdpa_efficient_backward(
 ) -> Any:
     _refuse(attn_mask=attn_bias)
     _check(query, key, value, dropout_p, scale, more)
+    # Of grad_input_mask torch's kernel heeds the last alone, which is about the bias.
     gradients = tuple(_swapped_empty(each) for each in (query, key, value))
     forward = query, key, value, out, logsumexp[..., : query.shape[2]].contiguous()
     _backward_swapped(forward, grad_out_, _top_left(query, key, is_causal), scale, gradients)
@@ -368,11 +464,8 @@ def _flash_forward(
     return_debug_mask: bool,
     **options: Any,
 ) -> Any:
-    _same_width(query, value)
     given = query, key, value, cum_seq_q, cum_seq_k
-    # A new result is as the query's layout, which it has by itself if that has no gaps.
-    out = None if query.is_contiguous() else _empty_like(query)
-    out, lse = _flash_out(out, given, dropout_p, is_causal, return_debug_mask, False, **options)
+    out, lse = _flash_out(None, given, dropout_p, is_causal, return_debug_mask, **options)
     return out, lse, *_random_state(query), _empty(0, dtype=query.dtype, device=query.device)
 
 
@@ -390,9 +483,8 @@ def _flash_forward_inplace(
     return_debug_mask: bool,
     **options: Any,
 ) -> Any:
-    _same_width(query, value)
     given = query, key, value, cum_seq_q, cum_seq_k
-    return _flash_out(out, given, dropout_p, is_causal, return_debug_mask, True, **options)[1]
+    return _flash_out(out, given, dropout_p, is_causal, return_debug_mask, **options)[1]
 
 
 def _flash_out(
@@ -401,7 +493,6 @@ def _flash_out(
     dropout_p: float,
     is_causal: bool,
     return_debug_mask: bool,
-    written: bool,
     *,
     scale: float | None = None,
     window_size_left: int | None = None,
@@ -412,21 +503,27 @@ def _flash_out(
     num_splits: int | None = None,
     **more: Any,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of the flash operations; `written` is whether a caller gave `out`."""
+    """out, new if a caller gave none, and lse of the flash operations."""
     query, key, value, cum_seq_q, cum_seq_k = given
     _refuse(return_debug_mask=return_debug_mask, block_table=block_table)
-    _check(query, key, value, dropout_p, scale, more)
-    views = {"q": _view(query), "k": _view(key), "v": _view(value)}
-    if out is not None:
-        views["out"] = _view(out)
-    if alibi_slopes is not None:
-        views["alibi_slopes"] = _view(alibi_slopes)
-    packed = _packed(views, cum_seq_q, cum_seq_k)
+    packed = _packed(cum_seq_q, cum_seq_k)
+    _check(query, key, value, dropout_p, scale, more, PACKED if packed else DENSE)
+    _same_width(query, value)
     if packed and num_splits == 1:  # asks for rows that do not depend on others; cufa's do, by average lengths
         raise NotServed("num_splits of packed sequences")
+    views = {"q": _view(query), "k": _view(key), "v": _view(value)}
+    if packed:
+        views["cu_seqlens_q"], views["cu_seqlens_k"] = _view(cum_seq_q), _view(cum_seq_k)
     if seqused_k is not None:
         _refuse(seqused_k=not packed)
         views["seqused_k"] = _view(seqused_k)
+    if alibi_slopes is not None:
+        views["alibi_slopes"] = _view(alibi_slopes)
+    written = out is not None
+    if out is not None:
+        views["out"] = _view(out)
+    elif not query.is_contiguous():  # a new result is as the query's layout, which else it has by itself
+        views["out"] = _view(_empty_like(query))
     operation = ATTENTION_VARLEN if packed else ATTENTION
     window = _window(window_size_left, window_size_right)
     out, lse = _compute(operation, views, (is_causal, window, scale, 0.0, True, False), written)
@@ -454,26 +551,28 @@ def _flash_backward(
     window_size_right: int | None = None,
     **more: Any,
 ) -> Any:
-    _check(query, key, value, dropout_p, scale, more)
+    packed = _packed(cum_seq_q, cum_seq_k)
+    _check(query, key, value, dropout_p, scale, more, PACKED if packed else DENSE)
     _same_width(query, value)
+    if grad_out is None:
+        raise NotServed(NO_GRADIENT)
     gradients = _empty_like(query), _empty_like(key), _empty_like(value)
     views = {"q": _view(query), "k": _view(key), "v": _view(value), "out": _view(out), "dout": _view(grad_out)}
     views["lse"] = _view(logsumexp.contiguous())
     views |= zip(("dq", "dk", "dv"), map(_view, gradients), strict=True)
-    operation = ATTENTION_VARLEN_BACKWARD if _packed(views, cum_seq_q, cum_seq_k) else ATTENTION_BACKWARD
+    if packed:
+        views["cu_seqlens_q"], views["cu_seqlens_k"] = _view(cum_seq_q), _view(cum_seq_k)
+    operation = ATTENTION_VARLEN_BACKWARD if packed else ATTENTION_BACKWARD
     window = _window(window_size_left, window_size_right)
     _compute(operation, views, (is_causal, window, scale, 0.0, False, _deterministic()))
     return gradients
 
 
-def _packed(views: dict[str, View], cum_seq_q: Tensor | None, cum_seq_k: Tensor | None) -> bool:
-    """Whether sequences are packed: their offsets are added to the views then."""
-    if cum_seq_q is None and cum_seq_k is None:
-        return False
-    if cum_seq_q is None or cum_seq_k is None:
+def _packed(cum_seq_q: Tensor | None, cum_seq_k: Tensor | None) -> bool:
+    """Whether sequences are packed, of which offsets tell."""
+    if (cum_seq_q is None) != (cum_seq_k is None):
         raise NotServed("offsets of queries or of keys alone")
-    views["cu_seqlens_q"], views["cu_seqlens_k"] = _view(cum_seq_q), _view(cum_seq_k)
-    return True
+    return cum_seq_q is not None
 
 
 def _window(left: int | None, right: int | None) -> Window | None:
@@ -572,13 +671,27 @@ class Override:
             return self.function(*arguments, **options)
         except NotServed as error:
             reason = str(error)
-        except Refused:
-            reason = "tensors that have no memory of their own"
+        except (Refused, Recorded):
+            reason = NO_MEMORY
+        except (ArgumentError, UnsupportedError) as error:
+            # These come before anything is launched, and torch may well serve the call. All else is a fault.
+            reason = _refusal(error)
         finally:
             if grad:
                 _set_grad_enabled(True)
         _counts.tally("handed on", reason).add()
         return reason
+
+
+_NUMBER = re.compile(r"(?<![\w.])\d+(\.\d+)?(e[+-]?\d+)?")
+
+
+def _refusal(error: Exception) -> str:
+    """An error of cufa's own checks as a reason: what it says is wrong, without what to do about it.
+
+    Numbers are left out, lest every shape be a reason of its own.
+    """
+    return f"refused: {_NUMBER.sub('N', str(error).partition(';')[0].rstrip('.'))}"
 
 
 def _by_schema(function: Callable[..., Any], schema: Any) -> Callable[..., Any]:

@@ -17,7 +17,8 @@ class Stats:
         By kernel and specialisation, the most frequent first; gradients, which launch several, are one. Calls with
         arrays in host memory count as ``cpu``.
     handed_on : dict of str to int
-        By reason: calls of torch's own attention that `cufa.torch` left to torch.
+        By reason: calls of torch's own attention that `cufa.torch` left to torch. What begins with ``refused:`` is an
+        error of cufa's checks, with N in place of numbers.
     """
 
     launches: dict[str, int]

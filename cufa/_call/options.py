@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import ArgumentError
+
 if TYPE_CHECKING:
     from .._terms.term import Term
 
@@ -211,13 +213,17 @@ def check(function: str, options: tuple[Any, ...], head_dim: int) -> tuple[int |
         right = 0 if right is None else min(right, 0)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     if not (math.isfinite(scale) and scale > 0.0):
-        raise ValueError(f"{function}: softmax_scale is {scale}; it must be finite and greater than 0.")
+        raise ArgumentError(f"{function}: softmax_scale is {scale}; it must be finite and greater than 0.")
     if not SCALE_RANGE[0] <= scale <= SCALE_RANGE[1]:
-        raise ValueError(f"{function}: softmax_scale is {scale}; it must be from 2^-126 to 2^127, as float32 holds it.")
+        raise ArgumentError(
+            f"{function}: softmax_scale is {scale}; it must be from 2^-126 to 2^127, as float32 holds it."
+        )
     if not (math.isfinite(softcap) and softcap >= 0.0):
-        raise ValueError(f"{function}: softcap is {softcap}; it must be finite and not negative (0.0 is off).")
+        raise ArgumentError(f"{function}: softcap is {softcap}; it must be finite and not negative (0.0 is off).")
     if softcap != 0.0 and not FLOAT32_RANGE[0] <= softcap <= FLOAT32_RANGE[1]:
-        raise ValueError(f"{function}: softcap is {softcap}; it must be a normal float32 number, or 0.0, which is off.")
+        raise ArgumentError(
+            f"{function}: softcap is {softcap}; it must be a normal float32 number, or 0.0, which is off."
+        )
     return left, right, scale, softcap
 
 
@@ -225,7 +231,7 @@ def _checked_side(function: str, name: str, side: int | None) -> int | None:
     if side is None or side == -1:
         return None
     if side < 0:
-        raise ValueError(
+        raise ArgumentError(
             f"{function}: the {name} side of window_size is {side}; pass at least 0, or None (or -1) for unbounded."
         )
     return min(side, MAX_SEQLEN)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UnsupportedError
+from ..errors import ArgumentError, UnsupportedError
 from . import options as _options
 from . import overlap as _overlap
 from .arrays import ALIGNMENT, CPU, Arrays, Layout, Spec
@@ -490,7 +490,7 @@ class Check:
             self.value_error(f"{name} has strides {spec.strides}, {so} its elements share memory; pass one without.")
 
     def value_error(self, text: str) -> NoReturn:
-        raise ValueError(f"{self.function}: {text}")
+        raise ArgumentError(f"{self.function}: {text}")
 
     def type_error(self, text: str) -> NoReturn:
         raise TypeError(f"{self.function}: {text}")
@@ -703,7 +703,7 @@ def _check_overlap(operation: Operation, arrays: Arrays, problem: Problem, writt
         if shared is not False:
             own, other = operation.arrays[written], operation.arrays[index]
             overlaps = "overlaps" if shared else "lies between the elements of, and may overlap,"
-            raise ValueError(
+            raise ArgumentError(
                 f"{operation.name}: {own} {overlaps} {other}; pass one that shares no memory with the others."
             )
 
@@ -749,19 +749,19 @@ def _check_offsets(operation: Operation, arrays: Arrays) -> None:
         what = f"{function}: cu_seqlens_{name}"
         for value in (offsets.min(), offsets.max()):
             if not 0 <= value <= rows:
-                raise ValueError(f"{what} holds {value}; offsets must lie between 0 and the {rows} rows of {name}.")
+                raise ArgumentError(f"{what} holds {value}; offsets must lie between 0 and the {rows} rows of {name}.")
         _check_order(what, offsets)
     if seqused_k is not None:
         lengths = np.diff(np.maximum.accumulate(cu_seqlens_k))
         if ((seqused_k < 0) | (seqused_k > lengths)).any():
-            raise ValueError(f"{function}: seqused_k must lie between 0 and the lengths in cu_seqlens_k.")
+            raise ArgumentError(f"{function}: seqused_k must lie between 0 and the lengths in cu_seqlens_k.")
 
 
 def _check_order(what: str, offsets: NDArray[Any]) -> None:
     """Offsets begin with 0 and do not decrease, but for zeros behind the last: programs of fixed shapes pad so."""
     if offsets[0] != 0:
-        raise ValueError(f"{what} starts at {offsets[0]}; it must start at 0.")
+        raise ArgumentError(f"{what} starts at {offsets[0]}; it must start at 0.")
     last = int(np.argmax(offsets))
     behind = offsets[last:]
     if (offsets[1 : last + 1] < offsets[:last]).any() or ((behind != 0) & (behind != offsets[last])).any():
-        raise ValueError(f"{what} decreases; offsets must not, but for zeros behind the last.")
+        raise ArgumentError(f"{what} decreases; offsets must not, but for zeros behind the last.")

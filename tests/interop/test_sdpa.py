@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 
 import cufa
 from cufa import UnsupportedError
+from cufa.errors import ArgumentError
 
 torch: Any = pytest.importorskip("torch")
 if not hasattr(torch.library, "get_kernel"):
@@ -320,14 +324,17 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "dtype float64": ("flash", (Q.double(), Q.double(), Q.double()), {}),
     "dtype int32": ("efficient", (Q.int(), Q.int(), Q.int(), None, False), {}),
     "head_dim above 256": ("flash", (WIDE, WIDE, WIDE), {}),
-    "scale that is not positive": ("flash", (Q, Q, Q), {"scale": -1.0}),
+    "scale out of range": ("flash", (Q, Q, Q), {"scale": -1.0}),
+    "scale out of range ": ("flash", (Q, Q, Q), {"scale": 2.0**128}),
+    "scale out of range  ": ("flash", (Q, Q, Q), {"scale": float("nan")}),
     "no elements": ("flash", (Q, Q[:, :, :0], Q[:, :, :0]), {}),
     "head dims of query and value differ": ("flash", (Q, Q, Q[..., :8]), {}),
     "attn_mask": ("cudnn", (Q, Q, Q, torch.zeros(8, 8), False), {}),
     "attn_mask ": ("efficient", (Q, Q, Q, torch.zeros(8, 8), False), {}),
     "argument sink": ("cudnn", (Q, Q, Q, None, False), {"sink": Q}),
-    "shapes that cufa does not serve": ("efficient", (Q, Q[:, :, :, :8], Q, None, False), {}),
-    "shapes that cufa does not serve ": ("cudnn", (Q[0], Q[0], Q[0], None, False), {}),
+    # Causality leaves 2 keys here, of which value has enough: what is read is not all that has to agree.
+    "lengths of key and value differ": ("cudnn", (Q[:, :, :2], Q, Q[:, :, :4], None, False, 0.0, True), {}),
+    "lengths of key and value differ ": ("efficient", (Q[:, :, :4], Q, Q[:, :, :2], None, False, 0.0, True), {}),
 }
 
 
@@ -340,7 +347,9 @@ def test_what_is_not_served_is_handed_on(case: str) -> None:
     assert cufa.stats().handed_on == {case.strip(): 1}
     assert not cufa.stats().launches
     own.original = None
-    with pytest.raises(NotImplementedError, match=rf"not served \({case.strip()}\), and torch has no kernel"):
+    with pytest.raises(
+        NotImplementedError, match=rf"not served \({re.escape(case.strip())}\), and torch has no kernel"
+    ):
         own("keys", *arguments, **options)
 
 
@@ -349,46 +358,98 @@ ROWS = Q.transpose(1, 2)
 OFFSETS = torch.tensor([0, 8], dtype=torch.int32)
 
 
+DENSE = (ROWS, ROWS, ROWS, *FLASH)
+
+
+def of_offsets(offsets_q: Any, offsets_k: Any = OFFSETS) -> tuple[Any, ...]:
+    return (ROWS[0], ROWS[0], ROWS[0], offsets_q, offsets_k, *FLASH[2:])
+
+
 @pytest.mark.parametrize(
     ("reason", "arguments", "options"),
     [
-        ("block_table", (ROWS, ROWS, ROWS, *FLASH), {"block_table": OFFSETS}),
-        ("seqused_k", (ROWS, ROWS, ROWS, *FLASH), {"seqused_k": OFFSETS[1:]}),
-        ("offsets of queries or of keys alone", (ROWS[0], ROWS[0], ROWS[0], OFFSETS, *FLASH[1:]), {}),
-        (
-            "num_splits of packed sequences",
-            (ROWS[0], ROWS[0], ROWS[0], OFFSETS, OFFSETS, *FLASH[2:]),
-            {"num_splits": 1},
-        ),
-        ("shapes that cufa does not serve", (ROWS[0], ROWS[0], ROWS[0], OFFSETS.long(), OFFSETS, *FLASH[2:]), {}),
+        ("block_table", DENSE, {"block_table": OFFSETS}),
+        ("return_debug_mask", (*DENSE[:-1], True), {}),
+        ("seqused_k", DENSE, {"seqused_k": OFFSETS[1:]}),
+        ("offsets of queries or of keys alone", of_offsets(OFFSETS, None), {}),
+        ("offsets of queries or of keys alone", of_offsets(None), {}),
+        ("num_splits of packed sequences", of_offsets(OFFSETS), {"num_splits": 1}),
+        ("offsets or seqused_k not int32", of_offsets(OFFSETS.long()), {}),
+        ("offsets or seqused_k not int32", of_offsets(OFFSETS, OFFSETS.long()), {}),
+        ("offsets or seqused_k not int32", of_offsets(OFFSETS), {"seqused_k": OFFSETS[1:].long()}),
+        ("shapes of the offsets", of_offsets(OFFSETS[None]), {}),
+        ("shapes of the offsets", of_offsets(OFFSETS, OFFSETS[:1]), {}),
+        ("shape of seqused_k", of_offsets(OFFSETS), {"seqused_k": OFFSETS}),
+        ("alibi_slopes not float32", DENSE, {"alibi_slopes": torch.ones(2).double()}),
+        ("shape of alibi_slopes", DENSE, {"alibi_slopes": torch.ones(3)}),
+        ("shape of alibi_slopes", of_offsets(OFFSETS), {"alibi_slopes": torch.ones(2, 2)}),
         ("dropout", (ROWS, ROWS, ROWS, *FLASH[:4], 0.5, False, False), {}),
+        ("head dims of query and value differ", (ROWS, ROWS, ROWS[..., :8], *FLASH), {}),
+        ("query, key or value not of 3 dimensions", (ROWS, *of_offsets(OFFSETS)[1:]), {}),
+        ("refused: attention_varlen: cu_seqlens_q holds N", of_offsets(OFFSETS + 1), {}),
     ],
 )
 def test_what_flash_does_not_serve_is_handed_on(reason: str, arguments: Any, options: Any) -> None:
     own = override("_flash_attention_forward")
     own("keys", *arguments, **options)
     assert cufa.stats().handed_on == {reason: 1}
-    own("keys", ROWS, ROWS, ROWS, *FLASH, num_splits=1)
+    own("keys", *DENSE, num_splits=1)
+    own("keys", *of_offsets(OFFSETS), alibi_slopes=torch.ones(1, 2), seqused_k=OFFSETS[1:])
     assert cufa.stats().handed_on == {reason: 1}, "rows of dense arrays depend on none of another sequence"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reason", ["dropout", "dtype float64", "attn_mask", "head_dim above 256"])
-def test_gradients_are_handed_on_with_their_forward(backend: str, reason: str) -> None:
-    x = {"dtype float64": Q.double(), "head_dim above 256": WIDE}.get(reason, Q)
-    bias = torch.zeros(8, 8) if reason == "attn_mask" else None
-    dropout = 0.5 if reason == "dropout" else 0.0
-    lse, seed = torch.zeros(1, 2, 8), torch.zeros(())
-    arguments: dict[str, tuple[Any, ...]] = {
-        "flash": (x, x, x, x, x, lse, None, None, 8, 8, dropout, False, seed, seed),
-        "cudnn": (x, x, x, x, x, lse[..., None], seed, seed, bias, None, None, 8, 8, dropout, False),
-        "efficient": (x, x, x, x, bias, x, lse, seed, seed, dropout, [True] * 4),
-    }
-    if backend == "flash" and bias is not None:
-        return
-    own = override(f"_scaled_dot_product_{backend}_attention_backward")
-    assert own("keys", *arguments[backend])[0] == "torch's"
-    assert cufa.stats().handed_on == {reason: 1}
+def test_a_result_that_does_not_do_is_handed_on() -> None:
+    if not hasattr(aten, "_flash_attention_forward_no_dropout_inplace"):
+        pytest.skip("not in this version of torch")
+    own = override("_flash_attention_forward_no_dropout_inplace")
+    memory = ROWS.clone()
+    for reason, out, q in (
+        ("out of another shape or dtype", ROWS[..., :8].clone(), ROWS),
+        ("out of another shape or dtype", ROWS.double(), ROWS),
+        ("refused: attention: out overlaps q", memory, memory),
+        (
+            "refused: attention: out has strides (N, N, N, N), by which its elements share memory",
+            memory[:, :1].expand(ROWS.shape),
+            ROWS,
+        ),
+    ):
+        before = out.clone()
+        assert own("keys", out, q, ROWS, ROWS, *FLASH)[0] == "torch's"
+        assert cufa.stats(reset=True).handed_on == {reason: 1}
+        assert torch.equal(out, before)
+    own("keys", memory, ROWS, ROWS, ROWS, *FLASH)
+    assert not cufa.stats().handed_on
+
+
+def test_tensors_of_several_devices_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Adapter:
+        """Says that offsets are on another device."""
+
+        def view(self, tensor: Any) -> Any:
+            pointer, layout = adapter.view(tensor)
+            return pointer, (*layout[:4], torch.device("cuda", 1) if tensor.ndim == 1 else layout[4], *layout[5:])
+
+    adapter = provider._adapter
+    monkeypatch.setattr(provider, "_adapter", Adapter())
+    override("_flash_attention_forward")("keys", *of_offsets(OFFSETS))
+    assert cufa.stats().handed_on == {"tensors on several devices": 1}
+
+
+@pytest.mark.parametrize("name", ["_scaled_dot_product_cudnn_attention", "_flash_attention_forward"])
+def test_tensors_without_memory_are_handed_on(name: str) -> None:
+    own = override(name)
+    freed = Q.clone()
+    freed.untyped_storage().resize_(0)
+
+    def call(x: Any) -> Any:
+        own("keys", x, x, x, *((None, False) if "dot" in name else FLASH))
+        return x
+
+    call(freed)
+    call(torch.empty_like(Q, device="meta"))
+    torch.vmap(call)(Q[None])
+    assert cufa.stats().handed_on == {"tensors that have no memory of their own": 3}
+    assert torch.is_grad_enabled()
 
 
 def test_what_torch_calls_on_its_way_is_its_own() -> None:
@@ -436,16 +497,209 @@ def test_torch_gets_what_it_had_and_its_kernels_back() -> None:
     assert cufa.stats().handed_on == {"causal": 1}
 
 
-def test_errors_are_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compute(*_: Any) -> None:
-        raise cufa.CompileError("no compiler")
+def raising(error: Exception) -> Callable[..., Any]:
+    def function(*_: Any) -> Any:
+        raise error
 
-    monkeypatch.setattr(provider, "compute", compute)
+    return function
+
+
+@pytest.mark.parametrize("place", ["check", "checked", "compute"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        cufa.CompileError("no compiler"),
+        TypeError("'NoneType' object is not iterable"),
+        ValueError("not enough values to unpack"),
+        AssertionError(),
+        AttributeError("no attribute"),
+        KeyError("q"),
+    ],
+)
+def test_errors_are_not_handed_on(monkeypatch: pytest.MonkeyPatch, place: str, error: Exception) -> None:
+    provider._problem_of.cache_clear()
+    monkeypatch.setattr(provider if place == "compute" else provider._problem, place, raising(error))
     own = override("_scaled_dot_product_flash_attention")
-    with pytest.raises(cufa.CompileError, match="no compiler"):
+    with pytest.raises(type(error)) as found:
         own("keys", Q, Q, Q)
+    assert found.value is error
     assert not own.original.calls
+    assert not cufa.stats().handed_on
     assert torch.is_grad_enabled()
+    assert not provider._state.handing_on
+
+
+@pytest.mark.parametrize("place", ["check", "checked", "compute"])
+@pytest.mark.parametrize("kind", [ArgumentError, UnsupportedError])
+def test_what_cufa_refuses_beyond_is_counted_in_its_words(
+    monkeypatch: pytest.MonkeyPatch, place: str, kind: type[Exception]
+) -> None:
+    provider._problem_of.cache_clear()
+    error = kind("attention: 1.5e+10 float16 tiles (2, 34) of cuda:0 are too many; split the batch.")
+    monkeypatch.setattr(provider if place == "compute" else provider._problem, place, raising(error))
+    own = override("_scaled_dot_product_flash_attention")
+    assert own("keys", Q, Q, Q)[0] == "torch's"
+    assert cufa.stats().handed_on == {
+        "refused: attention: N float16 tiles (N, N) of cuda:N are too many": 1,
+    }
+
+
+def test_refusals_of_any_sizes_have_one_reason() -> None:
+    for rows in range(1, 8):
+        _, (name, arguments) = both("flash", Q, Q, Q)
+        override(name)("keys", *arguments[:5], torch.zeros(1, 2, rows), *arguments[6:])
+    reason = "refused: attention_backward: lse has shape (N, N, N)"
+    assert cufa.stats().handed_on == {reason: 7}
+
+
+def test_what_has_its_negative_bit_set_is_handed_on() -> None:
+    override("_scaled_dot_product_flash_attention")("keys", Q, torch.complex(Q, Q).conj().imag, Q)
+    assert cufa.stats().handed_on == {"refused: cufa: a torch tensor has its negative bit set": 1}
+
+
+# --- Both of a forward and its gradients, or neither -------------------------------------------------
+
+OPERATIONS = (*BACKENDS, "dense", "packed")
+"""The last two are flash attention of rows before heads."""
+
+
+def both(
+    kind: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    bias: Any = None,
+    results: tuple[Any, Any, Any] | None = None,
+) -> list[tuple[str, tuple[Any, ...]]]:
+    """An operation and that of its gradients, each with its arguments, of tensors with heads before rows.
+
+    `results` are out, lse and the gradient by out.
+    """
+    rows, keys = q.shape[2], k.shape[2]
+    zeros = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+    out, lse, dout = results or (zeros, torch.zeros(q.shape[:3]), zeros)
+    seed = torch.zeros(())
+    if kind in ("dense", "packed"):
+        q, k, v, out, dout = (each.transpose(1, 2) for each in (q, k, v, out, dout))
+        offsets = [None, None]
+        if kind == "packed":
+            q, k, v, out, dout, lse = (each[0] for each in (q, k, v, out, dout, lse))
+            offsets = [torch.tensor([0, each], dtype=torch.int32) for each in (rows, keys)]
+        options = (*offsets, rows, keys, dropout, is_causal)
+        return [
+            ("_flash_attention_forward", (q, k, v, *options, False)),
+            ("_flash_attention_backward", (dout, q, k, v, out, lse, *options, seed, seed)),
+        ]
+    forward: tuple[Any, ...] = (q, k, v, bias, True, dropout, is_causal)
+    backward: tuple[Any, ...] = (dout, q, k, v)
+    if kind == "flash":
+        forward = (q, k, v, dropout, is_causal)
+        backward += (out, lse, None, None, rows, keys, dropout, is_causal, seed, seed)
+    elif kind == "cudnn":
+        backward += (out, lse[..., None], seed, seed, bias, None, None, rows, keys, dropout, is_causal)
+    else:
+        backward += (bias, out, lse, seed, seed, dropout, [True, True, True, False], is_causal)
+    name = f"_scaled_dot_product_{kind}_attention"
+    return [(name, forward), (f"{name}_backward", backward)]
+
+
+TWO = random(2, 2, 8, 16, seed=1)
+THREE = random(1, 3, 8, 16, seed=1)
+LONG = Q[:, :, :1, :1].expand(1, 2, 1 << 30, 1)
+MISFITS: dict[str, tuple[Any, ...]] = {
+    "dropout": (Q, Q, Q, 0.5),
+    "dtype float64": (Q.double(), Q.double(), Q.double()),
+    "dtypes of query, key and value differ": (Q, Q.half(), Q),
+    "dtypes of query, key and value differ ": (Q, Q, Q.half()),
+    "head_dim above 256": (WIDE, WIDE, WIDE),
+    "no elements": (Q[:, :, :0], Q, Q),
+    "no elements ": (Q, Q[:, :0], Q[:, :0]),
+    "head dims of query and key differ": (Q, Q[..., :8], Q),
+    "batch sizes differ": (TWO, Q, Q),
+    "batch sizes differ ": (Q, Q, TWO),
+    "lengths of key and value differ": (Q, Q, Q[:, :, :4]),
+    "lengths of key and value differ ": (Q[:, :, :2], Q, Q[:, :, :4], 0.0, True),
+    "numbers of heads of key and value differ": (Q, Q, Q[:, :1]),
+    "heads of query not a multiple of those of key": (THREE, Q, Q),
+    "heads of query not a multiple of those of key ": (Q[:, :1], Q, Q),
+    "more than 1073741823 rows": (Q[..., :1], LONG, LONG, 0.0, True),
+    "attn_mask": (Q, Q, Q, 0.0, False, torch.zeros(8, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", OPERATIONS)
+@pytest.mark.parametrize("reason", MISFITS)
+def test_gradients_are_handed_on_with_their_forward(kind: str, reason: str) -> None:
+    given = MISFITS[reason]
+    if (reason == "attn_mask" and kind not in ("cudnn", "efficient")) or (kind == "packed" and "batch" in reason):
+        return  # which the operation knows nothing of
+    for name, arguments in both(kind, *given):
+        assert override(name)("keys", *arguments)[0] == "torch's"
+        assert cufa.stats(reset=True).handed_on == {reason.strip(): 1}, name
+
+
+@pytest.mark.parametrize("kind", OPERATIONS)
+def test_tensors_of_another_rank_are_handed_on(kind: str) -> None:
+    for first, (name, arguments) in enumerate(both(kind, Q, Q, Q)):  # of gradients, dout comes before query
+        for index in range(first, first + 3):
+            for other in (arguments[index][None], torch.zeros(())):
+                given = [*arguments]
+                given[index] = other
+                assert override(name)("keys", *given)[0] == "torch's"
+        reason = f"query, key or value not of {3 if kind == 'packed' else 4} dimensions"
+        assert cufa.stats(reset=True).handed_on == {reason: 6}, name
+
+
+@pytest.mark.parametrize("kind", OPERATIONS)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("q", "k"),
+    [
+        (Q, Q),
+        (Q, Q[:, :1]),
+        (Q[:, :, :3], Q),
+        (Q, Q[:, :, :3]),
+        (Q[:, :, :1], Q),
+        (Q[..., :5], Q[..., :5]),
+        (Q[..., ::2], Q[..., ::2]),
+        (Q[:, :, ::2], Q[:, :1].expand(1, 2, 8, 16)),
+        (random(1, 6, 8, 256, seed=1), random(1, 2, 8, 256, seed=2)),
+        (Q.half(), Q.half()),
+        (Q.bfloat16(), Q.bfloat16()),
+    ],
+)
+def test_gradients_are_served_with_their_forward(kind: str, is_causal: bool, q: Any, k: Any) -> None:
+    for name, arguments in both(kind, q, k, k, 0.0, is_causal):
+        assert override(name)("keys", *arguments)[0] != "torch's"
+    assert not cufa.stats().handed_on
+    assert sum(cufa.stats().launches.values()) == 2
+
+
+@pytest.mark.parametrize("kind", OPERATIONS)
+def test_gradients_are_those_of_any_forward(kind: str) -> None:
+    """A forward alone is told some of what it is handed on for, and torch's out and lse say the same as cufa's."""
+    q, k, v = (random(1, 2, 8, 16, seed=seed, grad=True) for seed in (1, 2, 3))
+    out, lse = exact(q, k, v)
+    dout = random(1, 2, 8, 16, seed=9)
+    wanted = torch.autograd.grad(out, (q, k, v), dout.double())
+    results = out.detach().float(), lse.detach().float(), dout
+    _, (name, arguments) = both(kind, q.detach(), k.detach(), v.detach(), results=results)
+    for one, other in zip(override(name)("keys", *arguments)[:3], wanted, strict=True):
+        if kind == "packed":
+            one = one[None]
+        if kind in ("dense", "packed"):
+            one = one.transpose(1, 2)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize("kind", OPERATIONS)
+def test_gradients_by_nothing_are_handed_on(kind: str) -> None:
+    """torch's kernels answer them with nothing."""
+    _, (name, arguments) = both(kind, Q, Q, Q)
+    assert override(name)("keys", None, *arguments[1:])[0] == "torch's"
+    assert cufa.stats().handed_on == {"no gradient by the result": 1}
 
 
 # --- Activation -------------------------------------------------------------------------------------
@@ -535,6 +789,7 @@ def test_without_a_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_overrides_come_and_go() -> None:
     q = random(1, 2, 8, 16, seed=1)
+    held: list[list[weakref.ref[Any]]] = []
     for _ in range(3):
         handle = provider.Handle("CPU")
         assert sdpa("flash", q, q, q)[0].shape == q.shape
@@ -542,6 +797,11 @@ def test_overrides_come_and_go() -> None:
         handle.remove()
         with pytest.raises(NotImplementedError):
             sdpa("flash", q, q, q)
+        held.append([weakref.ref(each) for each in (handle, *handle.overrides)])
+        del handle
+    gc.collect()
+    # torch itself keeps the function that an operation had last, and nothing before it.
+    assert not any(each() for each in (*held[0], *held[1], held[2][0]))
     assert cufa.stats().launches == {"cpu (attention)": 3}
 
 
