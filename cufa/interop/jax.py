@@ -9,7 +9,8 @@ from the records of operations alone.
 from __future__ import annotations
 
 import os
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import cache, lru_cache, partial
 from typing import Any, NoReturn
 
 import jax
@@ -141,11 +142,40 @@ def _differentiable(call: Call, device: int, deterministic: bool) -> Any:
     raw = _raw(call, device)
     program = jax.custom_vjp(lambda *arrays: raw(*arrays))
     program.defvjp(forward, backward, symbolic_zeros=True)
-    return program
+    return lambda *arrays: program(*_guarded(call, gradients, device, arrays))
+
+
+def _guarded(call: Call, gradients: Operation, device: int, arrays: tuple[Any, ...]) -> list[Any]:
+    """The arrays, of which those that have no gradient refuse to be differentiated, for JAX would take it for 0.
+
+    What is not differentiated is not refused, under any transformation. But JAX differentiates by all results of a
+    `jax.custom_vjp`, or of a `jax.lax.optimization_barrier`, if by one of its arguments.
+    """
+    problem = call.problem(_layouts(device, *arrays))
+    known = {each.name for each in gradients.results(replace(problem, operation=gradients, memo={}))}
+    return [
+        _without_gradient(call.operation.name, name)(array)
+        if f"d{name}" not in known and jax.numpy.issubdtype(array.dtype, jax.numpy.inexact)
+        else array
+        for name, array in zip(call.names, arrays, strict=True)
+    ]
+
+
+@cache
+def _without_gradient(function: str, name: str) -> Any:
+    """The identity, which refuses to be differentiated.
+
+    The forward rule of a call, which JAX tells the same, must not raise: JAX keeps what the rule gave for derivatives
+    by other arrays, and loses the structure of it by the exception.
+    """
+    return _refusing(
+        lambda array: array,
+        f"{function}: {name} is differentiated, but has no gradient; pass jax.lax.stop_gradient({name}).",
+    )
 
 
 def _like(array: Any, gradient: Any) -> Any:
-    """A gradient of the type that JAX expects; None where there is none, and JAX takes it for 0."""
+    """A gradient of the type that JAX expects; None where there is none."""
     if gradient is None:
         return None
     gradient = gradient.astype(array.dtype)
@@ -164,17 +194,23 @@ def _known(cotangent: Any) -> Any:
 @lru_cache(maxsize=512)
 def _once(call: Call, device: int) -> Any:
     """The call, which refuses to be differentiated in words of cufa's."""
-    raw = _raw(call, device)
-    program = jax.custom_jvp(lambda *arrays: raw(*arrays))
-    program.defjvp(partial(_refuse_derivative, call.operation))
-    return program
-
-
-def _refuse_derivative(operation: Operation, *_: Any) -> NoReturn:
-    raise UnsupportedError(
-        f"{operation.name}: JAX asks for the derivative of a gradient, or of what one is made of, and cufa computes "
-        "first derivatives only, in reverse mode; differentiate once, or pass jax.lax.stop_gradient of the arrays."
+    return _refusing(
+        _raw(call, device),
+        f"{call.operation.name}: JAX asks for the derivative of a gradient, or of what one is made of, and cufa "
+        "computes first derivatives only, in reverse mode; differentiate once, or pass jax.lax.stop_gradient of the "
+        "arrays.",
     )
+
+
+def _refusing(function: Any, sentence: str) -> Any:
+    """A function of arrays that refuses to be differentiated."""
+
+    def refuse(*_: Any) -> NoReturn:
+        raise UnsupportedError(sentence)
+
+    program = jax.custom_jvp(lambda *arrays: function(*arrays))
+    program.defjvp(refuse)
+    return program
 
 
 # --- Under shard_map --------------------------------------------------------------------------------

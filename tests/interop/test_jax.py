@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +161,80 @@ def test_gradients_equal_jax_and_finite_differences(device: str) -> None:
     assert (along(1e-2) - along(-1e-2)) / 2e-2 == pytest.approx(slope, rel=2e-2)
 
 
-def test_what_has_no_gradient_has_zeros(device: str) -> None:
-    q, k, v, sinks, slopes = arrays()
-    assert not jax.grad(loss, 4)(q, k, v, sinks, slopes).any()
-
+def test_offsets_have_gradients_of_no_type(device: str) -> None:
     def packed(q: Any, k: Any, v: Any, given: Any) -> Any:
         return cufa.attention_varlen(q, k, v, **given).sum()
 
     *_, none = jax.vjp(packed, *(x[0] for x in arrays(1, 20)[:3]), offsets())[1](jnp.float32(1))
     assert {x.dtype for x in jax.tree.leaves(none)} == {jax.dtypes.float0}
+
+
+def sharded(call: Callable[..., Any], q: Any, slopes: Any, checked: bool = True) -> Any:
+    mesh = jax.sharding.Mesh(np.asarray([jax.config.jax_default_device]), ("x",))
+    part = {"in_specs": (jax.P("x"), jax.P()), "out_specs": jax.P(), "check_vma": checked}
+    return jax.shard_map(lambda *x: jax.lax.psum(call(*x), "x"), mesh=mesh, **part)(q, slopes)
+
+
+WAYS: dict[str, Callable[..., Any]] = {
+    "plain": lambda call, q, s: call(q, s),
+    "jit": lambda call, q, s: jax.jit(call)(q, s),
+    "constant": lambda call, q, s: jax.jit(lambda q: call(q, s))(q),
+    "checkpoint": lambda call, q, s: jax.checkpoint(call)(q, s),
+    "checkpoint of jit": lambda call, q, s: jax.checkpoint(jax.jit(call))(q, s),
+    "computed": lambda call, q, s: call(*jax.jit(lambda *x: (2 * x[0], 2 * x[1]))(q, s)),
+    "vmap": lambda call, q, s: jax.vmap(call, (0, None))(jnp.stack([q, q]), s).sum(),
+    "vmap of both": lambda call, q, s: jax.vmap(call)(jnp.stack([q, q]), jnp.stack([s, s])).sum(),
+    "scan": lambda call, q, s: jax.lax.scan(lambda x, _: (x * call(x, s), None), q, None, length=2)[0].sum(),
+    "scan of xs": lambda call, q, s: jax.lax.scan(lambda x, s: (x * call(x, s), None), q, jnp.stack([s, s]))[0].sum(),
+    "scan of checkpoint": lambda call, q, s: WAYS["scan"](jax.checkpoint(call), q, s),
+    "carried": lambda call, q, s: jax.lax.fori_loop(0, 2, lambda _, x: (x[0] * call(*x), x[1]), (q, s))[0].sum(),
+    "cond": lambda call, q, s: jax.lax.cond(s[0] > -1, call, lambda q, s: q.sum() + s.sum(), q, s),
+    "shard_map": sharded,
+    "unchecked shard_map": partial(sharded, checked=False),
+}
+"""How a function of q and slopes may be called, and still be differentiated by q alone."""
+
+
+@pytest.mark.parametrize("way, packed", [*((way, False) for way in WAYS), ("jit", True)])
+def test_what_has_no_gradient_is_refused(device: str, way: str, packed: bool) -> None:
+    """And nothing is that is not differentiated."""
+    q, k, v, _, slopes = arrays(1, 20)
+
+    def call(q: Any, slopes: Any) -> Any:
+        if packed:
+            return cufa.attention_varlen(q[0], k[0], v[0], **offsets(), alibi_slopes=slopes).mean()
+        return cufa.attention(q, k, v, alibi_slopes=slopes).mean()
+
+    def loss(q: Any, slopes: Any) -> Any:
+        return WAYS[way](call, q, slopes)
+
+    def stopped(q: Any, slopes: Any) -> Any:
+        return WAYS[way](lambda q, slopes: call(q, jax.lax.stop_gradient(slopes)), q, slopes)
+
+    expected = jax.grad(stopped)(q, slopes)
+    assert expected.any()
+    name = "attention_varlen" if packed else "attention"
+    sentence = rf"^{name}: alibi_slopes is differentiated, but .*; pass jax\.lax\.stop_gradient\(alibi_slopes\)\."
+    for wrap in (lambda f: f, jax.jit):
+        close(wrap(jax.grad(loss))(q, slopes), expected)
+        for by in (1, (0, 1)):
+            with pytest.raises(cufa.UnsupportedError, match=sentence):
+                wrap(jax.grad(loss, by))(q, slopes)
+        close(wrap(jax.grad(stopped, (0, 1)))(q, slopes)[0], expected)
+        close(wrap(jax.grad(jax.checkpoint(loss)))(q, slopes), expected)  # which traces anew
+
+
+def test_results_of_one_barrier_are_differentiated_together() -> None:
+    """As JAX has it: slopes are told apart behind it."""
+    q, k, v, _, slopes = arrays()
+
+    def call(q: Any, stop: Callable[[Any], Any]) -> Any:
+        q, behind = jax.lax.optimization_barrier((q, slopes))
+        return cufa.attention(q, k, v, alibi_slopes=stop(behind)).sum()
+
+    with pytest.raises(cufa.UnsupportedError, match=r"^attention: alibi_slopes is differentiated"):
+        jax.grad(call)(q, lambda x: x)
+    assert jax.grad(partial(call, stop=jax.lax.stop_gradient))(q).any()
 
 
 def test_a_cotangent_of_one_result_only(device: str, calls: list[Any]) -> None:
