@@ -410,23 +410,107 @@ def test_errors_within_a_program_are_xlas(monkeypatch: pytest.MonkeyPatch) -> No
 def callbacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where XLA's interface is not known."""
     monkeypatch.setattr(interop, "FOREIGN", False)
-    caches = interop._program, interop._raw, interop._once
-    for cache in caches:
-        cache.cache_clear()
+    caches = interop._program, interop._raw, interop._once, interop._callback
+    for each in caches:
+        each.cache_clear()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    for each in caches:
+        each.cache_clear()
 
 
 def test_without_foreign_functions(device: str, callbacks: None, calls: list[Any]) -> None:
     given = arrays()
-    found = attend(*given), jax.grad(loss, (0, 1, 2, 3))(*given), jax.vmap(attend)(*map(stacked, given))
+    with pytest.warns(UserWarning, match=r"calls are buffer_callbacks: .* cannot be exported") as told:
+        out = attend(*given)
+    assert [(each.filename, each.lineno) for each in told] == [(__file__, attend.__code__.co_firstlineno + 2)]
+    found = out, jax.grad(loss, (0, 1, 2, 3))(*given), jax.vmap(attend)(*map(stacked, given))  # which warn no more
     assert not calls
     interop.FOREIGN = True
-    for cache in (interop._program, interop._raw, interop._once):
-        cache.cache_clear()
+    for each in (interop._program, interop._raw, interop._once):
+        each.cache_clear()
     same(found, (attend(*given), jax.grad(loss, (0, 1, 2, 3))(*given), jax.vmap(attend)(*map(stacked, given))))
     assert len(calls) == 4
+
+
+def test_without_any_functions(callbacks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax.experimental.buffer_callback", None)
+    for _ in range(2):
+        with pytest.raises(cufa.UnsupportedError, match=r"^cufa: JAX .* neither .* nor .*; install a JAX that has one"):
+            attend(*arrays())
+
+
+def test_no_interface_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(jax, "ffi")
+    assert not interop._registered()
+
+
+OTHER_MAJOR = """
+import sys, warnings
+import jax, numpy as np
+jax.ffi.include_dir = lambda: sys.argv[1]
+import cufa.jax
+from cufa.interop import jax as interop
+assert not interop.FOREIGN
+q = jax.numpy.ones((1, 4, 2, 8))  # for which JAX makes its backend
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        assert np.allclose(cufa.attention(q, q, q), 1)
+assert len(told) == 1 and told[0].filename == "<string>", told
+print("done")
+"""
+
+
+def test_another_major_version_is_left_alone(tmp_path: Path) -> None:
+    """What XLA would refuse is not given to it, as JAX could not make its backend then."""
+    header = tmp_path / "xla" / "ffi" / "api" / "c_api.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#pragma once\n#define XLA_FFI_API_MAJOR 1\n#define XLA_FFI_API_MINOR 0\n")
+    assert run_script(OTHER_MAJOR, str(tmp_path)) == "done\n"
+
+
+def test_another_major_version_is_told_by_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its own words, for handlers that claim one."""
+    jax.devices("cpu")
+    monkeypatch.setattr(interop, "TARGET", "cufa.other")
+    monkeypatch.setattr(xla, "VERSION", (1, 0))
+    monkeypatch.setattr(jax.ffi, "include_dir", lambda: "nowhere")
+    assert not interop._registered()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("ALREADY_EXISTS: Duplicate FFI handler registration for cufa"),
+        RuntimeError("handler's API version (0.3) is incompatible with the framework's API version (0.9)."),
+        TypeError("register_ffi_target() got an unexpected keyword argument"),
+    ],
+    ids=str,
+)
+def test_other_errors_of_registration_are_seen(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    with pytest.raises(type(error)) as found:
+        interop._registered()
+    assert found.value is error
+
+
+def test_versions_are_those_of_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what XLA is told, if it says none itself; else its own minor version, of the same major."""
+    assert interop._version()[0] == xla.VERSION[0] == 0
+    handler = xla.handler(lambda _: None, (0, 1))
+    for table, expected in ((None, (0, 1)), ((0, 7), (0, 7)), ((1, 0), (0, 1))):
+        record = (ctypes.c_uint64 * 5)()
+        extension = (ctypes.c_uint64 * 4)(0, 1, 0, ctypes.addressof(record))
+        major, minor = table or (0, 0)
+        there = (ctypes.c_uint64 * 5)(0, 0, 0, 0, minor << 32 | major)
+        frame = (ctypes.c_uint64 * 5)(0, ctypes.addressof(extension), ctypes.addressof(there) if table else 0)
+        assert handler(ctypes.addressof(frame)) is None
+        assert (record[3] & 0xFFFFFFFF, record[3] >> 32) == expected
+    monkeypatch.setattr(jax.ffi, "include_dir", lambda: "nowhere")
+    assert interop._version() == xla.VERSION
 
 
 def test_descriptions_tell_calls_apart() -> None:
@@ -663,7 +747,7 @@ def test_handlers_are_told_when_a_program_is_made(monkeypatch: pytest.MonkeyPatc
             assert xla.described(frame.description())[1][0] == ((2, 9, 4, 16), "float32")
         xla.run_on_cpu(frame)
 
-    KEPT.append(xla.handler(run))
+    KEPT.append(xla.handler(run, interop._version()))
     capsules = {stage: jax.ffi.pycapsule(interop._address(KEPT[-1])) for stage in ("instantiate", "execute")}
     jax.ffi.register_ffi_target("cufa.told", capsules, platform="cpu")
     monkeypatch.setattr(interop, "TARGET", "cufa.told")
