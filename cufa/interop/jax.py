@@ -9,7 +9,11 @@ from the records of operations alone.
 from __future__ import annotations
 
 import os
-from functools import lru_cache, partial
+import re
+import warnings
+from dataclasses import replace
+from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -41,6 +45,8 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
     # Checked here, where the user's call is; values of offsets, which have none in a program, are not.
     arrays = view(operation, given)
     _problem.check(operation, arrays, options)
+    if not FOREIGN:
+        _callback()  # or the lack of it, told where the user's call is
     program = _program(_call_of(operation, arrays.layouts, options), _device(given[0]), _deterministic())
     results = program(*(array for array in given if array is not None))
     return results[0] if len(results) == 1 else results
@@ -141,11 +147,40 @@ def _differentiable(call: Call, device: int, deterministic: bool) -> Any:
     raw = _raw(call, device)
     program = jax.custom_vjp(lambda *arrays: raw(*arrays))
     program.defvjp(forward, backward, symbolic_zeros=True)
-    return program
+    return lambda *arrays: program(*_guarded(call, gradients, device, arrays))
+
+
+def _guarded(call: Call, gradients: Operation, device: int, arrays: tuple[Any, ...]) -> list[Any]:
+    """The arrays, of which those that have no gradient refuse to be differentiated, for JAX would take it for 0.
+
+    What is not differentiated is not refused, under any transformation. But JAX differentiates by all results of a
+    `jax.custom_vjp`, or of a `jax.lax.optimization_barrier`, if by one of its arguments.
+    """
+    problem = call.problem(_layouts(device, *arrays))
+    known = {each.name for each in gradients.results(replace(problem, operation=gradients, memo={}))}
+    return [
+        _without_gradient(call.operation.name, name)(array)
+        if f"d{name}" not in known and jax.numpy.issubdtype(array.dtype, jax.numpy.inexact)
+        else array
+        for name, array in zip(call.names, arrays, strict=True)
+    ]
+
+
+@cache
+def _without_gradient(function: str, name: str) -> Any:
+    """The identity, which refuses to be differentiated.
+
+    The forward rule of a call, which JAX tells the same, must not raise: JAX keeps what the rule gave for derivatives
+    by other arrays, and loses the structure of it by the exception.
+    """
+    return _refusing(
+        lambda array: array,
+        f"{function}: {name} is differentiated, but has no gradient; pass jax.lax.stop_gradient({name}).",
+    )
 
 
 def _like(array: Any, gradient: Any) -> Any:
-    """A gradient of the type that JAX expects; None where there is none, and JAX takes it for 0."""
+    """A gradient of the type that JAX expects; None where there is none."""
     if gradient is None:
         return None
     gradient = gradient.astype(array.dtype)
@@ -164,17 +199,23 @@ def _known(cotangent: Any) -> Any:
 @lru_cache(maxsize=512)
 def _once(call: Call, device: int) -> Any:
     """The call, which refuses to be differentiated in words of cufa's."""
-    raw = _raw(call, device)
-    program = jax.custom_jvp(lambda *arrays: raw(*arrays))
-    program.defjvp(partial(_refuse_derivative, call.operation))
-    return program
-
-
-def _refuse_derivative(operation: Operation, *_: Any) -> NoReturn:
-    raise UnsupportedError(
-        f"{operation.name}: JAX asks for the derivative of a gradient, or of what one is made of, and cufa computes "
-        "first derivatives only, in reverse mode; differentiate once, or pass jax.lax.stop_gradient of the arrays."
+    return _refusing(
+        _raw(call, device),
+        f"{call.operation.name}: JAX asks for the derivative of a gradient, or of what one is made of, and cufa "
+        "computes first derivatives only, in reverse mode; differentiate once, or pass jax.lax.stop_gradient of the "
+        "arrays.",
     )
+
+
+def _refusing(function: Any, sentence: str) -> Any:
+    """A function of arrays that refuses to be differentiated."""
+
+    def refuse(*_: Any) -> NoReturn:
+        raise UnsupportedError(sentence)
+
+    program = jax.custom_jvp(lambda *arrays: function(*arrays))
+    program.defjvp(refuse)
+    return program
 
 
 # --- Under shard_map --------------------------------------------------------------------------------
@@ -252,17 +293,37 @@ def _place(call: Call, device: int, *arrays: Any) -> tuple[Any, ...]:
     return tuple(found[: len(problem.results)])
 
 
+def _version() -> tuple[int, int]:
+    """The version of XLA's interface for foreign functions, as its header tells it.
+
+    XLA looks at functions no sooner than JAX makes a backend, which a refused one makes fail; and up to JAX 0.7 at
+    least, it refuses all minor versions but its own, and does not say which that is.
+    """
+    try:
+        text = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    except (OSError, RuntimeError):  # JAX was installed without headers
+        return _xla.VERSION
+    major, minor = (re.search(rf"^#define XLA_FFI_API_{part} (\d+)", text, re.MULTILINE) for part in ("MAJOR", "MINOR"))
+    return (int(major[1]), int(minor[1])) if major and minor else _xla.VERSION
+
+
 def _registered() -> bool:
-    """Whether XLA has taken cufa's foreign functions, which it does where its interface is known."""
+    """Whether XLA has taken cufa's foreign functions; not where its interface is another, and all else is an error."""
     if not hasattr(jax, "ffi"):
         return False
-    try:
-        for platform, stages in _HANDLERS.items():
-            capsules = {stage: jax.ffi.pycapsule(_address(handler)) for stage, handler in stages.items()}
-            whole = capsules if len(capsules) > 1 else capsules["execute"]
-            jax.ffi.register_ffi_target(TARGET, whole, platform=platform)
-    except Exception:
+    version = _version()
+    if version[0] != _xla.VERSION[0]:
         return False
+    for platform, stages in _handlers(version).items():
+        capsules = {stage: jax.ffi.pycapsule(_address(handler)) for stage, handler in stages.items()}
+        whole = capsules if len(capsules) > 1 else capsules["execute"]
+        try:
+            jax.ffi.register_ffi_target(TARGET, whole, platform=platform)
+        except Exception as error:
+            told = re.search(r"incompatible with the framework's API version \((\d+)\.", str(error))
+            if told is None or int(told[1]) == _xla.VERSION[0]:
+                raise
+            return False
     return True
 
 
@@ -272,12 +333,12 @@ def _address(handler: Any) -> Any:
     return ctypes.cast(handler, ctypes.c_void_p)
 
 
-_ON_GPU = _xla.handler(lambda frame: _xla.run_on_gpu(frame))
-_HANDLERS = {
-    "cpu": {"execute": _xla.handler(lambda frame: _xla.run_on_cpu(frame))},
-    "CUDA": {"instantiate": _ON_GPU, "execute": _ON_GPU},
-}
-"""For as long as the process lives, as XLA keeps their addresses."""
+@cache  # for as long as the process lives, as XLA keeps their addresses
+def _handlers(version: tuple[int, int]) -> dict[str, dict[str, Any]]:
+    on_cpu = _xla.handler(lambda frame: _xla.run_on_cpu(frame), version)
+    on_gpu = _xla.handler(lambda frame: _xla.run_on_gpu(frame), version)
+    return {"cpu": {"execute": on_cpu}, "CUDA": {"instantiate": on_gpu, "execute": on_gpu}}
+
 
 FOREIGN = _registered()
 
@@ -285,9 +346,23 @@ FOREIGN = _registered()
 # --- Where XLA's interface for foreign functions is not known -----------------------------------------
 
 
+@lru_cache(maxsize=1)
 def _callback() -> Any:
-    from jax.experimental.buffer_callback import buffer_callback
-
+    """JAX's own foreign function that calls Python. That it is used is said once."""
+    major = _xla.VERSION[0]
+    try:
+        from jax.experimental.buffer_callback import buffer_callback
+    except ImportError:
+        raise UnsupportedError(
+            f"cufa: JAX {jax.__version__} has neither XLA's interface for foreign functions in a version {major}.x nor "
+            "jax.experimental.buffer_callback; install a JAX that has one, as all from 0.6 to 0.11 do."
+        ) from None
+    warnings.warn(
+        f"cufa: JAX {jax.__version__} does not have XLA's interface for foreign functions in a version {major}.x, so "
+        "calls are buffer_callbacks: programs with them cannot be exported, and are divided among devices by "
+        "jax.shard_map alone.",
+        stacklevel=5,  # who called cufa's function
+    )
     return partial(buffer_callback, vmap_method="sequential")
 
 

@@ -37,6 +37,10 @@ COMMAND_BUFFERS = 0
 """The trait by which XLA may record the launches into a CUDA graph, 1 or 0. A launch depends on layouts alone, so it
 could be; but a recorded call whose kernel is not loaded by then fails."""
 
+VERSION = 0, 3
+"""Of the interface, the one that this was written by. Of the same major the minor may be any, for nothing is read that
+minors changed."""
+
 INSTANTIATE, EXECUTE = 0, 3
 """Stages: a program is made, and run."""
 
@@ -259,29 +263,35 @@ def error_of(table: int, error: BaseException) -> int:
     return created
 
 
-def _answer_metadata(frame: int, table: int) -> bool:
-    """Whether XLA asks what the handler is, in place of calling it: then it is told."""
+def _answer_metadata(frame: int, table: int, version: tuple[int, int]) -> bool:
+    """Whether XLA asks what the handler is, in place of calling it: then it is told.
+
+    Of its version XLA is told what it says itself, if it does; else `version`.
+    """
     extension = word(frame, 1)
     if not extension or word(extension, 1) & 0xFFFFFFFF != 1:
         return False
     record = word(extension, 3)
-    # What XLA says of itself, if it does: of major 0 the minor may be any, for nothing is read that minors changed.
-    version = word(table, 4) if table else 3 << 32
-    if version & 0xFFFFFFFF:
-        version = 3 << 32
-    ctypes.c_uint64.from_address(record + 24).value = version
+    major, minor = version
+    told = word(table, 4) if table else 0
+    if told and told & 0xFFFFFFFF == major:
+        minor = told >> 32
+    ctypes.c_uint64.from_address(record + 24).value = minor << 32 | major
     ctypes.c_uint32.from_address(record + 32).value = COMMAND_BUFFERS
     return True
 
 
-def handler(run: Callable[[Frame], None]) -> Any:
-    """A function for XLA that calls `run`; no exception gets out of it, for ctypes would drop it."""
+def handler(run: Callable[[Frame], None], version: tuple[int, int] = VERSION) -> Any:
+    """A function for XLA that calls `run`; no exception gets out of it, for ctypes would drop it.
+
+    `version` is that of the interface, for an XLA that does not say its own when it asks.
+    """
 
     def handle(address: int) -> int | None:
         table = 0
         try:
             table = word(address, 2)
-            if not _answer_metadata(address, table):
+            if not _answer_metadata(address, table, version):
                 run(Frame(address))
         except BaseException as error:
             if not table:  # not a frame that can be answered

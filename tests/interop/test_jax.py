@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +161,80 @@ def test_gradients_equal_jax_and_finite_differences(device: str) -> None:
     assert (along(1e-2) - along(-1e-2)) / 2e-2 == pytest.approx(slope, rel=2e-2)
 
 
-def test_what_has_no_gradient_has_zeros(device: str) -> None:
-    q, k, v, sinks, slopes = arrays()
-    assert not jax.grad(loss, 4)(q, k, v, sinks, slopes).any()
-
+def test_offsets_have_gradients_of_no_type(device: str) -> None:
     def packed(q: Any, k: Any, v: Any, given: Any) -> Any:
         return cufa.attention_varlen(q, k, v, **given).sum()
 
     *_, none = jax.vjp(packed, *(x[0] for x in arrays(1, 20)[:3]), offsets())[1](jnp.float32(1))
     assert {x.dtype for x in jax.tree.leaves(none)} == {jax.dtypes.float0}
+
+
+def sharded(call: Callable[..., Any], q: Any, slopes: Any, checked: bool = True) -> Any:
+    mesh = jax.sharding.Mesh(np.asarray([jax.config.jax_default_device]), ("x",))
+    part = {"in_specs": (jax.P("x"), jax.P()), "out_specs": jax.P(), "check_vma": checked}
+    return jax.shard_map(lambda *x: jax.lax.psum(call(*x), "x"), mesh=mesh, **part)(q, slopes)
+
+
+WAYS: dict[str, Callable[..., Any]] = {
+    "plain": lambda call, q, s: call(q, s),
+    "jit": lambda call, q, s: jax.jit(call)(q, s),
+    "constant": lambda call, q, s: jax.jit(lambda q: call(q, s))(q),
+    "checkpoint": lambda call, q, s: jax.checkpoint(call)(q, s),
+    "checkpoint of jit": lambda call, q, s: jax.checkpoint(jax.jit(call))(q, s),
+    "computed": lambda call, q, s: call(*jax.jit(lambda *x: (2 * x[0], 2 * x[1]))(q, s)),
+    "vmap": lambda call, q, s: jax.vmap(call, (0, None))(jnp.stack([q, q]), s).sum(),
+    "vmap of both": lambda call, q, s: jax.vmap(call)(jnp.stack([q, q]), jnp.stack([s, s])).sum(),
+    "scan": lambda call, q, s: jax.lax.scan(lambda x, _: (x * call(x, s), None), q, None, length=2)[0].sum(),
+    "scan of xs": lambda call, q, s: jax.lax.scan(lambda x, s: (x * call(x, s), None), q, jnp.stack([s, s]))[0].sum(),
+    "scan of checkpoint": lambda call, q, s: WAYS["scan"](jax.checkpoint(call), q, s),
+    "carried": lambda call, q, s: jax.lax.fori_loop(0, 2, lambda _, x: (x[0] * call(*x), x[1]), (q, s))[0].sum(),
+    "cond": lambda call, q, s: jax.lax.cond(s[0] > -1, call, lambda q, s: q.sum() + s.sum(), q, s),
+    "shard_map": sharded,
+    "unchecked shard_map": partial(sharded, checked=False),
+}
+"""How a function of q and slopes may be called, and still be differentiated by q alone."""
+
+
+@pytest.mark.parametrize("way, packed", [*((way, False) for way in WAYS), ("jit", True)])
+def test_what_has_no_gradient_is_refused(device: str, way: str, packed: bool) -> None:
+    """And nothing is that is not differentiated."""
+    q, k, v, _, slopes = arrays(1, 20)
+
+    def call(q: Any, slopes: Any) -> Any:
+        if packed:
+            return cufa.attention_varlen(q[0], k[0], v[0], **offsets(), alibi_slopes=slopes).mean()
+        return cufa.attention(q, k, v, alibi_slopes=slopes).mean()
+
+    def loss(q: Any, slopes: Any) -> Any:
+        return WAYS[way](call, q, slopes)
+
+    def stopped(q: Any, slopes: Any) -> Any:
+        return WAYS[way](lambda q, slopes: call(q, jax.lax.stop_gradient(slopes)), q, slopes)
+
+    expected = jax.grad(stopped)(q, slopes)
+    assert expected.any()
+    name = "attention_varlen" if packed else "attention"
+    sentence = rf"^{name}: alibi_slopes is differentiated, but .*; pass jax\.lax\.stop_gradient\(alibi_slopes\)\."
+    for wrap in (lambda f: f, jax.jit):
+        close(wrap(jax.grad(loss))(q, slopes), expected)
+        for by in (1, (0, 1)):
+            with pytest.raises(cufa.UnsupportedError, match=sentence):
+                wrap(jax.grad(loss, by))(q, slopes)
+        close(wrap(jax.grad(stopped, (0, 1)))(q, slopes)[0], expected)
+        close(wrap(jax.grad(jax.checkpoint(loss)))(q, slopes), expected)  # which traces anew
+
+
+def test_results_of_one_barrier_are_differentiated_together() -> None:
+    """As JAX has it: slopes are told apart behind it."""
+    q, k, v, _, slopes = arrays()
+
+    def call(q: Any, stop: Callable[[Any], Any]) -> Any:
+        q, behind = jax.lax.optimization_barrier((q, slopes))
+        return cufa.attention(q, k, v, alibi_slopes=stop(behind)).sum()
+
+    with pytest.raises(cufa.UnsupportedError, match=r"^attention: alibi_slopes is differentiated"):
+        jax.grad(call)(q, lambda x: x)
+    assert jax.grad(partial(call, stop=jax.lax.stop_gradient))(q).any()
 
 
 def test_a_cotangent_of_one_result_only(device: str, calls: list[Any]) -> None:
@@ -344,23 +410,107 @@ def test_errors_within_a_program_are_xlas(monkeypatch: pytest.MonkeyPatch) -> No
 def callbacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where XLA's interface is not known."""
     monkeypatch.setattr(interop, "FOREIGN", False)
-    caches = interop._program, interop._raw, interop._once
-    for cache in caches:
-        cache.cache_clear()
+    caches = interop._program, interop._raw, interop._once, interop._callback
+    for each in caches:
+        each.cache_clear()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    for each in caches:
+        each.cache_clear()
 
 
 def test_without_foreign_functions(device: str, callbacks: None, calls: list[Any]) -> None:
     given = arrays()
-    found = attend(*given), jax.grad(loss, (0, 1, 2, 3))(*given), jax.vmap(attend)(*map(stacked, given))
+    with pytest.warns(UserWarning, match=r"calls are buffer_callbacks: .* cannot be exported") as told:
+        out = attend(*given)
+    assert [(each.filename, each.lineno) for each in told] == [(__file__, attend.__code__.co_firstlineno + 2)]
+    found = out, jax.grad(loss, (0, 1, 2, 3))(*given), jax.vmap(attend)(*map(stacked, given))  # which warn no more
     assert not calls
     interop.FOREIGN = True
-    for cache in (interop._program, interop._raw, interop._once):
-        cache.cache_clear()
+    for each in (interop._program, interop._raw, interop._once):
+        each.cache_clear()
     same(found, (attend(*given), jax.grad(loss, (0, 1, 2, 3))(*given), jax.vmap(attend)(*map(stacked, given))))
     assert len(calls) == 4
+
+
+def test_without_any_functions(callbacks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax.experimental.buffer_callback", None)
+    for _ in range(2):
+        with pytest.raises(cufa.UnsupportedError, match=r"^cufa: JAX .* neither .* nor .*; install a JAX that has one"):
+            attend(*arrays())
+
+
+def test_no_interface_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(jax, "ffi")
+    assert not interop._registered()
+
+
+OTHER_MAJOR = """
+import sys, warnings
+import jax, numpy as np
+jax.ffi.include_dir = lambda: sys.argv[1]
+import cufa.jax
+from cufa.interop import jax as interop
+assert not interop.FOREIGN
+q = jax.numpy.ones((1, 4, 2, 8))  # for which JAX makes its backend
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        assert np.allclose(cufa.attention(q, q, q), 1)
+assert len(told) == 1 and told[0].filename == "<string>", told
+print("done")
+"""
+
+
+def test_another_major_version_is_left_alone(tmp_path: Path) -> None:
+    """What XLA would refuse is not given to it, as JAX could not make its backend then."""
+    header = tmp_path / "xla" / "ffi" / "api" / "c_api.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#pragma once\n#define XLA_FFI_API_MAJOR 1\n#define XLA_FFI_API_MINOR 0\n")
+    assert run_script(OTHER_MAJOR, str(tmp_path)) == "done\n"
+
+
+def test_another_major_version_is_told_by_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its own words, for handlers that claim one."""
+    jax.devices("cpu")
+    monkeypatch.setattr(interop, "TARGET", "cufa.other")
+    monkeypatch.setattr(xla, "VERSION", (1, 0))
+    monkeypatch.setattr(jax.ffi, "include_dir", lambda: "nowhere")
+    assert not interop._registered()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("ALREADY_EXISTS: Duplicate FFI handler registration for cufa"),
+        RuntimeError("handler's API version (0.3) is incompatible with the framework's API version (0.9)."),
+        TypeError("register_ffi_target() got an unexpected keyword argument"),
+    ],
+    ids=str,
+)
+def test_other_errors_of_registration_are_seen(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    with pytest.raises(type(error)) as found:
+        interop._registered()
+    assert found.value is error
+
+
+def test_versions_are_those_of_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what XLA is told, if it says none itself; else its own minor version, of the same major."""
+    assert interop._version()[0] == xla.VERSION[0] == 0
+    handler = xla.handler(lambda _: None, (0, 1))
+    for table, expected in ((None, (0, 1)), ((0, 7), (0, 7)), ((1, 0), (0, 1))):
+        record = (ctypes.c_uint64 * 5)()
+        extension = (ctypes.c_uint64 * 4)(0, 1, 0, ctypes.addressof(record))
+        major, minor = table or (0, 0)
+        there = (ctypes.c_uint64 * 5)(0, 0, 0, 0, minor << 32 | major)
+        frame = (ctypes.c_uint64 * 5)(0, ctypes.addressof(extension), ctypes.addressof(there) if table else 0)
+        assert handler(ctypes.addressof(frame)) is None
+        assert (record[3] & 0xFFFFFFFF, record[3] >> 32) == expected
+    monkeypatch.setattr(jax.ffi, "include_dir", lambda: "nowhere")
+    assert interop._version() == xla.VERSION
 
 
 def test_descriptions_tell_calls_apart() -> None:
@@ -609,7 +759,7 @@ def test_handlers_are_told_when_a_program_is_made(monkeypatch: pytest.MonkeyPatc
             assert xla.described(frame.description())[1][0] == ((2, 9, 4, 16), "float32")
         xla.run_on_cpu(frame)
 
-    KEPT.append(xla.handler(run))
+    KEPT.append(xla.handler(run, interop._version()))
     capsules = {stage: jax.ffi.pycapsule(interop._address(KEPT[-1])) for stage in ("instantiate", "execute")}
     jax.ffi.register_ffi_target("cufa.told", capsules, platform="cpu")
     monkeypatch.setattr(interop, "TARGET", "cufa.told")
