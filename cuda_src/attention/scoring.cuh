@@ -97,59 +97,11 @@ struct TransposedPlace {
   }
 };
 
-// Entries of scores that a query does not see ← -infinity.
-template <class Place, int m_tiles, int cols>
-inline void mask(tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
-#pragma unroll
-  for (int t = 0; t < m_tiles; ++t) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const typename Place::Row row = place.row(t, i);
-#pragma unroll
-      for (int j = 0; j < cols / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (!row.sees(8 * j + e)) scores.x[t][j][2 * i + e] = -infinity;
-        }
-      }
-    }
-  }
-}
-
-// The factor that takes what apply() leaves in a tile to exponents of 2. Without terms the scale rides in the softmax's
-// multiply-add and apply() does nothing.
-template <class Variant>
-inline float exponent_scale(const Params& params) {
-  return Variant::empty ? params.exponent_scale : log2_e;
-}
-
-// Scores ← what the variant's terms make of them.
-template <class Variant, class Place, int m_tiles, int cols>
-inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
-  if constexpr (!Variant::empty) {
-#pragma unroll
-    for (int t = 0; t < m_tiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const typename Place::Row row = place.row(t, i);
-#pragma unroll
-        for (int j = 0; j < cols / 8; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& s = scores.x[t][j][2 * i + e];
-            s = variant.score(s * place.params.softmax_scale, row.at(8 * j + e));
-          }
-        }
-      }
-    }
-  }
-}
-
 // Stands for a row that is not asked for.
 struct NoRow {};
 
 // Calls step(row, t, i, j) for every pair of entries (t, j, 2 i) and (t, j, 2 i + 1) that a thread holds. Where rows
-// are asked for, the step goes through one after the other, since they take registers.
+// are asked for, all pairs of one come before those of the next, since a row takes registers.
 template <bool asked, int m_tiles, int cols, class Place, class Step>
 inline void for_each_pair(const Place& place, Step&& step) {
   if constexpr (asked) {
@@ -167,14 +119,45 @@ inline void for_each_pair(const Place& place, Step&& step) {
   }
 }
 
+// Calls step(x, row, column) for every entry x that a thread holds.
+template <class Place, int m_tiles, int cols, class Step>
+inline void for_each_entry(tile::Accumulator<m_tiles, cols>& entries, const Place& place, Step&& step) {
+  for_each_pair<true, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) step(entries.x[t][j][2 * i + e], row, 8 * j + e);
+  });
+}
+
+// Entries of scores that a query does not see ← -infinity.
+template <class Place, int m_tiles, int cols>
+inline void mask(tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
+  for_each_entry(scores, place, [](float& s, const auto& row, int col) {
+    if (!row.sees(col)) s = -infinity;
+  });
+}
+
+// The factor that takes what apply() leaves in a tile to exponents of 2. Without terms the scale rides in the softmax's
+// multiply-add and apply() does nothing.
+template <class Variant>
+inline float exponent_scale(const Params& params) {
+  return Variant::empty ? params.exponent_scale : log2_e;
+}
+
+// Scores ← what the variant's terms make of them.
+template <class Variant, class Place, int m_tiles, int cols>
+inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
+  if constexpr (!Variant::empty) {
+    for_each_entry(scores, place, [&](float& s, const auto& row, int col) {
+      s = variant.score(s * place.params.softmax_scale, row.at(col));
+    });
+  }
+}
+
 // Probabilities ← what V is multiplied by.
 template <class Variant, class Place, int m_tiles, int cols>
-inline void weigh(const Variant& variant, tile::Accumulator<m_tiles, cols>& p, const Place& place) {
+inline void weigh(const Variant& variant, tile::Accumulator<m_tiles, cols>& probabilities, const Place& place) {
   if constexpr (Variant::scales) {
-    for_each_pair<true, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) p.x[t][j][2 * i + e] *= variant.factor(row.at(8 * j + e));
-    });
+    for_each_entry(probabilities, place, [&](float& p, const auto& row, int col) { p *= variant.factor(row.at(col)); });
   }
 }
 
