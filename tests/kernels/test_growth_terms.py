@@ -554,6 +554,13 @@ def test_halves_of_a_term_that_disagree_do_not_compile(
     assert str(refusal.value).count("static assertion failed") == 1
 
 
+def test_no_term_bends_between_two_with_gradients(added: Any) -> None:
+    """Behind the last it may: so does the chessboard in `test_kernels_compile_with_headers_of_terms`."""
+    plan = kernel((added.Table(), added.Checkers(), added.Table()), "bf16", 80, False, plans.forward)
+    with pytest.raises(_jit.CompileError, match="none may bend up to the last one with a gradient"):
+        plans.compile_plan(plan)
+
+
 def test_the_header_of_a_term_is_in_the_key(added: Any) -> None:
     unit = _jit.unit_of(kernel(added.TERMS, "bf16", 80, False, plans.forward))
     other = unit._replace(headers=unit.headers | {"attention/table.cuh": b""})
