@@ -1,5 +1,5 @@
 // attention: what lies between the products of the main loops: from scores to probabilities, and from the gradients of
-// these to those of scores. All kernels, forward and backward, come here; what differs is which way a tile lies.
+// these to those of scores. All main loops, forward and backward, come here; what differs is which way a tile lies.
 #pragma once
 
 #include "attention/masks.cuh"
@@ -37,7 +37,7 @@ struct KeyRow {
 
   int batch, head, query, key;
   float distance;   // of the thread's first query
-  int first, last;  // the queries that see the key; more than Config::block_m: none does
+  int first, last;  // the columns of the queries that see the key; if the first is Config::block_m, none does
   bool live;
   int live_queries;
 
@@ -197,7 +197,7 @@ struct ColumnNumbers {
     for (int j = first; j < last; ++j) x[j] = ptx::ld_shared_f32x2(address + 8 * j * sizeof(float));
   }
 
-  float2 of(int j, int, int) const { return x[j]; }
+  float2 of(int, int, int j) const { return x[j]; }
 };
 
 // The lse or delta of the query of each row that a thread holds.
@@ -205,19 +205,19 @@ template <int m_tiles>
 struct RowNumbers {
   float x[m_tiles][2];
 
-  float2 of(int, int t, int i) const { return {x[t][i], x[t][i]}; }
+  float2 of(int t, int i, int) const { return {x[t][i], x[t][i]}; }
 };
 
 // What is made of two neighbouring entries of scores: what dout is multiplied by, which is P unless a term scales it;
 // what dP - delta is multiplied by, which is P times derivatives; and what is multiplied to that once terms have had
 // their gradients.
 struct ScorePair {
-  float weight[2], factor[2], rest[2];
+  float weight[2], ds_factor[2], rest[2];
 };
 
 // Calls emit(t, i, j, pair) for every pair of entries (t, j, 2 i) and (t, j, 2 i + 1) of the scores that a thread
-// holds. Without terms the scores are masked. With terms this function masks what comes of them: neither terms nor
-// their derivatives are to meet infinities.
+// holds. Without terms the scores come masked. With terms they come as they are, and this function masks what the terms
+// make of them: neither terms nor their derivatives are to meet infinities.
 template <class Config, class Place, int m_tiles, int cols, class Numbers, class Emit>
 inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const Place& place, const Numbers& lse,
                           Emit&& emit) {
@@ -225,7 +225,7 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
   const Variant variant(place.params, place.batch, place.head);
   const float scale = exponent_scale<Variant>(place.params);
   for_each_pair<!Variant::empty, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
-    const float2 subtracted = lse.of(j, t, i);
+    const float2 subtracted = lse.of(t, i, j);
     ScorePair pair;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -242,30 +242,30 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
       }
       const float p = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));
       pair.weight[e] = p * weight;
-      pair.factor[e] = p * derivatives.after;
+      pair.ds_factor[e] = p * derivatives.after;
       pair.rest[e] = derivatives.before;
     }
     emit(t, i, j, pair);
   });
 }
 
-// Calls emit(t, i, j, low, high) with two neighbouring entries of dS, of which factors(t, i, j) and rests(t, i, j) are
-// the factors that `probabilities` gave. If asked for, terms get their gradients.
-template <class Config, bool for_terms, class Place, int m_tiles, int cols, class Numbers, class Factors, class Rests,
+// Calls emit(t, i, j, low, high) with two neighbouring entries of dS, of which ds_factors(t, i, j) and rests(t, i, j)
+// are what `probabilities` gave. If `for_terms`, terms get their gradients.
+template <class Config, bool for_terms, class Place, int m_tiles, int cols, class Numbers, class DsFactors, class Rests,
           class Emit>
 inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& place, const Numbers& delta,
-                      Factors&& factors, Rests&& rests, Emit&& emit) {
+                      DsFactors&& ds_factors, Rests&& rests, Emit&& emit) {
   using Variant = typename Config::variant;
   const Variant variant(place.params, place.batch, place.head);
   constexpr bool tells = Variant::has_gradient && for_terms;
   for_each_pair<Variant::scales || tells, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
-    const float2 subtracted = delta.of(j, t, i), factor = factors(t, i, j);
+    const float2 subtracted = delta.of(t, i, j), ds_factor = ds_factors(t, i, j);
     float2 d{dp.x[t][j][2 * i], dp.x[t][j][2 * i + 1]};
     if constexpr (Variant::scales) {
       d.x *= variant.factor(row.at(8 * j));
       d.y *= variant.factor(row.at(8 * j + 1));
     }
-    float2 ds{factor.x * (d.x - subtracted.x), factor.y * (d.y - subtracted.y)};
+    float2 ds{ds_factor.x * (d.x - subtracted.x), ds_factor.y * (d.y - subtracted.y)};
     if constexpr (tells) {
       const Point low = row.at(8 * j), high = row.at(8 * j + 1);
       if (low.live && row.sees(8 * j)) variant.gradient(ds.x, low);
