@@ -177,7 +177,7 @@ struct BackwardMainloopSm80 {
     const Staged to_p(p());
     probabilities<Config>(scores, place(), row_lse, [&](int t, int i, int j, const ScorePair& pair) {
       to_p.store(t, i, j, pair.weight[0], pair.weight[1]);
-      put(scores, t, i, j, pair.factor);
+      put(scores, t, i, j, pair.ds_factor);
       if constexpr (Variant::keeps) put(rests, t, i, j, pair.rest);
     });
     const LoadedNumbers row_delta{delta(at) + ScoreDivision::col() * int(sizeof(float))};
@@ -205,7 +205,7 @@ struct BackwardMainloopSm80 {
   struct LoadedNumbers {
     u32 address;
 
-    float2 of(int j, int, int) const {
+    float2 of(int, int, int j) const {
       return ptx::ld_shared_f32x2(address + (tile::fragment_col() + 8 * j) * sizeof(float));
     }
   };

@@ -113,7 +113,7 @@ struct BackwardKeysSm90 {
       hold_probabilities(held, s, place, numbers, boundary);
       p = held.weights;
       exchange().wait_empty(at);
-      give(held.factors(), ds_factors(at.stage()));
+      give(held.ds_factors(), ds_factors(at.stage()));
       if constexpr (Variant::keeps) give(held.rests, rests(at.stage()));
       exchange().fill_warp(at);
       gradients().wait_full(at);
@@ -147,15 +147,15 @@ struct BackwardKeysSm90 {
       warpgroup::wait<1>(dk, ds);
       if (at.count > 0) queries().release_warp(at.previous());
       warpgroup::wait<0>(dp);
-      Operand factors;
+      Operand its_factors;
       typename Held<Config, block_m>::Rests its_rests;
       exchange().wait_full(at);
-      take(factors, ds_factors(at.stage()));
+      take(its_factors, ds_factors(at.stage()));
       if constexpr (Variant::keeps) take(its_rests, rests(at.stage()));
       exchange().release_warp(at);
       const TransposedPlace<Config> place{params, work.seqlen, work.batch,
                                           head,   first_key,   work.tiles.block(position) * block_m};
-      gradients_of_scores<Config, true>(ds, factors, its_rests, dp, place, numbers);
+      gradients_of_scores<Config, true>(ds, its_factors, its_rests, dp, place, numbers);
       queries().wait_full(at);
       warpgroup::gemm_ab(dk, ds, q(at.stage()), true);
       gradients().release_warp(at);

@@ -90,7 +90,7 @@ struct Held {
   tile::Operand<own_factors ? cols : 0> own;  // what dP - delta is multiplied by, if it is something else
   Rests rests;                                // what is multiplied to dS once terms have had their gradients
 
-  const Operand& factors() const {
+  const Operand& ds_factors() const {
     if constexpr (own_factors)
       return own;
     else
@@ -101,7 +101,7 @@ struct Held {
     using element = typename Config::element;
     const int s = j / 2, x = 2 * (j % 2) + i;
     weights.x[s][x] = ptx::cvt_rn_x2<element>(pair.weight[0], pair.weight[1]);
-    if constexpr (own_factors) own.x[s][x] = ptx::cvt_rn_x2<element>(pair.factor[0], pair.factor[1]);
+    if constexpr (own_factors) own.x[s][x] = ptx::cvt_rn_x2<element>(pair.ds_factor[0], pair.ds_factor[1]);
     if constexpr (Variant::keeps) rests.x[s][x] = ptx::cvt_rn_x2<element>(pair.rest[0], pair.rest[1]);
   }
 };
@@ -120,14 +120,14 @@ inline void hold_probabilities(Held<Config, cols>& held, tile::Accumulator<1, co
   probabilities<Config>(s, place, lse, [&](int t, int i, int j, const ScorePair& pair) { held.put(t, i, j, pair); });
 }
 
-// ds ← the gradients of scores, of which `factors` and `rests` are held.
+// ds ← the gradients of scores, of which `ds_factors` and `rests` are held.
 template <class Config, bool for_terms, class Place, int cols, class Numbers>
-inline void gradients_of_scores(tile::Operand<cols>& ds, const tile::Operand<cols>& factors,
+inline void gradients_of_scores(tile::Operand<cols>& ds, const tile::Operand<cols>& ds_factors,
                                 const typename Held<Config, cols>::Rests& rests, const tile::Accumulator<1, cols>& dp,
                                 const Place& place, const Numbers& delta) {
   using element = typename Config::element;
   gradients<Config, for_terms>(
-      dp, place, delta, [&](int, int i, int j) { return pair_of<element>(factors, i, j); },
+      dp, place, delta, [&](int, int i, int j) { return pair_of<element>(ds_factors, i, j); },
       [&](int, int i, int j) { return pair_of<element>(rests, i, j); },
       [&](int, int i, int j, float low, float high) {
         ds.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(low, high);

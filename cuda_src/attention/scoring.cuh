@@ -1,5 +1,5 @@
 // attention: what lies between the products of the main loops: from scores to probabilities, and from the gradients of
-// these to those of scores. All kernels, forward and backward, come here; what differs is which way a tile lies.
+// these to those of scores. All main loops, forward and backward, come here; what differs is which way a tile lies.
 #pragma once
 
 #include "attention/masks.cuh"
@@ -37,7 +37,7 @@ struct KeyRow {
 
   int batch, head, query, key;
   float distance;   // of the thread's first query
-  int first, last;  // the queries that see the key; more than Config::block_m: none does
+  int first, last;  // the columns of the queries that see the key; if the first is Config::block_m, none does
   bool live;
   int live_queries;
 
@@ -97,59 +97,11 @@ struct TransposedPlace {
   }
 };
 
-// Entries of scores that a query does not see ← -infinity.
-template <class Place, int m_tiles, int cols>
-inline void mask(tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
-#pragma unroll
-  for (int t = 0; t < m_tiles; ++t) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const typename Place::Row row = place.row(t, i);
-#pragma unroll
-      for (int j = 0; j < cols / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (!row.sees(8 * j + e)) scores.x[t][j][2 * i + e] = -infinity;
-        }
-      }
-    }
-  }
-}
-
-// The factor that takes what apply() leaves in a tile to exponents of 2. Without terms the scale rides in the softmax's
-// multiply-add and apply() does nothing.
-template <class Variant>
-inline float exponent_scale(const Params& params) {
-  return Variant::empty ? params.exponent_scale : log2_e;
-}
-
-// Scores ← what the variant's terms make of them.
-template <class Variant, class Place, int m_tiles, int cols>
-inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
-  if constexpr (!Variant::empty) {
-#pragma unroll
-    for (int t = 0; t < m_tiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const typename Place::Row row = place.row(t, i);
-#pragma unroll
-        for (int j = 0; j < cols / 8; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& s = scores.x[t][j][2 * i + e];
-            s = variant.score(s * place.params.softmax_scale, row.at(8 * j + e));
-          }
-        }
-      }
-    }
-  }
-}
-
 // Stands for a row that is not asked for.
 struct NoRow {};
 
 // Calls step(row, t, i, j) for every pair of entries (t, j, 2 i) and (t, j, 2 i + 1) that a thread holds. Where rows
-// are asked for, the step goes through one after the other, since they take registers.
+// are asked for, all pairs of one come before those of the next, since a row takes registers.
 template <bool asked, int m_tiles, int cols, class Place, class Step>
 inline void for_each_pair(const Place& place, Step&& step) {
   if constexpr (asked) {
@@ -167,14 +119,45 @@ inline void for_each_pair(const Place& place, Step&& step) {
   }
 }
 
+// Calls step(x, row, column) for every entry x that a thread holds.
+template <class Place, int m_tiles, int cols, class Step>
+inline void for_each_entry(tile::Accumulator<m_tiles, cols>& entries, const Place& place, Step&& step) {
+  for_each_pair<true, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) step(entries.x[t][j][2 * i + e], row, 8 * j + e);
+  });
+}
+
+// Entries of scores that a query does not see ← -infinity.
+template <class Place, int m_tiles, int cols>
+inline void mask(tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
+  for_each_entry(scores, place, [](float& s, const auto& row, int col) {
+    if (!row.sees(col)) s = -infinity;
+  });
+}
+
+// The factor that takes what apply() leaves in a tile to exponents of 2. Without terms the scale rides in the softmax's
+// multiply-add and apply() does nothing.
+template <class Variant>
+inline float exponent_scale(const Params& params) {
+  return Variant::empty ? params.exponent_scale : log2_e;
+}
+
+// Scores ← what the variant's terms make of them.
+template <class Variant, class Place, int m_tiles, int cols>
+inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
+  if constexpr (!Variant::empty) {
+    for_each_entry(scores, place, [&](float& s, const auto& row, int col) {
+      s = variant.score(s * place.params.softmax_scale, row.at(col));
+    });
+  }
+}
+
 // Probabilities ← what V is multiplied by.
 template <class Variant, class Place, int m_tiles, int cols>
-inline void weigh(const Variant& variant, tile::Accumulator<m_tiles, cols>& p, const Place& place) {
+inline void weigh(const Variant& variant, tile::Accumulator<m_tiles, cols>& probabilities, const Place& place) {
   if constexpr (Variant::scales) {
-    for_each_pair<true, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) p.x[t][j][2 * i + e] *= variant.factor(row.at(8 * j + e));
-    });
+    for_each_entry(probabilities, place, [&](float& p, const auto& row, int col) { p *= variant.factor(row.at(col)); });
   }
 }
 
@@ -214,7 +197,7 @@ struct ColumnNumbers {
     for (int j = first; j < last; ++j) x[j] = ptx::ld_shared_f32x2(address + 8 * j * sizeof(float));
   }
 
-  float2 of(int j, int, int) const { return x[j]; }
+  float2 of(int, int, int j) const { return x[j]; }
 };
 
 // The lse or delta of the query of each row that a thread holds.
@@ -222,19 +205,19 @@ template <int m_tiles>
 struct RowNumbers {
   float x[m_tiles][2];
 
-  float2 of(int, int t, int i) const { return {x[t][i], x[t][i]}; }
+  float2 of(int t, int i, int) const { return {x[t][i], x[t][i]}; }
 };
 
 // What is made of two neighbouring entries of scores: what dout is multiplied by, which is P unless a term scales it;
 // what dP - delta is multiplied by, which is P times derivatives; and what is multiplied to that once terms have had
 // their gradients.
 struct ScorePair {
-  float weight[2], factor[2], rest[2];
+  float weight[2], ds_factor[2], rest[2];
 };
 
 // Calls emit(t, i, j, pair) for every pair of entries (t, j, 2 i) and (t, j, 2 i + 1) of the scores that a thread
-// holds. Without terms the scores are masked. With terms this function masks what comes of them: neither terms nor
-// their derivatives are to meet infinities.
+// holds. Without terms the scores come masked. With terms they come as they are, and this function masks what the terms
+// make of them: neither terms nor their derivatives are to meet infinities.
 template <class Config, class Place, int m_tiles, int cols, class Numbers, class Emit>
 inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const Place& place, const Numbers& lse,
                           Emit&& emit) {
@@ -242,7 +225,7 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
   const Variant variant(place.params, place.batch, place.head);
   const float scale = exponent_scale<Variant>(place.params);
   for_each_pair<!Variant::empty, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
-    const float2 subtracted = lse.of(j, t, i);
+    const float2 subtracted = lse.of(t, i, j);
     ScorePair pair;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -259,30 +242,30 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
       }
       const float p = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));
       pair.weight[e] = p * weight;
-      pair.factor[e] = p * derivatives.after;
+      pair.ds_factor[e] = p * derivatives.after;
       pair.rest[e] = derivatives.before;
     }
     emit(t, i, j, pair);
   });
 }
 
-// Calls emit(t, i, j, low, high) with two neighbouring entries of dS, of which factors(t, i, j) and rests(t, i, j) are
-// the factors that `probabilities` gave. If asked for, terms get their gradients.
-template <class Config, bool for_terms, class Place, int m_tiles, int cols, class Numbers, class Factors, class Rests,
+// Calls emit(t, i, j, low, high) with two neighbouring entries of dS, of which ds_factors(t, i, j) and rests(t, i, j)
+// are what `probabilities` gave. If `for_terms`, terms get their gradients.
+template <class Config, bool for_terms, class Place, int m_tiles, int cols, class Numbers, class DsFactors, class Rests,
           class Emit>
 inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& place, const Numbers& delta,
-                      Factors&& factors, Rests&& rests, Emit&& emit) {
+                      DsFactors&& ds_factors, Rests&& rests, Emit&& emit) {
   using Variant = typename Config::variant;
   const Variant variant(place.params, place.batch, place.head);
   constexpr bool tells = Variant::has_gradient && for_terms;
   for_each_pair<Variant::scales || tells, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
-    const float2 subtracted = delta.of(j, t, i), factor = factors(t, i, j);
+    const float2 subtracted = delta.of(t, i, j), ds_factor = ds_factors(t, i, j);
     float2 d{dp.x[t][j][2 * i], dp.x[t][j][2 * i + 1]};
     if constexpr (Variant::scales) {
       d.x *= variant.factor(row.at(8 * j));
       d.y *= variant.factor(row.at(8 * j + 1));
     }
-    float2 ds{factor.x * (d.x - subtracted.x), factor.y * (d.y - subtracted.y)};
+    float2 ds{ds_factor.x * (d.x - subtracted.x), ds_factor.y * (d.y - subtracted.y)};
     if constexpr (tells) {
       const Point low = row.at(8 * j), high = row.at(8 * j + 1);
       if (low.live && row.sees(8 * j)) variant.gradient(ds.x, low);

@@ -33,8 +33,8 @@ struct Softcap : Term {
     return fabsf(x) < 0.0625f ? small : large;
   }
 
-  float dscore(float score, const Point&) const {
-    const float tanh = score * inverse;
+  float dscore(float scored, const Point&) const {
+    const float tanh = scored * inverse;
     return fmaf(-tanh, tanh, 1.0f);
   }
 };

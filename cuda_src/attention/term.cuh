@@ -1,6 +1,7 @@
 // attention: what score terms are made of. A term is a struct in a header of its own, which says only what differs from
 // `Term`. Beside the struct is that of its data, which the host packs into Params::terms by the names of its members; a
-// pointer has the name of an array, or of a result, of the call. The host's twin of a term is in cufa/_terms.
+// pointer has the name of an array, or of a result, of the call. The host's twin of a term is in cufa/_terms, and where
+// the two disagree on a flag, what has the term does not compile.
 #pragma once
 
 #include "attention/params.cuh"

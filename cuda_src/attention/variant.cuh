@@ -9,9 +9,9 @@
 
 namespace attention {
 
-// Products of the derivatives of terms by their scores. Terms with gradients are told the gradient by what they made of
-// a score: what comes `after` them is in it, and the derivatives of the terms `before` them, and their own, are
-// multiplied to it when they have been told.
+// Products of the derivatives of terms by their scores. A term with a gradient is told the gradient by what it made of
+// a score, in which are the derivatives of the terms `after` it. Its own, and those of the terms `before` it, are
+// multiplied to that once it has been told. Where no term has a gradient, all are `after`.
 struct Derivatives {
   float before = 1.0f, after = 1.0f;
 };
@@ -22,7 +22,7 @@ struct Variant;
 template <>
 struct Variant<> {
   static constexpr bool empty = true, per_head = false, bends = false, scales = false, has_gradient = false;
-  static constexpr bool keeps = false, bends_to_last_gradient = false;
+  static constexpr bool keeps = false;
   static constexpr int words = 0;
 
   Variant(const Params&, int, int) {}
@@ -43,14 +43,11 @@ struct Variant<Term, Rest...> {
   static constexpr bool bends = Term::bends || Others::bends, scales = Term::scales || Others::scales;
   static constexpr bool has_gradient = Term::has_gradient || Others::has_gradient;
 
-  // Whether derivatives have to be kept until terms have had their gradients.
-  static constexpr bool keeps = has_gradient && (Term::bends || (!Term::has_gradient && Others::keeps));
-
-  // Whether a term up to the last one with a gradient bends.
-  static constexpr bool bends_to_last_gradient =
-      has_gradient && (Others::has_gradient ? Term::bends || Others::bends_to_last_gradient : Term::bends);
-  static_assert(!Term::has_gradient || !Others::bends_to_last_gradient,
-                "of several score terms with gradients, those behind the first must not bend");
+  // Whether derivatives have to be kept until terms have had their gradients: a term up to the last one with a gradient
+  // bends.
+  static constexpr bool keeps = has_gradient && (Term::bends || Others::keeps);
+  static_assert(!Term::has_gradient || !Others::keeps,
+                "behind the first score term with a gradient, none may bend up to the last one with a gradient");
 
   // The data of a term begin with a word of Params::terms, behind those of the terms before it.
   static constexpr int own_words = ceil_div(int(sizeof(Data)), int(sizeof(u64)));

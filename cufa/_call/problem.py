@@ -586,7 +586,7 @@ class _CallCheck(Check):
 
     def check_ordered(self) -> None:
         for term in self.asked():
-            if term.gradients and not term.ordered:
+            if term.has_gradient and not term.ordered:
                 self.unsupported(
                     f"the gradients of {term.name} add up in no fixed order on a GPU, and so are not the same bits in "
                     "every run; pass deterministic=False."

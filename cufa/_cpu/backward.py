@@ -380,7 +380,7 @@ class _SlabBackward(_Slab):
         """
         by_head = ds.reshape(shape)
         for (term, given), slope in zip(reversed(self.scoring.terms), reversed(slopes), strict=True):
-            if term.gradients:
+            if term.has_gradient:
                 if keep is not None:
                     np.copyto(ds, 0, where=~keep)
                 term.gradient(by_head, at, given, gradients)

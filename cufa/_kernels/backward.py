@@ -160,7 +160,7 @@ class BackwardKernel(Kernel):
         sinks, least = problem.num_heads_q if config.sinks else 0, 1 if problem.varlen else 0
         counts = Counts(tiles, units, sinks, least)
         prepare, main, finish = self.main_blocks(config, problem, counts, num_sms)
-        if any(term.gradients for term in config.variant):
+        if any(term.has_gradient for term in config.variant):
             prepare = max(1, prepare)  # someone has to write the zeros from which they add up
         repair = min(max(tiles, units), num_sms) if tiles else 0
         workspace_rows = m_blocks * config.block_m
@@ -247,7 +247,7 @@ class BackwardKernel(Kernel):
 
 def keeps_derivatives(terms: tuple[Term, ...]) -> bool:
     """Whether derivatives are kept until score terms have had their gradients: ``Variant::keeps``."""
-    first = next((index for index, term in enumerate(terms) if term.gradients), None)
+    first = next((index for index, term in enumerate(terms) if term.has_gradient), None)
     return first is not None and any(term.bends for term in terms[: first + 1])
 
 

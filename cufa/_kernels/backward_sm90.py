@@ -101,7 +101,7 @@ def tile(static: Static) -> tuple[int, int]:
     """The table of tiles: (block_m, block_n). What was tried is in docs/backward.md."""
     widest = max(static.head_dim, static.head_dim_v)
     # What is held of scores beside P takes registers.
-    holds = any(term.bends or term.scales or term.gradients for term in static.terms)
+    holds = any(term.bends or term.scales or term.has_gradient for term in static.terms)
     wide = widest <= 64 and static.average_rows > 64 and not holds
     return 128 if wide else 64, 128
 

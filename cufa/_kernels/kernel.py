@@ -137,7 +137,7 @@ class Config:
 
     def types(self) -> dict[str, str]:
         """Its members that are types, in C++."""
-        terms = ", ".join(term.type.format(element=self.element) for term in self.variant)
+        terms = ", ".join(term.struct(self.element) for term in self.variant)
         variant = f"attention::Variant<{terms}>"
         return {"element": self.element, "variant": variant, "mask": mask_of(self.mask).type}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from .._terms.term import FLAGS
 from . import record
 from .kernel import Plan
 
@@ -68,9 +69,21 @@ def _source(plan: Plan, headers: Mapping[str, bytes]) -> str:
         "struct Config {\n"
         f"{types}{''.join(constants)}"
         "};\n\n"
-        f"{record_of(plan, headers).asserts()}{kernel.asserts()}\n"
+        f"{record_of(plan, headers).asserts()}{_term_asserts(plan)}{kernel.asserts()}\n"
         f"{''.join(kernels)}"
     )
+
+
+def _term_asserts(plan: Plan) -> str:
+    """C++ that fails to compile where a score term's struct says otherwise of it than its class."""
+    lines = []
+    for term in getattr(plan.config, "variant", ()):
+        struct = term.struct(plan.config.element)
+        for flag in FLAGS:
+            said = str(getattr(term, flag)).lower()
+            words = f"{flag} of the score term {term.name} is {said} in its Python class, but not in its C++ struct"
+            lines.append(f'static_assert({struct}::{flag} == {said}, "{words}");\n')
+    return "".join(lines)
 
 
 def record_of(plan: Plan, headers: Mapping[str, bytes]) -> record.Record:

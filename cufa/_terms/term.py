@@ -1,7 +1,7 @@
 """What a score term is: a C++ struct for the kernels, and beside it what the host has to know of it.
 
 A term changes scores, one by one, knowing where each is; it may scale probabilities behind the softmax's sum, and what
-it reads may have gradients. Its C++ twin is told of in ``cuda_src/attention/variant.cuh``, by the same names.
+it reads may have gradients. Its C++ twin is told of in ``cuda_src/attention/term.cuh``, by the same names.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .._call.problem import Check, Problem
 
 Array: TypeAlias = NDArray[Any]
+
+FLAGS = ("per_head", "bends", "scales", "has_gradient")
+"""What a term and its C++ twin both say of it; every translation unit asserts that they say the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +107,15 @@ class Term:
 
     def __repr__(self) -> str:
         return self.name
+
+    def struct(self, element: str) -> str:
+        """Its C++ struct where q's elements are of a type."""
+        return self.type.format(element=element)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether it has `gradients`."""
+        return bool(self.gradients)
 
     def asked(self, specs: Mapping[str, Spec], options: Options) -> bool:
         """Whether a call with these arrays and options has the term."""

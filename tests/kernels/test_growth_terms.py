@@ -534,26 +534,31 @@ def test_kernels_compile_with_headers_of_terms(added: Any, arch: int, packed: bo
     assert plans.compile_plan(plan).cubin[:4] == b"\x7fELF"
 
 
-def test_both_halves_of_a_term_say_the_same(added: Any) -> None:
-    check_halves((*TERMS, *added.TERMS))
-    with pytest.raises(_jit.CompileError, match="checkers: scales"):
-        check_halves(added.TERMS, {("checkers", "scales"): False})
+@pytest.mark.parametrize(
+    ("flag", "said", "says_otherwise"),
+    [
+        ("per_head", "true", {"per_head": True}),
+        ("bends", "false", {"bends": False}),
+        ("scales", "false", {"scales": False}),
+        ("has_gradient", "true", {"gradients": ("dsquares",)}),
+    ],
+)
+def test_halves_of_a_term_that_disagree_do_not_compile(
+    added: Any, flag: str, said: str, says_otherwise: dict[str, Any]
+) -> None:
+    wrong = type("Wrong", (added.Checkers,), says_otherwise)()
+    plan = kernel((*TERMS, added.Table(), wrong), "bf16", 80, False, plans.forward)
+    sentence = f"{flag} of the score term checkers is {said} in its Python class, but not in its C\\+\\+ struct"
+    with pytest.raises(_jit.CompileError, match=sentence) as refusal:
+        plans.compile_plan(plan)
+    assert str(refusal.value).count("static assertion failed") == 1
 
 
-def check_halves(terms: tuple[Any, ...], wrong: dict[tuple[str, str], bool] | None = None) -> None:
-    """Compile what fails to if a term's struct says otherwise than its class; some of that may be given `wrong`."""
-    lines = []
-    for term in terms:
-        struct = term.type.format(element="bf16")
-        said = {"per_head": term.per_head, "bends": term.bends, "scales": term.scales}
-        for name, value in (said | {"has_gradient": bool(term.gradients)}).items():
-            value = (wrong or {}).get((term.name, name), value)
-            claim = f"attention::{struct.removeprefix('attention::')}::{name} == {str(value).lower()}"
-            lines.append(f'static_assert({claim}, "{term.name}: {name}");\n')
-    headers = _jit.headers() | {name: text.encode() for term in terms for name, text in term.headers.items()}
-    source = "".join(f'#include "{term.header}"\n' for term in terms) + "".join(lines)
-    unit = _jit.unit_of(kernel(terms, "bf16", 80, False, plans.forward))
-    _jit.compile_unit(unit._replace(source=source, headers=headers, entries=()))
+def test_no_term_bends_between_two_with_gradients(added: Any) -> None:
+    """Behind the last it may: so does the chessboard in `test_kernels_compile_with_headers_of_terms`."""
+    plan = kernel((added.Table(), added.Checkers(), added.Table()), "bf16", 80, False, plans.forward)
+    with pytest.raises(_jit.CompileError, match="none may bend up to the last one with a gradient"):
+        plans.compile_plan(plan)
 
 
 def test_the_header_of_a_term_is_in_the_key(added: Any) -> None:
