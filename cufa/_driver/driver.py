@@ -76,6 +76,29 @@ def device(ordinal: int) -> Device:
     return Device(10 * major + minor, num_sms)
 
 
+@lru_cache(maxsize=64)
+def _primary_context(ordinal: int) -> Any:
+    """The primary context of a GPU, of which this process keeps hold from now on."""
+    return call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", ordinal))
+
+
+os.register_at_fork(after_in_child=_primary_context.cache_clear)
+
+
+def enter(ordinal: int) -> bool:
+    """Make a GPU current in a thread where none is, and say whether there was none.
+
+    It stays so, as CUDA's runtime leaves it after the first call in a thread that launches anything. Frameworks call
+    threads their GPU's before they do so: those of torch's autograd would meet a driver without a context each time.
+    """
+    bindings = driver()
+    status, active = bindings.cuCtxGetCurrent()
+    if status != 0 or int(active):
+        return False
+    call("cuCtxSetCurrent", _primary_context(ordinal))
+    return True
+
+
 @lru_cache(maxsize=1)
 def count() -> int:
     """How many GPUs this process sees."""

@@ -135,16 +135,19 @@ class Launch:
                 if status != 0:  # in a new thread no GPU is current, whatever the framework says
                     break
                 done += 1
-        if done == len(configs):
-            self._counted()
-            return
+        if done < len(configs):
+            self._insist(configs[done:], arguments)
+        self._counted()
+
+    def _insist(self, configs: Sequence[Any], arguments: int) -> None:
+        """Enqueue where it is not known that this GPU is current, or known that it is not."""
+        _driver.enter(self.device)
         with _driver.current(self.device):
-            for config, function in configs[done:]:
-                (status,) = enqueue(config, function, arguments, 0)
+            for config, function in configs:
+                (status,) = self._enqueue(config, function, arguments, 0)
                 if status != 0:
                     described = _driver.describe(_driver.driver(), status)
                     raise CudaError(f"cufa: launching {self.words} failed: {described}.")
-        self._counted()
 
     def _make_configs(self, stream: int) -> list[Any]:
         """What the driver is told of each kernel, and the kernel; kept, because making it costs microseconds."""

@@ -332,13 +332,13 @@ _READY: dict[Any, _Ready] = {}
 
 
 def _ready(frame: Frame, device: int | None = None) -> tuple[_Ready, list[int]]:
-    """What is remembered of a call, and the addresses of its buffers; `device` is None for the GPU that has them.
+    """What is remembered of a call, and the addresses of its buffers; `device` is None for the current GPU.
 
     Shapes and dtypes are part of the description, so that those of the buffers are looked at once.
     """
     text, addresses = frame.description(), frame.addresses()
     if device is None:
-        device = 0 if _driver.count() == 1 else device_of(next(filter(None, addresses), 0))
+        device = _current_device(addresses)
     aligned = reduce(operator.or_, addresses, 0) % ALIGNMENT == 0
     misaligned = () if aligned else tuple(address % ALIGNMENT for address in addresses)
     key = text, device, misaligned
@@ -406,6 +406,14 @@ def run_on_gpu(frame: Frame) -> None:
         prepared(named, memory, stream, problem.device)
     finally:
         frame.ask(FREE, size, memory)
+
+
+def _current_device(addresses: list[int]) -> int:
+    """The CUDA ordinal of the GPU that a call runs on, which XLA has made current: asking of addresses takes longer."""
+    if _driver.count() == 1:
+        return 0
+    status, current = _driver.driver().cuCtxGetDevice()
+    return int(current) if status == 0 else device_of(next(filter(None, addresses), 0))
 
 
 def device_of(pointer: int) -> int:

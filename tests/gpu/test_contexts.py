@@ -53,7 +53,7 @@ CAPTURED = Call(
 @pytest.fixture
 def cold(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a new process: no problem, kernel or map is remembered, before and after."""
-    memos = (_problem._checked, tensor_map._driver_encode, _driver.device)
+    memos = (_problem._checked, tensor_map._driver_encode, _driver.device, _driver._primary_context)
     monkeypatch.setattr(_jit, "_kernels", {})
     monkeypatch.setattr(_jit, "_libraries", {})
     for memo in memos:
@@ -69,7 +69,13 @@ def cold(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class FakeDriver:
     """CUDA's driver while some other thread captures in global mode."""
 
-    RETURN_NOTHING = ("cuCtxPushCurrent", "cuDevicePrimaryCtxRelease", "cuKernelSetAttribute", "cuLaunchKernelEx")
+    RETURN_NOTHING = (
+        "cuCtxPushCurrent",
+        "cuCtxSetCurrent",
+        "cuDevicePrimaryCtxRelease",
+        "cuKernelSetAttribute",
+        "cuLaunchKernelEx",
+    )
 
     def __init__(self, *current: int) -> None:
         from cuda.bindings import driver
@@ -105,7 +111,8 @@ class FakeDriver:
         if loads and not relaxed:
             return errors.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
         needs_context = loads or name.startswith(("cuCtx", "cuTensorMap", "cuLaunch", "cuStream"))
-        if needs_context and name != "cuCtxPushCurrent" and not self.current:
+        free = ("cuCtxPushCurrent", "cuCtxSetCurrent", "cuCtxGetCurrent")
+        if needs_context and name not in free and not self.current:
             return errors.CUDA_ERROR_INVALID_CONTEXT
         # Maps are the same for every GPU, but nothing else may happen on another one.
         if name.startswith(("cuKernel", "cuLaunch")) and self.current[-1] != 0:
@@ -124,6 +131,10 @@ class FakeDriver:
             self.retained -= 1
         elif name == "cuCtxPushCurrent":
             self.current.append(arguments[0])
+        elif name == "cuCtxSetCurrent":
+            self.current[-1:] = [arguments[0]]
+        elif name == "cuCtxGetCurrent":
+            return (self.current[-1] + 1 if self.current else 0,)  # 0 is no context
         elif name == "cuCtxPopCurrent":
             return (self.current.pop(),)
         elif name == "cuDriverGetVersion":
@@ -216,10 +227,12 @@ def test_a_first_call_brings_what_the_driver_asks_for(name: str, current: tuple[
         operation()
         assert {"cuLibraryLoadData", "cuKernelGetFunction", "cuLaunchKernelEx"} <= set(fake.called)
         assert ("cuTensorMapEncodeTiled" in fake.called) == ("float32" not in name)
-        assert (tuple(fake.current), fake.mode, fake.retained) == (current, mode, 0)
+        # What has no context gets this GPU's, for good; all else is as it was.
+        assert (tuple(fake.current), fake.mode, fake.retained) == (current or (0,), mode, not current)
         fake.called.clear()
         operation()
         assert not any("Load" in function or "Exchange" in function for function in fake.called)
+        assert ("cuCtxPushCurrent" in fake.called) == (current == (1,))
 
 
 @pytest.mark.parametrize(

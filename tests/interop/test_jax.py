@@ -599,8 +599,7 @@ def test_frames_on_a_gpu(monkeypatch: pytest.MonkeyPatch, traced: bool) -> None:
     from cufa._operations.call import planned
 
     launched = Launched(monkeypatch)
-    monkeypatch.setattr(xla._driver, "count", lambda: 2)
-    monkeypatch.setattr(xla, "device_of", lambda _: 0)
+    monkeypatch.setattr(xla, "_current_device", lambda _: 0)
     monkeypatch.setattr(xla, "_READY", {})
     present = tuple(index for index, x in enumerate(ATTENTION_BACKWARD.arrays) if x in ("q", "k", "v", "out", "dout"))
     present = tuple(sorted((*present, ATTENTION_BACKWARD.arrays.index("lse"))))
@@ -644,11 +643,15 @@ rng = np.random.default_rng(0)
 q, k, v = (rng.standard_normal((4, 10, heads, 16), dtype=np.float32) for heads in (4, 2, 2))
 sinks = rng.standard_normal(4, dtype=np.float32)
 loss = lambda sinks, *x: (cufa.attention(*x, causal=True, sinks=sinks) ** 2).sum()
-shapes, handler = [], "run_on_cpu" if jax.default_backend() == "cpu" else "run_on_gpu"
+used, shapes, handler = set(), [], "run_on_cpu" if jax.default_backend() == "cpu" else "run_on_gpu"
 known = getattr(xla, handler)
 def run(frame):
     if frame.stage == xla.EXECUTE:
         shapes.append(frame.kinds()[0][1])
+        if handler == "run_on_gpu":
+            owner = xla.device_of(frame.addresses()[0])
+            assert xla._current_device([]) == owner
+            used.add(owner)
     known(frame)
 setattr(xla, handler, run)
 def check(call, *given):
@@ -699,6 +702,7 @@ for checked in (True, False):  # one axis of the mesh is left to the partitioner
     part = {"in_specs": P("x"), "out_specs": P("x"), "axis_names": {"x"}, "check_vma": checked}
     found = jax.jit(jax.shard_map(lambda *x: cufa.attention(*x), mesh=wide, **part))(q, k, v)
     np.testing.assert_allclose(found, cufa.attention(q, k, v), atol=2e-5)
+assert used == (set() if handler == "run_on_cpu" else {0, 1}), used
 print("done")
 """
 
