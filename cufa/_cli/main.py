@@ -1,0 +1,60 @@
+"""``cufa`` and ``python -m cufa``: the commands by name, each imported when it is run."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from .. import __version__
+
+COMMANDS = {
+    "info": "what cufa finds on this machine, as a bug report should hold",
+}
+"""The commands and what each does, in the order of the help. Each is the function of that name in a module of that
+name here."""
+
+
+class Commands(click.Group):
+    """A group whose commands are not imported for the help, nor one for the sake of another."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        found: click.Command = getattr(importlib.import_module(f"cufa._cli.{name}"), name)
+        return found
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, context: click.Context, args: list[str]) -> Any:
+        """As the base class, but the message about an unknown command says which there are."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
+            context.fail(f"no command {args[0]!r}; {hint}")
+        return super().resolve_command(context, args)
+
+
+@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="cufa")
+def cufa() -> None:
+    """Exact attention kernels: what is here, what would run, and kernels compiled ahead."""
+
+
+def main() -> None:
+    """Run the command line; errors that are cufa's own end it with one sentence and status 1."""
+    from ..errors import CompileError, CudaError, MissingKernelError, UnsupportedError
+
+    try:
+        cufa(prog_name="cufa")
+    except (CompileError, CudaError, MissingKernelError, UnsupportedError, ValueError, TypeError, OSError) as error:
+        click.echo(f"cufa: {str(error).removeprefix('cufa: ')}", err=True)
+        raise SystemExit(1) from None
