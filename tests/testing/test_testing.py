@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import doctest
 import re
 import subprocess
 import sys
@@ -29,9 +28,7 @@ from cufa.testing import (
     BenchResult,
     Case,
     View,
-    _cases,
     _compare,
-    _gradients,
     _timing,
     assert_close,
     bench,
@@ -43,11 +40,6 @@ from cufa.testing import (
 )
 
 ALL_DTYPES = (*DTYPES, "float64")
-
-
-@pytest.mark.parametrize("module", [cufa.reference, cufa._cpu.forward, _cases, _compare, _gradients, _timing])
-def test_the_examples_run(module: types.ModuleType) -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 def test_the_readme_tests_a_pipeline() -> None:
