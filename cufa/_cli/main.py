@@ -11,6 +11,7 @@ from .. import __version__
 
 COMMANDS = {
     "info": "what cufa finds on this machine, as a bug report should hold",
+    "bench": "how fast attention is on this GPU, beside what else is installed",
 }
 """The commands and what each does, in the order of the help. Each is the function of that name in a module of that
 name here."""

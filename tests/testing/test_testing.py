@@ -612,15 +612,15 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Non
 
         return run
 
-    gpu = _timing._Gpu(
+    gpu = _timing.Gpu(
         stream=Stream(),
         synchronize=lambda: log.append("synchronize"),
         flush=work("flush", 100),
         capture=lambda fn: work("replay", 2),
         record=lambda: clock[0],
-        milliseconds=lambda start, stop: stop - start,
+        seconds=lambda start, stop: (stop - start) / 1e3,
     )
-    monkeypatch.setattr(_timing, "_gpu_of", lambda like: gpu)
+    monkeypatch.setattr(_timing, "gpu_of", lambda like: gpu)
     assert bench(work("call", 3), like=X, seconds=0.01, min_repeats=1) == BenchResult(0.002, 0.002, 0.002, 5)
     assert log[:4] == ["enter", "call", "call", "synchronize"] and log[-2:] == ["synchronize", "exit"]
     assert log.count("replay") == log.count("flush") == 3 + 5 and log.count("call") == 2
