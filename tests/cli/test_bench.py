@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 import cufa
 from cufa._bench import frameworks, measure, reports
 from cufa._bench.frameworks import Framework
-from cufa._bench.peers import FORWARD
+from cufa._bench.peers import BACKWARD, FORWARD
 from cufa._cli.main import cufa as command
 from cufa.errors import UnsupportedError
 from cufa.testing._timing import Gpu
@@ -218,3 +218,24 @@ def test_no_framework_has_arrays_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(frameworks, "CuPy", missing("CuPy"))
     with pytest.raises(UnsupportedError, match=r"neither \(torch finds no GPU; CuPy finds no GPU\); pip install"):
         frameworks.find()
+
+
+def test_torchs_attention_is_a_peer() -> None:
+    torch = pytest.importorskip("torch")
+
+    class OnCpu(frameworks.Torch):
+        def __init__(self) -> None:
+            self.torch = torch
+
+        def random(self, shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+            return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=getattr(torch, dtype))
+
+    row = ROW._replace(dtype="float32")
+    q, k, v, dout = OnCpu().inputs(row, 0)
+    for peers, given in ((FORWARD, (q, k, v)), (BACKWARD, (q, k, v, dout))):
+        ours, theirs = (
+            frameworks.results_of(peers[name](OnCpu(), row, *given)()) for name in ("cufa", reports.BASELINE)
+        )
+        assert frameworks.difference(OnCpu(), theirs, ours) < 1e-6
+        with pytest.raises(NotImplementedError):
+            peers["cuDNN (torch)"](OnCpu(), row, *given)
