@@ -82,6 +82,12 @@ VARIABLES: tuple[Variable, ...] = (
         "choice",
         "1 says on stderr what is being compiled, 0 does not, auto does on a terminal",
     ),
+    Variable(
+        "CUFA_RECORD",
+        "none",
+        "path",
+        "file to which programs append which kernels they use, for cufa bundle build --from-log",
+    ),
     Variable("CUFA_LINEINFO", "0", "flag", "1 compiles kernels with source line information, for profilers"),
 )
 
@@ -161,6 +167,11 @@ def progress() -> bool | None:
     if text not in ("0", "1"):
         raise _error("CUFA_PROGRESS", "0, 1 or auto", text)
     return text == "1"
+
+
+def record_file() -> Path | None:
+    """File to which used kernels are appended (``CUFA_RECORD``); None when not set."""
+    return _path("CUFA_RECORD")
 
 
 def lineinfo() -> bool:

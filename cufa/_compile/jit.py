@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .._driver import counts as _counts
 from .._driver import driver as _driver
 from .._driver import forks as _forks
 from .._kernels import Plan
@@ -25,6 +26,9 @@ from . import cache as _cache
 from . import env as _env
 from . import save as _save
 from .cache import CubinCache, Entry
+
+COMPILED, CACHED, LOADED = (_counts.tally("kernels", what) for what in ("compiled", "cached", "loaded"))
+"""How often a kernel was compiled, taken from the cache, and loaded."""
 
 
 class Nvrtc(NamedTuple):
@@ -242,6 +246,20 @@ def resources_of(log: str) -> Resources:
     return Resources(max(map(int, registers)), sum(int(stores) + int(loads) for stores, loads in spills))
 
 
+_silent = threading.local()
+
+
+@contextlib.contextmanager
+def silently() -> Iterator[None]:
+    """Say nothing on the terminal of what this thread compiles meanwhile: there is a progress bar."""
+    before = getattr(_silent, "here", False)
+    _silent.here = True
+    try:
+        yield
+    finally:
+        _silent.here = before
+
+
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[None]:
     """Say on an interactive terminal, and in the log, what is being compiled.
@@ -249,7 +267,7 @@ def _progress(what: str) -> Iterator[None]:
     At once and by no other thread: one cannot always be started, and may not run while the interpreter ends. Nor does a
     stream or a log that fails matter here.
     """
-    wanted = _env.progress()
+    wanted = _env.progress() if not getattr(_silent, "here", False) else False
     _cache.log(logging.INFO, "compiling %s", what)
     with contextlib.suppress(Exception):
         if sys.stderr is not None and (wanted or (wanted is None and sys.stderr.isatty())):
@@ -275,6 +293,7 @@ def _save_source(source: str, texts: Mapping[str, bytes], log: str) -> Path | No
 
 _caches: dict[str, CubinCache] = {}
 _kernels: dict[tuple[Plan, int], tuple[Any, ...]] = {}
+"""Loaded functions, by bare plan and GPU."""
 _libraries: dict[str, Any] = {}
 _lock = threading.Lock()
 _key_locks: dict[str, threading.Lock] = {}
@@ -309,7 +328,10 @@ def _entry_of(unit: Unit, key: str) -> Entry:
         lock = _key_locks.setdefault(key, threading.Lock())
     with lock:  # threads that want one kernel compile it once; different kernels compile side by side
         entry = cache().get(key)
-        return entry if entry is not None else _compile(unit, key)
+        if entry is None:
+            return _compile(unit, key)
+        CACHED.add()
+        return entry
 
 
 def _compile(unit: Unit, key: str) -> Entry:
@@ -318,8 +340,16 @@ def _compile(unit: Unit, key: str) -> Entry:
             f"cufa: {unit.words} is not in the cache, and CUFA_DISABLE_JIT forbids compiling it; unset it, or fill "
             "the cache with the same call on a machine where compiling is allowed."
         )
+    entry = compiled_entry(unit)
+    cache().put(key, entry)
+    return entry
+
+
+def compiled_entry(unit: Unit) -> Entry:
+    """The kernel from the compiler, which the cache is not told of."""
     compiled = compile_unit(unit)
     taken = resources_of(compiled.log)
+    COMPILED.add()
     meta = {
         "kernel": unit.name,
         "what": unit.words,
@@ -328,14 +358,12 @@ def _compile(unit: Unit, key: str) -> Entry:
         "spill_bytes": taken.spill_bytes,
         "seconds": round(compiled.seconds, 3),
     }
-    entry = Entry(compiled.cubin, meta)
-    cache().put(key, entry)
-    return entry
+    return Entry(compiled.cubin, meta)
 
 
 def is_loaded(plan: Plan, device: int) -> bool:
     """Whether the next call finds the kernel ready."""
-    return (plan, device) in _kernels
+    return (plan.bare, device) in _kernels
 
 
 def load_kernel(plan: Plan, device: int, stream: int) -> tuple[Any, ...]:
@@ -348,15 +376,20 @@ def load_kernel(plan: Plan, device: int, stream: int) -> tuple[Any, ...]:
     MissingKernelError
         If it is not loaded and `stream` is being captured, or compiling is forbidden.
     """
-    functions = _kernels.get((plan, device))
+    functions = _kernels.get((plan.bare, device))
     if functions is not None:
         return functions
     with _driver.current(device):
         if _driver.is_capturing(stream):
             raise MissingKernelError(
                 f"cufa: {plan.words()} is not loaded, and the stream is being captured into a CUDA graph, where it "
-                "cannot be; make the same call once before the capture."
+                "cannot be; make the same call once before the capture, or cufa.warmup() what it needs."
             )
+    return load(plan, device)
+
+
+def load(plan: Plan, device: int) -> tuple[Any, ...]:
+    """`load_kernel` before any call, and so for no stream."""
     with _driver.loading(device):
         kernels = _load(unit_of(plan))
         attribute = _driver.driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -366,7 +399,8 @@ def load_kernel(plan: Plan, device: int, stream: int) -> tuple[Any, ...]:
                 _driver.call("cuKernelSetAttribute", attribute, step.smem_bytes, kernel, handle)
             _driver.call("cuKernelGetFunction", kernel)  # loads it into the context now, not within a later capture
     functions = tuple(_driver.driver().CUfunction(int(kernel)) for kernel in kernels)
-    return _kernels.setdefault((plan, device), functions)
+    LOADED.add()
+    return _kernels.setdefault((plan.bare, device), functions)
 
 
 def _load(unit: Unit) -> list[Any]:
