@@ -51,6 +51,7 @@ _SIGNATURE_SIZE = 64
 _KERNEL = re.compile(r"kernels/[0-9a-f]{64}-[0-9]{2,3}a?\.cubin")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TARGET = re.compile(r"[0-9]{2,3}a?")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _TEGRA = 87
 """A compute capability whose kernels no other GPU of its family runs, nor it theirs."""
 
@@ -312,6 +313,15 @@ class Bundle:
         """A kernel as the cache would give it."""
         return Entry(self.cubin(listed), listed.meta)
 
+    def content(self) -> bytes:
+        """The whole file, as it is."""
+        with _refusing(self.path):
+            self._file.seek(0)
+            data = self._file.read(self.status.st_size)
+            if len(data) < self.status.st_size:
+                raise _Refused("it was cut off while it was read")
+        return data
+
     def items(self) -> Iterator[Item]:
         """All kernels, each checked as it is read."""
         for entry in self.manifest.entries:
@@ -492,7 +502,7 @@ def _entry(found: Any) -> Listed:
     if not isinstance(found, dict):
         raise _Refused(f"an entry of its {MANIFEST} is not an object")
     entry = Listed(**{name: _field(found, name, _TYPES[name]) for name in Listed._fields})
-    for name, pattern in (("key", _DIGEST), ("sha256", _DIGEST), ("target", _TARGET)):
+    for name, pattern in (("key", _DIGEST), ("sha256", _DIGEST), ("target", _TARGET), ("kernel", _NAME)):
         if pattern.fullmatch(getattr(entry, name)) is None:
             raise _Refused(f"{name} of an entry of its {MANIFEST} is {getattr(entry, name)!r:.80}")
     if not 0 <= entry.size <= MAX_ENTRY_SIZE:

@@ -20,7 +20,7 @@ from .._kernels.unit import Unit
 from . import cache as _cache
 from . import env as _env
 from . import sources as _sources
-from .bundle import SUFFIX, Bundle, Listed, architectures, command_for, open_bundle, targets_for
+from .bundle import SUFFIX, Bundle, Listed, Manifest, architectures, command_for, open_bundle, targets_for
 from .cache import Entry
 
 GROUP = "cufa.bundles"
@@ -103,23 +103,32 @@ class Place:
         _cache.log(logging.WARNING, "bundle not used: %s", self.trouble)
 
     def _opened(self) -> Bundle:
-        # What pip has installed is trusted as the Python code beside it is.
-        ours = self._where.trust_shared or self.origin == "wheel"
-        # The directory that was named, and the one that the file is in if a link leads there.
-        for directory in () if ours else {self.path.parent, Path(os.path.realpath(self.path)).parent}:
-            _check_owner(directory, os.stat(directory))
         bundle = open_bundle(self.path)
         try:
-            if not ours:
-                _check_owner(self.path, bundle.status)
-            if self._where.keys:
-                from . import signing  # cryptography takes long to import
-
-                signing.check(bundle, self._where.keys, self._where.trust_shared)
+            # What pip has installed is trusted as the Python code beside it is.
+            (check_signature if self.origin == "wheel" else check_trust)(bundle, self._where)
         except BaseException:
             bundle.close()
             raise
         return bundle
+
+
+def check_trust(bundle: Bundle, where: Where) -> None:
+    """Refuse a bundle that others could have written, or that lacks a signature that is asked for, by a ValueError."""
+    if not where.trust_shared:
+        # The directory that was named, and the one that the file is in if a link leads there.
+        for directory in (bundle.path.parent, Path(os.path.realpath(bundle.path)).parent):
+            _check_owner(directory, os.stat(directory))
+        _check_owner(bundle.path, bundle.status)
+    check_signature(bundle, where)
+
+
+def check_signature(bundle: Bundle, where: Where) -> None:
+    """Refuse a bundle that is not signed by one of the keys, if there are any, by a ValueError."""
+    if where.keys:
+        from . import signing  # cryptography takes long to import
+
+        signing.check(bundle, where.keys, where.trust_shared)
 
 
 def _check_owner(path: Path, status: os.stat_result) -> None:
@@ -180,15 +189,20 @@ _NO_COMMAND = (
 )
 
 
-def _why_not(bundle: Bundle, unit: Unit) -> str:
+def made_from(manifest: Manifest) -> str:
+    """That a bundle was made from other sources than these, in words."""
     from .. import __version__
 
+    return (
+        f"was made from cufa {manifest.cufa} sources {manifest.sources[:8]}…, this is {__version__} "
+        f"({_sources.version()[:8]}…)"
+    )
+
+
+def _why_not(bundle: Bundle, unit: Unit) -> str:
     manifest = bundle.manifest
     if manifest.sources != _sources.version():
-        return (
-            f"was made from cufa {manifest.cufa} sources {manifest.sources[:8]}…, this is {__version__} "
-            f"({_sources.version()[:8]}…)"
-        )
+        return made_from(manifest)
     if not targets_for(manifest.targets, unit.arch):
         return f"was built for {architectures(manifest.targets)}; this GPU is sm_{unit.arch}"
     words = _without_arch(unit.words)
