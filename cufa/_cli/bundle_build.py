@@ -40,9 +40,9 @@ def build(
     themselves; lengths of sequences need not be said.
 
     \b
-        cufa bundle build --arch sm_80,sm_90a --preset inference --out kernels.cufab
-        cufa bundle build --arch sm_90a --operation attention --head-dim 128 --feature causal --out kernels.cufab
-        CUFA_RECORD=used.jsonl python serve.py; cufa bundle build --from-log used.jsonl --out kernels.cufab
+        cufa bundle build --arch sm_80,sm_90a --preset inference --out kernels.cufa-bundle
+        cufa bundle build --arch sm_90a --operation attention --head-dim 128 --feature causal --out kernels.cufa-bundle
+        CUFA_RECORD=used.jsonl python -m program; cufa bundle build --from-log used.jsonl --out kernels.cufa-bundle
     """
     from .._bundles import build as building
 

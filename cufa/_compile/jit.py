@@ -24,11 +24,17 @@ from .._kernels.unit import Unit
 from ..errors import CompileError, CudaError, MissingKernelError
 from . import cache as _cache
 from . import env as _env
+from . import lookup as _lookup
 from . import save as _save
+from .bundle import command_for, runs_on
 from .cache import CubinCache, Entry
+from .lookup import Served
+from .sources import headers as headers
 
-COMPILED, CACHED, LOADED = (_counts.tally("kernels", what) for what in ("compiled", "cached", "loaded"))
-"""How often a kernel was compiled, taken from the cache, and loaded."""
+COMPILED, CACHED, BUNDLED, LOADED = (
+    _counts.tally("kernels", what) for what in ("compiled", "cached", "bundled", "loaded")
+)
+"""How often a kernel was compiled, taken from the cache or from a bundle, and loaded."""
 
 
 class Nvrtc(NamedTuple):
@@ -67,29 +73,6 @@ class Resources(NamedTuple):
 
     registers: int
     spill_bytes: int
-
-
-@lru_cache(maxsize=1)
-def headers() -> dict[str, bytes]:
-    """Every header under ``cuda_src``, by its path there."""
-    package: Any = Path(__file__).parents[1]
-    if not package.is_dir():  # in a zip file
-        import importlib.resources  # slow to import, and seldom needed
-
-        package = importlib.resources.files("cufa")
-    # Beside the package in a source tree, and in it where it is installed.
-    for root in (package / "cuda_src", package.parent / "cuda_src"):
-        if found := dict(_headers_below(root, "")):
-            return found
-    raise CompileError(f"cufa: the CUDA sources are missing from {package}; install cufa again.")
-
-
-def _headers_below(folder: Any, prefix: str) -> Iterator[tuple[str, bytes]]:
-    for item in sorted(folder.iterdir(), key=lambda item: str(item.name)) if folder.is_dir() else ():
-        if item.name.endswith(".cuh"):
-            yield f"{prefix}{item.name}", item.read_bytes()
-        elif item.is_dir():
-            yield from _headers_below(item, f"{prefix}{item.name}/")
 
 
 @lru_cache(maxsize=1)
@@ -146,14 +129,15 @@ def _fingerprint(path: str) -> str:
 
 def options_of(target: str) -> list[str]:
     """Options for NVRTC; target is ``80`` or ``90a``."""
-    options = [
-        f"--gpu-architecture=sm_{target}",
-        "--device-as-default-execution-space",
-        "--std=c++17",
-        "--ptxas-options=-v",
-    ]
+    options = [f"--gpu-architecture=sm_{target}", *_common_options()]
     if nvrtc().version >= (12, 9):
         options.append("--no-cache")  # NVRTC's own cache would leave the log without registers and spills
+    return options
+
+
+def _common_options() -> list[str]:
+    """What decides the machine code but for the architecture."""
+    options = ["--device-as-default-execution-space", "--std=c++17", "--ptxas-options=-v"]
     return [*options, "--generate-line-info"] if _env.lineinfo() else options
 
 
@@ -165,7 +149,7 @@ def unit_of(plan: Plan) -> Unit:
 def target_of(unit: Unit) -> str:
     """The architecture to compile for: the GPU's own, or an older one of its family that NVRTC knows."""
     archs, wanted = nvrtc().archs, unit.arch
-    family = [arch for arch in archs if arch // 10 == wanted // 10 and arch <= wanted]
+    family = [arch for arch in archs if runs_on(arch, wanted)]
     if not family:
         major, minor = nvrtc().version
         raise CompileError(
@@ -183,6 +167,14 @@ def key_of(unit: Unit) -> str:
         "options": options_of(target_of(unit)),
         "nvrtc": [*map(str, found.version), found.build],
     }
+    for name, text in unit.headers.items():
+        fields[f"header {name}"] = text
+    return _cache.digest(fields)
+
+
+def source_key(unit: Unit) -> str:
+    """Digest of everything that makes the kernel, but for the architecture and the compiler: its name in bundles."""
+    fields: dict[str, bytes | str | list[str]] = {"source": unit.source, "options": _common_options()}
     for name, text in unit.headers.items():
         fields[f"header {name}"] = text
     return _cache.digest(fields)
@@ -319,8 +311,33 @@ def cache() -> CubinCache:
 
 
 def entry_of(unit: Unit) -> Entry:
-    """The compiled kernel, from the cache or the compiler."""
-    return _entry_of(unit, key_of(unit))
+    """The compiled kernel, from a bundle, the cache or the compiler."""
+    served = bundled(unit)
+    if served is None:
+        return _entry_of(unit, _cache_key(unit))
+    BUNDLED.add()
+    return served.entry
+
+
+def bundled(unit: Unit) -> Served | None:
+    """The kernel from a bundle, if one serves; NVRTC is not asked."""
+    bundles = _lookup.bundles()
+    return bundles.find(source_key(unit), unit) if bundles else None
+
+
+def why_not_bundled(unit: Unit) -> str:
+    """Why no bundle serves, in one sentence that ends with what to do; empty if there are no bundles."""
+    bundles = _lookup.bundles()
+    return bundles.why(unit) if bundles else ""
+
+
+def _cache_key(unit: Unit) -> str:
+    try:
+        return key_of(unit)
+    except CompileError as error:  # without NVRTC nothing in the cache can be found
+        if _env.jit_disabled():
+            raise _missing(unit) from error
+        raise
 
 
 def _entry_of(unit: Unit, key: str) -> Entry:
@@ -336,10 +353,7 @@ def _entry_of(unit: Unit, key: str) -> Entry:
 
 def _compile(unit: Unit, key: str) -> Entry:
     if _env.jit_disabled():
-        raise MissingKernelError(
-            f"cufa: {unit.words} is not in the cache, and CUFA_DISABLE_JIT forbids compiling it; unset it, or fill "
-            "the cache with the same call on a machine where compiling is allowed."
-        )
+        raise _missing(unit)
     entry = compiled_entry(unit)
     cache().put(key, entry)
     return entry
@@ -357,8 +371,17 @@ def compiled_entry(unit: Unit) -> Entry:
         "registers": taken.registers,
         "spill_bytes": taken.spill_bytes,
         "seconds": round(compiled.seconds, 3),
+        "nvrtc": "{}.{} {:.12}".format(*nvrtc().version, nvrtc().build),
     }
     return Entry(compiled.cubin, meta)
+
+
+def _missing(unit: Unit) -> MissingKernelError:
+    why = why_not_bundled(unit) or f"No bundle is there; {command_for(unit.plan)} makes one that serves."
+    return MissingKernelError(
+        f"cufa: {unit.words} is not in the cache, and CUFA_DISABLE_JIT forbids compiling it. {why} Run that where "
+        "compiling is allowed, and let CUFA_BUNDLE_PATH name the file."
+    )
 
 
 def is_loaded(plan: Plan, device: int) -> bool:
@@ -404,7 +427,31 @@ def load(plan: Plan, device: int) -> tuple[Any, ...]:
 
 
 def _load(unit: Unit) -> list[Any]:
-    key = key_of(unit)
+    library = _bundled_library(unit)
+    if library is None:
+        library = _cached_library(unit)
+    return [_driver.call("cuLibraryGetKernel", library, name.encode()) for name in unit.entries]
+
+
+def _bundled_library(unit: Unit) -> Any:
+    """The library of a bundled kernel; None if no bundle serves, or the driver refuses what it has."""
+    served = bundled(unit)
+    if served is None:
+        return None
+    library = _libraries.get(served.name)
+    if library is None:
+        try:
+            library = _load_library(served.entry.cubin)
+        except CudaError as error:
+            _cache.log(logging.WARNING, "the driver refused %s of %s: %s", unit.words, served.path, error)
+            return None
+        BUNDLED.add()
+        library = _libraries.setdefault(served.name, library)
+    return library
+
+
+def _cached_library(unit: Unit) -> Any:
+    key = _cache_key(unit)
     library = _libraries.get(key)
     if library is None:
         entry = _entry_of(unit, key)
@@ -416,7 +463,7 @@ def _load(unit: Unit) -> list[Any]:
             _cache.log(logging.WARNING, "the driver refused the cached %s: %s %s", unit.words, error, path or "")
             library = _load_library(_compile(unit, key).cubin)
         library = _libraries.setdefault(key, library)
-    return [_driver.call("cuLibraryGetKernel", library, name.encode()) for name in unit.entries]
+    return library
 
 
 def _load_library(cubin: bytes) -> Any:

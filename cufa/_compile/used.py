@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import __version__
 from .._call.problem import Static
 from .._kernels import Plan
 from .._kernels.kernel import MASKS, SIZEOF
@@ -67,6 +66,8 @@ def note(plan: Plan, static: Static | None, operation: str) -> None:
 
 
 def _told(plan: Plan, static: Static | None, operation: str) -> dict[str, Any]:
+    from .. import __version__
+
     told = {"cufa": __version__, "kernel": plan.name, "arch": plan.arch, "operation": operation}
     if static is None:
         return told
@@ -134,6 +135,8 @@ def _static(told: Mapping[str, Any], version: str) -> Static:
     """The facts of a line. They become source, so that nothing but what they may be is taken."""
     unknown = [name for name in told["terms"] if name not in _TERMS]
     if told.keys() != {*Static._fields} or unknown:
+        from .. import __version__
+
         raise _Skipped(
             f"it was written by cufa {version}, which tells kernels apart otherwise than {__version__}; record anew. "
             "It is skipped."
