@@ -23,31 +23,10 @@ from .._kernels.unit import Unit
 from ..errors import CompileError, CudaError, MissingKernelError
 from . import cache as _cache
 from . import env as _env
-from . import save as _save
+from . import files as _files
+from . import nvrtc as _nvrtc
 from .cache import CubinCache, Entry
-
-
-class Nvrtc(NamedTuple):
-    """The run-time compiler that was found.
-
-    Attributes
-    ----------
-    version : tuple of int
-    path, found_via : str
-    build : str
-        Digest that tells builds of one version apart.
-    archs : tuple of int
-        Compute capabilities it compiles for.
-    bindings : module
-        Kept here, since nothing can be imported while the interpreter ends.
-    """
-
-    version: tuple[int, int]
-    path: str
-    found_via: str
-    build: str
-    archs: tuple[int, ...]
-    bindings: Any
+from .nvrtc import Nvrtc
 
 
 class Compiled(NamedTuple):
@@ -88,56 +67,23 @@ def _headers_below(folder: Any, prefix: str) -> Iterator[tuple[str, bytes]]:
             yield from _headers_below(item, f"{prefix}{item.name}/")
 
 
-@lru_cache(maxsize=1)
 def nvrtc() -> Nvrtc:
-    """Find and load NVRTC.
+    """The compiler: that which is loaded, or would be.
 
     Raises
     ------
     CompileError
         If there is none; the message says what to install.
     """
+    return _nvrtc.find(_notes)
+
+
+def _notes() -> CubinCache | None:
+    """Where it is noted what NVRTC there is. A variable with a wrong value is for whoever needs the cache itself."""
     try:
-        with _forks.section():
-            from cuda import pathfinder
-            from cuda.bindings import nvrtc as bindings
-
-            found = pathfinder.load_nvidia_dynamic_lib("nvrtc")
-            _, major, minor = _nvrtc_call("nvrtcVersion", bindings.nvrtcVersion())
-            _, archs = _nvrtc_call("nvrtcGetSupportedArchs", bindings.nvrtcGetSupportedArchs())
-    except CompileError:
-        raise
-    except Exception as error:  # pathfinder and bindings raise classes of their own
-        raise CompileError(
-            f"cufa: NVRTC, which compiles the kernels, cannot be loaded: {error}. Install it with "
-            "pip install 'cufa[cuda13]' or 'cufa[cuda12]', whichever CUDA the driver supports."
-        ) from error
-    path = str(found.abs_path)
-    try:
-        build = _fingerprint(path)
-    except OSError as error:
-        raise CompileError(
-            f"cufa: NVRTC is loaded, but its file {path} cannot be read: {error.strerror or error}. If it was replaced "
-            "or removed while this process ran, start the process again; else install NVRTC again."
-        ) from error
-    return Nvrtc((major, minor), path, str(found.found_via), build, tuple(int(arch) for arch in archs), bindings)
-
-
-def _nvrtc_call(function: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
-    if result[0] != 0:
-        raise CompileError(f"cufa: {function} failed: {getattr(result[0], 'name', result[0])}.")
-    return result
-
-
-def _fingerprint(path: str) -> str:
-    """Digest of the ends and the size of a library: builds of one version differ, and all of it is slow to read."""
-    edge = 1 << 16
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        state = hashlib.sha256(b"%d" % size + file.read(edge), usedforsecurity=False)
-        file.seek(max(0, size - edge))
-        state.update(file.read(edge))
-    return state.hexdigest()
+        return cache()
+    except ValueError:
+        return None
 
 
 def options_of(target: str) -> list[str]:
@@ -192,12 +138,13 @@ def compile_unit(unit: Unit) -> Compiled:
     CompileError
         With NVRTC's log.
     """
+    _nvrtc.settle(_notes)
     return compile_source(unit.source, options_of(target_of(unit)), unit.words, unit.headers)
 
 
 def compile_source(source: str, options: list[str], what: str, texts: Mapping[str, bytes] | None = None) -> Compiled:
     """`compile_unit` of a source that `what` names in messages; headers by path, those of ``cuda_src`` if None."""
-    bindings, texts = nvrtc().bindings, headers() if texts is None else texts
+    bindings, texts = _nvrtc.load().bindings, headers() if texts is None else texts
     with _progress(what), _forks.section():
         status, compiled = _run_nvrtc(bindings, source, texts, options)
     saved = _save_source(source, texts, compiled.log)
@@ -211,7 +158,7 @@ def compile_source(source: str, options: list[str], what: str, texts: Mapping[st
 def _run_nvrtc(bindings: Any, source: str, texts: Mapping[str, bytes], options: list[str]) -> tuple[Any, Compiled]:
     """The compiler's status and what it made, which has no cubin if that is not 0."""
     names = [name.encode() for name in texts]
-    _, program = _nvrtc_call(
+    _, program = _nvrtc.call(
         "nvrtcCreateProgram",
         bindings.nvrtcCreateProgram(source.encode(), b"kernel.cu", len(names), list(texts.values()), names),
     )
@@ -219,15 +166,15 @@ def _run_nvrtc(bindings: Any, source: str, texts: Mapping[str, bytes], options: 
         began = time.perf_counter()
         (status,) = bindings.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
         seconds = time.perf_counter() - began
-        _, size = _nvrtc_call("nvrtcGetProgramLogSize", bindings.nvrtcGetProgramLogSize(program))
+        _, size = _nvrtc.call("nvrtcGetProgramLogSize", bindings.nvrtcGetProgramLogSize(program))
         buffer = bytearray(size)
         bindings.nvrtcGetProgramLog(program, buffer)
         log = buffer.decode(errors="replace").strip("\0 \n")
         cubin = bytearray()
         if status == 0:
-            _, size = _nvrtc_call("nvrtcGetCUBINSize", bindings.nvrtcGetCUBINSize(program))
+            _, size = _nvrtc.call("nvrtcGetCUBINSize", bindings.nvrtcGetCUBINSize(program))
             cubin = bytearray(size)
-            _nvrtc_call("nvrtcGetCUBIN", bindings.nvrtcGetCUBIN(program, cubin))
+            _nvrtc.call("nvrtcGetCUBIN", bindings.nvrtcGetCUBIN(program, cubin))
         return status, Compiled(bytes(cubin), log, seconds)
     finally:
         bindings.nvrtcDestroyProgram(program)
@@ -266,7 +213,7 @@ def _save_source(source: str, texts: Mapping[str, bytes], log: str) -> Path | No
         return None
     target = directory / hashlib.sha256(source.encode(), usedforsecurity=False).hexdigest()[:16]
     try:
-        _save.save(target, {**texts, "kernel.cu": source.encode(), "log.txt": log.encode()})
+        _files.save(target, {**texts, "kernel.cu": source.encode(), "log.txt": log.encode()})
     except _cache.TROUBLE as error:
         _cache.log(logging.WARNING, "the source of a kernel could not be saved: %s", error)
         return None
@@ -318,6 +265,13 @@ def _compile(unit: Unit, key: str) -> Entry:
             f"cufa: {unit.words} is not in the cache, and CUFA_DISABLE_JIT forbids compiling it; unset it, or fill "
             "the cache with the same call on a machine where compiling is allowed."
         )
+    _nvrtc.settle(_notes)
+    key = key_of(unit)  # of the compiler that is loaded now, if another one was expected
+    with cache().claim(key, unit.words) as made:
+        return made if made is not None else _make(unit, key)
+
+
+def _make(unit: Unit, key: str) -> Entry:
     compiled = compile_unit(unit)
     taken = resources_of(compiled.log)
     meta = {
