@@ -232,19 +232,10 @@ class CubinCache:
         """Let one of the processes that lack the entry of `key` make it, within, and the others wait for that.
 
         What is yielded is None to the one that is to make it, and the entry to those that waited. Nobody waits long
-        for a process that does not end (see `SECONDS` in lease.py); `words` name the kernel in the log. Without a
+        for a process that does not end (see `SECONDS` in lease.py); `words` say what it does in the log. Without a
         directory, or where it cannot be written, it is None at once.
         """
-        target = self.file(key)
-        mode = None
-        with contextlib.suppress(*TROUBLE):  # keeping the entry will meet it too, and speak
-            mode = None if target is None else self._ready(target.parent)
-        if target is None or mode is None:
-            yield None
-            return
-        root = target.parents[1]
-        lease = target.with_name(f"{_lease.PREFIX}{key[2:]}")
-        with _lease.turn(lease, mode, lambda: self._load(root, key, _ENTRY, touch=True), words) as entry:
+        with self._claim(key, _ENTRY, words) as entry:
             self._counts["waited"] += entry is not None
             yield None if entry is None else self._memory.setdefault(key, entry)
 
@@ -252,6 +243,12 @@ class CubinCache:
         """The note of `key`, which comes from `digest`, or None when there is none or it cannot be trusted."""
         found = self._look(key, _NOTE)
         return None if found is None else found.meta
+
+    @contextlib.contextmanager
+    def claim_note(self, key: str, words: str) -> Iterator[dict[str, Any] | None]:
+        """`claim` for a note."""
+        with self._claim(key, _NOTE, words) as found:
+            yield None if found is None else found.meta
 
     def keep_note(self, key: str, note: dict[str, Any]) -> bool:
         """Keep a JSON object on disk, if possible, and say whether it is."""
@@ -361,6 +358,18 @@ class CubinCache:
             with contextlib.suppress(OSError):
                 _files.SYSTEM.touch(path)
         return entry
+
+    @contextlib.contextmanager
+    def _claim(self, key: str, suffix: str, words: str) -> Iterator[Entry | None]:
+        target, mode = self.file(key), None
+        with contextlib.suppress(*TROUBLE):  # keeping what is made will meet it too, and speak
+            mode = None if target is None else self._ready(target.parent)
+        if target is None or mode is None:
+            yield None
+            return
+        root, lease = target.parents[1], target.with_name(f"{_lease.PREFIX}{key[2:]}")
+        with _lease.turn(lease, mode, lambda: self._load(root, key, suffix, touch=True), words) as found:
+            yield found
 
     def _keep(self, key: str, suffix: str, data: bytes) -> bool:
         """Write one file, if possible, and say whether it is on disk."""

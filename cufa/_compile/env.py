@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from . import files as _files
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -41,7 +43,7 @@ class Variable:
 VARIABLES: tuple[Variable, ...] = (
     Variable(
         "CUFA_CACHE_DIR",
-        "$XDG_CACHE_HOME/cufa, else ~/.cache/cufa",
+        "$XDG_CACHE_HOME/cufa, else ~/.cache/cufa; on Windows %LOCALAPPDATA%\\cufa\\cache",
         "path",
         "directory of compiled kernels; created with mode 0700",
     ),
@@ -89,7 +91,7 @@ _BY_NAME = {variable.name: variable for variable in VARIABLES}
 
 
 def cache_dir() -> Path | None:
-    """Directory of compiled kernels, from ``CUFA_CACHE_DIR`` or the XDG base directory rules.
+    """Directory of compiled kernels, from ``CUFA_CACHE_DIR``, the XDG base directory rules or ``%LOCALAPPDATA%``.
 
     Returns
     -------
@@ -105,7 +107,7 @@ def cache_dir() -> Path | None:
     path = _path("CUFA_CACHE_DIR")
     if path is not None:
         return path
-    for base, below in (("XDG_CACHE_HOME", "cufa"), ("HOME", ".cache/cufa")):
+    for base, below in _files.SYSTEM.cache_homes:
         value = os.environ.get(base, "")
         if os.path.isabs(value):
             return Path(value, below)

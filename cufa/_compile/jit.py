@@ -234,7 +234,7 @@ def _renew_locks() -> None:
     _key_locks.clear()
 
 
-os.register_at_fork(after_in_child=_renew_locks)
+_forks.after_in_child(_renew_locks)
 
 
 def cache() -> CubinCache:
@@ -267,7 +267,7 @@ def _compile(unit: Unit, key: str) -> Entry:
         )
     _nvrtc.settle(_notes)
     key = key_of(unit)  # of the compiler that is loaded now, if another one was expected
-    with cache().claim(key, unit.words) as made:
+    with cache().claim(key, f"compiling {unit.words}") as made:
         return made if made is not None else _make(unit, key)
 
 

@@ -121,7 +121,7 @@ def _await(path: Path, mode: int, look: Callable[[], _T | None], words: str) -> 
             return None, found
         if not waited:
             with contextlib.suppress(Exception):
-                _logger.info("waiting for another process, which is compiling %s", words)
+                _logger.info("waiting for another process, which is %s", words)
         waited = True
         time.sleep(pause)
         pause = min(1.5 * pause, longest)

@@ -143,20 +143,24 @@ def _look(notes: CubinCache | None) -> Nvrtc:
     try:
         files = _files_of(path)
         key = _note_key(files)
-        note = None if notes is None else notes.note(key)
-        build = _text(note, "build") or _digest(files)
-        recent = time.time() - RECENT_SECONDS < max(os.stat(file).st_ctime for file in files)
+        build = _build_in(None if notes is None else notes.note(key))
+        if notes is None or any(_is_recent(file) for file in files):
+            return Nvrtc(version, path, found_via, build or _digest(files), archs)
+        if not build:
+            with notes.claim_note(key, "reading NVRTC") as note:
+                build = _build_in(note)
+                if not build:
+                    build = _digest(files)
+                    notes.keep_note(key, {"build": build, "version": version, "archs": archs})
     except OSError as error:
         raise CompileError(
             f"cufa: NVRTC is loaded, but its file {path} cannot be read: {error.strerror or error}. If it was replaced "
             "or removed while this process ran, start the process again; else install NVRTC again."
         ) from error
-    if notes is not None and not recent:
-        if note is None:
-            notes.keep_note(key, {"build": build, "version": version, "archs": archs})
-        search = _search()
-        if found_via in ("site-packages", "conda") and search is not None:
-            notes.keep_note(search, {"path": path, "found_via": found_via})
+    if found_via in ("site-packages", "conda") and (search := _search()) is not None:
+        place = {"path": path, "found_via": found_via}
+        if notes.note(search) != place:
+            notes.keep_note(search, place)
     return Nvrtc(version, path, found_via, build, archs)
 
 
@@ -170,12 +174,22 @@ def _recall(notes: CubinCache) -> Nvrtc | None:
         return None
     try:
         about = notes.note(_note_key(_files_of(path)))
-        if about is None:
+        build = _build_in(about)
+        if about is None or not build:
             return None
-        major, minor = about["version"]
-        return Nvrtc((major, minor), path, found_via, str(about["build"]), tuple(about["archs"]))
+        major, minor = map(int, about["version"])
+        return Nvrtc((major, minor), path, found_via, build, tuple(map(int, about["archs"])))
     except (OSError, KeyError, TypeError, ValueError):
         return None
+
+
+def _is_recent(path: str) -> bool:
+    return time.time() - os.stat(path).st_ctime < RECENT_SECONDS
+
+
+def _build_in(note: dict[str, Any] | None) -> str:
+    build = _text(note, "build")
+    return build if re.fullmatch(r"[0-9a-f]{64}", build) else ""
 
 
 def _text(note: dict[str, Any] | None, name: str) -> str:
