@@ -27,6 +27,9 @@ from . import files as _files
 SECONDS = 30.0
 """Age at which a lease has expired: several times what compiling one kernel takes on a busy machine."""
 
+EMPTY_SECONDS = 1.0
+"""Age at which one that says nothing has: its holder was killed before it wrote."""
+
 WAIT_SECONDS = 60.0
 """Longest wait for one kernel, whoever has leases on it meanwhile."""
 
@@ -112,7 +115,7 @@ def _await(path: Path, mode: int, look: Callable[[], _T | None], words: str) -> 
         if content is None:
             continue
         if content != seen:
-            seen, expires = content, time.monotonic() + SECONDS - _age(path)
+            seen, expires = content, time.monotonic() + (SECONDS if content else EMPTY_SECONDS) - _age(path)
         if time.monotonic() >= expires or _is_dead(content):
             _remove(path, content)
             waited = False

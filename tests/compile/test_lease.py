@@ -241,6 +241,11 @@ def test_a_killed_holder_that_nobody_has_buried_is_dead(cache: CubinCache, lease
     process.stdout.close()
 
 
+def test_a_holder_killed_before_it_wrote_is_not_waited_for(cache: CubinCache, lease: Path) -> None:
+    lease.touch()
+    assert took(lambda: claimed(cache)) < 3
+
+
 def test_a_process_of_the_same_number_is_not_the_holder(cache: CubinCache, lease: Path) -> None:
     lease.write_bytes(holder(started=1))
     assert took(lambda: claimed(cache)) < 1
