@@ -29,7 +29,7 @@ class Explanation:
     kernel : str
         Name of the kernel; ``cpu`` for arrays in host memory.
     device : str
-    state : {'loaded', 'cached', 'to be compiled', 'not needed'}
+    state : {'loaded', 'bundled', 'cached', 'to be compiled', 'not needed'}
         Of the kernel when it was asked.
     reason : str
         Why this kernel and not a faster one.
@@ -47,6 +47,10 @@ class Explanation:
         Every member of the kernel's Config.
     refusals : dict of str to str
         The kernels that were asked before this one, and why each does not serve.
+    bundle : str
+        The file of the bundle that the kernel comes from.
+    not_bundled : str
+        Why none of the bundles at hand has the kernel, and what to do; empty if one has, or if there are none.
     """
 
     function: str
@@ -64,6 +68,8 @@ class Explanation:
     compile_seconds: float = 0.0
     config: dict[str, Any] | None = None
     refusals: dict[str, str] = field(default_factory=dict)
+    bundle: str = ""
+    not_bundled: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.function}: {self.kernel} on {self.device}"]
@@ -75,6 +81,7 @@ class Explanation:
                 f"thread, {self.spill_bytes} bytes spilled",
                 f"  kernel is  {self.state} (compiling it took {self.compile_seconds:.2f} s)",
             ]
+            lines += [f"  bundle     {self.bundle or self.not_bundled}"] if self.bundle or self.not_bundled else []
         others = {kernel: why for kernel, why in self.refusals.items() if not self.reason.startswith(why)}
         refused = [f"  not by     {kernel}: {why}" for kernel, why in others.items()]
         return "\n".join([*lines, f"  because    {self.reason}", *refused])
@@ -171,8 +178,11 @@ def _explain_kernel(problem: Problem) -> Explanation:
 
         _jit.entry_of(_jit.unit_of(align.plan_for(plan.arch)))
     unit = _jit.unit_of(plan)
+    served = _jit.bundled(unit)
     if _jit.is_loaded(plan, problem.device):
         state = "loaded"
+    elif served is not None:
+        state = "bundled"
     else:
         state = "to be compiled" if _jit.cache().get(_jit.key_of(unit)) is None else "cached"
     meta = _jit.entry_of(unit).meta
@@ -193,4 +203,6 @@ def _explain_kernel(problem: Problem) -> Explanation:
         spill_bytes=meta["spill_bytes"],
         compile_seconds=meta["seconds"],
         config=dict(vars(config)),
+        bundle="" if served is None else str(served.path),
+        not_bundled=_jit.why_not_bundled(unit) if served is None else "",
     )

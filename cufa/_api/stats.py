@@ -1,4 +1,4 @@
-"""What ran, and what did not run on cufa."""
+"""What ran, which kernels that took, and what did not run on cufa."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .._driver import counts as _counts
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts of launches and of calls that were handed on. ``str()`` gives them as a report.
+    """Counts of launches, kernels, and calls that were handed on. ``str()`` gives them as a report.
 
     Attributes
     ----------
@@ -19,13 +19,17 @@ class Stats:
     handed_on : dict of str to int
         By reason: calls of torch's own attention that `cufa.torch` left to torch. What begins with ``refused:`` is an
         error of cufa's checks, with N in place of numbers.
+    kernels : dict of str to int
+        How many kernels were ``compiled``, taken from the cache (``cached``) or from a bundle (``bundled``), and
+        ``loaded`` onto a GPU. Where none of them grows, no call had to wait for a kernel.
     """
 
     launches: dict[str, int]
     handed_on: dict[str, int]
+    kernels: dict[str, int]
 
     def __str__(self) -> str:
-        lines = []
+        lines = [f"kernels: {', '.join(f'{count} {what}' for what, count in self.kernels.items())}"]
         for title, counts in (("launches", self.launches), ("handed on to torch", self.handed_on)):
             lines.append(f"{title}: {sum(counts.values())}")
             width = max(map(len, map(str, counts.values())), default=0)
@@ -55,8 +59,10 @@ def stats(*, reset: bool = False) -> Stats:
     >>> q = np.zeros((1, 16, 2, 64), np.float32)
     >>> out = cufa.attention(q, q, q)
     >>> print(cufa.stats())
+    kernels: 0 compiled, 0 cached, 0 bundled, 0 loaded
     launches: 1
       1  cpu (attention)
     handed on to torch: 0
     """
-    return Stats(_counts.read("launches", reset), _counts.read("handed on", reset))
+    kernels = dict.fromkeys(("compiled", "cached", "bundled", "loaded"), 0) | _counts.read("kernels", reset)
+    return Stats(_counts.read("launches", reset), _counts.read("handed on", reset), kernels)

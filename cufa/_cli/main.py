@@ -11,6 +11,7 @@ from .. import __version__
 
 COMMANDS = {
     "info": "what cufa finds on this machine, as a bug report should hold",
+    "bundle": "files of compiled kernels: build, check, install and ship them",
 }
 """The commands and what each does, in the order of the help. Each is the function of that name in a module of that
 name here."""
@@ -19,26 +20,30 @@ name here."""
 class Commands(click.Group):
     """A group whose commands are not imported for the help, nor one for the sake of another."""
 
+    described = COMMANDS
+    prefix = ""
+    """What the names of the commands' modules begin with."""
+
     def list_commands(self, context: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(self.described)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
+        if name not in self.described:
             return None
-        found: click.Command = getattr(importlib.import_module(f"cufa._cli.{name}"), name)
+        found: click.Command = getattr(importlib.import_module(f"cufa._cli.{self.prefix}{name}"), name)
         return found
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl(list(self.described.items()))
 
     def resolve_command(self, context: click.Context, args: list[str]) -> Any:
         """As the base class, but the message about an unknown command says which there are."""
-        if args[0] not in COMMANDS and not args[0].startswith("-"):
+        if args[0] not in self.described and not args[0].startswith("-"):
             import difflib
 
-            near = difflib.get_close_matches(args[0], COMMANDS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
+            near = difflib.get_close_matches(args[0], self.described, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self.described)}."
             context.fail(f"no command {args[0]!r}; {hint}")
         return super().resolve_command(context, args)
 

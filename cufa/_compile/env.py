@@ -28,15 +28,16 @@ class Variable:
         The whole name, with ``CUFA_``.
     default : str
         What holds when the variable is not set, as it would be written; for a path, a description of it.
-    kind : {'flag', 'choice', 'size', 'path'}
-        How the value is read: ``0`` or ``1``; ``0``, ``1`` or ``auto``; a number of bytes; a path.
+    kind : {'flag', 'choice', 'size', 'path', 'paths'}
+        How the value is read: ``0`` or ``1``; ``0``, ``1`` or ``auto``; a number of bytes; a path; paths with
+        `os.pathsep` between them.
     meaning : str
         One line, which also ends the message about a value that cannot be read.
     """
 
     name: str
     default: str
-    kind: Literal["flag", "choice", "size", "path"]
+    kind: Literal["flag", "choice", "size", "path", "paths"]
     meaning: str
 
 
@@ -67,10 +68,22 @@ VARIABLES: tuple[Variable, ...] = (
         "second directory of compiled kernels, which is read and never written",
     ),
     Variable(
+        "CUFA_BUNDLE_PATH",
+        "none",
+        "paths",
+        "bundles of compiled kernels, and directories that hold some, which are read before the cache",
+    ),
+    Variable(
+        "CUFA_BUNDLE_KEYS",
+        "none",
+        "paths",
+        "files of public keys; where there are any, only bundles that one of them has signed are used",
+    ),
+    Variable(
         "CUFA_DISABLE_JIT",
         "0",
         "flag",
-        "1 raises MissingKernelError for a kernel that is not cached instead of compiling it",
+        "1 raises MissingKernelError for a kernel that is neither bundled nor cached instead of compiling it",
     ),
     Variable(
         "CUFA_SAVE_SOURCE",
@@ -83,6 +96,12 @@ VARIABLES: tuple[Variable, ...] = (
         "auto",
         "choice",
         "1 says on stderr what is being compiled, 0 does not, auto does on a terminal",
+    ),
+    Variable(
+        "CUFA_RECORD",
+        "none",
+        "path",
+        "file to which programs append which kernels they use, for cufa bundle build --from-log",
     ),
     Variable("CUFA_LINEINFO", "0", "flag", "1 compiles kernels with source line information, for profilers"),
 )
@@ -145,8 +164,24 @@ def cache_read_only_dir() -> Path | None:
     return _path("CUFA_CACHE_READONLY_DIR")
 
 
+def bundle_path() -> tuple[Path, ...]:
+    """Bundles, and directories that hold some, in the order in which they are searched (``CUFA_BUNDLE_PATH``)."""
+    return _paths("CUFA_BUNDLE_PATH")
+
+
+def bundle_keys() -> tuple[Path, ...]:
+    """Files of the public keys that bundles must be signed by (``CUFA_BUNDLE_KEYS``); none if any bundle will do."""
+    return _paths("CUFA_BUNDLE_KEYS")
+
+
+def bundle_dir() -> Path | None:
+    """Directory of installed bundles, beside the cached kernels; None if those stay in memory."""
+    cache = cache_dir()
+    return None if cache is None else cache / "bundles"
+
+
 def jit_disabled() -> bool:
-    """Whether a kernel that is not cached is an error instead of being compiled (``CUFA_DISABLE_JIT``)."""
+    """Whether a kernel that is neither bundled nor cached is an error and not compiled (``CUFA_DISABLE_JIT``)."""
     return _flag("CUFA_DISABLE_JIT")
 
 
@@ -163,6 +198,11 @@ def progress() -> bool | None:
     if text not in ("0", "1"):
         raise _error("CUFA_PROGRESS", "0, 1 or auto", text)
     return text == "1"
+
+
+def record_file() -> Path | None:
+    """File to which used kernels are appended (``CUFA_RECORD``); None when not set."""
+    return _path("CUFA_RECORD")
 
 
 def lineinfo() -> bool:
@@ -193,9 +233,17 @@ def _flag(name: str) -> bool:
 def _path(name: str) -> Path | None:
     """Read a path; ``~`` is expanded, and a relative path made absolute, once, so that a later chdir is harmless."""
     text = os.environ.get(name, "").strip()
-    if not text:
-        return None
-    expanded = os.path.expanduser(text)
+    return _path_of(name, text, text) if text else None
+
+
+def _paths(name: str) -> tuple[Path, ...]:
+    """Read paths, each as `_path` does; empty ones count as none."""
+    text = os.environ.get(name, "").strip()
+    return tuple(_path_of(name, part.strip(), text) for part in text.split(os.pathsep) if part.strip())
+
+
+def _path_of(name: str, part: str, text: str) -> Path:
+    expanded = os.path.expanduser(part)
     if expanded.startswith("~"):
         raise _error(name, "a path whose home directory can be found", text)
     if os.path.isabs(expanded):

@@ -11,10 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .._driver import counts as _counts
 from .._driver import driver as _driver
 from .._driver import forks as _forks
 from .._kernels import Plan
@@ -24,9 +24,18 @@ from ..errors import CompileError, CudaError, MissingKernelError
 from . import cache as _cache
 from . import env as _env
 from . import files as _files
+from . import lookup as _lookup
 from . import nvrtc as _nvrtc
+from .bundle import command_for, runs_on
 from .cache import CubinCache, Entry
+from .lookup import Served
 from .nvrtc import Nvrtc
+from .sources import headers as headers
+
+COMPILED, CACHED, BUNDLED, LOADED = (
+    _counts.tally("kernels", what) for what in ("compiled", "cached", "bundled", "loaded")
+)
+"""How often a kernel was compiled, taken from the cache or from a bundle, and loaded."""
 
 
 class Compiled(NamedTuple):
@@ -42,29 +51,6 @@ class Resources(NamedTuple):
 
     registers: int
     spill_bytes: int
-
-
-@lru_cache(maxsize=1)
-def headers() -> dict[str, bytes]:
-    """Every header under ``cuda_src``, by its path there."""
-    package: Any = Path(__file__).parents[1]
-    if not package.is_dir():  # in a zip file
-        import importlib.resources  # slow to import, and seldom needed
-
-        package = importlib.resources.files("cufa")
-    # Beside the package in a source tree, and in it where it is installed.
-    for root in (package / "cuda_src", package.parent / "cuda_src"):
-        if found := dict(_headers_below(root, "")):
-            return found
-    raise CompileError(f"cufa: the CUDA sources are missing from {package}; install cufa again.")
-
-
-def _headers_below(folder: Any, prefix: str) -> Iterator[tuple[str, bytes]]:
-    for item in sorted(folder.iterdir(), key=lambda item: str(item.name)) if folder.is_dir() else ():
-        if item.name.endswith(".cuh"):
-            yield f"{prefix}{item.name}", item.read_bytes()
-        elif item.is_dir():
-            yield from _headers_below(item, f"{prefix}{item.name}/")
 
 
 def nvrtc() -> Nvrtc:
@@ -88,14 +74,15 @@ def _notes() -> CubinCache | None:
 
 def options_of(target: str) -> list[str]:
     """Options for NVRTC; target is ``80`` or ``90a``."""
-    options = [
-        f"--gpu-architecture=sm_{target}",
-        "--device-as-default-execution-space",
-        "--std=c++17",
-        "--ptxas-options=-v",
-    ]
+    options = [f"--gpu-architecture=sm_{target}", *_common_options()]
     if nvrtc().version >= (12, 9):
         options.append("--no-cache")  # NVRTC's own cache would leave the log without registers and spills
+    return options
+
+
+def _common_options() -> list[str]:
+    """What decides the machine code but for the architecture."""
+    options = ["--device-as-default-execution-space", "--std=c++17", "--ptxas-options=-v"]
     return [*options, "--generate-line-info"] if _env.lineinfo() else options
 
 
@@ -107,7 +94,7 @@ def unit_of(plan: Plan) -> Unit:
 def target_of(unit: Unit) -> str:
     """The architecture to compile for: the GPU's own, or an older one of its family that NVRTC knows."""
     archs, wanted = nvrtc().archs, unit.arch
-    family = [arch for arch in archs if arch // 10 == wanted // 10 and arch <= wanted]
+    family = [arch for arch in archs if runs_on(arch, wanted)]
     if not family:
         major, minor = nvrtc().version
         raise CompileError(
@@ -125,6 +112,14 @@ def key_of(unit: Unit) -> str:
         "options": options_of(target_of(unit)),
         "nvrtc": [*map(str, found.version), found.build],
     }
+    for name, text in unit.headers.items():
+        fields[f"header {name}"] = text
+    return _cache.digest(fields)
+
+
+def source_key(unit: Unit) -> str:
+    """Digest of everything that makes the kernel, but for the architecture and the compiler: its name in bundles."""
+    fields: dict[str, bytes | str | list[str]] = {"source": unit.source, "options": _common_options()}
     for name, text in unit.headers.items():
         fields[f"header {name}"] = text
     return _cache.digest(fields)
@@ -189,6 +184,20 @@ def resources_of(log: str) -> Resources:
     return Resources(max(map(int, registers)), sum(int(stores) + int(loads) for stores, loads in spills))
 
 
+_silent = threading.local()
+
+
+@contextlib.contextmanager
+def silently() -> Iterator[None]:
+    """Say nothing on the terminal of what this thread compiles meanwhile: there is a progress bar."""
+    before = getattr(_silent, "here", False)
+    _silent.here = True
+    try:
+        yield
+    finally:
+        _silent.here = before
+
+
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[None]:
     """Say on an interactive terminal, and in the log, what is being compiled.
@@ -196,7 +205,7 @@ def _progress(what: str) -> Iterator[None]:
     At once and by no other thread: one cannot always be started, and may not run while the interpreter ends. Nor does a
     stream or a log that fails matter here.
     """
-    wanted = _env.progress()
+    wanted = _env.progress() if not getattr(_silent, "here", False) else False
     _cache.log(logging.INFO, "compiling %s", what)
     with contextlib.suppress(Exception):
         if sys.stderr is not None and (wanted or (wanted is None and sys.stderr.isatty())):
@@ -222,6 +231,7 @@ def _save_source(source: str, texts: Mapping[str, bytes], log: str) -> Path | No
 
 _caches: dict[str, CubinCache] = {}
 _kernels: dict[tuple[Plan, int], tuple[Any, ...]] = {}
+"""Loaded functions, by bare plan and GPU."""
 _libraries: dict[str, Any] = {}
 _lock = threading.Lock()
 _key_locks: dict[str, threading.Lock] = {}
@@ -247,8 +257,33 @@ def cache() -> CubinCache:
 
 
 def entry_of(unit: Unit) -> Entry:
-    """The compiled kernel, from the cache or the compiler."""
-    return _entry_of(unit, key_of(unit))
+    """The compiled kernel, from a bundle, the cache or the compiler."""
+    served = bundled(unit)
+    if served is None:
+        return _entry_of(unit, _cache_key(unit))
+    BUNDLED.add()
+    return served.entry
+
+
+def bundled(unit: Unit) -> Served | None:
+    """The kernel from a bundle, if one serves; NVRTC is not asked."""
+    bundles = _lookup.bundles()
+    return bundles.find(source_key(unit), unit) if bundles else None
+
+
+def why_not_bundled(unit: Unit) -> str:
+    """Why no bundle serves, in one sentence that ends with what to do; empty if there are no bundles."""
+    bundles = _lookup.bundles()
+    return bundles.why(unit) if bundles else ""
+
+
+def _cache_key(unit: Unit) -> str:
+    try:
+        return key_of(unit)
+    except CompileError as error:  # without NVRTC nothing in the cache can be found
+        if _env.jit_disabled():
+            raise _missing(unit) from error
+        raise
 
 
 def _entry_of(unit: Unit, key: str) -> Entry:
@@ -256,24 +291,31 @@ def _entry_of(unit: Unit, key: str) -> Entry:
         lock = _key_locks.setdefault(key, threading.Lock())
     with lock:  # threads that want one kernel compile it once; different kernels compile side by side
         entry = cache().get(key)
-        return entry if entry is not None else _compile(unit, key)
+        if entry is None:
+            return _compile(unit, key)
+        CACHED.add()
+        return entry
 
 
 def _compile(unit: Unit, key: str) -> Entry:
     if _env.jit_disabled():
-        raise MissingKernelError(
-            f"cufa: {unit.words} is not in the cache, and CUFA_DISABLE_JIT forbids compiling it; unset it, or fill "
-            "the cache with the same call on a machine where compiling is allowed."
-        )
+        raise _missing(unit)
     _nvrtc.settle(_notes)
     key = key_of(unit)  # of the compiler that is loaded now, if another one was expected
     with cache().claim(key, f"compiling {unit.words}") as made:
-        return made if made is not None else _make(unit, key)
+        if made is not None:
+            CACHED.add()
+            return made
+        entry = compiled_entry(unit)
+        cache().put(key, entry)
+        return entry
 
 
-def _make(unit: Unit, key: str) -> Entry:
+def compiled_entry(unit: Unit) -> Entry:
+    """The kernel from the compiler, which the cache is not told of."""
     compiled = compile_unit(unit)
     taken = resources_of(compiled.log)
+    COMPILED.add()
     meta = {
         "kernel": unit.name,
         "what": unit.words,
@@ -281,15 +323,22 @@ def _make(unit: Unit, key: str) -> Entry:
         "registers": taken.registers,
         "spill_bytes": taken.spill_bytes,
         "seconds": round(compiled.seconds, 3),
+        "nvrtc": "{}.{} {:.12}".format(*nvrtc().version, nvrtc().build),
     }
-    entry = Entry(compiled.cubin, meta)
-    cache().put(key, entry)
-    return entry
+    return Entry(compiled.cubin, meta)
+
+
+def _missing(unit: Unit) -> MissingKernelError:
+    why = why_not_bundled(unit) or f"No bundle is there; {command_for(unit.plan)} makes one that serves."
+    return MissingKernelError(
+        f"cufa: {unit.words} is not in the cache, and CUFA_DISABLE_JIT forbids compiling it. {why} Run that where "
+        "compiling is allowed, and let CUFA_BUNDLE_PATH name the file."
+    )
 
 
 def is_loaded(plan: Plan, device: int) -> bool:
     """Whether the next call finds the kernel ready."""
-    return (plan, device) in _kernels
+    return (plan.bare, device) in _kernels
 
 
 def load_kernel(plan: Plan, device: int, stream: int) -> tuple[Any, ...]:
@@ -302,15 +351,20 @@ def load_kernel(plan: Plan, device: int, stream: int) -> tuple[Any, ...]:
     MissingKernelError
         If it is not loaded and `stream` is being captured, or compiling is forbidden.
     """
-    functions = _kernels.get((plan, device))
+    functions = _kernels.get((plan.bare, device))
     if functions is not None:
         return functions
     with _driver.current(device):
         if _driver.is_capturing(stream):
             raise MissingKernelError(
                 f"cufa: {plan.words()} is not loaded, and the stream is being captured into a CUDA graph, where it "
-                "cannot be; make the same call once before the capture."
+                "cannot be; make the same call once before the capture, or cufa.warmup() what it needs."
             )
+    return load(plan, device)
+
+
+def load(plan: Plan, device: int) -> tuple[Any, ...]:
+    """`load_kernel` before any call, and so for no stream."""
     with _driver.loading(device):
         kernels = _load(unit_of(plan))
         attribute = _driver.driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -320,11 +374,36 @@ def load_kernel(plan: Plan, device: int, stream: int) -> tuple[Any, ...]:
                 _driver.call("cuKernelSetAttribute", attribute, step.smem_bytes, kernel, handle)
             _driver.call("cuKernelGetFunction", kernel)  # loads it into the context now, not within a later capture
     functions = tuple(_driver.driver().CUfunction(int(kernel)) for kernel in kernels)
-    return _kernels.setdefault((plan, device), functions)
+    LOADED.add()
+    return _kernels.setdefault((plan.bare, device), functions)
 
 
 def _load(unit: Unit) -> list[Any]:
-    key = key_of(unit)
+    library = _bundled_library(unit)
+    if library is None:
+        library = _cached_library(unit)
+    return [_driver.call("cuLibraryGetKernel", library, name.encode()) for name in unit.entries]
+
+
+def _bundled_library(unit: Unit) -> Any:
+    """The library of a bundled kernel; None if no bundle serves, or the driver refuses what it has."""
+    served = bundled(unit)
+    if served is None:
+        return None
+    library = _libraries.get(served.name)
+    if library is None:
+        try:
+            library = _load_library(served.entry.cubin)
+        except CudaError as error:
+            _cache.log(logging.WARNING, "the driver refused %s of %s: %s", unit.words, served.path, error)
+            return None
+        BUNDLED.add()
+        library = _libraries.setdefault(served.name, library)
+    return library
+
+
+def _cached_library(unit: Unit) -> Any:
+    key = _cache_key(unit)
     library = _libraries.get(key)
     if library is None:
         entry = _entry_of(unit, key)
@@ -336,7 +415,7 @@ def _load(unit: Unit) -> list[Any]:
             _cache.log(logging.WARNING, "the driver refused the cached %s: %s %s", unit.words, error, path or "")
             library = _load_library(_compile(unit, key).cubin)
         library = _libraries.setdefault(key, library)
-    return [_driver.call("cuLibraryGetKernel", library, name.encode()) for name in unit.entries]
+    return library
 
 
 def _load_library(cubin: bytes) -> Any:

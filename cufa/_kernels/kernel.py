@@ -274,6 +274,11 @@ class Plan(NamedTuple):
         """The ``__global__`` functions of the translation unit, in the order of their launches."""
         return tuple(step.entry for step in self.steps)
 
+    @property
+    def bare(self) -> Plan:
+        """The plan without reasons, which is the same for all problems that the same kernel serves."""
+        return Plan(self.kernel, self.arch, self.config)
+
     def words(self) -> str:
         """The kernel in the words of a user, for messages."""
         words = ", ".join(self.config.words())

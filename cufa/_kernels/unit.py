@@ -27,6 +27,8 @@ class Unit(NamedTuple):
         ``a`` if it has instructions that one architecture alone has.
     words : str
         The kernel in the words of a user.
+    plan : Plan
+        What it was made of.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Unit(NamedTuple):
     arch: int
     target_suffix: str
     words: str
+    plan: Plan
 
 
 def unit_of(plan: Plan, headers: Mapping[str, bytes]) -> Unit:
@@ -43,7 +46,7 @@ def unit_of(plan: Plan, headers: Mapping[str, bytes]) -> Unit:
     kernel = plan.kernel
     headers = _with_own(plan, headers)
     source = _source(plan, headers)
-    return Unit(kernel.name, source, headers, plan.entries, plan.arch, kernel.target_suffix, plan.words())
+    return Unit(kernel.name, source, headers, plan.entries, plan.arch, kernel.target_suffix, plan.words(), plan)
 
 
 def _source(plan: Plan, headers: Mapping[str, bytes]) -> str:

@@ -13,8 +13,10 @@ from .._call.align import Copies
 from .._call.arrays import CPU, Arrays
 from .._call.problem import Problem
 from .._compile import jit as _jit
+from .._compile import used as _used
 from .._driver import counts as _counts
 from .._driver import driver as _driver
+from .._driver.driver import Device
 from .._driver.launch import Launch
 from .._kernels import Plan, choose
 from .._kernels import unit as units
@@ -112,16 +114,25 @@ def planned(problem: Problem, copied: bool = True) -> Planned:
     key = f"planned, copied={copied}"
     known: Planned | None = problem.memo.get(key)
     if known is None:
-        device = _driver.device(problem.device)
-        copies = _align.copies_of(problem, device.arch) if copied else None
-        own = problem if copies is None else copies.problem
-        assert own.static is not None
-        plan = choose(own.operation.kernels, own.static, device.arch)
-        grid = plan.kernel.grid(plan.config, own, device.num_sms)
-        scratch = plan.kernel.scratch(plan.config, own, grid)
-        floats = scratch.floats + (0 if copies is None else copies.floats)
-        known = problem.memo[key] = Planned(own, copies, plan, grid, scratch, floats)
+        known = problem.memo[key] = planned_for(problem, _driver.device(problem.device), copied)
     return known
+
+
+def planned_for(problem: Problem, device: Device, copied: bool = True) -> Planned:
+    """`planned` for a GPU like `device`, which need not be there."""
+    own, copies, plan = chosen(problem, device.arch, copied)
+    grid = plan.kernel.grid(plan.config, own, device.num_sms)
+    scratch = plan.kernel.scratch(plan.config, own, grid)
+    floats = scratch.floats + (0 if copies is None else copies.floats)
+    return Planned(own, copies, plan, grid, scratch, floats)
+
+
+def chosen(problem: Problem, arch: int, copied: bool = True) -> tuple[Problem, Copies | None, Plan]:
+    """The kernel of a problem, or of the copies that are made for it first."""
+    copies = _align.copies_of(problem, arch) if copied else None
+    own = problem if copies is None else copies.problem
+    assert own.static is not None
+    return own, copies, choose(own.operation.kernels, own.static, arch)
 
 
 class Prepared:
@@ -161,6 +172,7 @@ def prepare(problem: Problem, stream: int, copied: bool = True) -> Prepared:
     own, copies, plan, grid, scratch, floats = planned(problem, copied)
     copying = None if copies is None else _load_copying(copies, scratch.floats, stream)
     functions = _jit.load_kernel(plan, problem.device, stream)
+    _used.note(plan, own.static, problem.function)
     record = units.record_of(plan, _jit.headers())
     argument = plan.kernel.argument(record, plan.config, own, grid)
     shapes = [(blocks, step.threads, step.smem_bytes) for blocks, step in zip(grid.blocks, plan.steps, strict=True)]
@@ -196,6 +208,7 @@ def _load_copying(copies: Copies, floats: int, stream: int) -> Copying:
     device = _driver.device(problem.device)
     plan = align.plan_for(device.arch)
     functions = _jit.load_kernel(plan, problem.device, stream)
+    _used.note(plan, None, problem.function)
     argument = align.argument_of(units.record_of(plan, _jit.headers()), copies)
     (step,) = plan.steps
     (blocks,) = align.grid_of(plan.config, copies, device.num_sms).blocks

@@ -22,11 +22,17 @@ FLAGS: dict[str, tuple[Callable[[], bool], bool]] = {
 PATHS: dict[str, Callable[[], Path | None]] = {
     "CUFA_CACHE_DIR": _env.cache_dir,
     "CUFA_CACHE_READONLY_DIR": _env.cache_read_only_dir,
+    "CUFA_RECORD": _env.record_file,
     "CUFA_SAVE_SOURCE": _env.save_source_dir,
+}
+PATH_LISTS: dict[str, Callable[[], tuple[Path, ...]]] = {
+    "CUFA_BUNDLE_PATH": _env.bundle_path,
+    "CUFA_BUNDLE_KEYS": _env.bundle_keys,
 }
 READERS: dict[str, Callable[[], object]] = {
     **{name: reader for name, (reader, _) in FLAGS.items()},
     **PATHS,
+    **PATH_LISTS,
     "CUFA_CACHE_MAX_SIZE": _env.cache_max_size,
     "CUFA_PROGRESS": _env.progress,
 }
@@ -71,7 +77,7 @@ def test_the_written_default_means_the_same_as_nothing(
     for blank in ("", " ", "\t"):
         monkeypatch.setenv(variable.name, blank)
         assert READERS[variable.name]() == expected
-    if variable.kind != "path":  # the default of a path is described in words
+    if variable.kind not in ("path", "paths"):  # the default of a path is described in words
         monkeypatch.setenv(variable.name, variable.default)
         assert READERS[variable.name]() == expected
 
@@ -186,6 +192,29 @@ def test_path_of_an_unknown_user(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         f"{name}: expected a path whose home directory can be found, got '~no such user/kernels'; {MEANINGS[name]}."
     ):
         PATHS[name]()
+
+
+@pytest.mark.parametrize("name", PATH_LISTS)
+def test_paths(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    read = PATH_LISTS[name]
+    for parts, value in (
+        ([""], ()),
+        (["/opt/a"], (Path("/opt/a"),)),
+        (["/opt/b", "", " ~/a ", "c/../d"], (Path("/opt/b"), Path("/home/someone/a"), tmp_path / "d")),
+    ):
+        monkeypatch.setenv(name, os.pathsep.join(parts))
+        assert read() == value
+    text = os.pathsep.join(["/opt/a", "~no such user/b"])
+    monkeypatch.setenv(name, text)
+    with fails_with(f"{name}: expected a path whose home directory can be found, got {text!r}; {MEANINGS[name]}."):
+        read()
+
+
+def test_bundles_are_installed_beside_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _env.bundle_dir() == Path("/home/someone/.cache/cufa/bundles")
+    monkeypatch.delenv("HOME")
+    assert _env.bundle_dir() is None
 
 
 @pytest.mark.parametrize("name", ["CUFA_CACHE_READONLY_DIR", "CUFA_SAVE_SOURCE"])

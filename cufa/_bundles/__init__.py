@@ -1,0 +1,1 @@
+"""Kernels that are compiled ahead: which ones calls will need, and the bundles that hold them."""

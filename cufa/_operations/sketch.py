@@ -1,0 +1,96 @@
+"""Problems of arrays that are not there: what a call would be, told by shapes and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .._call.arrays import ALIGNMENT, Spec, contiguous
+from .._call.options import Options
+from .._call.problem import GPU_DTYPES, ITEMSIZE, Problem
+from .backward import ATTENTION_BACKWARD, ATTENTION_VARLEN_BACKWARD
+from .forward import ATTENTION, ATTENTION_VARLEN
+from .operation import Operation
+
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation
+    for operation in (ATTENTION, ATTENTION_VARLEN, ATTENTION_BACKWARD, ATTENTION_VARLEN_BACKWARD)
+}
+"""Those of cufa, by name."""
+
+Shape = Sequence[int]
+
+
+def sketch(
+    operation: Operation,
+    shapes: Mapping[str, Shape],
+    dtype: str,
+    options: Options,
+    *,
+    inputs: Layout | None = None,
+    results: Layout | None = None,
+    device: int = 0,
+) -> Problem:
+    """The problem of a call with new arrays of these shapes, by name, on a GPU that need not be there.
+
+    What gradients take beside the arrays of the forward need not be named. `inputs` is how q, k, v and dout lie in
+    memory, and `results` how out and gradients do that are given: contiguous and new by default.
+
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedError
+        As the call would.
+    """
+    if dtype not in GPU_DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of a GPU's; there are {', '.join(GPU_DTYPES)}.")
+    known = {name: tuple(shape) for name, shape in shapes.items()}
+    written: tuple[str, ...] = ("out",)
+    if operation.gradient:
+        known |= _of_the_forward(known)
+        written = ("out", "dq", "dk", "dv")
+        if results is not None:
+            known |= {f"d{name}": known[name] for name in "qkv" if name in known}
+    elif results is not None:
+        known["out"] = _out(known)
+    specs = {}
+    for name in filter(known.__contains__, operation.arrays):
+        layout = inputs if name in operation.tiles else results if name in written else None
+        specs[name] = (layout or CONTIGUOUS).spec(known[name], _dtype_of(name, dtype), device)
+    return operation.check(operation, specs, options)
+
+
+class Layout:
+    """How the rows of an array lie in memory: whole chunks of `ALIGNMENT` bytes each, the first so far from one."""
+
+    def __init__(self, misalignment: int, *, backwards: bool = False) -> None:
+        self.misalignment = misalignment
+        self.backwards = backwards
+
+    def spec(self, shape: tuple[int, ...], dtype: str, device: int) -> Spec:
+        chunk = ALIGNMENT // ITEMSIZE[dtype]
+        rows = contiguous((*shape[:-1], -(-shape[-1] // chunk) * chunk))
+        strides = (*(-step if self.backwards else step for step in rows[:-1]), 1)
+        return Spec("array", shape, strides, dtype, device, self.misalignment, True)
+
+
+class _Contiguous(Layout):
+    def spec(self, shape: tuple[int, ...], dtype: str, device: int) -> Spec:
+        return Spec("array", shape, contiguous(shape), dtype, device, self.misalignment, True)
+
+
+CONTIGUOUS = _Contiguous(0)
+
+
+def _dtype_of(name: str, dtype: str) -> str:
+    if name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
+        return "int32"
+    return "float32" if name in ("lse", "dlse", "sinks", "alibi_slopes") else dtype
+
+
+def _out(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    return (*shapes["q"][:-1], shapes["v"][-1])
+
+
+def _of_the_forward(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of its results, and of the gradients by them, where q has as many dimensions as it should."""
+    *batch, rows, heads, _ = shapes["q"]
+    return {"out": _out(shapes), "dout": _out(shapes), "lse": (*batch, heads, rows)}
