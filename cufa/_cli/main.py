@@ -11,6 +11,8 @@ from .. import __version__
 
 COMMANDS = {
     "info": "what cufa finds on this machine, as a bug report should hold",
+    "doctor": "try each step of a call on this machine, and say what to mend",
+    "cache": "the compiled kernels on disk: where they are, what they take, whether they are whole",
     "bundle": "files of compiled kernels: build, check, install and ship them",
 }
 """The commands and what each does, in the order of the help. Each is the function of that name in a module of that

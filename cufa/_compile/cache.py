@@ -200,6 +200,11 @@ class CubinCache:
         """Directory of the entries, which need not exist yet; None when kernels stay in memory."""
         return self._path
 
+    @property
+    def read_only_path(self) -> Path | None:
+        """The second directory, which is only read."""
+        return self._read_only
+
     def file(self, key: str) -> Path | None:
         """Where the entry of `key` is or would be on disk; None when kernels stay in memory."""
         name = _relative(key)
@@ -254,7 +259,7 @@ class CubinCache:
         """Keep a JSON object on disk, if possible, and say whether it is."""
         return self._keep(key, _NOTE, _encode(key, Entry(b"", note))[0])
 
-    def keys(self) -> Iterator[str]:
+    def listed(self) -> Iterator[str]:
         """The keys of the entries in the directory."""
         return (path.parent.name + path.stem for path, _ in self._files() if path.suffix == _ENTRY)
 
@@ -302,26 +307,31 @@ class CubinCache:
 
     def state(self) -> str:
         """Say in one sentence where kernels are kept and, if not on disk, why; this changes nothing."""
-        if not self.enabled:
-            return "memory only: CUFA_CACHE is 0"
         also = ""
         if self._read_only is not None:
             reason = self._trouble(self._read_only)
             also = f"; reads {self._read_only} too" if reason is None else f"; cannot read a second one: {reason}"
-        if self._path is None:
-            return f"memory only: no home directory, and CUFA_CACHE_DIR is not set{also}"
-        nearest = _files.nearest(self._path)
-        reason = self._trouble(self._path) if nearest == self._path else self._misplaced(self._path)
-        if reason is not None:
+        reason = self.unused()
+        if reason is not None or self._path is None:
             return f"memory only: {reason}{also}"
+        nearest = _files.nearest(self._path)
         stats = self.stats()
-        held = f"{stats.entries} {'entry' if stats.entries == 1 else 'entries'}, {_human(stats.size)}"
+        held = f"{stats.entries} {'entry' if stats.entries == 1 else 'entries'}, {human(stats.size)}"
         reason = self._write_error
         if reason is None and not os.access(nearest, os.W_OK | os.X_OK):
             reason = f"{nearest} is not writable"
         if reason is None:
             return f"ok, {held}{also}"
         return f"read only: {reason}; {held}{also}" if stats.entries else f"memory only: {reason}{also}"
+
+    def unused(self) -> str | None:
+        """Why kernels are not kept in a directory, or None if they are, or will be as soon as there are any."""
+        if not self.enabled:
+            return "CUFA_CACHE is 0"
+        if self._path is None:
+            return "no home directory, and CUFA_CACHE_DIR is not set"
+        missing = _files.nearest(self._path) != self._path
+        return self._misplaced(self._path) if missing else self._trouble(self._path)
 
     def _look(self, key: str, suffix: str, *, touch: bool = True) -> Entry | None:
         """What is on disk, in either directory."""
@@ -533,7 +543,8 @@ def _is_temporary(path: Path) -> bool:
     return path.name.startswith((_files.TEMPORARY, _lease.PREFIX))
 
 
-def _human(size: int) -> str:
+def human(size: int) -> str:
+    """A size for people."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= 0.99995 * scale:
             return f"{size / scale:.1f} {unit}"

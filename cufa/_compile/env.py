@@ -147,11 +147,17 @@ def cache_max_size() -> int:
     """Most bytes that the directory of compiled kernels may hold (``CUFA_CACHE_MAX_SIZE``)."""
     name = "CUFA_CACHE_MAX_SIZE"
     text = _text(name)
+    size = size_of(text)
+    if size is None:
+        raise _error(name, "a number of bytes such as 1048576, 512M or 2G", text)
+    return size
+
+
+def size_of(text: str) -> int | None:
+    """The bytes that a text such as 512M stands for; None if it stands for none."""
     match = re.fullmatch(r"(\d+) ?([KMG]?)", text.upper(), flags=re.ASCII)
     # No disk holds 10**18 bytes, and int() refuses numbers of thousands of digits in words of its own.
-    if match is None or len(match[1]) > 18:
-        raise _error(name, "a number of bytes such as 1048576, 512M or 2G", text)
-    return int(match[1]) * _UNITS[match[2]]
+    return None if match is None or len(match[1]) > 18 else int(match[1]) * _UNITS[match[2]]
 
 
 def cache_trust_shared() -> bool:

@@ -1574,7 +1574,7 @@ def test_state_says_that_a_second_directory_is_read(root: Path, image: Path) -> 
     ],
 )
 def test_size_for_people(size: int, text: str) -> None:
-    assert _cache._human(size) == text
+    assert _cache.human(size) == text
 
 
 def test_a_relative_directory_is_that_of_the_construction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
