@@ -19,6 +19,7 @@ from typing import NamedTuple
 from .._kernels.unit import Unit
 from . import cache as _cache
 from . import env as _env
+from . import files as _files
 from . import sources as _sources
 from .bundle import SUFFIX, Bundle, Listed, Manifest, architectures, command_for, open_bundle, targets_for
 from .cache import Entry
@@ -132,7 +133,7 @@ def check_signature(bundle: Bundle, where: Where) -> None:
 
 
 def _check_owner(path: Path, status: os.stat_result) -> None:
-    if (reason := _cache._foreign(path, status)) is not None:
+    if (reason := _files.SYSTEM.foreign(path, status)) is not None:
         raise ValueError(reason)
 
 
