@@ -62,10 +62,10 @@ def nvrtc() -> Nvrtc:
     CompileError
         If there is none; the message says what to install.
     """
-    return _nvrtc.find(_notes)
+    return _nvrtc.find(notes)
 
 
-def _notes() -> CubinCache | None:
+def notes() -> CubinCache | None:
     """Where it is noted what NVRTC there is. A variable with a wrong value is for whoever needs the cache itself."""
     try:
         return cache()
@@ -134,7 +134,7 @@ def compile_unit(unit: Unit) -> Compiled:
     CompileError
         With NVRTC's log.
     """
-    _nvrtc.settle(_notes)
+    _nvrtc.settle(notes)
     return compile_source(unit.source, options_of(target_of(unit)), unit.words, unit.headers)
 
 
@@ -312,7 +312,7 @@ def _entry_of(unit: Unit, key: str) -> Entry:
 def _compile(unit: Unit, key: str) -> Entry:
     if _env.jit_disabled():
         raise _missing(unit)
-    _nvrtc.settle(_notes)
+    _nvrtc.settle(notes)
     key = key_of(unit)  # of the compiler that is loaded now, if another one was expected
     with cache().claim(key, f"compiling {unit.words}") as made:
         if made is not None:
@@ -405,7 +405,7 @@ def _bundled_library(unit: Unit) -> Any:
     library = _libraries.get(served.name)
     if library is None:
         try:
-            library = _load_library(served.entry.cubin)
+            library = load_library(served.entry.cubin)
         except CudaError as error:
             _cache.log(logging.WARNING, "the driver refused %s of %s: %s", unit.words, served.path, error)
             return None
@@ -420,15 +420,15 @@ def _cached_library(unit: Unit) -> Any:
     if library is None:
         entry = _entry_of(unit, key)
         try:
-            library = _load_library(entry.cubin)
+            library = load_library(entry.cubin)
         except CudaError as error:
             # Its checksum is right, yet the driver refuses it: compile it anew, once.
             path = cache().discard(key)
             _cache.log(logging.WARNING, "the driver refused the cached %s: %s %s", unit.words, error, path or "")
-            library = _load_library(_compile(unit, key).cubin)
+            library = load_library(_compile(unit, key).cubin)
         library = _libraries.setdefault(key, library)
     return library
 
 
-def _load_library(cubin: bytes) -> Any:
+def load_library(cubin: bytes) -> Any:
     return _driver.call("cuLibraryLoadData", cubin, None, None, 0, None, None, 0)

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from .._driver import forks as _forks
 from .._kernels.unit import Unit
 from . import cache as _cache
 from . import env as _env
@@ -227,7 +228,7 @@ def _forget() -> None:
     _known.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+_forks.after_in_child(_forget)
 
 
 def where() -> Where:
