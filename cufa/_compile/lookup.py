@@ -274,7 +274,7 @@ def _inside(directory: Path) -> list[Path]:
 def _in_wheels() -> tuple[tuple[Path, str], ...]:
     """Bundles of installed distributions, in the order of their entry points' names."""
     try:
-        if not any(map(_has_entry_points, sys.path)):
+        if not any(map(_has_entry_points, sys.path or ())):  # it is None when the interpreter ends
             return ()
         from importlib.metadata import entry_points
     except ENDING:
