@@ -72,8 +72,9 @@ def warmup(
         Without a preset by default all operations, in bfloat16.
     head_dim : int or sequence, optional
         Of q, k and v; a pair if v has another.
-    features : str or sequence of {'causal', 'window', 'softcap', 'alibi', 'sinks', 'deterministic', 'unaligned'}, optional
-        What the calls have, together.
+    features : str or sequence of str, optional
+        What the calls have, together: causal, window, softcap, alibi, sinks, deterministic or
+        unaligned.
     device : int or sequence of int, optional
         GPUs to load onto: by default the current one, or the first. Arrays among `calls` say it themselves.
     arch : str or sequence of str, optional

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from .._call.arrays import ALIGNMENT
 from .._call.options import Options
 from .._call.problem import (
     CHAIN_ROWS,
@@ -265,15 +266,18 @@ def plans_of(kind: Kind, spread: Spread, arch: int) -> dict[Plan, Lengths]:
 
 
 def problems_of(kind: Kind, lengths: Lengths) -> Iterator[Problem]:
-    """Calls of a kind with such lengths: one, but several if their arrays may be unaligned."""
-    if "unaligned" not in kind.features:
-        yield problem_of(kind, lengths)
-        return
-    steps = [each for each in (8, 4, 2) if each >= ITEMSIZE[kind.dtype]]
-    misaligned = [Layout(each) for each in steps]
-    for inputs in (None, Layout(0), Layout(0, backwards=True), *misaligned):
-        for results in (None, *misaligned):
-            yield problem_of(kind, lengths, inputs, results)
+    """Calls of a kind with such lengths: one, but several where its arrays may lie in memory in several ways."""
+    size = ITEMSIZE[kind.dtype]
+    inputs: list[Layout | None] = [None]
+    if (kind.head_dim * size | kind.head_dim_v * size) % ALIGNMENT:  # which rows may be padded to, or be alone
+        inputs.append(Layout(0))
+    results = [*inputs]
+    if "unaligned" in kind.features:
+        misaligned = [Layout(each) for each in (8, 4, 2) if each >= size]
+        inputs += [Layout(0, backwards=True), *misaligned]
+        results += misaligned
+    for given, written in itertools.product(inputs, results):
+        yield problem_of(kind, lengths, given, written)
 
 
 def problem_of(kind: Kind, lengths: Lengths, inputs: Layout | None = None, results: Layout | None = None) -> Problem:
