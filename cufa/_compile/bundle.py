@@ -379,13 +379,23 @@ def command_for(plan: Plan) -> str:
 
 
 def _is_unaligned(plan: Plan) -> bool:
-    """Whether only arrays of which rows begin elsewhere than in new ones, or lie backwards, need the kernel."""
+    """Whether calls with new arrays need another kernel: rows begin elsewhere in those, and do not lie backwards.
+
+    Where the plan does not tell it is said to be so, since what is built for unaligned arrays serves new ones too.
+    """
     config = plan.config
     size = SIZEOF[config.element]
-    new = min(max(size, math.gcd(ALIGNMENT, columns * size)) for columns in (config.head_dim, config.head_dim_v))
-    widths = [getattr(config, name, ALIGNMENT) for name in ("copy_bytes", "out_copy_bytes", "store_bytes")]
+    both, of_v = (
+        min(max(size, math.gcd(ALIGNMENT, columns * size)) for columns in dims)
+        for dims in ((config.head_dim, config.head_dim_v), (config.head_dim_v,))
+    )
+    new = {
+        "copy_bytes": both,
+        "out_copy_bytes": of_v,
+        "store_bytes": both if isinstance(plan.kernel, BackwardKernel) else of_v,
+    }
     without_maps = plan.arch // 10 == 9 and size == 2 and not plan.kernel.target_suffix
-    return min(widths) < new or without_maps
+    return without_maps or any(getattr(config, name, width) != width for name, width in new.items())
 
 
 class _Refused(Exception):
