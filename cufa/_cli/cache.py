@@ -147,9 +147,9 @@ def extract(key: str, out: Path) -> None:
 
 
 def _anything() -> CubinCache:
-    from .._compile import jit as _jit
+    from .._compile.cache import CubinCache
 
-    return _jit.cache()
+    return CubinCache.from_env()
 
 
 def _store() -> CubinCache:

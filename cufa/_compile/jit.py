@@ -312,15 +312,16 @@ def _entry_of(unit: Unit, key: str) -> Entry:
 def _compile(unit: Unit, key: str) -> Entry:
     if _env.jit_disabled():
         raise _missing(unit)
-    _nvrtc.settle(notes)
-    key = key_of(unit)  # of the compiler that is loaded now, if another one was expected
     with cache().claim(key, f"compiling {unit.words}") as made:
         if made is not None:
             CACHED.add()
             return made
-        entry = compiled_entry(unit)
-        cache().put(key, entry)
-        return entry
+        _nvrtc.settle(notes)
+        if key_of(unit) == key:
+            entry = compiled_entry(unit)
+            cache().put(key, entry)
+            return entry
+    return _entry_of(unit, key_of(unit))  # another compiler than was expected has been loaded
 
 
 def compiled_entry(unit: Unit) -> Entry:

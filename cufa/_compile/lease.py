@@ -33,7 +33,7 @@ EMPTY_SECONDS = 1.0
 WAIT_SECONDS = 60.0
 """Longest wait for one kernel, whoever has leases on it meanwhile."""
 
-PAUSES = (0.005, 0.1)
+PAUSES = (0.005, 0.2)
 """First and longest pause between two looks, each half as long again as the one before."""
 
 PREFIX = ".lease-"
@@ -75,9 +75,8 @@ def turn(path: Path, mode: int, look: Callable[[], _T | None], words: str) -> It
             lease.release()
 
 
-def take(path: Path, mode: int) -> Lease | None:
-    """A lease at `path`, whose directory must exist; None if somebody has one."""
-    content = json.dumps({**_this_process(), "token": os.urandom(8).hex()}).encode()
+def take(path: Path, mode: int, content: bytes) -> Lease | None:
+    """A lease at `path`, whose directory must exist, that says `content`; None if somebody has one."""
     try:
         descriptor = _files.SYSTEM.open_new(path)
     except FileExistsError:
@@ -98,10 +97,11 @@ def _await(path: Path, mode: int, look: Callable[[], _T | None], words: str) -> 
     """A lease, or what was found; neither where waiting or being waited for would gain nothing."""
     give_up = time.monotonic() + WAIT_SECONDS
     pause, longest = PAUSES
+    content = own_content()
     seen: bytes | None = None
     expires, waited = 0.0, False
     while time.monotonic() < give_up:
-        if (lease := take(path, mode)) is not None:
+        if (lease := take(path, mode, content)) is not None:
             with contextlib.ExitStack() as undo:
                 undo.callback(lease.release)
                 found = look()
@@ -111,13 +111,13 @@ def _await(path: Path, mode: int, look: Callable[[], _T | None], words: str) -> 
                     undo.pop_all()
                     return lease, None
             return None, found
-        content = _content(path)
-        if content is None:
+        holder = _content(path)
+        if holder is None:
             continue
-        if content != seen:
-            seen, expires = content, time.monotonic() + (SECONDS if content else EMPTY_SECONDS) - _age(path)
-        if time.monotonic() >= expires or _is_dead(content):
-            _remove(path, content)
+        if holder != seen:
+            seen, expires = holder, time.monotonic() + (SECONDS if holder else EMPTY_SECONDS) - _age(path)
+        if time.monotonic() >= expires or _is_dead(holder):
+            _remove(path, holder)
             waited = False
             continue
         if waited and (found := look()) is not None:
@@ -165,6 +165,11 @@ def _is_dead(content: bytes) -> bool:
     if not place or place != _place() or not isinstance(pid, int) or pid <= 0:
         return False
     return bool(_started(pid) != started)
+
+
+def own_content() -> bytes:
+    """What a lease of this process says."""
+    return json.dumps({**_this_process(), "token": os.urandom(8).hex()}).encode()
 
 
 def _this_process() -> dict[str, Any]:

@@ -30,6 +30,10 @@ from .cache import CubinCache
 RECENT_SECONDS = 2.0
 """Age below which a file may change again without a change of its times, and is not remembered."""
 
+_REMEMBERED = ("site-packages", "conda")
+_NOT_REMEMBERED = ("system-search", "CUDA_PATH")
+"""Ways of pathfinder's to a library: those that `_search` covers, and those that depend on more."""
+
 _BUILTINS = re.compile(r"libnvrtc-builtins\.so.*|nvrtc-builtins64_.*\.dll", re.IGNORECASE)
 
 
@@ -87,9 +91,7 @@ def find(notes: Callable[[], CubinCache | None]) -> Nvrtc:
     global _known
     known = _known
     if known is None:
-        found = notes()
-        recalled = None if found is None else _recall(found)
-        known = _known = recalled or settle(notes)
+        known = _known = _remembered(notes()) or settle(notes)
     return known
 
 
@@ -157,18 +159,31 @@ def _look(notes: CubinCache | None) -> Nvrtc:
             f"cufa: NVRTC is loaded, but its file {path} cannot be read: {error.strerror or error}. If it was replaced "
             "or removed while this process ran, start the process again; else install NVRTC again."
         ) from error
-    if found_via in ("site-packages", "conda") and (search := _search()) is not None:
-        place = {"path": path, "found_via": found_via}
-        if notes.note(search) != place:
+    if found_via in _REMEMBERED or found_via in _NOT_REMEMBERED:
+        search, place = _search(), {"path": path if found_via in _REMEMBERED else "", "found_via": found_via}
+        if search is not None and notes.note(search) != place:
             notes.keep_note(search, place)
     return Nvrtc(version, path, found_via, build, archs)
 
 
-def _recall(notes: CubinCache) -> Nvrtc | None:
-    """What the notes know of the library that the search would find now."""
-    if _is_loaded() or (search := _search()) is None:
+def _remembered(notes: CubinCache | None) -> Nvrtc | None:
+    """What the notes know of the library that the search would find now.
+
+    Of processes that start at once one finds it and reads it, and the others wait for its notes.
+    """
+    if notes is None or _is_loaded() or (search := _search()) is None:
         return None
     place = notes.note(search)
+    known = _recall(notes, place)
+    if known is not None or _text(place, "found_via") in _NOT_REMEMBERED:
+        return known
+    with notes.claim_note(search, "looking for NVRTC") as place:
+        known = _recall(notes, place)
+        return settle(lambda: notes) if known is None else known
+
+
+def _recall(notes: CubinCache, place: dict[str, Any] | None) -> Nvrtc | None:
+    """What the notes know of the library at a place."""
     path, found_via = _text(place, "path"), _text(place, "found_via")
     if not path:
         return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -166,3 +168,14 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUFA_CACHE_MAX_SIZE", "much")
     with pytest.raises(ValueError, match="CUFA_CACHE_MAX_SIZE: expected a number of bytes"):
         CliRunner().invoke(command, ["cache", "path"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("name", ["path", "stats", "list", "verify", "prune", "clear"])
+def test_no_command_imports_numpy(name: str, keys: list[str]) -> None:
+    script = (
+        "import sys; from cufa._cli.main import main; sys.argv[0] = 'cufa'\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, [m for m in ('numpy', 'cuda', 'cufa._kernels') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script, "cache", name], capture_output=True, text=True)
+    assert done.stdout.endswith("\n0 []\n"), done.stdout + done.stderr

@@ -322,8 +322,9 @@ def test_nobody_queues_up_behind_those_who_cannot_keep_what_they_make(cache: Cub
 
 
 def test_a_forked_child_leaves_the_lease_of_its_parent(cache: CubinCache, lease: Path) -> None:
-    held = _lease.take(lease, 0o600)
-    assert held is not None and _lease.take(lease, 0o600) is None
+    content = _lease.own_content()
+    held = _lease.take(lease, 0o600, content)
+    assert held is not None and _lease.take(lease, 0o600, content) is None
     child = os.fork()
     if not child:
         held.release()

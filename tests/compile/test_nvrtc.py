@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cufa._compile import jit as _jit
+from cufa._compile import lease as _lease
 from cufa._compile import nvrtc as _nvrtc
 from cufa._compile.cache import CubinCache
 from cufa._compile.nvrtc import Loaded, Nvrtc
@@ -292,8 +293,13 @@ def test_what_a_linker_finds_is_not_remembered(
     monkeypatch.setattr(_nvrtc, "load", fake_load(str(library), found_via))
     in_new_process(notes)
     must_not_read(monkeypatch)  # what is in the file is
+    taken: list[Path] = []
+    take = _lease.take
+    monkeypatch.setattr(_lease, "take", lambda path, *rest: taken.append(path) or take(path, *rest))
     monkeypatch.setattr(_nvrtc, "load", fake_load(str(library), found_via, version=(12, 9)))
     assert in_new_process(notes).version == (12, 9)
+    if found_via in ("system-search", "CUDA_PATH"):  # which is known, so that nobody waits for a note
+        assert not taken
 
 
 def test_damaged_notes_are_made_again(library: Path, notes: CubinCache) -> None:
@@ -399,3 +405,28 @@ def test_pathfinder_finds_a_conda_environment(tmp_path: Path) -> None:
     build = _nvrtc._digest(_nvrtc._files_of(str(path)))
     for loaded in ("True", "False"):
         assert run_script(script, **environment).split() == ["conda", loaded, build, str(tmp_path / "lib" / path.name)]
+
+
+def test_of_many_processes_one_reads_it(tmp_path: Path) -> None:
+    script = """
+        import hashlib, sys
+        from cufa._compile import jit as _jit
+        file_digest, read = hashlib.file_digest, []
+        hashlib.file_digest = lambda file, digest: read.append(file.name) or file_digest(file, digest)
+        sys.stdin.readline()
+        print(_jit.nvrtc().build, len(read))
+    """
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "CUFA_CACHE_DIR": str(tmp_path / "store")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(5)
+    ]
+    outputs = [process.communicate("\n", timeout=60)[0].split() for process in processes]
+    assert len({build for build, _ in outputs}) == 1
+    assert sorted(int(count) for _, count in outputs) == [0, 0, 0, 0, 2]
+    assert not list((tmp_path / "store").rglob(".*"))
