@@ -95,7 +95,7 @@ def bench(
     rows = [row._replace(dtype=dtype) for row in rows]
     if not is_available():
         raise UnsupportedError(
-            "bench: there is no NVIDIA GPU of compute capability 8.0 or newer here; cufa info says what was found."
+            "bench: there is no NVIDIA GPU of compute capability 8.0 or newer here; cufa doctor says what it finds."
         )
 
     from .._bench import frameworks, measure

@@ -627,6 +627,12 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Non
     result = bench(work("call", 4), like=X, seconds=0, min_repeats=2, graph=False, flush_l2=False)
     assert result == BenchResult(0.004, 0.004, 0.004, 2)
 
+    def refuse(fn: Callable[[], object]) -> Callable[[], object]:
+        raise RuntimeError("not in a capture")
+
+    gpu = gpu._replace(capture=refuse)
+    assert bench(work("call", 4), like=X, seconds=0, min_repeats=2) == BenchResult(0.004, 0.004, 0.004, 2)
+
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph", [False, True])
