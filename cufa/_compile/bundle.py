@@ -379,13 +379,16 @@ def command_for(plan: Plan) -> str:
 
 
 def _is_unaligned(plan: Plan) -> bool:
-    """Whether only arrays of which rows begin elsewhere than in new ones, or lie backwards, need the kernel."""
+    """Whether only arrays of which rows begin elsewhere than in new or padded ones, or lie backwards, need the kernel."""
     config = plan.config
     size = SIZEOF[config.element]
-    new = min(max(size, math.gcd(ALIGNMENT, columns * size)) for columns in (config.head_dim, config.head_dim_v))
-    widths = [getattr(config, name, ALIGNMENT) for name in ("copy_bytes", "out_copy_bytes", "store_bytes")]
-    without_maps = plan.arch // 10 == 9 and size == 2 and not plan.kernel.target_suffix
-    return min(widths) < new or without_maps
+    of_k, of_v = (max(size, math.gcd(ALIGNMENT, columns * size)) for columns in (config.head_dim, config.head_dim_v))
+    stores = min(of_k, of_v) if isinstance(plan.kernel, BackwardKernel) else of_v
+    new = {"copy_bytes": min(of_k, of_v), "out_copy_bytes": of_v, "store_bytes": stores}
+    misaligned = any(getattr(config, name, ALIGNMENT) not in (width, ALIGNMENT) for name, width in new.items())
+    is_short = getattr(config, "early_v", False) or getattr(config, "writes_dq", False)
+    without_maps = plan.arch // 10 == 9 and size == 2 and not plan.kernel.target_suffix and not is_short
+    return misaligned or without_maps
 
 
 class _Refused(Exception):
