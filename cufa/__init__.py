@@ -22,6 +22,7 @@ __all__ = [
     "show_config",
     "stats",
     "testing",
+    "warmup",
 ]
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ._api.config import is_available, show_config
     from ._api.explain import explain
     from ._api.stats import stats
+    from ._api.warmup import warmup
     from .errors import CompileError, CudaError, MissingKernelError, UnsupportedError
 
 _HOMES = {
@@ -44,6 +46,7 @@ _HOMES = {
     "is_available": "_api.config",
     "show_config": "_api.config",
     "stats": "_api.stats",
+    "warmup": "_api.warmup",
     "CompileError": "errors",
     "CudaError": "errors",
     "MissingKernelError": "errors",

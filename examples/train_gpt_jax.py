@@ -40,7 +40,7 @@ class Size(NamedTuple):
     steps: int
 
 
-SIZES = {"cpu": Size(2, 64, 4, 64, 8, 60), "gpu": Size(6, 384, 6, 512, 16, 300)}
+SIZES = {"cpu": Size(2, 64, 4, 64, 8, 60), "gpu": Size(8, 512, 8, 1024, 16, 300)}
 
 
 def attend(with_cufa: bool) -> Attend:

@@ -3,88 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from .._call import arrays as _arrays
 from .._call import options as _options
 from .._call import problem as _problem
-from .._call.align import Copies
 from .._call.arrays import CPU, Arrays
 from .._call.problem import Problem
-from .._compile import jit as _jit
-from .._operations.call import interop_jax, interop_torch, planned
+from .._operations.call import interop_jax, interop_torch
+from .._operations.explanation import Explanation as Explanation
+from .._operations.explanation import explained
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
 from .._operations.operation import Operation
 from ..errors import UnsupportedError
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What would run. ``str()`` gives it as a report.
-
-    Attributes
-    ----------
-    function : str
-    kernel : str
-        Name of the kernel; ``cpu`` for arrays in host memory.
-    device : str
-    state : {'loaded', 'bundled', 'cached', 'to be compiled', 'not needed'}
-        Of the kernel when it was asked.
-    reason : str
-        Why this kernel and not a faster one.
-    block_m, block_n : int
-        Rows of q and of k per tile; on the CPU, 0.
-    num_threads, num_blocks : int
-        Threads per block, blocks of the launch.
-    smem_bytes : int
-        Shared memory per block, in bytes.
-    registers, spill_bytes : int
-        Registers per thread; bytes spilled to local memory.
-    compile_seconds : float
-        What compiling it took, when that was done.
-    config : dict
-        Every member of the kernel's Config.
-    refusals : dict of str to str
-        The kernels that were asked before this one, and why each does not serve.
-    bundle : str
-        The file of the bundle that the kernel comes from.
-    not_bundled : str
-        Why none of the bundles at hand has the kernel, and what to do; empty if one has, or if there are none.
-    """
-
-    function: str
-    kernel: str
-    device: str
-    state: str
-    reason: str
-    block_m: int = 0
-    block_n: int = 0
-    num_threads: int = 0
-    num_blocks: int = 0
-    smem_bytes: int = 0
-    registers: int = 0
-    spill_bytes: int = 0
-    compile_seconds: float = 0.0
-    config: dict[str, Any] | None = None
-    refusals: dict[str, str] = field(default_factory=dict)
-    bundle: str = ""
-    not_bundled: str = ""
-
-    def __str__(self) -> str:
-        lines = [f"{self.function}: {self.kernel} on {self.device}"]
-        if self.config is not None:
-            lines += [
-                f"  tiles      {self.block_m} × {self.block_n} (rows of q × rows of k), {self.num_blocks} blocks of "
-                f"{self.num_threads} threads",
-                f"  takes      {self.smem_bytes / 1024:g} KB shared memory per block, {self.registers} registers per "
-                f"thread, {self.spill_bytes} bytes spilled",
-                f"  kernel is  {self.state} (compiling it took {self.compile_seconds:.2f} s)",
-            ]
-            lines += [f"  bundle     {self.bundle or self.not_bundled}"] if self.bundle or self.not_bundled else []
-        others = {kernel: why for kernel, why in self.refusals.items() if not self.reason.startswith(why)}
-        refused = [f"  not by     {kernel}: {why}" for kernel, why in others.items()]
-        return "\n".join([*lines, f"  because    {self.reason}", *refused])
 
 
 def explain(
@@ -137,21 +68,22 @@ return_lse, out
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         operation = ATTENTION_VARLEN
         given = (*given, cu_seqlens_q, cu_seqlens_k, seqused_k)
-    options = _options.of(operation.name, (causal, window_size, softmax_scale, softcap, return_lse, False))
-    if _arrays.is_jax(q):
-        if out is not None:
-            raise UnsupportedError(f"{operation.name}: out is not supported for JAX arrays, which cannot be written.")
-        problem = _problem.check(operation, arrays := interop_jax().view(operation, given), options)
-    else:
-        arrays = _view(operation, given)
-        problem = _problem.checked(operation, arrays, options)
+    problem = problem_of(operation, given, (causal, window_size, softmax_scale, softcap, return_lse, False))
     if problem.device == CPU:
-        layout = arrays.layouts[0]
-        assert layout is not None
-        framework = layout[0].spec(layout).framework
+        framework = problem.specs["q"].framework
         reason = f"q is a {framework} array in host memory; CuPy, torch or JAX arrays on a GPU are computed there"
-        return Explanation(operation.name, "cpu", "the CPU", "not needed", reason)
-    return _explain_kernel(problem)
+        return Explanation(problem.function, "cpu", "the CPU", "not needed", reason)
+    return explained(problem)
+
+
+def problem_of(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Problem:
+    """The problem of a call with such arrays, in the operation's order, and options; nothing is made or written."""
+    options = _options.of(operation.name, asked)
+    if not _arrays.is_jax(given[0]):
+        return _problem.checked(operation, _view(operation, given), options)
+    if given[operation.arrays.index("out")] is not None:
+        raise UnsupportedError(f"{operation.name}: out is not supported for JAX arrays, which cannot be written.")
+    return _problem.check(operation, interop_jax().view(operation, given), options)
 
 
 def _view(operation: Operation, given: tuple[Any, ...]) -> Arrays:
@@ -160,49 +92,3 @@ def _view(operation: Operation, given: tuple[Any, ...]) -> Arrays:
     except _arrays.Recorded:
         given = interop_torch().detached(operation, given)
         return _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
-
-
-def _said(copies: Copies) -> str:
-    """What is copied, in words."""
-    names = [each.name for each in copies.made]
-    what = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    memory = -(-4 * copies.floats // (1 << 20))
-    are = "is" if len(names) == 1 else "are"
-    return f"{what} {are} copied first, into rows aligned to 16 bytes, for which it takes {memory} MiB while it runs"
-
-
-def _explain_kernel(problem: Problem) -> Explanation:
-    _, copies, plan, grid, _, _ = planned(problem)
-    if copies is not None:
-        from .._kernels import align
-
-        _jit.entry_of(_jit.unit_of(align.plan_for(plan.arch)))
-    unit = _jit.unit_of(plan)
-    served = _jit.bundled(unit)
-    if _jit.is_loaded(plan, problem.device):
-        state = "loaded"
-    elif served is not None:
-        state = "bundled"
-    else:
-        state = "to be compiled" if _jit.cache().get(_jit.key_of(unit)) is None else "cached"
-    meta = _jit.entry_of(unit).meta
-    config = plan.config
-    return Explanation(
-        function=problem.function,
-        kernel=f"{plan.name} (sm_{meta['arch']})",
-        device=_problem.device_name(problem.device),
-        state=state,
-        reason=plan.reason if copies is None else f"{plan.reason}; {_said(copies)}",
-        refusals=dict(plan.refusals),
-        block_m=config.block_m,
-        block_n=config.block_n,
-        num_threads=config.num_threads,
-        num_blocks=sum(grid.blocks),
-        smem_bytes=config.smem_bytes,
-        registers=meta["registers"],
-        spill_bytes=meta["spill_bytes"],
-        compile_seconds=meta["seconds"],
-        config=dict(vars(config)),
-        bundle="" if served is None else str(served.path),
-        not_bundled=_jit.why_not_bundled(unit) if served is None else "",
-    )

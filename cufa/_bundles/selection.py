@@ -8,10 +8,12 @@ a spread of lengths and heads, the problem of each is made as a call makes it, a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from .._call.arrays import ALIGNMENT
 from .._call.options import Options
 from .._call.problem import (
     CHAIN_ROWS,
@@ -264,15 +266,18 @@ def plans_of(kind: Kind, spread: Spread, arch: int) -> dict[Plan, Lengths]:
 
 
 def problems_of(kind: Kind, lengths: Lengths) -> Iterator[Problem]:
-    """Calls of a kind with such lengths: one, but several if their arrays may be unaligned."""
-    if "unaligned" not in kind.features:
-        yield problem_of(kind, lengths)
-        return
-    steps = [each for each in (8, 4, 2) if each >= ITEMSIZE[kind.dtype]]
-    misaligned = [Layout(each) for each in steps]
-    for inputs in (None, Layout(0), Layout(0, backwards=True), *misaligned):
-        for results in (None, *misaligned):
-            yield problem_of(kind, lengths, inputs, results)
+    """Calls of a kind with such lengths: one, but several where its arrays may lie in memory in several ways."""
+    size = ITEMSIZE[kind.dtype]
+    inputs: list[Layout | None] = [None]
+    if (kind.head_dim * size | kind.head_dim_v * size) % ALIGNMENT:  # which rows may be padded to, or be alone
+        inputs.append(Layout(0))
+    results = [*inputs]
+    if "unaligned" in kind.features:
+        misaligned = [Layout(each) for each in (8, 4, 2) if each >= size]
+        inputs += [Layout(0, backwards=True), *misaligned]
+        results += misaligned
+    for given, written in itertools.product(inputs, results):
+        yield problem_of(kind, lengths, given, written)
 
 
 def problem_of(kind: Kind, lengths: Lengths, inputs: Layout | None = None, results: Layout | None = None) -> Problem:
@@ -297,6 +302,15 @@ def problem_of(kind: Kind, lengths: Lengths, inputs: Layout | None = None, resul
         deterministic="deterministic" in features and operation.gradient,
     )
     return sketch(operation, shapes, kind.dtype, options, inputs=inputs, results=results)
+
+
+def arch_of(text: str) -> int | None:
+    """The compute capability that ``sm_90a``, ``90`` or ``9.0`` stand for, as 90; None if it is none.
+
+    Which kernels need ``sm_90a``, and not ``sm_90``, they know themselves.
+    """
+    match = re.fullmatch(r"(?:sm_?)?(\d{2,3})[af]?|(\d{1,2})\.(\d)", text.strip().lower(), re.ASCII)
+    return None if match is None else int(match[1] or match[2] + match[3])
 
 
 def asked_for(
@@ -368,3 +382,28 @@ def _narrowed(
         kinds = "; ".join(dict.fromkeys(str(kind) for _, kinds in PRESETS[preset] for kind in kinds))
         raise ValueError(f"the preset {preset} has no such calls; leave it out to compile them. It has: {kinds}.")
     return found
+
+
+_TILED = (Region(_ALL_ROWS, _ALL_KEYS, batches=(8,)),)
+_TILES = Spread("lengths with a tile of their own", _TILED, _TILED)
+
+
+def tiles(
+    archs: Iterable[int],
+    dtypes: Iterable[str],
+    head_dims: Iterable[tuple[int, int]],
+    masks: Mapping[str, tuple[str, ...]],
+) -> list[tuple[Any, ...]]:
+    """The tiles of all kernels, as rows of a table, with lengths for which each serves; `masks` are by name."""
+    rows: dict[tuple[Any, ...], str] = {}
+    for arch, dtype, dims, operation in itertools.product(archs, dtypes, head_dims, OPERATIONS):
+        for mask, features in masks.items():
+            kind = asked_for(operations=[operation], dtypes=[dtype], head_dims=[dims], features=features)[0].kinds[0]
+            for plan, lengths in plans_of(kind, _TILES, arch).items():
+                config = plan.config
+                tile = config.block_m, config.block_n, config.num_threads, config.smem_bytes
+                row = (arch, plan.name, dtype, dims, config.mask, *tile)
+                packed = "packed, " if config.varlen else ""
+                if config.mask == mask:
+                    rows.setdefault(row, f"{packed}{lengths.queries} × {lengths.keys}")
+    return [(*row, example) for row, example in sorted(rows.items(), key=lambda item: item[0][:5])]

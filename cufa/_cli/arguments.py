@@ -25,13 +25,14 @@ class Archs(ParamType):
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
+        from .._bundles.selection import arch_of
+
         found: dict[int, None] = {}
         for text in filter(None, map(str.strip, value.split(","))):
-            # `9.0` is how NVIDIA's tables write it. Which kernels need sm_90a, and not sm_90, they know themselves.
-            match = re.fullmatch(r"(?:sm_?)?(\d{2,3})[af]?|(\d{1,2})\.(\d)", text.lower(), re.ASCII)
-            if match is None:
+            arch = arch_of(text)
+            if arch is None:
                 self.fail(f"{text!r} is no architecture; write sm_80, or sm_80,sm_90a.", param, context)
-            found[int(match[1] or match[2] + match[3])] = None
+            found[arch] = None
         if not found:
             self.fail("name an architecture, as sm_90a.", param, context)
         return tuple(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ def build(
         CUFA_RECORD=used.jsonl python -m program; cufa bundle build --from-log used.jsonl --out kernels.cufa-bundle
     """
     from .._bundles import build as building
+    from .._bundles.progress import watched
 
     archs, plans = plans_of_options(archs, preset, **choice)
     building.supported(archs)
@@ -74,18 +74,3 @@ def build(
     )
     if built.failed:
         raise SystemExit(1)
-
-
-def watched(made: Iterable[Any], total: int, label: str) -> Iterator[Any]:
-    """Show how far it is: on a terminal by a bar with the time that is left, elsewhere by a line now and then."""
-    import sys
-
-    if sys.stderr is not None and sys.stderr.isatty():
-        with click.progressbar(made, length=total, label=label, show_pos=True, show_eta=True, file=sys.stderr) as bar:
-            yield from bar
-        return
-    step = max(1, total // 10)
-    for count, each in enumerate(made, 1):
-        if count % step == 0 or count == total:
-            click.echo(f"{label}: {count} of {total}", err=True)
-        yield each

@@ -117,7 +117,7 @@ class Manifest(NamedTuple):
     nvrtc : tuple of str
         Version and build of each NVRTC that compiled some of it.
     archs : tuple of str
-        What it was asked to serve, as ``sm_80`` or ``sm_90a``.
+        What it was asked to serve, as ``80`` or ``90a``.
     preset : str or None
     entries : tuple of Listed
         In the order of targets and keys.
@@ -153,7 +153,7 @@ def write(
         A file there is replaced.
     items : iterable of Item
     archs : sequence of str
-        What it is to serve, as ``sm_80`` or ``sm_90a``.
+        What it is to serve, as ``sm_80`` or ``80``.
     preset : str, optional
     signer : callable, optional
         From the manifest's bytes to their signature: see `signer_of` in cufa/_compile/signing.py.
@@ -178,7 +178,7 @@ def write(
         "cufa": cufa,
         "sources": sources,
         "nvrtc": sorted({entry.nvrtc for entry in entries}),
-        "archs": list(archs),
+        "archs": [arch.removeprefix("sm_") for arch in archs],
         "preset": preset,
         "entries": [entry._asdict() for entry in entries],
     }
@@ -358,8 +358,10 @@ def command_for(plan: Plan) -> str:
     """
     arch = f"sm_{plan.arch}{'a' if plan.arch >= 90 else ''}"
     config = plan.config
-    if not isinstance(config, Config):  # what copies arrays, which every bundle holds
-        return f"cufa bundle build --arch {arch} --preset inference --out cufa-{arch}{SUFFIX}"
+    out = f"--out cufa-{arch}{SUFFIX}"
+    if not isinstance(config, Config):  # the kernel that copies arrays, which is the same for all that need it
+        call = "--operation attention --dtype bfloat16 --head-dim 64 --feature unaligned"
+        return f"cufa bundle build --arch {arch} {call} {out}"
     if not {type(term) for term in config.variant} <= {type(term) for term in TERMS}:
         return ""
     dtype = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}[config.element]
@@ -372,18 +374,21 @@ def command_for(plan: Plan) -> str:
     asked = "".join(f" --feature {name}" for name in features)
     return (
         f"cufa bundle build --arch {arch} --operation attention{'_varlen' if config.varlen else ''}{backward} "
-        f"--dtype {dtype} --head-dim {head_dim}{asked} --out cufa-{arch}{SUFFIX}"
+        f"--dtype {dtype} --head-dim {head_dim}{asked} {out}"
     )
 
 
 def _is_unaligned(plan: Plan) -> bool:
-    """Whether only arrays of which rows begin elsewhere than in new ones, or lie backwards, need the kernel."""
+    """Whether only arrays of which rows begin elsewhere than in new or padded ones, or lie backwards, need it."""
     config = plan.config
     size = SIZEOF[config.element]
-    new = min(max(size, math.gcd(ALIGNMENT, columns * size)) for columns in (config.head_dim, config.head_dim_v))
-    widths = [getattr(config, name, ALIGNMENT) for name in ("copy_bytes", "out_copy_bytes", "store_bytes")]
-    without_maps = plan.arch // 10 == 9 and size == 2 and not plan.kernel.target_suffix
-    return min(widths) < new or without_maps
+    of_k, of_v = (max(size, math.gcd(ALIGNMENT, columns * size)) for columns in (config.head_dim, config.head_dim_v))
+    stores = min(of_k, of_v) if isinstance(plan.kernel, BackwardKernel) else of_v
+    new = {"copy_bytes": min(of_k, of_v), "out_copy_bytes": of_v, "store_bytes": stores}
+    misaligned = any(getattr(config, name, ALIGNMENT) not in (width, ALIGNMENT) for name, width in new.items())
+    is_short = getattr(config, "early_v", False) or getattr(config, "writes_dq", False)
+    without_maps = plan.arch // 10 == 9 and size == 2 and not plan.kernel.target_suffix and not is_short
+    return misaligned or without_maps
 
 
 class _Refused(Exception):
@@ -399,7 +404,8 @@ def _refusing(path: Path) -> Iterator[None]:
         raise BundleError(f"cufa: {path} is not used as a bundle: {error}; build it again or fetch it anew.") from None
     except Exception as error:  # zipfile and zlib raise a dozen classes for archives that are damaged
         # The disk's trouble and the end of the interpreter are no fault of the archive's; an impossible offset is.
-        if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
+        disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if disk or isinstance(error, (ImportError, NameError)):
             raise
         raise BundleError(
             f"cufa: {path} is cut off, altered or no bundle at all ({' '.join(str(error).split())}); build it again or "

@@ -39,11 +39,12 @@ COMPILED, CACHED, BUNDLED, LOADED = (
 
 
 class Compiled(NamedTuple):
-    """What NVRTC made of a source."""
+    """What NVRTC made of a source; `ptx` is what came between, if it was asked for."""
 
     cubin: bytes
     log: str
     seconds: float
+    ptx: str = ""
 
 
 class Resources(NamedTuple):
@@ -137,11 +138,16 @@ def compile_unit(unit: Unit) -> Compiled:
     return compile_source(unit.source, options_of(target_of(unit)), unit.words, unit.headers)
 
 
-def compile_source(source: str, options: list[str], what: str, texts: Mapping[str, bytes] | None = None) -> Compiled:
-    """`compile_unit` of a source that `what` names in messages; headers by path, those of ``cuda_src`` if None."""
+def compile_source(
+    source: str, options: list[str], what: str, texts: Mapping[str, bytes] | None = None, *, ptx: bool = False
+) -> Compiled:
+    """`compile_unit` of a source that `what` names in messages; headers by path, those of ``cuda_src`` if None.
+
+    What is compiled has its PTX as well if `ptx`.
+    """
     bindings, texts = _nvrtc.load().bindings, headers() if texts is None else texts
     with _progress(what), _forks.section():
-        status, compiled = _run_nvrtc(bindings, source, texts, options)
+        status, compiled = _run_nvrtc(bindings, source, texts, options, ptx)
     saved = _save_source(source, texts, compiled.log)
     if status != 0:
         where = f" The source is in {saved}." if saved else " Set CUFA_SAVE_SOURCE to a directory to keep the source."
@@ -150,7 +156,9 @@ def compile_source(source: str, options: list[str], what: str, texts: Mapping[st
     return compiled
 
 
-def _run_nvrtc(bindings: Any, source: str, texts: Mapping[str, bytes], options: list[str]) -> tuple[Any, Compiled]:
+def _run_nvrtc(
+    bindings: Any, source: str, texts: Mapping[str, bytes], options: list[str], ptx: bool
+) -> tuple[Any, Compiled]:
     """The compiler's status and what it made, which has no cubin if that is not 0."""
     names = [name.encode() for name in texts]
     _, program = _nvrtc.call(
@@ -165,12 +173,16 @@ def _run_nvrtc(bindings: Any, source: str, texts: Mapping[str, bytes], options: 
         buffer = bytearray(size)
         bindings.nvrtcGetProgramLog(program, buffer)
         log = buffer.decode(errors="replace").strip("\0 \n")
-        cubin = bytearray()
+        cubin, text = bytearray(), bytearray()
         if status == 0:
             _, size = _nvrtc.call("nvrtcGetCUBINSize", bindings.nvrtcGetCUBINSize(program))
             cubin = bytearray(size)
             _nvrtc.call("nvrtcGetCUBIN", bindings.nvrtcGetCUBIN(program, cubin))
-        return status, Compiled(bytes(cubin), log, seconds)
+        if status == 0 and ptx:
+            _, size = _nvrtc.call("nvrtcGetPTXSize", bindings.nvrtcGetPTXSize(program))
+            text = bytearray(size)
+            _nvrtc.call("nvrtcGetPTX", bindings.nvrtcGetPTX(program, text))
+        return status, Compiled(bytes(cubin), log, seconds, text.decode(errors="replace").rstrip("\0"))
     finally:
         bindings.nvrtcDestroyProgram(program)
 

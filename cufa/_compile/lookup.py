@@ -25,6 +25,9 @@ from . import sources as _sources
 from .bundle import SUFFIX, Bundle, Listed, Manifest, architectures, command_for, open_bundle, targets_for
 from .cache import Entry
 
+ENDING = (ImportError, NameError)
+"""What it looks like when the interpreter ends: nothing can be imported, and `open` is the name of nothing."""
+
 GROUP = "cufa.bundles"
 """The entry points by which bundles in wheels are found. Each names the path of one, or a function that returns it."""
 
@@ -164,7 +167,7 @@ class Bundles:
                     return Served(place.path, listed, bundle.entry(listed))
                 except (ValueError, OSError) as error:
                     place.give_up(_sentence(error, place.path))
-                except ImportError:  # the interpreter ends
+                except ENDING:
                     return None
         return None
 
@@ -182,7 +185,7 @@ class Bundles:
     def _usable(self, place: Place) -> Bundle | None:
         try:
             return place.bundle()
-        except ImportError:  # the interpreter ends
+        except ENDING:
             return None
 
 
@@ -273,10 +276,10 @@ def _inside(directory: Path) -> list[Path]:
 def _in_wheels() -> tuple[tuple[Path, str], ...]:
     """Bundles of installed distributions, in the order of their entry points' names."""
     try:
-        if not any(map(_has_entry_points, sys.path)):
+        if not any(map(_has_entry_points, sys.path or ())):  # it is None when the interpreter ends
             return ()
         from importlib.metadata import entry_points
-    except (ImportError, TypeError):  # the interpreter ends
+    except ENDING:
         return ()
     found = []
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):

@@ -104,6 +104,12 @@ def count() -> int:
     return int(call("cuDeviceGetCount"))
 
 
+def current_ordinal() -> int | None:
+    """The GPU that is current in this thread; None if none is."""
+    status, active = driver().cuCtxGetDevice()
+    return int(active) if status == 0 else None
+
+
 @contextmanager
 def current(ordinal: int) -> Iterator[None]:
     """Make the primary context of a GPU current, if that of another is or none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from .._call import align as _align
@@ -27,7 +28,9 @@ from .operation import Operation
 def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
     """Call an operation with its arrays, in its order, and with options in that of `Options` and then of its terms."""
     if _arrays.compiling(given[0]):
-        return interop_torch().compiled(operation, given, asked)
+        from ..interop import torch  # which is traced; a cache would not be
+
+        return torch.compiled(operation, given, asked)
     options = _options.of(operation.name, asked, operation.terms)
     if _arrays.is_jax(given[0]):  # its runtime owns streams and results
         return interop_jax().call(operation, given, options)
@@ -218,12 +221,14 @@ def _load_copying(copies: Copies, floats: int, stream: int) -> Copying:
     return Copying(launch, copies, problem.operation.arrays, floats)
 
 
+@cache  # a statement that imports takes a microsecond each time
 def interop_jax() -> Any:
     from ..interop import jax
 
     return jax
 
 
+@cache
 def interop_torch() -> Any:
     from ..interop import torch
 

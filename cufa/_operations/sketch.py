@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from .._call.arrays import ALIGNMENT, Spec, contiguous
 from .._call.options import Options
 from .._call.problem import GPU_DTYPES, ITEMSIZE, Problem
+from ..errors import UnsupportedError
 from .backward import ATTENTION_BACKWARD, ATTENTION_VARLEN_BACKWARD
 from .forward import ATTENTION, ATTENTION_VARLEN
 from .operation import Operation
+from .operation import gradients_of as of_operation
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
@@ -56,6 +58,20 @@ def sketch(
         layout = inputs if name in operation.tiles else results if name in written else None
         specs[name] = (layout or CONTIGUOUS).spec(known[name], _dtype_of(name, dtype), device)
     return operation.check(operation, specs, options)
+
+
+def gradients_of(problem: Problem, deterministic: bool = False) -> Problem:
+    """The problem of the gradients of a call, whose results and theirs are new arrays."""
+    operation = of_operation(problem.operation)
+    if operation is None:
+        raise UnsupportedError(f"{problem.function}: there are no gradients of it.")
+    q = problem.specs["q"]
+    results = {"out": (problem.out_shape, problem.dtype), "dout": (problem.out_shape, problem.dtype)}
+    results["lse"] = (problem.lse_shape, problem.lse_dtype)
+    specs = dict(problem.specs)
+    for name, (shape, dtype) in results.items():
+        specs[name] = q._replace(shape=shape, strides=contiguous(shape), dtype=dtype, misalignment=0, writable=True)
+    return operation.check(operation, specs, problem.options._replace(return_lse=False, deterministic=deterministic))
 
 
 class Layout:

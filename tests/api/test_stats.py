@@ -83,6 +83,7 @@ def test_a_launch_of_several_kernels_is_one(monkeypatch: pytest.MonkeyPatch) -> 
     bindings = Bindings()
     monkeypatch.setattr(_driver, "driver", lambda: bindings)
     monkeypatch.setattr(_driver, "overlaps", lambda device: False)
+    monkeypatch.setattr(_driver, "enter", lambda device: False)
     monkeypatch.setattr(_driver, "current", lambda device: contextlib.nullcontext())
     argument = Argument(bytes(8), ((0, "q"),))
 

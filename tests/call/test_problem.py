@@ -1132,6 +1132,7 @@ class Launched:
         self.plans: dict[str, Any] = {}
         pretend(patch, 90)
         patch.setattr(_driver, "current", lambda _: contextlib.nullcontext())
+        patch.setattr(_driver, "enter", lambda _: False)
         patch.setattr(_driver, "driver", lambda: self)
         patch.setattr(_driver, "overlaps", lambda _: True)
         patch.setattr(_jit, "load_kernel", lambda plan, *_: self.plans.update({plan.name: plan}) or plan.entries)
