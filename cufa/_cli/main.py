@@ -12,11 +12,11 @@ from .. import __version__
 COMMANDS = {
     "info": "what cufa finds on this machine, as a bug report should hold",
     "doctor": "try each step of a call on this machine, and say what to mend",
+    "cache": "the compiled kernels on disk: where they are, what they take, whether they are whole",
     "explain": "which kernel would serve a call, why, and what it takes, from shapes and dtypes",
     "tiles": "the tables of tiles: what a thread block takes at a time",
     "warmup": "compile, or load, what calls will need",
     "dump": "source, PTX, machine code and resources of the kernel for a call",
-    "cache": "the compiled kernels on disk: where they are, what they take, whether they are whole",
     "bundle": "files of compiled kernels: build, check, install and ship them",
     "bench": "how fast attention is on this GPU, beside what else is installed",
 }

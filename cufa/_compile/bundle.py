@@ -379,23 +379,16 @@ def command_for(plan: Plan) -> str:
 
 
 def _is_unaligned(plan: Plan) -> bool:
-    """Whether calls with new arrays need another kernel: rows begin elsewhere in those, and do not lie backwards.
-
-    Where the plan does not tell it is said to be so, since what is built for unaligned arrays serves new ones too.
-    """
+    """Whether only arrays of which rows begin elsewhere than in new or padded ones, or lie backwards, need it."""
     config = plan.config
     size = SIZEOF[config.element]
-    both, of_v = (
-        min(max(size, math.gcd(ALIGNMENT, columns * size)) for columns in dims)
-        for dims in ((config.head_dim, config.head_dim_v), (config.head_dim_v,))
-    )
-    new = {
-        "copy_bytes": both,
-        "out_copy_bytes": of_v,
-        "store_bytes": both if isinstance(plan.kernel, BackwardKernel) else of_v,
-    }
-    without_maps = plan.arch // 10 == 9 and size == 2 and not plan.kernel.target_suffix
-    return without_maps or any(getattr(config, name, width) != width for name, width in new.items())
+    of_k, of_v = (max(size, math.gcd(ALIGNMENT, columns * size)) for columns in (config.head_dim, config.head_dim_v))
+    stores = min(of_k, of_v) if isinstance(plan.kernel, BackwardKernel) else of_v
+    new = {"copy_bytes": min(of_k, of_v), "out_copy_bytes": of_v, "store_bytes": stores}
+    misaligned = any(getattr(config, name, ALIGNMENT) not in (width, ALIGNMENT) for name, width in new.items())
+    is_short = getattr(config, "early_v", False) or getattr(config, "writes_dq", False)
+    without_maps = plan.arch // 10 == 9 and size == 2 and not plan.kernel.target_suffix and not is_short
+    return misaligned or without_maps
 
 
 class _Refused(Exception):

@@ -210,13 +210,13 @@ def check_command(plan: Plan, asked: list[Plan]) -> None:
     assert plan.bare in asked, shlex.join(words)
 
 
-NO_CALLS = ("elementwise", "True 16")
-"""Labels of facts that go with no call: elements that are read singly, where arrays would be copied first; and dense
-sequences that have a short average."""
+NO_CALLS = ("elementwise", "True 16", "empty none")
+"""Labels of facts that go with no call: elements that are read singly, where arrays would be copied first; dense
+sequences that have a short average; and keys that all are seen and none."""
 SAMPLE = {
     label: plan
     for index, (label, plan) in enumerate(matrix.kernels())
-    if (index % 17 == 0 or plan.kernel == align.ALIGN) and not any(each in label for each in NO_CALLS)
+    if (index % 31 == 0 or plan.kernel == align.ALIGN) and not any(each in label for each in NO_CALLS)
 }
 
 
@@ -242,7 +242,7 @@ LAYOUTS = st.sampled_from([None, Layout(0), Layout(8), Layout(4), Layout(0, back
     layouts=st.tuples(LAYOUTS, st.sampled_from([None, Layout(0), Layout(8), Layout(4)])),
     arch=st.sampled_from(ARCHS),
 )
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_command_for_any_call_builds_its_kernel(
     kind: Kind, lengths: Lengths, layouts: tuple[Any, Any], arch: int, asked: list[Plan]
 ) -> None:
