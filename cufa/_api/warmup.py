@@ -126,8 +126,9 @@ def warmup(
             preset=preset, operations=operations, dtypes=dtypes, head_dims=dims, features=features
         )
     uses = [] if log is None else _read(Path(log))
+    calls = list(calls)
     problems = [problem for call in calls for problem in _problems(call)]
-    if not (chosen_kinds or uses or problems or log):
+    if not (chosen_kinds or calls or log):
         raise ValueError("warmup: nothing says what for; name a preset, a head_dim, calls, or a log.")
     places: list[tuple[int, int | None]]
     if archs:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,14 +64,15 @@ def build(
     began = time.perf_counter()
     items: dict[tuple[str, str], Item] = {}
     failed, cached = [], 0
-    for made in watched(compiled(plans, jobs or cores())):
-        if made.item is not None:
-            items[made.item.key, made.item.target] = made.item
-            cached += made.cached
-        elif keep_going:
-            failed.append(made.error)
-        else:
-            raise CompileError(made.error)
+    with contextlib.closing(compiled(plans, jobs or cores())) as done:  # so that it ends with the first that fails
+        for made in watched(done):
+            if made.item is not None:
+                items[made.item.key, made.item.target] = made.item
+                cached += made.cached
+            elif keep_going:
+                failed.append(made.error)
+            else:
+                raise CompileError(made.error)
     if not items:
         raise CompileError(f"cufa: no kernel could be compiled; the first message is: {failed[0]}")
     ordered = [items[key] for key in sorted(items)]
@@ -78,7 +80,7 @@ def build(
     return Built(len(ordered), cached, failed, out.stat().st_size, time.perf_counter() - began)
 
 
-def compiled(plans: Sequence[Plan], jobs: int) -> Iterator[Made]:
+def compiled(plans: Sequence[Plan], jobs: int) -> Generator[Made, None, None]:
     """Compile plans in up to `jobs` processes, and yield what becomes of each as it is done.
 
     Processes and not threads, so that one which the compiler brings down takes none of the others with it, and so that

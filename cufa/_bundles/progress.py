@@ -26,7 +26,7 @@ def watched(done: Iterable[T], total: int, label: str, *, lines: bool = True) ->
         with click.progressbar(done, length=total, label=label, show_pos=True, show_eta=True, file=sys.stderr) as bar:
             yield from bar
     else:
-        step = max(1, total // LINES)
+        step = max(1, -(-total // LINES))
         for count, each in enumerate(done, 1):
             if (lines or wanted) and (count % step == 0 or count == total):
                 print(f"{label}: {count} of {total}", file=sys.stderr, flush=True)

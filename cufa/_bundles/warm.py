@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
@@ -49,14 +50,15 @@ def warm(
     Threads do it, since the compiler and the driver leave Python to others while they work.
     """
     began, before = time.perf_counter(), _counts.read("kernels")
-    for _ in watched(_done(plans, jobs)):
-        pass
+    with contextlib.closing(_done(plans, jobs)) as done:  # so that it ends with the first that fails
+        for _ in watched(done):
+            pass
     after = _counts.read("kernels")
     counts = {name: after.get(name, 0) - before.get(name, 0) for name in ("compiled", "cached", "bundled", "loaded")}
     return Warmed(len(plans), seconds=time.perf_counter() - began, **counts)
 
 
-def _done(plans: Sequence[tuple[Plan, int | None]], jobs: int) -> Iterator[Plan]:
+def _done(plans: Sequence[tuple[Plan, int | None]], jobs: int) -> Generator[Plan, None, None]:
     pool = ThreadPoolExecutor(max(1, min(jobs, len(plans))), thread_name_prefix="cufa warm-up")
     try:
         futures = {pool.submit(_have, plan, device): plan for plan, device in plans}

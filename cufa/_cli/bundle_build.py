@@ -67,10 +67,12 @@ def build(
     )
     for message in built.failed:
         click.echo(message, err=True)
+    kernels = f"{built.kernels} kernel{'s' if built.kernels != 1 else ''}"
+    targets = ", ".join(f"sm_{arch}" for arch in archs)
     left_out = f", {len(built.failed)} left out" if built.failed else ""
     click.echo(
-        f"{out}: {built.kernels} kernels for {', '.join(f'sm_{arch}' for arch in archs)}{left_out}, "
-        f"{built.size / 1e6:.1f} MB, in {built.seconds:.0f} s ({built.cached} were in the cache)"
+        f"{out}: {kernels} for {targets}{left_out}, {built.size / 1e6:.1f} MB, in {built.seconds:.0f} s "
+        f"({built.cached} were in the cache)"
     )
     if built.failed:
         raise SystemExit(1)

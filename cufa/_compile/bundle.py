@@ -379,7 +379,7 @@ def command_for(plan: Plan) -> str:
 
 
 def _is_unaligned(plan: Plan) -> bool:
-    """Whether only arrays of which rows begin elsewhere than in new or padded ones, or lie backwards, need it."""
+    """Whether only arrays need the kernel whose rows begin elsewhere than in new or padded ones, or lie backwards."""
     config = plan.config
     size = SIZEOF[config.element]
     of_k, of_v = (max(size, math.gcd(ALIGNMENT, columns * size)) for columns in (config.head_dim, config.head_dim_v))
