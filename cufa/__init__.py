@@ -15,6 +15,7 @@ __all__ = [
     "attention_backward",
     "attention_varlen",
     "attention_varlen_backward",
+    "cache",
     "explain",
     "is_available",
     "reference",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from . import reference, testing
     from ._api.attention import attention, attention_varlen
     from ._api.backward import attention_backward, attention_varlen_backward
+    from ._api.cache import cache
     from ._api.config import is_available, show_config
     from ._api.explain import explain
     from ._api.stats import stats
@@ -39,6 +41,7 @@ _HOMES = {
     "attention_backward": "_api.backward",
     "attention_varlen": "_api.attention",
     "attention_varlen_backward": "_api.backward",
+    "cache": "_api.cache",
     "explain": "_api.explain",
     "is_available": "_api.config",
     "show_config": "_api.config",

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, overload
 
+# None of these imports NumPy, which may be what is broken.
 from .._compile import env as _env
-from .._compile import jit as _jit
+from .._compile import nvrtc as _nvrtc
+from .._compile.cache import CubinCache
 from .._driver import driver as _driver
-from .._kernels import OLDEST_ARCH
+
+DEPENDENCIES = ("numpy", "scipy", "ml_dtypes", "click", "cuda-bindings", "cuda-pathfinder")
+
+OTHERS = (
+    *("cupy", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "jaxlib", "numba", "numba-cuda", "triton"),
+    *("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "cuda-toolkit", "cryptography"),
+)
+"""Distributions that are reported where they are installed."""
+
+SURROUNDINGS = (
+    *("CUDA_VISIBLE_DEVICES", "CUDA_PATH", "CUDA_HOME", "CUDA_MODULE_LOADING", "CUDA_LAUNCH_BLOCKING"),
+    *("CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD"),
+)
+"""Variables of others that bear on what is found, reported where they are set."""
 
 
 def is_available() -> bool:
@@ -32,6 +47,8 @@ def is_available() -> bool:
     True
     """
     try:
+        from .._kernels import OLDEST_ARCH
+
         count = int(_driver.call("cuDeviceGetCount"))
         return any(_driver.device(ordinal).arch >= OLDEST_ARCH for ordinal in range(count))
     except Exception:  # whatever is wrong with driver or GPU, there is none to use
@@ -48,6 +65,8 @@ def show_config(mode: Literal["dicts"]) -> dict[str, dict[str, str]]: ...
 
 def show_config(mode: str = "stdout") -> dict[str, dict[str, str]] | None:
     """Print versions, GPUs, NVRTC, the cache of kernels and the environment: what a bug report should hold.
+
+    Frameworks are asked for by what is installed, and not imported.
 
     Parameters
     ----------
@@ -70,12 +89,14 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, str]] | None:
     report = {
         "versions": _versions(),
         "gpu": _gpus(),
-        "nvrtc": _nvrtc(),
+        "nvrtc": _compiler(),
         "cache": {
-            "directory": _probe(lambda: str(_jit.cache().path)),
-            "state": _probe(lambda: _jit.cache().state()),
+            "directory": _probe(lambda: str(_cache().path)),
+            "state": _probe(lambda: _cache().state()),
+            "bundles": _probe(_bundles),
         },
-        "environment": {name: value for name, value, _ in _env.describe()},
+        "environment": {name: value for name, value, _ in _env.describe()}
+        | {name: os.environ[name] for name in SURROUNDINGS if name in os.environ},
     }
     if mode == "dicts":
         return report
@@ -105,16 +126,45 @@ def _versions() -> dict[str, str]:
 
     versions = {
         "cufa": cufa.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
+        "python": platform.python_version() + ("" if _has_lock() else ", free-threaded"),
+        "platform": _probe(platform.platform),
     }
-    for distribution in ("numpy", "scipy", "ml_dtypes", "cuda-bindings", "cuda-pathfinder"):
-        versions[distribution] = _probe(partial(importlib.metadata.version, distribution))
-    for module in ("cupy", "torch", "jax", "numba"):
+    try:
+        from importlib import metadata
+    except Exception as error:
+        return {**versions, "packages": f"{type(error).__name__}: {error}"}
+    for distribution in DEPENDENCIES:
+        versions[distribution] = _probe(partial(metadata.version, distribution))
+    for distribution in OTHERS:
+        try:
+            versions[distribution] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        except Exception as error:
+            versions[distribution] = f"{type(error).__name__}: {error}"
+    for module in ("cupy", "torch", "jax", "numba"):  # which may be here without being installed
         found: Any = sys.modules.get(module)
         if found is not None:
-            versions[module] = str(getattr(found, "__version__", "imported"))
+            versions[f"{module} (imported)"] = str(getattr(found, "__version__", "of no version"))
     return versions
+
+
+def _has_lock() -> bool:
+    """Whether one thread of Python runs at a time."""
+    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
+
+
+def _cache() -> CubinCache:
+    """The cache of this process, if kernels have been asked for, or else what it would be."""
+    jit: Any = sys.modules.get("cufa._compile.jit")
+    found: CubinCache = CubinCache.from_env() if jit is None else jit.cache()
+    return found
+
+
+def _bundles() -> str:
+    from .._compile import lookup as _lookup
+
+    return ", ".join(str(place.path) for place in _lookup.bundles().places) or "none"
 
 
 def _gpus() -> dict[str, str]:
@@ -125,7 +175,7 @@ def _gpus() -> dict[str, str]:
     def gpu(ordinal: int) -> str:
         facts = _driver.device(ordinal)
         name = _driver.call("cuDeviceGetName", 256, _driver.call("cuDeviceGet", ordinal)).split(b"\0")[0].decode()
-        supported = "" if facts.arch >= OLDEST_ARCH else ", not supported"
+        supported = ", not supported" if _is_old(facts.arch) else ""
         return f"{name}, compute capability {facts.arch // 10}.{facts.arch % 10}, {facts.num_sms} SMs{supported}"
 
     found = {"driver": _probe(driver_version)}
@@ -136,13 +186,29 @@ def _gpus() -> dict[str, str]:
     return {**found, **{f"cuda:{ordinal}": _probe(partial(gpu, ordinal)) for ordinal in range(count)}}
 
 
-def _nvrtc() -> dict[str, str]:
+def _is_old(arch: int) -> bool:
     try:
-        found = _jit.nvrtc()
+        from .._kernels import OLDEST_ARCH
+    except Exception:  # NumPy is broken, which other lines say
+        return False
+    return arch < OLDEST_ARCH
+
+
+def _compiler() -> dict[str, str]:
+    try:
+        found = _nvrtc.find(_notes)
     except Exception as error:
         return {"version": f"none: {' '.join(str(error).split())}"}
     return {
         "version": "{}.{}".format(*found.version),
         "library": f"{found.path} (found via {found.found_via})",
+        "build": found.build[:16],
         "compiles for": ", ".join(f"sm_{arch}" for arch in found.archs),
     }
+
+
+def _notes() -> CubinCache | None:
+    try:
+        return _cache()
+    except ValueError:  # of a variable, which other lines say
+        return None

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from .._compile import bundle as _bundle
 from .._compile import cache as _cache
 from .._compile import env as _env
+from .._compile import files as _files
 from .._compile import jit as _jit
 from .._compile import lookup as _lookup
 from .._compile import sources as _sources
@@ -149,16 +150,16 @@ def install(path: str | os.PathLike[str]) -> Path:
     cache = _jit.cache()
     if (reason := cache._misplaced(directory.parent)) is not None:
         raise BundleError(f"cufa: bundles are not installed: {reason}.")
-    _cache._make_directory(directory.parent, 0o700, private_parents=not cache.named)
+    _files.make_directory(directory.parent, 0o700, private_parents=not cache.named)
     # As for kernels: a shared directory passes its own mode on, and all else is private.
     mode = stat.S_IMODE(os.stat(directory.parent).st_mode) if cache.trust_shared else 0o700
-    _cache._make_directory(directory, mode)
+    _files.make_directory(directory, mode)
     for each in (directory.parent, directory):
         if (reason := cache._refusal(each)) is not None:
             raise BundleError(f"cufa: bundles are not installed: {reason}.")
     _sweep(directory)
     target = directory / (name if name.endswith(SUFFIX) else f"{name}{SUFFIX}")
-    _cache._publish(target, data, 0o600 | (mode & 0o044))
+    _files.publish(target, data, 0o600 | (mode & 0o044))
     return target
 
 
@@ -190,7 +191,7 @@ def _directory() -> Path:
 
 def _sweep(directory: Path) -> None:
     """Remove what killed installations have left."""
-    for path in directory.glob(f"{_cache._TEMPORARY}*"):
+    for path in directory.glob(f"{_files.TEMPORARY}*"):
         with contextlib.suppress(OSError):
             if abs(time.time() - path.lstat().st_mtime) > _cache.STALE_SECONDS:
                 path.unlink()
@@ -212,7 +213,7 @@ def extract(path: str | os.PathLike[str], directory: str | os.PathLike[str]) -> 
     with open_bundle(path) as bundle:
         files = {extracted_name(entry): bundle.cubin(entry) for entry in bundle.manifest.entries}
         files[MANIFEST] = bundle.text
-    temporary = target.with_name(f"{_cache._TEMPORARY}{os.urandom(8).hex()}")
+    temporary = target.with_name(f"{_files.TEMPORARY}{os.urandom(8).hex()}")
     temporary.mkdir(parents=True)
     try:
         for name, content in files.items():

@@ -10,7 +10,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from .._compile import cache as _cache
+from .._compile import files as _files
 from .._compile.bundle import SUFFIX, BundleError, archived
 from .._compile.lookup import GROUP
 from .files import signed
@@ -75,7 +75,7 @@ def wheel(path: str | os.PathLike[str], name: str, version: str, out: str | os.P
     files[f"{info}/RECORD"] = "".join([*rows, f"{info}/RECORD,,\n"]).encode()
     target = Path(os.path.abspath(out)) / f"{package}-{version}-py3-none-any.whl"
     target.parent.mkdir(parents=True, exist_ok=True)
-    _cache._publish(target, _archive(files), 0o644)
+    _files.publish(target, _archive(files), 0o644)
     return target
 
 

@@ -38,10 +38,16 @@ def _bundles() -> Sequence[dict[str, Any]]:
 
     from .._compile import lookup
 
-    logging.getLogger("cufa").setLevel(logging.ERROR)  # what is wrong with one is in the list
+    logger = logging.getLogger("cufa")
+    before = logger.level
+    logger.setLevel(logging.ERROR)  # what is wrong with one is in the list
+    try:
+        places = lookup.bundles().places
+        bundles = [place.bundle() for place in places]
+    finally:
+        logger.setLevel(before)
     rows = []
-    for place in lookup.bundles().places:
-        bundle = place.bundle()
+    for place, bundle in zip(places, bundles, strict=True):
         kernels = None if bundle is None else len(bundle.manifest.entries)
         targets = None if bundle is None else [f"sm_{target}" for target in bundle.manifest.targets]
         row = {"file": str(place.path), "from": place.origin, "kernels": kernels, "targets": targets}

@@ -41,11 +41,11 @@ def verify(context: click.Context, file: str, archs: tuple[str, ...], as_json: b
 def _report(found: Verified) -> list[str]:
     from .._bundles.files import number_of
     from .._compile.bundle import architectures
-    from .._compile.cache import _human
+    from .._compile.cache import human
 
     manifest = found.bundle.manifest
     lines = [
-        f"{found.bundle.path}: {number_of(len(manifest.entries))}, {_human(found.size)}, "
+        f"{found.bundle.path}: {number_of(len(manifest.entries))}, {human(found.size)}, "
         f"{'damaged' if found.damaged else 'whole'}, {'signed' if found.bundle.signature else 'not signed'}",
         f"  made from cufa {manifest.cufa} sources {manifest.sources[:8]}… by NVRTC {', '.join(manifest.nvrtc)} "
         f"for {architectures(manifest.archs)}",

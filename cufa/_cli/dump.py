@@ -35,7 +35,7 @@ def dump(kinds: tuple[str, ...], out: Path | None, **options: Any) -> None:
         cufa dump --q 2x4096x32x128 --causal --arch sm_90a --resources
         cufa dump --q 2x4096x32x128 --causal --arch sm_90a --source --ptx --sass --out kernel/
     """
-    from .._compile import jit, listing, save
+    from .._compile import files, jit, listing
     from .._operations.call import planned, planned_for
 
     if not kinds:
@@ -59,5 +59,5 @@ def dump(kinds: tuple[str, ...], out: Path | None, **options: Any) -> None:
         click.echo("\n".join(text.rstrip("\n") for text in texts.values()))
         return
     headers = dict(unit.headers) if "source" in kinds else {}
-    save.save(out, {**headers, **{name: text.encode() for name, text in texts.items()}})
+    files.save(out, {**headers, **{name: text.encode() for name, text in texts.items()}})
     click.echo(f"{out}: {', '.join(texts)}{' and the headers' if headers else ''} of {plan.words()}")

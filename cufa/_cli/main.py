@@ -11,6 +11,8 @@ from .. import __version__
 
 COMMANDS = {
     "info": "what cufa finds on this machine, as a bug report should hold",
+    "doctor": "try each step of a call on this machine, and say what to mend",
+    "cache": "the compiled kernels on disk: where they are, what they take, whether they are whole",
     "explain": "which kernel would serve a call, why, and what it takes, from shapes and dtypes",
     "tiles": "the tables of tiles: what a thread block takes at a time",
     "warmup": "compile, or load, what calls will need",

@@ -29,7 +29,7 @@ from .._kernels.backward import BackwardKernel
 from .._kernels.kernel import SIZEOF, Config
 from .._kernels.unit import Unit
 from .._terms import TERMS
-from . import cache as _cache
+from . import files as _files
 from . import sources as _sources
 from .cache import MAX_ENTRY_SIZE, Entry
 
@@ -189,7 +189,7 @@ def write(
         raise BundleError(f"cufa: no bundle is written to {path}: {error}.") from None
     files = {MANIFEST: text} | ({} if signer is None else {SIGNATURE: signer(text)})
     files |= {entry.name: item.cubin for entry, item in zip(entries, ordered, strict=True)}
-    _cache._publish(Path(os.path.abspath(path)), _archive(files), 0o644)
+    _files.publish(Path(os.path.abspath(path)), _archive(files), 0o644)
 
 
 def _listed(item: Item) -> Listed:
@@ -415,7 +415,8 @@ def _refusing(path: Path) -> Iterator[None]:
 
 def _open(path: Path) -> io.BufferedReader:
     """A regular file for reading; what else lies there, as a FIFO, is not waited for."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    flags = ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # where a system has them
+    descriptor = os.open(path, sum((getattr(os, name, 0) for name in flags), os.O_RDONLY))
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise BundleError(f"cufa: {path} is not a regular file, and so no bundle; name the file itself.")

@@ -2,11 +2,18 @@
 
 One file holds one kernel, and its name is the digest of everything that went into compiling it. An entry is
 published by renaming a finished file, so a reader sees all of it or nothing, and two processes that compile
-the same kernel only do the work twice. No lock is taken anywhere: dict operations are atomic, counters may
-lose a count under threads, and a fork at any moment leaves nothing held.
+the same kernel only do the work twice; `CubinCache.claim` lets one of many do it. No lock is taken anywhere: single
+operations of a dict are whole, in the build without the interpreter's lock too, counters may lose a count under
+threads, and a fork at any moment leaves nothing held.
 
 A cubin is code that runs with all of this process's device memory in reach. The trailing checksum finds
 accidents and not attackers; against those, a directory or entry that another user can write is not used.
+
+Which entry was used least recently is told by the times of modification, which are set to the file system's own now
+whenever an entry is read: so they are all of one clock, a file server's perhaps, and it is asked for the time.
+
+Beside the entries lie notes, small facts that take long to find out. They are files of the same layout, without a
+cubin.
 
 Layout of an entry, little endian::
 
@@ -23,7 +30,6 @@ import os
 import re
 import stat
 import struct
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from . import env as _env
+from . import files as _files
+from . import lease as _lease
 
 SCHEMA = 1
 """Version of key and file; a change makes older entries unreachable, and eviction removes them in time."""
@@ -44,15 +52,14 @@ STALE_SECONDS = 3600.0
 LIVELY_SECONDS = 60.0
 """Age after which it hardly does, so that it goes before any entry where space is needed."""
 
-TROUBLE = (OSError, NameError)
-"""What the disk is in the way with: while the interpreter ends, `open` is the name of nothing."""
+TROUBLE = _files.TROUBLE
 
 _MAGIC = b"CUFA\r\n\x1a\n"  # as in PNG, the line ends show a transfer in text mode
 _HEAD = struct.Struct("<8sIQ")
 _TRAILER_SIZE = 32
-_TEMPORARY = ".tmp-"
+_ENTRY, _NOTE = ".cufa", ".note"
 _KEY = re.compile(r"[0-9a-f]{64}")
-_FILE = re.compile(r"[0-9a-f]{62}\.cufa|\.tmp-.*")
+_FILE = re.compile(rf"[0-9a-f]{{62}}({_ENTRY}|{_NOTE})|({_files.TEMPORARY}|{_lease.PREFIX}).*")
 _logger = logging.getLogger("cufa")
 
 
@@ -74,7 +81,8 @@ class Entry:
 class Stats:
     """Counts of a cache: `entries` and `size` are on disk now, the rest happened in this process.
 
-    `size` is in bytes, those of temporary files included.
+    `size` is in bytes, those of notes and temporary files included; `waited` are kernels that another process
+    compiled while this one waited for them.
     """
 
     entries: int
@@ -86,6 +94,7 @@ class Stats:
     writes: int
     damaged: int
     evicted: int
+    waited: int = 0
 
 
 def digest(fields: Mapping[str, bytes | str | int | list[str] | tuple[str, ...]]) -> str:
@@ -191,6 +200,11 @@ class CubinCache:
         """Directory of the entries, which need not exist yet; None when kernels stay in memory."""
         return self._path
 
+    @property
+    def read_only_path(self) -> Path | None:
+        """The second directory, which is only read."""
+        return self._read_only
+
     def file(self, key: str) -> Path | None:
         """Where the entry of `key` is or would be on disk; None when kernels stay in memory."""
         name = _relative(key)
@@ -199,11 +213,7 @@ class CubinCache:
     def get(self, key: str) -> Entry | None:
         """Entry of `key`, which comes from `digest`, or None when there is none or it cannot be trusted."""
         _relative(key)
-        entry = self._memory.get(key)
-        if entry is None and self._path is not None:
-            entry = self._load(self._path, key, touch=True)
-        if entry is None and self._read_only is not None:
-            entry = self._load(self._read_only, key)
+        entry = self._memory.get(key) or self._look(key, _ENTRY)
         self._counts["misses" if entry is None else "hits"] += 1
         return None if entry is None else self._memory.setdefault(key, entry)
 
@@ -215,37 +225,47 @@ class CubinCache:
         TypeError, ValueError
             If ``entry.meta`` is not a JSON object or `key` does not come from `digest`.
         """
-        target = self.file(key)
-        record = json.dumps({"key": key, "meta": entry.meta}, allow_nan=False).encode()
-        # What JSON makes of the meta data is also what memory holds, so that both tiers return the same.
-        meta = json.loads(record)["meta"]
-        if not isinstance(meta, dict):
-            raise TypeError(f"cache: expected a dict as meta, got {type(entry.meta).__name__}")
-        data = _encode(record, entry.cubin)
+        _relative(key)
+        data, meta = _encode(key, entry)
         self._memory[key] = Entry(bytes(entry.cubin), meta)
-        if self._path is None or target is None or len(data) > min(self.max_size, MAX_ENTRY_SIZE):
-            return False
-        try:
-            if (reason := self._misplaced(self._path)) is not None:
-                self._warn("misplaced", f"compiled kernels stay in memory: {reason}")
-                return False
-            _make_directory(self._path, 0o700, private_parents=not self.named)
-            # A shared directory passes its own mode on; without trust it is private, and so is all below.
-            mode = stat.S_IMODE(os.stat(self._path).st_mode) if self.trust_shared else 0o700
-            if not self._trusts(self._path):
-                return False
-            _make_directory(target.parent, mode)
-            if not self._trusts(target.parent):
-                return False
-            _publish(target, data, 0o600 | (mode & 0o044))
-        except TROUBLE as error:
-            self._write_error = f"writing to {self._path} failed: {getattr(error, 'strerror', None) or error}"
-            self._warn("write", f"{self._write_error}; compiled kernels stay in memory")
-            return False
-        self._write_error = None
-        self._counts["writes"] += 1
-        self._shrink(self.max_size, keep=target)
-        return True
+        kept = self._keep(key, _ENTRY, data)
+        self._counts["writes"] += kept
+        return kept
+
+    @contextlib.contextmanager
+    def claim(self, key: str, words: str) -> Iterator[Entry | None]:
+        """Let one of the processes that lack the entry of `key` make it, within, and the others wait for that.
+
+        What is yielded is None to the one that is to make it, and the entry to those that waited. Nobody waits long
+        for a process that does not end (see `SECONDS` in lease.py); `words` say what it does in the log. Without a
+        directory, or where it cannot be written, it is None at once.
+        """
+        with self._claim(key, _ENTRY, words) as entry:
+            self._counts["waited"] += entry is not None
+            yield None if entry is None else self._memory.setdefault(key, entry)
+
+    def note(self, key: str) -> dict[str, Any] | None:
+        """The note of `key`, which comes from `digest`, or None when there is none or it cannot be trusted."""
+        found = self._look(key, _NOTE)
+        return None if found is None else found.meta
+
+    @contextlib.contextmanager
+    def claim_note(self, key: str, words: str) -> Iterator[dict[str, Any] | None]:
+        """`claim` for a note."""
+        with self._claim(key, _NOTE, words) as found:
+            yield None if found is None else found.meta
+
+    def keep_note(self, key: str, note: dict[str, Any]) -> bool:
+        """Keep a JSON object on disk, if possible, and say whether it is."""
+        return self._keep(key, _NOTE, _encode(key, Entry(b"", note))[0])
+
+    def listed(self) -> Iterator[str]:
+        """The keys of the entries in the directory."""
+        return (path.parent.name + path.stem for path, _ in self._files() if path.suffix == _ENTRY)
+
+    def peek(self, key: str) -> Entry | None:
+        """What `get` finds on disk, without counting it as a use."""
+        return self._look(key, _ENTRY, touch=False)
 
     def discard(self, key: str) -> Path | None:
         """Remove the entry of `key`, whose cubin does not load; the path it had, for the message, or None."""
@@ -273,34 +293,30 @@ class CubinCache:
         """Read every entry on disk, remove the damaged ones and return their paths."""
         damaged: list[Path] = []
         for path, _ in self._files():
-            if self._path is not None and not path.name.startswith(_TEMPORARY):
-                self._load(self._path, path.parent.name + path.stem, damaged=damaged)
+            if self._path is not None and not _is_temporary(path):
+                self._load(self._path, path.parent.name + path.stem, path.suffix, damaged=damaged)
         return damaged
 
     def stats(self) -> Stats:
         """Counts of what is on disk now and of what happened in this process."""
         files = self._files()
-        entries = sum(not path.name.startswith(_TEMPORARY) for path, _ in files)
+        entries = sum(path.suffix == _ENTRY for path, _ in files)
         size = sum(status.st_size for _, status in files)
-        counts = {name: self._counts[name] for name in ("hits", "misses", "writes", "damaged", "evicted")}
+        counts = {name: self._counts[name] for name in ("hits", "misses", "writes", "damaged", "evicted", "waited")}
         return Stats(entries, size, self.max_size, len(self._memory), **counts)
 
     def state(self) -> str:
         """Say in one sentence where kernels are kept and, if not on disk, why; this changes nothing."""
-        if not self.enabled:
-            return "memory only: CUFA_CACHE is 0"
         also = ""
         if self._read_only is not None:
             reason = self._trouble(self._read_only)
             also = f"; reads {self._read_only} too" if reason is None else f"; cannot read a second one: {reason}"
-        if self._path is None:
-            return f"memory only: no home directory, and CUFA_CACHE_DIR is not set{also}"
-        nearest = _nearest(self._path)
-        reason = self._trouble(self._path) if nearest == self._path else self._misplaced(self._path)
-        if reason is not None:
+        reason = self.unused()
+        if reason is not None or self._path is None:
             return f"memory only: {reason}{also}"
+        nearest = _files.nearest(self._path)
         stats = self.stats()
-        held = f"{stats.entries} {'entry' if stats.entries == 1 else 'entries'}, {_human(stats.size)}"
+        held = f"{stats.entries} {'entry' if stats.entries == 1 else 'entries'}, {human(stats.size)}"
         reason = self._write_error
         if reason is None and not os.access(nearest, os.W_OK | os.X_OK):
             reason = f"{nearest} is not writable"
@@ -308,16 +324,34 @@ class CubinCache:
             return f"ok, {held}{also}"
         return f"read only: {reason}; {held}{also}" if stats.entries else f"memory only: {reason}{also}"
 
-    def _load(self, root: Path, key: str, *, touch: bool = False, damaged: list[Path] | None = None) -> Entry | None:
-        """Read one entry. Damage removes the file, unless it is below the directory that is only read."""
-        path = root / _relative(key)
+    def unused(self) -> str | None:
+        """Why kernels are not kept in a directory, or None if they are, or will be as soon as there are any."""
+        if not self.enabled:
+            return "CUFA_CACHE is 0"
+        if self._path is None:
+            return "no home directory, and CUFA_CACHE_DIR is not set"
+        missing = _files.nearest(self._path) != self._path
+        return self._misplaced(self._path) if missing else self._trouble(self._path)
+
+    def _look(self, key: str, suffix: str, *, touch: bool = True) -> Entry | None:
+        """What is on disk, in either directory."""
+        found = None if self._path is None else self._load(self._path, key, suffix, touch=touch)
+        if found is None and self._read_only is not None:
+            found = self._load(self._read_only, key, suffix)
+        return found
+
+    def _load(
+        self, root: Path, key: str, suffix: str, *, touch: bool = False, damaged: list[Path] | None = None
+    ) -> Entry | None:
+        """Read one file. Damage removes it, unless it is below the directory that is only read."""
+        path = root / _relative(key, suffix)
         try:
             if not self._trusts(root, path.parent):
                 return None
-            data, status = _read(path)
+            data, status = _files.read(path, MAX_ENTRY_SIZE)
         except TROUBLE:
             return None
-        if not self.trust_shared and (reason := _foreign(path, status)) is not None:
+        if not self.trust_shared and (reason := _files.SYSTEM.foreign(path, status)) is not None:
             self._warn("unsafe", f"cached kernel not used: {reason}")
             return None
         try:
@@ -328,37 +362,84 @@ class CubinCache:
             if damaged is not None:
                 damaged.append(path)
             if root == self._path:
-                _unlink_unchanged(path, status)
+                _files.unlink_unchanged(path, status)
             return None
         if touch and entry is not None:
-            # Most file systems are mounted so that reading does not update this, and eviction goes by it.
             with contextlib.suppress(OSError):
-                os.utime(path, ns=(time.time_ns(), status.st_mtime_ns), follow_symlinks=False)
+                _files.SYSTEM.touch(path)
         return entry
 
-    def _shrink(self, max_size: int, keep: Path | None = None) -> int:
-        temporary, entries = [], []
+    @contextlib.contextmanager
+    def _claim(self, key: str, suffix: str, words: str) -> Iterator[Entry | None]:
+        target, mode = self.file(key), None
+        with contextlib.suppress(*TROUBLE):  # keeping what is made will meet it too, and speak
+            mode = None if target is None else self._ready(target.parent)
+        if target is None or mode is None:
+            yield None
+            return
+        root, lease = target.parents[1], target.with_name(f"{_lease.PREFIX}{key[2:]}")
+        with _lease.turn(lease, mode, lambda: self._load(root, key, suffix, touch=True), words) as found:
+            yield found
+
+    def _keep(self, key: str, suffix: str, data: bytes) -> bool:
+        """Write one file, if possible, and say whether it is on disk."""
+        if self._path is None or len(data) > min(self.max_size, MAX_ENTRY_SIZE):
+            return False
+        target = self._path / _relative(key, suffix)
+        try:
+            mode = self._ready(target.parent)
+            if mode is None:
+                return False
+            now = _files.publish(target, data, mode)
+        except TROUBLE as error:
+            self._write_error = f"writing to {self._path} failed: {getattr(error, 'strerror', None) or error}"
+            self._warn("write", f"{self._write_error}; compiled kernels stay in memory")
+            return False
+        self._write_error = None
+        self._shrink(self.max_size, now, keep=target)
+        return True
+
+    def _ready(self, shard: Path) -> int | None:
+        """Make the directory of an entry, and return the mode of files in it; None if it is not used."""
+        root = shard.parent
+        if (reason := self._misplaced(root)) is not None:
+            self._warn("misplaced", f"compiled kernels stay in memory: {reason}")
+            return None
+        _files.make_directory(root, 0o700, private_parents=not self.named)
+        # A shared directory passes its own mode on; without trust it is private, and so is all below.
+        mode = stat.S_IMODE(os.stat(root).st_mode) if self.trust_shared else 0o700
+        if not self._trusts(root):
+            return None
+        _files.make_directory(shard, mode)
+        return 0o600 | (mode & 0o044) if self._trusts(shard) else None
+
+    def _shrink(self, max_size: int, now: int | None = None, keep: Path | None = None) -> int:
+        files = self._files()
+        if not files or self._path is None:
+            return 0
+        if now is None:
+            now = _files.clock(self._path)
+        temporary, kept = [], []
         total = 0
-        now = time.time_ns()
-        for path, status in self._files():
-            # abs: a time far in the future comes from a wrong clock, and would keep the file for ever.
-            if not path.name.startswith(_TEMPORARY):
-                entries.append((abs(now - status.st_atime_ns), path, status))
+        for path, status in files:
+            # abs: a time far in the future comes from a clock that was wrong, and would keep the file for ever.
+            age = abs(now - status.st_mtime_ns)
+            if not _is_temporary(path):
+                kept.append((age, path, status))
             else:
-                age = abs(now - status.st_mtime_ns)
-                if age > STALE_SECONDS * 1e9 and _unlink_unchanged(path, status):
+                if age > STALE_SECONDS * 1e9 and _files.unlink_unchanged(path, status):
                     continue
                 if age > LIVELY_SECONDS * 1e9:
                     temporary.append((age, path, status))
             total += status.st_size
         removed = 0
-        for files in (temporary, entries):
-            for _, path, status in sorted(files, key=lambda item: item[0], reverse=True):
+        for group in (temporary, kept):
+            for _, path, status in sorted(group, key=lambda item: item[0], reverse=True):
                 if total <= max_size:
                     break
-                if path != keep and _unlink_unchanged(path, status):
+                if path != keep and _files.unlink_unchanged(path, status):
                     total -= status.st_size
-                    removed += files is entries
+                    removed += path.suffix == _ENTRY
         self._counts["evicted"] += removed
         return removed
 
@@ -371,9 +452,9 @@ class CubinCache:
 
     def _misplaced(self, directory: Path) -> str | None:
         """Why root does not make `directory`, which nobody named, or None."""
-        if self.named or os.geteuid() != 0 or os.path.lexists(directory):
+        if self.named or not _files.SYSTEM.is_superuser() or os.path.lexists(directory):
             return None
-        home = _nearest(directory)
+        home = _files.nearest(directory)
         if home not in list(directory.parents)[:2]:  # ~/.cache is made where it is missing, and never a home
             return f"{directory.parents[1]} does not exist; set CUFA_CACHE_DIR"
         try:
@@ -400,11 +481,11 @@ class CubinCache:
     def _refusal(self, directory: Path) -> str | None:
         """Why `directory` is not used, or None; asked each time, as it costs a microsecond and may change."""
         status = os.stat(directory) if self.trust_shared else os.lstat(directory)
-        if stat.S_ISLNK(status.st_mode):
+        if _files.SYSTEM.is_link(status):
             return f"{directory} is a symbolic link; name the directory itself"
         if not stat.S_ISDIR(status.st_mode):
             return f"{directory} is not a directory"
-        return None if self.trust_shared else _foreign(directory, status)
+        return None if self.trust_shared else _files.SYSTEM.foreign(directory, status)
 
     def _warn(self, kind: str, message: str) -> None:
         token = object()
@@ -412,27 +493,21 @@ class CubinCache:
             log(logging.WARNING, "%s", message)
 
 
-def _foreign(path: Path, status: os.stat_result) -> str | None:
-    """How somebody else than this user and root could have written `path`, or None."""
-    remedy = "or set CUFA_CACHE_TRUST_SHARED=1"
-    if status.st_uid not in (os.geteuid(), 0):
-        return f"{path} belongs to user {status.st_uid} and not to this one; use another directory {remedy}"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        mode = stat.S_IMODE(status.st_mode)
-        return f"{path} can be written by other users (mode {mode:04o}); chmod go-w it {remedy}"
-    return None
-
-
-def _relative(key: str) -> str:
+def _relative(key: str, suffix: str = _ENTRY) -> str:
     # The key becomes a path, so nothing but a digest will do.
     if _KEY.fullmatch(key) is None:
         raise ValueError(f"cache: expected a key of 64 hexadecimal digits, got {key!r}")
-    return f"{key[:2]}/{key[2:]}.cufa"
+    return f"{key[:2]}/{key[2:]}{suffix}"
 
 
-def _encode(meta: bytes, cubin: bytes) -> bytes:
-    body = _HEAD.pack(_MAGIC, SCHEMA, len(meta)) + meta + cubin
-    return body + hashlib.sha256(body, usedforsecurity=False).digest()
+def _encode(key: str, entry: Entry) -> tuple[bytes, dict[str, Any]]:
+    """The file of an entry, and what JSON makes of its meta data, so that memory and disk return the same."""
+    meta = json.dumps({"key": key, "meta": entry.meta}, allow_nan=False).encode()
+    read: Any = json.loads(meta)["meta"]
+    if not isinstance(read, dict):
+        raise TypeError(f"cache: expected a dict as meta, got {type(entry.meta).__name__}")
+    body = _HEAD.pack(_MAGIC, SCHEMA, len(meta)) + meta + entry.cubin
+    return body + hashlib.sha256(body, usedforsecurity=False).digest(), read
 
 
 def _decode(data: bytes, key: str) -> Entry | None:
@@ -452,72 +527,10 @@ def _decode(data: bytes, key: str) -> Entry | None:
     return Entry(body[start:], record["meta"])
 
 
-def _read(path: Path) -> tuple[bytes, os.stat_result]:
-    """Content and status of one regular file, by one descriptor so that they belong together."""
-    # O_NONBLOCK: opening a FIFO that lies here must not wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path} is not a regular file")
-        if status.st_size > MAX_ENTRY_SIZE:
-            return b"", status
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(status.st_size), status
-    finally:
-        os.close(descriptor)
-
-
-def _publish(target: Path, data: bytes, mode: int) -> None:
-    """Write `target` so that it appears whole or not at all, also if the process is killed on the way."""
-    descriptor, temporary = _temporary_file(target.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-            os.fchmod(descriptor, mode)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _temporary_file(directory: Path) -> tuple[int, str]:
-    """Descriptor and path of a new private file.
-
-    As tempfile makes it, which takes milliseconds to import and cannot be imported while the interpreter ends.
-    """
-    path = os.path.join(directory, f"{_TEMPORARY}{os.urandom(8).hex()}")
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), path
-
-
-def _nearest(path: Path) -> Path:
-    """`path`, or the nearest of its parents that exists."""
-    return next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-
-
-def _make_directory(path: Path, mode: int, *, private_parents: bool = False) -> None:
-    """Create `path` with `mode`, whatever the umask, and the parents that it lacks.
-
-    Those are private or, as those of ``mkdir -p``, what the umask leaves and the next directory needs.
-    """
-    missing = [parent for parent in (path, *path.parents) if not os.path.lexists(parent)]
-    for parent in reversed(missing):
-        with contextlib.suppress(FileExistsError):
-            if parent == path or private_parents:
-                os.mkdir(parent, 0o700)
-                os.chmod(parent, mode if parent == path else 0o700)
-            else:
-                os.mkdir(parent)
-                os.chmod(parent, stat.S_IMODE(os.stat(parent).st_mode) | stat.S_IWUSR | stat.S_IXUSR)
-
-
 def _scan(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for shard in _list(root):
+    for shard in _files.listing(root):
         if re.fullmatch(r"[0-9a-f]{2}", shard.name) and shard.is_dir(follow_symlinks=False):
-            for item in _list(shard.path):
+            for item in _files.listing(shard.path):
                 if _FILE.fullmatch(item.name):
                     # Another process may remove the file at any moment.
                     with contextlib.suppress(OSError):
@@ -525,27 +538,13 @@ def _scan(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
                             yield Path(item.path), item.stat(follow_symlinks=False)
 
 
-def _list(directory: str | Path) -> list[os.DirEntry[str]]:
-    with contextlib.suppress(OSError), os.scandir(directory) as items:
-        return list(items)
-    return []
+def _is_temporary(path: Path) -> bool:
+    """Whether it is the file of a writer that has not finished, or a lease."""
+    return path.name.startswith((_files.TEMPORARY, _lease.PREFIX))
 
 
-def _unlink_unchanged(path: Path, before: os.stat_result) -> bool:
-    """Remove `path` unless it is no longer the file that `before` describes; say whether it is gone."""
-    with contextlib.suppress(OSError):
-        try:
-            now = os.lstat(path)
-        except FileNotFoundError:
-            return True
-        same = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
-        if all(getattr(now, name) == getattr(before, name) for name in same):
-            os.unlink(path)
-            return True
-    return False
-
-
-def _human(size: int) -> str:
+def human(size: int) -> str:
+    """A size for people."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= 0.99995 * scale:
             return f"{size / scale:.1f} {unit}"

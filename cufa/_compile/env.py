@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from . import files as _files
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -42,7 +44,7 @@ class Variable:
 VARIABLES: tuple[Variable, ...] = (
     Variable(
         "CUFA_CACHE_DIR",
-        "$XDG_CACHE_HOME/cufa, else ~/.cache/cufa",
+        "$XDG_CACHE_HOME/cufa, else ~/.cache/cufa; on Windows %LOCALAPPDATA%\\cufa\\cache",
         "path",
         "directory of compiled kernels; created with mode 0700",
     ),
@@ -108,7 +110,7 @@ _BY_NAME = {variable.name: variable for variable in VARIABLES}
 
 
 def cache_dir() -> Path | None:
-    """Directory of compiled kernels, from ``CUFA_CACHE_DIR`` or the XDG base directory rules.
+    """Directory of compiled kernels, from ``CUFA_CACHE_DIR``, the XDG base directory rules or ``%LOCALAPPDATA%``.
 
     Returns
     -------
@@ -124,7 +126,7 @@ def cache_dir() -> Path | None:
     path = _path("CUFA_CACHE_DIR")
     if path is not None:
         return path
-    for base, below in (("XDG_CACHE_HOME", "cufa"), ("HOME", ".cache/cufa")):
+    for base, below in _files.SYSTEM.cache_homes:
         value = os.environ.get(base, "")
         if os.path.isabs(value):
             return Path(value, below)
@@ -145,11 +147,17 @@ def cache_max_size() -> int:
     """Most bytes that the directory of compiled kernels may hold (``CUFA_CACHE_MAX_SIZE``)."""
     name = "CUFA_CACHE_MAX_SIZE"
     text = _text(name)
+    size = size_of(text)
+    if size is None:
+        raise _error(name, "a number of bytes such as 1048576, 512M or 2G", text)
+    return size
+
+
+def size_of(text: str) -> int | None:
+    """The bytes that a text such as 512M stands for; None if it stands for none."""
     match = re.fullmatch(r"(\d+) ?([KMG]?)", text.upper(), flags=re.ASCII)
     # No disk holds 10**18 bytes, and int() refuses numbers of thousands of digits in words of its own.
-    if match is None or len(match[1]) > 18:
-        raise _error(name, "a number of bytes such as 1048576, 512M or 2G", text)
-    return int(match[1]) * _UNITS[match[2]]
+    return None if match is None or len(match[1]) > 18 else int(match[1]) * _UNITS[match[2]]
 
 
 def cache_trust_shared() -> bool:

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,40 +23,19 @@ from .._kernels.unit import Unit
 from ..errors import CompileError, CudaError, MissingKernelError
 from . import cache as _cache
 from . import env as _env
+from . import files as _files
 from . import lookup as _lookup
-from . import save as _save
+from . import nvrtc as _nvrtc
 from .bundle import command_for, runs_on
 from .cache import CubinCache, Entry
 from .lookup import Served
+from .nvrtc import Nvrtc
 from .sources import headers as headers
 
 COMPILED, CACHED, BUNDLED, LOADED = (
     _counts.tally("kernels", what) for what in ("compiled", "cached", "bundled", "loaded")
 )
 """How often a kernel was compiled, taken from the cache or from a bundle, and loaded."""
-
-
-class Nvrtc(NamedTuple):
-    """The run-time compiler that was found.
-
-    Attributes
-    ----------
-    version : tuple of int
-    path, found_via : str
-    build : str
-        Digest that tells builds of one version apart.
-    archs : tuple of int
-        Compute capabilities it compiles for.
-    bindings : module
-        Kept here, since nothing can be imported while the interpreter ends.
-    """
-
-    version: tuple[int, int]
-    path: str
-    found_via: str
-    build: str
-    archs: tuple[int, ...]
-    bindings: Any
 
 
 class Compiled(NamedTuple):
@@ -76,56 +54,23 @@ class Resources(NamedTuple):
     spill_bytes: int
 
 
-@lru_cache(maxsize=1)
 def nvrtc() -> Nvrtc:
-    """Find and load NVRTC.
+    """The compiler: that which is loaded, or would be.
 
     Raises
     ------
     CompileError
         If there is none; the message says what to install.
     """
+    return _nvrtc.find(notes)
+
+
+def notes() -> CubinCache | None:
+    """Where it is noted what NVRTC there is. A variable with a wrong value is for whoever needs the cache itself."""
     try:
-        with _forks.section():
-            from cuda import pathfinder
-            from cuda.bindings import nvrtc as bindings
-
-            found = pathfinder.load_nvidia_dynamic_lib("nvrtc")
-            _, major, minor = _nvrtc_call("nvrtcVersion", bindings.nvrtcVersion())
-            _, archs = _nvrtc_call("nvrtcGetSupportedArchs", bindings.nvrtcGetSupportedArchs())
-    except CompileError:
-        raise
-    except Exception as error:  # pathfinder and bindings raise classes of their own
-        raise CompileError(
-            f"cufa: NVRTC, which compiles the kernels, cannot be loaded: {error}. Install it with "
-            "pip install 'cufa[cuda13]' or 'cufa[cuda12]', whichever CUDA the driver supports."
-        ) from error
-    path = str(found.abs_path)
-    try:
-        build = _fingerprint(path)
-    except OSError as error:
-        raise CompileError(
-            f"cufa: NVRTC is loaded, but its file {path} cannot be read: {error.strerror or error}. If it was replaced "
-            "or removed while this process ran, start the process again; else install NVRTC again."
-        ) from error
-    return Nvrtc((major, minor), path, str(found.found_via), build, tuple(int(arch) for arch in archs), bindings)
-
-
-def _nvrtc_call(function: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
-    if result[0] != 0:
-        raise CompileError(f"cufa: {function} failed: {getattr(result[0], 'name', result[0])}.")
-    return result
-
-
-def _fingerprint(path: str) -> str:
-    """Digest of the ends and the size of a library: builds of one version differ, and all of it is slow to read."""
-    edge = 1 << 16
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        state = hashlib.sha256(b"%d" % size + file.read(edge), usedforsecurity=False)
-        file.seek(max(0, size - edge))
-        state.update(file.read(edge))
-    return state.hexdigest()
+        return cache()
+    except ValueError:
+        return None
 
 
 def options_of(target: str) -> list[str]:
@@ -189,6 +134,7 @@ def compile_unit(unit: Unit) -> Compiled:
     CompileError
         With NVRTC's log.
     """
+    _nvrtc.settle(notes)
     return compile_source(unit.source, options_of(target_of(unit)), unit.words, unit.headers)
 
 
@@ -199,7 +145,7 @@ def compile_source(
 
     What is compiled has its PTX as well if `ptx`.
     """
-    bindings, texts = nvrtc().bindings, headers() if texts is None else texts
+    bindings, texts = _nvrtc.load().bindings, headers() if texts is None else texts
     with _progress(what), _forks.section():
         status, compiled = _run_nvrtc(bindings, source, texts, options, ptx)
     saved = _save_source(source, texts, compiled.log)
@@ -215,7 +161,7 @@ def _run_nvrtc(
 ) -> tuple[Any, Compiled]:
     """The compiler's status and what it made, which has no cubin if that is not 0."""
     names = [name.encode() for name in texts]
-    _, program = _nvrtc_call(
+    _, program = _nvrtc.call(
         "nvrtcCreateProgram",
         bindings.nvrtcCreateProgram(source.encode(), b"kernel.cu", len(names), list(texts.values()), names),
     )
@@ -223,19 +169,19 @@ def _run_nvrtc(
         began = time.perf_counter()
         (status,) = bindings.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
         seconds = time.perf_counter() - began
-        _, size = _nvrtc_call("nvrtcGetProgramLogSize", bindings.nvrtcGetProgramLogSize(program))
+        _, size = _nvrtc.call("nvrtcGetProgramLogSize", bindings.nvrtcGetProgramLogSize(program))
         buffer = bytearray(size)
         bindings.nvrtcGetProgramLog(program, buffer)
         log = buffer.decode(errors="replace").strip("\0 \n")
         cubin, text = bytearray(), bytearray()
         if status == 0:
-            _, size = _nvrtc_call("nvrtcGetCUBINSize", bindings.nvrtcGetCUBINSize(program))
+            _, size = _nvrtc.call("nvrtcGetCUBINSize", bindings.nvrtcGetCUBINSize(program))
             cubin = bytearray(size)
-            _nvrtc_call("nvrtcGetCUBIN", bindings.nvrtcGetCUBIN(program, cubin))
+            _nvrtc.call("nvrtcGetCUBIN", bindings.nvrtcGetCUBIN(program, cubin))
         if status == 0 and ptx:
-            _, size = _nvrtc_call("nvrtcGetPTXSize", bindings.nvrtcGetPTXSize(program))
+            _, size = _nvrtc.call("nvrtcGetPTXSize", bindings.nvrtcGetPTXSize(program))
             text = bytearray(size)
-            _nvrtc_call("nvrtcGetPTX", bindings.nvrtcGetPTX(program, text))
+            _nvrtc.call("nvrtcGetPTX", bindings.nvrtcGetPTX(program, text))
         return status, Compiled(bytes(cubin), log, seconds, text.decode(errors="replace").rstrip("\0"))
     finally:
         bindings.nvrtcDestroyProgram(program)
@@ -288,7 +234,7 @@ def _save_source(source: str, texts: Mapping[str, bytes], log: str) -> Path | No
         return None
     target = directory / hashlib.sha256(source.encode(), usedforsecurity=False).hexdigest()[:16]
     try:
-        _save.save(target, {**texts, "kernel.cu": source.encode(), "log.txt": log.encode()})
+        _files.save(target, {**texts, "kernel.cu": source.encode(), "log.txt": log.encode()})
     except _cache.TROUBLE as error:
         _cache.log(logging.WARNING, "the source of a kernel could not be saved: %s", error)
         return None
@@ -310,7 +256,7 @@ def _renew_locks() -> None:
     _key_locks.clear()
 
 
-os.register_at_fork(after_in_child=_renew_locks)
+_forks.after_in_child(_renew_locks)
 
 
 def cache() -> CubinCache:
@@ -366,9 +312,16 @@ def _entry_of(unit: Unit, key: str) -> Entry:
 def _compile(unit: Unit, key: str) -> Entry:
     if _env.jit_disabled():
         raise _missing(unit)
-    entry = compiled_entry(unit)
-    cache().put(key, entry)
-    return entry
+    with cache().claim(key, f"compiling {unit.words}") as made:
+        if made is not None:
+            CACHED.add()
+            return made
+        _nvrtc.settle(notes)
+        if key_of(unit) == key:
+            entry = compiled_entry(unit)
+            cache().put(key, entry)
+            return entry
+    return _entry_of(unit, key_of(unit))  # another compiler than was expected has been loaded
 
 
 def compiled_entry(unit: Unit) -> Entry:
@@ -453,7 +406,7 @@ def _bundled_library(unit: Unit) -> Any:
     library = _libraries.get(served.name)
     if library is None:
         try:
-            library = _load_library(served.entry.cubin)
+            library = load_library(served.entry.cubin)
         except CudaError as error:
             _cache.log(logging.WARNING, "the driver refused %s of %s: %s", unit.words, served.path, error)
             return None
@@ -468,15 +421,15 @@ def _cached_library(unit: Unit) -> Any:
     if library is None:
         entry = _entry_of(unit, key)
         try:
-            library = _load_library(entry.cubin)
+            library = load_library(entry.cubin)
         except CudaError as error:
             # Its checksum is right, yet the driver refuses it: compile it anew, once.
             path = cache().discard(key)
             _cache.log(logging.WARNING, "the driver refused the cached %s: %s %s", unit.words, error, path or "")
-            library = _load_library(_compile(unit, key).cubin)
+            library = load_library(_compile(unit, key).cubin)
         library = _libraries.setdefault(key, library)
     return library
 
 
-def _load_library(cubin: bytes) -> Any:
+def load_library(cubin: bytes) -> Any:
     return _driver.call("cuLibraryLoadData", cubin, None, None, 0, None, None, 0)

@@ -16,9 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from .._driver import forks as _forks
 from .._kernels.unit import Unit
 from . import cache as _cache
 from . import env as _env
+from . import files as _files
 from . import sources as _sources
 from .bundle import SUFFIX, Bundle, Listed, Manifest, architectures, command_for, open_bundle, targets_for
 from .cache import Entry
@@ -135,7 +137,7 @@ def check_signature(bundle: Bundle, where: Where) -> None:
 
 
 def _check_owner(path: Path, status: os.stat_result) -> None:
-    if (reason := _cache._foreign(path, status)) is not None:
+    if (reason := _files.SYSTEM.foreign(path, status)) is not None:
         raise ValueError(reason)
 
 
@@ -229,7 +231,7 @@ def _forget() -> None:
     _known.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+_forks.after_in_child(_forget)
 
 
 def where() -> Where:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cache as _cache
+from . import files as _files
 from .bundle import Bundle, BundleError
 
 _INSTALL = "pip install 'cufa[signing]'"
@@ -49,7 +49,7 @@ def public_keys(paths: Sequence[Path], trust_shared: bool) -> list[Any]:
     found = []
     for path in paths:
         try:
-            reason = None if trust_shared else _cache._foreign(path, os.stat(path))
+            reason = None if trust_shared else _files.SYSTEM.foreign(path, os.stat(path))
             if reason is not None:
                 raise BundleError(f"CUFA_BUNDLE_KEYS: {reason}.")
             key = serialization.load_pem_public_key(path.read_bytes())

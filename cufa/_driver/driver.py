@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -46,7 +45,7 @@ def driver() -> Any:
 
 
 # A child asks anew, and is told why the driver does not work for it.
-os.register_at_fork(after_in_child=driver.cache_clear)
+_forks.after_in_child(driver.cache_clear)
 
 
 def call(function: str, *arguments: Any) -> Any:
@@ -82,7 +81,7 @@ def _primary_context(ordinal: int) -> Any:
     return call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", ordinal))
 
 
-os.register_at_fork(after_in_child=_primary_context.cache_clear)
+_forks.after_in_child(_primary_context.cache_clear)
 
 
 def enter(ordinal: int) -> bool:

@@ -552,10 +552,10 @@ def test_nvrtc_is_neither_found_nor_loaded_where_a_bundle_serves(tmp_path: Path)
     sys.modules["cuda"] = sys.modules["cuda.pathfinder"] = sys.modules["cuda.bindings"] = None
     import cufa
     from bundles import unit
-    from cufa._compile import jit
+    from cufa._compile import jit, nvrtc
     found = jit.bundled(unit())
     entry = jit.entry_of(unit(89))
-    print(found.path, len(entry.cubin), entry.meta["registers"], jit.nvrtc.cache_info().currsize)
+    print(found.path, len(entry.cubin), entry.meta["registers"], nvrtc._known)
     try:
         jit.entry_of(unit(90))
     except (cufa.CompileError, cufa.MissingKernelError) as error:
@@ -565,7 +565,7 @@ def test_nvrtc_is_neither_found_nor_loaded_where_a_bundle_serves(tmp_path: Path)
     same = _jit.source_key(unit(89)) == _jit.source_key(unit(80))
     script = script if same else script.replace("unit(89)", "unit(80)")
     first, second = run_script(script, **environment).splitlines()
-    assert first == f"{path} {len(compiled.cubin)} {compiled.meta['registers']} 0"
+    assert first == f"{path} {len(compiled.cubin)} {compiled.meta['registers']} None"
     assert second.startswith("CompileError cufa: NVRTC, which compiles the kernels, cannot be loaded")
     missing = run_script(script, CUFA_DISABLE_JIT="1", **environment).splitlines()[1]
     assert missing.startswith(
@@ -598,7 +598,7 @@ def test_what_the_driver_refuses_is_compiled(
         return cubin
 
     monkeypatch.setattr(_jit, "_libraries", {})
-    monkeypatch.setattr(_jit, "_load_library", load)
+    monkeypatch.setattr(_jit, "load_library", load)
     monkeypatch.setattr(_jit._driver, "call", lambda name, library, kernel: library)
     _jit.cache().put(_jit.key_of(unit()), _cache.Entry(b"cached", {}))
     named(monkeypatch, made(tmp_path / "x", item(unit(), cubin=b"refused"), item(unit(90), "90a", b"good")))

@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 
 from cufa._compile import cache as _cache
 from cufa._compile import env as _env
+from cufa._compile import files as _files
 from cufa._compile.cache import CubinCache, Entry, digest
 
 ENTRY = Entry(b"\x7fELF" + bytes(range(40)), {"kernel": "attention_forward_sm90", "smem_bytes": 1024})
@@ -103,9 +104,9 @@ def failing(code: int) -> Callable[..., Any]:
     return fail
 
 
-def set_atime(path: Path, seconds_ago: float) -> None:
-    status = path.stat()
-    os.utime(path, ns=(time.time_ns() - int(seconds_ago * 1e9), status.st_mtime_ns))
+def set_used(path: Path, seconds_ago: float) -> None:
+    """Let an entry have been written or read that long ago."""
+    os.utime(path, (time.time() - seconds_ago,) * 2)
 
 
 def run_script(script: str, *arguments: object, timeout: float = 30) -> tuple[subprocess.Popen[str], Callable[[], str]]:
@@ -796,7 +797,7 @@ def test_a_file_in_place_of_the_directory(trust_shared: bool, root: Path) -> Non
 
 # A disk that fails
 
-WRITING = ["os.mkdir", "os.chmod", "cufa._compile.cache._temporary_file", "open", "os.fsync", "os.fchmod", "os.replace"]
+WRITING = ["os.mkdir", "os.chmod", "cufa._compile.files.temporary_file", "open", "os.fsync", "os.fchmod", "os.replace"]
 CODES = [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO]
 
 
@@ -817,7 +818,7 @@ def break_writing(monkeypatch: pytest.MonkeyPatch, function: str, code: int) -> 
 
             yield SimpleNamespace(write=write, flush=file.flush, read=file.read)
 
-    monkeypatch.setattr(_cache, "open", opened, raising=False)
+    monkeypatch.setattr(_files, "open", opened, raising=False)
 
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
@@ -880,7 +881,7 @@ def test_a_read_only_file_system_still_serves(
     damaged.write_bytes(b"damaged")
     for function in ("mkdir", "chmod", "fchmod", "replace", "rename", "unlink", "utime"):
         monkeypatch.setattr(os, function, failing(errno.EROFS))
-    monkeypatch.setattr("cufa._compile.cache._temporary_file", failing(errno.EROFS))
+    monkeypatch.setattr("cufa._compile.files.temporary_file", failing(errno.EROFS))
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     before = listing(root)
     fresh = CubinCache(root)
@@ -1121,7 +1122,7 @@ def test_temporary_files_count_and_go_before_entries(root: Path) -> None:
     cache = CubinCache(root, max_size=10 * file_size())
     for number in range(4):
         assert cache.put(key(number), ENTRY)
-        set_atime(root / key(number)[:2] / f"{key(number)[2:]}.cufa", 1000 - number)
+        set_used(root / key(number)[:2] / f"{key(number)[2:]}.cufa", 1000 - number)
     shard = root / key(0)[:2]
     for name, age in (("old", 200), ("older", 300), ("new", 1)):
         (shard / f".tmp-{name}").write_bytes(bytes(4 * file_size()))
@@ -1189,7 +1190,7 @@ def test_the_least_recently_used_entries_go_first(root: Path) -> None:
     cache = CubinCache(root, max_size=3 * file_size())
     for number in range(3):
         assert cache.put(key(number), ENTRY)
-        set_atime(root / key(number)[:2] / f"{key(number)[2:]}.cufa", 1000 - number)
+        set_used(root / key(number)[:2] / f"{key(number)[2:]}.cufa", 1000 - number)
     assert cache.stats().entries == 3
     assert CubinCache(root).get(key(0)) == ENTRY  # now the most recent one
     assert cache.put(key(3), ENTRY)
@@ -1197,21 +1198,58 @@ def test_the_least_recently_used_entries_go_first(root: Path) -> None:
     assert cache.stats() == _cache.Stats(3, 3 * file_size(), 3 * file_size(), 4, 0, 0, 4, 0, 1)
 
 
-def test_reading_sets_the_access_time_and_no_other(cache: CubinCache, root: Path) -> None:
+@pytest.mark.parametrize("wrong", [-300, 300])
+def test_reading_sets_the_time_by_the_clock_of_the_file_system(
+    wrong: float, cache: CubinCache, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache.put(KEY, ENTRY)
     file = root / KEY[:2] / f"{KEY[2:]}.cufa"
+    set_used(file, 10**6)
     before = time.time()
-    os.utime(file, (before + 3600, 2000))  # ahead, since most mounts then do not update it at a read
+    monkeypatch.setattr(time, "time_ns", lambda real=time.time_ns: real() + int(wrong * 1e9))
+    assert CubinCache(root).peek(KEY) == ENTRY
+    assert file.stat().st_mtime < before - 10**5
     assert CubinCache(root).get(KEY) == ENTRY
-    assert before - 1 < file.stat().st_atime < time.time() + 1
-    assert file.stat().st_mtime == 2000
+    assert before - 1 < file.stat().st_mtime < before + 10
 
 
-def test_an_access_time_in_the_future_does_not_keep_an_entry_for_ever(root: Path) -> None:
+@pytest.mark.parametrize("wrong", [-300, 0, 300])
+@pytest.mark.parametrize("by_writing", [True, False])
+def test_eviction_is_right_whatever_the_clock_of_this_machine_says(
+    by_writing: bool, wrong: float, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minutes ahead of or behind that of the file server, which here is the real one."""
+    monkeypatch.setattr(time, "time_ns", lambda real=time.time_ns: real() + int(wrong * 1e9))
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() + wrong)
+    cache = CubinCache(root, max_size=4 * file_size())
+    for number in range(4):
+        assert cache.put(key(number), ENTRY)
+        os.utime(root / key(number)[:2] / f"{key(number)[2:]}.cufa", (real_time() - 200 + number,) * 2)
+    assert CubinCache(root).get(key(0)) == ENTRY  # the last one to be used
+    left = root / "ab" / ".tmp-left"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"")
+    os.utime(left, (real_time() - _cache.STALE_SECONDS + 100,) * 2)
+    if by_writing:
+        assert cache.put(key(4), ENTRY)
+        assert {number for number in range(5) if CubinCache(root).peek(key(number))} == {0, 2, 3, 4}
+    else:
+        assert cache.prune(3 * file_size()) == 1
+        assert {number for number in range(5) if CubinCache(root).peek(key(number))} == {0, 2, 3}
+    assert not left.exists()  # of no size, but abandoned for minutes, and space was needed
+
+
+def real_time() -> float:
+    """The time by the clock that stamps files."""
+    with tempfile.TemporaryFile() as file:
+        return os.fstat(file.fileno()).st_mtime
+
+
+def test_a_time_in_the_future_does_not_keep_an_entry_for_ever(root: Path) -> None:
     cache = CubinCache(root, max_size=2 * file_size())
     for number, seconds_ago in ((0, -(10**8)), (1, 60)):
         cache.put(key(number), ENTRY)
-        set_atime(root / key(number)[:2] / f"{key(number)[2:]}.cufa", seconds_ago)
+        set_used(root / key(number)[:2] / f"{key(number)[2:]}.cufa", seconds_ago)
     cache.put(key(2), ENTRY)
     assert {number for number in range(3) if CubinCache(root).get(key(number))} == {1, 2}
 
@@ -1220,7 +1258,7 @@ def test_the_entry_just_written_stays_whatever_its_time(root: Path, monkeypatch:
     cache = CubinCache(root, max_size=file_size())
     cache.put(key(0), ENTRY)
     monkeypatch.setattr(time, "time_ns", lambda: 0)  # the clock of the machine and that of the disk disagree
-    set_atime(root / key(0)[:2] / f"{key(0)[2:]}.cufa", 0)
+    set_used(root / key(0)[:2] / f"{key(0)[2:]}.cufa", 0)
     assert cache.put(key(1), ENTRY)
     assert [CubinCache(root).get(key(number)) for number in range(2)] == [None, ENTRY]
 
@@ -1269,7 +1307,7 @@ def test_prune(root: Path) -> None:
     cache = CubinCache(root)
     for number in range(4):
         cache.put(key(number), ENTRY)
-        set_atime(root / key(number)[:2] / f"{key(number)[2:]}.cufa", 100 * (number + 1))
+        set_used(root / key(number)[:2] / f"{key(number)[2:]}.cufa", 100 * (number + 1))
     assert cache.prune() == 0
     assert cache.prune(4 * file_size()) == 0
     assert cache.prune(4 * file_size() - 1) == 1
@@ -1321,7 +1359,7 @@ def test_eviction_goes_on_when_another_process_was_faster(
 ) -> None:
     for number in range(3):
         cache.put(key(number), ENTRY)
-        set_atime(root / key(number)[:2] / f"{key(number)[2:]}.cufa", 100 - number)
+        set_used(root / key(number)[:2] / f"{key(number)[2:]}.cufa", 100 - number)
     scan = _cache._scan
 
     def scan_before_another_evicts(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
@@ -1536,7 +1574,7 @@ def test_state_says_that_a_second_directory_is_read(root: Path, image: Path) -> 
     ],
 )
 def test_size_for_people(size: int, text: str) -> None:
-    assert _cache._human(size) == text
+    assert _cache.human(size) == text
 
 
 def test_a_relative_directory_is_that_of_the_construction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import pytest
 import cufa
 from cufa._call.problem import Static
 from cufa._compile import jit as _jit
+from cufa._compile import nvrtc as _nvrtc
 from cufa._kernels import Plan
 from cufa._terms import TERMS
 
@@ -193,12 +194,12 @@ def test_a_missing_nvrtc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError(f"{name} is nowhere")
 
     monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", missing)
-    _jit.nvrtc.cache_clear()
+    _nvrtc.forget()
     try:
         with pytest.raises(cufa.CompileError, match=r"nvrtc is nowhere\. Install it with pip install 'cufa\[cuda13\]'"):
             _jit.nvrtc()
     finally:
-        _jit.nvrtc.cache_clear()
+        _nvrtc.forget()
 
 
 def test_an_nvrtc_that_went_from_disk_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -210,14 +211,14 @@ def test_an_nvrtc_that_went_from_disk_says_so(monkeypatch: pytest.MonkeyPatch, t
         abs_path, found_via = str(tmp_path / "libnvrtc.so"), found.found_via
 
     monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", lambda name: Gone)
-    _jit.nvrtc.cache_clear()
+    _nvrtc.forget()
     try:
         with pytest.raises(
             cufa.CompileError, match=r"libnvrtc\.so cannot be read: No such file .* start the process again"
         ):
             _jit.nvrtc()
     finally:
-        _jit.nvrtc.cache_clear()
+        _nvrtc.forget()
 
 
 @pytest.mark.parametrize(("arch", "target"), [(80, "80"), (89, "89"), (90, "90"), (120, "120"), (129, "121")])
