@@ -6,6 +6,7 @@
 #   make test-frameworks    run the tests with torch, in .venv-frameworks, where it is; those with JAX are in make test
 #   make lint     check style and types
 #   make format   put Python and CUDA sources into that style
+#   make docs     build the documentation in build/docs; a warning is an error
 #   make bench    measure the kernels beside their peers; needs a GPU
 #   make compare-sass BASE=COMMIT    say whether the machine code is that of another version's sources
 #   make clean    remove the environments and everything that is generated
@@ -47,7 +48,7 @@ define install_older_nvrtc
 	  'nvidia-cuda-nvrtc==$(OLDER_NVRTC).*'
 endef
 
-.PHONY: demo test test-frameworks lint format bench compare-sass clean
+.PHONY: demo test test-frameworks lint format docs bench compare-sass clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -66,7 +67,8 @@ test: $(VENV)/.test
 # The tests for a GPU, if there is one, have it to themselves.
 test-frameworks: $(FRAMEWORKS)/.test
 	@$(FRAMEWORKS)/bin/python -m pytest $(if $(CUDA_EXTRA),,-n auto --dist worksteal) $(PYTEST_FLAGS) \
-	  tests/interop/test_torch.py tests/interop/test_sdpa.py tests/interop/test_training.py tests/api/test_torch_modes.py
+	  tests/interop/test_torch.py tests/interop/test_sdpa.py tests/interop/test_training.py tests/api/test_torch_modes.py \
+	  tests/cli/test_bench.py
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff check .
@@ -78,6 +80,10 @@ format: $(VENV)/.lint
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(HEADERS)
+
+docs: $(VENV)/.docs
+	@$(BIN)/python -m sphinx -W --keep-going --quiet --fresh-env docs build/docs
+	@echo "The documentation is in build/docs/index.html."
 
 bench: $(VENV)/.bench
 	@$(BIN)/python benchmarks/attention.py --out benchmarks/results
@@ -113,6 +119,10 @@ $(FRAMEWORKS)/.test: $(METADATA) | $(FRAMEWORKS)/bin/pip
 
 $(VENV)/.lint: $(METADATA) | $(BIN)/pip
 	$(call install,lint)
+	@touch $@
+
+$(VENV)/.docs: $(METADATA) | $(BIN)/pip
+	$(call install,docs)
 	@touch $@
 
 $(VENV)/.bench: $(METADATA) | $(BIN)/pip

@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from common import Call, Peer, compile_ahead, conditions, measure, offsets_of, start, write
-from reports import BASELINE, Row, cliffs, times
+from common import start, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cufa._bench.frameworks import Framework, Torch
+from cufa._bench.measure import compile_ahead, conditions, measure
+from cufa._bench.peers import Call, Peer, refusing
+from cufa._bench.reports import BASELINE, Row, cliffs, times
 
 LIMIT = 1.3
 """What no shape may take of the time of the fastest backend."""
@@ -33,9 +37,9 @@ def dense_of(row: Row) -> Row:
 def as_dense(make: Peer) -> Peer:
     """A peer on the dense form of packed sequences of one length."""
 
-    def made(row: Row, *given: Any) -> Call:
+    def made(framework: Framework, row: Row, *given: Any) -> Call:
         shape = row.batch, row.seqlen
-        run = make(dense_of(row), *(x.view(*shape, *x.shape[1:]) for x in given))
+        run = make(framework, dense_of(row), *(x.view(*shape, *x.shape[1:]) for x in given))
 
         def packed() -> Any:
             results = run()
@@ -49,7 +53,7 @@ def as_dense(make: Peer) -> Peer:
 
 
 def _sdpa(backend: SDPBackend) -> Peer:
-    def make(row: Row, q: Any, k: Any, v: Any) -> Call:
+    def make(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
         def run() -> Any:
             with sdpa_kernel(backend):
                 out = functional.scaled_dot_product_attention(
@@ -57,13 +61,7 @@ def _sdpa(backend: SDPBackend) -> Peer:
                 )
             return out.transpose(1, 2)
 
-        try:
-            run()
-        except RuntimeError as reason:
-            if "No available kernel" in str(reason) or "No valid execution plan" in str(reason):
-                raise NotImplementedError("not served by this backend") from reason
-            raise
-        return run
+        return refusing(run)
 
     return make
 
@@ -72,19 +70,19 @@ def _either(backend: SDPBackend, lower_right: Peer | None) -> Peer:
     """A backend by scaled_dot_product_attention, or below it where masks have to be aligned at the end."""
     plain = _sdpa(backend)
 
-    def make(row: Row, q: Any, k: Any, v: Any) -> Call:
+    def make(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
         if row.lengths is not None:
-            return as_dense(plain)(row, q, k, v)
+            return as_dense(plain)(framework, row, q, k, v)
         if row.seqlen_k is None or not row.causal:
-            return plain(row, q, k, v)
+            return plain(framework, row, q, k, v)
         if lower_right is None:
             raise NotImplementedError("no mask that is aligned at the last key")
-        return lower_right(row, q, k, v)
+        return lower_right(framework, row, q, k, v)
 
     return make
 
 
-def _flash_lower_right(row: Row, q: Any, k: Any, v: Any) -> Call:
+def _flash_lower_right(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
     def run() -> Any:
         transposed = (x.transpose(1, 2) for x in (q, k, v))
         return torch.ops.aten._scaled_dot_product_flash_attention(*transposed, 0.0, True)[0].transpose(1, 2)
@@ -92,16 +90,16 @@ def _flash_lower_right(row: Row, q: Any, k: Any, v: Any) -> Call:
     return run
 
 
-def _efficient_lower_right(row: Row, q: Any, k: Any, v: Any) -> Call:
+def _efficient_lower_right(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
     return lambda: torch.ops.aten._efficient_attention_forward(
         q, k, v, None, None, None, None, None, 0.0, LOWER_RIGHT, True
     )[0]
 
 
-def _flash_packed(row: Row, q: Any, k: Any, v: Any) -> Call:
+def _flash_packed(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
     if row.lengths is None:
         raise NotImplementedError("not packed")
-    offsets, longest = offsets_of(row.lengths), max(row.lengths)
+    offsets, longest = framework.offsets(row.lengths), max(row.lengths)
     return lambda: torch.ops.aten._flash_attention_forward(
         q, k, v, offsets, offsets, longest, longest, 0.0, row.causal, False
     )[0]
@@ -113,7 +111,7 @@ FORWARD: dict[str, Peer] = {
     "memory-efficient (torch)": _either(SDPBackend.EFFICIENT_ATTENTION, _efficient_lower_right),
     "FA2, packed": _flash_packed,
 }
-"""torch's backends; each is given a row, q, k and v."""
+"""torch's backends, as peers."""
 
 
 def run_cliffs(arguments: argparse.Namespace, direction: str, peers: dict[str, Peer], work: float) -> None:
@@ -121,12 +119,13 @@ def run_cliffs(arguments: argparse.Namespace, direction: str, peers: dict[str, P
     unwanted = arguments.without.split(",")
     peers = {name: make for name, make in peers.items() if name not in unwanted}
     rows = [row for row in cliffs() if re.search(arguments.only, str(row))]
-    ceiling = start()
-    compile_ahead(rows, peers["cufa"], backward=direction == "backward")
-    results, eager = measure(rows, peers, backward=direction == "backward", repeats=15)
-    title = f"{direction.capitalize()} on {torch.cuda.get_device_name()}, shapes that are easily slow"
+    framework = Torch()
+    ceiling = start(framework)
+    compile_ahead(rows, peers["cufa"], framework, backward=direction == "backward")
+    results, eager = measure(rows, peers, framework, backward=direction == "backward", repeats=15)
+    title = f"{direction.capitalize()} on {framework.device_name()}, shapes that are easily slow"
     text = "\n".join(
-        [f"# {title}", "", conditions(ceiling), "", "In µs:", "", times(results, peers, eager, work, LIMIT)]
+        [f"# {title}", "", conditions(framework, ceiling), "", "In µs:", "", times(results, peers, eager, work, LIMIT)]
     )
     print(text)
     if arguments.out:

@@ -26,10 +26,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from reports import Row, beside_the_ladder, geometric_mean, ladder, markdown
+from cufa._bench.reports import (
+    BACKWARD_SEQLENS,
+    FORWARD_SEQLENS,
+    Row,
+    beside_the_ladder,
+    geometric_mean,
+    ladder,
+    markdown,
+)
 
-FORWARD_SEQLENS = (512, 2048, 8192, 16384)
-BACKWARD_SEQLENS = (512, 2048, 8192)
 HERE = Path(__file__).resolve().parents[1]
 MODULES = (("_api.attention", "_attention"), ("_api.backward", "_backward"), ("_call.problem", "_problem"))
 """Where the functions are, and what tells which arrays have tensor maps: in trees of now, and of before."""
@@ -146,25 +152,6 @@ def take_turns(calls: tuple[Callable[[], Any], ...], gpu: Any, seconds: float) -
     return ratio_of(*times)
 
 
-def torch_gpu() -> SimpleNamespace:
-    """The clock of the current stream."""
-    import torch
-
-    junk = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-
-    def record() -> Any:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    return SimpleNamespace(
-        flush=junk.zero_,
-        record=record,
-        synchronize=torch.cuda.synchronize,
-        seconds=lambda start, stop: start.elapsed_time(stop) / 1e3,
-    )
-
-
 def compile_ahead(jobs: list[Job], trees: tuple[Any, ...], inputs: Callable[[Job], Any]) -> None:
     """Compile and load what the jobs take, in both trees; two rows of one kernel are compiled once."""
 
@@ -187,37 +174,38 @@ def compare(
     jobs: list[Job], trees: tuple[Any, Any], arguments: argparse.Namespace
 ) -> tuple[dict[Job, Ratio], list[Job]]:
     """Measure every job, telling each as it is done; the ratios, and the jobs whose results differ."""
-    import torch
-    from common import captured, difference, inputs, offsets_of, results_of
+    from cufa._bench.frameworks import Torch, difference, results_of
+    from cufa._bench.measure import captured
+
+    framework = Torch()
 
     def given(job: Job) -> tuple[Any, Any]:
         lengths = job.row.lengths
-        return inputs(job.row, jobs.index(job)), None if lengths is None else offsets_of(lengths)
+        return framework.inputs(job.row, jobs.index(job)), None if lengths is None else framework.offsets(lengths)
 
     began = time.monotonic()
     compile_ahead(jobs, trees, given)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    print(f"# {torch.cuda.get_device_name()}, compiled in {time.monotonic() - began:.0f} s", flush=True)
-    torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured
-    gpu = torch_gpu()
+    framework.release()
+    print(f"# {framework.device_name()}, compiled in {time.monotonic() - began:.0f} s", flush=True)
+    gpu = framework.clock()
     found: dict[Job, Ratio] = {}
     differing = []
-    for index, job in enumerate(jobs):
-        arrays, offsets = given(job)
-        calls = [call_of(job, tree, arrays, offsets) for tree in trees]
-        base, new = (results_of(call()) for call in calls)
-        apart = difference(new, base)
-        graphs = tuple(captured(call) or call for call in calls)
-        found[job] = take_turns(graphs, gpu, arguments.seconds)
-        words = ""
-        if found[job].ratio < arguments.limit:
-            words = f"  (at first {found[job].ratio:.3f})"
-            found[job] = take_turns(graphs, gpu, 3 * arguments.seconds)
-        if not apart < MAX_DIFFERENCE:
-            words += "  RESULTS DIFFER"
-            differing.append(job)
-        print(f"[{index + 1}/{len(jobs)}] {job}: {in_words(found[job])}, differ by {apart:.1e}{words}", flush=True)
+    with gpu.stream:
+        for index, job in enumerate(jobs):
+            arrays, offsets = given(job)
+            calls = [call_of(job, tree, arrays, offsets) for tree in trees]
+            base, new = (results_of(call()) for call in calls)
+            apart = difference(framework, new, base)
+            graphs = tuple(captured(call, gpu) or call for call in calls)
+            found[job] = take_turns(graphs, gpu, arguments.seconds)
+            words = ""
+            if found[job].ratio < arguments.limit:
+                words = f"  (at first {found[job].ratio:.3f})"
+                found[job] = take_turns(graphs, gpu, 3 * arguments.seconds)
+            if not apart < MAX_DIFFERENCE:
+                words += "  RESULTS DIFFER"
+                differing.append(job)
+            print(f"[{index + 1}/{len(jobs)}] {job}: {in_words(found[job])}, differ by {apart:.1e}{words}", flush=True)
     return found, differing
 
 

@@ -67,6 +67,14 @@ def dot_product_attention(
     ------
     UnsupportedError
         For what is not supported; the message names the argument.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from cufa.jax import dot_product_attention
+    >>> x = jnp.ones((1, 4, 2, 8))
+    >>> dot_product_attention(x, x, x, is_causal=True).shape
+    (1, 4, 2, 8)
     """
     for name, given in (("bias", bias), ("mask", mask)):
         if given is not None:
@@ -104,7 +112,22 @@ def dot_product_attention(
 
 
 def export_checks() -> list[Any]:
-    """What to pass to `jax.export.export` as ``disabled_checks``, for JAX vouches for targets of its own only."""
+    """What to pass to `jax.export.export` as ``disabled_checks``, for JAX vouches for targets of its own only.
+
+    Returns
+    -------
+    list of jax.export.DisabledSafetyCheck
+
+    Examples
+    --------
+    >>> import jax, jax.export, jax.numpy as jnp
+    >>> import cufa.jax
+    >>> x = jnp.ones((1, 4, 2, 8))
+    >>> program = jax.jit(lambda q: cufa.attention(q, q, q))
+    >>> exported = jax.export.export(program, disabled_checks=cufa.jax.export_checks())(x)
+    >>> exported.call(x).shape
+    (1, 4, 2, 8)
+    """
     import jax.export
 
     return [jax.export.DisabledSafetyCheck.custom_call(_interop.TARGET)]

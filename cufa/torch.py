@@ -772,6 +772,12 @@ def activate() -> Activation:
     -----
     Functions that were compiled, and graphs of autograd that were recorded before, follow: torch looks for the kernel
     at every call. A captured CUDA graph replays the kernels that it holds.
+
+    Examples
+    --------
+    >>> import cufa.torch  # doctest: +SKIP
+    >>> with cufa.torch.activate():  # doctest: +SKIP
+    ...     loss = model(tokens)
     """
     before = _current()
     try:
@@ -783,7 +789,13 @@ def activate() -> Activation:
 
 
 def deactivate() -> None:
-    """Have torch's attention computed by torch again, if it is by cufa."""
+    """Have torch's attention computed by torch again, if it is by cufa.
+
+    Examples
+    --------
+    >>> cufa.torch.activate()  # doctest: +SKIP
+    >>> cufa.torch.deactivate()  # doctest: +SKIP
+    """
     if _current() == NAME:
         _switch(None)
 

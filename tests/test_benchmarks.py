@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cufa._bench import reports
+
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
 
@@ -23,18 +25,17 @@ def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     known = set(sys.modules)
     yield
     for name in set(sys.modules) - known:
-        if name.split(".")[0] in ("reports", "compare", "cufa_base", "cufa_new"):
+        if name.split(".")[0] in ("reports", "common", "compare", "cufa_base", "cufa_new"):
             del sys.modules[name]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_a_peer_has_one_color_in_every_panel_and_is_in_the_legend(path: Path) -> None:
-    import reports
     from matplotlib.colors import same_color
 
-    results = reports.read_rows(path)
+    results = {row: each for row, each in reports.read_rows(path).items() if row.on_the_ladder}
     figure = reports.figure_of(results, 800.0, "title")
-    peers = set(reports.names_in({row: each for row, each in results.items() if row.on_the_ladder}, reports.COLORS))
+    peers = set(reports.names_in(results, reports.COLORS))
     (legend,) = figure.legends
     shown = {text.get_text(): handle for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)}
     assert len(legend.get_texts()) == len(shown) and shown.keys() == peers | {reports.CEILING}
@@ -51,7 +52,6 @@ def test_a_peer_has_one_color_in_every_panel_and_is_in_the_legend(path: Path) ->
 
 
 def test_colors_tell_peers_apart() -> None:
-    import reports
     from matplotlib.colors import to_hex
 
     assert len({to_hex(color) for color in reports.COLORS.values()}) == len(reports.COLORS)
@@ -60,8 +60,6 @@ def test_colors_tell_peers_apart() -> None:
 
 
 def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
-    import reports
-
     rows = [*reports.ladder((512,)), reports.Row(64, 2, 65536, 8, 8, True, dtype="float16", seqlen_k=3)]
     packed = reports.Row(64, 16, 2, 8, 8, True, lengths=(16, 16))
     results = {row: {"cufa": 100.0 + i} for i, row in enumerate([*rows, packed])}
@@ -70,8 +68,6 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_pairs_are_counted() -> None:
-    import reports
-
     for queries, keys, causal in itertools.product((40, 100), (40, 100), (False, True)):
         row = reports.Row(64, queries, 3, 2, 2, causal, seqlen_k=keys)
         keep = np.tri(queries, keys, keys - queries) if causal else np.ones((queries, keys))
@@ -133,8 +129,6 @@ def test_the_ladder_is_compared() -> None:
 
 
 def test_times_of_shapes_that_are_easily_slow() -> None:
-    import reports
-
     rows = reports.cliffs()
     assert len(set(rows)) == len(rows) and not any(row.on_the_ladder for row in rows)
     results = {row: {"cufa": 1.0, "cufa, dense": 9.0, "FA2 (torch)": 1.2, "cuDNN (torch)": 0.5} for row in rows}

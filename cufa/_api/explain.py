@@ -41,9 +41,10 @@ def explain(
 
     Parameters
     ----------
-    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, \\
-return_lse, out
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, out : array
         As for `attention` and `attention_varlen`.
+    causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, return_lse
+        Likewise.
 
     Returns
     -------

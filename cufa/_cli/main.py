@@ -18,6 +18,7 @@ COMMANDS = {
     "warmup": "compile, or load, what calls will need",
     "dump": "source, PTX, machine code and resources of the kernel for a call",
     "bundle": "files of compiled kernels: build, check, install and ship them",
+    "bench": "how fast attention is on this GPU, beside what else is installed",
 }
 """The commands and what each does, in the order of the help. Each is the function of that name in a module of that
 name here."""

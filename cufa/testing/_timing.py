@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def bench(
     >>> result.p10 <= result.median <= result.p90
     True
     """
-    gpu = _gpu_of(like)
+    gpu = gpu_of(like)
 
     def repeats(one: float) -> int:
         return max(min(int(seconds / max(one, 1e-9)), max_repeats), min_repeats)
@@ -100,19 +101,23 @@ def _host_times(fn: Callable[[], object], like: Any, repeats: Callable[[float], 
     return [once() for _ in range(repeats(once()))]
 
 
-class _Gpu(NamedTuple):
-    """What timing asks of a framework, on the stream that `stream` makes current."""
+class Gpu(NamedTuple):
+    """What timing asks of a framework, on the stream that `stream` makes current.
+
+    `capture` makes a CUDA graph of a call, and raises what the call raises if it cannot be captured. `record` marks a
+    moment, and `seconds` tells how far two are apart.
+    """
 
     stream: Any
     synchronize: Callable[[], object]
     flush: Callable[[], object]
     capture: Callable[[Callable[[], object]], Callable[[], object]]
     record: Callable[[], Any]
-    milliseconds: Callable[[Any, Any], float]
+    seconds: Callable[[Any, Any], float]
 
 
 def _gpu_times(
-    fn: Callable[[], object], gpu: _Gpu, repeats: Callable[[float], int], flush: bool, graph: bool
+    fn: Callable[[], object], gpu: Gpu, repeats: Callable[[float], int], flush: bool, graph: bool
 ) -> list[float]:
     def timed(call: Callable[[], object], count: int) -> list[float]:
         events = []
@@ -123,17 +128,20 @@ def _gpu_times(
             call()
             events.append((start, gpu.record()))
         gpu.synchronize()
-        return [gpu.milliseconds(start, stop) / 1e3 for start, stop in events]
+        return [gpu.seconds(start, stop) for start, stop in events]
 
     with gpu.stream:
         fn()  # compiles, and fills the memory pool: neither may happen while a graph is captured
         fn()
         gpu.synchronize()
-        call = gpu.capture(fn) if graph else fn
+        call = fn
+        if graph:
+            with contextlib.suppress(Exception):  # what cannot be captured is measured as it is
+                call = gpu.capture(fn)
         return timed(call, repeats(float(np.median(timed(call, 3)))))
 
 
-def _gpu_of(like: Any) -> _Gpu | None:
+def gpu_of(like: Any) -> Gpu | None:
     cupy, torch = sys.modules.get("cupy"), sys.modules.get("torch")
     if cupy is not None and isinstance(like, cupy.ndarray):
         return _cupy_gpu(cupy, like)
@@ -142,7 +150,7 @@ def _gpu_of(like: Any) -> _Gpu | None:
     return None
 
 
-def _cupy_gpu(cupy: Any, like: Any) -> _Gpu:
+def _cupy_gpu(cupy: Any, like: Any) -> Gpu:
     cupy.cuda.get_current_stream().synchronize()  # the arrays may still be in the making there
     with like.device:
         stream = cupy.cuda.Stream(non_blocking=True)  # the default stream cannot be captured
@@ -151,41 +159,49 @@ def _cupy_gpu(cupy: Any, like: Any) -> _Gpu:
     def capture(fn: Callable[[], object]) -> Callable[[], object]:
         stream.begin_capture()
         try:
-            fn()
+            kept = fn()
             graph = stream.end_capture()
         except Exception:
             if stream.is_capturing():
                 stream.end_capture()
-            return fn
-        return lambda: graph.launch(stream)
+            raise
 
-    return _Gpu(stream, stream.synchronize, lambda: junk.fill(0), capture, stream.record, cupy.cuda.get_elapsed_time)
+        def replay(_kept: Any = (fn, kept)) -> None:  # what fn holds, the graph has addresses of
+            graph.launch(stream)
+
+        return replay
+
+    def seconds(start: Any, stop: Any) -> float:
+        return float(cupy.cuda.get_elapsed_time(start, stop)) / 1e3
+
+    return Gpu(stream, stream.synchronize, lambda: junk.fill(0), capture, stream.record, seconds)
 
 
-def _torch_gpu(torch: Any, like: Any) -> _Gpu:
+def _torch_gpu(torch: Any, like: Any) -> Gpu:
     stream = torch.cuda.Stream(like.device)
     stream.wait_stream(torch.cuda.current_stream(like.device))
     junk = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=like.device)
 
     def capture(fn: Callable[[], object]) -> Callable[[], object]:
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=stream):
-                fn()
-        except Exception:
-            return fn
-        return lambda: graph.replay()
+        with torch.cuda.graph(graph, stream=stream):
+            kept = fn()
+
+        def replay(_kept: Any = (fn, kept)) -> None:  # what fn holds, the graph has addresses of
+            graph.replay()
+
+        return replay
 
     def record() -> Any:
         event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
         return event
 
-    return _Gpu(
+    return Gpu(
         torch.cuda.stream(stream),
         stream.synchronize,
         lambda: junk.zero_(),
         capture,
         record,
-        lambda start, stop: start.elapsed_time(stop),
+        lambda start, stop: start.elapsed_time(stop) / 1e3,
     )

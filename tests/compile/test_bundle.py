@@ -13,6 +13,7 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bundles
@@ -23,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cufa
+from cufa._api import explain as _explain
 from cufa._compile import bundle as _bundle
 from cufa._compile import cache as _cache
 from cufa._compile import jit as _jit
@@ -702,6 +704,26 @@ def test_no_command_knows_score_terms_of_one_s_own(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("CUFA_DISABLE_JIT", "1")
     with pytest.raises(cufa.MissingKernelError, match="bundles hold no score terms but cufa's own"):
         _jit.entry_of(wanted)
+
+
+def test_explain_says_where_a_kernel_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a GPU that is not there, without compiling what a bundle has."""
+    plan = unit().plan
+    grid = SimpleNamespace(blocks=(1,))
+    monkeypatch.setattr(_explain, "planned", lambda problem: (problem, None, plan, grid, None, 0))
+    monkeypatch.setattr(_explain._problem, "device_name", lambda device: "a GPU")
+    problem: Any = SimpleNamespace(device=0, function="attention")
+    path = made(tmp_path / "x", item(unit()))
+    named(monkeypatch, path)
+    monkeypatch.setattr(_jit, "compile_unit", None)
+    told = _explain._explain_kernel(problem)
+    assert (told.state, told.bundle, told.not_bundled, told.registers) == ("bundled", str(path), "", 128)
+    assert "kernel is  bundled (compiling it took 1.50 s)" in str(told) and f"bundle     {path}\n" in str(told)
+    _jit.cache().put(_jit.key_of(unit()), _cache.Entry(b"cached", bundles.META))
+    named(monkeypatch, made(tmp_path / "y", item("one", "120")))
+    told = _explain._explain_kernel(problem)
+    assert (told.state, told.bundle) == ("cached", "")
+    assert f"  bundle     No bundle serves: {tmp_path / 'y'} was built for sm_120; this GPU is sm_80; cufa" in str(told)
 
 
 # Signatures

@@ -1,0 +1,189 @@
+"""``cufa bench``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from .._bench.frameworks import Framework
+    from .._bench.peers import Peer
+    from .._bench.reports import Results, Row
+
+QUICK_SEQLEN = 2048
+"""The longest sequence that ``--quick`` measures."""
+
+
+def _numbers(least: int, most: int) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:
+    """Read numbers between two bounds, with commas between them."""
+
+    def read(context: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+        if value is None:
+            return None
+        try:
+            numbers = tuple(dict.fromkeys(int(part) for part in value.split(",")))
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not a number, or several with commas between them.") from None
+        for number in numbers:
+            if not least <= number <= most:
+                raise click.BadParameter(f"{number} is not from {least} to {most}.")
+        return numbers
+
+    return read
+
+
+def _new_file(context: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a file that cannot be written before minutes are spent on what it is to hold."""
+    if value is not None and (value.is_dir() or not value.absolute().parent.is_dir()):
+        raise click.BadParameter(f"{value} cannot be a file: give a name in a directory that exists.")
+    return value
+
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--backward", is_flag=True, help="Gradients; without it, the forward.")
+@click.option("--dtype", type=click.Choice(("bfloat16", "float16", "float32")), default="bfloat16", show_default=True)
+@click.option("--head-dim", "head_dims", callback=_numbers(1, 256), metavar="N[,N...]", help="Default: 64,128,256.")
+@click.option(
+    "--seqlen",
+    "seqlens",
+    callback=_numbers(1, 1 << 17),
+    metavar="N[,N...]",
+    help="Default: 512,2048,8192 and, forward, 16384.",
+)
+@click.option("--causal/--full", default=None, help="One kind of mask; without either, both.")
+@click.option("--quick", is_flag=True, help=f"Sequences up to {QUICK_SEQLEN}, and fewer calls of each.")
+@click.option("--csv", "csv_file", type=FILE, callback=_new_file, help="Write the rows to a file.")
+@click.option("--plot", "plot_file", type=FILE, callback=_new_file, help="Draw them, as .png, .svg or .pdf.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def bench(
+    backward: bool,
+    dtype: str,
+    head_dims: tuple[int, ...] | None,
+    seqlens: tuple[int, ...] | None,
+    causal: bool | None,
+    quick: bool,
+    csv_file: Path | None,
+    plot_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure cufa on this GPU, beside what else is installed here.
+
+    Peers are torch's scaled_dot_product_attention (its flash, cuDNN and memory-efficient backends), flash-attn,
+    FlashAttention-3 (fa3-fwd) and JAX's cuDNN attention. All compute the same inputs, take turns call by call, and are
+    held to each other's results. A row holds about 16k tokens of hidden size 2048. Without torch, cufa is measured
+    alone, on CuPy's arrays.
+    """
+    from .._api.config import is_available
+    from .._bench.reports import BACKWARD_SEQLENS, FORWARD_SEQLENS, LADDER_HEAD_DIMS, rungs, write_rows
+    from ..errors import UnsupportedError
+
+    if plot_file is not None:
+        _check_plot(plot_file)
+    seqlens = seqlens or (BACKWARD_SEQLENS if backward else FORWARD_SEQLENS)
+    if quick:
+        seqlens = tuple(seqlen for seqlen in seqlens if seqlen <= QUICK_SEQLEN)
+        if not seqlens:
+            raise click.UsageError(f"--quick measures sequences up to {QUICK_SEQLEN}; leave out --quick or --seqlen.")
+    rows = rungs(head_dims or LADDER_HEAD_DIMS, seqlens, (False, True) if causal is None else (causal,))
+    rows = [row._replace(dtype=dtype) for row in rows]
+    if not is_available():
+        raise UnsupportedError(
+            "bench: there is no NVIDIA GPU of compute capability 8.0 or newer here; cufa doctor says what it finds."
+        )
+
+    from .._bench import frameworks, measure
+
+    framework = frameworks.find()
+    peers = _peers(framework, backward)
+    ceiling = measure.matmul_ceiling(framework)
+    conditions = f"{framework.device_name()}, {measure.conditions(framework, ceiling, dtype)}"
+    _say(f"# {conditions}")
+    measure.compile_ahead(rows, peers["cufa"], framework, backward=backward)
+    results, eager = measure.measure(
+        rows,
+        peers,
+        framework,
+        backward=backward,
+        check_alone=None if backward else measure.check_last_rows,
+        repeats=10 if quick else 30,
+        say=_say,
+    )
+    direction = "Backward" if backward else "Forward"
+    if csv_file is not None:
+        write_rows(results, peers, csv_file)
+        _say(f"# wrote {csv_file}")
+    if plot_file is not None:
+        _plot(results, f"{direction} on {framework.device_name()}, {dtype}", ceiling, plot_file)
+        _say(f"# wrote {plot_file}")
+    if as_json:
+        click.echo(json.dumps(_as_json(direction.lower(), conditions, results, eager), indent=2))
+    else:
+        click.echo(_as_text(f"# {direction}", conditions, results, peers, eager))
+    failed = [str(row) for row, speeds in results.items() if "cufa" not in speeds]
+    if failed:
+        raise UnsupportedError(f"bench: cufa failed on {', '.join(failed)}; the lines above say how.")
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _check_plot(path: Path) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise click.UsageError("--plot needs matplotlib: pip install matplotlib")
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise click.UsageError(f"--plot: {path} does not end in .png, .svg or .pdf.")
+
+
+def _peers(framework: Framework, backward: bool) -> dict[str, Peer]:
+    """Those that are measured in minutes: all but FlexAttention, which compiles for long, or cufa alone."""
+    from .._bench.frameworks import Torch
+    from .._bench.peers import BACKWARD, FORWARD
+
+    peers = BACKWARD if backward else FORWARD
+    if not isinstance(framework, Torch):
+        _say("# torch is not there, or finds no GPU: cufa is measured alone")
+        return {"cufa": peers["cufa"]}
+    return {name: make for name, make in peers.items() if name != "FlexAttention"}
+
+
+def _plot(results: Results, title: str, ceiling: float, path: Path) -> None:
+    from .._bench.reports import figure_of
+
+    figure = figure_of(results, None if "float32" in title else ceiling, title)
+    figure.savefig(path, dpi=120)
+
+
+def _as_json(direction: str, conditions: str, results: Results, eager: set[tuple[Row, str]]) -> dict[str, Any]:
+    facts = ("head_dim", "seqlen", "batch", "num_heads_q", "num_heads_k", "causal", "dtype")
+    rows = [
+        {
+            **{name: getattr(row, name) for name in facts},
+            "tflops": speeds,
+            "not_captured": [name for name in speeds if (row, name) in eager],
+        }
+        for row, speeds in results.items()
+    ]
+    return {"direction": direction, "conditions": conditions, "rows": rows}
+
+
+def _as_text(
+    title: str, conditions: str, results: Results, peers: Mapping[str, Peer], eager: set[tuple[Row, str]]
+) -> str:
+    from .._bench.reports import names_in, table
+
+    lines = [title, "", conditions, ""]
+    if "cuDNN (JAX)*" in names_in(results, peers):
+        lines += ["(*) JAX's stream cannot be captured: the mean of calls in a row, without the flush.", ""]
+    if eager:
+        lines += ["(†) Not captured: calls, of whose time on the host some may show.", ""]
+    return "\n".join([*lines, table(results, peers, eager).rstrip()])

@@ -1,0 +1,79 @@
+"""The documentation: what the pages must name, and the examples in docstrings."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from cufa._compile import env as _env
+
+ROOT = Path(__file__).parents[1]
+PUBLIC = ("__init__", "jax", "reference", "testing/__init__", "torch")
+"""The modules that users import."""
+SOURCES = {path.relative_to(ROOT).with_suffix(""): path.read_text() for path in sorted((ROOT / "cufa").rglob("*.py"))}
+WITH_EXAMPLES = [".".join(path.parts).removesuffix(".__init__") for path, text in SOURCES.items() if ">>> " in text]
+
+
+def names_of(module: str) -> list[str]:
+    """What a module has in ``__all__``, with the module's name; it is not imported."""
+    path = Path("cufa", module)
+    for node in ast.parse(SOURCES[path]).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            prefix = ".".join(path.parts).removesuffix(".__init__")
+            return [f"{prefix}.{name}" for name in ast.literal_eval(node.value)]
+    raise AssertionError(f"{path} has no __all__")
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_the_api_page_has_every_public_name(module: str) -> None:
+    page = set(re.findall(r"^ *\.\. [\w:]+:: (cufa[\w.]*)$", (ROOT / "docs" / "api.rst").read_text(), re.MULTILINE))
+    assert not set(names_of(module)) - page, "add them to docs/api.rst"
+
+
+def test_the_api_page_has_nothing_else() -> None:
+    page = re.findall(r"^ *\.\. [\w:]+:: (cufa[\w.]+)$", (ROOT / "docs" / "api.rst").read_text(), re.MULTILINE)
+    there = {name for module in PUBLIC for name in names_of(module)} | {"cufa.torch", "cufa.jax"}
+    methods = {f"cufa.cache.{name}" for name in ("stats", "clear", "prune", "verify")}
+    assert len(page) == len(set(page)) and not set(page) - there - methods
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_functions_have_examples(module: str) -> None:
+    if module in ("jax", "torch"):
+        pytest.importorskip(module)
+    for name in names_of(module):
+        home, _, last = name.rpartition(".")
+        found = getattr(importlib.import_module(home), last)
+        assert not inspect.isfunction(found) or ">>> " in (found.__doc__ or ""), f"{name} has no example"
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples_in_docstrings_run(name: str) -> None:
+    framework = name.rpartition(".")[2]
+    if framework in ("torch", "jax"):
+        pytest.importorskip(framework)
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_the_page_of_variables_is_what_the_code_reads() -> None:
+    page = (ROOT / "docs" / "environment.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("| `CUFA_")]
+    assert table == [f"| `{each.name}` | {each.default} | {each.meaning} |" for each in _env.VARIABLES]
+
+
+def test_pages_are_in_the_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text().split()
+    pages = {path.stem for path in (ROOT / "docs").iterdir() if path.suffix in (".md", ".rst")} - {"index"}
+    assert pages <= set(index)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+            assert re.match(r"https?://|mailto:", link) or (path.parent / link).exists(), f"{path.name}: {link}"
