@@ -52,6 +52,9 @@ STALE_SECONDS = 3600.0
 LIVELY_SECONDS = 60.0
 """Age after which it hardly does, so that it goes before any entry where space is needed."""
 
+MAX_NOTES = 100
+"""Most notes that are kept: where processes run in ever new containers, each container's make notes of their own."""
+
 TROUBLE = _files.TROUBLE
 
 _MAGIC = b"CUFA\r\n\x1a\n"  # as in PNG, the line ends show a transfer in text mode
@@ -432,6 +435,11 @@ class CubinCache:
                 if age > LIVELY_SECONDS * 1e9:
                     temporary.append((age, path, status))
             total += status.st_size
+        notes = sorted((item for item in kept if item[1].suffix == _NOTE), key=lambda item: item[0])
+        for item in notes[MAX_NOTES:]:
+            if item[1] != keep and _files.unlink_unchanged(*item[1:]):
+                kept.remove(item)
+                total -= item[2].st_size
         removed = 0
         for group in (temporary, kept):
             for _, path, status in sorted(group, key=lambda item: item[0], reverse=True):

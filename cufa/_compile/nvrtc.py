@@ -270,7 +270,7 @@ def _search() -> str | None:
         watched += [conda, *(f"{conda}/{name}" for name in ("conda-meta", "lib", "targets/x86_64-linux/lib"))]
     try:
         finder = importlib.util.find_spec("cuda.pathfinder")
-    except ImportError:
+    except Exception:  # whatever a broken package raises, which loading it will say
         return None
     if finder is None or finder.origin is None:
         return None

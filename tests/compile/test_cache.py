@@ -584,7 +584,17 @@ def make_loop(path: Path) -> None:
     path.symlink_to(path)
 
 
-@pytest.mark.parametrize("make", [make_empty, make_fifo, make_huge, make_link_to_entry, make_dangling_link, make_loop])
+def make_device(path: Path) -> None:
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # reading /dev/zero never ends
+    except PermissionError:
+        pytest.skip("only root can make a device")
+
+
+MAKERS = (make_empty, make_fifo, make_huge, make_link_to_entry, make_dangling_link, make_loop, make_device)
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_what_is_not_a_file_of_ours_is_a_miss_and_is_replaced(
     make: Callable[[Path], None], cache: CubinCache, root: Path, warnings: Callable[[], list[str]]
 ) -> None:
@@ -1613,3 +1623,45 @@ def test_from_env_names_the_variable_that_is_wrong(name: str, monkeypatch: pytes
     monkeypatch.setenv(name, "~no such user")
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got '~no such user'; "):
         CubinCache.from_env()
+
+
+# Notes
+
+
+def test_a_note_is_kept_beside_the_entries(cache: CubinCache, root: Path) -> None:
+    assert cache.note(KEY) is None
+    assert cache.put(KEY, ENTRY)
+    assert cache.keep_note(KEY, {"path": "/x", "versions": [1, 2]})
+    assert cache.note(KEY) == CubinCache(root).note(KEY) == {"path": "/x", "versions": [1, 2]}
+    assert CubinCache(root).get(KEY) == ENTRY
+    assert (cache.stats().entries, cache.stats().writes) == (1, 1)
+    assert list(cache.listed()) == [KEY]
+    assert cache.clear() == 1
+    assert cache.note(KEY) is None
+    assert not CubinCache(None).keep_note(KEY, {}) and CubinCache(None).note(KEY) is None
+
+
+def test_notes_are_as_careful_as_entries(cache: CubinCache, root: Path) -> None:
+    cache.keep_note(KEY, {"a": 1})
+    file = root / KEY[:2] / f"{KEY[2:]}.note"
+    whole = file.read_bytes()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.chmod(0o622)
+    assert CubinCache(root).note(KEY) is None
+    file.chmod(0o600)
+    assert CubinCache(root).note(KEY) == {"a": 1}
+    file.write_bytes(whole[:-1])
+    assert cache.verify() == [file]
+    assert not file.exists()
+
+
+def test_there_are_not_ever_more_notes(cache: CubinCache, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cache, "MAX_NOTES", 3)
+    cache.put(KEY, ENTRY)
+    for number in range(5):
+        cache.keep_note(key(number), {"number": number})
+        set_used(root / key(number)[:2] / f"{key(number)[2:]}.note", 1000 - number)
+        if number == 2:
+            assert CubinCache(root).note(key(0)) == {"number": 0}  # and so the last one to be used
+    assert [number for number in range(5) if cache.note(key(number))] == [0, 3, 4]
+    assert cache.get(KEY) == ENTRY and cache.stats().entries == 1

@@ -187,7 +187,8 @@ def test_everything_imports_where_there_is_no_posix() -> None:
     """What Windows lacks in `os` is taken away before cufa is imported; what is not cufa's is imported before."""
     script = """
         import os, sys, tempfile
-        import click, json, logging, numpy, pathlib, shutil, subprocess, ctypes
+        import click, concurrent.futures.process, ctypes, json, logging, multiprocessing, numpy, pathlib, shutil
+        import importlib.metadata, scipy.special, subprocess, zipfile
         import cuda.bindings.driver, cuda.pathfinder
         for name in ("geteuid", "getuid", "fchmod", "register_at_fork", "fork", "uname", "mkfifo",
                      "O_NOFOLLOW", "O_DIRECTORY", "O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY"):
@@ -209,6 +210,10 @@ def test_everything_imports_where_there_is_no_posix() -> None:
             assert found is None and store.put(key, cache.Entry(b"cubin", {}))
         assert cache.CubinCache(store.path).get(key).cubin == b"cubin"
         cufa.show_config("dicts")
+        import importlib, pkgutil
+        for module in pkgutil.walk_packages(cufa.__path__, "cufa."):
+            if not any(part in module.name for part in ("torch", "jax", "interop", "testing", "__main__")):
+                importlib.import_module(module.name)
         print(store.path == pathlib.Path(os.environ["LOCALAPPDATA"], "cufa", "cache"))
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CUFA_")}
