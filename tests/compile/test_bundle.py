@@ -24,13 +24,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cufa
-from cufa._api import explain as _explain
 from cufa._compile import bundle as _bundle
 from cufa._compile import cache as _cache
 from cufa._compile import jit as _jit
 from cufa._compile import lookup as _lookup
 from cufa._compile.bundle import MANIFEST, SIGNATURE, BundleError, command_for, open_bundle, runs_on, serves
 from cufa._kernels import align
+from cufa._operations import explanation as _explain
 from cufa._terms import TERMS
 
 ROOT = Path(__file__).parents[2]
@@ -716,12 +716,12 @@ def test_explain_says_where_a_kernel_comes_from(tmp_path: Path, monkeypatch: pyt
     path = made(tmp_path / "x", item(unit()))
     named(monkeypatch, path)
     monkeypatch.setattr(_jit, "compile_unit", None)
-    told = _explain._explain_kernel(problem)
+    told = _explain.explained(problem)
     assert (told.state, told.bundle, told.not_bundled, told.registers) == ("bundled", str(path), "", 128)
     assert "kernel is  bundled (compiling it took 1.50 s)" in str(told) and f"bundle     {path}\n" in str(told)
     _jit.cache().put(_jit.key_of(unit()), _cache.Entry(b"cached", bundles.META))
     named(monkeypatch, made(tmp_path / "y", item("one", "120")))
-    told = _explain._explain_kernel(problem)
+    told = _explain.explained(problem)
     assert (told.state, told.bundle) == ("cached", "")
     assert f"  bundle     No bundle serves: {tmp_path / 'y'} was built for sm_120; this GPU is sm_80; cufa" in str(told)
 

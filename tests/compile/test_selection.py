@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -396,6 +397,27 @@ def test_kernels_that_the_sources_do_not_have_are_told_of() -> None:
         [],
         ["there is no kernel attention_forward_sm70, which the record names; it is skipped."],
     )
+
+
+def test_the_docs_tell_what_presets_hold() -> None:
+    text = (ROOT / "docs" / "bundles.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| (attention.*) \| (\w+) \| ([\d, ]+) \| (.*) \| (\w+) \|$", text, re.MULTILINE)
+    told = {
+        (preset, spread, kind)
+        for preset, operations, dtype, dims, masks, spread in rows
+        for kind in selection.kinds_of(
+            operations.split(", "),
+            [dtype],
+            map(int, dims.split(", ")),
+            *(tuple(mask.split(" + ")) if mask != "none" else () for mask in masks.split(", ")),
+        )
+    }
+    held = {each for each in PROMISES if each[0] != "full"}
+    also = {each for each in PROMISES if each[0] == "full" and each[1:] not in {other[1:] for other in held}}
+    assert told == held | also
+    words = " ".join(text.split())
+    for name in ("serving", "training", "usual"):
+        assert f"**{name}**: {SPREADS[name].meaning}." in words
 
 
 def test_operations_are_those_of_cufa() -> None:
