@@ -122,12 +122,15 @@ def _serving(bundle: Bundle, arch: int) -> Serving:
     if manifest.sources != _sources.version():
         return Serving(arch, 0, f"it {_lookup.made_from(manifest)}; build it again")
     targets = _bundle.targets_for(manifest.targets, arch)
-    if not targets:
-        built = architectures(manifest.targets)
+    if arch not in {arch_of(each) for each in manifest.archs}:
+        built = architectures(manifest.archs)
         command = (
             f"cufa bundle build --arch sm_{arch}{'a' if arch >= 90 else ''} --preset {manifest.preset or 'inference'}"
         )
-        return Serving(arch, 0, f"it was built for {built}; {command} --out FILE makes one that does")
+        why = f"it was built for {built}"
+        if targets:  # what fits the one's shared memory and is fast there is another kernel than on the other
+            why += f", and sm_{arch}, which could run its kernels, mostly wants others"
+        return Serving(arch, 0, f"{why}; {command} --out FILE makes one that serves")
     return Serving(arch, sum(entry.target in targets for entry in manifest.entries), "")
 
 

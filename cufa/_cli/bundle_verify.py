@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("file", type=click.Path())
-@click.option("--arch", "archs", multiple=True, help="Ask for a GPU that is not here, such as sm_90a. Repeatable.")
+@click.option("--arch", "archs", multiple=True, help="Ask for GPUs that are not here: sm_80,sm_90a. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def verify(context: click.Context, file: str, archs: tuple[str, ...], as_json: bool) -> None:
@@ -24,7 +24,7 @@ def verify(context: click.Context, file: str, archs: tuple[str, ...], as_json: b
     from .._bundles import files
 
     try:
-        asked = sorted(set(map(files.arch_of, archs))) or files.gpus()
+        asked = sorted({files.arch_of(arch) for each in archs for arch in each.split(",")}) or files.gpus()
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--arch") from None
     try:

@@ -289,6 +289,17 @@ def why_not_bundled(unit: Unit) -> str:
     return bundles.why(unit) if bundles else ""
 
 
+def is_cached(unit: Unit) -> bool:
+    """Whether the cache has the kernel.
+
+    Raises
+    ------
+    CompileError, MissingKernelError
+        If there is no NVRTC, whose kernel it would be.
+    """
+    return cache().get(_cache_key(unit)) is not None
+
+
 def _cache_key(unit: Unit) -> str:
     try:
         return key_of(unit)

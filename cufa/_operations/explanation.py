@@ -104,7 +104,7 @@ def explained(problem: Problem, device: Device | None = None) -> Explanation:
     elif served is not None:
         state = "bundled"
     else:
-        state = "to be compiled" if _jit.cache().get(_jit.key_of(unit)) is None else "cached"
+        state = "cached" if _jit.is_cached(unit) else "to be compiled"
     meta = _jit.entry_of(unit).meta
     config = plan.config
     return Explanation(

@@ -105,9 +105,12 @@ def test_a_damaged_kernel_stops_whatever_would_pass_it_on(name: str, path: Path)
 def test_verify(path: Path) -> None:
     text = said("verify", path)
     assert text.startswith(f"{path}: 2 kernels, ") and "whole, not signed" in text and "no GPU is here; --arch" in text
-    assert "  sm_86: serves with 1 kernel\n  sm_90: serves with 1 kernel\n" in said(
-        "verify", path, "--arch", "sm_90a", "--arch", "86"
+    assert "  sm_80: serves with 1 kernel\n  sm_90: serves with 1 kernel\n" in said(
+        "verify", path, "--arch", "sm_90a,80"
     )
+    done = run("verify", path, "--arch", "sm_86")
+    assert done.exit_code == 1
+    assert "  sm_86: does not serve: it was built for sm_80 and sm_90a, and sm_86, which could run" in done.output
     done = run("verify", path, "--arch", "sm_120a")
     assert done.exit_code == 1
     assert (
@@ -116,9 +119,9 @@ def test_verify(path: Path) -> None:
 
 
 def test_verify_asks_the_gpus_of_this_machine(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_files, "gpus", lambda: [89, 100])
+    monkeypatch.setattr(_files, "gpus", lambda: [80, 100])
     done = run("verify", path)
-    assert done.exit_code == 1 and "sm_89: serves" in done.output and "sm_100: does not serve" in done.output
+    assert done.exit_code == 1 and "sm_80: serves" in done.output and "sm_100: does not serve" in done.output
 
 
 def test_verify_as_json(path: Path) -> None:

@@ -558,18 +558,22 @@ def test_nvrtc_is_neither_found_nor_loaded_where_a_bundle_serves(tmp_path: Path)
     found = jit.bundled(unit())
     entry = jit.entry_of(unit(89))
     print(found.path, len(entry.cubin), entry.meta["registers"], nvrtc._known)
-    try:
-        jit.entry_of(unit(90))
-    except (cufa.CompileError, cufa.MissingKernelError) as error:
-        print(type(error).__name__, error)
+    for ask in (jit.entry_of, jit.is_cached):
+        try:
+            ask(unit(90))
+        except (cufa.CompileError, cufa.MissingKernelError) as error:
+            print(type(error).__name__, error)
     """
     environment = {"CUFA_BUNDLE_PATH": str(path), "CUFA_CACHE_DIR": str(tmp_path / "none")}
     same = _jit.source_key(unit(89)) == _jit.source_key(unit(80))
     script = script if same else script.replace("unit(89)", "unit(80)")
-    first, second = run_script(script, **environment).splitlines()
+    first, second, third = run_script(script, **environment).splitlines()
     assert first == f"{path} {len(compiled.cubin)} {compiled.meta['registers']} None"
-    assert second.startswith("CompileError cufa: NVRTC, which compiles the kernels, cannot be loaded")
-    missing = run_script(script, CUFA_DISABLE_JIT="1", **environment).splitlines()[1]
+    assert second == third and second.startswith(
+        "CompileError cufa: NVRTC, which compiles the kernels, cannot be loaded"
+    )
+    _, missing, also = run_script(script, CUFA_DISABLE_JIT="1", **environment).splitlines()
+    assert missing == also
     assert missing.startswith(
         "MissingKernelError cufa: attention_forward_sm90 (f16, head_dim 64, causal) for sm_90 is "
     )
