@@ -122,8 +122,8 @@ def _serving(bundle: Bundle, arch: int) -> Serving:
     if manifest.sources != _sources.version():
         return Serving(arch, 0, f"it {_lookup.made_from(manifest)}; build it again")
     targets = _bundle.targets_for(manifest.targets, arch)
-    if arch not in {arch_of(each) for each in manifest.archs}:
-        built = architectures(manifest.archs)
+    if arch not in {arch_of(each) for each in (*manifest.archs, *manifest.targets)}:
+        built = architectures(manifest.targets)
         command = (
             f"cufa bundle build --arch sm_{arch}{'a' if arch >= 90 else ''} --preset {manifest.preset or 'inference'}"
         )
