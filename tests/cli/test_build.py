@@ -191,7 +191,12 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cufa", "bundle", "build", *kernels, "--jobs", "2", "--out", "out"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUFA_PROGRESS": "1"}
     with subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a run in the background ignores
     ) as running:
         assert running.stderr is not None
         assert running.stderr.readline().startswith("Compiling: ")

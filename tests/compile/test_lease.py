@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -327,7 +328,9 @@ def test_a_forked_child_leaves_the_lease_of_its_parent(cache: CubinCache, lease:
     content = _lease.own_content()
     held = _lease.take(lease, 0o600, content)
     assert held is not None and _lease.take(lease, 0o600, content) is None
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the fork of a process with threads, which other tests have left
+        child = os.fork()
     if not child:
         held.release()
         os._exit(0)
