@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,11 @@ def test_a_failure_is_told(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--seqlen", "long"], "'long' is not a number, or several with commas between them."),
         (["--seqlen", "8192", "--quick"], "leave out --quick or --seqlen"),
         (["--csv", "nowhere/rows.csv"], "nowhere/rows.csv cannot be a file"),
-        (["--plot", "plot.gif"], "plot.gif does not end in .png, .svg or .pdf"),
+        pytest.param(
+            ["--plot", "plot.gif"],
+            "plot.gif does not end in .png, .svg or .pdf",
+            marks=pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib"),
+        ),
         (["--dtype", "float64"], "'float64' is not one of"),
     ],
 )
