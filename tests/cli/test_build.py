@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import places
 import plans
 import pytest
 from click.testing import CliRunner, Result
@@ -19,7 +20,6 @@ from cufa._bundles import build as _build
 from cufa._bundles import progress as _progress
 from cufa._cli.main import cufa as command
 from cufa._compile import jit as _jit
-from cufa._compile import lookup as _lookup
 from cufa._compile import used as _used
 from cufa._compile.bundle import open_bundle
 from cufa._kernels import Plan
@@ -31,14 +31,8 @@ FACTS = [plans.short("f16", (32, 32), (16, 16), features) for features in ({}, {
 
 @pytest.fixture(autouse=True)
 def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*os.environ]:
-        if name.startswith("CUFA_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("CUFA_CACHE_DIR", str(tmp_path / "cache"))
+    places.use(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_lookup, "_known", {})
-    monkeypatch.setattr(_lookup, "_in_wheels", tuple)
-    monkeypatch.setattr(_jit, "_caches", {})
 
 
 @pytest.fixture

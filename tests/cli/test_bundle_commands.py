@@ -13,6 +13,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import places
 import pytest
 from bundles import contents, item, made, rewritten, unit
 from click.testing import CliRunner, Result
@@ -23,7 +24,6 @@ from cufa._cli.bundle import BUNDLE_COMMANDS
 from cufa._cli.main import cufa as command
 from cufa._compile import cache as _cache
 from cufa._compile import jit as _jit
-from cufa._compile import lookup as _lookup
 from cufa._compile.bundle import SIGNATURE, BundleError, open_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -32,13 +32,8 @@ FILES = sorted(BUNDLE_COMMANDS.keys() - {"build"})
 
 @pytest.fixture(autouse=True)
 def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*os.environ]:
-        if name.startswith("CUFA_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("CUFA_CACHE_DIR", str(tmp_path / "cache"))
+    places.use(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_lookup, "_known", {})
-    monkeypatch.setattr(_lookup, "_in_wheels", tuple)
     monkeypatch.setattr(_files, "gpus", list)
 
 
@@ -408,10 +403,5 @@ def test_a_wheel_that_pip_has_installed_is_found(path: Path, tmp_path: Path) -> 
 
 
 def test_help_imports_no_numpy() -> None:
-    script = (
-        "import sys; from cufa._cli.main import main; sys.argv = ['cufa', 'bundle', '--help']\n"
-        "try: main()\n"
-        "except SystemExit: print([m for m in ('numpy', 'zipfile', 'cuda', 'cryptography') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
+    modules = ("numpy", "zipfile", "cuda", "cryptography")
+    assert places.imported_by(["bundle", "--help"], modules).endswith("[]\n")

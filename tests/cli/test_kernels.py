@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import places
 import pytest
 from click.testing import CliRunner, Result
 
@@ -24,11 +24,7 @@ SMALL = ("--q", "4x16x2x32", "--dtype", "float16", "--arch", "sm_80")
 
 @pytest.fixture(autouse=True)
 def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*os.environ]:
-        if name.startswith("CUFA_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("CUFA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(_jit, "_caches", {})
+    places.use(tmp_path, monkeypatch)
 
 
 def run(*arguments: object) -> Result:

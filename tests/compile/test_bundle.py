@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import bundles
+import places
 import plans
 import pytest
 from bundles import contents, item, made, rewritten, unit, with_manifest
@@ -39,12 +40,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No bundles but those of the test, which are looked for anew."""
-    for name in [*os.environ]:
-        if name.startswith("CUFA_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("CUFA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(_lookup, "_known", {})
-    monkeypatch.setattr(_lookup, "_in_wheels", tuple)
+    places.use(tmp_path, monkeypatch)
 
 
 @pytest.fixture
