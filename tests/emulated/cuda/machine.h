@@ -1,0 +1,99 @@
+// emulated: what the machine that runs kernels on the CPU offers to the headers that stand for CUDA's builtins and for
+// cuda_src/ptx. machine.cpp is the machine. Nothing of the standard library is included: kernels compile in half the
+// time.
+#pragma once
+
+namespace emulated {
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i32 = int;
+
+// --- who a thread is ------------------------------------------------------------------------------------
+
+struct Index {
+  u32 x, y, z;
+};
+
+Index thread_index();
+Index block_index();
+Index block_extent();
+Index grid_extent();
+u32 lane();
+
+// --- what threads do together ---------------------------------------------------------------------------
+
+// What lanes of a warp do together: the vote of each, and what comes of all votes.
+enum class Vote { ballot, any, all, maximum, minimum, sum, signed_maximum, signed_minimum, bit_or, bit_and, bit_xor };
+
+void sync_warp(u32 mask);
+u32 vote(Vote kind, u32 mask, u32 value);
+
+// The value of lane `source`, which every lane names for itself.
+u32 shuffle(u32 mask, u32 value, u32 source);
+
+enum class Join { none, any, all, count };
+
+// The barrier of all threads of a block that have not ended.
+int sync_threads(Join join, int predicate);
+
+// Named barriers, of so many threads.
+void bar_sync(u32 barrier, u32 threads);
+void bar_arrive(u32 barrier, u32 threads);
+
+// --- memory ---------------------------------------------------------------------------------------------
+
+// The place of a __shared__ variable in a thread block's shared memory: the same for every block.
+u32 reserve(u32 bytes, u32 alignment);
+void* shared_object(u32 place);
+char* dynamic_shared();
+
+template <class T>
+u32 reserve() {
+  return reserve(sizeof(T), alignof(T));
+}
+
+template <class T>
+T& shared_object_of(u32 place) {
+  return *static_cast<T*>(shared_object(place));
+}
+
+// tile::offset: how far from the beginning of a struct a member lies.
+template <class Struct, class Type>
+inline int offset_of(Type Struct::* member) {
+  return int(__builtin_bit_cast(long, member));
+}
+
+template <auto member>
+struct Offset {
+  operator int() const { return offset_of(member); }
+};
+
+u32 shared_address(const void* pointer);
+void ld_shared(void* to, u32 address, u32 bytes);
+void st_shared(u32 address, const void* from, u32 bytes);
+void ldmatrix_x4(u32 (&r)[4], u32 address, bool transposed);
+void stmatrix_x4(u32 address, const u32 (&r)[4]);
+
+void cp_async(u32 destination, const void* source, u32 bytes, int valid);
+void cp_async_commit_group();
+void cp_async_wait_group(u32 pending);
+
+u32 local_address(const void* pointer);
+void* local_pointer(u32 address);
+
+// Accesses to global memory that other threads wait for or take part in.
+i32 ld_acquire(const i32* address);
+void st_release(i32* address, i32 value);
+i32 atomic_add(i32* address, i32 value, bool acquires);  // which always releases
+i32 atomic_cas(i32* address, i32 expected, i32 value);   // which acquires
+void reduce_add(float* address, float value);
+
+// --- products -------------------------------------------------------------------------------------------
+
+void mma_m16n8k16_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1);
+void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1);
+void mma_m16n8k8_tf32(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1);
+
+}  // namespace emulated

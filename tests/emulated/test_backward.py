@@ -1,0 +1,100 @@
+"""The gradients' kernels for sm_80, run on the CPU and held to the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from gradients import VALUES, Call
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import emulated
+from cufa._call.problem import CHAIN_ROWS
+from cufa.testing import Case
+from emulated.cases import ALIGNED, NARROW, ORDERS, Kind, backward, dense, packed
+
+pytestmark = pytest.mark.skipif(bool(emulated.why_not()), reason=emulated.why_not())
+
+DENSE = (
+    Kind("float16", 64, 64),
+    Kind("bfloat16", 128, 64, "causal", sinks=True),
+    Kind("float32", 40, 57, "window", softcap=True, alibi=2, sinks=True),
+    Kind("bfloat16", 31, 65, "causal", alibi=1, layouts="narrow"),
+    Kind("float16", 200, 160, "window"),
+)
+PACKED = (
+    Kind("bfloat16", 64, 64, "causal"),
+    Kind("float16", 96, 40, "window", softcap=True, alibi=2, sinks=True),
+    Kind("float32", 33, 17, layouts="narrow"),
+)
+IN_ORDER = (
+    Kind("bfloat16", 32, 32, "causal"),
+    Kind("float16", 48, 64, "window", sinks=True),
+)
+
+
+@st.composite
+def calls(draw: st.DrawFn, kind: Kind, cases: Any, deterministic: bool = False) -> Call:
+    layouts = st.sampled_from(NARROW if kind.layouts == "narrow" else ALIGNED)
+    three = st.tuples(layouts, layouts, layouts)
+    return Call(
+        case=draw(cases(kind, VALUES)),
+        deterministic=deterministic,
+        dlse=draw(st.booleans()),
+        dout=draw(layouts),
+        results=draw(three if kind.layouts == "narrow" else st.none() | three),
+    )
+
+
+@pytest.mark.parametrize("kind", DENSE, ids=str)
+@settings(max_examples=3)
+@given(data=st.data())
+def test_dense_equals_reference(kind: Kind, data: st.DataObject) -> None:
+    call = data.draw(calls(kind, dense))
+    ran = backward(call, data.draw(ORDERS))
+    assert "attention_backward_sm80" in ran.entries
+    assert ("attention_align" in ran.entries) == (kind.layouts == "narrow")
+    assert not (ran.repaired and call.case.values == "normal")
+
+
+@pytest.mark.parametrize("kind", PACKED, ids=str)
+@settings(max_examples=3)
+@given(data=st.data())
+def test_packed_equals_reference(kind: Kind, data: st.DataObject) -> None:
+    call = data.draw(calls(kind, packed))
+    ran = backward(call, data.draw(ORDERS))
+    assert {"attention_backward_sm80", "attention_backward_offsets"} <= {*ran.entries}
+    assert not (ran.repaired and call.case.values == "normal")
+
+
+@pytest.mark.parametrize("cases", [dense, packed], ids=["dense", "packed"])
+@pytest.mark.parametrize("kind", IN_ORDER, ids=str)
+@settings(max_examples=2)
+@given(data=st.data())
+def test_in_turn_gradients_are_the_same_bits_in_every_order(kind: Kind, cases: Any, data: st.DataObject) -> None:
+    call = data.draw(calls(kind, cases, deterministic=True))
+    ran = backward(call)
+    for order in data.draw(st.tuples(*[st.integers(0, 999)] * 2)):
+        assert backward(call, order).bits == ran.bits
+
+
+SHORT = {"head_dim": 64, "head_dim_v": 64, "dtype": "bfloat16"}
+OTHERS: dict[str, dict[str, Any]] = {
+    "short": {"batch": 5, "seqlen_q": 17, "seqlen_k": 31, "num_heads_q": 2, "causal": True},
+    "short and packed": {"batch": 40, "seqlen_q": (7, 30, 0, 16, 11) * 8, "seqlen_k": (20, 3, 9, 16, 0) * 8},
+    "long": {"seqlen_q": CHAIN_ROWS + 300, "seqlen_k": 40, "head_dim": 32, "head_dim_v": 32},
+    "element by element": {"seqlen_q": 3, "seqlen_k": 90, "layouts": ("strided", "padded", "offset", "padded")},
+    "no keys": {"batch": 2, "seqlen_q": 70, "seqlen_k": 0, "sinks": True},
+    "no queries": {"batch": 2, "seqlen_q": 0, "seqlen_k": 70},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_problems_with_kernels_of_their_own(name: str) -> None:
+    backward(Call(case=Case(**SHORT | OTHERS[name])), 1)
+
+
+def test_tiles_of_other_gpus() -> None:
+    case = Case(seqlen_q=70, seqlen_k=140, head_dim=96, head_dim_v=96, dtype="float16", causal=True)
+    backward(Call(case=case), arch=86)

@@ -1,0 +1,76 @@
+"""The forward's kernels for sm_80, run on the CPU and held to the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import emulated
+from cufa._call.problem import CHAIN_ROWS
+from cufa.testing import Case
+from emulated.cases import ORDERS, Kind, dense, forward, packed
+
+pytestmark = pytest.mark.skipif(bool(emulated.why_not()), reason=emulated.why_not())
+
+DENSE = (
+    Kind("float16", 64, 64),
+    Kind("bfloat16", 128, 64, "causal", sinks=True),
+    Kind("float32", 40, 57, "window", softcap=True, alibi=2, sinks=True),
+    Kind("float16", 32, 96, "window", alibi=1),
+    Kind("bfloat16", 31, 65, "causal", layouts="narrow"),
+    Kind("float32", 200, 256),
+)
+PACKED = (
+    Kind("bfloat16", 64, 64, "causal"),
+    Kind("float16", 96, 40, "window", softcap=True, alibi=2, sinks=True),
+    Kind("float32", 64, 64, "causal", sinks=True),
+    Kind("bfloat16", 33, 17, layouts="narrow"),
+)
+
+
+@pytest.mark.parametrize("kind", DENSE, ids=str)
+@settings(max_examples=6)
+@given(data=st.data())
+def test_dense_equals_reference(kind: Kind, data: st.DataObject) -> None:
+    ran = forward(data.draw(dense(kind)), data.draw(ORDERS), num_sms=1 if kind.layouts == "narrow" else 3)
+    assert ran.entries == ["attention_align"] * (kind.layouts == "narrow") + ["attention_forward_sm80"]
+
+
+@pytest.mark.parametrize("kind", PACKED, ids=str)
+@settings(max_examples=6)
+@given(data=st.data())
+def test_packed_equals_reference(kind: Kind, data: st.DataObject) -> None:
+    assert forward(data.draw(packed(kind)), data.draw(ORDERS)).entries[-1] == "attention_forward_sm80"
+
+
+SIXTY_FOUR = {"head_dim": 64, "head_dim_v": 64, "return_lse": True}
+SHORT = np.random.default_rng(0).integers(0, 33, 700).tolist()
+LENGTHS = np.random.default_rng(1).integers(0, 90, 260).tolist()
+OTHERS: dict[str, dict[str, Any]] = {
+    "short": {"batch": 5, "seqlen_q": 17, "seqlen_k": 31, "num_heads_q": 2, "num_heads_k": 2, "causal": True},
+    "short and wide": {"batch": 3, "seqlen_q": 16, "seqlen_k": 30, "head_dim": 256, "layouts": ("padded",) * 4},
+    "short and packed": {"batch": 700, "seqlen_q": tuple(SHORT), "seqlen_k": tuple(SHORT[::-1])},
+    "many": {"batch": 260, "seqlen_q": tuple(LENGTHS), "seqlen_k": tuple(LENGTHS[::-1]), "causal": True},
+    "long": {"seqlen_q": 40, "seqlen_k": CHAIN_ROWS + 500, "dtype": "float32", "head_dim": 32, "head_dim_v": 32},
+    "element by element": {"seqlen_q": 3, "seqlen_k": 90, "layouts": ("strided", "padded", "offset", "padded")},
+    "no keys": {"batch": 2, "seqlen_q": 70, "seqlen_k": 0, "sinks": True},
+    "no queries": {"batch": 2, "seqlen_q": 0, "seqlen_k": 70},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_problems_with_kernels_of_their_own(name: str) -> None:
+    case = Case(**{"dtype": "float16", **SIXTY_FOUR, **OTHERS[name]})
+    ran = forward(case)
+    if case.batch < 10:
+        assert forward(case, 1).bits == ran.bits
+
+
+@pytest.mark.parametrize("arch", [86, 120])
+def test_tiles_of_other_gpus(arch: int) -> None:
+    case = Case(seqlen_q=130, seqlen_k=140, head_dim=128, head_dim_v=128, dtype="bfloat16", causal=True)
+    assert forward(case, arch=arch).entries == ["attention_forward_sm80"]
