@@ -116,17 +116,14 @@ def backward(call: Call, order: int | None = None, **gpu: Any) -> Ran:
     with Gpu(order=order, **gpu) as device:
         results = tuple(map(to_numpy, call.run(device)))
         entries = [launched.function.entry for launched in device.launches]
-        last = device.launches[-1]
-        repaired = (
-            last.function.entry == "attention_backward_repair" and _word(device, last.argument, "not_finite") != 0
-        )
+        repaired = "attention_backward_repair" in entries and _word(device, "not_finite") != 0
     call.check(results)
     return Ran(results, entries, repaired)
 
 
-def _word(gpu: Gpu, argument: bytes, name: str) -> int:
-    """What the pointer of a name in the argument of the gradients' kernels points to."""
+def _word(gpu: Gpu, name: str) -> int:
+    """What the pointer of a name in the argument of the gradients' kernels points to, when they are done."""
     texts = tuple(text.decode() for path, text in _jit.headers().items() if path.startswith("attention/"))
     pointers = {pointer.name: pointer.offset for pointer in record.read("BackwardArgument", texts).pointers()}
-    (address,) = struct.unpack_from("Q", argument, pointers[name])
+    (address,) = struct.unpack_from("Q", gpu.launches[-1].argument, pointers[name])
     return int(gpu.memory.view(address, (1,), (1,), np.int32)[0])

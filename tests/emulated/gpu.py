@@ -306,6 +306,10 @@ def headers_of(changed: Sources) -> dict[str, bytes]:
 @functools.lru_cache(maxsize=256)
 def load(plan: Plan, changed: Sources) -> tuple[Function, ...]:
     """The functions of a kernel, in place of `cufa._compile.jit.load_kernel`."""
+    if plan.kernel.target_suffix:
+        raise EmulationError(
+            f"{plan.name} has instructions that are not emulated; pass the arch of another GPU, as 80."
+        )
     unit = unit_of(plan, headers_of(changed))
     program = Program(unit.source, unit.headers, f"attention::{plan.kernel.record}", unit.entries, unit.arch)
     size = record_of(plan, unit.headers).size

@@ -145,6 +145,14 @@ KERNEL(last) {  // which block comes last
   }
 }
 
+KERNEL(side_by_side) {  // threads whose elements share words have nothing to do with each other
+  __shared__ u16 held[64];
+  u16* const y = reinterpret_cast<u16*>(Y);
+  held[threadIdx.x] = u16(X[threadIdx.x]);
+  y[threadIdx.x] = held[threadIdx.x];
+  y[threadIdx.x] += 1;
+}
+
 // The last block that comes adds up what all have written.
 inline void add_up(const Arguments& arguments, bool tells_late) {
   __shared__ bool comes_last;
@@ -363,6 +371,8 @@ def test_barriers_order_what_threads_do() -> None:
         found = run("neighbours", WORDS_IN, threads=64, order=order)
         assert np.array_equal(found[1:64], WORDS_IN[::-1][1:])
         assert found[0] == np.uint32(int(WORDS_IN[0]) + int(WORDS_IN[63]) & 0xFFFFFFFF)
+        found = run("side_by_side", WORDS_IN, threads=64, order=order).view(np.uint16)[:64]
+        assert np.array_equal(found, WORDS_IN.astype(np.uint16) + np.uint16(1))
     assert run("unwritten", WORDS_IN)[:32].all()  # NaN
 
 
@@ -432,6 +442,9 @@ def test_calls_by_names() -> None:
         emulated.call(ATTENTION, arrays, casual=True)
     with pytest.raises(TypeError, match="attention: there are no arrays dout, w"):
         emulated.call(ATTENTION, {**arrays, "w": arrays["q"], "dout": None})
+    with pytest.raises(EmulationError, match="attention_forward_sm90 has instructions that are not emulated"):
+        large = np.ones((1, 100, 1, 64), np.float16)
+        emulated.call(ATTENTION, dict.fromkeys("qkv", large), arch=90)
     with pytest.raises(cufa.errors.ArgumentError, match="attention: k has head_dim 8 but q has 16"):
         emulated.call(ATTENTION, {**arrays, "k": arrays["k"][..., :8]})
 

@@ -50,6 +50,22 @@ const char* word_of(bool write) { return write ? "written" : "read"; }
   quit();
 }
 
+// Which of the 4 bytes of a cell belong to some bytes from an offset on.
+u8 bytes_of_cell(Address cell, Address offset, u32 bytes) {
+  const Address begin = cell * 4, end = offset + bytes;
+  const u32 first = offset > begin ? offset - begin : 0, last = end - begin < 4 ? end - begin : 4;
+  return ((1u << last) - 1) & ~((1u << first) - 1);
+}
+
+// An access of a thread, together with the one before if that is its own and as recent.
+Access access_of(const Thread& me, u8 bytes, Address pc, const Access& before = {}) {
+  Access now{me.block->epoch, me.warp->epoch, static_cast<u32>(pc), static_cast<unsigned short>(me.number), bytes, 0};
+  if (before.epoch == now.epoch && before.warp_epoch == now.warp_epoch && before.thread == now.thread) {
+    now.bytes |= before.bytes;
+  }
+  return now;
+}
+
 // Notes that the current thread reads.
 void note_read(Access& read, const Access& now) {
   const bool same_warp = read.thread / warp_size == now.thread / warp_size;
@@ -78,24 +94,19 @@ void access_shared(u32 offset, u32 bytes, bool write, Address pc, Address frame,
          word_of(write), static_cast<int>(offset - static_bytes), launch->smem_bytes);
   }
   for (u32 i = offset / 4; i * 4 < end; ++i) {
-    const u32 first = offset > i * 4 ? offset - i * 4 : 0, last = end - i * 4 < 4 ? end - i * 4 : 4;
-    const u8 mask = ((1u << last) - 1) & ~((1u << first) - 1);
+    const u8 mask = bytes_of_cell(i, offset, bytes);
     Cell& cell = block.cells[i];
     if (block.pending[i] && !copy) {
       fail(frame, "byte %u of %s is %s, but an asynchronous copy to it was not waited for", byte_of(i * 4),
            part_of(i * 4), word_of(write));
     }
-    Access now{block.epoch, me.warp->epoch, static_cast<u32>(pc), static_cast<unsigned short>(me.number), mask, 0};
     if (cell.write.bytes & mask && !ordered(cell.write, me)) report_race(cell.write, true, i * 4, write, frame, pc);
     if (!write) {
-      note_read(cell.read, now);
+      note_read(cell.read, access_of(me, mask, pc));
       continue;
     }
     if (cell.read.bytes & mask && !ordered(cell.read, me)) report_race(cell.read, false, i * 4, write, frame, pc);
-    const bool more =
-        cell.write.epoch == now.epoch && cell.write.warp_epoch == now.warp_epoch && cell.write.thread == now.thread;
-    if (more) now.bytes |= cell.write.bytes;
-    cell.write = now;
+    cell.write = access_of(me, mask, pc, cell.write);
   }
 }
 
@@ -160,16 +171,14 @@ bool is_known(const Written& by) {
 // A load or a store of device memory. Several threads may store to the same place: they may mean the same.
 void access_global(Address address, u32 bytes, bool write, const char* name, Address pc, Address frame) {
   check_rights(address, bytes, write ? writable : readable, name, frame);
-  const Thread& me = *current;
   const Address offset = address - reinterpret_cast<Address>(memory);
-  const Written now{
-      {me.block->epoch, me.warp->epoch, static_cast<u32>(pc), static_cast<unsigned short>(me.number), 15, 0},
-      me.block->index};
   for (Address i = offset / 4; i * 4 < offset + bytes; ++i) {
+    const u8 mask = bytes_of_cell(i, offset, bytes);
+    Written& by = written[i];
     if (write)
-      written[i] = now;
-    else if (!is_known(written[i]))
-      report_untold(written[i], address, frame, pc);
+      by = {access_of(*current, mask, pc, by.access), current->block->index};
+    else if (by.access.bytes & mask && !is_known(by))
+      report_untold(by, address, frame, pc);
   }
   if (write && interleaved) maybe_yield(256);
 }
