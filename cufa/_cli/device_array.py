@@ -25,6 +25,7 @@ class DeviceArray:
     def __init__(self, shape: tuple[int, ...], dtype: str, device: int) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self._size = int(np.prod(shape)) * _arrays.numpy_dtype(dtype).itemsize
+        _driver.primary_context(device)  # held from now on: where nothing else holds it, memory would go with it
         with _driver.current(device):
             self._memory = _driver.call("cuMemAlloc", self._size)
         self.pointer = int(self._memory)

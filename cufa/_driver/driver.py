@@ -76,12 +76,12 @@ def device(ordinal: int) -> Device:
 
 
 @lru_cache(maxsize=64)
-def _primary_context(ordinal: int) -> Any:
+def primary_context(ordinal: int) -> Any:
     """The primary context of a GPU, of which this process keeps hold from now on."""
     return call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", ordinal))
 
 
-_forks.after_in_child(_primary_context.cache_clear)
+_forks.after_in_child(primary_context.cache_clear)
 
 
 def enter(ordinal: int) -> bool:
@@ -94,7 +94,7 @@ def enter(ordinal: int) -> bool:
     status, active = bindings.cuCtxGetCurrent()
     if status != 0 or int(active):
         return False
-    call("cuCtxSetCurrent", _primary_context(ordinal))
+    call("cuCtxSetCurrent", primary_context(ordinal))
     return True
 
 

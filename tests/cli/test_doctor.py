@@ -7,6 +7,7 @@ import json
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,61 +53,96 @@ def outcome(name: str) -> tuple[str, str, str]:
 
 
 class FakeGpu:
-    """What the driver answers where there is a GPU; its memory is that of the host."""
+    """The driver's bindings where there are GPUs: memory is the host's, and goes when its context does."""
 
     def __init__(self, archs: tuple[int, ...] = (90,), version: int = 13000) -> None:
         self.archs, self.version = archs, version
         self.memory: dict[int, Any] = {}
         self.refuses: dict[str, str] = {}
+        self.current: list[int] = []
+        self.holds: Counter[int] = Counter()
+        """How often each primary context is retained. Nothing but cufa holds any."""
 
-    def call(self, function: str, *arguments: Any) -> Any:
-        if function in self.refuses:
-            raise CudaError(f"cufa: {function} failed: {self.refuses[function]}.")
-        return getattr(self, function, lambda *_: None)(*arguments)
+    def __getattr__(self, name: str) -> Any:
+        from cuda.bindings import driver as real
 
-    def cuDriverGetVersion(self) -> int:
+        if not name.startswith("cu"):
+            return getattr(real, name)
+        answer = getattr(FakeGpu, f"_{name}", None)
+
+        def function(*arguments: Any) -> tuple[Any, ...]:
+            if name in self.refuses:
+                return getattr(real.CUresult, self.refuses[name]), None
+            if name.startswith(("cuMem", "cuLibrary", "cuCtxGetDevice", "cuCtxSynchronize")) and not self.current:
+                return real.CUresult.CUDA_ERROR_INVALID_CONTEXT, None
+            try:
+                value = answer(self, *arguments) if answer else None
+            except LookupError:
+                return real.CUresult.CUDA_ERROR_INVALID_VALUE, None
+            return (0,) if value is None else (0, value)
+
+        return function
+
+    def _cuGetErrorString(self, status: Any) -> bytes:
+        return b""
+
+    def _cuDriverGetVersion(self) -> int:
         return self.version
 
-    def cuDeviceGetCount(self) -> int:
+    def _cuDeviceGetCount(self) -> int:
         return len(self.archs)
 
-    def cuLibraryLoadData(self, cubin: bytes, *_: object) -> int:
+    def _cuDeviceGet(self, ordinal: int) -> int:
+        return ordinal
+
+    def _cuThreadExchangeStreamCaptureMode(self, mode: Any) -> Any:
+        return mode
+
+    def _cuDevicePrimaryCtxRetain(self, device: int) -> int:
+        self.holds[device] += 1
+        return device
+
+    def _cuDevicePrimaryCtxRelease(self, device: int) -> None:
+        self.holds[device] -= 1
+        if not self.holds[device]:
+            self.memory.clear()
+
+    def _cuCtxGetDevice(self) -> int:
+        return self.current[-1]
+
+    def _cuCtxPushCurrent(self, context: int) -> None:
+        self.current.append(context)
+
+    def _cuCtxPopCurrent(self) -> int:
+        return self.current.pop()
+
+    def _cuLibraryLoadData(self, cubin: bytes, *_: object) -> int:
         assert cubin.startswith(b"\x7fELF")
         return 1
 
-    def cuMemAlloc(self, size: int) -> int:
+    def _cuMemAlloc(self, size: int) -> int:
         buffer = ctypes.create_string_buffer(size)
         self.memory[ctypes.addressof(buffer)] = buffer
         return ctypes.addressof(buffer)
 
-    def cuMemFree(self, address: int) -> None:
+    def _cuMemFree(self, address: int) -> None:
         del self.memory[address]
 
-    def cuMemcpyHtoD(self, to: int, source: int, size: int) -> None:
-        ctypes.memmove(to, source, size)
+    def _cuMemcpyHtoD(self, to: int, source: int, size: int) -> None:
+        ctypes.memmove(self.memory[to], source, size)
 
-    cuMemcpyDtoH = cuMemcpyHtoD
+    def _cuMemcpyDtoH(self, to: int, source: int, size: int) -> None:
+        ctypes.memmove(to, self.memory[source], size)
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     fake = FakeGpu()
-    monkeypatch.setattr(_driver, "call", fake.call)
+    monkeypatch.setattr(_driver, "driver", lambda: fake)
     monkeypatch.setattr(_driver, "device", lambda ordinal: _driver.Device(fake.archs[ordinal], 132))
-
-    class Nothing:
-        def __init__(self, *_: object) -> None:
-            pass
-
-        def __enter__(self) -> None:
-            pass
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    monkeypatch.setattr(_driver, "current", Nothing)
-    monkeypatch.setattr(_driver, "loading", Nothing)
-    return fake
+    _driver.primary_context.cache_clear()
+    yield fake
+    _driver.primary_context.cache_clear()
 
 
 # The steps

@@ -53,7 +53,7 @@ CAPTURED = Call(
 @pytest.fixture
 def cold(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a new process: no problem, kernel or map is remembered, before and after."""
-    memos = (_problem._checked, tensor_map._driver_encode, _driver.device, _driver._primary_context)
+    memos = (_problem._checked, tensor_map._driver_encode, _driver.device, _driver.primary_context)
     monkeypatch.setattr(_jit, "_kernels", {})
     monkeypatch.setattr(_jit, "_libraries", {})
     for memo in memos:
