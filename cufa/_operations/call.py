@@ -13,8 +13,6 @@ from .._call import problem as _problem
 from .._call.align import Copies
 from .._call.arrays import CPU, Arrays
 from .._call.problem import Problem
-from .._compile import jit as _jit
-from .._compile import used as _used
 from .._driver import counts as _counts
 from .._driver import driver as _driver
 from .._driver.driver import Device
@@ -172,6 +170,9 @@ def prepare(problem: Problem, stream: int, copied: bool = True) -> Prepared:
     known: Prepared | None = problem.memo.get(key)
     if known is not None:
         return known
+    from .._compile import jit as _jit  # half of what a first call on the CPU would import
+    from .._compile import used as _used
+
     own, copies, plan, grid, scratch, floats = planned(problem, copied)
     copying = None if copies is None else _load_copying(copies, scratch.floats, stream)
     functions = _jit.load_kernel(plan, problem.device, stream)
@@ -205,6 +206,8 @@ class Copying:
 
 def _load_copying(copies: Copies, floats: int, stream: int) -> Copying:
     """Compile and load the kernel that copies; the copies begin `floats` numbers into the scratch memory."""
+    from .._compile import jit as _jit
+    from .._compile import used as _used
     from .._kernels import align  # most problems need no copies
 
     problem = copies.problem

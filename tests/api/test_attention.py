@@ -258,6 +258,8 @@ q = np.ones((1, 4, 2, 8), np.float32)
 cufa.attention(q, q, q)
 loaded = {name.partition(".")[0] for name in sys.modules}
 assert not loaded & {"cupy", "torch", "jax", "numba", "cuda", "scipy", "hypothesis"}, loaded
+compiling = {name for name in sys.modules if name.startswith("cufa._compile")}
+assert not compiling, compiling
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
