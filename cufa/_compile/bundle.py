@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from .._call.arrays import ALIGNMENT
 from .._kernels import Plan
-from .._kernels.backward import BackwardKernel
 from .._kernels.kernel import SIZEOF, Config
 from .._kernels.unit import Unit
 from .._terms import TERMS
@@ -366,7 +365,7 @@ def command_for(plan: Plan) -> str:
         return ""
     dtype = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}[config.element]
     head_dim = f"{config.head_dim}" + (f":{config.head_dim_v}" if config.head_dim_v != config.head_dim else "")
-    backward = "_backward" if isinstance(plan.kernel, BackwardKernel) else ""
+    backward = "_backward" if _is_backward(plan) else ""
     features = [config.mask] if config.mask != "none" else []
     features += [term.name for term in config.variant]
     features += [name for name in ("sinks", "deterministic") if getattr(config, name, False)]
@@ -378,12 +377,18 @@ def command_for(plan: Plan) -> str:
     )
 
 
+def _is_backward(plan: Plan) -> bool:
+    from .._kernels.backward import BackwardKernel  # here, as inference never needs it
+
+    return isinstance(plan.kernel, BackwardKernel)
+
+
 def _is_unaligned(plan: Plan) -> bool:
     """Whether only arrays need the kernel whose rows begin elsewhere than in new or padded ones, or lie backwards."""
     config = plan.config
     size = SIZEOF[config.element]
     of_k, of_v = (max(size, math.gcd(ALIGNMENT, columns * size)) for columns in (config.head_dim, config.head_dim_v))
-    stores = min(of_k, of_v) if isinstance(plan.kernel, BackwardKernel) else of_v
+    stores = min(of_k, of_v) if _is_backward(plan) else of_v
     new = {"copy_bytes": min(of_k, of_v), "out_copy_bytes": of_v, "store_bytes": stores}
     misaligned = any(getattr(config, name, ALIGNMENT) not in (width, ALIGNMENT) for name, width in new.items())
     is_short = getattr(config, "early_v", False) or getattr(config, "writes_dq", False)

@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import env as _env
 from . import files as _files
@@ -72,8 +72,7 @@ def log(level: int, message: str, *arguments: object) -> None:
         _logger.log(level, message, *arguments)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A compiled kernel: the cubin, and what is known of it as a JSON object."""
 
     cubin: bytes

@@ -17,10 +17,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from . import files as _files
 
@@ -43,8 +42,7 @@ _T = TypeVar("_T")
 _logger = logging.getLogger("cufa")
 
 
-@dataclass(frozen=True)
-class Lease:
+class Lease(NamedTuple):
     """One that this process holds."""
 
     path: Path
