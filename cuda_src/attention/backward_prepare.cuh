@@ -26,6 +26,7 @@ struct RowTile {
   template <class Config>
   static RowTile find(const BackwardParams& backward, int unit, int m_blocks) {
     const Params& params = backward.forward;
+    if (params.num_heads_q == 0) return none();
     RowTile tile;
     if constexpr (Config::varlen) {
       const PackedUnit found =

@@ -29,7 +29,7 @@ def params_of(
         "seqlen_q": problem.seqlen_q,
         "seqlen_k": problem.seqlen_k,
         "num_heads_q": problem.num_heads_q,
-        "qheads_per_khead": problem.num_heads_q // max(1, problem.num_heads_k),
+        "qheads_per_khead": max(1, problem.num_heads_q // max(1, problem.num_heads_k)),
         "m_blocks": m_blocks,
         "heads_per_section": heads_per_section,
         "window_left": left,

@@ -87,6 +87,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "element by element": {"seqlen_q": 3, "seqlen_k": 90, "layouts": ("strided", "padded", "offset", "padded")},
     "no keys": {"batch": 2, "seqlen_q": 70, "seqlen_k": 0, "sinks": True},
     "no queries": {"batch": 2, "seqlen_q": 0, "seqlen_k": 70},
+    "no heads": {"batch": 2, "seqlen_q": (100, 50), "seqlen_k": (70, 80), "num_heads_q": 0, "num_heads_k": 0},
 }
 
 
