@@ -171,6 +171,7 @@ struct BackwardMainloopSm90 {
     do {
       claims().wait_empty({at.count});
       this->works().wait_empty(at);
+      __syncwarp();                                    // all lanes have read what this entry was, if that was left out
       BackwardWork<Config>& work = works[at.stage()];  // unit and chain are written early: registers are few
       if (tile::lane() == 0) {
         const BackwardWork<Config>& previous = works[at.previous().stage()];
@@ -192,7 +193,6 @@ struct BackwardMainloopSm90 {
         if (Config::chains && !done) work.take_chain();
         this->works().fill(at);
       }
-      __syncwarp();
       at.advance();
     } while (!done);
   }
@@ -246,6 +246,8 @@ struct BackwardMainloopSm90 {
       const bool last = Config::finishes && (!Config::chains || work.last_chain);
       last ? sum.finish_work(work) : sum.template tell<0>();
     });
+    // The block's shared memory goes with it. Who finishes work has waited for all copies from there.
+    if (!Config::finishes) ptx::cp_async_bulk_wait_group_read<0>();
   }
 
   // Gives back the tile before `at`, once the thread's copies have read it.
