@@ -79,7 +79,7 @@ def explain(
 
 def problem_of(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Problem:
     """The problem of a call with such arrays, in the operation's order, and options; nothing is made or written."""
-    options = _options.of(operation.name, asked)
+    options = _options.of(operation.name, asked, operation.owners)
     if not _arrays.is_jax(given[0]):
         return _problem.checked(operation, _view(operation, given), options)
     if given[operation.arrays.index("out")] is not None:
@@ -89,7 +89,7 @@ def problem_of(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, .
 
 def _view(operation: Operation, given: tuple[Any, ...]) -> Arrays:
     try:
-        return _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
+        return _arrays.view(operation.name, operation.arrays, given, operation.uncopied_indices)
     except _arrays.Recorded:
         given = interop_torch().detached(operation, given)
-        return _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
+        return _arrays.view(operation.name, operation.arrays, given, operation.uncopied_indices)

@@ -85,7 +85,8 @@ def copies_of(problem: Problem, arch: int) -> Copies | None:
     assert static is not None
     if static.element == "f32":
         return None
-    names = [name for name in problem.operation.tiles if _is_slow(problem.specs[name], arch)]
+    tiles = (name for name in problem.operation.tiles if name not in problem.operation.changed)
+    names = [name for name in tiles if _is_slow(problem.specs[name], arch)]
     if not names or not pays(problem):
         return None
     made, floats = [], 0

@@ -9,13 +9,10 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import ArgumentError
-
-if TYPE_CHECKING:
-    from .._terms.term import Term
 
 MAX_SEQLEN = (1 << 30) - 1
 """Longest sequence, and widest window; positions and their differences then fit 32 bits."""
@@ -48,7 +45,7 @@ class Options(NamedTuple):
     deterministic : bool
         Gradients: whether dq is the same bits in every run.
     more : tuple of (str, object)
-        Names and values of those that score terms have of their own.
+        Names and values of those that the operation and its score terms have of their own.
     """
 
     causal: bool
@@ -60,18 +57,44 @@ class Options(NamedTuple):
     more: tuple[tuple[str, Any], ...] = ()
 
     def own(self, name: str) -> Any:
-        """The value of a score term's own option."""
+        """The value of an option that the operation, or a score term, has of its own."""
         return dict(self.more)[name]
+
+
+class Option(NamedTuple):
+    """An option that an operation has of its own.
+
+    Attributes
+    ----------
+    name : str
+    plain : callable
+        From the function's name, the option's and what is given to a plain value, always of the same type, or
+        TypeError: `flag`, `integer` and `number` are such.
+    """
+
+    name: str
+    plain: Callable[[str, str, Any], Any]
+
+
+class Owner(Protocol):
+    """What has options of its own: an operation, or a score term."""
+
+    @property
+    def option_names(self) -> tuple[str, ...]:
+        """Their names."""
+
+    def plain(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Their values as plain ones, each always of the same type, or TypeError."""
 
 
 _tuple = tuple.__new__
 """Makes an `Options` several times as fast as its own constructor does."""
 
 
-def of(function: str, asked: tuple[Any, ...], terms: tuple[Term, ...] = ()) -> Options:
+def of(function: str, asked: tuple[Any, ...], owners: Sequence[Owner] = ()) -> Options:
     """The options of a call, given in the order of `Options`, or TypeError; whether their values will do, `check` says.
 
-    Behind them come those that `terms` have of their own. Plain values come back as they are, in a fraction of a
+    Behind them come those that `owners` have of their own. Plain values come back as they are, in a fraction of a
     microsecond.
     """
     more: tuple[tuple[str, Any], ...] = ()
@@ -79,7 +102,7 @@ def of(function: str, asked: tuple[Any, ...], terms: tuple[Term, ...] = ()) -> O
         causal, window_size, softmax_scale, softcap, return_lse, deterministic = asked
     except ValueError:  # there are more, and asking for their number would cost every call
         causal, window_size, softmax_scale, softcap, return_lse, deterministic = asked[:6]
-        more = _more(function, asked[6:], terms)
+        more = _more(function, asked[6:], owners)
     if (
         type(causal) is bool
         and type(softcap) is float
@@ -98,21 +121,21 @@ def of(function: str, asked: tuple[Any, ...], terms: tuple[Term, ...] = ()) -> O
     )
 
 
-def _more(function: str, asked: tuple[Any, ...], terms: tuple[Term, ...]) -> tuple[tuple[str, Any], ...]:
-    """Options of the terms' own, given in the order of terms, with their names."""
-    check_more(function, asked, terms)
+def _more(function: str, asked: tuple[Any, ...], owners: Sequence[Owner]) -> tuple[tuple[str, Any], ...]:
+    """Options of the owners' own, given in their order, with their names."""
+    check_more(function, asked, owners)
     found: list[tuple[str, Any]] = []
-    for term in terms:
-        own = asked[len(found) : len(found) + len(term.option_names)]
-        found += zip(term.option_names, term.plain(function, own), strict=True)
+    for owner in owners:
+        own = asked[len(found) : len(found) + len(owner.option_names)]
+        found += zip(owner.option_names, owner.plain(function, own), strict=True)
     return tuple(found)
 
 
-def check_more(function: str, more: tuple[Any, ...], terms: tuple[Term, ...]) -> None:
-    """Check that there are as many further options as the terms have of their own."""
-    names = [name for term in terms for name in term.option_names]
+def check_more(function: str, more: tuple[Any, ...], owners: Sequence[Owner]) -> None:
+    """Check that there are as many further options as the owners have of their own."""
+    names = [name for owner in owners for name in owner.option_names]
     if len(more) != len(names):
-        wanted = f"those of its score terms are {', '.join(names)}" if names else "its score terms have none"
+        wanted = f"its own, and its score terms', are {', '.join(names)}" if names else "its score terms have none"
         raise TypeError(f"{function}: {len(more)} further options are given; {wanted}.")
 
 

@@ -49,6 +49,12 @@ MANY = 256
 SHORT_ROWS, SHORT_KEYS = (16, 32), (16, 32, 64)
 """Rows of q, and of k, of the tiles that short sequences may have to themselves; longer ones have usual tiles."""
 
+TILE_ROWS = (16, 32, 64)
+"""Rows of the tiles that calls with caches have: queries, and heads that share a key head, together."""
+
+MAX_PAGE_ROWS = 64
+"""Rows of a page side by side that are no different from more."""
+
 MAX_SHORT_SEQUENCES = 1 << 29
 """Sequences, each head's counted, whose small tiles surely are few enough for one launch."""
 
@@ -99,6 +105,18 @@ class Static(NamedTuple):
     average_rows : int
         For gradients, rows of q that an average packed sequence has, as far as they matter: 0, or a power of 2 up to
         `LONG_ROWS`.
+    tile_rows : int
+        Of a call with caches: the least of `TILE_ROWS` that holds what rows a sequence, packed ones on average, has for
+        a key head, or the last of them; else 0.
+    page_rows : int
+        Of caches in pages: the rows from each multiple of so many on lie in one page side by side; a power of 2 up to
+        `MAX_PAGE_ROWS`. 0 where caches are contiguous.
+    rotary : {'', 'interleaved', 'halves'}
+        Whether, and in which pairs of columns, rows of q and new ones of k are rotated.
+    appends : bool
+        Whether new rows of k and v are written into caches first.
+    q_copy_bytes : {16, 8, 4, 2}
+        As copy_bytes, for q, where that is of the caches alone; else 16.
     """
 
     element: str
@@ -121,6 +139,11 @@ class Static(NamedTuple):
     short_keys: int = 0
     deterministic: bool = False
     average_rows: int = LONG_ROWS
+    tile_rows: int = 0
+    page_rows: int = 0
+    rotary: str = ""
+    appends: bool = False
+    q_copy_bytes: int = ALIGNMENT
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +200,20 @@ class Problem:
 
     @property
     def varlen(self) -> bool:
-        return self.operation.packed
+        """Whether sequences lie end to end in q."""
+        return "cu_seqlens_q" in self.specs
+
+    @cached_property
+    def written_indices(self) -> tuple[int, ...]:
+        """Places of the given arrays that a call writes."""
+        operation = self.operation
+        written = (*operation.written, *(operation.changed if self.changes else ()))
+        return tuple(operation.arrays.index(name) for name in written if name in self.specs)
+
+    @property
+    def changes(self) -> bool:
+        """Whether a call changes the arrays that its operation may change."""
+        return bool(self.operation.changed)
 
     @cached_property
     def results(self) -> tuple[Result, ...]:
@@ -218,7 +254,7 @@ class Problem:
         """The same problem where some of the arrays that are read lie otherwise in memory."""
         assert self.static is not None
         specs = self.specs | specs
-        static = self.static._replace(**_access(self.operation, specs))
+        static = self.static._replace(**access(self.operation, specs))
         return replace(self, static=static, specs=specs, memo={})
 
     @property
@@ -236,11 +272,10 @@ def checked(operation: Operation, arrays: Arrays, options: Options) -> Problem:
         In the order in which a user would want to hear of it.
     """
     problem = _checked(operation, arrays.layouts, options)
-    for index in operation.written_indices:
-        if arrays.layouts[index] is not None:
-            _check_overlap(operation, arrays, problem, index)
-    if problem.device == CPU and problem.varlen:
-        _check_offsets(operation, arrays)
+    for index in problem.written_indices:
+        _check_overlap(operation, arrays, problem, index)
+    if operation.check_values is not None and problem.device == CPU:
+        operation.check_values(problem, arrays)
     return problem
 
 
@@ -278,7 +313,7 @@ def check_host(
     single = ("sinks", "dlse", *(name for term in terms for name in term.arrays))
     specs = {name: _host_spec(name, array, single) for name, array in arrays.items() if array is not None}
     packed, gradient = function.startswith("attention_varlen"), function.endswith("_backward")
-    found = Check(function, specs, plain, terms, packed=packed, gradient=gradient, limited=False)
+    found = AttentionCheck(function, specs, plain, terms, packed=packed, gradient=gradient, limited=False)
     found.inputs()
     if "dout" in specs:
         found.gradients_given()
@@ -295,11 +330,18 @@ def _host_spec(name: str, array: NDArray[Any], single: Sequence[str]) -> Spec:
 
 
 class Check:
-    """The checks of arrays and options, in the order in which a user would want to hear of them.
+    """The checks of arrays and options that operations have in common; its methods refuse.
 
-    `terms` are the score terms that there may be. `packed` is whether sequences lie end to end, `gradient` whether
-    there are arrays for the gradients, and `limited` whether sizes must be such as the kernels support.
+    `terms` are the score terms that there may be. `packed` is whether sequences lie end to end in q, and `limited`
+    whether sizes must be such as the kernels support.
+
+    Attributes
+    ----------
+    heads : tuple of str
+        The names of the arrays that hold queries, keys and values.
     """
+
+    heads: tuple[str, str, str] = ("q", "k", "v")
 
     def __init__(
         self,
@@ -309,36 +351,17 @@ class Check:
         terms: tuple[Term, ...],
         *,
         packed: bool,
-        gradient: bool,
         limited: bool = True,
     ) -> None:
         self.function = function
         self.varlen = packed
-        self.gradient = gradient
         self.specs = specs
         self.options = options
         self.terms = terms
         self.limited = limited
 
-    def inputs(self) -> tuple[int | None, int | None, float, float]:
-        """Check what is read by the forward; the options' values are those of `_options.check`."""
-        for name in ("q", "k", "v", *(("cu_seqlens_q", "cu_seqlens_k") if self.varlen else ())):
-            if name not in self.specs:
-                self.type_error(f"{name} is None; pass an array.")
-        q, k, v = (self.specs[name] for name in "qkv")
-        self.check_together()
-        self.check_shapes(q, k, v)
-        values = _options.check(self.function, self.options, q.shape[-1])
-        for term in self.terms:
-            term.check(self)
-        if "sinks" in self.specs:
-            self.check_sinks(self.specs["sinks"], q)
-        if self.varlen:
-            self.check_offsets_arrays()
-        return values
-
     def out_shape(self) -> tuple[int, ...]:
-        return (*self.specs["q"].shape[:-1], self.specs["v"].shape[-1])
+        return (*self.specs["q"].shape[:-1], self.specs[self.heads[2]].shape[-1])
 
     def lse_shape(self) -> tuple[int, ...]:
         *batch, seqlen_q, num_heads_q, _ = self.specs["q"].shape
@@ -347,11 +370,21 @@ class Check:
     def lse_dtypes(self) -> tuple[str, ...]:
         return ("float64", "float32") if self.specs["q"].dtype == "float64" else ("float32",)
 
-    def gradients_given(self) -> None:
-        """Check the gradients by the results of the forward."""
-        self.check_given("dout", self.out_shape(), self.specs["q"].dtype)
-        if "dlse" in self.specs:
-            self.check_given("dlse", self.lse_shape(), *self.lse_dtypes())
+    def batch(self) -> int:
+        """How many sequences there are, as far as that is known before offsets are checked."""
+        if not self.varlen:
+            return self.specs["q"].shape[0]
+        offsets = self.specs["cu_seqlens_q"].shape
+        return max(0, offsets[0] - 1) if offsets else 0
+
+    def asked(self) -> tuple[Term, ...]:
+        """The score terms that the call has."""
+        return tuple(term for term in self.terms if term.asked(self.specs, self.options))  # type: ignore[arg-type]
+
+    def check_given(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.specs:
+                self.type_error(f"{name} is None; pass an array.")
 
     def check_together(self) -> None:
         """One framework, one device, one dtype."""
@@ -368,12 +401,14 @@ class Check:
                     "device."
                 )
         supported = CPU_DTYPES if q.device == CPU else tuple(GPU_DTYPES)
-        for name in "qkv":
+        for name in self.heads:
             spec = self.specs[name]
             if spec.dtype not in CPU_DTYPES:
                 self.value_error(f"{name} has dtype {spec.dtype}; pass {listed(supported)}.")
             if spec.dtype != q.dtype:
-                self.value_error(f"{name} has dtype {spec.dtype} but q has {q.dtype}; q, k and v must agree.")
+                self.value_error(
+                    f"{name} has dtype {spec.dtype} but q has {q.dtype}; {listed(self.heads, 'and')} must agree."
+                )
         if q.dtype not in supported:
             self.unsupported(
                 f"{q.dtype} on a GPU is not supported; pass {listed(supported)}, or NumPy arrays to compute on the CPU."
@@ -386,46 +421,43 @@ class Check:
                     "cannot read; pass a copy of it."
                 )
 
-    def check_shapes(self, q: Spec, k: Spec, v: Spec) -> None:
-        rank, meaning = (
-            (3, "(total, num_heads, head_dim)") if self.varlen else (4, "(batch, seqlen, num_heads, head_dim)")
-        )
-        for name in "qkv":
-            shape = self.specs[name].shape
-            if len(shape) != rank:
-                self.value_error(f"{name} has shape {shape}; {rank} dimensions {meaning} are expected.")
-        if not self.varlen and not q.shape[0] == k.shape[0] == v.shape[0]:
-            self.value_error(
-                f"q, k and v have batch sizes {q.shape[0]}, {k.shape[0]} and {v.shape[0]}; they must agree."
-            )
-        if k.shape[-3] != v.shape[-3]:
-            self.value_error(f"v has seqlen {v.shape[-3]} but k has {k.shape[-3]}; k and v must agree.")
+    def check_heads(self) -> None:
+        """Heads and their widths, of arrays that have as many dimensions as they should."""
+        names = self.heads
+        q, k, v = (self.specs[name] for name in names)
         if k.shape[-2] != v.shape[-2]:
-            self.value_error(f"v has {v.shape[-2]} heads but k has {k.shape[-2]}; k and v must agree.")
+            self.value_error(
+                f"{names[2]} has {v.shape[-2]} heads but {names[1]} has {k.shape[-2]}; {names[1]} and {names[2]} must "
+                "agree."
+            )
         if k.shape[-1] != q.shape[-1]:
-            self.value_error(f"k has head_dim {k.shape[-1]} but q has {q.shape[-1]}; q and k must agree.")
+            self.value_error(
+                f"{names[1]} has head_dim {k.shape[-1]} but q has {q.shape[-1]}; q and {names[1]} must agree."
+            )
         num_heads_q, num_heads_k = q.shape[-2], k.shape[-2]
         if num_heads_q % num_heads_k if num_heads_k else num_heads_q:
             self.value_error(
-                f"q has {num_heads_q} heads and k has {num_heads_k}; the heads of q must be a multiple of those of k."
+                f"q has {num_heads_q} heads and {names[1]} has {num_heads_k}; the heads of q must be a multiple of "
+                f"those of {names[1]}."
             )
-        if self.gradient and num_heads_k and not num_heads_q:
-            self.value_error(f"q has no heads but k has {num_heads_k}; there is nothing to differentiate.")
-        for name, dim in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
+
+    def check_sizes(self, *lengths: tuple[str, int]) -> None:
+        """Widths of heads, and how many rows arrays have, by name."""
+        for name, dim in (("head_dim", self.specs["q"].shape[-1]), ("head_dim_v", self.specs[self.heads[2]].shape[-1])):
             if dim < 1:
                 self.value_error(f"{name} is 0; it must be at least 1.")
             if self.limited and dim > MAX_HEAD_DIM:
                 self.unsupported(f"{name} {dim} is not supported; it may be 1 to {MAX_HEAD_DIM}.")
-        for name, length in (("q", q.shape[-3]), ("k", k.shape[-3])):
+        for name, length in lengths:
             if self.limited and length > MAX_SEQLEN:
                 self.unsupported(f"{name} has {length} rows; sequences of at most {MAX_SEQLEN} are supported.")
 
-    def batch(self) -> int:
-        """How many sequences there are, as far as that is known before offsets are checked."""
-        if not self.varlen:
-            return self.specs["q"].shape[0]
-        offsets = self.specs["cu_seqlens_q"].shape
-        return max(0, offsets[0] - 1) if offsets else 0
+    def check_terms(self) -> None:
+        """Arrays of score terms, and sinks."""
+        for term in self.terms:
+            term.check(self)
+        if "sinks" in self.specs:
+            self.check_sinks(self.specs["sinks"], self.specs["q"])
 
     def check_sinks(self, sinks: Spec, q: Spec) -> None:
         num_heads_q = q.shape[-2]
@@ -437,37 +469,16 @@ class Check:
         if spec.dtype != "float32" and not (spec.device == CPU and spec.dtype == "float64"):
             self.value_error(f"{name} has dtype {spec.dtype}; pass float32.")
 
-    def check_offsets_arrays(self) -> None:
-        for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
-            spec = self.specs.get(name)
-            if spec is None:
-                continue
-            if spec.dtype != "int32":
-                self.value_error(f"{name} has dtype {spec.dtype}; pass int32.")
-            if len(spec.shape) != 1 or (name != "seqused_k" and spec.shape[0] < 1):
-                expected = "(batch,)" if name == "seqused_k" else "(batch + 1,)"
-                self.value_error(f"{name} has shape {spec.shape}; {expected} is expected.")
-        rows = self.specs["cu_seqlens_q"].shape[0]
-        if self.specs["cu_seqlens_k"].shape[0] != rows:
-            self.value_error(
-                f"cu_seqlens_k has {self.specs['cu_seqlens_k'].shape[0]} entries but cu_seqlens_q has {rows}; both "
-                "need one more than there are sequences."
-            )
-        seqused = self.specs.get("seqused_k")
-        if seqused is not None and seqused.shape[0] != rows - 1:
-            self.value_error(
-                f"seqused_k has {seqused.shape[0]} entries; one for each of the {rows - 1} sequences is expected."
-            )
-
-    def check_given(self, name: str, shape: tuple[int, ...], *dtypes: str) -> None:
-        """A result of the forward, or the gradient by one."""
+    def check_int32(self, name: str, expected: str, rank: int = 1, least: int = 0) -> Spec | None:
+        """An array of integers, if it is given: its dtype, how many dimensions it has and its least extent."""
         spec = self.specs.get(name)
         if spec is None:
-            self.type_error(f"{name} is None; pass what belongs to the forward's results.")
-        if spec.shape != shape:
-            self.value_error(f"{name} has shape {spec.shape}; {shape} is expected.")
-        if spec.dtype not in dtypes:
-            self.value_error(f"{name} has dtype {spec.dtype}; pass {' or '.join(dtypes)}.")
+            return None
+        if spec.dtype != "int32":
+            self.value_error(f"{name} has dtype {spec.dtype}; pass int32.")
+        if len(spec.shape) != rank or spec.shape[0] < least:
+            self.value_error(f"{name} has shape {spec.shape}; {expected} is expected.")
+        return spec
 
     def check_written(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
         spec = self.specs.get(name)
@@ -499,7 +510,80 @@ class Check:
         raise UnsupportedError(f"{self.function}: {text}")
 
 
-class _CallCheck(Check):
+class AttentionCheck(Check):
+    """The checks of what attention takes, and its gradients, in the order in which a user would want to hear of them.
+
+    `gradient` is whether there are arrays for the gradients; the other arguments are those of `Check`.
+    """
+
+    def __init__(self, *arguments: Any, gradient: bool, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.gradient = gradient
+
+    def inputs(self) -> tuple[int | None, int | None, float, float]:
+        """Check what is read by the forward; the options' values are those of `_options.check`."""
+        self.check_given(("q", "k", "v", *(("cu_seqlens_q", "cu_seqlens_k") if self.varlen else ())))
+        q, k, v = (self.specs[name] for name in "qkv")
+        self.check_together()
+        self.check_shapes(q, k, v)
+        values = _options.check(self.function, self.options, q.shape[-1])
+        self.check_terms()
+        if self.varlen:
+            self.check_offsets_arrays()
+        return values
+
+    def gradients_given(self) -> None:
+        """Check the gradients by the results of the forward."""
+        self.check_belonging("dout", self.out_shape(), self.specs["q"].dtype)
+        if "dlse" in self.specs:
+            self.check_belonging("dlse", self.lse_shape(), *self.lse_dtypes())
+
+    def check_shapes(self, q: Spec, k: Spec, v: Spec) -> None:
+        rank, meaning = (
+            (3, "(total, num_heads, head_dim)") if self.varlen else (4, "(batch, seqlen, num_heads, head_dim)")
+        )
+        for name in "qkv":
+            shape = self.specs[name].shape
+            if len(shape) != rank:
+                self.value_error(f"{name} has shape {shape}; {rank} dimensions {meaning} are expected.")
+        if not self.varlen and not q.shape[0] == k.shape[0] == v.shape[0]:
+            self.value_error(
+                f"q, k and v have batch sizes {q.shape[0]}, {k.shape[0]} and {v.shape[0]}; they must agree."
+            )
+        if k.shape[-3] != v.shape[-3]:
+            self.value_error(f"v has seqlen {v.shape[-3]} but k has {k.shape[-3]}; k and v must agree.")
+        self.check_heads()
+        if self.gradient and k.shape[-2] and not q.shape[-2]:
+            self.value_error(f"q has no heads but k has {k.shape[-2]}; there is nothing to differentiate.")
+        self.check_sizes(("q", q.shape[-3]), ("k", k.shape[-3]))
+
+    def check_offsets_arrays(self) -> None:
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            self.check_int32(name, "(batch + 1,)", least=1)
+        seqused = self.check_int32("seqused_k", "(batch,)")
+        rows = self.specs["cu_seqlens_q"].shape[0]
+        if self.specs["cu_seqlens_k"].shape[0] != rows:
+            self.value_error(
+                f"cu_seqlens_k has {self.specs['cu_seqlens_k'].shape[0]} entries but cu_seqlens_q has {rows}; both "
+                "need one more than there are sequences."
+            )
+        if seqused is not None and seqused.shape[0] != rows - 1:
+            self.value_error(
+                f"seqused_k has {seqused.shape[0]} entries; one for each of the {rows - 1} sequences is expected."
+            )
+
+    def check_belonging(self, name: str, shape: tuple[int, ...], *dtypes: str) -> None:
+        """A result of the forward, or the gradient by one."""
+        spec = self.specs.get(name)
+        if spec is None:
+            self.type_error(f"{name} is None; pass what belongs to the forward's results.")
+        if spec.shape != shape:
+            self.value_error(f"{name} has shape {spec.shape}; {shape} is expected.")
+        if spec.dtype not in dtypes:
+            self.value_error(f"{name} has dtype {spec.dtype}; pass {' or '.join(dtypes)}.")
+
+
+class _CallCheck(AttentionCheck):
     """The checks of a call of an operation, and what follows from them."""
 
     options: Options
@@ -514,14 +598,14 @@ class _CallCheck(Check):
         self.operation = operation
 
     def problem(self) -> Problem:
-        _options.check_more(self.function, self.options.more, self.terms)
+        _options.check_more(self.function, self.options.more, self.operation.owners)
         left, right, softmax_scale, softcap = self.inputs()
         q, k, v = (self.specs[name] for name in "qkv")
         batch = self.specs["cu_seqlens_q"].shape[0] - 1 if self.varlen else q.shape[0]
         seqlen_q, num_heads_q, head_dim = q.shape[-3:]
         if self.gradient:
-            self.check_given("out", self.out_shape(), q.dtype)
-            self.check_given("lse", self.lse_shape(), *self.lse_dtypes())
+            self.check_belonging("out", self.out_shape(), q.dtype)
+            self.check_belonging("lse", self.lse_shape(), *self.lse_dtypes())
             self.gradients_given()
             for name in "qkv":
                 self.check_written(f"d{name}", self.specs[name].shape, q.dtype)
@@ -571,7 +655,7 @@ class _CallCheck(Check):
             terms=self.asked(),
             sinks="sinks" in self.specs,
             varlen=self.varlen,
-            **_access(self.operation, self.specs),
+            **access(self.operation, self.specs),
             store_bytes=max(itemsize, min([*stores, math.gcd(row_bytes, ALIGNMENT)])),
             pack=1 if backward else self.pack(q),
             short=not backward and (short or few_keys),
@@ -591,10 +675,6 @@ class _CallCheck(Check):
                     f"the gradients of {term.name} add up in no fixed order on a GPU, and so are not the same bits in "
                     "every run; pass deterministic=False."
                 )
-
-    def asked(self) -> tuple[Term, ...]:
-        """The score terms that the call has."""
-        return tuple(term for term in self.terms if term.asked(self.specs, self.options))
 
     def has_empty_rows(self, right: int | None) -> bool:
         """Whether the first row of a dense q, which sees the least of the first keys, sees none."""
@@ -638,7 +718,7 @@ class _CallCheck(Check):
         return ratio if -(-rows * ratio // 128) <= 0.75 * ratio * -(-rows // 128) else 1
 
 
-def _access(operation: Operation, specs: dict[str, Spec]) -> dict[str, Any]:
+def access(operation: Operation, specs: dict[str, Spec]) -> dict[str, Any]:
     """The members of Static that say how the arrays that are read can be."""
     itemsize = ITEMSIZE[specs["q"].dtype]
     tiles = [specs[name] for name in operation.tiles]
@@ -680,9 +760,9 @@ def device_name(device: int) -> str:
     return "the CPU" if device == CPU else f"cuda:{device}"
 
 
-def listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str], last: str = "or") -> str:
     """Words joined as in a sentence."""
-    return f"{', '.join(words[:-1])} or {words[-1]}"
+    return f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
 def _check_overlap(operation: Operation, arrays: Arrays, problem: Problem, written: int) -> None:
@@ -736,25 +816,30 @@ class _Memory:
         return self._known[key]
 
 
-def _check_offsets(operation: Operation, arrays: Arrays) -> None:
+def check_offsets(problem: Problem, arrays: Arrays) -> None:
     """Check the values of cu_seqlens and seqused_k.
 
-    On a GPU reading them would make the host wait, so there the kernel reads the running maximum of any offsets,
-    clamped to the packed arrays.
+    On a GPU the kernel reads the running maximum of any offsets, clamped to the packed arrays.
     """
+    operation = problem.operation
     function, names = operation.name, ("q", "k", "cu_seqlens_q", "cu_seqlens_k", "seqused_k")
     q, k, cu_seqlens_q, cu_seqlens_k, seqused_k = (arrays.numpy(operation.arrays.index(name)) for name in names)
     assert q is not None and k is not None and cu_seqlens_q is not None and cu_seqlens_k is not None
     for name, rows, offsets in (("q", len(q), cu_seqlens_q), ("k", len(k), cu_seqlens_k)):
-        what = f"{function}: cu_seqlens_{name}"
-        for value in (offsets.min(), offsets.max()):
-            if not 0 <= value <= rows:
-                raise ArgumentError(f"{what} holds {value}; offsets must lie between 0 and the {rows} rows of {name}.")
-        _check_order(what, offsets)
+        check_offsets_of(function, name, rows, offsets)
     if seqused_k is not None:
         lengths = np.diff(np.maximum.accumulate(cu_seqlens_k))
         if ((seqused_k < 0) | (seqused_k > lengths)).any():
             raise ArgumentError(f"{function}: seqused_k must lie between 0 and the lengths in cu_seqlens_k.")
+
+
+def check_offsets_of(function: str, name: str, rows: int, offsets: NDArray[Any]) -> None:
+    """Check the values of the offsets into an array of so many rows."""
+    what = f"{function}: cu_seqlens_{name}"
+    for value in (offsets.min(), offsets.max()):
+        if not 0 <= value <= rows:
+            raise ArgumentError(f"{what} holds {value}; offsets must lie between 0 and the {rows} rows of {name}.")
+    _check_order(what, offsets)
 
 
 def _check_order(what: str, offsets: NDArray[Any]) -> None:

@@ -299,6 +299,8 @@ def choose(kernels: tuple[Kernel, ...], static: Static, arch: int) -> Plan:
             f"cufa: a GPU of compute capability {arch // 10}.{arch % 10} is not supported; 8.0 (Ampere) or newer is. "
             "NumPy arrays are computed on the CPU."
         )
+    if not kernels:
+        raise UnsupportedError("cufa: no kernel serves this operation on a GPU; NumPy arrays are computed on the CPU.")
     refusals: list[tuple[str, str]] = []
     reason = ""
     for kernel in kernels:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .._call.problem import Problem
+from .._call.problem import Problem, check_offsets
 from .._kernels import Kernel
 from .._kernels.backward_sm80 import BackwardSm80
 from .._kernels.backward_sm90 import BackwardSm90
@@ -67,4 +67,5 @@ ATTENTION_VARLEN_BACKWARD = Operation(
     kernels=BACKWARD,
     on_cpu=_on_cpu,
     of=ATTENTION_VARLEN,
+    check_values=check_offsets,
 )

@@ -29,11 +29,11 @@ def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -
         from ..interop import torch  # which is traced; a cache would not be
 
         return torch.compiled(operation, given, asked)
-    options = _options.of(operation.name, asked, operation.terms)
+    options = _options.of(operation.name, asked, operation.owners)
     if _arrays.is_jax(given[0]):  # its runtime owns streams and results
         return interop_jax().call(operation, given, options)
     try:
-        arrays = _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
+        arrays = _arrays.view(operation.name, operation.arrays, given, operation.uncopied_indices)
         arrays.adapter.check_call()
     except _arrays.Recorded:
         return interop_torch().call(operation, given, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .._call.problem import Problem
+from .._call.problem import Problem, check_offsets
 from .._kernels import Kernel
 from .._kernels.forward_sm80 import ForwardSm80
 from .._kernels.forward_sm90 import ForwardSm90
@@ -17,7 +17,7 @@ INPUTS = ("q", "k", "v", *(name for term in TERMS for name in term.arrays), "sin
 OFFSETS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
 
 
-def _results(problem: Problem) -> tuple[Result, ...]:
+def results_of(problem: Problem) -> tuple[Result, ...]:
     out = problem.operation.result("out", problem.out_shape, problem.dtype)
     if not problem.options.return_lse:
         return (out,)
@@ -42,7 +42,7 @@ ATTENTION = Operation(
     arrays=(*INPUTS, "out"),
     written=("out",),
     tiles=("q", "k", "v"),
-    results=_results,
+    results=results_of,
     terms=TERMS,
     kernels=FORWARD,
     on_cpu=_on_cpu,
@@ -53,8 +53,9 @@ ATTENTION_VARLEN = Operation(
     arrays=(*INPUTS, "out", *OFFSETS),
     written=("out",),
     tiles=("q", "k", "v"),
-    results=_results,
+    results=results_of,
     terms=TERMS,
     kernels=FORWARD,
     on_cpu=_on_cpu,
+    check_values=check_offsets,
 )

@@ -9,11 +9,12 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
+from .._call.options import Option
 from .._call.problem import of_attention
 
 if TYPE_CHECKING:
-    from .._call.arrays import Spec
-    from .._call.options import Options
+    from .._call.arrays import Arrays, Spec
+    from .._call.options import Options, Owner
     from .._call.problem import Problem
     from .._kernels import Kernel
     from .._terms import Term
@@ -40,6 +41,8 @@ class Operation:
         Its array arguments, in the order in which they are handed on: q first, which is never None.
     written : tuple of str
         Those of them that are results, which a caller may give.
+    changed : tuple of str
+        Those of them that a call may change in place; the problem says whether it does. They are never copied first.
     tiles : tuple of str
         Those of which kernels read tiles, and which are copied first where their rows are not aligned.
     results : callable
@@ -53,6 +56,11 @@ class Operation:
     check : callable
         Makes a problem of the arrays that are given, by name, and of the options, or refuses them; addresses and values
         of arrays, which it does not know, must not matter.
+    check_values : callable or None
+        Refuses values of a problem's arrays in host memory, before anything is written. On a GPU, where reading them
+        would make the host wait, kernels read any values as something.
+    options : tuple of Option
+        Those of its own, which come behind the common ones.
     of : Operation or None
         The operation whose gradients it computes. Their names are those of its arrays behind a d: ``dq``, ``dsinks``.
         Beside its arrays and its results ``out`` and ``lse`` it takes ``dout`` and ``dlse``, which may be None.
@@ -68,6 +76,9 @@ class Operation:
     on_cpu: Callable[[Problem, Mapping[str, Any], Mapping[str, Any]], None]
     check: Callable[[Operation, dict[str, Spec], Options], Problem] = of_attention
     of: Operation | None = None
+    changed: tuple[str, ...] = ()
+    check_values: Callable[[Problem, Arrays], None] | None = None
+    options: tuple[Option, ...] = ()
 
     def __post_init__(self) -> None:
         number = next(_count)
@@ -78,7 +89,7 @@ class Operation:
 
     @cached_property
     def packed(self) -> bool:
-        """Whether sequences lie end to end in its arrays."""
+        """Whether sequences lie end to end in its arrays, or may do so."""
         return "cu_seqlens_q" in self.arrays
 
     @cached_property
@@ -102,7 +113,7 @@ class Operation:
             raise ValueError(f"{self.name}: gradients, and they alone, are those of an operation with the same terms.")
         arrays, terms = (*self.arrays, *more), (*self.terms, *terms)
         found = replace(self, name=name or self.name, arrays=arrays, terms=terms, of=of)
-        options = [option for term in found.terms for option in term.option_names]
+        options = [option for owner in found.owners for option in owner.option_names]
         for names in (found.arrays, options, [term.name for term in found.terms]):
             if len({*names}) < len(names):
                 raise ValueError(f"{found.name}: of {', '.join(names)}, two have the same name.")
@@ -111,6 +122,27 @@ class Operation:
     @cached_property
     def written_indices(self) -> tuple[int, ...]:
         return tuple(map(self.arrays.index, self.written))
+
+    @cached_property
+    def uncopied_indices(self) -> tuple[int, ...]:
+        """Places of arrays whose own memory is needed, not that of a copy: what is written or changed."""
+        return tuple(map(self.arrays.index, (*self.written, *self.changed)))
+
+    @cached_property
+    def option_names(self) -> tuple[str, ...]:
+        """Of the options of its own."""
+        return tuple(option.name for option in self.options)
+
+    def plain(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The values of its `option_names` as plain ones, or TypeError."""
+        return tuple(
+            option.plain(function, option.name, value) for option, value in zip(self.options, values, strict=True)
+        )
+
+    @cached_property
+    def owners(self) -> tuple[Owner, ...]:
+        """What has options beside the common ones, in their order: the operation itself, and its terms."""
+        return (self, *self.terms) if self.options else self.terms
 
     def result(self, name: str, shape: tuple[int, ...], dtype: str) -> Result:
         """A result, which may be given if it is among the written arrays."""

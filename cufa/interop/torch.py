@@ -96,7 +96,7 @@ class Operator:
     def schema(self) -> str:
         arrays = [f"Tensor{'?' if index else ''} {name}" for index, name in enumerate(self.inputs)]
         options = ["bool causal", "int? window_left", "int? window_right", "float? softmax_scale", "float softcap"]
-        more = [f"Scalar? {name}" for term in self.operation.terms for name in term.option_names]
+        more = [f"Scalar? {name}" for owner in self.operation.owners for name in owner.option_names]
         return f"({', '.join([*arrays, *options, 'bool return_lse', 'bool deterministic', *more])}) -> Tensor[]"
 
     def flat(self, given: tuple[Any, ...], options: Options) -> tuple[Any, ...]:
@@ -111,7 +111,7 @@ class Operator:
         causal, left, right, *others = flat[count:]
         window = None if left is None and right is None else (left, right)
         asked = (causal, window, *others)
-        return self.given_of(flat[:count]), _options.of(self.operation.name, asked, self.operation.terms)
+        return self.given_of(flat[:count]), _options.of(self.operation.name, asked, self.operation.owners)
 
     def given_of(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arrays of `call`, none of which is to be written, from those that are read."""
