@@ -89,7 +89,7 @@ def backward(
         def attempt(scoring: _Scoring, sums: _Sums) -> bool:
             return _backward(given, dq, dk, dv, sums, scoring, workspaces)
 
-        _sum_up(attempt, _Scoring.of(q, k, **options), q.shape[2], dsinks, gradients)
+        _sum_up(attempt, _Scoring.of(q, k.shape[-3], **options), q.shape[2], dsinks, gradients)
 
 
 def varlen_backward(
@@ -144,7 +144,7 @@ def varlen_backward(
                     return False
             return True
 
-        _sum_up(attempt, _Scoring.of(q, k, **options), q.shape[1], dsinks, gradients)
+        _sum_up(attempt, _Scoring.of(q, k.shape[-3], **options), q.shape[1], dsinks, gradients)
 
 
 class _Sums(NamedTuple):

@@ -106,11 +106,11 @@ class _Scoring:
     sequence: int = 0
 
     @classmethod
-    def of(cls, q: Array, k: Array, **options: Unpack[Options]) -> _Scoring:
+    def of(cls, q: Array, seqlen_k: int, **options: Unpack[Options]) -> _Scoring:
         """From what `forward` takes; careful from the start where the work dtype cannot hold the options."""
         sinks, terms = options["sinks"], options["terms"]
         largest = float(np.finfo(work_dtype(q)).max)
-        share, farthest = largest / (4 * max(1, len(terms))), q.shape[-3] + k.shape[-3]
+        share, farthest = largest / (4 * max(1, len(terms))), q.shape[-3] + seqlen_k
         sink = 0.0 if sinks is None else float(np.abs(sinks, dtype=np.float64).max(initial=0, where=~np.isinf(sinks)))
         fits = sink < largest / 4 and all(term.fits(given, farthest, share) for term, given in terms)
         unit = terms[0][0].unit(terms[0][1]) if terms else 1.0
@@ -190,7 +190,7 @@ def forward(
     [1.0, 1.0]
     """
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
-        scoring = _Scoring.of(q, k, **options)
+        scoring = _Scoring.of(q, k.shape[-3], **options)
         _forward(q, k, v, out, lse, scoring, _workspaces(q))
 
 
@@ -224,7 +224,7 @@ def varlen_forward(
         As in `forward`.
     """
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
-        scoring = _Scoring.of(q, k, **options)
+        scoring = _Scoring.of(q, k.shape[-3], **options)
         workspaces, stop = _workspaces(q), 0
         for rows, keys, own in sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, len(q), len(k), scoring):
             _clear(slice(stop, rows.start), out if fresh else None, lse)
@@ -290,16 +290,14 @@ def _forward(
     for entries in _cuts(batch, blocks.batch):
         for heads_k in _cuts(num_heads_k, blocks.num_heads_k):
             heads = slice(heads_k.start * group, heads_k.stop * group)
-            # (batch, heads, rows, columns): what np.matmul takes a batch of
-            keys, values = (x[entries, :, heads_k].swapaxes(1, 2) for x in (k, v))
             for rows in _cuts(seqlen_q, blocks.block_m):
                 slab = _Slab(scoring, workspaces[0], entries, heads, rows, seqlen_k - seqlen_q, group)
                 found = None
                 if not scoring.careful:
-                    found = slab.attend(q[entries, rows, heads], keys, values, blocks.block_n)
+                    found = slab.attend(q[entries, rows, heads], k, v, blocks.block_n)
                 if found is None:
                     slab = replace(slab, workspace=workspaces[1], careful=True)
-                    found = slab.attend(q[entries, rows, heads], keys, values, blocks.block_n)
+                    found = slab.attend(q[entries, rows, heads], k, v, blocks.block_n)
                 acc, row_lse = found  # type: ignore[misc]  # the careful one always finds
                 out[entries, rows, heads] = acc.swapaxes(1, 2)
                 if lse is not None:
@@ -348,13 +346,18 @@ class _Slab:
     careful: bool = False
 
     @property
+    def heads_k(self) -> slice:
+        """Those that `heads` share."""
+        return slice(self.heads.start // self.group, self.heads.stop // self.group)
+
+    @property
     def sinks(self) -> Array | None:
         """(heads,)."""
         sinks = self.scoring.sinks
         return None if sinks is None else sinks[self.heads].astype(self.workspace.dtype)
 
     def attend(self, q: Array, k: Array, v: Array, block_n: int) -> tuple[Array, Array] | None:
-        """q (batch, rows, heads, head_dim), k and v (batch, key heads, seqlen_k, ·).
+        """q (batch, rows, heads, head_dim) of the slab; k and v, (batch, seqlen_k, key heads, ·), of the problem.
 
         Returns out (batch, heads, rows, head_dim_v) and lse (batch, heads, rows); None where care is needed.
         """
@@ -366,10 +369,14 @@ class _Slab:
         acc, product = work.take("acc", (*shape, v.shape[-1])), work.take("product", (*shape, v.shape[-1]))
         self._begin(row_max.reshape(batch, heads, num_rows), row_sum.reshape(batch, heads, num_rows), acc)
         shrink = self._shrink(v)
-        start, stop = self.scoring.keys(self.rows.start, self.rows.stop - 1, self.offset, k.shape[2])
+        entries, heads_k = self.entries, self.heads_k
+        start, stop = self.scoring.keys(self.rows.start, self.rows.stop - 1, self.offset, k.shape[1])
         for first in range(start, stop, block_n):
             keys = slice(first, min(first + block_n, stop))
-            k_block, v_block = work.operand("k", k[:, :, keys]), work.operand("v", v[:, :, keys])
+            # (batch, heads, rows, columns): what np.matmul takes a batch of
+            k_block, v_block = (
+                work.operand(name, x[entries, keys, heads_k].swapaxes(1, 2)) for name, x in (("k", k), ("v", v))
+            )
             scores = work.take("scores", (*shape, keys.stop - keys.start))
             np.matmul(rows, k_block.swapaxes(2, 3), out=scores)
             if not self._in_range(scores):
@@ -425,7 +432,8 @@ class _Slab:
         """What v is multiplied by, lest its sums overflow; only float64 arrays can be so large."""
         if not self.careful or v.dtype != np.float64:
             return 1.0
-        largest = np.abs(v).max(initial=0, where=np.isfinite(v))
+        values = v[self.entries, :, self.heads_k]
+        largest = np.abs(values).max(initial=0, where=np.isfinite(values))
         return 2.0**-64 if largest > 2.0**900 else 1.0
 
     def _begin(self, row_max: Array, row_sum: Array, acc: Array) -> None:

@@ -1,0 +1,441 @@
+"""Calls with key-value caches: their checks, the facts that follow, and what a plan of one was made for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError
+from . import options as _options
+from . import problem as _problem
+from .arrays import ALIGNMENT, CPU, Arrays, Spec
+from .options import Options
+from .problem import (
+    CHAIN_ROWS,
+    GPU_DTYPES,
+    ITEMSIZE,
+    MANY,
+    MAX_PAGE_ROWS,
+    TILE_ROWS,
+    Check,
+    Problem,
+    Static,
+)
+
+if TYPE_CHECKING:
+    from .._operations.operation import Operation
+
+MAX_SPLITS = 256
+"""Parts into which a sequence's keys can be divided."""
+
+
+class PlanFacts(NamedTuple):
+    """What a plan was made for. A call that it is given to must be the same in all of it."""
+
+    batch: int
+    seqlen_q: int
+    varlen: bool
+    num_heads_q: int
+    num_heads_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    seqlen_k: int
+    page_size: int
+    seqlen_new: int
+    window_left: int | None
+    window_right: int | None
+    leftpad: bool
+    num_splits: int
+
+    @classmethod
+    def of(cls, problem: KVCacheProblem) -> PlanFacts:
+        """Those of a call."""
+        return cls(*(getattr(problem, name) for name in cls._fields))
+
+
+@dataclass(frozen=True, eq=False)
+class DecodePlan:
+    """How the work of calls with caches is divided: made on the device, from lengths that the host never reads.
+
+    Attributes
+    ----------
+    memory : int32 array, (size,)
+        On the device of the caches.
+    facts : PlanFacts
+        Of the calls that it serves.
+    """
+
+    memory: Any
+    facts: PlanFacts
+
+
+def facts_of(function: str, name: str, given: Any) -> PlanFacts | None:
+    """What a plan was made for, as a plain value."""
+    if given is not None and not isinstance(given, PlanFacts):
+        raise TypeError(f"{function}: {name} is a {type(given).__name__}; pass what decode_plan gives, or None.")
+    return given
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KVCacheProblem(Problem):
+    """A checked call with caches. `seqlen_k` is the capacity: the keys for which a sequence has room.
+
+    Attributes
+    ----------
+    num_caches : int
+        Caches, or pages, that there are.
+    page_size : int
+        Rows of a page; 0 where caches are contiguous.
+    seqlen_new : int
+        New rows of k and v of a sequence; of packed arrays, all of them. 0 if there are none.
+    leftpad : bool
+        Whether the first keys of caches may be none.
+    rotary_dim : int
+        Columns that are rotated; 0 if none are.
+    rotary_interleaved : bool
+        Whether pairs of columns lie side by side; else halfway apart.
+    num_splits : int
+        Parts of each sequence's keys; 0 where the work is divided evenly over the GPU.
+    """
+
+    num_caches: int
+    page_size: int
+    seqlen_new: int
+    leftpad: bool
+    rotary_dim: int
+    rotary_interleaved: bool
+    num_splits: int
+
+    @property
+    def changes(self) -> bool:
+        return "k" in self.specs
+
+    @property
+    def rotary_advances(self) -> bool:
+        """Whether row i of q is rotated for position cache_seqlens + i; else all rows are for cache_seqlens."""
+        return self.window_left is not None or self.window_right is not None
+
+
+def of_kvcache(operation: Operation, specs: dict[str, Spec], options: Options) -> Problem:
+    """The checked problem of attention with caches."""
+    return _KVCacheCheck(operation, specs, options).problem()
+
+
+class _KVCacheCheck(Check):
+    """The checks of a call, in the order in which a user would want to hear of them, and what follows from them."""
+
+    options: Options
+    heads = ("q", "k_cache", "v_cache")
+
+    def __init__(self, operation: Operation, specs: dict[str, Spec], options: Options) -> None:
+        super().__init__(operation.name, specs, options, operation.terms, packed="cu_seqlens_q" in specs)
+        self.operation = operation
+
+    def problem(self) -> KVCacheProblem:
+        _options.check_more(self.function, self.options.more, self.operation.owners)
+        self.check_given(self.heads)
+        self.check_together()
+        q, k_cache, v_cache = (self.specs[name] for name in self.heads)
+        self.check_queries(q)
+        page_size, capacity = self.check_caches(k_cache, v_cache)
+        self.check_heads()
+        self.check_sizes(("q", q.shape[-3]), ("a cache", capacity))
+        left, right, softmax_scale, softcap = _options.check(self.function, self.options, q.shape[-1])
+        self.check_terms()
+        for name in ("cache_seqlens", "cache_leftpad"):
+            self.check_per_sequence(name)
+        seqlen_new = self.check_new(q)
+        rotary_dim = self.check_rotary(q)
+        num_splits = self.check_num_splits()
+        self.check_written("out", self.out_shape(), q.dtype)
+        if left is None and right == 0 and q.shape[-3] == 1 and not self.varlen:
+            right = None  # the only query is the last one, which sees every key
+        found = KVCacheProblem(
+            operation=self.operation,
+            options=self.options,
+            static=None if q.device == CPU else self.static(q, left, right, page_size, capacity),
+            device=q.device,
+            dtype=q.dtype,
+            batch=self.batch(),
+            seqlen_q=q.shape[-3],
+            seqlen_k=capacity,
+            num_heads_q=q.shape[-2],
+            num_heads_k=k_cache.shape[-2],
+            head_dim=q.shape[-1],
+            head_dim_v=v_cache.shape[-1],
+            specs=self.specs,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            window_left=left,
+            window_right=right,
+            out_shape=self.out_shape(),
+            lse_shape=self.lse_shape(),
+            num_caches=k_cache.shape[0],
+            page_size=page_size,
+            seqlen_new=seqlen_new,
+            leftpad="cache_leftpad" in self.specs,
+            rotary_dim=rotary_dim,
+            rotary_interleaved=self.options.own("rotary_interleaved"),
+            num_splits=num_splits,
+        )
+        self.check_plan(found)
+        return found
+
+    def check_queries(self, q: Spec) -> None:
+        rank, meaning = 4, "(batch, seqlen_q, num_heads_q, head_dim)"
+        if self.varlen:
+            rank, meaning = 3, "(total_q, num_heads_q, head_dim), as cu_seqlens_q is given,"
+        if len(q.shape) != rank:
+            self.value_error(f"q has shape {q.shape}; {rank} dimensions {meaning} are expected.")
+        self.check_int32("cu_seqlens_q", "(batch + 1,)", least=1)
+
+    def check_caches(self, k_cache: Spec, v_cache: Spec) -> tuple[int, int]:
+        """The rows of a page, 0 if there are none, and those for which a sequence has room."""
+        table = self.check_int32("block_table", "(batch, max_pages)", rank=2)
+        meaning = "num_caches, capacity" if table is None else "num_pages, page_size"
+        for name in ("k_cache", "v_cache"):
+            shape = self.specs[name].shape
+            if len(shape) != 4:
+                self.value_error(
+                    f"{name} has shape {shape}; 4 dimensions ({meaning}, num_heads_k, head_dim) are expected."
+                )
+        if k_cache.shape[:2] != v_cache.shape[:2]:
+            self.value_error(
+                f"k_cache and v_cache have shapes {k_cache.shape} and {v_cache.shape}; they must agree in {meaning}."
+            )
+        batch, count, rows = self.batch(), *k_cache.shape[:2]
+        if table is None:
+            self.check_per_sequence("cache_batch_idx")
+            if "cache_batch_idx" not in self.specs and count != batch:
+                self.value_error(
+                    f"k_cache has {count} caches but there are {batch} sequences; pass as many, or cache_batch_idx."
+                )
+            return 0, rows
+        if "cache_batch_idx" in self.specs:
+            self.value_error(
+                "cache_batch_idx is given, but rows of block_table say where caches are; pass one of them."
+            )
+        if table.shape[0] != batch:
+            self.value_error(
+                f"block_table has {table.shape[0]} rows; one for each of the {batch} sequences is expected."
+            )
+        if rows < 1:
+            self.value_error(f"k_cache has shape {k_cache.shape}, that is pages of no rows; a page must have some.")
+        return rows, table.shape[1] * rows
+
+    def check_per_sequence(self, name: str) -> None:
+        spec, batch = self.check_int32(name, "(batch,)"), self.batch()
+        if spec is not None and spec.shape[0] != batch:
+            self.value_error(f"{name} has {spec.shape[0]} entries; one for each of the {batch} sequences is expected.")
+
+    def check_new(self, q: Spec) -> int:
+        """Rows of k that are appended: of each sequence, or of all packed ones."""
+        given = [name for name in ("k", "v") if name in self.specs]
+        if not given:
+            return 0
+        if len(given) == 1:
+            self.type_error(f"{given[0]} is given alone; new rows have keys and values, so pass both k and v.")
+        if "cache_seqlens" not in self.specs:
+            self.type_error("k and v are given, but without cache_seqlens caches are full; pass it.")
+        for name in given:
+            spec, cache = self.specs[name], self.specs[f"{name}_cache"]
+            tail = cache.shape[2:]
+            meaning = (
+                "(total_q, num_heads_k, head_dim), packed like q,"
+                if self.varlen
+                else ("(batch, seqlen_new, num_heads_k, head_dim)")
+            )
+            if len(spec.shape) != len(q.shape) or spec.shape[0] != q.shape[0] or spec.shape[-2:] != tail:
+                self.value_error(
+                    f"{name} has shape {spec.shape}, and q {q.shape} and {name}_cache {cache.shape}; {meaning} that "
+                    "agrees with them is expected."
+                )
+            if spec.dtype != cache.dtype:
+                self.value_error(f"{name} has dtype {spec.dtype} but {name}_cache has {cache.dtype}; they must agree.")
+            self.check_written(f"{name}_cache", cache.shape, q.dtype)
+        k, v = self.specs["k"], self.specs["v"]
+        if k.shape[-3] != v.shape[-3]:
+            self.value_error(f"v has {v.shape[-3]} rows but k has {k.shape[-3]}; k and v must agree.")
+        self.check_sizes(("k", k.shape[-3]))
+        return k.shape[-3]
+
+    def check_rotary(self, q: Spec) -> int:
+        """Columns that are rotated."""
+        given = [name for name in ("rotary_cos", "rotary_sin") if name in self.specs]
+        if not given:
+            return 0
+        if len(given) == 1:
+            self.type_error(f"{given[0]} is given alone; pass both rotary_cos and rotary_sin.")
+        if "k" not in self.specs:
+            self.type_error("rotary_cos is given, but no k; keys are rotated when they are appended.")
+        for name in given:
+            spec = self.specs[name]
+            if spec.dtype not in (q.dtype, "float32"):
+                self.value_error(f"{name} has dtype {spec.dtype}; pass {q.dtype}, as k_cache has, or float32.")
+            if len(spec.shape) != 2 or not 1 <= spec.shape[1] <= q.shape[-1] // 2:
+                self.value_error(
+                    f"{name} has shape {spec.shape}; (max_position, rotary_dim / 2) is expected, with a rotary_dim "
+                    f"from 2 to head_dim, which is {q.shape[-1]}."
+                )
+        cos, sin = (self.specs[name] for name in given)
+        if (cos.shape, cos.dtype) != (sin.shape, sin.dtype):
+            self.value_error(
+                f"rotary_cos is {cos.dtype} {cos.shape} but rotary_sin is {sin.dtype} {sin.shape}; they must agree."
+            )
+        if cos.shape[0] < 1:
+            self.value_error("rotary_cos has no positions; pass one row for each.")
+        return 2 * cos.shape[1]
+
+    def check_num_splits(self) -> int:
+        num_splits: int = self.options.own("num_splits")
+        if not 0 <= num_splits <= MAX_SPLITS:
+            self.value_error(
+                f"num_splits is {num_splits}; pass 1 to {MAX_SPLITS}, or 0 to divide the work evenly over the GPU."
+            )
+        return num_splits
+
+    def check_plan(self, problem: KVCacheProblem) -> None:
+        facts: PlanFacts | None = self.options.own("plan")
+        if facts is None:
+            return
+        self.check_int32("plan", "(size,)")
+        for name, made, asked in zip(facts._fields, facts, PlanFacts.of(problem), strict=True):
+            if made != asked:
+                self.value_error(
+                    f"plan was made for {name} {made}, and this call has {asked}; make one with decode_plan for calls "
+                    "like this."
+                )
+
+    def static(self, q: Spec, left: int | None, right: int | None, page_size: int, capacity: int) -> Static:
+        itemsize, head_dim_v = ITEMSIZE[q.dtype], self.specs["v_cache"].shape[-1]
+        out = [_problem.widest_copy(self.specs["out"], itemsize)] if "out" in self.specs else []
+        rotary = "interleaved" if self.options.own("rotary_interleaved") else "halves"
+        return Static(
+            element=GPU_DTYPES[q.dtype],
+            head_dim=q.shape[-1],
+            head_dim_v=head_dim_v,
+            mask=_problem.mask_kind(left, right),
+            terms=self.asked(),
+            sinks="sinks" in self.specs,
+            varlen=self.varlen,
+            **_problem.access(self.operation, self.specs),
+            store_bytes=max(itemsize, min([*out, math.gcd(head_dim_v * itemsize, ALIGNMENT)])),
+            short=False,
+            many=self.varlen and self.batch() > MANY,
+            chains=capacity > CHAIN_ROWS,
+            tile_rows=self.tile_rows(q),
+            page_rows=math.gcd(page_size, MAX_PAGE_ROWS),
+            rotary=rotary if "rotary_cos" in self.specs else "",
+            appends="k" in self.specs,
+            q_copy_bytes=_problem.widest_copy(q, itemsize),
+        )
+
+    def tile_rows(self, q: Spec) -> int:
+        """The least of `TILE_ROWS` that holds the rows that a sequence has for a key head, or the last of them."""
+        queries = -(-q.shape[0] // max(1, self.batch())) if self.varlen else q.shape[1]
+        rows = queries * (q.shape[-2] // max(1, self.specs["k_cache"].shape[-2]))
+        return next((each for each in TILE_ROWS if each >= rows), TILE_ROWS[-1])
+
+
+def check_values(problem: Problem, arrays: Arrays) -> None:
+    """Refuse lengths, and numbers of caches, pages and positions, that lie outside of what there is."""
+    assert isinstance(problem, KVCacheProblem)
+    _ValueCheck(problem, arrays).run()
+
+
+class _ValueCheck:
+    """The checks of values, which are those of arrays in host memory."""
+
+    def __init__(self, problem: KVCacheProblem, arrays: Arrays) -> None:
+        self.problem = problem
+        self.arrays = arrays
+
+    def array(self, name: str) -> NDArray[Any] | None:
+        return self.arrays.numpy(self.problem.operation.arrays.index(name))
+
+    def run(self) -> None:
+        problem = self.problem
+        batch, capacity = problem.batch, problem.seqlen_k
+        offsets = self.array("cu_seqlens_q")
+        if offsets is not None:
+            _problem.check_offsets_of(problem.function, "q", problem.seqlen_q, offsets)
+        queries = self.rows(offsets, problem.seqlen_q)
+        new = self.rows(offsets, problem.seqlen_new) if problem.changes else np.zeros(batch, np.int64)
+        lengths = self.array("cache_seqlens")
+        first = np.full(batch, capacity) if lengths is None else lengths.astype(np.int64)
+        self.check_range("cache_seqlens", first, capacity, "the capacity")
+        last = first + new
+        if (last > capacity).any():
+            b = int(np.argmax(last > capacity))
+            self.error(
+                f"sequence {b} has {first[b]} keys in its cache, and {new[b]} are appended, but there is room for "
+                f"{capacity} only."
+            )
+        leftpad = self.array("cache_leftpad")
+        skipped = np.zeros(batch, np.int64) if leftpad is None else leftpad.astype(np.int64)
+        for b in np.flatnonzero((skipped < 0) | (skipped > last))[:1]:
+            self.error(
+                f"cache_leftpad is {skipped[b]} for sequence {b}; it must lie between 0 and its number of keys, "
+                f"{last[b]}."
+            )
+        self.check_positions(first + np.maximum(queries if problem.rotary_advances else np.minimum(queries, 1), new))
+        places = self.check_caches(np.minimum(skipped, first), last)
+        self.check_apart(places, first, new)
+
+    def rows(self, offsets: NDArray[Any] | None, rows: int) -> NDArray[np.int64]:
+        """How many rows each sequence has of packed arrays, or of arrays with so many rows for each."""
+        if offsets is None:
+            return np.full(self.problem.batch, rows)
+        return np.maximum(np.diff(offsets.astype(np.int64)), 0)  # below 0 behind the last, where zeros pad
+
+    def check_positions(self, stop: NDArray[np.int64]) -> None:
+        cos = self.array("rotary_cos")
+        if cos is not None and (stop > len(cos)).any():
+            self.error(f"rotary_cos has {len(cos)} positions, but one of {int(stop.max()) - 1} is asked for.")
+
+    def check_caches(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> list[NDArray[Any]]:
+        """The caches of each sequence or its pages, those for rows from `first` to `last` checked."""
+        problem, table, numbers = self.problem, self.array("block_table"), self.array("cache_batch_idx")
+        count = problem.num_caches
+        if table is None:
+            if numbers is None:
+                numbers = np.arange(problem.batch)
+            self.check_range("cache_batch_idx", numbers, count - 1, "the last cache")
+            return [*numbers[:, None]]
+        size = problem.page_size
+        for b, (begin, end) in enumerate(zip(first // size, -(-last // size), strict=True)):
+            live = table[b, begin:end] if first[b] < last[b] else table[b, :0]
+            for index in np.flatnonzero((live < 0) | (live >= count))[:1]:
+                self.error(
+                    f"block_table[{b}, {begin + index}] is {live[index]}, a page that sequence {b} uses; there are "
+                    f"{count} pages."
+                )
+        return [*table]
+
+    def check_apart(self, places: list[NDArray[Any]], first: NDArray[np.int64], new: NDArray[np.int64]) -> None:
+        """Refuse two sequences that append into the same row."""
+        if not new.any():
+            return
+        problem = self.problem
+        size, what = (problem.page_size, "page") if problem.page_size else (problem.seqlen_k, "cache")
+        rows = [np.arange(start, start + count) for start, count in zip(first, new, strict=True)]
+        places = [
+            own[each // size].astype(np.int64) * size + each % size for own, each in zip(places, rows, strict=True)
+        ]
+        written, counts = np.unique(np.concatenate(places), return_counts=True)
+        for row in written[counts > 1][:1]:
+            self.error(
+                f"more than one sequence appends to row {row % size} of {what} {row // size}; pass places of their own."
+            )
+
+    def check_range(self, name: str, values: NDArray[Any], last: int, what: str) -> None:
+        for b in np.flatnonzero((values < 0) | (values > last))[:1]:
+            self.error(f"{name} is {values[b]} for sequence {b}; it must lie between 0 and {what}, {last}.")
+
+    def error(self, text: str) -> None:
+        raise ArgumentError(f"{self.problem.function}: {text}")

@@ -1,0 +1,48 @@
+"""`cufa.attention_with_kvcache`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .._call import options as _options
+from .._call.kvcache import KVCacheProblem, check_values, facts_of, of_kvcache
+from .._call.options import Option
+from .._call.problem import Problem
+from .._kernels import Kernel
+from .._terms import TERMS
+from .forward import results_of
+from .operation import Operation
+
+KVCACHE: tuple[Kernel, ...] = ()
+
+
+def _on_cpu(problem: Problem, arrays: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    from .._cpu import kvcache as _cpu
+
+    assert isinstance(problem, KVCacheProblem)
+    _cpu.forward(problem, arrays, results["out"], results.get("lse"))
+
+
+ATTENTION_WITH_KVCACHE = Operation(
+    name="attention_with_kvcache",
+    arrays=(
+        *("q", "k_cache", "v_cache", *(name for term in TERMS for name in term.arrays), "sinks", "out", "k", "v"),
+        *("cache_seqlens", "block_table", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q"),
+        *("rotary_cos", "rotary_sin", "plan"),
+    ),
+    written=("out",),
+    changed=("k_cache", "v_cache"),
+    tiles=("k_cache", "v_cache"),
+    results=results_of,
+    terms=TERMS,
+    kernels=KVCACHE,
+    on_cpu=_on_cpu,
+    check=of_kvcache,
+    check_values=check_values,
+    options=(
+        Option("rotary_interleaved", _options.flag),
+        Option("num_splits", _options.integer),
+        Option("plan", facts_of),
+    ),
+)
