@@ -15,6 +15,7 @@ __all__ = [
     "attention_backward",
     "attention_varlen",
     "attention_varlen_backward",
+    "attention_with_kvcache",
     "cache",
     "explain",
     "is_available",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ._api.cache import cache
     from ._api.config import is_available, show_config
     from ._api.explain import explain
+    from ._api.kvcache import attention_with_kvcache
     from ._api.stats import stats
     from ._api.warmup import warmup
     from .errors import CompileError, CudaError, MissingKernelError, UnsupportedError
@@ -41,6 +43,7 @@ _HOMES = {
     "attention_backward": "_api.backward",
     "attention_varlen": "_api.attention",
     "attention_varlen_backward": "_api.backward",
+    "attention_with_kvcache": "_api.kvcache",
     "cache": "_api.cache",
     "explain": "_api.explain",
     "is_available": "_api.config",

@@ -81,6 +81,26 @@ it is beyond about 2^20. In a row whose sink is more than 2^117 times as probabl
 [0, length of its slot]: what static shapes are padded with, zeros or the total, makes empty sequences. Rows of q that
 belong to no sequence have ``out = 0``, ``lse = -inf`` and no gradient.
 
+**Caches.** A sequence's keys and values may lie in a cache, which has room for `capacity` of them. Key ``j`` of
+sequence b is row ``j`` of cache ``cache_batch_idx[b]`` (b by default) or, of a cache in pages, row ``j % page_size`` of
+page ``block_table[b, j // page_size]``. With ``n`` rows of q, ``m`` new rows of k and v and ``length =
+cache_seqlens[b] + m``:
+
+1. new row ``i``, of k rotated, is written to where key ``cache_seqlens[b] + i`` lies, for all sequences
+2. keys ``cache_leftpad[b] <= j < length`` are live; steps 1 to 6 are those of attention over live keys alone. So row i
+   of q is at position ``length - n + i``, wherever the first live key is
+
+**Rotary embedding.** Of the first `rotary_dim` columns, the pairs ``(2i, 2i + 1)``, or ``(i, i + rotary_dim / 2)`` if
+not interleaved, are turned by the angle whose cosine and sine `rotary_cos` and `rotary_sin` hold in column i of a
+position's row: ``(a, b)`` becomes ``(a cos - b sin, a sin + b cos)``, rounded to the dtype. New row i of k has the
+position ``cache_seqlens[b] + i``. So has row i of q under a causal mask or in a window; else all rows of q have the
+position ``cache_seqlens[b]``.
+
+Numbers outside of what there is are refused on the CPU. On a GPU they are read as if they were in range, since the
+host does not wait to see them: ``cache_seqlens`` is clamped to [0, capacity], ``cache_leftpad`` to [0, length], and
+caches, pages and positions to those that there are; ``length`` is at most the capacity, and new rows beyond it, or in a
+cache or page that is not there, are dropped. The function of this module does the same.
+
 Source: Dao et al., *FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness*, 2022; ALiBi
 after Press et al., *Train Short, Test Long*, 2022; softcap after *Gemma 2*, 2024; sinks are the learned
 denominators of Xiao et al., *Efficient Streaming Language Models with Attention Sinks*, 2024.
@@ -88,6 +108,7 @@ denominators of Xiao et al., *Efficient Streaming Language Models with Attention
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, Unpack, overload
 
@@ -95,11 +116,19 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 from scipy.special import logsumexp
 
+from ._call import kvcache as _kvcache
 from ._call import options as _options
 from ._call import problem as _problem
 from ._terms import TERMS
 
-__all__ = ["attention", "attention_backward", "attention_varlen", "attention_varlen_backward"]
+__all__ = [
+    "Attended",
+    "attention",
+    "attention_backward",
+    "attention_varlen",
+    "attention_varlen_backward",
+    "attention_with_kvcache",
+]
 
 Array: TypeAlias = NDArray[Any]
 Window: TypeAlias = tuple[int | None, int | None] | None
@@ -450,6 +479,189 @@ def attention_varlen_backward(
     arrays = np.asarray(dout), np.asarray(q), np.asarray(k), np.asarray(v)
     gradients = _differentiate_packed(*arrays, cu_seqlens_q, cu_seqlens_k, seqused_k, dlse, **options)
     return gradients[:3] if options.get("sinks") is None else gradients
+
+
+class Attended(NamedTuple):
+    """What attention with caches gives, and what it leaves in them.
+
+    Attributes
+    ----------
+    out, lse : float64 array
+        As of `attention` or, if sequences are packed, of `attention_varlen`.
+    k_cache, v_cache : array
+        Copies of the caches, in their dtypes, with new rows appended.
+    """
+
+    out: Array
+    lse: Array
+    k_cache: Array
+    v_cache: Array
+
+
+def attention_with_kvcache(
+    q: ArrayLike,
+    k_cache: ArrayLike,
+    v_cache: ArrayLike,
+    *,
+    k: ArrayLike | None = None,
+    v: ArrayLike | None = None,
+    cache_seqlens: ArrayLike | None = None,
+    block_table: ArrayLike | None = None,
+    cache_batch_idx: ArrayLike | None = None,
+    cache_leftpad: ArrayLike | None = None,
+    cu_seqlens_q: ArrayLike | None = None,
+    rotary_cos: ArrayLike | None = None,
+    rotary_sin: ArrayLike | None = None,
+    rotary_interleaved: bool = True,
+    **options: Unpack[Options],
+) -> Attended:
+    """Attention over caches of keys and values, to which new ones are appended first: a loop over `attention`.
+
+    Parameters
+    ----------
+    q : array_like, (batch, seqlen_q, num_heads_q, head_dim) or (total_q, num_heads_q, head_dim)
+    k_cache : array_like, (num_caches, capacity, num_heads_k, head_dim) or (num_pages, page_size, num_heads_k, head_dim)
+    v_cache : array_like, (num_caches, capacity, num_heads_k, head_dim_v) or (num_pages, page_size, ...)
+        They are not changed.
+    k, v : array_like, (batch, seqlen_new, num_heads_k, head_dim or head_dim_v) or (total_q, ...), optional
+        New rows.
+    cache_seqlens : array_like of int, (batch,), optional
+        Live keys before new ones are appended; the capacity if None.
+    block_table : array_like of int, (batch, max_pages), optional
+        Makes the caches pages.
+    cache_batch_idx, cache_leftpad : array_like of int, (batch,), optional
+    cu_seqlens_q : array_like of int, (batch + 1,), optional
+        Makes q, and k and v, packed; read as by `attention_varlen`.
+    rotary_cos, rotary_sin : array_like, (max_position, rotary_dim / 2), optional
+    rotary_interleaved : bool
+    **options
+        The keywords of `attention`.
+
+    Returns
+    -------
+    Attended
+
+    Raises
+    ------
+    TypeError, ValueError
+        As the function of that name in cufa, but not because of what arrays of integers hold.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cufa.reference import attention_with_kvcache
+    >>> q, caches = np.zeros((1, 1, 1, 4)), np.ones((2, 1, 3, 1, 4))
+    >>> new = np.full((2, 1, 1, 1, 4), 4.0)
+    >>> found = attention_with_kvcache(q, *caches, k=new[0], v=new[1], cache_seqlens=[1])
+    >>> found.out.ravel().tolist(), found.v_cache[0, :, 0, 0].tolist()
+    ([2.5, 2.5, 2.5, 2.5], [1.0, 4.0, 1.0])
+    """
+    given: dict[str, Any] = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    given |= {"cache_seqlens": cache_seqlens}
+    given |= {"block_table": block_table, "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
+    given |= {"cu_seqlens_q": cu_seqlens_q, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+    given |= {"alibi_slopes": options.get("alibi_slopes"), "sinks": options.get("sinks")}
+    arrays: dict[str, Any] = {name: None if x is None else np.asarray(x) for name, x in given.items()}
+    asked: dict[str, Any] = {"causal": False, "window_size": None, "softmax_scale": None, "softcap": 0.0}
+    asked |= {**options, "rotary_interleaved": rotary_interleaved}
+    plain = _kvcache.check_host("attention_with_kvcache", arrays, asked, TERMS)
+    scoring = {name: getattr(plain, name) for name in ("causal", "window_size", "softmax_scale", "softcap")}
+    slopes, sinks = arrays.pop("alibi_slopes"), arrays.pop("sinks")
+    advances = _advances(scoring["causal"], scoring["window_size"])
+    sequences, k_cache, v_cache = _appended(arrays, plain.own("rotary_interleaved"), advances)
+
+    q_shape, columns = arrays["q"].shape, v_cache.shape[-1]
+    out = np.zeros((*q_shape[:-1], columns))
+    lse = np.full((*q_shape[:-3], q_shape[-2], q_shape[-3]), -np.inf)
+    for number, each in enumerate(sequences):
+        slopes_n = slopes[number] if slopes is not None and slopes.ndim == 2 else slopes
+        keys, values = k_cache[each.keys][None], v_cache[each.keys][None]
+        found = _attend(each.q[None], keys, values, alibi_slopes=slopes_n, sinks=sinks, **scoring)
+        out[each.rows], lse[(slice(None), each.rows) if lse.ndim == 2 else each.rows] = (x[0] for x in found)
+    return Attended(out, lse, k_cache, v_cache)
+
+
+def _advances(causal: bool, window_size: Window) -> bool:
+    """Whether each row of q has a position of its own for the rotary embedding."""
+    return causal or any(side not in (None, -1) for side in window_size or ())
+
+
+class _Cached(NamedTuple):
+    """A sequence of a problem with caches: where its rows are, those of q rotated, and where its live keys lie.
+
+    `rows` indexes q, and `keys` the caches.
+    """
+
+    rows: Any
+    q: Array
+    keys: tuple[Array, Array]
+
+
+def _appended(
+    arrays: dict[str, Any], interleaved: bool, advances: bool, error: float = 0.0
+) -> tuple[list[_Cached], Array, Array]:
+    """The sequences of a problem with caches, and copies of these with new rows.
+
+    `arrays` are those of `attention_with_kvcache`, by name; `advances` is whether each row of q has a position of its
+    own. Rotated numbers get an `error` before they are rounded, relative to the magnitudes of their products.
+    """
+    q, offsets, table = arrays["q"], arrays["cu_seqlens_q"], arrays["block_table"]
+    k_cache, v_cache = np.array(arrays["k_cache"]), np.array(arrays["v_cache"])
+    if offsets is None:
+        rows: list[Any] = [*range(len(q))]
+    else:
+        starts = _offsets(offsets, len(q))
+        rows = [slice(int(first), int(last)) for first, last in itertools.pairwise(starts)]
+    size = k_cache.shape[1]
+    capacity = size if table is None else size * table.shape[1]
+
+    def places(b: int, keys: Array) -> tuple[Array, Array]:
+        """The caches or pages in which keys of sequence b lie, which may not be there, and the rows of those."""
+        if table is not None:
+            return table[b, keys // size], keys % size
+        numbers = arrays["cache_batch_idx"]
+        return np.full(len(keys), b if numbers is None else numbers[b]), keys
+
+    def rotated(x: Array, positions: Array) -> Array:
+        if arrays["rotary_cos"] is None:
+            return x
+        cos, sin = (arrays[name][np.clip(positions, 0, len(arrays[name]) - 1)] for name in ("rotary_cos", "rotary_sin"))
+        exact = _rotate(x, cos, sin, interleaved)
+        if error:
+            sizes = [_rotate(np.abs(x), np.abs(cos), sign * np.abs(sin), interleaved) for sign in (1, -1)]
+            exact[..., : 2 * cos.shape[-1]] += error * np.maximum(*sizes)[..., : 2 * cos.shape[-1]]
+        return exact.astype(x.dtype)
+
+    found = []
+    for b, own in enumerate(rows):
+        first = capacity if arrays["cache_seqlens"] is None else int(np.clip(arrays["cache_seqlens"][b], 0, capacity))
+        new = 0 if arrays["k"] is None else len(arrays["k"][own])
+        numbers, there = places(b, np.arange(first, min(first + new, capacity)))
+        kept = (numbers >= 0) & (numbers < len(k_cache))
+        if new:
+            k = rotated(arrays["k"][own], first + np.arange(new))
+            k_cache[numbers[kept], there[kept]] = k[: len(kept)][kept]
+            v_cache[numbers[kept], there[kept]] = arrays["v"][own][: len(kept)][kept]
+        last = min(first + new, capacity)
+        leftpad = 0 if arrays["cache_leftpad"] is None else int(np.clip(arrays["cache_leftpad"][b], 0, last))
+        numbers, there = places(b, np.arange(leftpad, last))
+        q_rotated = rotated(q[own], first + np.arange(len(q[own])) * int(advances))
+        found.append(_Cached(own, q_rotated, (np.clip(numbers, 0, len(k_cache) - 1), there)))
+    return found, k_cache, v_cache
+
+
+def _rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
+    """Rotary embedding in float64: x (rows, heads, head_dim) by the angles of each row, (rows, rotary_dim / 2)."""
+    half = cos.shape[-1]
+    rotated = x.astype(np.float64)
+    first, second = np.arange(half), np.arange(half) + half
+    if interleaved:
+        first, second = 2 * np.arange(half), 2 * np.arange(half) + 1
+    a, b = rotated[..., first], rotated[..., second]
+    cos, sin = cos[:, None].astype(np.float64), sin[:, None].astype(np.float64)
+    with np.errstate(all="ignore"):  # NaN and Inf are data here
+        rotated[..., first], rotated[..., second] = a * cos - b * sin, a * sin + b * cos
+    return rotated
 
 
 def _check(

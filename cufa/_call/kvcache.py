@@ -28,6 +28,7 @@ from .problem import (
 
 if TYPE_CHECKING:
     from .._operations.operation import Operation
+    from .._terms.term import Term
 
 MAX_SPLITS = 256
 """Parts into which a sequence's keys can be divided."""
@@ -123,7 +124,34 @@ class KVCacheProblem(Problem):
 
 def of_kvcache(operation: Operation, specs: dict[str, Spec], options: Options) -> Problem:
     """The checked problem of attention with caches."""
-    return _KVCacheCheck(operation, specs, options).problem()
+    _options.check_more(operation.name, options.more, operation.owners)
+    return _KVCacheCheck(operation.name, specs, options, operation.terms).problem(operation)
+
+
+def check_host(
+    function: str, arrays: dict[str, NDArray[Any] | None], options: dict[str, Any], terms: tuple[Term, ...]
+) -> Options:
+    """Check NumPy arrays by name as a call does, but for values, dtypes and limits of size; the options, plain."""
+    asked = (options[name] for name in ("causal", "window_size", "softmax_scale", "softcap"))
+    interleaved = _options.flag(function, "rotary_interleaved", options["rotary_interleaved"])
+    more = (("rotary_interleaved", interleaved), ("num_splits", 0), ("plan", None))
+    plain = Options(*_options.plain(function, *asked), False, False, more)
+    _KVCacheCheck(function, _problem.host_specs(arrays, terms), plain, terms, limited=False).facts()
+    return plain
+
+
+class _Facts(NamedTuple):
+    """What follows from the arrays and options of a call: members of `KVCacheProblem`."""
+
+    seqlen_k: int
+    softmax_scale: float
+    softcap: float
+    window_left: int | None
+    window_right: int | None
+    page_size: int
+    seqlen_new: int
+    rotary_dim: int
+    num_splits: int
 
 
 class _KVCacheCheck(Check):
@@ -132,12 +160,12 @@ class _KVCacheCheck(Check):
     options: Options
     heads = ("q", "k_cache", "v_cache")
 
-    def __init__(self, operation: Operation, specs: dict[str, Spec], options: Options) -> None:
-        super().__init__(operation.name, specs, options, operation.terms, packed="cu_seqlens_q" in specs)
-        self.operation = operation
+    def __init__(
+        self, function: str, specs: dict[str, Spec], options: Options, terms: tuple[Term, ...], *, limited: bool = True
+    ) -> None:
+        super().__init__(function, specs, options, terms, packed="cu_seqlens_q" in specs, limited=limited)
 
-    def problem(self) -> KVCacheProblem:
-        _options.check_more(self.function, self.options.more, self.operation.owners)
+    def facts(self) -> _Facts:
         self.check_given(self.heads)
         self.check_together()
         q, k_cache, v_cache = (self.specs[name] for name in self.heads)
@@ -151,37 +179,35 @@ class _KVCacheCheck(Check):
             self.check_per_sequence(name)
         seqlen_new = self.check_new(q)
         rotary_dim = self.check_rotary(q)
-        num_splits = self.check_num_splits()
         self.check_written("out", self.out_shape(), q.dtype)
         if left is None and right == 0 and q.shape[-3] == 1 and not self.varlen:
             right = None  # the only query is the last one, which sees every key
+        return _Facts(
+            capacity, softmax_scale, softcap, left, right, page_size, seqlen_new, rotary_dim, self.check_num_splits()
+        )
+
+    def problem(self, operation: Operation) -> KVCacheProblem:
+        facts = self.facts()
+        q, k_cache, v_cache = (self.specs[name] for name in self.heads)
         found = KVCacheProblem(
-            operation=self.operation,
+            **facts._asdict(),
+            operation=operation,
             options=self.options,
-            static=None if q.device == CPU else self.static(q, left, right, page_size, capacity),
+            static=None if q.device == CPU else self.static(operation, facts),
             device=q.device,
             dtype=q.dtype,
             batch=self.batch(),
             seqlen_q=q.shape[-3],
-            seqlen_k=capacity,
             num_heads_q=q.shape[-2],
             num_heads_k=k_cache.shape[-2],
             head_dim=q.shape[-1],
             head_dim_v=v_cache.shape[-1],
             specs=self.specs,
-            softmax_scale=softmax_scale,
-            softcap=softcap,
-            window_left=left,
-            window_right=right,
             out_shape=self.out_shape(),
             lse_shape=self.lse_shape(),
             num_caches=k_cache.shape[0],
-            page_size=page_size,
-            seqlen_new=seqlen_new,
             leftpad="cache_leftpad" in self.specs,
-            rotary_dim=rotary_dim,
             rotary_interleaved=self.options.own("rotary_interleaved"),
-            num_splits=num_splits,
         )
         self.check_plan(found)
         return found
@@ -215,6 +241,7 @@ class _KVCacheCheck(Check):
                 self.value_error(
                     f"k_cache has {count} caches but there are {batch} sequences; pass as many, or cache_batch_idx."
                 )
+            self.check_any("caches", count, batch * rows)
             return 0, rows
         if "cache_batch_idx" in self.specs:
             self.value_error(
@@ -226,7 +253,13 @@ class _KVCacheCheck(Check):
             )
         if rows < 1:
             self.value_error(f"k_cache has shape {k_cache.shape}, that is pages of no rows; a page must have some.")
+        self.check_any("pages", count, math.prod(table.shape))
         return rows, table.shape[1] * rows
+
+    def check_any(self, what: str, count: int, wanted: int) -> None:
+        """Whatever numbers are read as needs a cache, or a page, to be read from."""
+        if wanted and not count:
+            self.value_error(f"k_cache has no {what}, but sequences have room for keys; pass at least one.")
 
     def check_per_sequence(self, name: str) -> None:
         spec, batch = self.check_int32(name, "(batch,)"), self.batch()
@@ -311,25 +344,26 @@ class _KVCacheCheck(Check):
                     "like this."
                 )
 
-    def static(self, q: Spec, left: int | None, right: int | None, page_size: int, capacity: int) -> Static:
-        itemsize, head_dim_v = ITEMSIZE[q.dtype], self.specs["v_cache"].shape[-1]
+    def static(self, operation: Operation, facts: _Facts) -> Static:
+        q, head_dim_v = self.specs["q"], self.specs["v_cache"].shape[-1]
+        itemsize = ITEMSIZE[q.dtype]
         out = [_problem.widest_copy(self.specs["out"], itemsize)] if "out" in self.specs else []
         rotary = "interleaved" if self.options.own("rotary_interleaved") else "halves"
         return Static(
             element=GPU_DTYPES[q.dtype],
             head_dim=q.shape[-1],
             head_dim_v=head_dim_v,
-            mask=_problem.mask_kind(left, right),
+            mask=_problem.mask_kind(facts.window_left, facts.window_right),
             terms=self.asked(),
             sinks="sinks" in self.specs,
             varlen=self.varlen,
-            **_problem.access(self.operation, self.specs),
+            **_problem.access(operation, self.specs),
             store_bytes=max(itemsize, min([*out, math.gcd(head_dim_v * itemsize, ALIGNMENT)])),
             short=False,
             many=self.varlen and self.batch() > MANY,
-            chains=capacity > CHAIN_ROWS,
+            chains=facts.seqlen_k > CHAIN_ROWS,
             tile_rows=self.tile_rows(q),
-            page_rows=math.gcd(page_size, MAX_PAGE_ROWS),
+            page_rows=math.gcd(facts.page_size, MAX_PAGE_ROWS) if facts.page_size else 0,
             rotary=rotary if "rotary_cos" in self.specs else "",
             appends="k" in self.specs,
             q_copy_bytes=_problem.widest_copy(q, itemsize),

@@ -310,8 +310,7 @@ def check_host(
     and integers where offsets are expected.
     """
     plain = _options.plain(function, *options)
-    single = ("sinks", "dlse", *(name for term in terms for name in term.arrays))
-    specs = {name: _host_spec(name, array, single) for name, array in arrays.items() if array is not None}
+    specs = host_specs(arrays, terms)
     packed, gradient = function.startswith("attention_varlen"), function.endswith("_backward")
     found = AttentionCheck(function, specs, plain, terms, packed=packed, gradient=gradient, limited=False)
     found.inputs()
@@ -320,9 +319,22 @@ def check_host(
     return plain  # offsets may hold anything: `cufa.reference` says how they are read
 
 
+def host_specs(arrays: dict[str, NDArray[Any] | None], terms: tuple[Term, ...]) -> dict[str, Spec]:
+    """What stands for arrays of whatever dtypes that hold real numbers, or integers where a call takes those."""
+    single = ("sinks", "dlse", *(name for term in terms for name in term.arrays))
+    return {name: _host_spec(name, array, single) for name, array in arrays.items() if array is not None}
+
+
+INTEGERS = (
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_k"),
+    *("cache_seqlens", "block_table", "cache_batch_idx", "cache_leftpad"),
+)
+"""Names of arrays of integers."""
+
+
 def _host_spec(name: str, array: NDArray[Any], single: Sequence[str]) -> Spec:
     """What stands for an array of whatever dtype; `single` are the names of those that calls take in float32."""
-    integers = name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+    integers = name in INTEGERS
     wanted = "int32" if integers else "float32" if name in single else "float64"
     # Only the dtypes of ml_dtypes are of kind V and have a name of their own.
     right = array.dtype.kind in "iu" if integers else array.dtype.kind in "iufb" or "float" in array.dtype.name

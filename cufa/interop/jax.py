@@ -36,6 +36,11 @@ TARGET = "cufa"
 
 def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
     """Call an operation with JAX arrays or tracers, in its order."""
+    if operation.changed:
+        raise UnsupportedError(
+            f"{operation.name}: JAX arrays cannot change in place, and {operation.changed[0]} may have to; pass NumPy, "
+            "CuPy or torch arrays."
+        )
     for index in operation.written_indices:
         if given[index] is not None:
             name = operation.arrays[index]

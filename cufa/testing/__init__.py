@@ -4,7 +4,8 @@
   `assert_gradients_close` gradients;
 - `tolerance` and `lse_tolerance` are the bounds that `assert_close` holds an element to;
 - `Case`, `dense_cases` and `varlen_cases` are problems over the whole space of features and memory layouts,
-  the latter two as Hypothesis strategies (``pip install 'cufa[test]'``);
+  the latter two as Hypothesis strategies (``pip install 'cufa[test]'``); for calls with caches there are
+  `KVCacheCase`, `kvcache_cases` and `assert_kvcache_close`;
 - `bench` measures how long a call takes.
 
 **How close is close.** A flash-attention kernel rounds in few places, so the size of its error can be told
@@ -31,11 +32,14 @@ __all__ = [
     "VALUES",
     "BenchResult",
     "Case",
+    "KVCacheCase",
     "View",
     "assert_close",
     "assert_gradients_close",
+    "assert_kvcache_close",
     "bench",
     "dense_cases",
+    "kvcache_cases",
     "lse_tolerance",
     "to_numpy",
     "tolerance",
@@ -46,13 +50,17 @@ if TYPE_CHECKING:
     from ._cases import DTYPES, HEAD_DIMS, LAYOUTS, OFFSETS, VALUES, Case, View, dense_cases, varlen_cases
     from ._compare import assert_close, lse_tolerance, to_numpy, tolerance
     from ._gradients import assert_gradients_close
+    from ._kvcache import KVCacheCase, assert_kvcache_close, kvcache_cases
     from ._timing import BenchResult, bench
 
 _HOMES = {
     "BenchResult": "_timing",
+    "KVCacheCase": "_kvcache",
     "assert_close": "_compare",
     "assert_gradients_close": "_gradients",
+    "assert_kvcache_close": "_kvcache",
     "bench": "_timing",
+    "kvcache_cases": "_kvcache",
     "lse_tolerance": "_compare",
     "to_numpy": "_compare",
     "tolerance": "_compare",

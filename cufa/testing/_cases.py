@@ -252,7 +252,7 @@ class Case:
         array = view.on(flat)
         rng = np.random.default_rng([self.seed, *name.encode()])
         with np.errstate(all="ignore"):  # large numbers are rounded to the dtype, where they fit
-            array[...] = self._values(name, rng)
+            array[...] = drawn(self.values, name, self.view(name).shape, self.dtype, rng)
         if self.values == "infinite" and name != "q" and array.size:
             for value in (np.inf, -np.inf, np.nan if name == "v" else np.inf):
                 array[tuple(rng.integers(0, extent) for extent in array.shape)] = value
@@ -261,24 +261,6 @@ class Case:
         if isinstance(self.seqlen_q, tuple) and (self.seqused_k is not None or self.offsets != "exact"):
             array[self.counts(name) < 0] = np.nan
         return flat
-
-    def _values(self, name: str, rng: np.random.Generator) -> Array:
-        """Of q, k or v, before they are rounded to the dtype."""
-        shape, largest = self.view(name).shape, float(ml_dtypes.finfo(getattr(ml_dtypes, self.dtype, self.dtype)).max)
-        narrow = self.dtype == "float16"
-        if self.values == "constant":
-            return np.full(shape, 6e4 if narrow else 133120.0)
-        values: Array = rng.standard_normal(shape)
-        if self.values == "large rows" and name == "q":
-            values[rng.random(shape[:-1]) < 0.25] *= 16
-        elif self.values == "huge" and name == "v" and values.size:
-            values *= largest / np.abs(values).max()
-            values = np.clip(values, -largest, largest)
-        elif self.values == "huge scores" and name != "v":
-            values *= 2.0**6 if narrow else 2.0**54
-        elif self.values == "tiny":
-            values *= 2.0**-18 if narrow else 2.0**-100
-        return values
 
     def counts(self, name: str) -> NDArray[np.int64]:
         """How many keys each row of q keeps, or how many rows keep each row of k or v; -1 if no sequence has it.
@@ -365,6 +347,24 @@ class Case:
         return self.view("out").on(self.flat("out"), xp)
 
 
+def drawn(kind: str, name: str, shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> Array:
+    """Numbers of one of `VALUES` for q, k or v, before they are rounded to the dtype."""
+    narrow, largest = dtype == "float16", float(ml_dtypes.finfo(getattr(ml_dtypes, dtype, dtype)).max)
+    if kind == "constant":
+        return np.full(shape, 6e4 if narrow else 133120.0)
+    values: Array = rng.standard_normal(shape)
+    if kind == "large rows" and name == "q":
+        values[rng.random(shape[:-1]) < 0.25] *= 16
+    elif kind == "huge" and name == "v" and values.size:
+        values *= largest / np.abs(values).max()
+        values = np.clip(values, -largest, largest)
+    elif kind == "huge scores" and name != "v":
+        values *= 2.0**6 if narrow else 2.0**54
+    elif kind == "tiny":
+        values *= 2.0**-18 if narrow else 2.0**-100
+    return values
+
+
 def dense_cases(
     *,
     max_seqlen: int = 300,
@@ -401,7 +401,7 @@ def dense_cases(
     ...     assert_close(cufa.reference.attention(**arrays, **options), **arrays, **options)
     >>> test_attention()
     """
-    st, features = _features("dense_cases", max_seqlen, dtypes, head_dims, layouts, values)
+    st, features = features_of("dense_cases", max_seqlen, dtypes, head_dims, layouts, values)
     seqlen = features.pop("seqlen")
     strategy: SearchStrategy[Case] = st.builds(
         _case, batch=st.sampled_from((1, 2, 3) * 3 + (0,)), seqlen_q=seqlen, seqlen_k=seqlen, **features
@@ -441,7 +441,7 @@ def varlen_cases(
     ...     assert_close(cufa.reference.attention_varlen(**arrays, **options), **arrays, **options)
     >>> test_attention_varlen()
     """
-    st, features = _features("varlen_cases", max_seqlen, dtypes, head_dims, layouts, values)
+    st, features = features_of("varlen_cases", max_seqlen, dtypes, head_dims, layouts, values)
     seqlen = features.pop("seqlen")
     sequences = st.sampled_from((1, 2, 3, 4) * 3 + (0,)).flatmap(
         lambda batch: st.tuples(*[st.tuples(seqlen, seqlen, seqlen)] * batch)
@@ -456,7 +456,7 @@ def varlen_cases(
     return strategy
 
 
-def _features(
+def features_of(
     function: str,
     max_seqlen: int,
     dtypes: Sequence[str],

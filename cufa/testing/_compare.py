@@ -198,8 +198,13 @@ def expect(problem: Problem, dtype: DTypeLike | None) -> _Expected:
     return _Expected(*(x[0] for x in expected)) if varlen else expected
 
 
-def forward_noise(problem: Problem, out: Array, storage: np.dtype[Any]) -> tuple[Array, Array, Array]:
-    """The root mean square error to expect of the out and lse of a dense problem, element by element, and `spread`."""
+def forward_noise(
+    problem: Problem, out: Array, storage: np.dtype[Any], q_error: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """The root mean square error to expect of the out and lse of a dense problem, element by element, and `spread`.
+
+    `q_error`, like q, is by how much q's elements may be others than they are.
+    """
     q, k, v, *_, options = problem
     compute = np.dtype(np.float64 if storage == np.float64 else np.float32)
     unit, compute_unit = (float(ml_dtypes.finfo(x).eps) / 2 for x in (storage, compute))
@@ -215,6 +220,8 @@ def forward_noise(problem: Problem, out: Array, storage: np.dtype[Any]) -> tuple
     raw = reference._scores(q, k, softmax_scale, 0.0, None)
     size = reference._scores(np.abs(q), np.abs(k), softmax_scale, 0.0, None)
     size = size * (1 + q.shape[-1] / 128 + q.shape[-1] / 16 * alike(np, raw, size))
+    if q_error is not None:
+        size = size + reference._scores(q_error, np.abs(k), softmax_scale, 0.0, None) / compute_unit
     if softcap > 0:
         slope = 1 - (s / softcap) ** 2
         # Where tanh is flat, an error as large as its argument may yet turn its sign, and the score go all the way.
