@@ -333,6 +333,8 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
         )
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_tangents(operation.name, given)
+    if operation.changed:
+        return _in_place(operation, given, options)
     seen = not MEMORY.issuperset(map(type, given)) and _is_seen(operation, given)
     seen = seen or _transforms() or (_len_functions() > 0 and _key_included("PreDispatch"))
     seen = seen or (_len_modes() > 0 and _is_seen_by_modes(operation, given))
@@ -348,6 +350,29 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
             given = cast_to(operation, given, torch.get_autocast_dtype(device))
         with torch._C._DisableAutocast():
             results = _recorded(operation, given, options, seen)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _in_place(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
+    """`call` of what may change arrays in place: torch is told nothing of it, so that is refused which would need it.
+
+    Autocast leaves such arrays as they are: what is written into a copy would be lost.
+    """
+    seen = not MEMORY.issuperset(map(type, given)) and _is_seen(operation, given)
+    traced = _len_functions() > 0 and _key_included("PreDispatch")
+    if seen or traced or _transforms() or (_len_modes() > 0 and _is_traced_by_modes()):
+        raise UnsupportedError(
+            f"{operation.name}: the call is traced or transformed by torch, which would not see that "
+            f"{operation.changed[0]} changes in place; call it with tensors in memory, outside of transforms."
+        )
+    if torch.is_grad_enabled() and _requires_grad(*given):
+        pairs = zip(operation.arrays, given, strict=True)
+        name = next(name for name, array in pairs if array is not None and array.requires_grad)
+        raise UnsupportedError(
+            f"{operation.name}: {name} requires grad, but there are no gradients; pass {name}.detach(), or call under "
+            "torch.no_grad()."
+        )
+    results = _computed(operation, _viewed(operation, unwrap_dead_wrappers(given)), options)
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -401,6 +426,11 @@ def _is_seen_by_modes(operation: Operation, given: tuple[Any, ...]) -> bool:
     """Whether modes are to see the call: all but that of a given result, of which only some have to be told."""
     if all(given[index] is None for index in operation.written_indices):
         return True
+    return _is_traced_by_modes()
+
+
+def _is_traced_by_modes() -> bool:
+    """Whether modes work with tensors that stand for others."""
     kinds = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(kind) is not None for kind in (kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL))
 
@@ -413,7 +443,7 @@ def _computed(operation: Operation, arrays: Arrays, options: Options) -> list[An
 
 
 def _viewed(operation: Operation, given: tuple[Any, ...]) -> Arrays:
-    return _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
+    return _arrays.view(operation.name, operation.arrays, given, operation.uncopied_indices)
 
 
 def _name(key: str) -> str:
@@ -431,6 +461,8 @@ def compiled(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...
     numbers = (causal, left, right, *others)
     arrays = list(zip(operation.arrays, given, strict=True))
     inputs = [x for name, x in arrays if name not in operation.written]
+    if operation.changed:
+        return _outside("arrays that change in place", operation, given, asked)
     if not isinstance(inputs[0], torch.Tensor) or not all(x is None or isinstance(x, torch.Tensor) for x in inputs):
         return _outside("arrays that are no torch tensors", operation, given, asked)
     if any(x is not None for name, x in arrays if name in operation.written):

@@ -216,7 +216,8 @@ class KVCacheCase:
                 whole = min(first, ranges[0][1]) // self.page_size
                 table[b, :whole] = table[0, :whole]
             dead = table[b, -(-last // self.page_size) :]
-            dead[...] = rng.choice([-(2**31), -1, 0, count, 2**31 - 1], len(dead))
+            # A number that is another's page would let two write the same rows, where lengths are wild.
+            dead[...] = rng.choice([-(2**31), -1, count, 2**31 - 1, *([] if self.wild else [0])], len(dead))
         return table
 
     def rotary(self) -> dict[str, Array]:
@@ -401,6 +402,23 @@ def assert_kvcache_close(
     See Also
     --------
     assert_close : The same without caches.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cufa
+    >>> from cufa.testing import assert_kvcache_close
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 1, 8)).astype(np.float16)
+    >>> call = {"q": q, "k": k, "v": v, "cache_seqlens": np.zeros(1, np.int32), "causal": True}
+    >>> before, after = np.ones((2, 2, 1, 4, 1, 8), np.float16)
+    >>> out = cufa.attention_with_kvcache(k_cache=after[0], v_cache=after[1], **call)
+    >>> assert_kvcache_close(out, k_cache=before[0], v_cache=before[1], caches=(after[0], after[1]), **call)
+    >>> after[1, 0, 3] = 2
+    >>> assert_kvcache_close(out, k_cache=before[0], v_cache=before[1], caches=(after[0], after[1]), **call)
+    Traceback (most recent call last):
+        ...
+    AssertionError: v_cache is wrong in 8 of 32 elements
+      first v_cache[0, 3, 0, 0]: got 2.0, expected 1.0 to 1.0
     """
     call = {name: to_numpy(x) if hasattr(x, "shape") else x for name, x in call.items()}
     arrays: dict[str, Any] = dict.fromkeys(_ARRAYS) | {name: x for name, x in call.items() if name in _ARRAYS}
