@@ -135,7 +135,7 @@ def check_more(function: str, more: tuple[Any, ...], owners: Sequence[Owner]) ->
     """Check that there are as many further options as the owners have of their own."""
     names = [name for owner in owners for name in owner.option_names]
     if len(more) != len(names):
-        wanted = f"its own, and its score terms', are {', '.join(names)}" if names else "its score terms have none"
+        wanted = f"those of it and its score terms are {', '.join(names)}" if names else "its score terms have none"
         raise TypeError(f"{function}: {len(more)} further options are given; {wanted}.")
 
 

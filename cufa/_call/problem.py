@@ -31,6 +31,9 @@ MAX_HEAD_DIM = 256
 LONG = 8192
 """Rows of q from which on a sequence counts as long."""
 
+ROTARY = ("", "interleaved", "halves")
+"""Ways in which rows can be rotated: not, in pairs of columns side by side, or in pairs halfway apart."""
+
 FEW_KEYS = 128
 """Keys up to which a row sees them all in one small tile."""
 
@@ -111,8 +114,8 @@ class Static(NamedTuple):
     page_rows : int
         Of caches in pages: the rows from each multiple of so many on lie in one page side by side; a power of 2 up to
         `MAX_PAGE_ROWS`. 0 where caches are contiguous.
-    rotary : {'', 'interleaved', 'halves'}
-        Whether, and in which pairs of columns, rows of q and new ones of k are rotated.
+    rotary : str
+        One of `ROTARY`: how rows of q and new ones of k are rotated.
     appends : bool
         Whether new rows of k and v are written into caches first.
     q_copy_bytes : {16, 8, 4, 2}

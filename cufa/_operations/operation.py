@@ -157,8 +157,9 @@ _count = count()
 def made() -> tuple[Operation, ...]:
     """All operations that there are, in the order in which they were made."""
     from . import backward as _backward  # which adds those of cufa
+    from . import kvcache as _kvcache
 
-    assert _backward.ATTENTION_BACKWARD.of is not None
+    assert _backward.ATTENTION_BACKWARD.of is not None and _kvcache.ATTENTION_WITH_KVCACHE.changed
     return tuple(operation for _, operation in sorted(_MADE.items()))
 
 
