@@ -59,6 +59,9 @@ class PlanFacts(NamedTuple):
         return cls(*(getattr(problem, name) for name in cls._fields))
 
 
+_options.IMMUTABLE.add(PlanFacts)
+
+
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
     """How the work of calls with caches is divided: made on the device, from lengths that the host never reads.

@@ -10,6 +10,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import ArgumentError
@@ -91,7 +92,7 @@ _tuple = tuple.__new__
 """Makes an `Options` several times as fast as its own constructor does."""
 
 
-def of(function: str, asked: tuple[Any, ...], owners: Sequence[Owner] = ()) -> Options:
+def of(function: str, asked: tuple[Any, ...], owners: tuple[Owner, ...] = ()) -> Options:
     """The options of a call, given in the order of `Options`, or TypeError; whether their values will do, `check` says.
 
     Behind them come those that `owners` have of their own. Plain values come back as they are, in a fraction of a
@@ -121,8 +122,23 @@ def of(function: str, asked: tuple[Any, ...], owners: Sequence[Owner] = ()) -> O
     )
 
 
-def _more(function: str, asked: tuple[Any, ...], owners: Sequence[Owner]) -> tuple[tuple[str, Any], ...]:
+IMMUTABLE: set[type] = {bool, int, float, type(None)}
+"""Types of values that never change: what becomes of them is remembered."""
+
+
+def _more(function: str, asked: tuple[Any, ...], owners: tuple[Owner, ...]) -> tuple[tuple[str, Any], ...]:
     """Options of the owners' own, given in their order, with their names."""
+    if IMMUTABLE.issuperset(map(type, asked)):
+        return _more_known(function, owners, *asked)
+    return _more_of(function, owners, asked)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _more_known(function: str, owners: tuple[Owner, ...], *asked: Any) -> tuple[tuple[str, Any], ...]:
+    return _more_of(function, owners, asked)
+
+
+def _more_of(function: str, owners: tuple[Owner, ...], asked: tuple[Any, ...]) -> tuple[tuple[str, Any], ...]:
     check_more(function, asked, owners)
     found: list[tuple[str, Any]] = []
     for owner in owners:

@@ -786,20 +786,19 @@ def _check_overlap(operation: Operation, arrays: Arrays, problem: Problem, writt
     if memory is None:
         memory = problem.memo["memory"] = _Memory(arrays.layouts)
     pointers = arrays.pointers
-    first, last = (pointers[written] + side for side in memory.spans[written] or (0, 0))
-    for index, span in enumerate(memory.spans):
-        if span is None or index == written:
-            continue
+    own = pointers[written]
+    begin, end = memory.spans[written]
+    first, last = own + begin, own + end
+    for index, (begin, end) in memory.spans.items():
         pointer = pointers[index]
-        apart = pointer + span[0] >= last or first >= pointer + span[1]
-        if apart:
+        if pointer + begin >= last or first >= pointer + end or index == written:
             continue
-        shared = memory.shared(written, index, pointers[written] - pointer)
+        shared = memory.shared(written, index, own - pointer)
         if shared is not False:
-            own, other = operation.arrays[written], operation.arrays[index]
+            name, other = operation.arrays[written], operation.arrays[index]
             overlaps = "overlaps" if shared else "lies between the elements of, and may overlap,"
             raise ArgumentError(
-                f"{operation.name}: {own} {overlaps} {other}; pass one that shares no memory with the others."
+                f"{operation.name}: {name} {overlaps} {other}; pass one that shares no memory with the others."
             )
 
 
@@ -808,8 +807,8 @@ class _Memory:
 
     Attributes
     ----------
-    spans : list of (int, int) or None
-        The bytes from the address of each array at which its elements begin and end.
+    spans : dict of int to (int, int)
+        Of each array that is given, by its place: the bytes from its address at which its elements begin and end.
     """
 
     MAX_KNOWN = 64
@@ -817,7 +816,7 @@ class _Memory:
     def __init__(self, layouts: tuple[Layout | None, ...]) -> None:
         specs = [None if layout is None else layout[0].spec(layout) for layout in layouts]
         self._extents = [spec and _overlap.extent_of(spec, ITEMSIZE[spec.dtype]) for spec in specs]
-        self.spans = [extent and extent.span() for extent in self._extents]
+        self.spans = {index: extent.span() for index, extent in enumerate(self._extents) if extent is not None}
         self._known: dict[tuple[int, int, int], bool | None] = {}
 
     def shared(self, a: int, b: int, distance: int) -> bool | None:
