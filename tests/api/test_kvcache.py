@@ -264,3 +264,28 @@ def test_jax_arrays_cannot_change_in_place() -> None:
     arrays = {name: jax.numpy.asarray(x) for name, x in CASE.arrays().items()}
     with pytest.raises(NotImplementedError, match="attention_with_kvcache: JAX arrays cannot change in place"):
         cufa.attention_with_kvcache(**arrays)
+
+
+class Foreign:
+    """A NumPy array that shows nothing but DLPack, and copies itself unless it is told not to."""
+
+    device = "cpu"
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, *, copy: bool | None = None, **options: Any) -> Any:
+        return self.array.__dlpack__(copy=copy is None, **options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+
+def test_rows_are_appended_to_the_memory_of_foreign_arrays() -> None:
+    arrays, expected = CASE.arrays(), CASE.arrays()
+    foreign: dict[str, Any] = {name: Foreign(x) for name, x in arrays.items()}
+    out = np.empty_like(arrays["q"])
+    cufa.attention_with_kvcache(**foreign, out=Foreign(out))
+    assert same([out], [cufa.attention_with_kvcache(**expected)])
+    assert same([arrays[name] for name in CACHES], [expected[name] for name in CACHES])
+    assert not same([arrays["k_cache"]], [CASE.arrays()["k_cache"]])
