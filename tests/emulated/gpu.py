@@ -352,7 +352,7 @@ def call(
     arch, num_sms, order, changed
         As for `Gpu`.
     **options
-        Those of the operation: ``causal``, ``return_lse``, …, and those of its score terms.
+        Those of the operation: ``causal``, ``return_lse``, …, its own, and those of its score terms.
 
     Returns
     -------
@@ -373,7 +373,7 @@ def call(
     ['lse', 'out']
     """
     known = {name: default for name, default in DEFAULTS._asdict().items() if name != "more"}
-    own = [option for term in operation.terms for option in term.option_names]
+    own = [option for owner in operation.owners for option in owner.option_names]
     for kind, names, all_names in (("options", options, [*known, *own]), ("arrays", arrays, operation.arrays)):
         if strange := sorted({*names} - {*all_names}):
             raise TypeError(f"{operation.name}: there are no {kind} {', '.join(strange)}.")
@@ -383,6 +383,6 @@ def call(
         given = tuple(placed.get(name) for name in operation.arrays)
         found = _call.call(operation, given, asked)
         view = _arrays.view(operation.name, operation.arrays, given)
-        problem = _problem.check(operation, view, _options.of(operation.name, asked, operation.terms))
+        problem = _problem.check(operation, view, _options.of(operation.name, asked, operation.owners))
         results = found if isinstance(found, tuple) else (found,)
         return {each.name: array.numpy() for each, array in zip(problem.results, results, strict=True)}
