@@ -10,6 +10,10 @@ __all__ = [
     "CompileError",
     "CudaError",
     "MissingKernelError",
+    "OutOfPagesError",
+    "PagedBatch",
+    "PagedKVCache",
+    "PagedSequence",
     "UnsupportedError",
     "attention",
     "attention_backward",
@@ -36,7 +40,10 @@ if TYPE_CHECKING:
     from ._api.kvcache import attention_with_kvcache
     from ._api.stats import stats
     from ._api.warmup import warmup
-    from .errors import CompileError, CudaError, MissingKernelError, UnsupportedError
+    from ._pages.batch import PagedBatch
+    from ._pages.cache import PagedKVCache
+    from ._pages.sequence import PagedSequence
+    from .errors import CompileError, CudaError, MissingKernelError, OutOfPagesError, UnsupportedError
 
 _HOMES = {
     "attention": "_api.attention",
@@ -53,6 +60,10 @@ _HOMES = {
     "CompileError": "errors",
     "CudaError": "errors",
     "MissingKernelError": "errors",
+    "OutOfPagesError": "errors",
+    "PagedBatch": "_pages.batch",
+    "PagedKVCache": "_pages.cache",
+    "PagedSequence": "_pages.sequence",
     "UnsupportedError": "errors",
 }
 

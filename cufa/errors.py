@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CompileError", "CudaError", "MissingKernelError", "UnsupportedError"]
+__all__ = ["CompileError", "CudaError", "MissingKernelError", "OutOfPagesError", "UnsupportedError"]
 
 
 class ArgumentError(ValueError):
@@ -19,6 +19,10 @@ class CompileError(RuntimeError):
 
 class MissingKernelError(RuntimeError):
     """A kernel is not loaded and must not be compiled now; the message says how to have it loaded."""
+
+
+class OutOfPagesError(RuntimeError):
+    """A `cufa.PagedKVCache` has fewer pages left than an operation needs; the operation has changed nothing."""
 
 
 class CudaError(RuntimeError):

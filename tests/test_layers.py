@@ -170,6 +170,7 @@ def test_comments_point_to_what_is_there() -> None:
 
 ROOMS = (
     *("errors", "_driver", "_call", "_terms", "_kernels", "_compile", "_cpu", "_operations", "_bundles", "interop"),
+    "_pages",
     *("_api", "jax", "torch", "__init__", "_bench", "_cli", "__main__"),
 )
 """Of the package, in their order: a room imports from itself and from those before it."""
