@@ -55,6 +55,8 @@ demo: $(VENV)/.demo
 	@$(BIN)/python examples/quickstart.py
 	@echo
 	@$(BIN)/python examples/sentence_search.py
+	@echo
+	@$(BIN)/python examples/paged_generation.py
 
 # With a GPU its tests run after the others and one at a time, since they share its memory.
 test: $(VENV)/.test

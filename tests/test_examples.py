@@ -490,3 +490,80 @@ def test_the_gpu_learns_the_same(training: ModuleType, attention: str) -> None:
     dropping = tiny(training, attention, cupy, "float32", dropout=0.5, **sizes)
     assert np.isfinite(training.train(dropping, text, held_out)[0].training).all()
     assert len(training.write_on(dropping, text[:9], 3, 1.0)) == 3
+
+
+# A server of it -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def serving(training: ModuleType) -> ModuleType:
+    """It imports the module that `training` has loaded."""
+    return load("paged_generation")
+
+
+def serve(serving: ModuleType, xp: Any = np, pages: int = 14) -> tuple[Any, Any, list[Any]]:
+    """A model that was not trained, the server and the answers that it gave."""
+    model = serving.Transformer(xp, 7, serving.SIZE, serving.lm.cufa_attention, 0)
+    model.flat += xp.asarray(np.random.default_rng(1).normal(scale=0.1, size=model.flat.shape), dtype="float32")
+    requests = serving.make_requests(characters(1000), 7, count=5, temperature=0.5, seed=2)
+    server = serving.Server(model, pages, max_batch=6)
+    serving.serve(server, requests)
+    return model, server, [answer for request in requests for answer in request.answers]
+
+
+@needs_tqdm
+def test_serving_shares_pages_and_writes_the_same() -> None:
+    arguments = ("--steps", "20", "--requests", "8", "--pages", "16")
+    done = run("paged_generation.py", *arguments, OMP_NUM_THREADS="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^8 requests, \d+ answers: [\d,]+ characters, \d+ steps, [\d.]+ s\.$", done.stdout, re.MULTILINE)
+    for pattern in (r"prompts ([\d,]+) were in", r"(\d+) copied", r"(\d+) evicted", r"(\d+) answers preempted"):
+        number = re.search(pattern, done.stdout)
+        assert number and number[1] != "0", pattern
+    assert "\nAll are the same without a cache: " in done.stdout
+
+
+@needs_tqdm
+def test_a_served_request_gives_all_pages_back(serving: ModuleType) -> None:
+    model, server, answers = serve(serving)
+    serving.check(model, answers)
+    assert all(answer.finished for answer in answers)
+    assert len({tuple(answer.written) for answer in answers}) == len(answers)
+    assert not server.running and not server.waiting and server.preemptions
+    assert server.cache.stats().held == 0
+
+
+@needs_tqdm
+def test_the_check_of_answers_catches_a_wrong_attention(serving: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = serving.cufa.attention_with_kvcache
+    monkeypatch.setattr(
+        serving.cufa, "attention_with_kvcache", lambda q, *rest, **options: right(q * np.float32(0.5), *rest, **options)
+    )
+    model, _, answers = serve(serving, pages=40)
+    with pytest.raises(SystemExit, match=r"answer \d+ differs at character \d+ from one without a cache"):
+        serving.check(model, answers)
+
+
+@needs_tqdm
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pages", "11"], "--pages 11: one answer may need 12"),
+        (["--max-batch", "2"], "--max-batch 2: a request asks for up to 3 answers at once"),
+        (["--requests", "0"], "argument --requests: invalid positive value: '0'"),
+    ],
+    ids=["pages", "batch", "no request"],
+)
+def test_serving_says_what_is_wrong(arguments: list[str], message: str) -> None:
+    done = run("paged_generation.py", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"paged_generation.py: error: {message}"
+
+
+@needs_tqdm
+@pytest.mark.gpu
+def test_the_gpu_serves_the_same(serving: ModuleType) -> None:
+    cupy = pytest.importorskip("cupy")
+    model, server, answers = serve(serving, cupy)
+    serving.check(model, answers)
+    assert server.preemptions and server.cache.stats().copies
