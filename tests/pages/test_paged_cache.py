@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -503,3 +506,41 @@ def test_cupy() -> None:
 def test_no_framework_is_imported() -> None:
     program = "import sys, cufa; cufa.PagedKVCache; print(sorted({'cupy', 'torch', 'jax'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"
+
+
+# With attention -----------------------------------------------------------------------------------------
+
+
+def test_the_loop_of_the_docs_writes_what_it_would_without_a_cache() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "paging.md").read_text()
+    blocks = re.findall(r"^( *)```python\n(.*?)^ *```", page, re.MULTILINE | re.DOTALL)
+    run = [textwrap.dedent(block) for _, block in blocks if "import torch" not in block]
+    assert len(run) == len(blocks) - 1 == 3
+    names: dict[str, Any] = {}
+    exec(run[0], names)
+    embedding, weights = names["embedding"], names["weights"]
+
+    def logits(tokens: list[int]) -> np.ndarray:
+        """Those behind every token, by whole attention."""
+        x = embedding[tokens]
+        for weight in weights:
+            q, k, v = (x @ weight).reshape(len(x), 3, 4, 32).swapaxes(0, 1)[:, None]
+            x = x + cufa.attention(q, k, v, causal=True)[0].reshape(len(x), -1)
+        return x @ embedding.T
+
+    prompts, texts = names["prompts"], names["texts"]
+    pairs = [(prompt, text) for prompt in prompts for text in texts if text[: len(prompt)] == prompt]
+    assert len(pairs) == len(texts) == 8 and all(len(text) == 96 for text in texts)
+    for prompt, text in pairs:
+        scores = logits(text[:-1])[len(prompt) - 1 :]
+        chosen = scores[np.arange(len(scores)), text[len(prompt) :]]
+        np.testing.assert_allclose(chosen, scores.max(axis=-1), rtol=1e-5)
+    stats = names["cache"].stats()
+    assert stats.cached_tokens and stats.evictions
+    for block in run[1:]:
+        exec(block, names)
+    assert names["cache"].stats().copies == 2
+    for beam in names["beams"]:
+        names["cache"].append(beam, [3])
+        names["batch"].update([beam])
+        np.testing.assert_allclose(names["forward"]([3])[0], logits(beam.tokens)[-1], rtol=1e-4, atol=1e-4)
