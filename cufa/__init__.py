@@ -23,6 +23,8 @@ __all__ = [
     "cache",
     "explain",
     "is_available",
+    "merge_states",
+    "merge_states_backward",
     "reference",
     "show_config",
     "stats",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from ._api.config import is_available, show_config
     from ._api.explain import explain
     from ._api.kvcache import attention_with_kvcache
+    from ._api.states import merge_states, merge_states_backward
     from ._api.stats import stats
     from ._api.warmup import warmup
     from ._pages.batch import PagedBatch
@@ -54,6 +57,8 @@ _HOMES = {
     "cache": "_api.cache",
     "explain": "_api.explain",
     "is_available": "_api.config",
+    "merge_states": "_api.states",
+    "merge_states_backward": "_api.states",
     "show_config": "_api.config",
     "stats": "_api.stats",
     "warmup": "_api.warmup",

@@ -101,6 +101,15 @@ host does not wait to see them: ``cache_seqlens`` is clamped to [0, capacity], `
 caches, pages and positions to those that there are; ``length`` is at most the capacity, and new rows beyond it, or in a
 cache or page that is not there, are dropped. The function of this module does the same.
 
+**States.** A state is what attention over some of a row's keys gives, out and lse. That over all of them is merged from
+states ``s`` of disjoint parts of the keys:
+
+- ``lse = ln(sum over s of exp(lse_s))``, ``w_s = exp(lse_s - lse)`` and ``out = sum over s of w_s out_s``
+- ``dout_s = w_s dout`` and ``dlse_s = w_s (dout · out_s - dout · out + dlse)``
+
+A state without keys, whose lse is ``-inf``, counts nowhere, whatever its out holds, and has no gradient. One whose lse
+is ``+inf``, as a score or a sink of ``+inf`` makes it, takes all weight; several share it.
+
 Source: Dao et al., *FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness*, 2022; ALiBi
 after Press et al., *Train Short, Test Long*, 2022; softcap after *Gemma 2*, 2024; sinks are the learned
 denominators of Xiao et al., *Efficient Streaming Language Models with Attention Sinks*, 2024.
@@ -128,6 +137,8 @@ __all__ = [
     "attention_varlen",
     "attention_varlen_backward",
     "attention_with_kvcache",
+    "merge_states",
+    "merge_states_backward",
 ]
 
 Array: TypeAlias = NDArray[Any]
@@ -989,3 +1000,107 @@ def _weighted_sum(p: Array, v: Array, keep: NDArray[np.bool_]) -> Array:
     for j in np.flatnonzero(~finite):  # 0 · NaN is NaN, but a removed key must contribute nothing
         out = out + np.where(keep[:, j, None], p[..., j, None] * v_heads[:, :, j, None], 0)
     return out.swapaxes(1, 2)
+
+
+def merge_states(
+    out_a: ArrayLike, lse_a: ArrayLike, out_b: ArrayLike | None = None, lse_b: ArrayLike | None = None
+) -> tuple[Array, Array]:
+    """The state of all keys from those of two parts of them, or of several along the first axis.
+
+    Parameters
+    ----------
+    out_a, out_b : array_like, (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)
+        Of two parts. Without `out_b` those of several, behind a first axis of `out_a`.
+    lse_a, lse_b : array_like, (batch, num_heads, seqlen_q) or (num_heads, total_q)
+
+    Returns
+    -------
+    out, lse : array
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cufa import reference
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 8, 2, 16))
+    >>> parts = [reference.attention(q, k[:, i], v[:, i], return_lse=True) for i in (slice(3), slice(3, 8))]
+    >>> out, lse = reference.merge_states(*parts[0], *parts[1])
+    >>> np.allclose(out, reference.attention(q, k, v))
+    True
+    """
+    outs, lses = _states(out_a, lse_a, out_b, lse_b)
+    weights, lse = _weights(lses)
+    return np.sum(_along(weights) * _live(outs, lses), axis=0), lse
+
+
+def merge_states_backward(
+    dout: ArrayLike,
+    out_a: ArrayLike,
+    lse_a: ArrayLike,
+    out_b: ArrayLike | None = None,
+    lse_b: ArrayLike | None = None,
+    *,
+    dlse: ArrayLike | None = None,
+) -> tuple[Array, ...]:
+    """The gradients of `merge_states`.
+
+    Parameters
+    ----------
+    dout, dlse : array_like
+        By what it returned; dlse is 0 if None.
+    out_a, lse_a, out_b, lse_b : array_like
+        What it was called with.
+
+    Returns
+    -------
+    dout_a, dlse_a : array
+    dout_b, dlse_b : array
+        Only with `out_b`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cufa import reference
+    >>> outs, lses, dout = np.ones((3, 5, 2, 16)), np.zeros((3, 2, 5)), np.ones((5, 2, 16))  # three alike
+    >>> douts, dlses = reference.merge_states_backward(dout, outs, lses)
+    >>> np.allclose(douts, dout / 3) and np.allclose(dlses, 0)
+    True
+    """
+    outs, lses = _states(out_a, lse_a, out_b, lse_b)
+    weights, _ = _weights(lses)
+    gradient = np.asarray(dout, np.float64)
+    deltas = np.sum(gradient * _live(outs, lses), axis=-1).swapaxes(-1, -2)
+    mean = np.sum(weights * deltas, axis=0)
+    dlses = weights * (deltas - mean + (0.0 if dlse is None else np.asarray(dlse, np.float64)))
+    douts, dlses = _live(_along(weights) * gradient, lses), np.where(np.isneginf(lses), 0.0, dlses)
+    return (douts, dlses) if out_b is None else (douts[0], dlses[0], douts[1], dlses[1])
+
+
+def _states(
+    out_a: ArrayLike, lse_a: ArrayLike, out_b: ArrayLike | None, lse_b: ArrayLike | None
+) -> tuple[Array, Array]:
+    """out and lse of all states behind each other."""
+    outs, lses = np.asarray(out_a, np.float64), np.asarray(lse_a, np.float64)
+    if out_b is None or lse_b is None:
+        return outs, lses
+    return np.stack([outs, np.asarray(out_b, np.float64)]), np.stack([lses, np.asarray(lse_b, np.float64)])
+
+
+def _weights(lses: Array) -> tuple[Array, Array]:
+    """What states of such lse count in the merged one, and its lse."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        largest = np.fmax.reduce(lses, axis=0, initial=-np.inf)
+        counts = np.where(lses == largest, 1.0, np.exp(lses - largest))  # +inf beside +inf, too
+        counts[np.isneginf(lses)] = 0.0
+        total = np.sum(counts, axis=0)
+        weights = np.where(np.isneginf(lses), 0.0, counts / total)
+        return weights, np.where(total == 0.0, -np.inf, largest + np.log(total))
+
+
+def _along(x: Array) -> Array:
+    """What belongs to (heads, rows), for (rows, heads, columns)."""
+    return x.swapaxes(-1, -2)[..., None]
+
+
+def _live(outs: Array, lses: Array) -> Array:
+    """out of states, with zeros where they have no keys."""
+    return np.where(_along(np.isneginf(lses)), 0.0, outs)

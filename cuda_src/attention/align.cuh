@@ -2,6 +2,7 @@
 // Threads write whole 16-byte chunks and read as wide as the array allows.
 #pragma once
 
+#include "attention/chunk_index.cuh"
 #include "core/types.cuh"
 #include "tile/copy.cuh"
 
@@ -20,40 +21,6 @@ struct AlignParams {
   i32 columns[arrays];         // columns of the arrays; columns of a copy behind them are zeros
   i32 chunk_axes[arrays];
   i32 copy_bytes[arrays];  // bytes that can be read at once; 2: single elements, with any column stride
-};
-
-// A chunk by its index along each axis, or how far two chunks are apart. Indices along all axes but the last are less
-// than the extents.
-struct ChunkIndex {
-  u32 along[AlignParams::axes];
-
-  ChunkIndex(u32 number, const i32* extents) {
-#pragma unroll
-    for (int axis = 0; axis < AlignParams::axes - 1; ++axis) {
-      along[axis] = number % u32(extents[axis]);
-      number /= u32(extents[axis]);
-    }
-    along[AlignParams::axes - 1] = number;
-  }
-
-  // Carries instead of dividing: the divisions of 64 bits that large arrays would need are slow.
-  void advance(const ChunkIndex& step, const i32* extents) {
-    u32 carry = 0;
-#pragma unroll
-    for (int axis = 0; axis < AlignParams::axes - 1; ++axis) {
-      along[axis] += step.along[axis] + carry;
-      carry = along[axis] >= u32(extents[axis]);
-      if (carry) along[axis] -= extents[axis];
-    }
-    along[AlignParams::axes - 1] += step.along[AlignParams::axes - 1] + carry;
-  }
-
-  i64 element(const i64* steps) const {
-    i64 sum = 0;
-#pragma unroll
-    for (int axis = 0; axis < AlignParams::axes; ++axis) sum += along[axis] * steps[axis];
-    return sum;
-  }
 };
 
 // The first `columns` elements of a chunk, then zeros: the elements behind may be another array's, and are not read.
@@ -78,7 +45,7 @@ template <int copy_bytes, bool side_by_side>
 inline void align_chunks(const AlignParams& params, int array, ChunkIndex index, const ChunkIndex& step) {
   const i32* const extents = params.extents[array];
 #pragma unroll 1
-  while (index.along[AlignParams::axes - 1] < u32(extents[AlignParams::axes - 1])) {
+  while (index.is_inside(extents)) {
     const int chunk = params.chunk_axes[array] == 0 ? index.along[0] : index.along[1];
     const uint4 words = load_columns<copy_bytes>(
         static_cast<const u16*>(params.sources[array]) + index.element(params.source_steps[array]),
@@ -91,6 +58,7 @@ inline void align_chunks(const AlignParams& params, int array, ChunkIndex index,
 
 template <class Config>
 inline void align(const AlignParams& params) {
+  static_assert(AlignParams::axes == ChunkIndex::axes);
   static_assert(Config::num_threads % 32 == 0, "whole warps, whose lanes read side by side");
   // Unrolled, so that what is known of an array is read where it is needed, and takes no registers.
 #pragma unroll

@@ -30,10 +30,8 @@ from .._call.problem import (
 )
 from .._compile.used import Use
 from .._kernels import Plan, align, choose
-from .._operations.backward import BACKWARD
 from .._operations.call import chosen as chosen_kernel
-from .._operations.forward import FORWARD
-from .._operations.kvcache import KVCACHE
+from .._operations.operation import made
 from .._operations.sketch import OPERATIONS, Layout, sketch
 
 FEATURES = {
@@ -245,8 +243,8 @@ def plans_used(uses: Iterable[Use], arch: int) -> tuple[list[Plan], list[str]]:
     found: dict[Plan, None] = {}
     unknown: dict[str, None] = {}
     for use in uses:
-        known = (FORWARD, BACKWARD, KVCACHE)
-        kernels = next((each for each in known if use.kernel in [kernel.name for kernel in each]), None)
+        serving = (each.kernels for each in made())
+        kernels = next((each for each in serving if use.kernel in [kernel.name for kernel in each]), None)
         if use.static is None and use.kernel == align.ALIGN.name:
             found[align.plan_for(arch)] = None
         elif use.static is None or kernels is None:

@@ -171,7 +171,7 @@ def view(function: str, names: tuple[str, ...], given: tuple[Any, ...], written:
                 pointers.append(0)
                 layouts.append(None)
                 continue
-            adapter = _ADAPTERS.get(type(array)) or _find_adapter(function, names[index], array)
+            adapter = _ADAPTERS.get(type(array)) or _find_adapter(function, names[index], array, names[0])
             pointer, layout = adapter.view_written(array) if index in written else adapter.view(array)
             if not pointer:
                 adapter.check_memory(array)
@@ -483,14 +483,14 @@ def register(array_type: type, adapter: Adapter) -> None:
     _ADAPTERS[array_type] = adapter
 
 
-def _find_adapter(function: str, name: str, array: Any) -> Adapter:
-    """The adapter of an array whose type is not in `_ADAPTERS`; it is remembered."""
+def _find_adapter(function: str, name: str, array: Any, leading: str = "") -> Adapter:
+    """The adapter of an array whose type is not in `_ADAPTERS`; it is remembered. `leading` is a call's first array."""
     array_type = type(array)
     known = _OTHERS.get(array_type)
     if known is not None:
         return known
     if is_jax(array):
-        raise TypeError(f"{function}: {name} is a jax array but q is not one; pass arrays of one framework.")
+        raise TypeError(f"{function}: {name} is a jax array but {leading} is not one; pass arrays of one framework.")
     for module, attribute, kind in _KNOWN:
         found = getattr(sys.modules.get(module), attribute, None)
         if found is not None and isinstance(array, found):

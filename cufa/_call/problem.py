@@ -382,8 +382,12 @@ class Check:
         *batch, seqlen_q, num_heads_q, _ = self.specs["q"].shape
         return (*batch, num_heads_q, seqlen_q)
 
+    def together(self) -> Sequence[str]:
+        """The arrays that must agree in dtype, the first of which is never None."""
+        return self.heads
+
     def lse_dtypes(self) -> tuple[str, ...]:
-        return ("float64", "float32") if self.specs["q"].dtype == "float64" else ("float32",)
+        return ("float64", "float32") if self.specs[self.together()[0]].dtype == "float64" else ("float32",)
 
     def batch(self) -> int:
         """How many sequences there are, as far as that is known before offsets are checked."""
@@ -403,30 +407,35 @@ class Check:
 
     def check_together(self) -> None:
         """One framework, one device, one dtype."""
-        q = self.specs["q"]
+        together = self.together()
+        leading = together[0]
+        first = self.specs[leading]
         for name, spec in self.specs.items():
-            if spec.framework != q.framework:
+            if spec.framework != first.framework:
                 self.type_error(
-                    f"{name} is a {spec.framework} array but q is a {q.framework} one; pass arrays of one framework."
+                    f"{name} is a {spec.framework} array but {leading} is a {first.framework} one; pass arrays of one "
+                    "framework."
                 )
         for name, spec in self.specs.items():
-            if spec.device != q.device:
+            if spec.device != first.device:
                 self.value_error(
-                    f"{name} is on {device_name(spec.device)} but q is on {device_name(q.device)}; pass arrays on one "
-                    "device."
+                    f"{name} is on {device_name(spec.device)} but {leading} is on {device_name(first.device)}; pass "
+                    "arrays on one device."
                 )
-        supported = CPU_DTYPES if q.device == CPU else tuple(GPU_DTYPES)
-        for name in self.heads:
+        supported = CPU_DTYPES if first.device == CPU else tuple(GPU_DTYPES)
+        for name in together:
             spec = self.specs[name]
             if spec.dtype not in CPU_DTYPES:
                 self.value_error(f"{name} has dtype {spec.dtype}; pass {listed(supported)}.")
-            if spec.dtype != q.dtype:
+            if spec.dtype != first.dtype:
                 self.value_error(
-                    f"{name} has dtype {spec.dtype} but q has {q.dtype}; {listed(self.heads, 'and')} must agree."
+                    f"{name} has dtype {spec.dtype} but {leading} has {first.dtype}; {listed(together, 'and')} must "
+                    "agree."
                 )
-        if q.dtype not in supported:
+        if first.dtype not in supported:
             self.unsupported(
-                f"{q.dtype} on a GPU is not supported; pass {listed(supported)}, or NumPy arrays to compute on the CPU."
+                f"{first.dtype} on a GPU is not supported; pass {listed(supported)}, or NumPy arrays to compute on the "
+                "CPU."
             )
         for name, spec in self.specs.items():
             itemsize = ITEMSIZE.get(spec.dtype, 1)
@@ -495,6 +504,14 @@ class Check:
             self.value_error(f"{name} has shape {spec.shape}; {expected} is expected.")
         return spec
 
+    def check_like(self, name: str, shape: tuple[int, ...], *dtypes: str) -> None:
+        """An array that is given, whose shape and dtype follow from others."""
+        spec = self.specs[name]
+        if spec.shape != shape:
+            self.value_error(f"{name} has shape {spec.shape}; {shape} is expected.")
+        if spec.dtype not in dtypes:
+            self.value_error(f"{name} has dtype {spec.dtype}; pass {' or '.join(dtypes)}.")
+
     def check_written(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
         spec = self.specs.get(name)
         if spec is None:
@@ -502,7 +519,7 @@ class Check:
         if spec.shape != shape:
             self.value_error(f"{name} has shape {spec.shape}; {shape} is expected.")
         if spec.dtype != dtype:
-            self.value_error(f"{name} has dtype {spec.dtype} but q has {dtype}; they must agree.")
+            self.value_error(f"{name} has dtype {spec.dtype} but {self.together()[0]} has {dtype}; they must agree.")
         if spec.copied:
             self.value_error(
                 f"{name} exports a copy of its memory, so that what is written there would be lost; pass an array that "
@@ -589,13 +606,9 @@ class AttentionCheck(Check):
 
     def check_belonging(self, name: str, shape: tuple[int, ...], *dtypes: str) -> None:
         """A result of the forward, or the gradient by one."""
-        spec = self.specs.get(name)
-        if spec is None:
+        if name not in self.specs:
             self.type_error(f"{name} is None; pass what belongs to the forward's results.")
-        if spec.shape != shape:
-            self.value_error(f"{name} has shape {spec.shape}; {shape} is expected.")
-        if spec.dtype not in dtypes:
-            self.value_error(f"{name} has dtype {spec.dtype}; pass {' or '.join(dtypes)}.")
+        self.check_like(name, shape, *dtypes)
 
 
 class _CallCheck(AttentionCheck):

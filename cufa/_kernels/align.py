@@ -9,13 +9,9 @@ from typing import Any, NamedTuple
 from .._call.align import Copies
 from .._call.problem import Static
 from .._driver.launch import Argument
+from .chunks import ROW_THREADS, threads_of
 from .kernel import Kernel, Plan
 from .record import Record
-
-ROW_THREADS = 256
-
-LARGE_SMS = (80, 90, 100, 103)
-"""Compute capabilities whose SMs hold 2048 threads; those of others hold 1536 at least."""
 
 COPIED_ARRAYS, COPIED_AXES = 4, 4
 """Arrays that a launch may copy, and axes of each: ``attention::AlignParams``."""
@@ -57,8 +53,7 @@ class Align(Kernel):
     record = "AlignParams"
 
     def config(self, static: Static | None, arch: int) -> ConfigAlign:
-        blocks = (2048 if arch in LARGE_SMS else 1536) // ROW_THREADS
-        return ConfigAlign(num_threads=ROW_THREADS, blocks_per_sm=blocks)
+        return ConfigAlign(num_threads=ROW_THREADS, blocks_per_sm=threads_of(arch) // ROW_THREADS)
 
     def blocks_per_sm(self, config: ConfigAlign) -> int:
         return config.blocks_per_sm

@@ -38,7 +38,7 @@ class Operation:
     name : str
         As messages name it.
     arrays : tuple of str
-        Its array arguments, in the order in which they are handed on: q first, which is never None.
+        Its array arguments, in the order in which they are handed on. The first is never None.
     written : tuple of str
         Those of them that are results, which a caller may give.
     changed : tuple of str
@@ -63,7 +63,12 @@ class Operation:
         Those of its own, which come behind the common ones.
     of : Operation or None
         The operation whose gradients it computes. Their names are those of its arrays behind a d: ``dq``, ``dsinks``.
-        Beside its arrays and its results ``out`` and ``lse`` it takes ``dout`` and ``dlse``, which may be None.
+        Of its arrays and results it takes those that it reads, and the gradients by its results: ``dout``, and
+        ``dlse``, which may be None.
+    rows : tuple of str
+        The arrays that end with (rows, heads, columns), behind an axis of the batch where sequences are not packed.
+    gives : tuple of str
+        Names of the results, in their order; some calls give but the first of them.
     """
 
     name: str
@@ -79,6 +84,8 @@ class Operation:
     changed: tuple[str, ...] = ()
     check_values: Callable[[Problem, Arrays], None] | None = None
     options: tuple[Option, ...] = ()
+    rows: tuple[str, ...] = ("q", "k", "v")
+    gives: tuple[str, ...] = ("out", "lse")
 
     def __post_init__(self) -> None:
         number = next(_count)
@@ -156,19 +163,21 @@ _count = count()
 
 def made() -> tuple[Operation, ...]:
     """All operations that there are, in the order in which they were made."""
-    from . import backward as _backward  # which adds those of cufa
-    from . import kvcache as _kvcache
-
-    assert _backward.ATTENTION_BACKWARD.of is not None and _kvcache.ATTENTION_WITH_KVCACHE.changed
+    _make_all()
     return tuple(operation for _, operation in sorted(_MADE.items()))
 
 
 def gradients_of(operation: Operation) -> Operation | None:
     """The operation that computes the gradients of another; None if there is none."""
-    from . import backward as _backward  # which adds those of cufa
-
-    assert _backward.ATTENTION_BACKWARD.of is not None
+    _make_all()
     return _GRADIENTS.get(operation)
+
+
+def _make_all() -> None:
+    """Import those of cufa, each of which adds itself."""
+    from . import backward, kvcache, states
+
+    assert None not in (backward.ATTENTION_BACKWARD.of, kvcache.ATTENTION_WITH_KVCACHE, states.MERGE_STATES_BACKWARD.of)
 
 
 def by_key(key: str) -> Operation:

@@ -103,16 +103,21 @@ def axes_of(call: Call, layouts: tuple[Layout, ...], kind: str) -> Axes | None:
     operation = call.operation
     shapes = dict(zip(call.names, (layout[1] for layout in layouts), strict=True))
     given = dict(zip(call.names, layouts, strict=True))
-    known = dict.fromkeys("qkv", 0 if kind == "batch" else -2)
+    known = {name: -4 if kind == "batch" else -2 for name in operation.rows if name in shapes}
     if not all(term.foldable for term in call.problem(layouts).terms):
         return None
-    if (kind == "batch" and operation.packed) or 0 in (shapes["q"][known["q"]], shapes["k"][known["k"]]):
+    if any(-axis > len(shapes[name]) for name, axis in known.items()):  # sequences are packed
+        return None
+    counts = {shapes[name][axis] for name, axis in known.items()}
+    if 0 in counts:
         return None
     if operation.of is not None:
-        known |= _of_results(call, given, kind)
+        of_results = _of_results(call, given, kind)
+        if of_results is None:
+            return None
+        known |= of_results
     known = {name: axis % len(shapes[name]) for name, axis in known.items() if name in shapes}
     factor = 1 + max((max(shape, default=1) for shape in shapes.values()), default=1)
-    counts = {shapes[name][known[name]] for name in "qk"}
     others = [name for name in shapes if name not in known]
     grown = {name: _grow(shapes[name], axis, factor) for name, axis in known.items()}
     for chosen in product(*(_candidates(shapes[name], counts) for name in others)):
@@ -123,16 +128,18 @@ def axes_of(call: Call, layouts: tuple[Layout, ...], kind: str) -> Axes | None:
         axes = known | dict(zip(others, chosen, strict=True))
         if kind == "batch":
             for name, axis in zip(others, chosen, strict=True):
-                longer = {name: (factor * shapes["q"][0], *shapes[name])}
+                longer = {name: (factor * min(counts), *shapes[name])}
                 if axis is None and _asked(call, layouts, grown | found | longer):
                     axes[name] = NEW
         results = _grown(call.problem(layouts), problem, factor)
-        return None if results is None else Axes(tuple(axes[name] for name in call.names), results)
+        if results is None or (operation.of is None and None in results):  # gradients alone are sums over them
+            return None
+        return Axes(tuple(axes[name] for name in call.names), results)
     return None
 
 
-def _of_results(call: Call, given: dict[str, Layout], kind: str) -> dict[str, int]:
-    """The axes of out and lse, and of the gradients by them, which are those of the forward's results."""
+def _of_results(call: Call, given: dict[str, Layout], kind: str) -> dict[str, int] | None:
+    """The axes of the forward's results, and so of the gradients by them; None if that cannot be told."""
     forward = call.operation.of
     assert forward is not None
     names = [name for name in forward.arrays if name in given and name not in forward.written]
@@ -140,10 +147,12 @@ def _of_results(call: Call, given: dict[str, Layout], kind: str) -> dict[str, in
     inner = Call(forward, tuple(map(forward.arrays.index, names)), options)
     axes = axes_of(inner, tuple(given[name] for name in names), kind)
     if axes is None:
-        return {}
-    out, lse = axes.results
-    assert out is not None and lse is not None
-    return {"out": out, "dout": out, "lse": lse, "dlse": lse}
+        return None
+    found: dict[str, int] = {}
+    for name, axis in zip(forward.gives, axes.results, strict=False):
+        assert axis is not None
+        found |= {name: axis, f"d{name}": axis}
+    return found
 
 
 def _candidates(shape: Shape, counts: set[int]) -> Iterator[int | None]:

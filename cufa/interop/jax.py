@@ -62,15 +62,16 @@ def view(operation: Operation, given: tuple[Any, ...]) -> Arrays:
     layouts: list[Layout | None] = []
     for name, array in zip(operation.arrays, given, strict=True):
         if array is not None:
-            _check_readable(operation.name, name, array)
+            _check_readable(operation.name, operation.arrays[0], name, array)
         layouts.append(None if array is None else layout_of(tuple(array.shape), np.dtype(array.dtype), _device(array)))
     return Arrays(given, [0] * len(given), tuple(layouts))
 
 
-def _check_readable(function: str, name: str, array: Any) -> None:
+def _check_readable(function: str, leading: str, name: str, array: Any) -> None:
     if not isinstance(array, jax.Array):
         raise TypeError(
-            f"{function}: {name} is a {type(array).__name__} but q is a jax array; pass arrays of one framework."
+            f"{function}: {name} is a {type(array).__name__} but {leading} is a jax array; pass arrays of one "
+            "framework."
         )
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
         raise ValueError(f"{function}: {name} has dtype {array.dtype}, which is no number; pass an array of numbers.")
@@ -129,24 +130,27 @@ def _differentiable(call: Call, device: int, deterministic: bool) -> Any:
     gradients = gradients_of(call.operation)
     if gradients is None:
         return _once(call, device)
-    whole = _once(call._replace(options=call.options._replace(return_lse=True)), device)
+    gives, reads_lse = call.operation.gives, "lse" in gradients.arrays
+    whole_options = call.options._replace(return_lse=call.options.return_lse or reads_lse)
+    whole = _once(call._replace(options=whole_options), device)
     options = call.options._replace(return_lse=False, deterministic=deterministic)
 
     def forward(*primals: Any) -> tuple[Any, Any]:
         arrays = tuple(primal.value for primal in primals)
-        out, lse = whole(*arrays)
-        return (out, lse) if call.options.return_lse else (out,), (arrays, out, lse)
+        results = whole(*arrays)
+        asked_for = results if whole_options == call.options else results[:-1]
+        return asked_for, (arrays, results)
 
     def backward(saved: Any, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
-        arrays, out, lse = saved
-        dout, dlse = (*map(_known, cotangents), None)[:2]
-        named = dict(zip(call.names, arrays, strict=True)) | {"out": out, "lse": lse, "dlse": dlse}
-        named["dout"] = jax.numpy.zeros_like(out) if dout is None else dout
+        arrays, results = saved
+        named = dict(zip(call.names, arrays, strict=True)) | dict(zip(gives, results, strict=False))
+        for name, result, cotangent in zip(gives, results, map(_known, cotangents), strict=False):
+            named[f"d{name}"] = jax.numpy.zeros_like(result) if cotangent is None and name != "lse" else cotangent
         present = tuple(index for index, name in enumerate(gradients.arrays) if named.get(name) is not None)
         asked = Call(gradients, present, options)
         given = [named[name] for name in asked.names]
-        results = asked.problem(_layouts(device, *given)).results
-        found = dict(zip((each.name for each in results), _once(asked, device)(*given), strict=True))
+        gradient_names = (each.name for each in asked.problem(_layouts(device, *given)).results)
+        found = dict(zip(gradient_names, _once(asked, device)(*given), strict=True))
         return tuple(_like(array, found.get(f"d{name}")) for name, array in zip(call.names, arrays, strict=True))
 
     raw = _raw(call, device)

@@ -28,6 +28,7 @@ from .._call.problem import Problem
 from .._operations import call as _call
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
 from .._operations.operation import Operation, by_key, gradients_of
+from .._operations.states import MERGE_STATES
 from .._terms import TERMS
 from ..errors import UnsupportedError
 
@@ -78,7 +79,11 @@ class Operator:
         self._given = _picked(operation.arrays, self.inputs)
         self._inputs = _picked(self.inputs, operation.arrays)
         if self.gradients is not None:
-            self._backward = _picked(self.gradients.arrays, (*self.inputs, "out", "lse", "dout", "dlse"))
+            read, gives = self.gradients.arrays, operation.gives
+            known = (*self.inputs, *gives)
+            self._kept = [index for index, name in enumerate(known) if name in read]
+            kept = (known[index] for index in self._kept)
+            self._backward = _picked(read, (*kept, *(f"d{name}" for name in gives)))
         self._ways: dict[Any, tuple[int | None, ...]] = {}
         self.name = name = _free_name(operation)
         LIBRARY.define(name + self.schema(), tags=(torch.Tag.pt2_compliant_tag,))
@@ -165,7 +170,7 @@ class Operator:
     def recorded(self, keyset: Any, given: tuple[Any, ...], options: Options) -> list[Any]:
         """The results, with a history; `keyset` is where to go on, or None for tensors in memory."""
         whole = options
-        if self.gradients is not None and not options.return_lse:  # which the gradients read
+        if self.gradients is not None and "lse" in self.gradients.arrays and not options.return_lse:
             whole = Options._make((*options[:4], True, *options[5:]))
         # The base class's, since that of its own binds arguments to a signature on every call.
         results = super(torch.autograd.Function, self.function).apply(keyset, whole, *self.inputs_of(given))  # type: ignore[misc]
@@ -189,7 +194,9 @@ class Operator:
             return
         _, options, *inputs = arguments
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, *results)
+        known = *inputs, *results, *[None] * (len(self.operation.gives) - len(results))
+        ctx.save_for_backward(*(known[index] for index in self._kept))
+        ctx.given = [(result.shape, result.dtype) for result in results]
         ctx.options, ctx.ways = options, self.ways(inputs, options)
         if True in compress(ctx.needs_input_grad[2:], map(_is_none, ctx.ways)):
             needed = zip(self.inputs, ctx.ways, ctx.needs_input_grad[2:], strict=True)
@@ -220,14 +227,16 @@ class Operator:
                 f"{self.operation.name}: a result is differentiated, and there are no gradients of it: those of "
                 "attention are not differentiated again. Pass tensor.detach()."
             )
-        *saved, out, lse = ctx.saved_tensors
-        dout, dlse = dresults
-        if dout is None:
-            dout = torch.zeros_like(out)
+        saved, gives = ctx.saved_tensors, self.operation.gives
+        given = [*dresults, *[None] * (len(gives) - len(dresults))]
+        for index, (name, (shape, dtype)) in enumerate(zip(gives, ctx.given, strict=False)):
+            if given[index] is None and name != "lse":
+                given[index] = saved[0].new_zeros(shape, dtype=dtype)
         causal, window, softmax_scale, softcap, _, _, more = ctx.options
         deterministic = torch.are_deterministic_algorithms_enabled()
         asked = causal, window, softmax_scale, softcap, False, deterministic, *(value for _, value in more)
-        found = _call.call(self.gradients, self._backward((*saved, out, lse, dout, dlse, None)), asked)
+        found = _call.call(self.gradients, self._backward((*saved, *given, None)), asked)
+        found = found if isinstance(found, tuple) else (found,)
         needed = ctx.needs_input_grad[2:]
         ways = zip(ctx.ways, needed, strict=True)
         return None, None, *[found[way] if need and way is not None else None for way, need in ways]
@@ -534,5 +543,5 @@ def _selected(array: Any, dim: int | None, index: int) -> Any:
     return array if dim is None else array.select(dim, index)
 
 
-for _each in (ATTENTION, ATTENTION_VARLEN):  # which exported programs ask for by name
+for _each in (ATTENTION, ATTENTION_VARLEN, MERGE_STATES):  # which exported programs ask for by name
     operator_of(_each)

@@ -32,8 +32,9 @@ from plans import ARCHS, BACKWARD, FEATURES, HEAD_DIMS, SHORT_TILES, compile_pla
 
 from cufa._call.problem import Static
 from cufa._compile import jit as _jit
-from cufa._kernels import Plan
-from cufa._kernels.kernel import SHARED_MEMORY
+from cufa._kernels import Kernel, Plan, choose
+from cufa._kernels.kernel import SHARED_MEMORY, SIZEOF
+from cufa._kernels.merge_states import MergeStates, MergeStatesBackward
 
 NEWEST = "newest"
 """The NVRTC that cufa finds by itself."""
@@ -284,6 +285,15 @@ def test_what_copies_arrays_that_are_not_aligned(arch: int) -> None:
     threads = plan.config.num_threads * plan.config.blocks_per_sm
     assert "warning" not in compiled.log  # of more threads than an SM holds
     assert _jit.resources_of(compiled.log).registers * threads <= 1 << 16
+
+
+@pytest.mark.parametrize("kernel", [MergeStates(), MergeStatesBackward()], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("element", SIZEOF)
+def test_what_merges_states(element: str, kernel: Kernel) -> None:
+    for turn, arch in enumerate(ARCHS):
+        for copy_bytes in (SIZEOF[element], 16):
+            facts = static(element, 96, 96, copy_bytes=copy_bytes, store_bytes=copy_bytes)
+            check_with(NVRTCS[turn % 3], choose((kernel,), facts, arch))
 
 
 @pytest.mark.parametrize("features", ["causal", "everything"])
