@@ -26,6 +26,7 @@ __all__ = [
     "merge_states",
     "merge_states_backward",
     "reference",
+    "rotary",
     "show_config",
     "stats",
     "testing",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from ._api.config import is_available, show_config
     from ._api.explain import explain
     from ._api.kvcache import attention_with_kvcache
+    from ._api.rotary import rotary
     from ._api.states import merge_states, merge_states_backward
     from ._api.stats import stats
     from ._api.warmup import warmup
@@ -59,6 +61,7 @@ _HOMES = {
     "is_available": "_api.config",
     "merge_states": "_api.states",
     "merge_states_backward": "_api.states",
+    "rotary": "_api.rotary",
     "show_config": "_api.config",
     "stats": "_api.stats",
     "warmup": "_api.warmup",

@@ -119,6 +119,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, Unpack, overload
 
 import numpy as np
@@ -139,6 +140,7 @@ __all__ = [
     "attention_with_kvcache",
     "merge_states",
     "merge_states_backward",
+    "rotary",
 ]
 
 Array: TypeAlias = NDArray[Any]
@@ -1104,3 +1106,67 @@ def _along(x: Array) -> Array:
 def _live(outs: Array, lses: Array) -> Array:
     """out of states, with zeros where they have no keys."""
     return np.where(_along(np.isneginf(lses)), 0.0, outs)
+
+
+def rotary(
+    q: ArrayLike,
+    k: ArrayLike | None,
+    cos: ArrayLike,
+    sin: ArrayLike,
+    *,
+    positions: ArrayLike | None = None,
+    offsets: ArrayLike | None = None,
+    cu_seqlens: ArrayLike | None = None,
+    interleaved: bool = True,
+    inverse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Rotary embedding of q and k.
+
+    Parameters
+    ----------
+    q, k : array_like, (batch, seqlen, num_heads, head_dim) or (total, num_heads, head_dim)
+        k may be None.
+    cos, sin : array_like, (max_position, rotary_dim / 2)
+    positions : array_like of int, (batch, seqlen) or (total,), optional
+    offsets : array_like of int, (batch,), optional
+    cu_seqlens : array_like of int, (batch + 1,), optional
+    interleaved, inverse : bool
+        As for `cufa.rotary`.
+
+    Returns
+    -------
+    q_out : array
+    k_out : array
+        Only with `k`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cufa import reference
+    >>> x, angles = np.ones((1, 3, 1, 4)), np.arange(3)[:, None] * np.array([1.0, 0.1])
+    >>> turned = reference.rotary(x, None, np.cos(angles), np.sin(angles))
+    >>> np.allclose(reference.rotary(turned, None, np.cos(angles), np.sin(angles), inverse=True), x)
+    True
+    """
+    cosines, sines = (np.asarray(each, np.float64) for each in (cos, sin))
+    sines = -sines if inverse else sines
+    given = [np.asarray(x, np.float64) for x in (q, k) if x is not None]
+    shape = given[0].shape[:-2]
+    rows = np.broadcast_to(np.arange(shape[-1]), shape)
+    turned, where = np.ones(shape, bool), rows
+    if positions is not None:
+        where = np.asarray(positions)
+    elif cu_seqlens is not None:
+        ends = np.maximum.accumulate(np.clip(np.asarray(cu_seqlens), 0, shape[-1]))
+        turned, where = np.zeros(shape, bool), np.zeros(shape, int)
+        for b, (begin, end) in enumerate(pairwise(ends)):
+            turned[begin:end] = True
+            where[begin:end] = np.arange(end - begin) + (0 if offsets is None else np.asarray(offsets)[b])
+    elif offsets is not None:
+        where = rows + np.asarray(offsets).reshape(-1, *[1] * (len(shape) - 1))
+    results = []
+    for x in given:
+        flat = x.reshape(where.size, *x.shape[-2:])
+        found = _rotate(flat, cosines[where.ravel()], sines[where.ravel()], interleaved)
+        results.append(np.where(turned[..., None, None], found.reshape(x.shape), x))
+    return results[0] if k is None else (results[0], results[1])

@@ -860,9 +860,9 @@ def check_offsets(problem: Problem, arrays: Arrays) -> None:
             raise ArgumentError(f"{function}: seqused_k must lie between 0 and the lengths in cu_seqlens_k.")
 
 
-def check_offsets_of(function: str, name: str, rows: int, offsets: NDArray[Any]) -> None:
-    """Check the values of the offsets into an array of so many rows."""
-    what = f"{function}: cu_seqlens_{name}"
+def check_offsets_of(function: str, name: str, rows: int, offsets: NDArray[Any], argument: str | None = None) -> None:
+    """Check the values of the offsets into an array of so many rows; `argument` is what they are called."""
+    what = f"{function}: {argument or f'cu_seqlens_{name}'}"
     for value in (offsets.min(), offsets.max()):
         if not 0 <= value <= rows:
             raise ArgumentError(f"{what} holds {value}; offsets must lie between 0 and the {rows} rows of {name}.")

@@ -69,6 +69,8 @@ class Operation:
         The arrays that end with (rows, heads, columns), behind an axis of the batch where sequences are not packed.
     gives : tuple of str
         Names of the results, in their order; some calls give but the first of them.
+    grouped : bool
+        Whether query heads share key heads. Where they do, a gradient by a key head that several devices read is a sum.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Operation:
     options: tuple[Option, ...] = ()
     rows: tuple[str, ...] = ("q", "k", "v")
     gives: tuple[str, ...] = ("out", "lse")
+    grouped: bool = True
 
     def __post_init__(self) -> None:
         number = next(_count)
@@ -175,9 +178,9 @@ def gradients_of(operation: Operation) -> Operation | None:
 
 def _make_all() -> None:
     """Import those of cufa, each of which adds itself."""
-    from . import backward, kvcache, states
+    from . import backward, kvcache, rotary, states
 
-    assert None not in (backward.ATTENTION_BACKWARD.of, kvcache.ATTENTION_WITH_KVCACHE, states.MERGE_STATES_BACKWARD.of)
+    assert {backward, kvcache, rotary, states}
 
 
 def by_key(key: str) -> Operation:

@@ -22,7 +22,8 @@ KINDS = ("batch", "heads")
 
 def divided(call: Call, layouts: tuple[Layout, ...], place: Place) -> Place:
     """`place`, which takes the arrays of a call, as something that XLA may divide among devices."""
-    axes = {kind: _folding.axes_of(call, layouts, kind) for kind in KINDS}
+    kinds = KINDS if call.operation.grouped else KINDS[:1]
+    axes = {kind: _folding.axes_of(call, layouts, kind) if kind in kinds else None for kind in KINDS}
     if all(each is None for each in axes.values()):
         return place
     from jax.experimental.custom_partitioning import custom_partitioning

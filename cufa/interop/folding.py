@@ -111,7 +111,9 @@ def axes_of(call: Call, layouts: tuple[Layout, ...], kind: str) -> Axes | None:
     counts = {shapes[name][axis] for name, axis in known.items()}
     if 0 in counts:
         return None
-    if operation.of is not None:
+    forward = operation.of
+    of_forward = [] if forward is None else [f"{prefix}{name}" for name in forward.gives for prefix in ("", "d")]
+    if any(name in given and name not in known for name in of_forward):
         of_results = _of_results(call, given, kind)
         if of_results is None:
             return None

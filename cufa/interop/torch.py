@@ -28,6 +28,7 @@ from .._call.problem import Problem
 from .._operations import call as _call
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
 from .._operations.operation import Operation, by_key, gradients_of
+from .._operations.rotary import ROTARY
 from .._operations.states import MERGE_STATES
 from .._terms import TERMS
 from ..errors import UnsupportedError
@@ -543,5 +544,5 @@ def _selected(array: Any, dim: int | None, index: int) -> Any:
     return array if dim is None else array.select(dim, index)
 
 
-for _each in (ATTENTION, ATTENTION_VARLEN, MERGE_STATES):  # which exported programs ask for by name
+for _each in (ATTENTION, ATTENTION_VARLEN, MERGE_STATES, ROTARY):  # which exported programs ask for by name
     operator_of(_each)

@@ -35,6 +35,7 @@ from cufa._compile import jit as _jit
 from cufa._kernels import Kernel, Plan, choose
 from cufa._kernels.kernel import SHARED_MEMORY, SIZEOF
 from cufa._kernels.merge_states import MergeStates, MergeStatesBackward
+from cufa._kernels.rotary import Rotary
 
 NEWEST = "newest"
 """The NVRTC that cufa finds by itself."""
@@ -294,6 +295,14 @@ def test_what_merges_states(element: str, kernel: Kernel) -> None:
         for copy_bytes in (SIZEOF[element], 16):
             facts = static(element, 96, 96, copy_bytes=copy_bytes, store_bytes=copy_bytes)
             check_with(NVRTCS[turn % 3], choose((kernel,), facts, arch))
+
+
+@pytest.mark.parametrize("element", SIZEOF)
+def test_rotary_embeddings(element: str) -> None:
+    for turn, (arch, layout) in enumerate(itertools.product(ARCHS, ("interleaved", "halves"))):
+        for copy_bytes in (SIZEOF[element], 16):
+            facts = static(element, 96, 96, copy_bytes=copy_bytes, store_bytes=copy_bytes, rotary=layout)
+            check_with(NVRTCS[turn % 3], choose((Rotary(),), facts, arch))
 
 
 @pytest.mark.parametrize("features", ["causal", "everything"])
