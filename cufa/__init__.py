@@ -17,6 +17,7 @@ __all__ = [
     "UnsupportedError",
     "attention",
     "attention_backward",
+    "attention_shared_prefix",
     "attention_varlen",
     "attention_varlen_backward",
     "attention_with_kvcache",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from ._api.explain import explain
     from ._api.kvcache import attention_with_kvcache
     from ._api.rotary import rotary
+    from ._api.shared_prefix import attention_shared_prefix
     from ._api.states import merge_states, merge_states_backward
     from ._api.stats import stats
     from ._api.warmup import warmup
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "attention": "_api.attention",
     "attention_backward": "_api.backward",
+    "attention_shared_prefix": "_api.shared_prefix",
     "attention_varlen": "_api.attention",
     "attention_varlen_backward": "_api.backward",
     "attention_with_kvcache": "_api.kvcache",

@@ -55,6 +55,7 @@ def merge_states(
 
     See Also
     --------
+    attention_shared_prefix : Many sequences that begin with the same keys, which are read once.
     merge_states_backward : Its gradients.
     reference.merge_states : The specification, in NumPy float64.
 

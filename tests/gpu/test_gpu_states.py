@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from states import LAYOUTS, Call, calls
 
 import cufa
+from cufa import reference
 from cufa.testing import to_numpy
 
 pytestmark = pytest.mark.gpu
@@ -72,3 +73,27 @@ def test_a_graph_merges_what_its_states_hold_by_then(cupy: Any) -> None:
         graph.launch(stream)
     stream.synchronize()
     other.check_merged(out, lse)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_shared_prefixes(cupy: Any, packed: bool) -> None:
+    """A common one, a level of others below it, and own keys."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((24, 2, 8, 64)).astype(np.float16)
+    k_prefix, v_prefix = rng.standard_normal((2, 3000, 2, 64)).astype(np.float16)
+    level = rng.standard_normal((2, 700, 2, 64)).astype(np.float16)
+    rows, lengths = np.array([0, 10, 10, 48], np.int32), np.array([0, 300, 400, 700], np.int32)
+    k, v = rng.standard_normal((2, 24, 80, 2, 64)).astype(np.float16)
+    host: dict[str, Any] = {"q": q, "k": k, "v": v}
+    if packed:
+        host = {name: x.reshape(-1, *x.shape[2:]) for name, x in host.items()}
+        host |= {"cu_seqlens_q": np.arange(0, 49, 2), "cu_seqlens_k": np.arange(0, 24 * 80 + 1, 80)}
+    arrays = {name: cupy.asarray(x.astype(np.int32) if x.ndim == 1 else x) for name, x in host.items()}
+    arrays |= {"k_prefix": cupy.asarray(k_prefix), "v_prefix": cupy.asarray(v_prefix)}
+    levels = [(*map(cupy.asarray, level), cupy.asarray(rows), cupy.asarray(lengths))]
+    out = to_numpy(cufa.attention_shared_prefix(**arrays, levels=levels, causal=True)).reshape(q.shape)
+    for b in range(24):
+        part = slice(0, 300) if b < 5 else slice(400, 700)
+        whole = (np.concatenate(x)[None] for x in ((k_prefix, level[0][part], k[b]), (v_prefix, level[1][part], v[b])))
+        right = reference.attention(q[b : b + 1], *whole, causal=True)
+        np.testing.assert_allclose(out[b : b + 1].astype(np.float64), right, atol=2e-3)
