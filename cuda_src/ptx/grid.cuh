@@ -16,4 +16,18 @@ inline void grid_begin() {
 #endif
 }
 
+// The two halves of that, for grids whose blocks have something to do before they need what the grid before has
+// written. Some block of a grid must wait before it ends.
+inline void grid_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+inline void grid_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" :::);
+#endif
+}
+
 }  // namespace ptx

@@ -25,6 +25,13 @@ inline i32 atom_acquire_gpu_cas(i32* address, i32 expected, i32 value) {
   return found;
 }
 
+// Returns what was at the address, which becomes one more, or 0 where it was `last`.
+inline i32 atom_acq_rel_gpu_inc(i32* address, i32 last) {
+  i32 found;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(found) : "l"(address), "r"(last) : "memory");
+  return found;
+}
+
 inline void red_release_gpu_add(i32* address, i32 value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }

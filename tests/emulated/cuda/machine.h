@@ -87,6 +87,7 @@ void* local_pointer(u32 address);
 i32 ld_acquire(const i32* address);
 void st_release(i32* address, i32 value);
 i32 atomic_add(i32* address, i32 value, bool acquires);  // which always releases
+i32 atomic_inc(i32* address, i32 last);                  // which acquires and releases
 i32 atomic_cas(i32* address, i32 expected, i32 value);   // which acquires
 void reduce_add(float* address, float value);
 

@@ -398,6 +398,18 @@ i32 atomic_add(i32* address, i32 value, bool acquires) {
   return found;
 }
 
+i32 atomic_inc(i32* address, i32 last) {
+  check_word(address, writable, "atom.inc", FRAME);
+  if (interleaved) maybe_yield(warp_odds);
+  bring_news();
+  release(address);
+  acquire(address);
+  const u32 found = static_cast<u32>(*address);
+  *address = found >= static_cast<u32>(last) ? 0 : static_cast<i32>(found + 1);
+  maybe_leave_block();
+  return static_cast<i32>(found);
+}
+
 i32 atomic_cas(i32* address, i32 expected, i32 value) {
   check_word(address, writable, "atom.cas", FRAME);
   if (interleaved) maybe_yield(warp_odds);

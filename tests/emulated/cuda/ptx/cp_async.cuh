@@ -11,6 +11,13 @@ inline void cp_async(u32 destination, const void* source, int valid) {
   emulated::cp_async(destination, source, size, valid);
 }
 
+inline u64 evict_first() { return 0; }
+
+template <int size>
+inline void cp_async(u32 destination, const void* source, int valid, u64) {
+  cp_async<size>(destination, source, valid);
+}
+
 inline void cp_async_commit_group() { emulated::cp_async_commit_group(); }
 
 template <int pending>

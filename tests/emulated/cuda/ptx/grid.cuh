@@ -4,5 +4,7 @@
 namespace ptx {
 
 inline void grid_begin() {}
+inline void grid_wait() {}
+inline void grid_launch_dependents() {}
 
 }  // namespace ptx
