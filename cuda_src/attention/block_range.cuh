@@ -10,20 +10,27 @@
 
 namespace attention {
 
-// Sets the range of the blocks of keys, of Config::block_n, that some row of a tile of queries sees.
+// Sets the range of the blocks of keys, of Config::block_n, that some query from first_row to last_row sees.
 template <class Config>
-constexpr void find_block_range(const Params& params, const Seqlen& seqlen, int m_block, BlockRange& range) {
+constexpr void find_block_range(const Params& params, const Seqlen& seqlen, int first_row, int last_row,
+                                BlockRange& range) {
   constexpr int block_n = Config::block_n;
   using Mask = typename Config::mask;
-  const int first_tile_row = m_block * Config::block_m;
-  const int first_row = first_tile_row / Config::pack;
-  const int last_row = min_of((first_tile_row + Config::block_m - 1) / Config::pack, seqlen.q - 1);
   range.begin = Mask::first_key(params, seqlen, first_row) / block_n;
   const int end = Mask::last_key(params, seqlen, last_row) + 1;
   range.end = end > 0 ? ceil_div(end, block_n) : 0;
   range.full_begin = Mask::hides_first ? ceil_div(Mask::first_key(params, seqlen, last_row), block_n) : 0;
   const int full_end = Mask::last_key(params, seqlen, first_row) + 1;
   range.full_end = full_end > 0 ? full_end / block_n : 0;
+}
+
+// The same of a tile of queries.
+template <class Config>
+constexpr void find_block_range(const Params& params, const Seqlen& seqlen, int m_block, BlockRange& range) {
+  const int first_tile_row = m_block * Config::block_m;
+  const int first_row = first_tile_row / Config::pack;
+  const int last_row = min_of((first_tile_row + Config::block_m - 1) / Config::pack, seqlen.q - 1);
+  find_block_range<Config>(params, seqlen, first_row, last_row, range);
 }
 
 template <class Config>

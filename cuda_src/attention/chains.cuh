@@ -53,10 +53,7 @@ struct Chains {
         if (!first) {
           const float old_base = base.load(t, i), old_sum = row_sum.load(t, i);
           const bool steep = Statistics::is_steep(its_sum), old_steep = Statistics::is_steep(old_sum);
-          // How much higher the exponents are that the old sums are relative to; NaN where no chain has seen a key.
-          const float higher = steep && old_steep ? (old_base - its_base) * scale
-                                                  : Statistics::top(old_base, old_sum, scale) -
-                                                        Statistics::top(its_base, its_sum, scale);
+          const float higher = Statistics::higher(old_base, old_sum, its_base, its_sum, scale);
           old_factors[t][i] = higher < 0.0f ? ptx::ex2_approx_ftz(higher) : 1.0f;
           factors[t][i] = higher > 0.0f ? ptx::ex2_approx_ftz(-higher) : 1.0f;
           const float sum = factors[t][i] * fabsf(its_sum) + old_factors[t][i] * fabsf(old_sum);

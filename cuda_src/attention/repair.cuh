@@ -155,9 +155,9 @@ struct WeightedSums {
 };
 
 // Called by one warp: repairs rows [first_row, first_row + rows) of the work's tiles, as far as they are live and not
-// finite.
-template <class Config>
-inline void repair(const Params& all, const Work<Config>& work, int first_row, int rows) {
+// finite. Any work will do that says where rows are as `Work` does.
+template <class Config, class AnyWork>
+inline void repair(const Params& all, const AnyWork& work, int first_row, int rows) {
   using element = typename Config::element;
   using Out = LaneColumns<element, Config::head_dim_v>;
   using Qk = LaneColumns<element, Config::head_dim>;
@@ -173,25 +173,24 @@ inline void repair(const Params& all, const Work<Config>& work, int first_row, i
     const u32 columns = out.not_finite();
     if (!__any_sync(0xffffffffu, columns != 0)) continue;
 
-    const int row = tile_row / Config::pack, head = work.tile.head * Config::pack + tile_row % Config::pack;
-    const int head_k = head / params.qheads_per_khead;
-    const typename Config::variant variant(params, work.tile.batch, head);
+    const int row = work.query_of(tile_row), head = work.head_of(tile_row), batch = work.batch();
+    const typename Config::variant variant(params, batch, head);
     Qk q, k;
     Out v;
     WeightedSums<Out> sums;
-    q.load(work.origin(params.q, params.q_strides, head, seqlen.q_first_row + row), params.q_strides.dim);
+    q.load(work.query_row(params, tile_row), params.q_strides.dim);
     sums.clear();
     float row_max = -infinity, sum = 0.0f;  // the sum is of exponentials relative to row_max
     const int last = Mask::last_key(params, seqlen, row);
 #pragma unroll 1
     for (int key = Mask::first_key(params, seqlen, row); key <= last; ++key) {
       if constexpr (!Mask::Blocks::contiguous) {
-        const int m_block = work.tile.m_block;
-        if (!needs_block_of<Config>(params, seqlen, work.tile.batch, head_k, m_block, key)) continue;
+        const int head_k = head / params.qheads_per_khead;
+        if (!needs_block_of<Config>(params, seqlen, batch, head_k, work.tile.m_block, key)) continue;
       }
-      k.load(work.origin(params.k, params.k_strides, head_k, seqlen.k_first_row + key), params.k_strides.dim);
-      v.load(work.origin(params.v, params.v_strides, head_k, seqlen.k_first_row + key), params.v_strides.dim);
-      const Point at{work.tile.batch, head, row, key, float(row + seqlen.diagonal() - key), true};
+      k.load(work.key_row(params, key), params.k_strides.dim);
+      v.load(work.value_row(params, key), params.v_strides.dim);
+      const Point at{batch, head, row, key, float(row + seqlen.diagonal() - key), true};
       const float score = variant.score(q.dot(k) * params.softmax_scale, at);
       const float new_max = fminf(fmaxf(row_max, score), largest_float);
       const float subtracted = new_max == -infinity ? 0.0f : new_max;

@@ -33,12 +33,53 @@ inline void load_rows(const Tile& to, const ptx::TensorMap& map, u32 barrier, in
   }
 }
 
+// Rows that lie `step` apart: what `find` of a source of rows returns.
+template <class element>
+struct SteppedRows {
+  const element* pointer;
+  i64 step;
+
+  const element* operator[](int index) const { return pointer + index * step; }
+};
+
 // The rows of a sequence in one head of an array that is read through pointers.
 template <class element>
 struct PointedRows {
   const element* pointer;  // where the sequence begins
   const Strides& strides;
   int length;  // how many rows are live
+
+  // Returns where `count` rows are that lie `step` apart, from `row` on, whether they are live or not.
+  template <int count, int step>
+  SteppedRows<element> find(int row) const {
+    return {at(row), step * strides.seqlen};
+  }
+
+  const element* at(int row) const { return pointer + row * strides.seqlen; }
+};
+
+// The rows of a tile that `ratio` heads share: row r is row r / ratio of head r % ratio.
+template <class element>
+struct SharedRows {
+  const element* pointer;  // where the sequence begins in the first of the heads
+  const Strides& strides;
+  int length;
+  int ratio;
+
+  template <int count, int step>
+  struct Found {
+    const SharedRows& rows;
+    int row;
+
+    const element* operator[](int index) const { return rows.at(row + index * step); }
+  };
+
+  template <int count, int step>
+  Found<count, step> find(int row) const {
+    return {*this, row};
+  }
+
+  const element* at(int row) const { return pointer + row / ratio * strides.seqlen + row % ratio * strides.head; }
 };
 
 // Returns the thread's chunks of the tile that is to hold rows from `row` on, for load_chunks. Chunks that are found
@@ -54,6 +95,29 @@ inline auto find_chunks(const Tile& to, int row, const PointedRows<typename Conf
 template <class Config, int valid_cols, class Chunks>
 inline void load_chunks(const Chunks& chunks) {
   block::load<Config::copy_bytes, valid_cols>(chunks);
+}
+
+// to ← rows from `row` on, by thread `thread` of `threads`; rows past the end and columns from valid_cols on become
+// zeros. `policy`, if any, is one of the L2.
+template <int threads, int copy_bytes, int valid_cols, class Tile, class Rows, class... Policy>
+inline void copy_rows(const Tile& to, int row, const Rows& from, int thread, const Policy&... policy) {
+  constexpr int rows_per_pass = threads / Tile::panel_chunks, passes = ceil_div(Tile::rows, rows_per_pass);
+  const int first = thread / Tile::panel_chunks, chunk = thread % Tile::panel_chunks;
+  const auto found = from.template find<passes, rows_per_pass>(row + first);
+  const u32 address = to.address(first, chunk);
+  const int live = from.length - row - first;
+#pragma unroll
+  for (int pass = 0; pass < passes; ++pass) {
+    const int step = pass * rows_per_pass;
+    if (Tile::rows % rows_per_pass != 0 && first + step >= Tile::rows) return;
+    const auto* const pointer = found[pass];
+#pragma unroll
+    for (int panel = 0; panel < Tile::panels; ++panel) {
+      const u32 destination = Tile::template step_passes<rows_per_pass>(address, step) + panel * Tile::panel_stride;
+      tile::copy_chunk<copy_bytes, valid_cols>(destination, pointer, from.strides.dim, step < live,
+                                               panel * Tile::panel_chunks + chunk, policy...);
+    }
+  }
 }
 
 }  // namespace attention

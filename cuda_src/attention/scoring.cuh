@@ -73,6 +73,47 @@ struct Place {
   }
 };
 
+// A query row with terms of its own: other rows of its tile are of other heads.
+template <class Config>
+struct OwnRow : QueryRow<Config> {
+  const typename Config::variant& variant;
+};
+
+// What the thread's two rows are of a tile that any number of heads share.
+template <class Config>
+struct OwnRows {
+  int query[2], head[2];
+  typename Config::variant variant[2];
+
+  // `work` says of which head and query a row of the tile is; the thread's first is `row`, the other `row` + 8.
+  template <class Work>
+  OwnRows(const Params& params, const Work& work, int row)
+      : query{work.query_of(row), work.query_of(row + 8)},
+        head{work.head_of(row), work.head_of(row + 8)},
+        variant{{params, work.batch(), head[0]}, {params, work.batch(), head[1]}} {}
+};
+
+// Where a warp's scores lie in such a tile.
+template <class Config>
+struct OwnRowsPlace {
+  using Row = OwnRow<Config>;
+
+  const Params& params;
+  const Seqlen& seqlen;
+  const OwnRows<Config>& rows;
+  int batch;
+  int first_key;  // of the first column
+
+  Row row(int, int i) const {
+    using Mask = typename Config::mask;
+    const int query = rows.query[i], key = first_key + tile::fragment_col();
+    return {{batch, rows.head[i], query, key, float(query + seqlen.diagonal() - key),
+             Mask::first_key(params, seqlen, query) - key, Mask::last_key(params, seqlen, query) - key,
+             query < seqlen.q, seqlen.k - key},
+            rows.variant[i]};
+  }
+};
+
 // The same of transposed scores.
 template <class Config>
 struct TransposedPlace {
@@ -153,11 +194,29 @@ inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scor
   }
 }
 
+// The same where rows have terms of their own.
+template <class Config, int cols>
+inline void apply(tile::Accumulator<1, cols>& scores, const OwnRowsPlace<Config>& place) {
+  if constexpr (!Config::variant::empty) {
+    for_each_entry(scores, place, [&](float& s, const auto& row, int col) {
+      s = row.variant.score(s * place.params.softmax_scale, row.at(col));
+    });
+  }
+}
+
 // Probabilities ← what V is multiplied by.
 template <class Variant, class Place, int m_tiles, int cols>
 inline void weigh(const Variant& variant, tile::Accumulator<m_tiles, cols>& probabilities, const Place& place) {
   if constexpr (Variant::scales) {
     for_each_entry(probabilities, place, [&](float& p, const auto& row, int col) { p *= variant.factor(row.at(col)); });
+  }
+}
+
+template <class Config, int cols>
+inline void weigh(tile::Accumulator<1, cols>& probabilities, const OwnRowsPlace<Config>& place) {
+  if constexpr (Config::variant::scales) {
+    for_each_entry(probabilities, place,
+                   [&](float& p, const auto& row, int col) { p *= row.variant.factor(row.at(col)); });
   }
 }
 

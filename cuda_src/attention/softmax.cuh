@@ -9,6 +9,11 @@
 
 namespace attention {
 
+// The factor that makes a mean of the sums of a finished row, and the row's natural log-sum-exp.
+struct RowTotal {
+  float factor, lse;
+};
+
 // The factors that make means of the sums of finished rows, and the rows' natural log-sum-exps.
 template <int m_tiles>
 struct Totals {
@@ -73,6 +78,13 @@ struct Softmax {
   // The exponent, without shift, that a row's sums are relative to.
   static float top(float base, float row_sum, float scale) {
     return is_steep(row_sum) ? exponent_of(base, scale) : base - shift;
+  }
+
+  // How much higher the exponents are that the sums of a row are relative to than those of another part of the row; NaN
+  // where neither has seen a key.
+  static float higher(float base, float row_sum, float other_base, float other_sum, float scale) {
+    return is_steep(row_sum) && is_steep(other_sum) ? (base - other_base) * scale
+                                                    : top(base, row_sum, scale) - top(other_base, other_sum, scale);
   }
 
   // Takes in a block of scores, which become exponentials. The maxima of m-tile t follow where they exceed the old ones
@@ -250,33 +262,45 @@ struct Softmax {
     for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        base[t][i] = is_steep(t, i) ? exponent_of(base[t][i], scale) + shift : base[t][i];
+        base[t][i] = settled(base[t][i], is_steep(t, i), scale);
         row_sum[t][i] = fabsf(row_sum[t][i]);
       }
     }
   }
 
-  // The totals of rows that are settled. sink is the score of a key without a value, if there are `sinks`. A row
-  // without keys gets out = 0 and lse = sink, or -infinity.
+  // The base of a finished row that is steep as that of other rows, which is fit for `total` and nothing else. It
+  // is not copied: that took the fullest tiles two registers.
+  static float settled(const float& base, bool steep, float scale) {
+    return steep ? exponent_of(base, scale) + shift : base;
+  }
+
+  // The total of a settled row, whose sum over all lanes is keys_sum. sink is the score of a key without a value, if
+  // there are `sinks`. A row without keys gets out = 0 and lse = sink, or -infinity.
+  template <bool sinks>
+  static RowTotal total(float base, float keys_sum, float sink) {
+    constexpr float unshifted = 1 << int(shift);
+    const float sink_exponent = sink * log2_e, keys_base = base - shift;
+    // Finite, so that an infinite sum or sink makes an infinite lse.
+    const float new_base = fminf(sinks ? fmaxf(keys_base, sink_exponent) : keys_base, largest_float);
+    const float subtracted = new_base == -infinity ? 0.0f : new_base;
+    const float rescale = keys_sum == infinity ? 1.0f : ptx::ex2_approx_ftz(keys_base - subtracted);
+    float sum = keys_sum * unshifted * rescale;
+    if (sinks) sum += ptx::ex2_approx_ftz(sink_exponent - subtracted);
+    return {sum == 0.0f ? 0.0f : rescale * ptx::rcp_approx_ftz(sum) * unshifted,
+            (subtracted + ptx::lg2_approx(sum)) * ln_2};
+  }
+
+  // The totals of rows that are settled.
   template <bool sinks>
   Totals<m_tiles> totals(float sink) const {
     Totals<m_tiles> totals;
-    const float sink_exponent = sink * log2_e;
-    constexpr float unshifted = 1 << int(shift);
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float keys_base = base[t][i] - shift;
-        // Finite, so that an infinite sum or sink makes an infinite lse.
-        const float new_base = fminf(sinks ? fmaxf(keys_base, sink_exponent) : keys_base, largest_float);
-        const float subtracted = new_base == -infinity ? 0.0f : new_base;
-        const float keys_sum = warp::quad_sum(row_sum[t][i]);
-        const float rescale = keys_sum == infinity ? 1.0f : ptx::ex2_approx_ftz(keys_base - subtracted);
-        float sum = keys_sum * unshifted * rescale;
-        if (sinks) sum += ptx::ex2_approx_ftz(sink_exponent - subtracted);
-        totals.factor[t][i] = sum == 0.0f ? 0.0f : rescale * ptx::rcp_approx_ftz(sum) * unshifted;
-        totals.lse[t][i] = (subtracted + ptx::lg2_approx(sum)) * ln_2;
+        const RowTotal total = Softmax::total<sinks>(base[t][i], warp::quad_sum(row_sum[t][i]), sink);
+        totals.factor[t][i] = total.factor;
+        totals.lse[t][i] = total.lse;
       }
     }
     return totals;

@@ -40,6 +40,22 @@ struct Work {
     return lse + row / Config::pack + row % Config::pack * params.lse_head_stride;
   }
 
+  int batch() const { return tile.batch; }
+
+  // Which query, of which head, a row is.
+  constexpr int query_of(int row) const { return row / Config::pack; }
+  constexpr int head_of(int row) const { return tile.head * Config::pack + row % Config::pack; }
+
+  const element* query_row(const Params& params, int row) const {
+    return origin(params.q, params.q_strides, head_of(row), seqlen.q_first_row + query_of(row));
+  }
+  const element* key_row(const Params& params, int key) const {
+    return origin(params.k, params.k_strides, key_head(params, tile.head), seqlen.k_first_row + key);
+  }
+  const element* value_row(const Params& params, int key) const {
+    return origin(params.v, params.v_strides, key_head(params, tile.head), seqlen.k_first_row + key);
+  }
+
   // Becomes the work of a tile of a unit. A whole warp calls this, and a barrier has to follow. Of packed sequences the
   // units of a warp's calls must not decrease; `alike` says that many in a row are of one sequence.
   template <int groups = 2, bool alike = false>

@@ -121,6 +121,36 @@ inline uint4 load_chunk(const element* row, i64 col_stride, int chunk) {
   return held.words;
 }
 
+// 16-byte chunk `chunk` of a row, to shared address `to`. A row that is not live, and columns from valid_cols on,
+// become zeros and are never read. copy_bytes = sizeof(element) copies single elements, synchronously and with any
+// col_stride; 4, 8 and 16 are asynchronous and need that alignment of every row and a col_stride of 1. `policy`, if
+// any, is one of the L2, for asynchronous copies.
+template <int copy_bytes, int valid_cols, class element, class... Policy>
+inline void copy_chunk(u32 to, const element* row, i64 col_stride, bool live, int chunk, const Policy&... policy) {
+  if constexpr (copy_bytes > sizeof(element) || copy_bytes == 16) {
+    constexpr int valid_bytes = valid_cols * sizeof(element);
+#pragma unroll
+    for (int byte = 0; byte < 16; byte += copy_bytes) {
+      const int valid = clamp(valid_bytes - (chunk * 16 + byte), 0, copy_bytes);
+      ptx::cp_async<copy_bytes>(to + byte, reinterpret_cast<const char*>(row) + chunk * 16 + byte, live ? valid : 0,
+                                policy...);
+    }
+  } else {
+    constexpr int chunk_elements = 16 / sizeof(element);
+    union {
+      element elements[chunk_elements];
+      uint4 words;
+    } gathered;
+    gathered.words = uint4{0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < chunk_elements; ++i) {
+      const int col = chunk * chunk_elements + i;
+      if (live && col < valid_cols) gathered.elements[i] = row[col * col_stride];
+    }
+    ptx::st_shared_v4(to, gathered.words);
+  }
+}
+
 }  // namespace tile
 
 namespace block {
@@ -168,37 +198,16 @@ struct Chunks {
   }
 };
 
-// The tile of the chunks ← their rows. Rows that are not live and columns from valid_cols on become zeros and are never
-// read. copy_bytes = sizeof(element) copies single elements, synchronously and with any col_stride; 4, 8 and 16 are
-// asynchronous and need that alignment of every row and a col_stride of 1.
+// The tile of the chunks ← their rows, by tile::copy_chunk.
 template <int copy_bytes, int valid_cols, int num_threads, int unroll, class Tile, class element>
 inline void load(const Chunks<num_threads, unroll, Tile, const element>& chunks) {
-  constexpr int valid_bytes = valid_cols * sizeof(element);
   chunks.for_each([&](const element* from, bool live, int chunk, u32 to) {
-    if constexpr (copy_bytes > sizeof(element) || copy_bytes == 16) {
-#pragma unroll
-      for (int byte = 0; byte < 16; byte += copy_bytes) {
-        const int valid = clamp(valid_bytes - (chunk * 16 + byte), 0, copy_bytes);
-        ptx::cp_async<copy_bytes>(to + byte, reinterpret_cast<const char*>(from) + chunk * 16 + byte, live ? valid : 0);
-      }
-    } else {
-      union {
-        element elements[Tile::chunk_elements];
-        uint4 words;
-      } gathered;
-      gathered.words = uint4{0, 0, 0, 0};
-#pragma unroll
-      for (int i = 0; i < Tile::chunk_elements; ++i) {
-        const int col = chunk * Tile::chunk_elements + i;
-        if (live && col < valid_cols) gathered.elements[i] = from[col * chunks.col_stride];
-      }
-      ptx::st_shared_v4(to, gathered.words);
-    }
+    tile::copy_chunk<copy_bytes, valid_cols>(to, from, chunks.col_stride, live, chunk);
   });
 }
 
 // The rows of the chunks ← their tile; rows that are not live and columns from valid_cols on are not written.
-// copy_bytes is as for `load`.
+// copy_bytes is as for tile::copy_chunk.
 template <int copy_bytes, int valid_cols, int num_threads, int unroll, class Tile, class element>
 inline void store(const Chunks<num_threads, unroll, Tile, element>& chunks) {
   chunks.for_each([&](element* to, bool live, int chunk, u32 from) {
