@@ -48,6 +48,14 @@ def kernels() -> Iterator[tuple[str, Plan]]:
                 f"backward {element} {features} short {tile} {head_dims}",
                 plans.backward(backward, 90, True),
             )
+    for element, features, arch, (rows, head_dims) in itertools.product(
+        ("bf16", "f32"),
+        plans.FEW_ROWS,
+        plans.ARCHS,
+        ((16, (128, 128)), (32, (64, 64)), (64, (40, 57)), (16, (256, 256))),
+    ):
+        facts = plans.few(element, head_dims, rows, plans.FEW_ROWS[features])
+        yield f"forward {element} {features} few {rows} sm_{arch} {head_dims}", plans.forward(facts, arch)
     for mask, head_dim in itertools.product(("none", "causal", "window"), (64, 128, 192, 256)):
         plain: Static = plans.static("bf16", head_dim, head_dim, mask=mask)
         changes: dict[str, dict[str, bool]] = {"chains": {"chains": True}, "empty": {"empty_rows": True}}

@@ -65,6 +65,21 @@ def short(element: str, head_dims: tuple[int, int], tile: tuple[int, int], featu
     return facts
 
 
+FEW_ROWS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"mask": "causal", "chains": True},
+    "everything": {"mask": "window", "softcap": True, "alibi": True, "sinks": True, "chains": True},
+    "elementwise": {"mask": "causal", "copy_bytes": 0, "store_bytes": 0},
+    "narrow": {"chains": True, "copy_bytes": 4, "store_bytes": 4},
+    "sinks": {"sinks": True, "softcap": True},
+}
+
+
+def few(element: str, head_dims: tuple[int, int], rows: int, features: dict[str, Any]) -> Static:
+    """Of few query rows, whose keys thread blocks share."""
+    return static(element, *head_dims, **features)._replace(few_rows=rows)
+
+
 def forward(static: Static, arch: int) -> Plan:
     """The kernel of the forward for a GPU of compute capability `arch`."""
     return choose(FORWARD, static, arch)

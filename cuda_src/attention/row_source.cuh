@@ -5,6 +5,7 @@
 #include "attention/params.cuh"
 #include "core/math.cuh"
 #include "core/types.cuh"
+#include "ptx/cp_async.cuh"
 #include "ptx/tma.cuh"
 #include "tile/copy.cuh"
 #include "tile/tensor_sm90.cuh"
@@ -79,7 +80,10 @@ struct SharedRows {
     return {*this, row};
   }
 
-  const element* at(int row) const { return pointer + row / ratio * strides.seqlen + row % ratio * strides.head; }
+  const element* at(int row) const {
+    const int query = u32(row) / u32(ratio);
+    return pointer + query * strides.seqlen + (row - query * ratio) * strides.head;
+  }
 };
 
 // Returns the thread's chunks of the tile that is to hold rows from `row` on, for load_chunks. Chunks that are found
@@ -98,24 +102,39 @@ inline void load_chunks(const Chunks& chunks) {
 }
 
 // to ← rows from `row` on, by thread `thread` of `threads`; rows past the end and columns from valid_cols on become
-// zeros. `policy`, if any, is one of the L2.
-template <int threads, int copy_bytes, int valid_cols, class Tile, class Rows, class... Policy>
-inline void copy_rows(const Tile& to, int row, const Rows& from, int thread, const Policy&... policy) {
+// zeros. `policy` is one of the L2, for asynchronous copies.
+template <int threads, int copy_bytes, int valid_cols, class Tile, class Rows>
+inline void copy_rows(const Tile& to, int row, const Rows& from, int thread, u64 policy) {
+  using element = typename Tile::element;
   constexpr int rows_per_pass = threads / Tile::panel_chunks, passes = ceil_div(Tile::rows, rows_per_pass);
-  const int first = thread / Tile::panel_chunks, chunk = thread % Tile::panel_chunks;
+  constexpr int valid_bytes = valid_cols * int(sizeof(element));
+  const int first = u32(thread) / Tile::panel_chunks, chunk = u32(thread) % Tile::panel_chunks;
   const auto found = from.template find<passes, rows_per_pass>(row + first);
   const u32 address = to.address(first, chunk);
   const int live = from.length - row - first;
-#pragma unroll
+  constexpr int unroll = copy_bytes == 16 ? passes : 1;  // short copies are many as it is
+#pragma unroll unroll
   for (int pass = 0; pass < passes; ++pass) {
     const int step = pass * rows_per_pass;
     if (Tile::rows % rows_per_pass != 0 && first + step >= Tile::rows) return;
-    const auto* const pointer = found[pass];
+    const element* const pointer = found[pass];
+    const char* const own = reinterpret_cast<const char*>(pointer) + chunk * 16;  // what follows are constants
 #pragma unroll
     for (int panel = 0; panel < Tile::panels; ++panel) {
       const u32 destination = Tile::template step_passes<rows_per_pass>(address, step) + panel * Tile::panel_stride;
-      tile::copy_chunk<copy_bytes, valid_cols>(destination, pointer, from.strides.dim, step < live,
-                                               panel * Tile::panel_chunks + chunk, policy...);
+      if constexpr (valid_bytes % copy_bytes == 0 && (copy_bytes > sizeof(element) || copy_bytes == 16)) {
+#pragma unroll
+        for (int byte = 0; byte < 16; byte += copy_bytes) {
+          const int before = panel * Tile::panel_bytes + byte;
+          const bool valid = before + Tile::panel_bytes <= valid_bytes || chunk * 16 + before < valid_bytes;
+          // All or nothing takes a predicate, where any number of bytes takes half a dozen instructions.
+          const int bytes = valid & (step < live) ? copy_bytes : 0;
+          ptx::cp_async<copy_bytes>(destination + byte, own + before, bytes, policy);
+        }
+      } else {
+        tile::copy_chunk<copy_bytes, valid_cols>(destination, pointer, from.strides.dim, step < live,
+                                                 panel * Tile::panel_chunks + chunk, policy);
+      }
     }
   }
 }

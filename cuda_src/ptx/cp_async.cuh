@@ -18,6 +18,13 @@ inline void cp_async(u32 destination, const void* source, int valid) {
   }
 }
 
+// Returns the policy of what may stay in the L2 like anything else.
+inline u64 evict_normal() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // Returns the policy of what is read once: its lines are the first to leave the L2.
 inline u64 evict_first() {
   u64 policy;

@@ -141,7 +141,10 @@ MOST_HEADS = 8
 SHARED = (1, 2, 4, MOST_HEADS)
 """Heads of q that usually share a head of k, as far as they matter: numbers that are no power of 2 are as 1."""
 
-_ALL_ROWS = (1, *SHORT_ROWS, 64, USUAL, LONGER, LONGEST)
+UNPAID = 48
+"""Rows of q that fill a tile of 64, but for which copies do not pay."""
+
+_ALL_ROWS = (1, *SHORT_ROWS, UNPAID, 64, USUAL, LONGER, LONGEST)
 _ALL_KEYS = (*SHORT_KEYS, FEW_KEYS, USUAL, LONGER, LONGEST)
 
 SPREADS = {

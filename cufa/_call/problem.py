@@ -58,6 +58,12 @@ TILE_ROWS = (16, 32, 64)
 MAX_PAGE_ROWS = 64
 """Rows of a page side by side that are no different from more."""
 
+FEW_ROWS = (16, 32, 64)
+"""Rows of the tiles that the heads that share a key head may fill together where q has few; more have usual tiles."""
+
+KEYS_PER_ROW = 8
+"""Keys for each of such rows from which on it is they that take the time. Reckoned, not measured."""
+
 MAX_SHORT_SEQUENCES = 1 << 29
 """Sequences, each head's counted, whose small tiles surely are few enough for one launch."""
 
@@ -103,6 +109,9 @@ class Static(NamedTuple):
     short_rows, short_keys : int
         Where sequences, packed ones on average, are so short that usual tiles hold little but padding: the least of
         `SHORT_ROWS` and of `SHORT_KEYS` that hold one. Else 0.
+    few_rows : int
+        Where dense q has few rows and many keys: the least of `FEW_ROWS` that holds the rows of all heads that share a
+        key head. Else 0, and always for gradients.
     deterministic : bool
         Whether blocks that add to the same gradients do so in a fixed order.
     average_rows : int
@@ -140,6 +149,7 @@ class Static(NamedTuple):
     empty_rows: bool = False
     short_rows: int = 0
     short_keys: int = 0
+    few_rows: int = 0
     deterministic: bool = False
     average_rows: int = LONG_ROWS
     tile_rows: int = 0
@@ -692,6 +702,7 @@ class _CallCheck(AttentionCheck):
             empty_rows=not backward and not self.varlen and self.has_empty_rows(right),
             short_rows=short_rows,
             short_keys=short_keys,
+            few_rows=0 if backward or short_rows else self.few_rows(q),
             deterministic=self.options.deterministic,
             average_rows=self.average_rows(q) if backward else LONG_ROWS,
         )
@@ -719,6 +730,16 @@ class _CallCheck(AttentionCheck):
         if rows > SHORT_ROWS[-1] or keys > SHORT_KEYS[-1] or batch * q[-2] > MAX_SHORT_SEQUENCES:
             return 0, 0
         return min(each for each in SHORT_ROWS if each >= rows), min(each for each in SHORT_KEYS if each >= keys)
+
+    def few_rows(self, q: Spec) -> int:
+        """Rows of a tile that holds those of all heads that share a key head, if they are few and keys many; or 0."""
+        keys, heads_k = self.specs["k"].shape[-3:-1]
+        if self.varlen or heads_k == 0:
+            return 0
+        rows = q.shape[1] * (q.shape[-2] // heads_k)
+        if rows == 0 or rows > FEW_ROWS[-1] or keys < KEYS_PER_ROW * rows or keys <= SHORT_KEYS[-1]:
+            return 0
+        return min(each for each in FEW_ROWS if each >= rows)
 
     def average_rows(self, q: Spec) -> int:
         """Rows of q that an average packed sequence has, as far as they matter."""

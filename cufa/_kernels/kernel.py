@@ -166,6 +166,8 @@ class Kernel:
         The C++ struct that is the argument of all its functions.
     target_suffix : str
         ``a`` for a kernel with instructions that one architecture alone has.
+    special : bool
+        Whether it is for special problems only: why it does not serve others is no reason for what serves these.
     prologue : str
         C++ that each function begins with.
     headers : dict of str to str
@@ -175,6 +177,7 @@ class Kernel:
     name: str
     record: str
     target_suffix = ""
+    special = False
     prologue = ""
     headers: Mapping[str, str] = MappingProxyType({})
 
@@ -310,7 +313,7 @@ def choose(kernels: tuple[Kernel, ...], static: Static, arch: int) -> Plan:
             reason = reason or kernel.reason(static, arch)
             return Plan(kernel, arch, kernel.config(static, arch), reason, tuple(refusals))
         refusals.append((kernel.name, why))
-        reason = reason or (why if here else "")
+        reason = reason or (why if here and not kernel.special else "")
     raise UnsupportedError(f"cufa: no kernel serves: {'; '.join(': '.join(each) for each in refusals)}.")
 
 

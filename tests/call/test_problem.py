@@ -773,8 +773,8 @@ def test_records_are_packed_by_name() -> None:
 
 
 def usual(static: _problem.Static) -> _problem.Static:
-    """The same, but that sequences may not have small tiles, however short they are."""
-    return static._replace(short_rows=0, short_keys=0)
+    """The same, but that sequences may not have small tiles, however short they are, nor few rows."""
+    return static._replace(short_rows=0, short_keys=0, few_rows=0)
 
 
 batches, totals = st.integers(0, 12), st.sampled_from([0, 1, 63, 64, 128, 300]) | st.integers(0, 20000)
@@ -916,8 +916,8 @@ def test_heads_share_tiles_where_rows_are_few(seqlen_q: int, heads: tuple[int, i
     k = OnGpu(2, 300, heads[1], 64)
     problem = gpu_problem(OnGpu(2, seqlen_q, heads[0], 64), k, k)
     assert problem.static is not None and problem.static.pack == pack
-    grid = plans.grid(plans.forward(problem.static, 90), problem, 132)
-    assert grid.m_blocks == -(-seqlen_q * pack // plans.forward(problem.static, 90).config.block_m)
+    plan = plans.forward(usual(problem.static), 90)
+    assert plans.grid(plan, problem, 132).m_blocks == -(-seqlen_q * pack // plan.config.block_m)
 
 
 def test_what_tensor_maps_cannot_describe_is_served_without_them() -> None:
@@ -1218,7 +1218,7 @@ def test_gradients_make_copies_and_read_them(monkeypatch: pytest.MonkeyPatch) ->
 def test_explain_says_what_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, 90)
     aligned, odd = OnGpu(2, 2048, 4, 64), OnGpu(2, 2048, 4, 64, pointer=(1 << 41) + 2)
-    few = OnGpu(2, 63, 4, 64)
+    few, short = OnGpu(2, 63, 4, 64), OnGpu(2, 300, 4, 64, pointer=(1 << 41) + 2)
     for q, k, v, kernel, reason in (
         (aligned, aligned, aligned, "sm90 (sm_90a)", "it is the fastest for this GPU"),
         (
@@ -1229,7 +1229,9 @@ def test_explain_says_what_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
             "it is the fastest for this GPU; k and v are copied first, into rows aligned to 16 bytes, for which it "
             "takes 4 MiB while it runs",
         ),
-        (few, odd, aligned, "sm80 (sm_90)", "q, k and v are copied 2 bytes at a time; 16-byte aligned rows would let "),
+        (few, short, short, "sm80 (sm_90)", "q, k and v are copied 2 bytes at a time; 16-byte aligned rows would let "),
+        (few, aligned, aligned, "split_sm80 (sm_90)", "q has few rows, and there are many keys, which all SMs share"),
+        (few, odd, aligned, "split_sm80 (sm_90)", "q has few rows, and there are many keys, which all SMs share; q, "),
     ):
         told = cufa.explain(q, k, v)
         assert told.kernel == f"attention_forward_{kernel}" and told.reason.startswith(reason)
@@ -1490,7 +1492,8 @@ def test_short_sequences_have_small_tiles(seqlen_q: int, seqlen_k: int, tile: tu
         plan = plans.forward(problem.static, arch)
         backward = plans.backward(gradients.static, arch, False, gradients.static.average_rows)
         if tile == (0, 0):
-            assert plan.config.block_m >= 64 and "so short that small tiles" not in plan.reason
+            least = problem.static.few_rows or 64
+            assert plan.config.block_m >= least and "so short that small tiles" not in plan.reason
             continue
         assert (plan.name, backward.name) == ("attention_forward_sm80", "attention_backward_sm80")
         assert (plan.config.block_m, plan.config.block_n) == (tile[0], min(tile[1], 32))
@@ -1499,6 +1502,42 @@ def test_short_sequences_have_small_tiles(seqlen_q: int, seqlen_k: int, tile: tu
         assert backward.config.num_threads == 2 * tile[1]
         for each in (plan, backward):
             assert "so short that small tiles" in each.reason and ("on average" in each.reason) == packed
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_k", "heads", "few"),
+    [
+        (1, 64, (4, 4), 0),  # which has a small tile
+        (1, 65, (4, 4), 16),
+        (1, 1 << 20, (16, 1), 16),
+        (3, 144, (6, 1), 32),
+        (3, 143, (6, 1), 0),
+        (33, 5000, (2, 2), 64),
+        (1, 5000, (65, 1), 0),
+        (13, 5000, (10, 2), 0),
+        (0, 5000, (2, 2), 0),
+    ],
+)
+def test_few_rows_have_a_kernel_of_their_own(seqlen_q: int, seqlen_k: int, heads: tuple[int, int], few: int) -> None:
+    """Rows of all heads that share a key head count, whatever their number and their score terms."""
+    q, k = OnGpu(3, seqlen_q, heads[0], 64), OnGpu(3, seqlen_k, heads[1], 64)
+    slopes = OnGpu(heads[0], dtype="float32")
+    with_terms = {"alibi_slopes": slopes, "sinks": slopes}
+    for arch, terms in ((80, {}), (90, with_terms), (90, {}), (120, with_terms)):
+        problem = problem_of(ATTENTION, {"q": q, "k": k, "v": k, **terms}, {})
+        assert problem.static is not None and problem.static.few_rows == few
+        plan = plans.forward(problem.static, arch)
+        assert (plan.name == "attention_forward_split_sm80") == (few > 0)
+        assert few == 0 or plan.config.block_m == few
+        assert few > 0 or "few rows" not in plan.reason  # why it does not serve is no reason for another
+    gradients = backward_problem(q, k, k).static
+    assert gradients is not None and gradients.few_rows == 0
+
+
+def test_many_rows_of_wide_float32_are_not_few() -> None:
+    plan = plans.forward(plans.few("f32", (64, 192), 64, {}), 90)
+    assert plan.name == "attention_forward_sm80" and plan.reason.startswith("float32 takes three tf32 products for one")
+    assert ("attention_forward_split_sm80", "so many rows of float32 leave no shared memory for keys") in plan.refusals
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,11 @@ def test_explanations_as_json_name_everything() -> None:
     told = json.loads(said("explain", *SMALL, "--softcap", 20, "--sinks", "--sms", 64, "--json"))
     assert told["kernel"] == "attention_forward_sm80 (sm_80)" and told["device"] == "a GPU of 64 SMs"
     assert told["config"]["variant"] == ["softcap"] and told["config"]["sinks"] is True
-    assert told["refusals"] == {"attention_forward_sm90": "it is not for GPUs of compute capability 8.0"}
+    assert told["refusals"] == {
+        "attention_forward_split_sm80": "it is for few rows of q, those of all heads that share a key head together, "
+        "and many keys",
+        "attention_forward_sm90": "it is not for GPUs of compute capability 8.0",
+    }
     assert told["registers"] > 0
 
 
@@ -106,11 +110,15 @@ def test_tables_of_tiles() -> None:
         ("causal", 128, 176),
         ("window", 128, 128),
     } == forward
+    split = {(row["mask"], row["block_m"]) for row in rows if row["kernel"] == "attention_forward_split_sm80"}
+    assert split == {(mask, few) for mask in ("none", "causal", "window") for few in (16, 32, 64)}
     assert {row["arch"] for row in rows} == {90}
     assert all(0 < row["smem_bytes"] <= 227 << 10 and row["threads"] % 32 == 0 for row in rows)
     text = said("tiles", "--arch", "sm_90a", "--head-dim", 128, "--dtype", "float16")
     assert len(text.splitlines()) == len(rows) + 1
-    assert re.search(r"^sm_90 +forward_sm90 +float16 +128 +none +128 × 176 +384 +\S+ KB +1 × 1024$", text, re.MULTILINE)
+    assert re.search(
+        r"^sm_90 +forward_sm90 +float16 +128 +none +128 × 176 +384 +\S+ KB +1024 × 1024$", text, re.MULTILINE
+    )
 
 
 def test_the_source_in_one_piece_compiles() -> None:

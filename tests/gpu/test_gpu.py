@@ -282,10 +282,10 @@ def test_grouped_heads_equal_repeated_ones(case: Case) -> None:
     ratio = case.num_heads_q // case.num_heads_k
     repeated = {name: cupy.repeat(arrays[name], ratio, axis=2) for name in ("k", "v")}
     other, other_lse, _ = attend(case, cupy, **repeated)
-    if explain(case, arrays) == explain(case, arrays | repeated):
+    if explain(case, arrays) == explain(case, arrays | repeated) and not is_split(case, arrays):
         assert same(out, other)
         assert same(lse, other_lse)
-    else:  # short sequences have small tiles, unless heads fill larger ones together
+    else:  # short sequences have small tiles, unless heads fill larger ones together; and see `is_split`
         assert_close(out, lse=lse, **case.arrays(), **case.options)
         assert_close(other, lse=other_lse, **case.arrays(), **case.options)
 
@@ -329,6 +329,10 @@ def test_batch_and_heads_can_be_permuted(case: Case, seed: int) -> None:
             array = arrays[name][..., heads]
             changed[name] = cupy.ascontiguousarray(array[batch] if array.ndim == 2 else array)
     other, other_lse, _ = attend(case, cupy, **changed)
+    if is_split(case, arrays):
+        assert_close(out, lse=lse, **arrays, **case.options)
+        assert_close(other, lse=other_lse, **arrays | changed, **case.options)
+        return
     assert same(out[batch][:, :, heads], other)
     assert same(lse[batch][:, heads], other_lse)
 
@@ -955,6 +959,11 @@ def test_rows_without_keys(cupy: Any, dtype: str, head_dim_v: int) -> None:
 def explain(case: Case, arrays: dict[str, Any]) -> tuple[str, int]:
     told = cufa.explain(**arrays, **case.options)
     return told.kernel, told.block_n
+
+
+def is_split(case: Case, arrays: dict[str, Any]) -> bool:
+    """Whether thread blocks may share keys, at places that depend on how many heads and sequences come before."""
+    return explain(case, arrays)[0].startswith("attention_forward_split")
 
 
 def test_explain_tells_the_kernel(cupy: Any) -> None:

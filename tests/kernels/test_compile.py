@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import plans
 import pytest
 import sass
-from plans import ARCHS, BACKWARD, FEATURES, HEAD_DIMS, SHORT_TILES, compile_plan, short, static
+from plans import ARCHS, BACKWARD, FEATURES, FEW_ROWS, HEAD_DIMS, SHORT_TILES, compile_plan, few, short, static
 
 from cufa._call.problem import Static
 from cufa._compile import jit as _jit
@@ -405,6 +405,34 @@ def test_tiles_of_short_sequences_that_have_most_registers(nvrtc: str) -> None:
     ):
         check_backward(short("bf16", head_dims, tile, BACKWARD[features]), 90, True, nvrtc, 16)
     check_backward(short("f32", (128, 128), (32, 16), BACKWARD["everything"]), 90, True, nvrtc, 16)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("element", ["bf16", "f32"])
+def test_tiles_of_few_rows(element: str, arch: int) -> None:
+    """A third of the rows on each architecture, each with other tiles and features."""
+    for row, head_dims in enumerate(HEAD_DIMS):
+        turn = row + ARCHS.index(arch)
+        rows = (16, 32, 64)[(turn // 3 + row) % 3]
+        if turn % 3 or (element == "f32" and rows == 64 and max(head_dims) > 128):
+            continue
+        check(few(element, head_dims, rows, list(FEW_ROWS.values())[(turn + row) % 6]), arch, NVRTCS[row % 3])
+
+
+@pytest.mark.parametrize("nvrtc", NVRTCS)
+def test_tiles_of_few_rows_that_have_most_registers(nvrtc: str) -> None:
+    """And those that are usual, each by one in turn."""
+    for turn, (head_dim, rows) in enumerate(itertools.product((64, 128), (16, 32, 64))):
+        if (turn + turn // 3 + NVRTCS.index(nvrtc)) % 3 == 0:
+            check(few("bf16", (head_dim, head_dim), rows, FEW_ROWS["plain"]), 90, nvrtc)
+    for element, head_dims, rows, features in (
+        ("bf16", (256, 256), 64, "everything"),
+        ("f16", (256, 256), 16, "narrow"),
+        ("bf16", (40, 57), 32, "elementwise"),
+        ("f32", (128, 128), 64, "causal"),
+        ("f32", (256, 256), 16, "everything"),
+    ):
+        check(few(element, head_dims, rows, FEW_ROWS[features]), 90, nvrtc)
 
 
 @pytest.mark.parametrize(("arch", "head_dim"), [(None, 64), (80, 64), (90, 64), (90, 256)])

@@ -332,7 +332,7 @@ def on_hopper(
     k = OnGpu(batch, seqlen_k, heads[1], head_dim)
     problem = gpu_problem(OnGpu(batch, seqlen_q, heads[0], head_dim), k, k, **mask)
     assert problem.static is not None
-    return plans.forward(problem.static._replace(short_rows=0, short_keys=0), 90), problem
+    return plans.forward(problem.static._replace(short_rows=0, short_keys=0, few_rows=0), 90), problem
 
 
 @pytest.mark.parametrize("section", [None, 4])
@@ -352,6 +352,103 @@ def test_blocks_share_all_dense_tiles(section: int | None, monkeypatch: pytest.M
         claims.append(f"listed_tiles<{config_of(plan.config)}>({params}, {given})")
     assert len(lists) > 10
     run(*claims, prelude=TILES)
+
+
+SPLIT = """
+#include "attention/split_schedule.cuh"
+
+// Items of lengths of their own, as the device knows them.
+struct Items {
+  static constexpr int count = 5;
+  int ends[count];
+
+  constexpr Item item(int index) const {
+    const int first = index == 0 ? 0 : ends[index - 1];
+    return {index, first, ends[index] - first};
+  }
+  constexpr Item at(int position) const {
+    int index = 0;
+    while (ends[index] <= position) ++index;
+    return item(index);
+  }
+};
+
+// Every position of every item is some thread block's, in order; no block has more than one position more than another,
+// or more than two parts of items that others have parts of; and who shares an item is as `sharers` says, with an order
+// in which partial sums have places of their own.
+template <class Items>
+constexpr bool even(const Items& items, int count, int total, int blocks) {
+  const EvenSchedule<Items> schedule{items, {total / blocks, total % blocks}};
+  int seen = 0, most = 0, least = total, item = 0, sharing = 0;
+  for (int block = 0; block < blocks; ++block) {
+    int own = 0, places[2] = {};
+    for (auto unit = schedule.first(block); unit.exists(); unit = schedule.next(unit, block)) {
+      if (unit.item.first + unit.begin != seen + own || unit.begin >= unit.end) return false;
+      own += unit.end - unit.begin;
+      const Sharers sharers = schedule.sharers(unit.item);
+      if (unit.begin == 0) {
+        item = unit.item.index;
+        sharing = 0;
+        if (sharers.first != block) return false;
+      }
+      if (item != unit.item.index || block != sharers.first + sharing++) return false;
+      if ((unit.end == unit.item.blocks) != (sharing == sharers.count)) return false;
+      if (sharers.count > 1 && ++places[block == sharers.first] > 1) return false;
+    }
+    seen += own;
+    most = max_of(most, own);
+    least = min_of(least, own);
+  }
+  return seen == total && most - least <= 1 && items.item(count - 1).index == item;
+}
+
+// Every item is as many thread blocks', whose parts depend on its own length alone.
+template <class Items>
+constexpr bool parted(const Items& items, int count, int parts) {
+  const PartSchedule<Items> schedule{items, parts};
+  for (int block = 0; block < count * parts; ++block) {
+    const auto unit = schedule.first(block);
+    const int part = block % parts, blocks = items.item(block / parts).blocks;
+    const Sharers sharers = schedule.sharers(unit.item);
+    if (!unit.exists() || schedule.next(unit, block).exists() || unit.item.index != block / parts) return false;
+    if (sharers.first != block - part || sharers.count != parts) return false;
+    const EvenSchedule<EqualItems> alone{{blocks}, {blocks / parts, blocks % parts}};
+    if (unit.begin != alone.cut.begin(part) || unit.end != alone.cut.begin(part + 1)) return false;
+    if ((part == 0) != (unit.begin == 0) || (part == parts - 1 && unit.end != blocks)) return false;
+  }
+  return true;
+}
+"""
+
+
+def test_split_keys_are_shared_evenly() -> None:
+    claims = []
+    for count, item_blocks, blocks in itertools.product((1, 2, 7), (1, 3, 10), (1, 2, 3, 5, 8, 13, 100)):
+        claims.append(f"even(EqualItems{{{item_blocks}}}, {count}, {count * item_blocks}, {blocks})")
+        claims.append(f"parted(EqualItems{{{item_blocks}}}, {count}, {blocks})")
+    for lengths, blocks in itertools.product(((1, 1, 9, 2, 1), (7, 3, 1, 1, 20), (4, 4, 4, 4, 4)), (1, 2, 3, 7, 40)):
+        ends = np.cumsum(lengths).tolist()
+        items = f"Items{{{braces(ends)}}}"
+        claims += [f"even({items}, 5, {ends[-1]}, {blocks})", f"parted({items}, 5, {blocks})"]
+    run(*claims, prelude=SPLIT)
+
+
+@pytest.mark.parametrize("sms", [1, 5, 132])
+def test_few_rows_are_divided_as_the_host_says(sms: int) -> None:
+    """`divided`: all blocks of keys are some thread block's, and one launch is enough where none is shared."""
+    shapes = ((1, 5000, (4, 4), 1), (3, 70, (6, 2), 2), (40, 9000, (8, 1), 3), (0, 1 << 20, (4, 4), 1))
+    for batch, seqlen_k, heads, seqlen_q in shapes:
+        for mask in DENSE_MASKS:
+            k = OnGpu(batch, seqlen_k, heads[1], 128)
+            problem = gpu_problem(OnGpu(batch, seqlen_q, heads[0], 128), k, k, **mask)
+            assert problem.static is not None
+            plan = plans.forward(problem.static, 90)
+            grid = plans.grid(plan, problem, sms)
+            total = batch * heads[1] * grid.item_blocks
+            assert grid.num_blocks * grid.quotient + grid.remainder == total
+            assert grid.shared == (grid.blocks[0] > 0) == bool(plan.kernel.scratch(plan.config, problem, grid).floats)
+            assert grid.shared or grid.quotient % grid.item_blocks == grid.remainder == 0
+            assert grid.num_blocks <= max(plan.config.resident * sms, batch * heads[1])
 
 
 def test_the_cost_of_a_tile_is_that_of_its_keys() -> None:

@@ -11,6 +11,7 @@ inline void cp_async(u32 destination, const void* source, int valid) {
   emulated::cp_async(destination, source, size, valid);
 }
 
+inline u64 evict_normal() { return 0; }
 inline u64 evict_first() { return 0; }
 
 template <int size>

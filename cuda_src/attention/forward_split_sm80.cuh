@@ -1,0 +1,94 @@
+// attention: the forward kernel for few query rows and many keys, for sm_80 and newer: a schedule divides the keys of
+// all tiles evenly over thread blocks, and the last of those that share a tile puts its parts together.
+#pragma once
+
+#include "attention/mainloop_split_sm80.cuh"
+#include "attention/masks.cuh"
+#include "attention/split_merge.cuh"
+#include "attention/split_params.cuh"
+#include "attention/split_schedule.cuh"
+#include "attention/split_work.cuh"
+#include "core/math.cuh"
+#include "ptx/grid.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/sync.cuh"
+#include "ptx/thread.cuh"
+
+namespace attention {
+
+// Computes a thread block's part of all items, which are Work(argument, item). `counters` holds a zero for each thread
+// block when the grid before has ended, and afterwards again.
+template <class Config, class Work, class Schedule, class Argument>
+inline void forward_split(const Argument& argument, const Schedule& schedule, float* partials, i32* counters,
+                          u32 smem) {
+  using Mainloop = MainloopSplitSm80<Config>;
+  using element = typename Config::element;
+  constexpr int cols = Mainloop::cols, warps = Config::num_threads / 32;
+  constexpr int group_lanes = Mainloop::groups > 2 ? 4 : 2, ahead = cols > 128 || is_same<element, f32> ? 4 : 8;
+  const Params& params = argument.params;
+  const Partials<Config::block_m, cols> memory{partials};
+  const float scale = exponent_scale<typename Config::variant>(params);
+  const int block = blockIdx.x;
+#pragma unroll 1
+  for (SplitUnit unit = schedule.first(block); unit.exists();) {
+    const Work work(argument, unit.item.index);
+    const int begin = work.blocks.begin + unit.begin, end = min_of(work.blocks.begin + unit.end, work.blocks.end);
+    {
+      typename Mainloop::Out out;
+      typename Mainloop::Statistics statistics;
+      Mainloop::run(out, statistics, params, work, begin, end, smem);
+      Mainloop::lay_down(out, statistics, smem);
+    }
+    __syncthreads();
+    const Sharers sharers = schedule.sharers(unit.item);
+    const int first_row = work.first_row(), live = min_of(Config::block_m, work.rows() - first_row);
+    const int warp = ptx::tid_x() / 32;
+    const typename Mainloop::Parts parts{smem};
+#pragma unroll 1
+    for (int row = warp; row < live; row += warps) {
+      LaneSums<cols> sums;
+      const auto whole = merge_row<element, group_lanes, group_lanes>(sums, parts, Mainloop::groups, row, scale);
+      if (sharers.count == 1)
+        finish_row<Config>(params, work, first_row + row, whole, sums, scale);
+      else
+        memory.store(block, sharers.first, row, whole, sums);
+    }
+    if (sharers.count > 1) {
+      __syncthreads();  // the block has left all of its part
+      bool last = false;
+      if (ptx::tid_x() == 0) {
+        ptx::grid_wait();
+        last = ptx::atom_acq_rel_gpu_inc(counters + sharers.first, sharers.count - 1) == sharers.count - 1;
+      }
+      if (__syncthreads_or(last)) {
+        const LeftParts<Config::block_m, cols> left{memory, sharers.first};
+#pragma unroll 1
+        for (int row = warp; row < live; row += warps) {
+          LaneSums<cols> sums;
+          const auto whole = merge_row<element, 32, ahead>(sums, left, sharers.count, row, scale);
+          finish_row<Config>(params, work, first_row + row, whole, sums, scale);
+        }
+      }
+    }
+    unit = schedule.next(unit, block);
+    if (unit.exists()) __syncthreads();  // every warp is done with the parts, over which the next copies go
+  }
+}
+
+template <class Config>
+inline void forward_split_sm80(const SplitParams& argument) {
+  extern __shared__ __align__(1024) char dynamic_smem[];
+  const EvenSchedule<EqualItems> schedule{{argument.item_blocks}, {argument.quotient, argument.remainder}};
+  forward_split<Config, SplitWork<Config>>(argument, schedule, argument.partials, argument.counters,
+                                           ptx::shared_address(dynamic_smem));
+}
+
+// Clears the counters of the thread blocks of the next grid, which need not wait for that until it counts.
+template <class Config>
+inline void forward_split_clear(const SplitParams& argument) {
+  ptx::grid_launch_dependents();
+  const int block = int(blockIdx.x) * Config::num_threads + int(ptx::tid_x());
+  if (block < argument.num_blocks) argument.counters[block] = 0;
+}
+
+}  // namespace attention

@@ -1,0 +1,238 @@
+"""The forward for few query rows and many keys, as in decoding: keys are divided evenly over all thread blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .._call.problem import CHAIN_ROWS, Problem, Static
+from ..errors import UnsupportedError
+from .kernel import (
+    MAX_GRID,
+    NO_SCRATCH,
+    SHARED_MEMORY,
+    SIZEOF,
+    Config,
+    Kernel,
+    Scratch,
+    Step,
+    common,
+    known_arch,
+    round_up,
+)
+from .params import params_of
+
+WARPS = 4
+RESERVED_BYTES = 1 << 10
+"""Shared memory that the GPU takes of an SM's for each thread block."""
+
+BLOCK_BYTES = 8 << 10
+"""K and V of a block of keys, for each warp that reads it: four such blocks, three of them on their way, and two thread
+blocks, are what an SM needs in flight. Reckoned, not measured."""
+
+MOST_STAGES = 6
+
+WHOLE_BYTES = 512 << 10
+"""K and V of a tile of queries that one thread block reads as fast as several that would have to put their parts
+together, behind one more launch. Reckoned, not measured."""
+
+LEAST_BYTES = 64 << 10
+"""K and V that are worth a thread block of their own. Reckoned, not measured."""
+
+CLEARING = "attention_forward_split_clear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigSplitSm80(Config):
+    """What ``cuda_src/attention/forward_split_sm80.cuh`` needs besides.
+
+    Attributes
+    ----------
+    column_warps : int
+        Warps that share rows and split the columns of v.
+    stages : int
+        Blocks of keys in a ring.
+    copy_bytes : int
+    resident : int
+        Thread blocks that an SM holds at a time.
+    """
+
+    column_warps: int
+    stages: int
+    copy_bytes: int
+    resident: int
+
+
+class SplitGrid(NamedTuple):
+    """Shape of a launch; see cuda_src/attention/split_schedule.cuh.
+
+    Attributes
+    ----------
+    num_blocks : int
+    item_blocks : int
+        Blocks of keys that a tile sees.
+    quotient, remainder : int
+        Blocks of keys of a thread block, and how many thread blocks have one more.
+    shared : bool
+        Whether thread blocks share tiles.
+    """
+
+    num_blocks: int
+    item_blocks: int
+    quotient: int
+    remainder: int
+    shared: bool
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        clearing = -(-self.num_blocks // (32 * WARPS)) if self.shared else 0
+        return (clearing, self.num_blocks)
+
+
+class ForwardSplitSm80(Kernel):
+    """The forward of few query rows."""
+
+    name = "attention_forward_split_sm80"
+    record = "SplitParams"
+    special = True
+
+    def refusal(self, static: Static) -> str:
+        if static.few_rows == 0:
+            return "it is for few rows of q, those of all heads that share a key head together, and many keys"
+        if static.few_rows > 32 and static.element == "f32" and max(static.head_dim, static.head_dim_v) > 128:
+            return "so many rows of float32 leave no shared memory for keys"
+        return ""
+
+    def reason(self, static: Static, arch: int) -> str:
+        few = "q has few rows, and there are many keys, which all SMs share"
+        if static.copy_bytes == 16:
+            return few
+        return f"{few}; q, k and v are copied {static.copy_bytes} bytes at a time; 16-byte aligned rows would be faster"
+
+    def config(self, static: Static, arch: int) -> ConfigSplitSm80:
+        tile = tile_of(static, known_arch(arch))
+        return ConfigSplitSm80(
+            **common(static),
+            tile_head_dim=round_up(static.head_dim, 32),
+            tile_head_dim_v=tile_columns(static),
+            block_m=static.few_rows,
+            block_n=tile.block_n,
+            num_threads=32 * tile.warps,
+            smem_bytes=tile.smem_bytes,
+            column_warps=column_warps(static),
+            stages=tile.stages,
+            copy_bytes=static.copy_bytes,
+            resident=tile.resident,
+        )
+
+    def steps(self, config: ConfigSplitSm80) -> tuple[Step, ...]:
+        return (
+            Step(CLEARING, config.num_threads),
+            Step(self.name, config.num_threads, config.smem_bytes),
+        )
+
+    def blocks_per_sm(self, config: ConfigSplitSm80) -> int:
+        return config.resident
+
+    def grid(self, config: ConfigSplitSm80, problem: Problem, num_sms: int) -> SplitGrid:
+        items = problem.batch * problem.num_heads_k
+        if items > MAX_GRID:
+            raise UnsupportedError(
+                f"{problem.function}: {items} tiles of queries are more than one launch holds ({MAX_GRID}); split the "
+                "batch."
+            )
+        return divided(config, items, max(1, seen_blocks(problem, config.block_n)), num_sms)
+
+    def values(self, config: ConfigSplitSm80, problem: Problem, grid: SplitGrid) -> dict[str, Any]:
+        return {
+            "params": params_of(problem, m_blocks=1, heads_per_section=1),
+            "num_blocks": grid.num_blocks,
+            "num_heads_k": problem.num_heads_k,
+            "item_blocks": grid.item_blocks,
+            "quotient": grid.quotient,
+            "remainder": grid.remainder,
+        }
+
+    def scratch(self, config: ConfigSplitSm80, problem: Problem, grid: SplitGrid) -> Scratch:
+        if not grid.shared:
+            return NO_SCRATCH
+        partials = 2 * grid.num_blocks * partial_floats(config)
+        return Scratch({"partials": 0, "counters": partials}, partials + grid.num_blocks)
+
+    def asserts(self) -> str:
+        return f"static_assert(tile::chain_rows == {CHAIN_ROWS});\n"
+
+
+def partial_floats(config: Config) -> int:
+    """``Partials::floats`` in cuda_src/attention/split_merge.cuh."""
+    return config.block_m * (round_up(config.head_dim_v, 16) + 2)
+
+
+def seen_blocks(problem: Problem, block_n: int) -> int:
+    """Blocks of keys that some row sees, of all rows of a sequence: ``find_block_range``."""
+    diagonal, left, right = problem.seqlen_k - problem.seqlen_q, problem.window_left, problem.window_right
+    first = 0 if left is None else max(0, diagonal - left)
+    end = problem.seqlen_k if right is None else min(problem.seqlen_k, problem.seqlen_k + right)
+    return max(0, -(-end // block_n) - first // block_n)
+
+
+def divided(config: ConfigSplitSm80, items: int, item_blocks: int, num_sms: int) -> SplitGrid:
+    """How many thread blocks there are, and what each has of so many items that are alike."""
+    block_bytes = config.block_n * (config.head_dim + config.head_dim_v) * SIZEOF[config.element]
+    total, resident = items * item_blocks, config.resident * num_sms
+    whole = SplitGrid(items, item_blocks, item_blocks, 0, False)
+    if total == 0 or total > MAX_GRID or item_blocks * block_bytes <= WHOLE_BYTES:
+        return whole
+    blocks = min(resident, max(items, total * block_bytes // LEAST_BYTES))
+    quotient, remainder = divmod(total, blocks)
+    if remainder == 0 and quotient % item_blocks == 0:
+        return whole._replace(num_blocks=blocks, quotient=quotient)  # several whole items for each
+    return SplitGrid(blocks, item_blocks, quotient, remainder, True)
+
+
+def column_warps(static: Static) -> int:
+    """Two where the output would leave few registers, as far as there are so many warps."""
+    return 2 if static.head_dim_v > 128 and static.few_rows <= 32 else 1
+
+
+def tile_columns(static: Static) -> int:
+    """Columns of v in shared memory: warps that share them have whole panels, of 128 bytes."""
+    return round_up(static.head_dim_v, 128 // SIZEOF[static.element] * 2 if column_warps(static) > 1 else 32)
+
+
+class Tile(NamedTuple):
+    """What `tile_of` says."""
+
+    block_n: int
+    warps: int
+    stages: int
+    resident: int
+    smem_bytes: int
+
+
+def tile_of(static: Static, arch: int) -> Tile:
+    """Blocks of keys, warps, and stages that fit.
+
+    Two thread blocks per SM hide each other's beginnings and ends; where three stages of all warps' blocks do not fit
+    twice, there is one, and where two do not fit once, there are fewer warps.
+    """
+    size, rows = SIZEOF[static.element], static.few_rows
+    dim, dim_v = round_up(static.head_dim, 32), tile_columns(static)
+    key_bytes, group_warps = size * (dim + dim_v), rows // 16 * column_warps(static)
+    most_keys = 16 if dim_v > 128 else 64 if static.element != "f32" else 32  # what registers the output leaves
+    block_n = max(16, min(most_keys, 1 << (BLOCK_BYTES * group_warps // key_bytes).bit_length() - 1))
+    most = SHARED_MEMORY[arch]
+
+    def smem_bytes(groups: int, stages: int) -> int:
+        group = max(stages * block_n * key_bytes, 4 * rows * (dim_v + 8))
+        return size * rows * dim + groups * (group + 8 * rows)
+
+    groups = WARPS // group_warps
+    for resident, least in ((2, 3), (2, 2), (1, 3), (1, 2)):
+        budget = (most + RESERVED_BYTES) // resident - RESERVED_BYTES
+        for stages in range(MOST_STAGES, least - 1, -1):
+            if smem_bytes(groups, stages) <= budget:
+                return Tile(block_n, group_warps * groups, stages, resident, smem_bytes(groups, stages))
+    while groups > 1 and smem_bytes(groups, 2) > most:
+        groups //= 2
+    return Tile(block_n, group_warps * groups, 2, 1, smem_bytes(groups, 2))
