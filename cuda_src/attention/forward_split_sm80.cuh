@@ -16,8 +16,8 @@
 
 namespace attention {
 
-// Computes a thread block's part of all items, which are Work(argument, item). `counters` holds a zero for each thread
-// block when the grid before has ended, and afterwards again.
+// Computes a thread block's part of all items. `counters` holds a zero for each thread block when the grid before has
+// ended, and afterwards again.
 template <class Config, class Work, class Schedule, class Argument>
 inline void forward_split(const Argument& argument, const Schedule& schedule, float* partials, i32* counters,
                           u32 smem) {
@@ -30,8 +30,8 @@ inline void forward_split(const Argument& argument, const Schedule& schedule, fl
   const float scale = exponent_scale<typename Config::variant>(params);
   const int block = blockIdx.x;
 #pragma unroll 1
-  for (SplitUnit unit = schedule.first(block); unit.exists();) {
-    const Work work(argument, unit.item.index);
+  for (auto unit = schedule.first(block); unit.exists();) {
+    const Work& work = unit.template work<Work>(argument);
     const int begin = work.blocks.begin + unit.begin, end = min_of(work.blocks.begin + unit.end, work.blocks.end);
     {
       typename Mainloop::Out out;

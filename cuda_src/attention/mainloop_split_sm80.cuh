@@ -9,9 +9,9 @@
 //   int first_row(), rows();             // the tile's first row, and the end of all rows
 //   queries(params), keys(params), values(params);  // sources of rows, as attention/row_source.cuh has them
 //   float* lse_row(params, row);         // where the lse of a row goes, if params.lse is not null
-// Work(argument, item) makes it, `argument` being the kernel's own, whose member `params` are the Params above. A
-// source of rows has strides and a length, and `find<count, step>(row)`, which returns something whose [index] is the
-// address of row + index · step; rows from the length on may be asked for, and are never read.
+// A unit makes it, or has it: work<Work>(argument), `argument` being the kernel's own, whose member `params` are the
+// Params above. A source of rows has strides and a length, and `find<count, step>(row)`, which returns something whose
+// [index] is the address of row + index · step; rows from the length on may be asked for, and are never read.
 #pragma once
 
 #include "attention/block_range.cuh"
@@ -99,8 +99,8 @@ struct MainloopSplitSm80 {
     for (int index = 0; index < stages - 1; ++index) {
       if (index < count) load(index, index);
       if (index == 0) {
-        copy_rows<Config::num_threads, Config::copy_bytes, Config::head_dim>(q, work.first_row(), work.queries(params),
-                                                                             int(ptx::tid_x()), ptx::evict_normal());
+        copy_rows<Config::num_threads, Config::q_copy_bytes, Config::head_dim>(
+            q, work.first_row(), work.queries(params), int(ptx::tid_x()), ptx::evict_normal());
       }
       ptx::cp_async_commit_group();
     }

@@ -32,6 +32,11 @@ struct SplitUnit {
   int begin, end;
 
   constexpr bool exists() const { return end > 0; }
+
+  template <class Work, class Argument>
+  Work work(const Argument& argument) const {
+    return Work(argument, item.index);
+  }
 };
 
 // The thread blocks that share an item: `count` from `first` on.

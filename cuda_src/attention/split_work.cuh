@@ -1,6 +1,5 @@
-// attention: what a thread block of the forward with split keys works on: a tile of few query rows of a dense sequence.
-// The heads that share a key head share the tile: its row r is query r / ratio of head r % ratio of these. A work is a
-// thread's own; what the tile's rows are follows from the item, without a look at memory.
+// attention: what a thread block of the forward with split keys works on: a tile of few query rows. The heads that
+// share a key head share the tile: row r of a key head's tiles is query r / ratio of head r % ratio of these.
 #pragma once
 
 #include "attention/block_range.cuh"
@@ -12,59 +11,69 @@
 
 namespace attention {
 
+// A tile, and where its rows of q, `out` and lse are.
 template <class Config>
-struct SplitWork {
+struct SharedTile {
   using element = typename Config::element;
 
   Seqlen seqlen;
+  int sequence, key_head, m_block, ratio;
   BlockRange blocks;  // of keys, of which the item's positions stand for those from the first on
-
-  SplitWork(const SplitParams& argument, int item)
-      : sequence(u32(item) / u32(argument.num_heads_k)),
-        key_head(item - sequence * argument.num_heads_k),
-        ratio(argument.params.qheads_per_khead) {
-    const Params& params = argument.params;
-    seqlen = dense_seqlen(params);
-    find_block_range<Config>(params, seqlen, 0, seqlen.q - 1, blocks);
-    k = ptx::opaque(head(params.k, params.k_strides, key_head));
-    v = ptx::opaque(head(params.v, params.v_strides, key_head));
-  }
 
   int batch() const { return sequence; }
 
-  // The tile has all rows of its key head.
+  // How many rows the tiles of the key head have, and where the tile begins.
   int rows() const { return seqlen.q * ratio; }
-  static constexpr int first_row() { return 0; }
+  int first_row() const { return m_block * Config::block_m; }
 
   // Which query, of which head, a row is.
   int query_of(int row) const { return u32(row) / u32(ratio); }
   int head_of(int row) const { return key_head * ratio + row - query_of(row) * ratio; }
 
   SharedRows<element> queries(const Params& params) const {
-    return {head(params.q, params.q_strides, key_head * ratio), params.q_strides, rows(), ratio};
+    const element* const first = head(params.q, params.q_strides, key_head * ratio);
+    return {first + seqlen.q_first_row * params.q_strides.seqlen, params.q_strides, rows(), ratio};
   }
-  PointedRows<element> keys(const Params& params) const { return {k, params.k_strides, seqlen.k}; }
-  PointedRows<element> values(const Params& params) const { return {v, params.v_strides, seqlen.k}; }
-
   const element* query_row(const Params& params, int row) const { return queries(params).at(row); }
-  const element* key_row(const Params& params, int key) const { return keys(params).at(key); }
-  const element* value_row(const Params& params, int key) const { return values(params).at(key); }
 
   element* out_row(const Params& params, int row) const {
     const element* const first = head(params.out, params.out_strides, head_of(row));
-    return const_cast<element*>(first) + query_of(row) * params.out_strides.seqlen;
+    return const_cast<element*>(first) + (seqlen.q_first_row + query_of(row)) * params.out_strides.seqlen;
   }
   float* lse_row(const Params& params, int row) const {
-    return params.lse + sequence * params.lse_batch_stride + head_of(row) * params.lse_head_stride + query_of(row);
+    return params.lse + sequence * params.lse_batch_stride + head_of(row) * params.lse_head_stride +
+           seqlen.q_first_row + query_of(row);
   }
 
- private:
-  int sequence, key_head, ratio;
-  const element *k, *v;  // where the sequence begins, which the loop does not compute anew
-
+ protected:
   const element* head(const void* pointer, const Strides& strides, int index) const {
     return static_cast<const element*>(pointer) + sequence * strides.batch + index * strides.head;
   }
+};
+
+// The tile of all rows of a key head of a dense sequence. It is a thread's own, and follows from its item without a
+// look at memory.
+template <class Config>
+struct SplitWork : SharedTile<Config> {
+  using element = typename Config::element;
+
+  SplitWork(const SplitParams& argument, int item)
+      : SharedTile<Config>{dense_seqlen(argument.params), int(u32(item) / u32(argument.num_heads_k)),
+                           int(u32(item) % u32(argument.num_heads_k)), 0, argument.params.qheads_per_khead} {
+    const Params& params = argument.params;
+    find_block_range<Config>(params, this->seqlen, 0, this->seqlen.q - 1, this->blocks);
+    k = ptx::opaque(this->head(params.k, params.k_strides, this->key_head));
+    v = ptx::opaque(this->head(params.v, params.v_strides, this->key_head));
+  }
+
+  PointedRows<element> keys(const Params& params) const { return {k, params.k_strides, this->seqlen.k}; }
+  PointedRows<element> values(const Params& params) const { return {v, params.v_strides, this->seqlen.k}; }
+
+  const element* key_row(const Params& params, int key) const { return keys(params).at(key); }
+  const element* value_row(const Params& params, int key) const { return values(params).at(key); }
+
+ private:
+  const element *k, *v;  // where the sequence begins, which the loop does not compute anew
 };
 
 }  // namespace attention

@@ -52,7 +52,8 @@ class ConfigSplitSm80(Config):
         Warps that share rows and split the columns of v.
     stages : int
         Blocks of keys in a ring.
-    copy_bytes : int
+    copy_bytes, q_copy_bytes : int
+        Of keys and values, and of queries.
     resident : int
         Thread blocks that an SM holds at a time.
     """
@@ -60,6 +61,7 @@ class ConfigSplitSm80(Config):
     column_warps: int
     stages: int
     copy_bytes: int
+    q_copy_bytes: int
     resident: int
 
 
@@ -122,6 +124,7 @@ class ForwardSplitSm80(Kernel):
             column_warps=column_warps(static),
             stages=tile.stages,
             copy_bytes=static.copy_bytes,
+            q_copy_bytes=static.copy_bytes,
             resident=tile.resident,
         )
 
