@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompileError",
     "CudaError",
+    "DecodePlan",
     "MissingKernelError",
     "OutOfPagesError",
     "PagedBatch",
@@ -22,6 +23,7 @@ __all__ = [
     "attention_varlen_backward",
     "attention_with_kvcache",
     "cache",
+    "decode_plan",
     "explain",
     "is_available",
     "merge_states",
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from ._api.backward import attention_backward, attention_varlen_backward
     from ._api.cache import cache
     from ._api.config import is_available, show_config
+    from ._api.decode_plan import decode_plan
     from ._api.explain import explain
     from ._api.kvcache import attention_with_kvcache
     from ._api.rotary import rotary
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from ._api.states import merge_states, merge_states_backward
     from ._api.stats import stats
     from ._api.warmup import warmup
+    from ._call.kvcache import DecodePlan
     from ._pages.batch import PagedBatch
     from ._pages.cache import PagedKVCache
     from ._pages.sequence import PagedSequence
@@ -60,6 +64,7 @@ _HOMES = {
     "attention_varlen_backward": "_api.backward",
     "attention_with_kvcache": "_api.kvcache",
     "cache": "_api.cache",
+    "decode_plan": "_api.decode_plan",
     "explain": "_api.explain",
     "is_available": "_api.config",
     "merge_states": "_api.states",
@@ -70,6 +75,7 @@ _HOMES = {
     "warmup": "_api.warmup",
     "CompileError": "errors",
     "CudaError": "errors",
+    "DecodePlan": "_call.kvcache",
     "MissingKernelError": "errors",
     "OutOfPagesError": "errors",
     "PagedBatch": "_pages.batch",

@@ -357,7 +357,7 @@ class TorchAdapter(Adapter):
         torch = sys.modules["torch"]
         self._torch = torch
         self._empty, self._empty_like = torch.empty, torch.empty_like
-        self._dtypes = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+        self._dtypes = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "int32")}
         self._stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or self._public_stream
         self._forward_ad = torch.autograd.forward_ad
         self._tracing_state = torch._C._get_tracing_state

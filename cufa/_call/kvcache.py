@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,11 +17,11 @@ from .arrays import ALIGNMENT, CPU, Arrays, Spec
 from .options import Options
 from .problem import (
     CHAIN_ROWS,
+    FEW_ROWS,
     GPU_DTYPES,
     ITEMSIZE,
     MANY,
     MAX_PAGE_ROWS,
-    TILE_ROWS,
     Check,
     Problem,
     Static,
@@ -64,7 +65,7 @@ _options.IMMUTABLE.add(PlanFacts)
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """How the work of calls with caches is divided: made on the device, from lengths that the host never reads.
+    """How the work of calls with caches is divided over a GPU: what `cufa.decode_plan` gives.
 
     Attributes
     ----------
@@ -72,10 +73,31 @@ class DecodePlan:
         On the device of the caches.
     facts : PlanFacts
         Of the calls that it serves.
+
+    See Also
+    --------
+    cufa.decode_plan : Which has examples.
     """
 
     memory: Any
     facts: PlanFacts
+    _make: Callable[..., object] = field(repr=False)
+
+    def update(self, cache_seqlens: Any = None, *, cache_leftpad: Any = None, cu_seqlens_q: Any = None) -> None:
+        """Make the plan again in its memory, as the lengths are now: for the next step, or within a CUDA graph.
+
+        Parameters
+        ----------
+        cache_seqlens, cache_leftpad, cu_seqlens_q : int32 array, optional
+            Instead of those that it was made of, and of the same shape; by default those, whatever they now hold.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `cufa.decode_plan`, and if the new arrays make it a plan for other calls.
+        """
+        given = {"cache_seqlens": cache_seqlens, "cache_leftpad": cache_leftpad, "cu_seqlens_q": cu_seqlens_q}
+        self._make({name: array for name, array in given.items() if array is not None}, self)
 
 
 def facts_of(function: str, name: str, given: Any) -> PlanFacts | None:
@@ -365,18 +387,18 @@ class _KVCacheCheck(Check):
             short=False,
             many=self.varlen and self.batch() > MANY,
             chains=facts.seqlen_k > CHAIN_ROWS,
-            tile_rows=self.tile_rows(q),
+            few_rows=self.few_rows(q),
             page_rows=math.gcd(facts.page_size, MAX_PAGE_ROWS) if facts.page_size else 0,
             rotary=rotary if "rotary_cos" in self.specs else "",
             appends="k" in self.specs,
             q_copy_bytes=_problem.widest_copy(q, itemsize),
         )
 
-    def tile_rows(self, q: Spec) -> int:
-        """The least of `TILE_ROWS` that holds the rows that a sequence has for a key head, or the last of them."""
+    def few_rows(self, q: Spec) -> int:
+        """The least of `FEW_ROWS` that holds the rows that a sequence has for a key head, or the last of them."""
         queries = -(-q.shape[0] // max(1, self.batch())) if self.varlen else q.shape[1]
         rows = queries * (q.shape[-2] // max(1, self.specs["k_cache"].shape[-2]))
-        return next((each for each in TILE_ROWS if each >= rows), TILE_ROWS[-1])
+        return next((each for each in FEW_ROWS if each >= rows), FEW_ROWS[-1])
 
 
 def check_values(problem: Problem, arrays: Arrays) -> None:

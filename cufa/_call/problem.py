@@ -52,9 +52,6 @@ MANY = 256
 SHORT_ROWS, SHORT_KEYS = (16, 32), (16, 32, 64)
 """Rows of q, and of k, of the tiles that short sequences may have to themselves; longer ones have usual tiles."""
 
-TILE_ROWS = (16, 32, 64)
-"""Rows of the tiles that calls with caches have: queries, and heads that share a key head, together."""
-
 MAX_PAGE_ROWS = 64
 """Rows of a page side by side that are no different from more."""
 
@@ -111,15 +108,13 @@ class Static(NamedTuple):
         `SHORT_ROWS` and of `SHORT_KEYS` that hold one. Else 0.
     few_rows : int
         Where dense q has few rows and many keys: the least of `FEW_ROWS` that holds the rows of all heads that share a
-        key head. Else 0, and always for gradients.
+        key head. With caches the same, packed sequences counting by their average, or the last of them if there are
+        more rows. Else 0, and always for gradients.
     deterministic : bool
         Whether blocks that add to the same gradients do so in a fixed order.
     average_rows : int
         For gradients, rows of q that an average packed sequence has, as far as they matter: 0, or a power of 2 up to
         `LONG_ROWS`.
-    tile_rows : int
-        Of a call with caches: the least of `TILE_ROWS` that holds what rows a sequence, packed ones on average, has for
-        a key head, or the last of them; else 0.
     page_rows : int
         Of caches in pages: the rows from each multiple of so many on lie in one page side by side; a power of 2 up to
         `MAX_PAGE_ROWS`. 0 where caches are contiguous.
@@ -152,7 +147,6 @@ class Static(NamedTuple):
     few_rows: int = 0
     deterministic: bool = False
     average_rows: int = LONG_ROWS
-    tile_rows: int = 0
     page_rows: int = 0
     rotary: str = ""
     appends: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from .._call.arrays import contiguous
@@ -11,10 +12,19 @@ from .kernel import four
 
 
 def params_of(
-    problem: Problem, *, m_blocks: int, heads_per_section: int, m_units: int | None = None, units_per_block: int = 1
+    problem: Problem,
+    *,
+    m_blocks: int,
+    heads_per_section: int,
+    m_units: int | None = None,
+    units_per_block: int = 1,
+    strides: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Any]:
-    """All of them but the addresses; `m_units` are `m_blocks` where tiles are dealt out one by one."""
-    strides = problem.strides
+    """All of them but the addresses; `m_units` are `m_blocks` where tiles are dealt out one by one.
+
+    `strides` are those of q, k, v and the other arrays that the kernel reads, if not the problem's.
+    """
+    strides = problem.strides if strides is None else strides
     lse = contiguous(problem.lse_shape)
     left, right = (MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right))
     return {

@@ -1,20 +1,24 @@
-"""`cufa.attention_with_kvcache`."""
+"""`cufa.attention_with_kvcache` and `cufa.decode_plan`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from .._call import options as _options
+from .._call.arrays import CPU
 from .._call.kvcache import KVCacheProblem, check_values, facts_of, of_kvcache
 from .._call.options import Option
 from .._call.problem import Problem
 from .._kernels import Kernel
+from .._kernels.forward_cache_sm80 import CachePlan, ForwardCacheSm80, plan_words
 from .._terms import TERMS
+from .call import planned
 from .forward import results_of
-from .operation import Operation
+from .operation import Operation, Result
 
-KVCACHE: tuple[Kernel, ...] = ()
+KVCACHE: tuple[Kernel, ...] = (ForwardCacheSm80(),)
 
 
 def _on_cpu(problem: Problem, arrays: Mapping[str, Any], results: Mapping[str, Any]) -> None:
@@ -45,4 +49,24 @@ ATTENTION_WITH_KVCACHE = Operation(
         Option("num_splits", _options.integer),
         Option("plan", facts_of),
     ),
+)
+
+
+def _plan_of(problem: Problem) -> tuple[Result, ...]:
+    words = 0 if problem.device == CPU else plan_words(problem, planned(problem).grid)
+    return (problem.operation.result("plan", (words,), "int32"),)
+
+
+def _plan_on_cpu(problem: Problem, arrays: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """There is nothing to divide."""
+
+
+DECODE_PLAN = replace(
+    ATTENTION_WITH_KVCACHE,
+    name="decode_plan",
+    written=("plan",),
+    tiles=(),
+    results=_plan_of,
+    kernels=(CachePlan(),),
+    on_cpu=_plan_on_cpu,
 )

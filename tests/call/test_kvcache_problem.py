@@ -56,7 +56,7 @@ def test_facts_of_contiguous_caches() -> None:
     assert not problem.varlen and not problem.changes and problem.written_indices == ()
     found = problem.static
     assert found is not None
-    assert (found.mask, found.tile_rows, found.page_rows, found.rotary, found.appends) == ("none", 16, 0, "", False)
+    assert (found.mask, found.few_rows, found.page_rows, found.rotary, found.appends) == ("none", 16, 0, "", False)
 
 
 def test_facts_of_pages_and_new_rows() -> None:
@@ -78,9 +78,9 @@ def test_rows_that_lie_side_by_side_in_a_page(page_size: int, rows: int) -> None
 
 @pytest.mark.parametrize(("queries", "rows"), [(1, 16), (4, 16), (5, 32), (9, 64), (500, 64)])
 def test_tiles_hold_the_rows_of_a_key_head(queries: int, rows: int) -> None:
-    assert static(q=OnGpu(4, queries, 8, 64)).tile_rows == rows
+    assert static(q=OnGpu(4, queries, 8, 64)).few_rows == rows
     packed = {"q": OnGpu(4 * queries, 8, 64), "cu_seqlens_q": OnGpu(5, **INT32)}
-    assert static(**packed).tile_rows == rows
+    assert static(**packed).few_rows == rows
     assert static(**packed).varlen and problem_of(**packed).lse_shape == (8, 4 * queries)
 
 

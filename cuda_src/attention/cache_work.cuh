@@ -1,0 +1,165 @@
+// attention: what a thread block of the forward over caches works on: tiles of query rows of sequences that are as long
+// as a plan says.
+#pragma once
+
+#include "attention/cache_params.cuh"
+#include "attention/cache_plan.cuh"
+#include "attention/cache_rows.cuh"
+#include "attention/params.cuh"
+#include "attention/row_source.cuh"
+#include "attention/seqlen.cuh"
+#include "attention/split_schedule.cuh"
+#include "attention/split_work.cuh"
+#include "core/math.cuh"
+#include "ptx/thread.cuh"
+
+namespace attention {
+
+// A tile of a sequence in a cache.
+template <class Config>
+struct CacheTile : SharedTile<Config> {
+  using element = typename Config::element;
+  using Tile = SharedTile<Config>;
+
+  const element *k, *v;  // where the keys and values of the sequence begin, or (paged) of page 0
+
+  // Sets the tile. One thread calls this.
+  void take(const Params& params, const Seqlen& its_seqlen, int sequence, int key_head, int m_block) {
+    Tile& tile = *this;
+    tile = {its_seqlen,
+            sequence,
+            key_head,
+            m_block,
+            params.qheads_per_khead,
+            item_blocks<Config>(params, its_seqlen, m_block)};
+    const CacheParams& cache = cache_of(params);
+    const int own = Config::paged ? 0 : clamp(cache_slot<Config>(cache, sequence, 0).cache, 0, cache.num_caches - 1);
+    k = head_of_cache(params.k, params.k_strides, own);
+    v = head_of_cache(params.v, params.v_strides, own);
+  }
+
+  auto keys(const Params& params) const { return cached(params, k, params.k_strides); }
+  auto values(const Params& params) const { return cached(params, v, params.v_strides); }
+
+  const element* key_row(const Params& params, int key) const { return keys(params).at(key); }
+  const element* value_row(const Params& params, int key) const { return values(params).at(key); }
+
+ private:
+  const element* head_of_cache(const void* pointer, const Strides& strides, int own) const {
+    const int first_row = Config::paged ? 0 : this->seqlen.k_first_row;
+    return static_cast<const element*>(pointer) + own * strides.batch + this->key_head * strides.head +
+           first_row * strides.seqlen;
+  }
+
+  auto cached(const Params& params, const element* pointer, const Strides& strides) const {
+    const int length = this->seqlen.k;
+    if constexpr (Config::paged)
+      return PagedRows<element>{pointer, strides, length, cache_of(params), this->sequence, this->seqlen.k_first_row};
+    else
+      return PointedRows<element>{pointer, strides, length};
+  }
+};
+
+// What a thread block works on, in shared memory, since the accumulators leave no registers to carry it in.
+template <class Config>
+struct CacheWork {
+  CacheTile<Config> tile;
+  int begin, end;                 // blocks of keys, from the tile's first on
+  int first_position, positions;  // of the item, among those of all items
+  int next_position;              // the one behind the unit's
+  int before;                     // how many positions are before those of the sequence
+};
+
+// A unit of a thread block, whose item is what the work in shared memory says.
+template <class Config>
+struct CacheUnit {
+  const CacheWork<Config>* item;  // null: there is no unit
+  int begin, end;
+
+  bool exists() const { return item != nullptr; }
+
+  template <class Tile, class Argument>
+  const Tile& work(const Argument&) const {
+    return item->tile;
+  }
+};
+
+// The units of a thread block, as a plan says. All threads call `first` and `next`.
+template <class Config>
+struct CacheSchedule {
+  using Unit = CacheUnit<Config>;
+
+  const Params& params;
+  const CacheParams& cache;
+  CacheWork<Config>& work;  // in shared memory
+
+  Unit first(int block) const {
+    const PlannedBlock& planned = memory().blocks[block];
+    const EvenCut cut = planned.cut;
+    if (cut.begin(block) >= cut.begin(block + 1)) return none();
+    if (ptx::tid_x() == 0) {
+      const PlannedSequence sequence = planned.sequence;
+      const Seqlen seqlen{planned.q_rows, sequence.keys, sequence.q_first_row, sequence.k_first_row};
+      take(planned.batch, sequence.before, seqlen, cut.begin(block), cut.begin(block + 1));
+    }
+    __syncthreads();
+    return unit();
+  }
+
+  Unit next(const Unit&, int block) const {
+    const int position = work.next_position, end = memory().blocks[block].cut.begin(block + 1);
+    if (position >= end) return none();
+    __syncthreads();  // every thread has read what the unit before was
+    if (ptx::tid_x() == 0) {
+      const PlannedSequence* sequence = memory().sequences + work.tile.sequence;
+      if (position < sequence[1].before) {
+        take(work.tile.sequence, work.before, work.tile.seqlen, position, end);
+      } else {
+        int batch = work.tile.sequence;
+        do {
+          ++sequence;
+          ++batch;
+        } while (sequence[1].before == position);  // sequences without rows of q have no positions
+        const int q_rows = Config::varlen ? sequence[1].q_first_row - sequence->q_first_row : params.seqlen_q;
+        take(batch, position, {q_rows, sequence->keys, sequence->q_first_row, sequence->k_first_row}, position, end);
+      }
+    }
+    __syncthreads();
+    return unit();
+  }
+
+  Sharers sharers(const CacheWork<Config>*) const {
+    const int first_position = work.first_position;
+    if (cache.num_splits > 0) return {first_position, cache.num_splits};
+    const EvenCut cut = memory().blocks[blockIdx.x].cut;
+    const int first = cut.part_of(first_position);
+    return {first, cut.part_of(first_position + work.positions - 1) - first + 1};
+  }
+
+ private:
+  PlanMemory memory() const { return PlanMemory(params, cache); }
+
+  Unit unit() const { return {&work, work.begin, work.end}; }
+  static Unit none() { return {nullptr, 0, 0}; }
+
+  // Sets the work to the unit of a position of a sequence, whose positions begin behind `before` others; those of the
+  // thread block end with `last`.
+  void take(int batch, int before, const Seqlen& seqlen, int position, int last) const {
+    const SequenceItem its = sequence_item<Config>(params, cache, seqlen, position - before);
+    work.tile.take(params, seqlen, batch, its.head, its.m_block);
+    work.before = before;
+    work.first_position = before + its.first;
+    work.positions = its.positions;
+    work.begin = position - work.first_position;
+    work.end = min_of(its.positions, last - work.first_position);
+    work.next_position = work.first_position + work.end;
+    if (cache.num_splits > 0) {
+      const int count = max_of(0, work.tile.blocks.end - work.tile.blocks.begin), part = work.begin;
+      const EvenCut cut{count / cache.num_splits, count % cache.num_splits};
+      work.begin = cut.begin(part);
+      work.end = cut.begin(part + 1);
+    }
+  }
+};
+
+}  // namespace attention

@@ -1,0 +1,28 @@
+// attention: the forward kernel over caches of keys and values, for sm_80 and newer: the main loop for few query rows,
+// on sequences whose lengths and pages only the device knows.
+#pragma once
+
+#include "attention/cache_params.cuh"
+#include "attention/cache_prepare.cuh"
+#include "attention/cache_work.cuh"
+#include "attention/epilogue_empty.cuh"
+#include "attention/forward_split_sm80.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/thread.cuh"
+
+namespace attention {
+
+template <class Config>
+inline void forward_cache_sm80(const CacheArgument& argument) {
+  extern __shared__ __align__(1024) char dynamic_smem[];
+  __shared__ CacheWork<Config> work;
+  const CacheSchedule<Config> schedule{argument.params, argument.cache, work};
+  const PlanMemory plan(argument.params, argument.cache);
+  forward_split<Config, CacheTile<Config>>(argument, schedule, argument.cache.partials, plan.counters,
+                                           ptx::shared_address(dynamic_smem));
+  if constexpr (Config::varlen) {
+    clear_outside<Config>(argument.params, ptx::tid_x() / 32, Config::num_threads / 32);
+  }
+}
+
+}  // namespace attention

@@ -1,0 +1,278 @@
+"""The forward over caches of keys and values, for every GPU: one launch plans and appends, and one computes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .._call.align import WORKSPACE_ALIGNMENT
+from .._call.arrays import ALIGNMENT, contiguous
+from .._call.kvcache import KVCacheProblem
+from .._call.problem import ITEMSIZE, Problem, Static, widest_copy
+from .._driver.launch import Argument
+from ..errors import ArgumentError, UnsupportedError
+from .forward_split_sm80 import (
+    LEAST_BYTES,
+    ConfigSplitSm80,
+    column_warps,
+    partial_floats,
+    seen_blocks,
+    tile_columns,
+    tile_of,
+)
+from .kernel import FASTEST, MAX_GRID, NO_SCRATCH, SIZEOF, Kernel, Scratch, Step, common, four, known_arch, round_up
+from .params import params_of
+from .record import Record
+
+PREPARE_THREADS = 256
+PREPARING = "attention_cache_prepare"
+
+BLOCK_WORDS, SEQUENCE_WORDS = 8, 4
+"""Of what a plan says of a thread block, and of a sequence: ``PlanMemory`` in cuda_src/attention/cache_plan.cuh."""
+
+ROTATED = "rotated_q"
+
+NAMES = {"k": "k_cache", "v": "v_cache", "given_q": "q", "new_k": "k", "new_v": "v"}
+"""The names of arrays by those of addresses in ``attention::CacheArgument``, where they differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigCacheSm80(ConfigSplitSm80):
+    """What ``cuda_src/attention/forward_cache_sm80.cuh`` needs besides.
+
+    Attributes
+    ----------
+    paged : bool
+    prepare_threads : int
+        Threads of a block of the launch that plans and appends.
+    """
+
+    paged: bool
+    prepare_threads: int = PREPARE_THREADS
+
+    def words(self) -> list[str]:
+        return super().words() + ["paged"] * self.paged
+
+
+class CacheGrid(NamedTuple):
+    """Shapes of the launches.
+
+    Attributes
+    ----------
+    tokens : int
+        Rows for which something is appended or rotated, a thread block each.
+    num_blocks : int
+        Thread blocks of the main launch.
+    least_blocks : int
+        Thread blocks that have something to do at least, as far as there is something.
+    makes_plan : bool
+        Whether the first launch does.
+    """
+
+    tokens: int
+    num_blocks: int
+    least_blocks: int
+    makes_plan: bool
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return (self.tokens + self.makes_plan, self.num_blocks)
+
+
+class ForwardCacheSm80(Kernel):
+    """The forward over caches."""
+
+    name = "attention_forward_cache_sm80"
+    record = "CacheArgument"
+    prologue = "  ptx::grid_begin();\n"
+
+    def reason(self, static: Static, arch: int) -> str:
+        return FASTEST
+
+    def config(self, static: Static, arch: int) -> ConfigCacheSm80:
+        # More rows of wide float32 leave no shared memory for keys.
+        wide = static.element == "f32" and max(static.head_dim, static.head_dim_v) > 128
+        static = static._replace(few_rows=min(static.few_rows, 32)) if wide else static
+        tile = tile_of(static, known_arch(arch))
+        return ConfigCacheSm80(
+            **common(static),
+            tile_head_dim=round_up(static.head_dim, 32),
+            tile_head_dim_v=tile_columns(static),
+            block_m=static.few_rows,
+            block_n=tile.block_n,
+            num_threads=32 * tile.warps,
+            smem_bytes=tile.smem_bytes,
+            column_warps=column_warps(static),
+            stages=tile.stages,
+            copy_bytes=static.copy_bytes,
+            q_copy_bytes=ALIGNMENT if static.rotary else static.q_copy_bytes,
+            resident=tile.resident,
+            paged=static.page_rows > 0,
+        )
+
+    def steps(self, config: ConfigCacheSm80) -> tuple[Step, ...]:
+        return (Step(PREPARING, config.prepare_threads), Step(self.name, config.num_threads, config.smem_bytes))
+
+    def blocks_per_sm(self, config: ConfigCacheSm80) -> int:
+        return config.resident
+
+    def grid(self, config: ConfigCacheSm80, problem: Problem, num_sms: int) -> CacheGrid:
+        assert isinstance(problem, KVCacheProblem)
+        ratio = problem.num_heads_q // max(1, problem.num_heads_k)
+        rows = problem.seqlen_q * ratio
+        if problem.varlen:
+            tokens = problem.seqlen_q
+            tiles = rows // config.block_m + problem.batch  # enough, without knowing one length
+        else:
+            tokens = problem.batch * max(problem.seqlen_new, problem.seqlen_q if problem.rotary_dim else 0)
+            tiles = problem.batch * -(-rows // config.block_m)
+        tokens *= problem.changes
+        items = tiles * problem.num_heads_k
+        positions = items * (problem.num_splits or max(1, seen_blocks(problem, config.block_n)))
+        if max(tokens, positions) >= MAX_GRID:
+            raise UnsupportedError(
+                f"{problem.function}: {positions} blocks of keys are more than can be counted ({MAX_GRID}); split the "
+                "batch."
+            )
+        least, blocks = items, positions
+        if problem.num_splits == 0:
+            blocks = min(config.resident * num_sms, max(items, positions // least_positions(config)))
+            least = min(items, blocks)
+        if problem.varlen and rows:  # someone clears rows that are no sequence's
+            blocks = max(1, blocks)
+        grid = CacheGrid(tokens, blocks, max(1, least), blocks > 0 and "plan" not in problem.specs)
+        check_plan(problem, grid)
+        return grid
+
+    def values(self, config: ConfigCacheSm80, problem: Problem, grid: CacheGrid) -> dict[str, Any]:
+        assert isinstance(problem, KVCacheProblem)
+        strides = problem.strides
+        zeros = (0, 0, 0, 0)
+        own = strides | {"k": strides["k_cache"], "v": strides["v_cache"]}
+        if problem.rotary_dim:
+            own["q"] = contiguous((*problem.specs["q"].shape[:-1], row_elements(problem)))
+        params = params_of(problem, m_blocks=0, heads_per_section=1, strides=own)
+        if problem.num_caches == 0:
+            params["seqlen_k"] = 0  # there is no room for keys, whatever lengths say
+        tables = {
+            f"rotary_{name}_strides": (0, row, 0, column)
+            for name in ("cos", "sin")
+            for row, column in [strides.get(f"rotary_{name}", (0, 0))]
+        }
+        table_strides = strides.get("block_table", (0, 0))
+        size = problem.page_size
+        return {
+            "params": params,
+            "cache": {
+                "given_q_strides": four(strides["q"]),
+                "new_k_strides": four(strides.get("k", zeros)),
+                "new_v_strides": four(strides.get("v", zeros)),
+                **tables,
+                "block_table_batch_stride": table_strides[0],
+                "block_table_page_stride": table_strides[1],
+                **{f"{name}_stride": strides.get(name, (0,))[0] for name in VECTORS},
+                "num_heads_k": problem.num_heads_k,
+                "num_caches": problem.num_caches,
+                "page_size": size,
+                "page_shift": size.bit_length() - 1 if size & (size - 1) == 0 else -1,
+                "appends": problem.changes,
+                "seqlen_new": problem.seqlen_new,
+                "max_position": problem.specs["rotary_cos"].shape[0] if problem.rotary_dim else 0,
+                "rotary_dim": problem.rotary_dim,
+                "rotary_interleaved": problem.rotary_interleaved,
+                "rotary_moves": problem.rotary_advances,
+                "rotary_floats": problem.rotary_dim > 0 and problem.specs["rotary_cos"].dtype == "float32",
+                "wide_rows": problem.changes and has_wide_rows(problem),
+                "makes_plan": grid.makes_plan,
+                "plan_blocks": grid.num_blocks,
+                "least_blocks": grid.least_blocks,
+                "least_positions": least_positions(config) if problem.num_splits == 0 else 1,
+                "num_splits": problem.num_splits,
+            },
+        }
+
+    def argument(self, record: Record, config: Any, problem: Problem, grid: Any) -> Argument:
+        assert isinstance(problem, KVCacheProblem)
+        found = super().argument(record, config, problem, grid)
+        names = {**NAMES, "q": ROTATED} if problem.rotary_dim else NAMES
+        return found._replace(pointers=tuple((offset, names.get(name, name)) for offset, name in found.pointers))
+
+    def scratch(self, config: ConfigCacheSm80, problem: Problem, grid: CacheGrid) -> Scratch:
+        assert isinstance(problem, KVCacheProblem)
+        sizes = {"partials": 2 * grid.num_blocks * partial_floats(config)}
+        if grid.makes_plan:
+            sizes["plan"] = plan_words(problem, grid)
+        if problem.rotary_dim:
+            q = problem.specs["q"].shape
+            sizes[ROTATED] = math.prod(q[:-1]) * row_elements(problem) * ITEMSIZE[problem.dtype] // 4
+        parts, end = {}, 0
+        for name, size in sizes.items():
+            parts[name] = end
+            end += round_up(size, WORKSPACE_ALIGNMENT)
+        return Scratch(parts, end) if end else NO_SCRATCH
+
+    def asserts(self) -> str:
+        return (
+            f"static_assert(sizeof(attention::PlannedBlock) == {4 * BLOCK_WORDS});\n"
+            f"static_assert(sizeof(attention::PlannedSequence) == {4 * SEQUENCE_WORDS});\n"
+        )
+
+
+class PlanGrid(CacheGrid):
+    """The plan of such launches."""
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return (int(self.makes_plan),)
+
+
+class CachePlan(ForwardCacheSm80):
+    """The plan alone, in memory of its own."""
+
+    name = PREPARING
+
+    def steps(self, config: ConfigCacheSm80) -> tuple[Step, ...]:
+        return super().steps(config)[:1]
+
+    def grid(self, config: ConfigCacheSm80, problem: Problem, num_sms: int) -> PlanGrid:
+        grid = super().grid(config, problem, num_sms)
+        return PlanGrid(0, grid.num_blocks, grid.least_blocks, grid.num_blocks > 0)
+
+    def scratch(self, config: ConfigCacheSm80, problem: Problem, grid: CacheGrid) -> Scratch:
+        return NO_SCRATCH
+
+
+VECTORS = ("cache_seqlens", "cache_batch_idx", "cache_leftpad")
+
+
+def least_positions(config: ConfigCacheSm80) -> int:
+    """Blocks of keys that are worth a thread block of their own."""
+    block_bytes = config.block_n * (config.head_dim + config.head_dim_v) * SIZEOF[config.element]
+    return -(-LEAST_BYTES // block_bytes)
+
+
+def plan_words(problem: Problem, grid: CacheGrid) -> int:
+    """32-bit words of a plan: of thread blocks, of sequences and one behind the last, and counters."""
+    return (BLOCK_WORDS + 1) * grid.num_blocks + SEQUENCE_WORDS * (problem.batch + 1)
+
+
+def check_plan(problem: Problem, grid: CacheGrid) -> None:
+    """Refuse a plan that was made for another GPU, which has another number of thread blocks."""
+    plan, words = problem.specs.get("plan"), plan_words(problem, grid)
+    if plan is not None and plan.shape != (words,):
+        raise ArgumentError(
+            f"{problem.function}: plan has {plan.shape[0]} words, but {words} are expected here; make one with "
+            "decode_plan on the device of the call."
+        )
+
+
+def row_elements(problem: Problem) -> int:
+    """Elements of a row of the rotated q, which are whole chunks of 16 bytes."""
+    return round_up(problem.head_dim, ALIGNMENT // ITEMSIZE[problem.dtype])
+
+
+def has_wide_rows(problem: KVCacheProblem) -> bool:
+    """Whether rows of all that is copied while appending begin at multiples of 16 bytes."""
+    names = ("k", "v", "k_cache", "v_cache", *(("q",) if problem.rotary_dim else ()))
+    return all(widest_copy(problem.specs[name], ITEMSIZE[problem.dtype]) == ALIGNMENT for name in names)
