@@ -13,13 +13,11 @@ torch's backends instead.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -30,31 +28,16 @@ from common import command_line, selected, start, write
 
 import cufa
 from cufa._bench.frameworks import Torch
-from cufa._bench.measure import check_last_rows, conditions, measure
+from cufa._bench.measure import check_last_rows, conditions, host_seconds, measure
 from cufa._bench.peers import FORWARD, Call
 from cufa._bench.reports import FORWARD_SEQLENS, beside_the_ladder, markdown, table
 
 # --- what a call costs the host -----------------------------------------------------------------------
 
 
-def host_seconds(fn: Call, calls: int = 200) -> float:
-    """Least mean time, over several batches of calls, until a call returns."""
-    for _ in range(50):
-        fn()
-    torch.cuda.synchronize()
-    best = math.inf
-    for _ in range(20):
-        began = time.perf_counter()
-        for _ in range(calls):
-            fn()
-        best = min(best, (time.perf_counter() - began) / calls)
-        torch.cuda.synchronize()
-    return best
-
-
 def host_costs(calls: dict[str, Call]) -> list[str]:
     """What calls in steady state cost the host, outputs allocated, as Markdown."""
-    costs = [[name, f"{1e6 * host_seconds(call):.1f}"] for name, call in calls.items()]
+    costs = [[name, f"{1e6 * host_seconds(call, torch.cuda.synchronize):.1f}"] for name, call in calls.items()]
     return ["## What a call costs the host", "", *markdown(["caller", "µs a call"], costs), ""]
 
 

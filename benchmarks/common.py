@@ -63,13 +63,18 @@ def start(framework: Torch) -> float:
     return ceiling
 
 
+def stem_of(directory: Path, name: str) -> Path:
+    """``<name>-<gpu>`` in a directory, which is made."""
+    directory.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name().lower().replace("nvidia", "")
+    return directory / f"{name}-{re.sub(r'[^a-z0-9]+', '-', gpu).strip('-')}"
+
+
 def write(
     directory: Path, name: str, title: str, text: str, results: Results, peers: Collection[str], ceiling: float
 ) -> None:
     """Write a run's table, rows and plot, as ``<name>-<gpu>`` with the suffix of each."""
-    directory.mkdir(parents=True, exist_ok=True)
-    gpu = torch.cuda.get_device_name().lower().replace("nvidia", "")
-    stem = directory / f"{name}-{re.sub(r'[^a-z0-9]+', '-', gpu).strip('-')}"
+    stem = stem_of(directory, name)
     stem.with_suffix(".md").write_text(text)
     write_rows(results, peers, stem.with_suffix(".csv"))
     plot(results, ceiling, title, stem.with_suffix(".png"))

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from numpy.typing import ArrayLike
+
 from ..errors import UnsupportedError
 from ..testing import _timing
 from .reports import Row
@@ -21,7 +23,7 @@ class Framework:
         """Normal numbers."""
         raise NotImplementedError
 
-    def integers(self, values: Sequence[int]) -> Any:
+    def integers(self, values: ArrayLike) -> Any:
         """An array of int32."""
         raise NotImplementedError
 
@@ -30,6 +32,10 @@ class Framework:
         raise NotImplementedError
 
     def float32(self, array: Any) -> Any:
+        raise NotImplementedError
+
+    def softmax(self, scores: Any) -> Any:
+        """Over the last axis."""
         raise NotImplementedError
 
     def release(self) -> None:
@@ -80,7 +86,7 @@ class Torch(Framework):
         generator = self.torch.Generator("cuda").manual_seed(seed)
         return self.torch.randn(shape, generator=generator, device="cuda", dtype=getattr(self.torch, dtype))
 
-    def integers(self, values: Sequence[int]) -> Any:
+    def integers(self, values: ArrayLike) -> Any:
         return self.torch.tensor(values, dtype=self.torch.int32, device="cuda")
 
     def view(self, result: Any) -> Any:
@@ -88,6 +94,9 @@ class Torch(Framework):
 
     def float32(self, array: Any) -> Any:
         return array.float()
+
+    def softmax(self, scores: Any) -> Any:
+        return self.torch.softmax(scores, -1)
 
     def release(self) -> None:
         self.torch.cuda.synchronize()
@@ -116,7 +125,7 @@ class CuPy(Framework):
         numbers = self.cupy.random.default_rng(seed).standard_normal(shape, dtype=self.cupy.float32)
         return numbers.astype(self.dtypes.get(dtype, dtype))
 
-    def integers(self, values: Sequence[int]) -> Any:
+    def integers(self, values: ArrayLike) -> Any:
         return self.cupy.asarray(values, dtype=self.cupy.int32)
 
     def view(self, result: Any) -> Any:
@@ -124,6 +133,10 @@ class CuPy(Framework):
 
     def float32(self, array: Any) -> Any:
         return array.astype(self.cupy.float32)
+
+    def softmax(self, scores: Any) -> Any:
+        weights = self.cupy.exp(scores - scores.max(-1, keepdims=True))
+        return weights / weights.sum(-1, keepdims=True)
 
     def release(self) -> None:
         self.cupy.cuda.runtime.deviceSynchronize()

@@ -61,6 +61,21 @@ def back_to_back_seconds(fn: Call, calls: int = 20) -> float:
     return best
 
 
+def host_seconds(fn: Call, synchronize: Callable[[], object], calls: int = 200, batches: int = 20) -> float:
+    """Least mean time, over several batches of calls, until a call returns."""
+    for _ in range(50):
+        fn()
+    synchronize()
+    best = math.inf
+    for _ in range(batches):
+        began = time.perf_counter()
+        for _ in range(calls):
+            fn()
+        best = min(best, (time.perf_counter() - began) / calls)
+        synchronize()
+    return best
+
+
 def captured(fn: Call, gpu: _timing.Gpu, say: Say = say_on_stdout) -> Call | None:
     """`fn` as a CUDA graph, or None where it cannot be captured, which is said."""
     for _ in range(3):
@@ -192,8 +207,8 @@ def check_last_rows(row: Row, q: Any, k: Any, v: Any, out: Any, rows: int = 256)
     assert_close(out, q, k[:1, keys, :1], v[:1, keys, :1], causal=row.causal, window_size=window)
 
 
-def conditions(framework: Framework, ceiling: float, dtype: str = "bfloat16") -> str:
-    """When and with what a run was."""
+def setting(framework: Framework) -> str:
+    """When and with what a run is."""
     import datetime
 
     from .._api.config import show_config
@@ -201,6 +216,13 @@ def conditions(framework: Framework, ceiling: float, dtype: str = "bfloat16") ->
     report = show_config("dicts")
     return (
         f"{datetime.date.today()}, driver {report['gpu']['driver']}, NVRTC {report['nvrtc']['version']}, "
-        f"{framework.version()}. {dtype}, TFLOP/s, medians of CUDA-graph replays with the L2 flushed before each. "
+        f"{framework.version()}"
+    )
+
+
+def conditions(framework: Framework, ceiling: float, dtype: str = "bfloat16") -> str:
+    """When, with what and how a run of rows was measured."""
+    return (
+        f"{setting(framework)}. {dtype}, TFLOP/s, medians of CUDA-graph replays with the L2 flushed before each. "
         f"An 8192³ {framework.matmul_dtype} matrix product in the same run: {ceiling:.0f} TFLOP/s."
     )

@@ -29,6 +29,9 @@ COLORS = {
     "memory-efficient (torch)": "C8",
     "FA2, packed": "C9",
     "cufa, dense": "black",
+    "cufa, plan": "navy",
+    "cufa, prefix": "teal",
+    "FA3, plan": "darkred",
 }
 """The color of each peer in every panel of every plot."""
 

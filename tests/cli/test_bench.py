@@ -47,6 +47,10 @@ class Host(Framework):
     def float32(self, array: Any) -> Any:
         return array.astype(np.float32)
 
+    def softmax(self, scores: Any) -> Any:
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return weights / weights.sum(-1, keepdims=True)
+
     def release(self) -> None:
         pass
 
