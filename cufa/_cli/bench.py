@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
+
+from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
     from .._bench.frameworks import Framework
@@ -16,6 +20,11 @@ if TYPE_CHECKING:
 
 QUICK_SEQLEN = 2048
 """The longest sequence that ``--quick`` measures."""
+
+ALONE = "# torch is not there, or finds no GPU: cufa is measured alone"
+
+OF_THE_LADDER = ("backward", "dtype", "head_dims", "seqlens", "causal", "csv_file")
+"""What ``--decode`` does not take."""
 
 
 def _numbers(least: int, most: int) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:
@@ -43,11 +52,19 @@ def _new_file(context: click.Context, param: click.Parameter, value: Path | None
     return value
 
 
+def _pattern(context: click.Context, param: click.Parameter, value: str) -> re.Pattern[str]:
+    try:
+        return re.compile(value)
+    except re.error as error:
+        raise click.BadParameter(f"{value!r} is no regular expression: {error}.") from None
+
+
 FILE = click.Path(path_type=Path)
 
 
 @click.command()
 @click.option("--backward", is_flag=True, help="Gradients; without it, the forward.")
+@click.option("--decode", is_flag=True, help="A few queries over long caches of keys, as in serving.")
 @click.option("--dtype", type=click.Choice(("bfloat16", "float16", "float32")), default="bfloat16", show_default=True)
 @click.option("--head-dim", "head_dims", callback=_numbers(1, 256), metavar="N[,N...]", help="Default: 64,128,256.")
 @click.option(
@@ -58,16 +75,21 @@ FILE = click.Path(path_type=Path)
     help="Default: 512,2048,8192 and, forward, 16384.",
 )
 @click.option("--causal/--full", default=None, help="One kind of mask; without either, both.")
+@click.option("--only", callback=_pattern, default="", metavar="REGEX", help="What a row's name must contain.")
 @click.option("--quick", is_flag=True, help=f"Sequences up to {QUICK_SEQLEN}, and fewer calls of each.")
 @click.option("--csv", "csv_file", type=FILE, callback=_new_file, help="Write the rows to a file.")
 @click.option("--plot", "plot_file", type=FILE, callback=_new_file, help="Draw them, as .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.pass_context
 def bench(
+    context: click.Context,
     backward: bool,
+    decode: bool,
     dtype: str,
     head_dims: tuple[int, ...] | None,
     seqlens: tuple[int, ...] | None,
     causal: bool | None,
+    only: re.Pattern[str],
     quick: bool,
     csv_file: Path | None,
     plot_file: Path | None,
@@ -79,24 +101,26 @@ def bench(
     FlashAttention-3 (fa3-fwd) and JAX's cuDNN attention. All compute the same inputs, take turns call by call, and are
     held to each other's results. A row holds about 16k tokens of hidden size 2048. Without torch, cufa is measured
     alone, on CuPy's arrays.
+
+    With --decode the cases are those of a server, and rates are bytes of keys and values a second.
     """
-    from .._api.config import is_available
     from .._bench.reports import BACKWARD_SEQLENS, FORWARD_SEQLENS, LADDER_HEAD_DIMS, rungs, write_rows
-    from ..errors import UnsupportedError
 
     if plot_file is not None:
         _check_plot(plot_file)
+    if decode:
+        _bench_decode(context, only, quick, plot_file, as_json)
+        return
     seqlens = seqlens or (BACKWARD_SEQLENS if backward else FORWARD_SEQLENS)
     if quick:
         seqlens = tuple(seqlen for seqlen in seqlens if seqlen <= QUICK_SEQLEN)
         if not seqlens:
             raise click.UsageError(f"--quick measures sequences up to {QUICK_SEQLEN}; leave out --quick or --seqlen.")
     rows = rungs(head_dims or LADDER_HEAD_DIMS, seqlens, (False, True) if causal is None else (causal,))
-    rows = [row._replace(dtype=dtype) for row in rows]
-    if not is_available():
-        raise UnsupportedError(
-            "bench: there is no NVIDIA GPU of compute capability 8.0 or newer here; cufa doctor says what it finds."
-        )
+    rows = [row for row in (row._replace(dtype=dtype) for row in rows) if only.search(str(row))]
+    if not rows:
+        raise click.UsageError(f"--only: no row's name contains {only.pattern!r}.")
+    _check_gpu()
 
     from .._bench import frameworks, measure
 
@@ -131,6 +155,44 @@ def bench(
         raise UnsupportedError(f"bench: cufa failed on {', '.join(failed)}; the lines above say how.")
 
 
+def _bench_decode(
+    context: click.Context, only: re.Pattern[str], quick: bool, plot_file: Path | None, as_json: bool
+) -> None:
+    for option in context.command.params:
+        name = option.name or ""
+        if name in OF_THE_LADDER and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--decode has cases of its own: leave out {option.opts[0]}.")
+    _check_gpu()
+
+    from .._bench import decode_measure, frameworks
+    from .._bench.decode_peers import PEERS, PLANS
+
+    framework = frameworks.find()
+    peers, plans = PEERS, PLANS
+    if not isinstance(framework, frameworks.Torch):
+        _say(ALONE)
+        peers, plans = (
+            {name: make for name, make in each.items() if name.startswith("cufa")} for each in (peers, plans)
+        )
+    report = decode_measure.run(framework, peers, plans, wanted=only, repeats=10 if quick else 30, say=_say)
+    if plot_file is not None and (figure := report.figure()) is not None:
+        figure.savefig(plot_file, dpi=120)
+        _say(f"# wrote {plot_file}")
+    click.echo(json.dumps(report.as_json(), indent=2) if as_json else report.markdown())
+    failed = [str(case) for case, found in report.results.items() if "cufa" not in found]
+    if failed:
+        raise UnsupportedError(f"bench: cufa failed on {'; '.join(failed)}; the lines above say how.")
+
+
+def _check_gpu() -> None:
+    from .._api.config import is_available
+
+    if not is_available():
+        raise UnsupportedError(
+            "bench: there is no NVIDIA GPU of compute capability 8.0 or newer here; cufa doctor says what it finds."
+        )
+
+
 def _say(line: str) -> None:
     click.echo(line, err=True)
 
@@ -151,7 +213,7 @@ def _peers(framework: Framework, backward: bool) -> dict[str, Peer]:
 
     peers = BACKWARD if backward else FORWARD
     if not isinstance(framework, Torch):
-        _say("# torch is not there, or finds no GPU: cufa is measured alone")
+        _say(ALONE)
         return {"cufa": peers["cufa"]}
     return {name: make for name, make in peers.items() if name != "FlexAttention"}
 

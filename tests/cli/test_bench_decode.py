@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_bench import Host
+from test_bench import Host, run
 
 from cufa import reference
-from cufa._bench import decode_measure, decode_peers, decode_reports
+from cufa._bench import decode_measure, decode_peers, decode_reports, frameworks
 from cufa._bench.decode_measure import Inputs
 from cufa._bench.decode_reports import Case
+from cufa.errors import UnsupportedError
 
 SMALL = [
     Case((40, 40), 4, 2, head_dim=16),
@@ -32,7 +34,10 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(decode_measure, "cases", lambda: SMALL)
     monkeypatch.setattr(decode_measure, "host_cases", lambda: SMALL[:1])
     monkeypatch.setattr(decode_measure, "plan_cases", lambda: SMALL[2:3])
-    return Host()
+    monkeypatch.setattr(importlib.import_module("cufa._api.config"), "is_available", lambda: True)
+    made = Host()
+    monkeypatch.setattr(frameworks, "find", lambda: made)
+    return made
 
 
 def keys_of(case: Case, given: Inputs, index: int) -> list[Any]:
@@ -157,3 +162,36 @@ def test_cases_of_a_server() -> None:
     assert {case.kind for case in cases} == {
         "Contiguous caches", "Pages", "Mixed lengths", "A few query rows", "Many query rows", "A shared prefix"
     }  # fmt: skip
+
+
+def test_the_command(host: Host, tmp_path: Path) -> None:
+    done = run("--decode", "--only", "2 × 40|1–20", "--quick", "--json")
+    assert done.exit_code == 0, done.output
+    assert "cufa is measured alone" in done.stderr and "2 × 40, 4/2: cufa " in done.stderr
+    first, last = SMALL[0], SMALL[2]
+    found = json.loads(done.stdout)["cases"]
+    assert [each["case"] for each in found] == [str(case) for case in (first, last, SMALL[4])]
+    assert found[0]["bytes"] == first.bytes and 0 < found[0]["peers"]["cufa"]["error"] < 0.01
+    done = run("--decode", "--only", "^2 × 40, 4/2$")
+    assert "## Contiguous caches" in done.stdout and "| 2 × 40, 4/2 |" in done.stdout
+
+
+def test_the_command_tells_a_failure(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(decode_peers.PEERS, "cufa", lambda *_: np.zeros)
+    done = run("--decode", "--only", "^2 × 40, 4/2$")
+    assert "# cufa fails on 2 × 40, 4/2: TypeError" in done.stderr
+    assert isinstance(done.exception, UnsupportedError) and "cufa failed on 2 × 40" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--decode", "--seqlen", "512"], "--decode has cases of its own: leave out --seqlen."),
+        (["--decode", "--full"], "leave out --causal"),
+        (["--only", "hd12 "], "no row's name contains 'hd12 '"),
+        (["--only", "("], "'(' is no regular expression"),
+    ],
+)
+def test_wrong_usage(host: Host, arguments: list[str], words: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2 and words in done.stderr
