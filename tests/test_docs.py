@@ -67,6 +67,13 @@ def test_the_page_of_variables_is_what_the_code_reads() -> None:
     assert table == [f"| `{each.name}` | {each.default} | {each.meaning} |" for each in _env.VARIABLES]
 
 
+def test_the_page_of_serving_runs() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(), re.MULTILINE | re.DOTALL)
+    run = [block for block in blocks if "import torch" not in block]
+    assert len(run) == len(blocks) - 1
+    exec(compile("\n".join(run), "docs/serving.md", "exec"), {})
+
+
 def test_pages_are_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text().split()
     pages = {path.stem for path in (ROOT / "docs").iterdir() if path.suffix in (".md", ".rst")} - {"index"}
