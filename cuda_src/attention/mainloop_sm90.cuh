@@ -79,7 +79,7 @@ struct MainloopSm90 {
     typename Tiles::Storage tiles;
     typename Queries::Storage queries[consumers];
     Entry entries[Tiles::stages];
-    u32 to_repair;  // whether some output is to be repaired
+    u32 to_repair;  // whether some output is to be repaired; a warp that looks may miss what others have still to do
   };
   static constexpr int smem_bytes = sizeof(Shared);
 
@@ -346,7 +346,7 @@ struct MainloopSm90 {
       const auto totals = statistics.template totals<Config::sinks>(entry.work.sink(params));
       totals.divide(out);
       if (unlikely(epilogue_direct<Config>(out, totals, params, entry.work, warp_row()))) {
-        ptx::st_shared_u32(to_repair(), 1);
+        ptx::st_relaxed_shared_u32(to_repair(), 1);
       }
     }
     __syncwarp();
@@ -357,7 +357,7 @@ struct MainloopSm90 {
   // finite.
   void repair_tiles(const TmaParams& argument, int warpgroup) const {
     __syncwarp();
-    if (likely(ptx::ld_shared_u32(to_repair()) == 0)) return;
+    if (likely(ptx::ld_relaxed_shared_u32(to_repair()) == 0)) return;
     // A Place lies where the warp's rows of Q were, which nothing needs any more.
     struct Place {
       Work<Config> work;
@@ -367,7 +367,7 @@ struct MainloopSm90 {
     constexpr int distance = tile::offset<&Shared::entries> - tile::offset<&Shared::q>;
     char* const queries = reinterpret_cast<char*>(entries) - distance + warpgroup * Q::bytes;
     Place& place = *reinterpret_cast<Place*>(queries + threadIdx.x / 32 % 4 * (16 * Q::panel_bytes));
-    place.scan.init();
+    if (tile::lane() == 0) place.scan.init();
 #pragma unroll 1
     for (TileCursor<Config> at(argument); !at.done(); at.advance()) {
       __syncwarp();

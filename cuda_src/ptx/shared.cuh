@@ -48,6 +48,17 @@ inline void st_shared_v4(u32 address, const uint4& value) {
                : "memory");
 }
 
+// Accesses that other threads of the block may make to the same place at the same time.
+inline u32 ld_relaxed_shared_u32(u32 address) {
+  u32 value;
+  asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+inline void st_relaxed_shared_u32(u32 address, u32 value) {
+  asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 // Loads four 8×8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 inline void ldmatrix_x4(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
