@@ -287,8 +287,8 @@ struct BackwardMainloopSm90 {
       keys().wait_full(progress.second());
       values().wait_full(progress.second());
     }
-    warpgroup::load_operand(held_k, k(), 64 * consumer);  // even if nothing is loaded: no branch around products
-    const u32 first = at.count;                           // the first step, at which no dq of a step before is due
+    if (ptx::in_vain || !work.tiles.empty()) warpgroup::load_operand(held_k, k(), 64 * consumer);
+    const u32 first = at.count;  // the first step, at which no dq of a step before is due
     for_each_query_tile<Config::chains>(params, work, [&](int head, int position) {
       const int m_block = work.tiles.block(position);
       const u32 stage = at.stage();
@@ -320,7 +320,7 @@ struct BackwardMainloopSm90 {
       exchange().wait_empty(at);
       store_transposed(this->ds(stage), ds, 64 * consumer);
       if (at.count != first) exchange().wait_full(at.previous());
-      begin_dq(dq, at.previous(), consumer);  // at the first step in vain: no branch around products
+      if (ptx::in_vain || at.count != first) begin_dq(dq, at.previous(), consumer);
       warpgroup::gemm_ab(dk, ds, q(stage), true);
       ptx::fence_proxy_async_shared();
       exchange().fill_warp(at);

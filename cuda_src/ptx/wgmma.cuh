@@ -25,6 +25,10 @@ inline void wgmma_wait_group() {
 inline void hold(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 inline void hold(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
 
+// Whether products, and what they need, are begun also where nobody takes what comes of them: a branch around them
+// would make the compiler wait for all that run.
+inline constexpr bool in_vain = true;
+
 // Operands of D, eight registers (16 columns) at a time: their numbers in the text of the instruction, and the
 // registers that they are bound to.
 #define CUFA_D16 "%0, %1, %2, %3, %4, %5, %6, %7"
