@@ -1,4 +1,4 @@
-"""Kernels for sm_80, run on the CPU: see docs/emulation.md."""
+"""Kernels, run on the CPU: see docs/emulation.md."""
 
 from .build import EmulationError, Program, why_not
 from .gpu import Array, Function, Gpu, Launched, call

@@ -174,7 +174,7 @@ def translated(code: str) -> str:
     )
     for old, new in OFFSET:
         code = code.replace(old, new)
-    return code
+    return re.sub(r"constexpr int (\w+ = tile::offset<)", r"const int \1", code)
 
 
 def _shared(match: re.Match[str]) -> str:

@@ -18,6 +18,8 @@ from .gpu import Gpu
 
 ALIGNED = ("contiguous", "transposed", "fused", "fused heads", "fused batch", "fused transposed", "wide", "reversed")
 NARROW = ("padded", "offset", "strided")
+LAYOUTS = {"aligned": ALIGNED, "mapped": ALIGNED[:-1], "narrow": NARROW}
+"""Layouts of arrays by what kernels can do: copy 16 bytes at a time, describe them by tensor maps, or neither."""
 MASKS: dict[str, tuple[dict[str, Any], ...]] = {
     "none": ({}, {"window_size": (None, None)}),
     "causal": ({"causal": True}, {"window_size": (-1, 0)}),
@@ -40,7 +42,7 @@ class Kind(NamedTuple):
 
 def features(draw: st.DrawFn, kind: Kind, values: tuple[str, ...] = VALUES) -> dict[str, Any]:
     """All but the lengths, of which but few decide on the kernel."""
-    layouts = st.sampled_from(NARROW if kind.layouts == "narrow" else ALIGNED)
+    layouts = st.sampled_from(LAYOUTS[kind.layouts])
     heads = draw(st.sampled_from(((2, 1), (1, 1), (2, 2))))
     return {
         "num_heads_q": heads[0],

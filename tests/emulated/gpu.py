@@ -25,7 +25,8 @@ from cufa._call.arrays import Adapter, Spec, contiguous, numpy_dtype
 from cufa._call.options import Options
 from cufa._compile import jit as _jit
 from cufa._driver import driver as _driver
-from cufa._kernels import Plan
+from cufa._kernels import Plan, tensor_map
+from cufa._kernels.record import MAP_BYTES
 from cufa._kernels.unit import record_of, unit_of
 from cufa._operations import call as _call
 from cufa._operations.operation import Operation
@@ -209,6 +210,7 @@ class Gpu:
             (_driver, "overlaps", lambda _: False),
             (_driver, "current", lambda _: contextlib.nullcontext()),
             (_driver, "enter", lambda _: False),
+            (tensor_map, "_driver_encode", tensor_map._driver_encode.__wrapped__),  # which remembers what drivers gave
             (_jit, "headers", lambda: headers_of(self.changed)),
             (_jit, "load_kernel", lambda plan, *_: load(plan.bare, self.changed)),
             (_Driver, "gpu", self),
@@ -306,14 +308,17 @@ def headers_of(changed: Sources) -> dict[str, bytes]:
 @functools.lru_cache(maxsize=256)
 def load(plan: Plan, changed: Sources) -> tuple[Function, ...]:
     """The functions of a kernel, in place of `cufa._compile.jit.load_kernel`."""
-    if plan.kernel.target_suffix:
-        raise EmulationError(
-            f"{plan.name} has instructions that are not emulated; pass the arch of another GPU, as 80."
-        )
     unit = unit_of(plan, headers_of(changed))
     program = Program(unit.source, unit.headers, f"attention::{plan.kernel.record}", unit.entries, unit.arch)
     size = record_of(plan, unit.headers).size
     return tuple(Function(program, entry, size) for entry in unit.entries)
+
+
+class _Names:
+    """An enumeration of the driver's, whose members are their own names."""
+
+    def __getattr__(self, name: str) -> str:
+        return name
 
 
 class _Driver:
@@ -321,6 +326,48 @@ class _Driver:
 
     gpu: Gpu | None = None
     CUlaunchConfig = SimpleNamespace
+    cuuint32_t = cuuint64_t = int
+    CUtensorMapDataType = CUtensorMapInterleave = CUtensorMapSwizzle = _Names()
+    CUtensorMapL2promotion = CUtensorMapFloatOOBfill = _Names()
+
+    @staticmethod
+    def cuTensorMapEncodeTiled(
+        element: str,
+        rank: int,
+        address: int,
+        extents: list[int],
+        strides: list[int],
+        box: list[int],
+        steps: list[int],
+        interleave: str,
+        swizzle: str,
+        *rest: str,
+    ) -> tuple[int, Any]:
+        """A map as ``Tensor`` in cuda/engines.cpp has it, if the driver would make it, and a status."""
+        row_bytes = int(swizzle.removeprefix("CU_TENSOR_MAP_SWIZZLE_").removesuffix("B"))
+        right = (
+            element in ("CU_TENSOR_MAP_DATA_TYPE_FLOAT16", "CU_TENSOR_MAP_DATA_TYPE_BFLOAT16")
+            and interleave == "CU_TENSOR_MAP_INTERLEAVE_NONE"
+            and rest[-1] == "CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE"
+            and (len(extents), len(strides), len(box), steps) == (rank, rank - 1, rank, [1] * rank)
+            and 3 <= rank <= 5
+            and address % 16 == 0
+            and all(1 <= extent <= 1 << 32 for extent in extents)
+            and all(stride % 16 == 0 and 0 <= stride < 1 << 40 for stride in strides)
+            and all(1 <= extent <= 256 for extent in box)
+            and row_bytes in (32, 64, 128)
+            and box[0] * 2 == row_bytes  # else rows of a box would lie farther apart
+        )
+        if not right:
+            return 1, None
+        filled = [*box, *[1] * (5 - rank)], [*extents, *[1] * (5 - rank)], [*strides, *[0] * (5 - rank)]
+        packed = struct.pack("<Q3I5I5Ixxxx4Q", address, rank, 2, row_bytes, *filled[0], *filled[1], *filled[2])
+        made = ctypes.create_string_buffer(packed, MAP_BYTES)
+        return 0, SimpleNamespace(getPtr=lambda: ctypes.addressof(made), made=made)
+
+    @staticmethod
+    def cuGetErrorString(status: int) -> tuple[int, bytes]:
+        return 0, b"invalid argument"
 
     @classmethod
     def cuLaunchKernelEx(cls, config: Any, function: Function, arguments: int, extra: int) -> tuple[int]:

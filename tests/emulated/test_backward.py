@@ -1,4 +1,4 @@
-"""The gradients' kernels for sm_80, run on the CPU and held to the reference."""
+"""The gradients' kernels, run on the CPU and held to the reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import emulated
 from cufa._call.problem import CHAIN_ROWS
 from cufa.testing import Case
-from emulated.cases import ALIGNED, NARROW, ORDERS, Kind, backward, dense, packed
+from emulated.cases import LAYOUTS, ORDERS, Kind, backward, dense, packed
 
 pytestmark = pytest.mark.skipif(bool(emulated.why_not()), reason=emulated.why_not())
 
@@ -32,11 +32,21 @@ IN_ORDER = (
     Kind("bfloat16", 32, 32, "causal"),
     Kind("float16", 48, 64, "window", sinks=True),
 )
+DENSE_SM90 = (
+    Kind("float16", 64, 64, layouts="mapped"),
+    Kind("bfloat16", 128, 96, "causal", sinks=True, layouts="mapped"),
+    Kind("float16", 40, 64, "window", softcap=True, alibi=2, layouts="mapped"),
+    Kind("bfloat16", 192, 256, "causal", layouts="narrow"),
+)
+PACKED_SM90 = (
+    Kind("bfloat16", 64, 64, "causal", layouts="mapped"),
+    Kind("float16", 128, 128, "window", sinks=True, layouts="mapped"),
+)
 
 
 @st.composite
 def calls(draw: st.DrawFn, kind: Kind, cases: Any, deterministic: bool = False) -> Call:
-    layouts = st.sampled_from(NARROW if kind.layouts == "narrow" else ALIGNED)
+    layouts = st.sampled_from(LAYOUTS[kind.layouts])
     three = st.tuples(layouts, layouts, layouts)
     return Call(
         case=draw(cases(kind, VALUES)),
@@ -79,6 +89,40 @@ def test_in_turn_gradients_are_the_same_bits_in_every_order(kind: Kind, cases: A
         assert backward(call, order).bits == ran.bits
 
 
+def on_hopper(kind: Kind) -> str:
+    return (
+        "attention_backward_sm90"
+        if max(kind.head_dim, kind.head_dim_v) <= 128
+        else "attention_backward_split_keys_sm90"
+    )
+
+
+@pytest.mark.parametrize("kind", DENSE_SM90, ids=str)
+@settings(max_examples=2)
+@given(data=st.data())
+def test_dense_on_hopper_equals_reference(kind: Kind, data: st.DataObject) -> None:
+    call = data.draw(calls(kind, dense, deterministic=data.draw(st.booleans())))
+    assert on_hopper(kind) in backward(call, data.draw(ORDERS), arch=90).entries
+
+
+@pytest.mark.parametrize("kind", PACKED_SM90, ids=str)
+@settings(max_examples=2)
+@given(data=st.data())
+def test_packed_on_hopper_equals_reference(kind: Kind, data: st.DataObject) -> None:
+    call = data.draw(calls(kind, packed, deterministic=data.draw(st.booleans())))
+    assert on_hopper(kind) in backward(call, data.draw(ORDERS), arch=90).entries
+
+
+@pytest.mark.parametrize("cases", [dense, packed], ids=["dense", "packed"])
+@settings(max_examples=1)
+@given(data=st.data())
+def test_in_turn_gradients_on_hopper_are_the_same_bits_in_every_order(cases: Any, data: st.DataObject) -> None:
+    call = data.draw(calls(PACKED_SM90[0], cases, deterministic=True))
+    ran = backward(call, arch=90)
+    for order in data.draw(st.tuples(*[st.integers(0, 999)] * 2)):
+        assert backward(call, order, arch=90).bits == ran.bits
+
+
 SHORT = {"head_dim": 64, "head_dim_v": 64, "dtype": "bfloat16"}
 OTHERS: dict[str, dict[str, Any]] = {
     "short": {"batch": 5, "seqlen_q": 17, "seqlen_k": 31, "num_heads_q": 2, "causal": True},
@@ -99,3 +143,26 @@ def test_problems_with_kernels_of_their_own(name: str) -> None:
 def test_tiles_of_other_gpus() -> None:
     case = Case(seqlen_q=70, seqlen_k=140, head_dim=96, head_dim_v=96, dtype="float16", causal=True)
     backward(Call(case=case), arch=86)
+
+
+HOPPER: dict[str, dict[str, Any]] = {
+    "long": {"seqlen_q": CHAIN_ROWS + 300, "seqlen_k": 140},
+    "long and packed": {"batch": 2, "seqlen_q": (CHAIN_ROWS + 300, 100), "seqlen_k": (40, 300)},
+    "rows that see no key": {"seqlen_q": 300, "seqlen_k": 150, "causal": True},
+    "keys that no row sees": {"seqlen_q": 40, "seqlen_k": 700, "window_size": (20, 0), "num_heads_q": 4},
+    "wide and packed": {
+        "batch": 3,
+        "seqlen_q": (150, 0, 280),
+        "seqlen_k": (300, 40, 130),
+        "head_dim": 192,
+        "head_dim_v": 160,
+    },
+    "no keys": {"batch": 2, "seqlen_q": 70, "seqlen_k": 0, "sinks": True},
+}
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_problems_on_hopper(name: str) -> None:
+    case = Case(**SHORT | HOPPER[name])
+    ran = backward(Call(case=case), 1, arch=90, num_sms=2)
+    assert case.seqlen_k == 0 or any(entry.endswith("sm90") for entry in ran.entries)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(bool(emulated.why_not()), reason=emulated.why_no
 
 
 class Fault(NamedTuple):
-    """What is changed in which header of ``cuda_src/attention``, the problem, and what is said of it.
+    """What is changed in which header of ``attention/``, or of another folder, the problem, and what is said of it.
 
     Attributes
     ----------
@@ -36,8 +36,8 @@ class Fault(NamedTuple):
     seen: str = ""
 
 
-def of(compute: Callable[..., Ran], problem: Any) -> Callable[..., Ran]:
-    return lambda order, changed: compute(problem, order, changed=changed)
+def of(compute: Callable[..., Ran], problem: Any, **gpu: Any) -> Callable[..., Ran]:
+    return lambda order, changed: compute(problem, order, changed=changed, **gpu)
 
 
 SIZES: dict[str, Any] = {"head_dim": 64, "head_dim_v": 64, "dtype": "float16", "return_lse": True}
@@ -45,6 +45,11 @@ CAUSAL = Case(seqlen_q=150, seqlen_k=150, causal=True, **SIZES)
 NARROW = Case(seqlen_q=100, seqlen_k=150, **SIZES | {"head_dim": 60, "layouts": ("padded",) * 4})
 GRADIENTS = Call(case=Case(seqlen_q=150, seqlen_k=150, causal=True, **SIZES))
 IN_TURN = Call(case=Case(seqlen_q=200, seqlen_k=640, **SIZES), deterministic=True)
+
+NOT_FINITE = Case(seqlen_q=300, seqlen_k=150, values="infinite", **SIZES)
+PACKED_GRADIENTS = Call(
+    case=Case(batch=4, seqlen_q=(150, 0, 90, 100), seqlen_k=(140, 40, 0, 300), num_heads_q=2, num_heads_k=2, **SIZES)
+)
 
 FAULTS = {
     "no barrier": Fault(
@@ -110,6 +115,144 @@ FAULTS = {
     ),
 }
 
+WIDE_GRADIENTS = Call(case=Case(seqlen_q=250, seqlen_k=100, **SIZES | {"head_dim": 192, "head_dim_v": 192}))
+ON_HOPPER = of(forward, CAUSAL, arch=90)
+MANY_KEYS_ON_HOPPER = of(forward, Case(seqlen_q=100, seqlen_k=900, **SIZES), arch=90)
+GRADIENTS_ON_HOPPER = of(backward, GRADIENTS, arch=90)
+PACKED_ON_HOPPER = of(backward, PACKED_GRADIENTS, arch=90)
+
+FAULTS |= {
+    "K given back too early": Fault(
+        "mainloop_sm90.cuh",
+        "      warpgroup::wait<1>(scores);\n      release(keys(), at_keys);\n",
+        "      release(keys(), at_keys);\n      warpgroup::wait<1>(scores);\n",
+        MANY_KEYS_ON_HOPPER,
+        "is written by cp.async.bulk.tensor, and was read by wgmma",
+    ),
+    "K not waited for": Fault(
+        "mainloop_sm90.cuh",
+        "      queries.wait_full(at_queries());\n      keys().wait_full(at_keys);\n      warpgroup::gemm_abt",
+        "      queries.wait_full(at_queries());\n      warpgroup::gemm_abt",
+        ON_HOPPER,
+        "is read by wgmma, and was written by an asynchronous copy",
+    ),
+    "scores not waited for": Fault(
+        "mainloop_sm90.cuh",
+        "      warpgroup::wait<0>(scores);\n      release(keys(), at_keys);\n",
+        "      finish_scores(scores);\n      warpgroup::wait<0>(scores);\n      release(keys(), at_keys);\n",
+        ON_HOPPER,
+        "a register of D has changed before the product was waited for",
+    ),
+    "P overwritten": Fault(
+        "mainloop_sm90.cuh",
+        "exponentiate_at_once<0, early_steps>(early_p,",
+        "exponentiate_at_once<0, early_steps>(p,",
+        of(forward, Case(seqlen_q=100, seqlen_k=900, **SIZES | {"head_dim": 128}), arch=90),
+        "a register of A has changed before the product was waited for",
+    ),
+    "registers not fenced": Fault(
+        "tile/gemm_sm90.cuh",
+        "  hold(scores);\n  ptx::wgmma_fence();\n",
+        "  hold(scores);\n",
+        ON_HOPPER,
+        "no wgmma.fence",
+    ),
+    "too few bytes": Fault(
+        "mainloop_sm90.cuh",
+        "queries.expect(at_queries, Q::bytes);",
+        "queries.expect(at_queries, Q::bytes - 16);",
+        ON_HOPPER,
+        "waiting for an mbarrier",
+    ),
+    "mbarriers not fenced": Fault(
+        "mainloop_sm90.cuh",
+        "    ptx::fence_mbarrier_init();\n",
+        "",
+        ON_HOPPER,
+        "no fence.mbarrier_init",
+    ),
+    "another swizzle": Fault(
+        "tile/gemm_sm90.cuh",
+        "swizzle = Tile::panel_bytes == 128 ? 1 : 2;",
+        "swizzle = 2;",
+        ON_HOPPER,
+        "is read by wgmma, and was written by an asynchronous copy",
+    ),
+    "more registers than there are": Fault(
+        "forward_sm90.cuh", "setmaxnreg_inc<Config::consumer_registers>", "setmaxnreg_inc<256>", ON_HOPPER, "registers"
+    ),
+    "a flag that is no relaxed one": Fault(
+        "mainloop_sm90.cuh",
+        "ptx::st_relaxed_shared_u32(to_repair(), 1);",
+        "ptx::st_shared_u32(to_repair(), 1);",
+        of(forward, NOT_FINITE, arch=90),
+        "a race",
+    ),
+    "a scan made by all lanes": Fault(
+        "mainloop_sm90.cuh",
+        "    if (tile::lane() == 0) place.scan.init();\n",
+        "    place.scan.init();\n",
+        of(forward, NOT_FINITE, arch=90),
+        "a race",
+    ),
+    "dS not fenced": Fault(
+        "backward_mainloop_sm90.cuh",
+        "      ptx::fence_proxy_async_shared();\n      exchange().fill_warp(at);\n",
+        "      exchange().fill_warp(at);\n",
+        GRADIENTS_ON_HOPPER,
+        "is read by wgmma, and was written by a thread without a fence.proxy.async",
+    ),
+    "dq not fenced": Fault(
+        "backward_mainloop_sm90.cuh",
+        "          ptx::fence_proxy_async_shared();\n",
+        "",
+        GRADIENTS_ON_HOPPER,
+        "without a fence.proxy.async",
+    ),
+    "dq given back before it is read": Fault(
+        "backward_mainloop_sm90.cuh",
+        "    ptx::cp_async_bulk_wait_group_read<0>();\n#pragma unroll\n",
+        "#pragma unroll\n",
+        GRADIENTS_ON_HOPPER,
+        "a race",
+    ),
+    "dq told before it is there": Fault(
+        "backward_sums_sm90.cuh",
+        "    ptx::cp_async_bulk_wait_group<running>();\n",
+        "",
+        GRADIENTS_ON_HOPPER,
+        "has not told this one",
+    ),
+    "dq that nobody waits for": Fault(
+        "backward_mainloop_sm90.cuh",
+        "    if (!Config::finishes) ptx::cp_async_bulk_wait_group_read<0>();\n",
+        "",
+        PACKED_ON_HOPPER,
+        "its bulk copies may still read shared memory",
+    ),
+    "a unit overwritten": Fault(
+        "backward_mainloop_sm90.cuh",
+        "      // are few.\n      __syncwarp();\n",
+        "      // are few.\n",
+        PACKED_ON_HOPPER,
+        "a race",
+    ),
+    "dq read before all is there": Fault(
+        "backward_mainloop_sm90.cuh",
+        "          while (ptx::ld_acquire_gpu(done) != backward.n_blocks) {\n          }\n",
+        "",
+        GRADIENTS_ON_HOPPER,
+        "has not told this one",
+    ),
+    "Q given back too early": Fault(
+        "backward_split_keys_sm90.cuh",
+        "      warpgroup::wait<1>(dk, ds);\n      if (at.count > 0) queries().release_warp(at.previous());\n",
+        "      if (at.count > 0) queries().release_warp(at.previous());\n      warpgroup::wait<1>(dk, ds);\n",
+        of(backward, WIDE_GRADIENTS, arch=90),
+        "is written by cp.async.bulk.tensor, and was read by wgmma",
+    ),
+}
+
 
 def results(fault: Fault, changed: dict[str, str]) -> Iterator[Ran]:
     for order in (None, 1, 2, 3):
@@ -119,7 +262,7 @@ def results(fault: Fault, changed: dict[str, str]) -> Iterator[Ran]:
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_seen(name: str) -> None:
     fault = FAULTS[name]
-    path = f"attention/{fault.header}"
+    path = fault.header if "/" in fault.header else f"attention/{fault.header}"
     whole = _jit.headers()[path].decode()
     assert whole.count(fault.old) == 1
     changed = {path: whole.replace(fault.old, fault.new)}

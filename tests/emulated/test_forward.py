@@ -1,4 +1,4 @@
-"""The forward's kernels for sm_80, run on the CPU and held to the reference."""
+"""The forward's kernels, run on the CPU and held to the reference."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ PACKED = (
 )
 
 
+DENSE_SM90 = (
+    Kind("float16", 64, 64, layouts="mapped"),
+    Kind("bfloat16", 128, 128, "causal", sinks=True, layouts="mapped"),
+    Kind("float16", 72, 96, "window", softcap=True, alibi=2, layouts="mapped"),
+    Kind("bfloat16", 192, 256, "causal", layouts="narrow"),
+)
+PACKED_SM90 = (
+    Kind("bfloat16", 64, 64, "causal", sinks=True, layouts="mapped"),
+    Kind("float16", 128, 80, "window", layouts="mapped"),
+)
+
+
 @pytest.mark.parametrize("kind", DENSE, ids=str)
 @settings(max_examples=6)
 @given(data=st.data())
@@ -45,6 +57,23 @@ def test_dense_equals_reference(kind: Kind, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_packed_equals_reference(kind: Kind, data: st.DataObject) -> None:
     assert forward(data.draw(packed(kind)), data.draw(ORDERS)).entries[-1] == "attention_forward_sm80"
+
+
+@pytest.mark.parametrize("kind", DENSE_SM90, ids=str)
+@settings(max_examples=3)
+@given(data=st.data())
+def test_dense_on_hopper_equals_reference(kind: Kind, data: st.DataObject) -> None:
+    ran = forward(data.draw(dense(kind)), data.draw(ORDERS), arch=90)
+    assert ran.entries[-1] == "attention_forward_sm90"
+    assert kind.layouts == "mapped" or ran.entries[0] == "attention_align"
+
+
+@pytest.mark.parametrize("kind", PACKED_SM90, ids=str)
+@settings(max_examples=3)
+@given(data=st.data())
+def test_packed_on_hopper_equals_reference(kind: Kind, data: st.DataObject) -> None:
+    ran = forward(data.draw(packed(kind)), data.draw(ORDERS), arch=90, num_sms=2)
+    assert ran.entries[-1] == "attention_forward_sm90"
 
 
 SIXTY_FOUR = {"head_dim": 64, "head_dim_v": 64, "return_lse": True}
@@ -74,3 +103,21 @@ def test_problems_with_kernels_of_their_own(name: str) -> None:
 def test_tiles_of_other_gpus(arch: int) -> None:
     case = Case(seqlen_q=130, seqlen_k=140, head_dim=128, head_dim_v=128, dtype="bfloat16", causal=True)
     assert forward(case, arch=arch).entries == ["attention_forward_sm80"]
+
+
+HOPPER: dict[str, dict[str, Any]] = {
+    "heads that share tiles": {"batch": 2, "seqlen_q": 40, "seqlen_k": 150, "num_heads_q": 8, "causal": True},
+    "tiles in a list": {"batch": 2, "seqlen_q": 700, "seqlen_k": 700, "num_heads_q": 2, "causal": True},
+    "many": {"batch": 40, "seqlen_q": (70, 0, 33, 130) * 10, "seqlen_k": (40, 90, 0, 130) * 10, "num_heads_q": 3},
+    "long": {"seqlen_q": 100, "seqlen_k": CHAIN_ROWS + 500},
+    "rows that see no key": {"seqlen_q": 400, "seqlen_k": 100, "causal": True, "sinks": True},
+    "no keys": {"batch": 2, "seqlen_q": 70, "seqlen_k": 0},
+}
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_problems_on_hopper(name: str) -> None:
+    case = Case(**{"dtype": "float16", **SIXTY_FOUR, **HOPPER[name]})
+    ran = forward(case, arch=90)
+    assert ran.entries == ["attention_forward_sm90"]
+    assert forward(case, 1, arch=90).bits == ran.bits

@@ -73,8 +73,28 @@ struct Offset {
 u32 shared_address(const void* pointer);
 void ld_shared(void* to, u32 address, u32 bytes);
 void st_shared(u32 address, const void* from, u32 bytes);
+u32 ld_relaxed_shared(u32 address);
+void st_relaxed_shared(u32 address, u32 value);
 void ldmatrix_x4(u32 (&r)[4], u32 address, bool transposed);
 void stmatrix_x4(u32 address, const u32 (&r)[4]);
+
+// The copy engine: barriers in shared memory, and copies to it that complete there.
+void mbarrier_init(u32 address, u32 arrivals);
+void fence_mbarrier_init();
+void mbarrier_arrive(u32 address);
+void mbarrier_arrive_expect_tx(u32 address, u32 bytes);
+bool mbarrier_try_wait_parity(u32 address, u32 parity);  // which does wait
+void tensor_load(u32 destination, const void* map, u32 mbarrier, const i32* at, u32 rank);
+void bulk_load(u32 destination, const void* source, u32 bytes, u32 mbarrier);
+
+// Copies from shared memory, in groups of the thread's.
+void bulk_store(void* destination, u32 source, u32 bytes, bool adds);
+void bulk_commit_group();
+void bulk_wait_group(u32 pending, bool only_read);
+void fence_proxy_async();
+
+// The registers of the warp's threads.
+void setmaxnreg(u32 wanted, bool grows);
 
 void cp_async(u32 destination, const void* source, u32 bytes, int valid);
 void cp_async_commit_group();
@@ -89,6 +109,7 @@ void st_release(i32* address, i32 value);
 i32 atomic_add(i32* address, i32 value, bool acquires);  // which always releases
 i32 atomic_inc(i32* address, i32 last);                  // which acquires and releases
 i32 atomic_cas(i32* address, i32 expected, i32 value);   // which acquires
+i32 atomic_add_relaxed(i32* address, i32 value);
 void reduce_add(float* address, float value);
 
 // --- products -------------------------------------------------------------------------------------------
@@ -96,5 +117,18 @@ void reduce_add(float* address, float value);
 void mma_m16n8k16_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1);
 void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1);
 void mma_m16n8k8_tf32(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1);
+
+struct Wgmma {
+  const char* name;
+  bool is_bf16, from_registers, transposed, accumulate;
+  u32 columns;
+  u64 a, b;  // descriptors
+};
+
+// d: the thread's registers. a: those of A, if it is there.
+void wgmma(float* d, const u32* a, const Wgmma& what);
+void wgmma_fence();
+void wgmma_commit_group();
+void wgmma_wait_group(u32 pending);
 
 }  // namespace emulated

@@ -1,9 +1,8 @@
 // emulated: shared, local and device memory.
 //
 // Kernels are compiled with -fsanitize=thread, but without its library: all of their loads and stores call functions
-// that are defined here. So every access is looked up. It has to be to what a thread may touch, and ordered after what
-// others have done there: the threads of a block by barriers and __syncwarp, and blocks by what one has released and
-// the other acquired. All of this is seen in any order in which threads run.
+// that are defined here. So every access is looked up. It has to be to what a thread may touch, and come after what
+// others have done there: see clocks.h. All of this is seen in any order in which threads run.
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -21,17 +20,18 @@ namespace {
 enum : u8 { readable = 1, writable = 2 };  // what may be done with a byte of device memory
 constexpr u32 late_odds = 2;               // one in so many asynchronous copies is
 
-// Who has last written to 4 bytes of device memory.
+// Who has last written to 4 bytes of device memory, or added to them.
 struct Written {
   Access access;
-  u32 block;
+  u32 block, launch;
+  bool adds;
 };
 
 char* memory = nullptr;
 const u8* rights = nullptr;
 Written* written = nullptr;
 u64 memory_bytes = 0;
-std::map<Address, Known> told;  // by the address at which it was
+std::map<Address, Ref<Others>> told;  // by the address at which it was
 
 // --- shared memory --------------------------------------------------------------------------------------
 
@@ -40,13 +40,16 @@ u32 byte_of(u32 offset) { return offset < static_bytes ? offset : offset - stati
 const char* part_of(u32 offset) { return offset < static_bytes ? "__shared__ variables" : "dynamic shared memory"; }
 const char* word_of(bool write) { return write ? "written" : "read"; }
 
-[[noreturn]] __attribute__((noinline)) void report_race(const Access& before, bool wrote, u32 offset, bool write,
+[[noreturn]] __attribute__((noinline)) void report_race(const char* who, u32 other, bool wrote, u32 pc_before,
+                                                        u32 offset, bool write, const Thread* me, const char* name,
                                                         Address frame, Address pc) {
-  const char* const who[] = {"another thread", "several lanes of a warp", "several warps"};
-  say("a race: byte %u of %s is %s, and was %s by %s without a barrier between", byte_of(offset), part_of(offset),
-      word_of(write), word_of(wrote), who[before.many]);
-  say_current(pc, frame);
-  std::fprintf(stderr, "of: the other, or one of them, of warp %u\nat %x\n", before.thread / warp_size, before.pc);
+  say("a race: byte %u of %s is %s%s%s, and was %s by %s without a barrier between", byte_of(offset), part_of(offset),
+      word_of(write), name ? " by " : "", name ? name : "", word_of(wrote), who);
+  say_current(pc, me ? frame : 0);
+  if (other < max_threads)
+    std::fprintf(stderr, "of: the other, or one of them, of warp %u\nat %x\n", other / warp_size, pc_before);
+  else
+    std::fprintf(stderr, "of: the other\nat %x\n", pc_before);
   quit();
 }
 
@@ -59,66 +62,150 @@ u8 bytes_of_cell(Address cell, Address offset, u32 bytes) {
 
 // An access of a thread, together with the one before if that is its own and as recent.
 Access access_of(const Thread& me, u8 bytes, Address pc, const Access& before = {}) {
-  Access now{me.block->epoch, me.warp->epoch, static_cast<u32>(pc), static_cast<unsigned short>(me.number), bytes, 0};
-  if (before.epoch == now.epoch && before.warp_epoch == now.warp_epoch && before.thread == now.thread) {
-    now.bytes |= before.bytes;
-  }
+  Access now{me.warp->time, static_cast<u32>(pc), static_cast<unsigned short>(me.number), bytes};
+  if (before.agent == now.agent && before.time == now.time) now.bytes |= before.bytes;
   return now;
 }
 
-// Notes that the current thread reads.
-void note_read(Access& read, const Access& now) {
-  const bool same_warp = read.thread / warp_size == now.thread / warp_size;
-  if (read.epoch != now.epoch) {
-    read = now;
-  } else if (read.many == 2) {
-    read.bytes |= now.bytes;
-  } else if (!same_warp) {
-    read.many = 2;
-    read.bytes |= now.bytes;
+// Whether an agent of the block has done something, up to a time, before what is done by who knows so much, or by the
+// same thread.
+bool knows(const Known& known, const Thread* me, u32 agent, u32 time) {
+  return (me && me->number == agent) || time_of(known, agent) >= time;
+}
+
+Reads& new_reads(Block& block, Cell& cell, u32 reader, u32 time) {
+  u32 at = block.unused_reads;
+  if (at) {
+    block.unused_reads = block.reads[at].next;
   } else {
-    if (read.thread != now.thread) read.many = 1;
-    read.bytes = read.warp_epoch == now.warp_epoch ? read.bytes | now.bytes : now.bytes;
-    read.warp_epoch = now.warp_epoch;
-    read.pc = now.pc;
+    at = block.reads.size();
+    block.reads.push_back({});
+  }
+  block.reads[at] = {time, 0, 0, cell.reads, static_cast<unsigned short>(reader), 0};
+  cell.reads = at;
+  return block.reads[at];
+}
+
+void forget_reads(Block& block, u32& at) {
+  const u32 unused = at;
+  at = block.reads[at].next;
+  block.reads[unused].next = block.unused_reads;
+  block.unused_reads = unused;
+}
+
+// The reads of a cell by an agent that is no thread, of which the last is enough to know.
+Reads& reads_of(Block& block, Cell& cell, u32 reader, u32 time) {
+  for (u32 at = cell.reads; at; at = block.reads[at].next) {
+    if (block.reads[at].reader == reader) return block.reads[at];
+  }
+  return new_reads(block, cell, reader, time);
+}
+
+// Notes that a thread reads. Lanes of its warp that are known to have read before need not be remembered.
+void note_read(Cell& cell, const Thread& me, u8 bytes, Address pc) {
+  Block& block = *me.block;
+  const u32 time = me.warp->time, first = me.warp->index * warp_size;
+  Reads* now = nullptr;
+  for (u32* at = &cell.reads; *at;) {
+    Reads& reads = block.reads[*at];
+    if (reads.reader == me.warp->index) {
+      if (reads.time == time) {
+        now = &reads;
+        break;
+      }
+      for_lanes(reads.lanes, [&](u32 lane) {
+        if (knows(me.clock.known, &me, first + lane, reads.time)) reads.lanes &= ~(1u << lane);
+      });
+      if (!reads.lanes) {
+        forget_reads(block, *at);
+        continue;
+      }
+    }
+    at = &reads.next;
+  }
+  if (!now) now = &new_reads(block, cell, me.warp->index, time);
+  now->lanes |= 1u << me.lane;
+  now->bytes |= bytes;
+  now->pc = pc;
+}
+
+// What is done with a cell has to come after what was. `name`: what does it for thread `me`, or for several; null:
+// that thread itself.
+void check_cell(Block& block, Cell& cell, u32 index, u8 mask, bool write, const Clock& clock, const Thread* me,
+                const char* name, Address pc, Address frame) {
+  const Access& before = cell.write;
+  if (before.bytes & mask) {
+    const bool by_thread = before.agent < launch->threads;
+    if (!knows(clock.known, me, before.agent, before.time)) {
+      if (!by_thread && !name) {
+        fail(frame, "byte %u of %s is %s, but an asynchronous copy to it was not waited for", byte_of(index * 4),
+             part_of(index * 4), word_of(write));
+      }
+      report_race(by_thread ? "another thread" : "an asynchronous copy", by_thread ? before.agent : max_threads, true,
+                  before.pc, index * 4, write, me, name, frame, pc);
+    }
+    const bool own_fence = me && me->number == before.agent && me->fenced >= before.time;
+    if (name && by_thread && !own_fence && time_of(clock.fenced, before.agent) < before.time) {
+      say("byte %u of %s is %s by %s, and was written by a thread without a fence.proxy.async between",
+          byte_of(index * 4), part_of(index * 4), word_of(write), name);
+      say_current(pc, me ? frame : 0);
+      std::fprintf(stderr, "of: the other, of warp %u\nat %x\n", before.agent / warp_size, before.pc);
+      quit();
+    }
+  }
+  if (!write) return;
+  for (u32* at = &cell.reads; *at;) {
+    Reads& reads = block.reads[*at];
+    if (reads.bytes & mask) {
+      const bool by_warp = reads.reader < max_threads;
+      const u32 first = by_warp ? reads.reader * warp_size : reads.reader - max_threads;
+      for_lanes(by_warp ? reads.lanes : 1, [&](u32 lane) {
+        if (knows(clock.known, by_warp ? me : nullptr, first + lane, reads.time)) return;
+        report_race(by_warp ? "another thread" : "wgmma or an asynchronous copy", by_warp ? first + lane : max_threads,
+                    false, reads.pc, index * 4, write, me, name, frame, pc);
+      });
+      reads.bytes &= ~mask;
+    }
+    if (reads.bytes) {
+      at = &reads.next;
+      continue;
+    }
+    forget_reads(block, *at);
   }
 }
 
-// What the current thread does with bytes of its block's shared memory, at an offset into its arena.
-void access_shared(u32 offset, u32 bytes, bool write, Address pc, Address frame, bool copy = false) {
+void check_extent(u32 offset, u32 bytes, bool write, Address frame) {
+  const u32 end = offset + bytes;
+  if (end <= reserved || (offset >= static_bytes && end <= static_bytes + launch->smem_bytes)) return;
+  fail(frame, "%u bytes are %s at byte %d of dynamic shared memory, of which there are %u bytes", bytes, word_of(write),
+       static_cast<int>(offset - static_bytes), launch->smem_bytes);
+}
+
+// What the current thread does with bytes of its block's shared memory, at an offset into its arena. What is `relaxed`
+// may be done by others at the same time, and is not remembered.
+void access_shared(u32 offset, u32 bytes, bool write, Address pc, Address frame, bool copy = false,
+                   bool relaxed = false) {
   const Thread& me = *current;
   Block& block = *me.block;
-  const u32 end = offset + bytes;
-  if (end > reserved && (offset < static_bytes || end > static_bytes + launch->smem_bytes)) {
-    fail(frame, "%u bytes are %s at byte %d of dynamic shared memory, of which there are %u bytes", bytes,
-         word_of(write), static_cast<int>(offset - static_bytes), launch->smem_bytes);
-  }
-  for (u32 i = offset / 4; i * 4 < end; ++i) {
+  check_extent(offset, bytes, write, frame);
+  for (u32 i = offset / 4; i * 4 < offset + bytes; ++i) {
     const u8 mask = bytes_of_cell(i, offset, bytes);
     Cell& cell = block.cells[i];
     if (block.pending[i] && !copy) {
       fail(frame, "byte %u of %s is %s, but an asynchronous copy to it was not waited for", byte_of(i * 4),
            part_of(i * 4), word_of(write));
     }
-    if (cell.write.bytes & mask && !ordered(cell.write, me)) report_race(cell.write, true, i * 4, write, frame, pc);
-    if (!write) {
-      note_read(cell.read, access_of(me, mask, pc));
-      continue;
+    if (block.mbarrier_at[i / 2]) {
+      fail(frame, "byte %u of %s is %s, which is part of an mbarrier", byte_of(i * 4), part_of(i * 4), word_of(write));
     }
-    if (cell.read.bytes & mask && !ordered(cell.read, me)) report_race(cell.read, false, i * 4, write, frame, pc);
-    cell.write = access_of(me, mask, pc, cell.write);
+    check_cell(block, cell, i, mask, write, me.clock, &me, nullptr, pc, frame);
+    if (relaxed) continue;
+    if (write)
+      cell.write = access_of(me, mask, pc, cell.write);
+    else
+      note_read(cell, me, mask, pc);
   }
 }
-
-// The offset into the arena of the current thread's block.
-u32 offset_of(u32 address, u32 alignment, const char* name, Address frame) {
-  const u32 offset = address - static_cast<u32>(reinterpret_cast<Address>(current->block->arena));
-  if (offset >= arena_bytes) fail(frame, "%s: %x is no address of the block's shared memory", name, address);
-  if (address % alignment) fail(frame, "%s: address %x is no multiple of %u", name, address, alignment);
-  return offset;
-}
-
-char* pointer_of(u32 address) { return reinterpret_cast<char*>(static_cast<Address>(address)); }
 
 // --- device memory --------------------------------------------------------------------------------------
 
@@ -146,17 +233,12 @@ void check_word(const T* pointer, u8 right, const char* name, Address frame) {
 // Whether what was written is there for the current thread to be read: whoever wrote it has told it, at a barrier or by
 // a release that was acquired. What launches before wrote is.
 bool is_known(const Written& by) {
-  if (by.access.epoch <= begun) return true;
+  if (by.launch != launches) return true;
   const Thread& me = *current;
-  if (by.block == me.block->index) return ordered(by.access, me);
-  for (const Known* known : {static_cast<const Known*>(&me.block->known), &me.learned}) {
-    const auto found = known->find(by.block);
-    if (found == known->end()) continue;
-    const Bound& bound = found->second;
-    if (by.access.epoch < bound.epoch) return true;
-    if (by.access.epoch == bound.epoch && bound.threads.count(by.access.thread)) return true;
-  }
-  return false;
+  if (by.block == me.block->index) return knows(me.clock.known, &me, by.access.agent, by.access.time);
+  if (!me.clock.others) return false;
+  const auto found = me.clock.others->of.find(by.block);
+  return found != me.clock.others->of.end() && time_of(found->second, by.access.agent) >= by.access.time;
 }
 
 [[noreturn]] __attribute__((noinline)) void report_untold(const Written& by, Address address, Address frame,
@@ -164,7 +246,7 @@ bool is_known(const Written& by) {
   say("a race: what is at address %lx is read, and was written by another thread that has not told this one",
       static_cast<unsigned long>(address));
   say_current(pc, frame);
-  std::fprintf(stderr, "of: the other, block %u, thread %u\nat %x\n", by.block, by.access.thread, by.access.pc);
+  std::fprintf(stderr, "of: the other, block %u, thread %u\nat %x\n", by.block, by.access.agent, by.access.pc);
   quit();
 }
 
@@ -175,25 +257,36 @@ void access_global(Address address, u32 bytes, bool write, const char* name, Add
   for (Address i = offset / 4; i * 4 < offset + bytes; ++i) {
     const u8 mask = bytes_of_cell(i, offset, bytes);
     Written& by = written[i];
-    if (write)
-      by = {access_of(*current, mask, pc, by.access), current->block->index};
-    else if (by.access.bytes & mask && !is_known(by))
+    if (write) {
+      const bool own = by.launch == launches && by.block == current->block->index;
+      by = {access_of(*current, mask, pc, own ? by.access : Access{}), current->block->index, launches, false};
+    } else if (by.access.bytes & mask && !is_known(by)) {
       report_untold(by, address, frame, pc);
+    }
   }
   if (write && interleaved) maybe_yield(256);
 }
 
 void release(const void* address) {
-  Known& known = told[reinterpret_cast<Address>(address)];
-  const Thread& me = *current;
-  add(known, me.block->known);
-  add(known, me.learned);
-  add(known, me.block->index, {me.block->epoch, {me.number}});
+  const Clock clock = emulated::release(*current);
+  Clock all, there;
+  all.others = Ref<Others>(new Others);
+  if (clock.others) all.others->of = clock.others->of;
+  all.others->of[current->block->index] = clock.known;
+  Ref<Others>& before = told[reinterpret_cast<Address>(address)];
+  there.others = before;
+  join(there, all);
+  before = there.others;
 }
 
 void acquire(const void* address) {
   const auto found = told.find(reinterpret_cast<Address>(address));
-  if (found != told.end()) add(current->learned, found->second);
+  if (found == told.end()) return;
+  Clock learned;
+  learned.others = found->second;
+  const auto own = learned.others->of.find(current->block->index);
+  if (own != learned.others->of.end()) learned.known = own->second;
+  join(current->clock, learned);
 }
 
 // --- all of it ------------------------------------------------------------------------------------------
@@ -212,11 +305,11 @@ __attribute__((always_inline)) inline void access(const void* pointer, u32 bytes
 
 }  // namespace
 
-bool ordered(const Access& before, const Thread& thread) {
-  if (before.epoch != thread.block->epoch) return true;
-  if (before.many == 2 || before.thread / warp_size != thread.warp->index) return false;
-  if (before.warp_epoch != thread.warp->epoch) return true;
-  return before.many == 0 && before.thread == thread.number;
+u32 offset_of(u32 address, u32 alignment, const char* name, Address frame) {
+  const u32 offset = address - static_cast<u32>(reinterpret_cast<Address>(current->block->arena));
+  if (offset >= arena_bytes) fail(frame, "%s: %x is no address of the block's shared memory", name, address);
+  if (address % alignment) fail(frame, "%s: address %x is no multiple of %u", name, address, alignment);
+  return offset;
 }
 
 void* map(Address at, u64 bytes, int protection, int flags, int file, u64 offset) {
@@ -237,6 +330,47 @@ void map_memory(Address base, u64 bytes, int file) {
 }
 
 void forget() { told.clear(); }
+
+// --- what agents do that are no threads -----------------------------------------------------------------
+
+void access_by(const Agent& agent, u32 offset, u32 bytes, bool write, Address pc, Address frame) {
+  Block& block = *current->block;
+  check_extent(offset, bytes, write, frame);
+  for (u32 i = offset / 4; i * 4 < offset + bytes; ++i) {
+    const u8 mask = bytes_of_cell(i, offset, bytes);
+    Cell& cell = block.cells[i];
+    if (block.pending[i] || block.mbarrier_at[i / 2]) {
+      fail(frame, "byte %u of %s is %s by %s, which %s", byte_of(i * 4), part_of(i * 4), word_of(write), agent.name,
+           block.pending[i] ? "cp.async writes" : "is part of an mbarrier");
+    }
+    check_cell(block, cell, i, mask, write, agent.clock, agent.thread, agent.name, pc, frame);
+    if (write) {
+      cell.write = {agent.time, static_cast<u32>(pc), static_cast<unsigned short>(agent.number), mask};
+      continue;
+    }
+    Reads& reads = reads_of(block, cell, max_threads + agent.number, agent.time);
+    reads.time = agent.time;
+    reads.pc = pc;
+    reads.bytes |= mask;
+  }
+}
+
+void read_by(const char* name, Address address, u32 bytes, Address pc, Address frame) {
+  access_global(address, bytes, false, name, pc, frame);
+}
+
+void write_by(const Agent& agent, Address address, u32 bytes, bool adds, Address pc, Address frame) {
+  check_rights(address, bytes, writable, agent.name, frame);
+  const Address offset = address - reinterpret_cast<Address>(memory);
+  for (Address i = offset / 4; i * 4 < offset + bytes; ++i) {
+    Written& by = written[i];
+    if (by.access.bytes && !(adds && by.adds) && !is_known(by)) report_untold(by, address, frame, pc);
+    by = {{agent.time, static_cast<u32>(pc), static_cast<unsigned short>(agent.number), 15},
+          current->block->index,
+          launches,
+          adds};
+  }
+}
 
 // --- shared memory --------------------------------------------------------------------------------------
 
@@ -264,6 +398,18 @@ void ld_shared(void* to, u32 address, u32 bytes) {
 void st_shared(u32 address, const void* from, u32 bytes) {
   access_shared(offset_of(address, bytes, "st.shared", FRAME), bytes, true, HERE, FRAME);
   std::memcpy(pointer_of(address), from, bytes);
+}
+
+u32 ld_relaxed_shared(u32 address) {
+  access_shared(offset_of(address, 4, "ld.relaxed.shared", FRAME), 4, false, HERE, FRAME, false, true);
+  u32 value;
+  std::memcpy(&value, pointer_of(address), 4);
+  return value;
+}
+
+void st_relaxed_shared(u32 address, u32 value) {
+  access_shared(offset_of(address, 4, "st.relaxed.shared", FRAME), 4, true, HERE, FRAME, false, true);
+  std::memcpy(pointer_of(address), &value, 4);
 }
 
 namespace {
@@ -408,6 +554,16 @@ i32 atomic_inc(i32* address, i32 last) {
   *address = found >= static_cast<u32>(last) ? 0 : static_cast<i32>(found + 1);
   maybe_leave_block();
   return static_cast<i32>(found);
+}
+
+i32 atomic_add_relaxed(i32* address, i32 value) {
+  check_word(address, writable, "atomicAdd", FRAME);
+  if (interleaved) maybe_yield(warp_odds);
+  bring_news();
+  const i32 found = *address;
+  *address = static_cast<i32>(static_cast<u32>(found) + static_cast<u32>(value));
+  maybe_leave_block();
+  return found;
 }
 
 i32 atomic_cas(i32* address, i32 expected, i32 value) {

@@ -83,6 +83,8 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) { ::emulated::sync_warp(mask
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
+inline int atomicAdd(int* address, int value) { return ::emulated::atomic_add_relaxed(address, value); }
+
 inline unsigned __ballot_sync(unsigned mask, int x) { return ::emulated::vote(::emulated::Vote::ballot, mask, x); }
 inline int __any_sync(unsigned mask, int x) { return ::emulated::vote(::emulated::Vote::any, mask, x); }
 inline int __all_sync(unsigned mask, int x) { return ::emulated::vote(::emulated::Vote::all, mask, x); }

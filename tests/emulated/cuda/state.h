@@ -5,12 +5,14 @@
 // hand over to each other directly, and the scheduler chooses among warps and thread blocks.
 #pragma once
 
+#include <array>
 #include <cstdint>
-#include <map>
-#include <set>
+#include <deque>
+#include <list>
 #include <string>
 #include <vector>
 
+#include "clocks.h"
 #include "machine.h"
 #include "unit.h"
 
@@ -24,25 +26,30 @@ constexpr u32 max_resident = 16;  // thread blocks that run side by side
 constexpr u32 max_argument = 4 << 10;
 constexpr u32 stack_bytes = 64 << 10;
 constexpr u32 static_bytes = 16 << 10, arena_bytes = 256 << 10;  // of a block's shared memory: __shared__, and all
+constexpr u32 registers = 64 << 10;                              // of a block
+
+// How many a block may have: mbarriers, warpgroups, and threads that copy from shared memory with the copy engine.
+constexpr u32 max_mbarriers = 64, max_warpgroups = max_threads / 128, max_storing = 4;
 
 // --- threads --------------------------------------------------------------------------------------------
 
 struct Warp;
 struct Block;
 
-// What somebody knows to have happened in other blocks: in each, all before an epoch, and what some threads did in it.
-struct Bound {
-  u32 epoch = 0;
-  std::set<u32> threads;
-};
-using Known = std::map<u32, Bound>;
-
-// An asynchronous copy.
+// A copy by cp.async.
 struct Copy {
   u32 destination, bytes;
   int valid;
   const char* source;
   bool late;  // the bytes have still to be written
+};
+
+// A copy from shared memory by the copy engine, and the group that it belongs to, counted from 1.
+struct BulkStore {
+  char* destination;
+  u32 source, bytes, group;
+  bool adds, late;
+  Address pc;  // of who asked for it
 };
 
 struct Thread {
@@ -55,7 +62,38 @@ struct Thread {
   std::vector<Copy> copies;     // in flight
   std::vector<u32> groups;      // how many of them each committed group has
   u32 open = 0;                 // how many belong to none yet
-  Known learned;                // since the block's last barrier
+  Clock clock;                  // what it knows of all threads but itself
+  u32 fenced = 0;               // the warp's time at its last fence.proxy.async
+  u32 storing = 0;              // which of its block's threads it is that copy from shared memory, from 1 on
+  u32 stored = 0;               // how many groups of such copies it has committed
+  std::vector<BulkStore> bulk;  // in flight
+};
+
+// The registers of a warp that wgmmas in flight add to: those of each lane, and what they will hold.
+struct Accumulator {
+  float* at[warp_size];
+  std::vector<float> x;  // 16 rows
+  u64 last;              // how many wgmmas there are up to the last of them
+};
+
+// A warp's part of a wgmma that is in flight.
+struct WgmmaPart {
+  Accumulator* d;
+  u32 a[warp_size][4];
+  const u32* at[warp_size];  // where A lies
+};
+struct Product {
+  Wgmma what;
+  u32 warps = 0;  // how many have given it to the tensor cores
+  WgmmaPart parts[4];
+  Clock clock;  // what all of them know
+  Address pc;
+};
+
+// The wgmmas of four warps, in their order. The first `done` of all have been computed.
+struct Warpgroup {
+  std::deque<Product> products;  // from number `first` on
+  u64 first = 0, issued = 0, done = 0;
 };
 
 // Lanes that have come to an instruction that all of a mask execute together.
@@ -70,10 +108,20 @@ struct Warp {
   Thread* threads;
   u32 index;
   u32 live, ready;              // lanes that have not ended, and those of them that can go on
-  u32 epoch;                    // grows with every __syncwarp and every barrier of the block
+  u32 time;                     // see clocks.h
   u32 first;                    // the lane whose turn it is, if it is ready
   bool polled;                  // whether a lane has looked at memory for news since the warp got on
   Meeting meetings[warp_size];  // by the lowest lane of their masks, which do not overlap
+  u32 registers;                // of each thread
+
+  // How many wgmmas there were, before each commit, and before the last wait; how many that wants; what it teaches;
+  // whether registers have been fenced since.
+  u64 products, waited, wanted_products;
+  std::deque<u64> groups;
+  Known ready_products;
+  bool fenced;
+  u32 waiting_for_products;             // lanes
+  std::list<Accumulator> accumulators;  // in flight
 };
 
 struct Barrier {
@@ -82,35 +130,76 @@ struct Barrier {
   u32 waiting[max_threads / warp_size] = {};
   Join join = Join::none;
   int votes = 0, result = 0;
+  Clock clock;  // of those who have come
+  std::vector<Arrival> arrivals;
 };
 
-// Who has last written to 4 bytes, or read there since.
+// A barrier in shared memory, of which a phase has so many arrivals, of which some are still to come, and bytes.
+struct Mbarrier {
+  u32 count, pending, phase;
+  long bytes;
+  u32 thread, time;  // who has made it, and when
+  bool fenced;       // whether the copy engine knows of it
+  u32 waiting[max_threads / warp_size];
+  Clock clock;  // of who has come in this phase
+  std::vector<Arrival> arrivals;
+  Clock done;  // of the phases before
+};
+
+// Bytes that the copy engine writes to shared memory: the first `valid` are read, and the others are zeros.
+struct Piece {
+  u32 destination, bytes, valid;
+  const char* source;
+};
+struct BulkLoad {
+  std::vector<Piece> pieces;
+  u32 bytes, mbarrier, phase;
+  Address pc;  // of who asked for it
+};
+
+// Who has last written to 4 bytes.
 struct Access {
-  u32 epoch, warp_epoch, pc;
-  unsigned short thread;
+  u32 time, pc;
+  unsigned short agent;
   u8 bytes;  // which of the four
-  u8 many;   // 0: one thread; 1: several of one warp; 2: of several warps
 };
 
-// Whether an access of a thread's block is ordered before what the thread does next: by a barrier of the block, by a
-// __syncwarp, or because it is its own. No other instruction of a warp orders what its lanes do with memory.
-bool ordered(const Access& before, const Thread& thread);
+// Who has read there since: lanes of a warp, or an agent that is no thread.
+struct Reads {
+  u32 time, pc, lanes, next;  // the next of the same 4 bytes; 0: there is none
+  unsigned short reader;      // a warp, or max_threads and the agent
+  u8 bytes;
+};
 
 struct Cell {
-  Access write, read;
+  Access write;
+  u32 reads;
 };
 
 struct Block {
   u32 index, slot, live, ready;  // threads that have not ended; warps that can go on, one bit each
-  u32 epoch;                     // grows with every barrier; no two blocks have the same one
   char* arena;                   // its shared memory
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  std::vector<Cell> cells;  // of the arena
-  std::vector<u8> pending;  // asynchronous copies to 4 bytes of the arena that nobody has waited for
+  std::vector<Cell> cells;      // of the arena
+  std::vector<Reads> reads;     // the first is not used
+  u32 unused_reads;             // a list of those that belong to no cell
+  std::vector<u8> pending;      // copies by cp.async to 4 bytes of the arena that nobody has waited for
+  std::vector<u8> mbarrier_at;  // which mbarrier 8 bytes of the arena are, from 1 on
+  std::deque<Mbarrier> mbarriers;
+  std::vector<BulkLoad> loads;  // in flight
+  std::array<Warpgroup, max_warpgroups> warpgroups;
+  u32 storing;         // threads that have copied from shared memory
+  u32 free_registers;  // of all threads
+  u32 wanting;         // warps that wait for registers
   Barrier barriers[named_barriers];
-  Known known;  // to all of its threads
 };
+
+// Agents of a block that are no threads.
+u32 agent_of_mbarrier(u32 index);  // copies that complete there, whose time is the number of phases
+u32 agent_of_products(u32 warpgroup);
+u32 agent_of_reads(u32 storing);
+u32 agent_of_writes(u32 storing);
 
 struct Launch {
   std::string name;
@@ -120,7 +209,7 @@ struct Launch {
 
 extern const Launch* launch;  // the present one
 extern Thread* current;       // null: the scheduler
-extern u32 epochs, begun;     // the last one, and the last before the launch
+extern u32 launches;          // up to the present one
 extern u32 reserved;          // bytes of __shared__ variables
 extern u32 poison;            // what memory holds that nobody has written to
 extern bool interleaved;      // whether blocks run side by side
@@ -217,9 +306,45 @@ inline void for_lanes(u32 mask, Each&& each) {
   for (; mask; mask &= mask - 1) each(__builtin_ctz(mask));
 }
 
-// Takes in what somebody else knows, or what is known of a block.
-void add(Known& to, const Known& more);
-void add(Known& to, u32 block, const Bound& more);
+// --- who knows what -------------------------------------------------------------------------------------
+
+// The current thread tells what it has done and knows, and what it is told.
+Arrival arrive(Thread& thread);
+Clock release(Thread& thread);
+
+// --- the copy engine and the tensor cores ---------------------------------------------------------------
+
+// The offset of an address of shared memory into the arena of the current thread's block.
+u32 offset_of(u32 address, u32 alignment, const char* name, Address frame);
+inline char* pointer_of(u32 address) { return reinterpret_cast<char*>(static_cast<Address>(address)); }
+
+// An access of an agent that is no thread, on behalf of somebody who knows so much. What threads have written has to be
+// fenced as well.
+struct Agent {
+  u32 number, time;
+  const Clock& clock;
+  const Thread* thread;  // who asks for it, if it is one thread
+  const char* name;
+};
+void access_by(const Agent& agent, u32 offset, u32 bytes, bool write, Address pc, Address frame);
+
+// The same of device memory. Who adds does not overwrite what others have added.
+void read_by(const char* name, Address address, u32 bytes, Address pc, Address frame);
+void write_by(const Agent& agent, Address address, u32 bytes, bool adds, Address pc, Address frame);
+
+// Completes one of the block's copies to shared memory; false: there is none.
+bool complete_load(Block& block);
+
+// A block begins, or a thread of it ends.
+void begin_engines(Block& block);
+void end_engines(Thread& thread);
+
+// Computes the first wgmmas of a warpgroup, up to `end`.
+void multiply(Block& block, Warpgroup& warpgroup, u64 end);
+
+// Lets a warp wait until it is made ready; `waiting` has a bit for each.
+void wait_with(u32& waiting, const char* name);
+void wake(Block& block, u32& waiting);
 
 // --- memory ---------------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ namespace emulated {
 
 const Launch* launch = nullptr;
 Thread* current = nullptr;
-u32 epochs = 0, begun = 0, reserved = 0, poison = 0;
+u32 launches = 0, reserved = 0, poison = 0;
 u32 warp_odds = 8;
 bool interleaved = false;
 alignas(64) char argument[max_argument];
@@ -141,7 +141,9 @@ void begin_thread(Thread& thread, Block& block, u32 number) {
   thread.copies.clear();
   thread.groups.clear();
   thread.open = 0;
-  thread.learned.clear();
+  thread.clock = {};
+  thread.fenced = thread.storing = thread.stored = 0;
+  thread.bulk.clear();
   // What emulated_switch takes off the stack: six registers and where to go on. A function begins 8 bytes below a
   // multiple of 16, and frames end with a 0.
   Address* const sp = reinterpret_cast<Address*>(thread.stack + stack_bytes) - saved_words;
@@ -157,13 +159,13 @@ void begin_block(Block& block, u32 index) {
   block.index = index;
   block.live = threads;
   block.ready = 0;
-  block.epoch = ++epochs;
-  block.known.clear();
   for (Barrier& barrier : block.barriers) barrier = {};
   u32* const words = reinterpret_cast<u32*>(block.arena);
   for (u32 i = 0; i < used / 4; ++i) words[i] = poison;
   block.cells.assign(used / 4, {});
   block.pending.assign(used / 4, 0);
+  block.reads.assign(1, {});
+  block.unused_reads = 0;
   for (u32 i = block.threads.size(); i < threads; ++i) {
     // The lowest page is left out, so that a stack that is too small is seen.
     if (mprotect(stack_of(block.slot, i) + page, stack_bytes - page, PROT_READ | PROT_WRITE)) FAIL("no more stacks");
@@ -177,23 +179,36 @@ void begin_block(Block& block, u32 index) {
     warp.threads = &block.threads[i * warp_size];
     warp.index = i;
     warp.live = lanes < warp_size ? (1u << lanes) - 1 : 0xffffffffu;
-    warp.ready = warp.epoch = 0;
+    warp.ready = 0;
+    warp.time = 1;
     warp.first = random_below(warp_size);
     warp.polled = false;
     for (Meeting& meeting : warp.meetings) meeting.arrived = 0;
     make_ready(warp, warp.live);
   }
   for (u32 i = 0; i < threads; ++i) begin_thread(block.threads[i], block, i);
+  begin_engines(block);
+}
+
+// Completes some copy to shared memory, of any block; false: none is on its way.
+bool complete_load() {
+  const u32 first = random_below(resident.size());
+  for (u32 i = 0; i < resident.size(); ++i) {
+    if (complete_load(*resident[(first + i) % resident.size()])) return true;
+  }
+  return false;
 }
 
 // The place, among the resident blocks, of one that can go on.
 u32 choose_block() {
   std::vector<u32> able;
-  for (u32 i = 0; i < resident.size(); ++i) {
-    if (resident[i]->ready) able.push_back(i);
+  while (true) {
+    for (u32 i = 0; i < resident.size(); ++i) {
+      if (resident[i]->ready) able.push_back(i);
+    }
+    if (!able.empty()) return able[random_below(able.size())];
+    if (!complete_load()) report_stuck("nobody can go on", 0);
   }
-  if (able.empty()) report_stuck("nobody can go on", 0);
-  return able[random_below(able.size())];
 }
 
 // A warp of a block. Those that look at memory for news are passed over a few times.
@@ -224,8 +239,9 @@ void set_order(u32 seed, bool side_by_side) {
 void run(const Launch& given, u32 places) {
   static Block blocks[max_resident];
   launch = &given;
-  begun = epochs;
+  ++launches;
   forget();
+  begin_clocks(agent_of_writes(max_storing) + 1);
   resident.clear();
   u32 next = 0, place = 0;
   for (u32 slot = 0; slot < places && next < given.blocks; ++slot) {
@@ -242,6 +258,7 @@ void run(const Launch& given, u32 places) {
       place = choose_block();
     }
     Block& block = *resident[place];
+    if (one_in(16)) complete_load();
     Warp& warp = choose_warp(block);
     if (warp.polled) leaves_block = one_in(2);  // the news may have to come from another block
     current = lane_that_goes_on(warp);
@@ -283,6 +300,21 @@ void pause() {
   if (!me->warp->ready) return yield();
   current = lane_that_goes_on(*me->warp);
   emulated_switch(&me->sp, current->sp);
+}
+
+void wait_with(u32& waiting, const char* name) {
+  Thread& me = *current;
+  waiting |= 1u << me.warp->index;
+  me.waits = name;
+  make_wait(*me.warp, 1u << me.lane);
+  pause();
+  me.waits = nullptr;
+}
+
+void wake(Block& block, u32& waiting) {
+  for_lanes(waiting, [&](u32 warp) { make_ready(block.warps[warp], block.warps[warp].live); });
+  waiting = 0;
+  bring_news();
 }
 
 void bring_news() { ++news; }
@@ -353,26 +385,27 @@ u32 lane() { return current->lane; }
 
 // --- what threads do together ---------------------------------------------------------------------------
 
-void add(Known& to, u32 block, const Bound& more) {
-  Bound& bound = to[block];
-  if (more.epoch > bound.epoch)
-    bound = more;
-  else if (more.epoch == bound.epoch)
-    bound.threads.insert(more.threads.begin(), more.threads.end());
-}
+Arrival arrive(Thread& thread) { return {thread.number, thread.warp->time++, thread.fenced}; }
 
-void add(Known& to, const Known& more) {
-  for (const auto& [block, bound] : more) add(to, block, bound);
+Clock release(Thread& thread) {
+  Clock clock = thread.clock;
+  learn(clock, {arrive(thread)});
+  return clock;
 }
 
 void sync_warp(u32 mask) {
   Warp& warp = *current->warp;
   together("__syncwarp", mask, false, nullptr, [&](Meeting& meeting) {
-    ++warp.epoch;
-    Known all;
-    for_lanes(meeting.arrived, [&](u32 lane) { add(all, warp.threads[lane].learned); });
-    if (all.empty()) return;
-    for_lanes(meeting.arrived, [&](u32 lane) { warp.threads[lane].learned = all; });
+    Clock all;
+    std::vector<Arrival> arrivals;
+    for_lanes(meeting.arrived, [&](u32 lane) {
+      const Thread& thread = warp.threads[lane];
+      join(all, thread.clock);
+      arrivals.push_back({thread.number, warp.time, thread.fenced});
+    });
+    learn(all, arrivals);
+    ++warp.time;
+    for_lanes(meeting.arrived, [&](u32 lane) { warp.threads[lane].clock = all; });
   });
 }
 
@@ -476,18 +509,16 @@ void open(Block& block, Barrier& barrier) {
   }
   barrier.name = nullptr;
   barrier.arrived = barrier.votes = 0;
-  block.epoch = ++epochs;
-  for (Thread& thread : block.threads) {
-    if (thread.learned.empty()) continue;
-    add(block.known, thread.learned);
-    thread.learned.clear();
-  }
+  learn(barrier.clock, barrier.arrivals);
+  barrier.arrivals.clear();
   for (Warp& warp : block.warps) {
-    ++warp.epoch;
+    u32& waiting = barrier.waiting[warp.index];
+    if (!waiting) continue;
+    for_lanes(waiting, [&](u32 lane) { warp.threads[lane].clock = barrier.clock; });
     warp.polled = false;
     warp.first = random_below(warp_size);
-    make_ready(warp, barrier.waiting[warp.index]);
-    barrier.waiting[warp.index] = 0;
+    make_ready(warp, waiting);
+    waiting = 0;
   }
   bring_news();
 }
@@ -505,10 +536,13 @@ int come_to(u32 index, const char* name, u32 threads, bool wait, Join join, int 
   barrier.threads = threads;
   barrier.join = join;
   barrier.votes += predicate != 0;
-  ++barrier.arrived;
+  if (!barrier.arrived++) barrier.clock = {};
+  emulated::join(barrier.clock, me.clock);
+  barrier.arrivals.push_back(arrive(me));
   if (barrier.arrived == (threads ? threads : block.live)) {
     open(block, barrier);
     const int result = barrier.result;
+    if (wait) me.clock = barrier.clock;
     maybe_yield(2);
     return result;
   }
@@ -525,6 +559,7 @@ void end_thread() {
   Thread& me = *current;
   Warp& warp = *me.warp;
   Block& block = *me.block;
+  end_engines(me);
   make_wait(warp, 1u << me.lane);
   warp.live &= ~(1u << me.lane);
   --block.live;
@@ -548,7 +583,6 @@ int sync_threads(Join join, int predicate) {
   return come_to(0, names[static_cast<int>(join)], 0, true, join, predicate);
 }
 
-// A named barrier counts as one of all threads when races are looked for: that finds fewer of them.
 void bar_sync(u32 barrier, u32 threads) { come_to(barrier, "bar.sync", threads, true, Join::none, 0); }
 void bar_arrive(u32 barrier, u32 threads) { come_to(barrier, "bar.sync", threads, false, Join::none, 0); }
 

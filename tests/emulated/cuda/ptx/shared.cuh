@@ -28,10 +28,13 @@ inline void st_shared_v2(u32 address, u32 x, u32 y) {
 
 inline void st_shared_v4(u32 address, const uint4& value) { emulated::st_shared(address, &value, sizeof(value)); }
 
+inline u32 ld_relaxed_shared_u32(u32 address) { return emulated::ld_relaxed_shared(address); }
+inline void st_relaxed_shared_u32(u32 address, u32 value) { emulated::st_relaxed_shared(address, value); }
+
 inline void ldmatrix_x4(u32 (&r)[4], u32 address) { emulated::ldmatrix_x4(r, address, false); }
 inline void ldmatrix_x4_trans(u32 (&r)[4], u32 address) { emulated::ldmatrix_x4(r, address, true); }
 inline void stmatrix_x4(u32 address, const u32 (&r)[4]) { emulated::stmatrix_x4(address, r); }
 
-inline void fence_proxy_async_shared() {}
+inline void fence_proxy_async_shared() { emulated::fence_proxy_async(); }
 
 }  // namespace ptx
