@@ -171,8 +171,10 @@ struct BackwardMainloopSm90 {
     do {
       claims().wait_empty({at.count});
       this->works().wait_empty(at);
-      __syncwarp();                                    // all lanes have read what this entry was, if that was left out
-      BackwardWork<Config>& work = works[at.stage()];  // unit and chain are written early: registers are few
+      // All lanes have read what this entry was, if that was left out. Its unit and chain are written early: registers
+      // are few.
+      __syncwarp();
+      BackwardWork<Config>& work = works[at.stage()];
       if (tile::lane() == 0) {
         const BackwardWork<Config>& previous = works[at.previous().stage()];
         work.chain = !Config::chains || previous.last_chain ? 0 : previous.chain + 1;
