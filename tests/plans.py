@@ -11,6 +11,7 @@ from cufa._kernels import Plan, align, choose
 from cufa._kernels.kernel import SIZEOF, has_short_tile
 from cufa._operations.backward import BACKWARD as GRADIENTS
 from cufa._operations.forward import FORWARD
+from cufa._operations.kvcache import KVCACHE
 from cufa._terms import TERMS
 
 ARCHS = (80, 86, 90, 100, 120)
@@ -78,6 +79,23 @@ FEW_ROWS: dict[str, dict[str, Any]] = {
 def few(element: str, head_dims: tuple[int, int], rows: int, features: dict[str, Any]) -> Static:
     """Of few query rows, whose keys thread blocks share."""
     return static(element, *head_dims, **features)._replace(few_rows=rows)
+
+
+CACHES: dict[str, dict[str, Any]] = {
+    "plain": {"chains": True},
+    "paged": {"page_rows": 16, "chains": True},
+    "packed": {"mask": "causal", "varlen": True, "page_rows": 16, "chains": True},
+    "everything": {"mask": "window", "softcap": True, "alibi": True, "sinks": True, "varlen": True, "page_rows": 1},
+    "elementwise": {"mask": "causal", "varlen": True, "page_rows": 1, "copy_bytes": 0, "store_bytes": 0},
+    "rotary": {"mask": "causal", "page_rows": 64, "rotary": "halves", "appends": True},
+}
+
+
+def cached(element: str, head_dims: tuple[int, int], rows: int, features: dict[str, Any], arch: int) -> Plan:
+    """The kernel over caches for tiles of so many rows."""
+    facts = static(element, *head_dims, **features)
+    q_copy_bytes = SIZEOF[element] if facts.copy_bytes < 16 else 16
+    return choose(KVCACHE, facts._replace(few_rows=rows, q_copy_bytes=q_copy_bytes), arch)
 
 
 def forward(static: Static, arch: int) -> Plan:

@@ -28,7 +28,20 @@ from typing import Any, NamedTuple
 import plans
 import pytest
 import sass
-from plans import ARCHS, BACKWARD, FEATURES, FEW_ROWS, HEAD_DIMS, SHORT_TILES, compile_plan, few, short, static
+from plans import (
+    ARCHS,
+    BACKWARD,
+    CACHES,
+    FEATURES,
+    FEW_ROWS,
+    HEAD_DIMS,
+    SHORT_TILES,
+    cached,
+    compile_plan,
+    few,
+    short,
+    static,
+)
 
 from cufa._call.problem import Static
 from cufa._compile import jit as _jit
@@ -433,6 +446,29 @@ def test_tiles_of_few_rows_that_have_most_registers(nvrtc: str) -> None:
         ("f32", (256, 256), 16, "everything"),
     ):
         check(few(element, head_dims, rows, FEW_ROWS[features]), 90, nvrtc)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("element", ["bf16", "f32"])
+def test_tiles_over_caches(element: str, arch: int) -> None:
+    """A third of the rows on each architecture, each with other tiles and features."""
+    for row, head_dims in enumerate(HEAD_DIMS):
+        turn = row + ARCHS.index(arch)
+        if turn % 3 == 0:
+            rows = (16, 32, 64)[(turn // 3 + row) % 3]
+            features = list(CACHES.values())[(turn + row) % len(CACHES)]
+            check_with(NVRTCS[row % 3], cached(element, head_dims, rows, features, arch))
+
+
+@pytest.mark.parametrize("nvrtc", NVRTCS)
+def test_tiles_over_caches_that_have_most_registers(nvrtc: str) -> None:
+    for element, head_dims, rows, features in (
+        ("bf16", (128, 128), (16, 32, 64)[NVRTCS.index(nvrtc)], "packed"),
+        ("bf16", (128, 128), 64, "everything"),
+        ("f16", (256, 256), 64, "paged"),
+        ("f32", (128, 128), 64, "packed"),
+    ):
+        check_with(nvrtc, cached(element, head_dims, rows, CACHES[features], 90))
 
 
 @pytest.mark.parametrize(("arch", "head_dim"), [(None, 64), (80, 64), (90, 64), (90, 256)])
