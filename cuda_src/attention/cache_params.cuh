@@ -72,7 +72,7 @@ constexpr CacheSlot paged(const CacheParams& params, int position) {
 // Where a sequence has a row, as its table or cache_batch_idx says, which may be anything.
 template <class Config>
 inline CacheSlot cache_slot(const CacheParams& params, int batch, int position) {
-  if constexpr (Config::paged) {
+  if constexpr (Config::page_rows > 0) {
     const CacheSlot at = paged(params, position);
     return {params.block_table[batch * params.block_table_batch_stride + at.cache * params.block_table_page_stride],
             at.row};

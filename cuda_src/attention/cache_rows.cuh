@@ -18,8 +18,10 @@ struct FoundRows {
 };
 
 // The rows of a sequence in one head of pages, as a source for attention/row_source.cuh. What the table holds behind
-// the last live row is not looked at, and a page that does not exist counts as the nearest that does.
-template <class element>
+// the last live row is not looked at, and a page that does not exist counts as the nearest that does. From each
+// multiple of page_rows on, a power of 2, so many rows lie in one page: then the table is looked at once for all of
+// them.
+template <class element, int page_rows>
 struct PagedRows {
   const element* pointer;  // the head's part of page 0
   const Strides& strides;
@@ -30,9 +32,13 @@ struct PagedRows {
 
   template <int count, int step>
   FoundRows<element, count> find(int row) const {
+    static_assert(page_rows % step == 0 || step % page_rows == 0, "both are powers of 2");
     FoundRows<element, count> found;
 #pragma unroll
-    for (int i = 0; i < count; ++i) found.pointers[i] = at(row + i * step);
+    for (int i = 0; i < count; ++i) {
+      const bool looked_up = i * step % page_rows != 0;
+      found.pointers[i] = looked_up ? found.pointers[max_of(0, i - 1)] + step * strides.seqlen : at(row + i * step);
+    }
     return found;
   }
 

@@ -21,6 +21,8 @@ struct CacheTile : SharedTile<Config> {
   using element = typename Config::element;
   using Tile = SharedTile<Config>;
 
+  static constexpr bool paged = Config::page_rows > 0;
+
   const element *k, *v;  // where the keys and values of the sequence begin, or (paged) of page 0
 
   // Sets the tile. One thread calls this.
@@ -33,7 +35,7 @@ struct CacheTile : SharedTile<Config> {
             params.qheads_per_khead,
             item_blocks<Config>(params, its_seqlen, m_block)};
     const CacheParams& cache = cache_of(params);
-    const int own = Config::paged ? 0 : clamp(cache_slot<Config>(cache, sequence, 0).cache, 0, cache.num_caches - 1);
+    const int own = paged ? 0 : clamp(cache_slot<Config>(cache, sequence, 0).cache, 0, cache.num_caches - 1);
     k = head_of_cache(params.k, params.k_strides, own);
     v = head_of_cache(params.v, params.v_strides, own);
   }
@@ -46,15 +48,16 @@ struct CacheTile : SharedTile<Config> {
 
  private:
   const element* head_of_cache(const void* pointer, const Strides& strides, int own) const {
-    const int first_row = Config::paged ? 0 : this->seqlen.k_first_row;
+    const int first_row = paged ? 0 : this->seqlen.k_first_row;
     return static_cast<const element*>(pointer) + own * strides.batch + this->key_head * strides.head +
            first_row * strides.seqlen;
   }
 
   auto cached(const Params& params, const element* pointer, const Strides& strides) const {
     const int length = this->seqlen.k;
-    if constexpr (Config::paged)
-      return PagedRows<element>{pointer, strides, length, cache_of(params), this->sequence, this->seqlen.k_first_row};
+    if constexpr (paged)
+      return PagedRows<element, Config::page_rows>{pointer,          strides,        length,
+                                                   cache_of(params), this->sequence, this->seqlen.k_first_row};
     else
       return PointedRows<element>{pointer, strides, length};
   }
@@ -92,6 +95,8 @@ struct CacheSchedule {
   const Params& params;
   const CacheParams& cache;
   CacheWork<Config>& work;  // in shared memory
+
+  bool one_item() const { return cache.num_splits > 0; }
 
   Unit first(int block) const {
     const PlannedBlock& planned = memory().blocks[block];

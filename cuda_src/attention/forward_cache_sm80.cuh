@@ -15,7 +15,9 @@ namespace attention {
 template <class Config>
 inline void forward_cache_sm80(const CacheArgument& argument) {
   extern __shared__ __align__(1024) char dynamic_smem[];
-  __shared__ CacheWork<Config> work;
+  static_assert(sizeof(CacheWork<Config>) <= Config::work_bytes && Config::smem_bytes % 16 == 0,
+                "the work lies behind the tiles");
+  CacheWork<Config>& work = *reinterpret_cast<CacheWork<Config>*>(dynamic_smem + Config::smem_bytes);
   const CacheSchedule<Config> schedule{argument.params, argument.cache, work};
   const PlanMemory plan(argument.params, argument.cache);
   forward_split<Config, CacheTile<Config>>(argument, schedule, argument.cache.partials, plan.counters,

@@ -26,7 +26,7 @@ inline void forward_split(const Argument& argument, const Schedule& schedule, fl
   constexpr int cols = Mainloop::cols, warps = Config::num_threads / 32;
   constexpr int group_lanes = Mainloop::groups > 2 ? 4 : 2, ahead = cols > 128 || is_same<element, f32> ? 4 : 8;
   const Params& params = argument.params;
-  const Partials<Config::block_m, cols> memory{partials};
+  const Partials<Config::block_m, cols> memory{partials, schedule.one_item()};
   const float scale = exponent_scale<typename Config::variant>(params);
   const int block = blockIdx.x;
 #pragma unroll 1

@@ -144,14 +144,18 @@ inline void finish_row(const Params& params, const Work& work, int row, const Ro
 }
 
 // What thread blocks leave in memory. A block has two places: 0 for an item that an earlier block began, and 1 for one
-// that it begins and leaves to later ones. Of a tile of `rows` rows these are the sums, and then the statistics.
+// that it begins and leaves to later ones; or, where blocks have no more than one item each, one place. Of a tile of
+// `rows` rows these are the sums, and then the statistics.
 template <int rows, int cols>
 struct Partials {
   static constexpr int floats = rows * (cols + 2);
 
   float* memory;
+  bool one_place;
 
-  float* at(int block, int first) const { return memory + i64(2 * block + (block == first)) * floats; }
+  float* at(int block, int first) const {
+    return memory + i64(one_place ? block : 2 * block + (block == first)) * floats;
+  }
 
   template <class element>
   void store(int block, int first, int row, const RowUnion<element>& whole, const LaneSums<cols>& sums) const {

@@ -64,6 +64,9 @@ struct EvenSchedule {
   Items items;
   EvenCut cut;
 
+  // Whether no thread block has units of several items.
+  static constexpr bool one_item() { return false; }
+
   // The first unit of a thread block, and the one behind another.
   constexpr SplitUnit first(int block) const { return unit(cut.begin(block), cut.begin(block + 1)); }
   constexpr SplitUnit next(const SplitUnit& before, int block) const {
@@ -90,6 +93,8 @@ template <class Items>
 struct PartSchedule {
   Items items;
   i32 parts;
+
+  static constexpr bool one_item() { return true; }
 
   constexpr SplitUnit first(int block) const {
     const Item item = items.item(block / parts);

@@ -388,11 +388,17 @@ class _KVCacheCheck(Check):
             many=self.varlen and self.batch() > MANY,
             chains=facts.seqlen_k > CHAIN_ROWS,
             few_rows=self.few_rows(q),
-            page_rows=math.gcd(facts.page_size, MAX_PAGE_ROWS) if facts.page_size else 0,
+            page_rows=self.page_rows(facts),
             rotary=rotary if "rotary_cos" in self.specs else "",
             appends="k" in self.specs,
             q_copy_bytes=_problem.widest_copy(q, itemsize),
         )
+
+    def page_rows(self, facts: _Facts) -> int:
+        """Keys that lie in one page side by side, from each multiple of so many on; padding moves the first key."""
+        if facts.page_size == 0:
+            return 0
+        return 1 if "cache_leftpad" in self.specs else math.gcd(facts.page_size, MAX_PAGE_ROWS)
 
     def few_rows(self, q: Spec) -> int:
         """The least of `FEW_ROWS` that holds the rows that a sequence has for a key head, or the last of them."""

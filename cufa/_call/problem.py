@@ -116,7 +116,7 @@ class Static(NamedTuple):
         For gradients, rows of q that an average packed sequence has, as far as they matter: 0, or a power of 2 up to
         `LONG_ROWS`.
     page_rows : int
-        Of caches in pages: the rows from each multiple of so many on lie in one page side by side; a power of 2 up to
+        Of caches in pages: the keys from each multiple of so many on lie in one page side by side; a power of 2 up to
         `MAX_PAGE_ROWS`. 0 where caches are contiguous.
     rotary : str
         One of `ROTARY`: how rows of q and new ones of k are rotated.

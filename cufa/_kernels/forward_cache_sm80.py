@@ -26,6 +26,7 @@ from .params import params_of
 from .record import Record
 
 PREPARE_THREADS = 256
+WORK_BYTES = 128
 PREPARING = "attention_cache_prepare"
 
 BLOCK_WORDS, SEQUENCE_WORDS = 8, 4
@@ -43,16 +44,20 @@ class ConfigCacheSm80(ConfigSplitSm80):
 
     Attributes
     ----------
-    paged : bool
+    page_rows : int
+        Keys that lie in one page side by side, from each multiple of so many on; 0 where caches are contiguous.
+    work_bytes : int
+        Shared memory behind that of the tiles, where a thread block has what it works on.
     prepare_threads : int
         Threads of a block of the launch that plans and appends.
     """
 
-    paged: bool
+    page_rows: int
+    work_bytes: int = WORK_BYTES
     prepare_threads: int = PREPARE_THREADS
 
     def words(self) -> list[str]:
-        return super().words() + ["paged"] * self.paged
+        return super().words() + ["paged"] * (self.page_rows > 0)
 
 
 class CacheGrid(NamedTuple):
@@ -94,7 +99,7 @@ class ForwardCacheSm80(Kernel):
         # More rows of wide float32 leave no shared memory for keys.
         wide = static.element == "f32" and max(static.head_dim, static.head_dim_v) > 128
         static = static._replace(few_rows=min(static.few_rows, 32)) if wide else static
-        tile = tile_of(static, known_arch(arch))
+        tile = tile_of(static, known_arch(arch), WORK_BYTES)
         return ConfigCacheSm80(
             **common(static),
             tile_head_dim=round_up(static.head_dim, 32),
@@ -108,11 +113,14 @@ class ForwardCacheSm80(Kernel):
             copy_bytes=static.copy_bytes,
             q_copy_bytes=ALIGNMENT if static.rotary else static.q_copy_bytes,
             resident=tile.resident,
-            paged=static.page_rows > 0,
+            page_rows=static.page_rows,
         )
 
     def steps(self, config: ConfigCacheSm80) -> tuple[Step, ...]:
-        return (Step(PREPARING, config.prepare_threads), Step(self.name, config.num_threads, config.smem_bytes))
+        return (
+            Step(PREPARING, config.prepare_threads),
+            Step(self.name, config.num_threads, config.smem_bytes + config.work_bytes),
+        )
 
     def blocks_per_sm(self, config: ConfigCacheSm80) -> int:
         return config.resident
@@ -152,7 +160,10 @@ class ForwardCacheSm80(Kernel):
         own = strides | {"k": strides["k_cache"], "v": strides["v_cache"]}
         if problem.rotary_dim:
             own["q"] = contiguous((*problem.specs["q"].shape[:-1], row_elements(problem)))
-        params = params_of(problem, m_blocks=0, heads_per_section=1, strides=own)
+        # Of an average sequence; whether there are several decides how long keys are kept in the L2.
+        rows = problem.seqlen_q * (problem.num_heads_q // max(1, problem.num_heads_k))
+        m_blocks = -(-rows // (config.block_m * (max(1, problem.batch) if problem.varlen else 1)))
+        params = params_of(problem, m_blocks=m_blocks, heads_per_section=1, strides=own)
         if problem.num_caches == 0:
             params["seqlen_k"] = 0  # there is no room for keys, whatever lengths say
         tables = {
@@ -200,7 +211,8 @@ class ForwardCacheSm80(Kernel):
 
     def scratch(self, config: ConfigCacheSm80, problem: Problem, grid: CacheGrid) -> Scratch:
         assert isinstance(problem, KVCacheProblem)
-        sizes = {"partials": 2 * grid.num_blocks * partial_floats(config)}
+        places = 1 if problem.num_splits else 2
+        sizes = {"partials": places * grid.num_blocks * partial_floats(config)}
         if grid.makes_plan:
             sizes["plan"] = plan_words(problem, grid)
         if problem.rotary_dim:

@@ -213,18 +213,20 @@ class Tile(NamedTuple):
     smem_bytes: int
 
 
-def tile_of(static: Static, arch: int) -> Tile:
+def tile_of(static: Static, arch: int, own_bytes: int = 0) -> Tile:
     """Blocks of keys, warps, and stages that fit.
 
     Two thread blocks per SM hide each other's beginnings and ends; where three stages of all warps' blocks do not fit
     twice, there is one, and where two do not fit once, there are fewer warps.
+
+    `own_bytes` of shared memory a thread block has beside those of the tiles.
     """
     size, rows = SIZEOF[static.element], static.few_rows
     dim, dim_v = round_up(static.head_dim, 32), tile_columns(static)
     key_bytes, group_warps = size * (dim + dim_v), rows // 16 * column_warps(static)
     most_keys = 16 if dim_v > 128 else 64 if static.element != "f32" else 32  # what registers the output leaves
     block_n = max(16, min(most_keys, 1 << (BLOCK_BYTES * group_warps // key_bytes).bit_length() - 1))
-    most = SHARED_MEMORY[arch]
+    most = SHARED_MEMORY[arch] - own_bytes
 
     def smem_bytes(groups: int, stages: int) -> int:
         group = max(stages * block_n * key_bytes, 4 * rows * (dim_v + 8))
@@ -232,7 +234,7 @@ def tile_of(static: Static, arch: int) -> Tile:
 
     groups = WARPS // group_warps
     for resident, least in ((2, 3), (2, 2), (1, 3), (1, 2)):
-        budget = (most + RESERVED_BYTES) // resident - RESERVED_BYTES
+        budget = (SHARED_MEMORY[arch] + RESERVED_BYTES) // resident - RESERVED_BYTES - own_bytes
         for stages in range(MOST_STAGES, least - 1, -1):
             if smem_bytes(groups, stages) <= budget:
                 return Tile(block_n, group_warps * groups, stages, resident, smem_bytes(groups, stages))
