@@ -85,6 +85,23 @@ def test_splits_of_their_own_make_results_the_same_in_any_batch() -> None:
     assert all(np.array_equal(each[b], found[0][b]) for each in found for b in each)
 
 
+def test_splits_of_their_own_make_packed_results_the_same_in_any_batch() -> None:
+    own = {"lengths": (300, 40, 7, 130), "seqlen_q": (1, 33, 0, 5), "rotary_dim": 0}
+    case = KVCacheCase(**{**LONG, "batch": 4, **own}, num_splits=2, page_size=16, causal=True)
+    arrays = case.arrays()
+    offsets = arrays["cu_seqlens_q"]
+    found = []
+    for chosen in ([0, 1, 2, 3], [0], [3, 1], [1, 2, 0]):
+        rows = np.concatenate([np.arange(offsets[b], offsets[b + 1]) for b in chosen])
+        own = arrays | {name: arrays[name][rows] for name in ("q", "k", "v")}
+        own |= {name: arrays[name][chosen] for name in ("cache_seqlens", "block_table")}
+        own["cu_seqlens_q"] = np.cumsum([0, *(np.diff(offsets)[chosen])], dtype=np.int32)
+        with Gpu(num_sms=5) as gpu:
+            out = cufa.attention_with_kvcache(**gpu.arrays(own), **case.options, num_splits=2).numpy()
+        found.append(dict(zip(chosen, np.split(out, own["cu_seqlens_q"][1:-1]), strict=True)))
+    assert all(np.array_equal(each[b], found[0][b]) for each in found for b in each)
+
+
 def test_chunks_of_prompts_take_several_tiles() -> None:
     case = KVCacheCase(
         batch=4,
