@@ -19,6 +19,7 @@ from .forward import results_of
 from .operation import Operation, Result
 
 KVCACHE: tuple[Kernel, ...] = (ForwardCacheSm80(),)
+PLANNING: tuple[Kernel, ...] = (CachePlan(),)
 
 
 def _on_cpu(problem: Problem, arrays: Mapping[str, Any], results: Mapping[str, Any]) -> None:
@@ -67,6 +68,6 @@ DECODE_PLAN = replace(
     written=("plan",),
     tiles=(),
     results=_plan_of,
-    kernels=(CachePlan(),),
+    kernels=PLANNING,
     on_cpu=_plan_on_cpu,
 )

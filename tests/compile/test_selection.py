@@ -27,9 +27,10 @@ from cufa._call.problem import CHAIN_ROWS, LONG_ROWS, MANY
 from cufa._cli.main import cufa as command
 from cufa._compile import bundle as _bundle
 from cufa._compile import used as _used
-from cufa._kernels import Plan, align
+from cufa._kernels import Plan, align, choose
 from cufa._operations.call import chosen
 from cufa._operations.forward import ATTENTION
+from cufa._operations.kvcache import KVCACHE, PLANNING
 from cufa._operations.sketch import Layout
 from cufa._terms import Term
 
@@ -279,7 +280,11 @@ def note_all() -> list[Plan]:
     gradients = plans.backward(FACTS[0], 90, deterministic=True)
     _used.note(gradients, FACTS[0]._replace(deterministic=True), "attention_backward")
     _used.note(plans.aligned(90), None, "attention")
-    return [*noted, gradients, plans.aligned(90)]
+    caches = FACTS[0]._replace(few_rows=16, page_rows=16, rotary="halves", appends=True)
+    cached = [choose(kernels, caches, 90) for kernels in (KVCACHE, PLANNING)]
+    for plan, operation in zip(cached, ("attention_with_kvcache", "decode_plan"), strict=True):
+        _used.note(plan, caches, operation)
+    return [*noted, gradients, plans.aligned(90), *cached]
 
 
 def test_what_is_recorded_is_chosen_again(record: Path) -> None:
