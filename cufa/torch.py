@@ -212,7 +212,7 @@ def _compute(
     nothing: tuple[None, int, None] = (None, 0, None)
     tensors, pointers, layouts = zip(*(views.get(name, nothing) for name in operation.arrays), strict=True)
     arrays = Arrays(tensors, list(pointers), layouts)
-    options = _options.of(operation.name, asked, operation.terms)
+    options = _options.of(operation.name, asked, operation.owned)
     problem = _problem_of(operation, layouts, options)
     # Results that are new share no memory; the values of offsets are looked at on the CPU only.
     if given or problem.device == CPU:

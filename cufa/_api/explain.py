@@ -79,7 +79,7 @@ def explain(
 
 def problem_of(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Problem:
     """The problem of a call with such arrays, in the operation's order, and options; nothing is made or written."""
-    options = _options.of(operation.name, asked, operation.owners)
+    options = _options.of(operation.name, asked, operation.owned)
     if not _arrays.is_jax(given[0]):
         return _problem.checked(operation, _view(operation, given), options)
     if given[operation.arrays.index("out")] is not None:

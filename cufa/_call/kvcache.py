@@ -149,7 +149,7 @@ class KVCacheProblem(Problem):
 
 def of_kvcache(operation: Operation, specs: dict[str, Spec], options: Options) -> Problem:
     """The checked problem of attention with caches."""
-    _options.check_more(operation.name, options.more, operation.owners)
+    operation.owned.check(operation.name, options.more)
     return _KVCacheCheck(operation.name, specs, options, operation.terms).problem(operation)
 
 

@@ -88,22 +88,64 @@ class Owner(Protocol):
         """Their values as plain ones, each always of the same type, or TypeError."""
 
 
+IMMUTABLE: set[type] = {bool, int, float, type(None)}
+"""Types of values that never change: what becomes of them is remembered."""
+
+
+class Owned:
+    """The options that the `owners` have of their own, in their order."""
+
+    MAX_KNOWN = 64
+
+    def __init__(self, owners: Sequence[Owner]) -> None:
+        self.owners = owners
+        self._known: dict[tuple[type, ...], Callable[..., tuple[tuple[str, Any], ...]]] = {}
+
+    def of(self, function: str, values: tuple[Any, ...]) -> tuple[tuple[str, Any], ...]:
+        """Names and plain values, or TypeError."""
+        types = tuple(map(type, values))
+        known = self._known.get(types)
+        if known is None:
+            if not IMMUTABLE.issuperset(types):
+                return self._of(function, values)
+            known = self._known[types] = lru_cache(self.MAX_KNOWN)(self._of)
+        return known(function, values)
+
+    def _of(self, function: str, values: tuple[Any, ...]) -> tuple[tuple[str, Any], ...]:
+        self.check(function, values)
+        found: list[tuple[str, Any]] = []
+        for owner in self.owners:
+            own = values[len(found) : len(found) + len(owner.option_names)]
+            found += zip(owner.option_names, owner.plain(function, own), strict=True)
+        return tuple(found)
+
+    def check(self, function: str, values: tuple[Any, ...]) -> None:
+        """Check that there are as many as the owners have."""
+        names = [name for owner in self.owners for name in owner.option_names]
+        if len(values) != len(names):
+            wanted = f"those of it and its score terms are {', '.join(names)}" if names else "its score terms have none"
+            raise TypeError(f"{function}: {len(values)} further options are given; {wanted}.")
+
+
+NOTHING_OWNED = Owned(())
+"""What operations own whose score terms have no options either."""
+
+COMMON = len(Options._fields) - 1
+"""Options that every call has."""
+
 _tuple = tuple.__new__
 """Makes an `Options` several times as fast as its own constructor does."""
 
 
-def of(function: str, asked: tuple[Any, ...], owners: tuple[Owner, ...] = ()) -> Options:
+def of(function: str, asked: tuple[Any, ...], owned: Owned = NOTHING_OWNED) -> Options:
     """The options of a call, given in the order of `Options`, or TypeError; whether their values will do, `check` says.
 
-    Behind them come those that `owners` have of their own. Plain values come back as they are, in a fraction of a
-    microsecond.
+    Behind them come those that are `owned`. Plain values come back as they are, in a fraction of a microsecond.
     """
     more: tuple[tuple[str, Any], ...] = ()
-    try:
-        causal, window_size, softmax_scale, softcap, return_lse, deterministic = asked
-    except ValueError:  # there are more, and asking for their number would cost every call
-        causal, window_size, softmax_scale, softcap, return_lse, deterministic = asked[:6]
-        more = _more(function, asked[6:], owners)
+    if len(asked) > COMMON:
+        asked, more = asked[:COMMON], owned.of(function, asked[COMMON:])
+    causal, window_size, softmax_scale, softcap, return_lse, deterministic = asked
     if (
         type(causal) is bool
         and type(softcap) is float
@@ -120,39 +162,6 @@ def of(function: str, asked: tuple[Any, ...], owners: tuple[Owner, ...] = ()) ->
         flag(function, "deterministic", deterministic),
         more,
     )
-
-
-IMMUTABLE: set[type] = {bool, int, float, type(None)}
-"""Types of values that never change: what becomes of them is remembered."""
-
-
-def _more(function: str, asked: tuple[Any, ...], owners: tuple[Owner, ...]) -> tuple[tuple[str, Any], ...]:
-    """Options of the owners' own, given in their order, with their names."""
-    if IMMUTABLE.issuperset(map(type, asked)):
-        return _more_known(function, owners, *asked)
-    return _more_of(function, owners, asked)
-
-
-@lru_cache(maxsize=256, typed=True)
-def _more_known(function: str, owners: tuple[Owner, ...], *asked: Any) -> tuple[tuple[str, Any], ...]:
-    return _more_of(function, owners, asked)
-
-
-def _more_of(function: str, owners: tuple[Owner, ...], asked: tuple[Any, ...]) -> tuple[tuple[str, Any], ...]:
-    check_more(function, asked, owners)
-    found: list[tuple[str, Any]] = []
-    for owner in owners:
-        own = asked[len(found) : len(found) + len(owner.option_names)]
-        found += zip(owner.option_names, owner.plain(function, own), strict=True)
-    return tuple(found)
-
-
-def check_more(function: str, more: tuple[Any, ...], owners: Sequence[Owner]) -> None:
-    """Check that there are as many further options as the owners have of their own."""
-    names = [name for owner in owners for name in owner.option_names]
-    if len(more) != len(names):
-        wanted = f"those of it and its score terms are {', '.join(names)}" if names else "its score terms have none"
-        raise TypeError(f"{function}: {len(more)} further options are given; {wanted}.")
 
 
 def plain(function: str, causal: Any, window_size: Any, softmax_scale: Any, softcap: Any) -> Plain:

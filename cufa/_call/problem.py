@@ -630,7 +630,7 @@ class _CallCheck(AttentionCheck):
         self.operation = operation
 
     def problem(self) -> Problem:
-        _options.check_more(self.function, self.options.more, self.operation.owners)
+        self.operation.owned.check(self.function, self.options.more)
         left, right, softmax_scale, softcap = self.inputs()
         q, k, v = (self.specs[name] for name in "qkv")
         batch = self.specs["cu_seqlens_q"].shape[0] - 1 if self.varlen else q.shape[0]

@@ -29,7 +29,7 @@ def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -
         from ..interop import torch  # which is traced; a cache would not be
 
         return torch.compiled(operation, given, asked)
-    options = _options.of(operation.name, asked, operation.owners)
+    options = _options.of(operation.name, asked, operation.owned)
     if _arrays.is_jax(given[0]):  # its runtime owns streams and results
         return interop_jax().call(operation, given, options)
     try:

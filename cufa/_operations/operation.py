@@ -9,7 +9,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
-from .._call.options import Option
+from .._call.options import Option, Owned
 from .._call.problem import of_attention
 
 if TYPE_CHECKING:
@@ -153,6 +153,11 @@ class Operation:
     def owners(self) -> tuple[Owner, ...]:
         """What has options beside the common ones, in their order: the operation itself, and its terms."""
         return (self, *self.terms) if self.options else self.terms
+
+    @cached_property
+    def owned(self) -> Owned:
+        """The options that its `owners` have."""
+        return Owned(self.owners)
 
     def result(self, name: str, shape: tuple[int, ...], dtype: str) -> Result:
         """A result, which may be given if it is among the written arrays."""

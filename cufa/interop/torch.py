@@ -117,7 +117,7 @@ class Operator:
         causal, left, right, *others = flat[count:]
         window = None if left is None and right is None else (left, right)
         asked = (causal, window, *others)
-        return self.given_of(flat[:count]), _options.of(self.operation.name, asked, self.operation.owners)
+        return self.given_of(flat[:count]), _options.of(self.operation.name, asked, self.operation.owned)
 
     def given_of(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arrays of `call`, none of which is to be written, from those that are read."""

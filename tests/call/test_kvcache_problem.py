@@ -31,7 +31,7 @@ def problem_of(plan: PlanFacts | None = None, options: dict[str, Any] | None = N
         if array is not None:
             array.pointer = (index + 1) << 41  # apart from the others
     view = _arrays.view(OPERATION.name, OPERATION.arrays, given, OPERATION.uncopied_indices)
-    plain = _options.of(OPERATION.name, tuple((asked | (options or {})).values()), OPERATION.owners)
+    plain = _options.of(OPERATION.name, tuple((asked | (options or {})).values()), OPERATION.owned)
     found = _problem.checked(OPERATION, view, plain)
     assert isinstance(found, KVCacheProblem) and found.static is not None
     return found
@@ -132,9 +132,25 @@ def test_options_of_operations_and_terms_have_names_of_their_own() -> None:
     with pytest.raises(ValueError, match="num_splits, plan, num_splits, two have the same name"):
         OPERATION.having(_Splits())
     asked = (False, None, None, 0.0, False, False, True, 2, None)
-    assert _options.of("f", asked, OPERATION.owners).own("num_splits") == 2
+    assert _options.of("f", asked, OPERATION.owned).own("num_splits") == 2
     with pytest.raises(TypeError, match="f: 2 further options are given; those of it and its score terms are rotary_"):
-        _options.of("f", asked[:-1], OPERATION.owners)
+        _options.of("f", asked[:-1], OPERATION.owned)
+
+
+def test_options_that_are_remembered_are_told_apart_by_type() -> None:
+    asked = (False, None, None, 0.0, False, False)
+    for _ in range(2):
+        assert _options.of("f", (*asked, True, 1, None), OPERATION.owned).own("num_splits") == 1
+        with pytest.raises(TypeError, match="f: num_splits is a bool"):
+            _options.of("f", (*asked, True, True, None), OPERATION.owned)
+        with pytest.raises(TypeError, match="f: rotary_interleaved is a int"):
+            _options.of("f", (*asked, 1, 1, None), OPERATION.owned)
+    changing = np.array(2)
+    for number in (2, 3):
+        changing[...] = number
+        assert _options.of("f", (*asked, True, changing, None), OPERATION.owned).own("num_splits") == number
+    for number in range(2 * OPERATION.owned.MAX_KNOWN):
+        assert _options.of("f", (*asked, True, number, None), OPERATION.owned).own("num_splits") == number
 
 
 def test_an_operation_without_kernels_says_so() -> None:

@@ -430,6 +430,6 @@ def call(
         given = tuple(placed.get(name) for name in operation.arrays)
         found = _call.call(operation, given, asked)
         view = _arrays.view(operation.name, operation.arrays, given)
-        problem = _problem.check(operation, view, _options.of(operation.name, asked, operation.owners))
+        problem = _problem.check(operation, view, _options.of(operation.name, asked, operation.owned))
         results = found if isinstance(found, tuple) else (found,)
         return {each.name: array.numpy() for each, array in zip(problem.results, results, strict=True)}
