@@ -279,8 +279,8 @@ def checked(operation: Operation, arrays: Arrays, options: Options) -> Problem:
         In the order in which a user would want to hear of it.
     """
     problem = _checked(operation, arrays.layouts, options)
-    for index in problem.written_indices:
-        _check_overlap(operation, arrays, problem, index)
+    if problem.written_indices:
+        _check_overlap(operation, arrays, problem)
     if operation.check_values is not None and problem.device == CPU:
         operation.check_values(problem, arrays)
     return problem
@@ -808,26 +808,21 @@ def listed(words: Sequence[str], last: str = "or") -> str:
     return f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
-def _check_overlap(operation: Operation, arrays: Arrays, problem: Problem, written: int) -> None:
+def _check_overlap(operation: Operation, arrays: Arrays, problem: Problem) -> None:
     """Refuse a result that shares memory with another array: it is written while those are still read."""
     memory = problem.memo.get("memory")
     if memory is None:
-        memory = problem.memo["memory"] = _Memory(arrays.layouts)
+        memory = problem.memo["memory"] = _Memory(arrays.layouts, problem.written_indices)
     pointers = arrays.pointers
-    own = pointers[written]
-    begin, end = memory.spans[written]
-    first, last = own + begin, own + end
-    for index, (begin, end) in memory.spans.items():
-        pointer = pointers[index]
-        if pointer + begin >= last or first >= pointer + end or index == written:
-            continue
-        shared = memory.shared(written, index, own - pointer)
-        if shared is not False:
-            name, other = operation.arrays[written], operation.arrays[index]
-            overlaps = "overlaps" if shared else "lies between the elements of, and may overlap,"
-            raise ArgumentError(
-                f"{operation.name}: {name} {overlaps} {other}; pass one that shares no memory with the others."
-            )
+    for written, index, low, high in memory.pairs:
+        if low < pointers[written] - pointers[index] < high:
+            shared = memory.shared(written, index, pointers[written] - pointers[index])
+            if shared is not False:
+                name, other = operation.arrays[written], operation.arrays[index]
+                overlaps = "overlaps" if shared else "lies between the elements of, and may overlap,"
+                raise ArgumentError(
+                    f"{operation.name}: {name} {overlaps} {other}; pass one that shares no memory with the others."
+                )
 
 
 class _Memory:
@@ -835,16 +830,23 @@ class _Memory:
 
     Attributes
     ----------
-    spans : dict of int to (int, int)
-        Of each array that is given, by its place: the bytes from its address at which its elements begin and end.
+    pairs : list of (int, int, int, int)
+        Places of a written array and of another one that is given, each two of them once; and the bounds of the
+        distances from the other to it, in bytes, between which their ranges of bytes meet.
     """
 
     MAX_KNOWN = 64
 
-    def __init__(self, layouts: tuple[Layout | None, ...]) -> None:
+    def __init__(self, layouts: tuple[Layout | None, ...], written: tuple[int, ...]) -> None:
         specs = [None if layout is None else layout[0].spec(layout) for layout in layouts]
         self._extents = [spec and _overlap.extent_of(spec, ITEMSIZE[spec.dtype]) for spec in specs]
-        self.spans = {index: extent.span() for index, extent in enumerate(self._extents) if extent is not None}
+        spans = {index: extent.span() for index, extent in enumerate(self._extents) if extent is not None}
+        self.pairs = [
+            (one, other, spans[other][0] - spans[one][1], spans[other][1] - spans[one][0])
+            for place, one in enumerate(written)
+            for other in spans
+            if other not in written[: place + 1]
+        ]
         self._known: dict[tuple[int, int, int], bool | None] = {}
 
     def shared(self, a: int, b: int, distance: int) -> bool | None:
