@@ -163,21 +163,18 @@ def view(function: str, names: tuple[str, ...], given: tuple[Any, ...], written:
 
     `written` are the indices of results.
     """
-    pointers: list[int] = []
-    layouts: list[Layout | None] = []
+    pointers = [0] * len(given)
+    layouts: list[Layout | None] = [None] * len(given)
     try:
         for index, array in enumerate(given):
             if array is None and index:
-                pointers.append(0)
-                layouts.append(None)
                 continue
             adapter = _ADAPTERS.get(type(array)) or _find_adapter(function, names[index], array, names[0])
             pointer, layout = adapter.view_written(array) if index in written else adapter.view(array)
             if not pointer:
                 adapter.check_memory(array)
                 _check_empty(layout)
-            pointers.append(pointer)
-            layouts.append(layout)
+            pointers[index], layouts[index] = pointer, layout
     except Refused as refused:
         raise refused.of(function, names[index]) from refused.__cause__
     return Arrays(given, pointers, tuple(layouts))
@@ -356,7 +353,7 @@ class TorchAdapter(Adapter):
     def __init__(self) -> None:
         torch = sys.modules["torch"]
         self._torch = torch
-        self._empty, self._empty_like = torch.empty, torch.empty_like
+        self._empty = torch.empty
         self._dtypes = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "int32")}
         self._stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or self._public_stream
         self._forward_ad = torch.autograd.forward_ad
@@ -423,10 +420,8 @@ class TorchAdapter(Adapter):
         return Spec(self.name, tuple(shape), tuple(strides), name, ordinal, misalignment, writable)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
-        wanted = self._dtypes[dtype]
-        # The first is the cheaper call, where it gives the same array.
-        same = wanted is like.dtype and like.shape == shape and like.is_contiguous()
-        array = self._empty_like(like) if same else self._empty(shape, dtype=wanted, device=like.device)
+        # Numbers take torch two thirds of the time of a tuple; none would be a call without arguments.
+        array = self._empty(*shape or ((),), dtype=self._dtypes[dtype], device=like.device)
         return array, array.data_ptr()
 
     def stream(self, array: Any, device: int) -> int:
