@@ -6,7 +6,6 @@ import ctypes
 import struct
 import threading
 from collections.abc import Sequence
-from itertools import pairwise
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -76,14 +75,14 @@ class Launch:
     """
 
     __slots__ = (
+        "_chosen",
         "_configs",
-        "_content",
+        "_constants",
         "_counted",
         "_enqueue",
         "_maps",
-        "_pointers",
+        "_pack_into",
         "_shapes",
-        "_size",
         "device",
         "functions",
         "words",
@@ -104,27 +103,22 @@ class Launch:
         running = [index for index, shape in enumerate(shapes) if shape[0] > 0]
         self.functions = [functions[index] for index in running]
         self._shapes = [shapes[index] for index in running]
-        self._content, self._size = argument.content, len(argument.content)
-        assert self._size <= ARGUMENT_BYTES
+        assert len(argument.content) <= ARGUMENT_BYTES
         self._enqueue = _driver.driver().cuLaunchKernelEx
         places = {name: index for index, name in enumerate(names)}
         known = [(offset, places[name]) for offset, name in argument.pointers if name in places]
-        self._pointers = [
-            (struct.Struct(f"@{len(indices)}Q").pack_into, offset, _getter(indices)) for offset, indices in _runs(known)
-        ]
+        self._pack_into, self._constants, self._chosen = _packing(argument.content, known, len(names))
         self._maps = [(offset, places[name], shift) for offset, name, shift in argument.maps]
         self._configs: dict[int, list[Any]] = {}
         self._counted = (_counts.tally("launches", words) if running else _counts.Tally()).add
 
     def __call__(self, addresses: Sequence[int], stream: int, current_device: int) -> None:
-        """Enqueue on `stream`.
+        """Enqueue on `stream`; there is an address for each of `names`.
 
         `current_device` is the framework's current GPU, or -1 if that is not known.
         """
         argument, arguments, enqueue = _scratch.argument, _scratch.arguments, self._enqueue
-        argument[: self._size] = self._content
-        for pack_into, offset, chosen in self._pointers:
-            pack_into(argument, offset, *chosen(addresses))
+        self._pack_into(argument, 0, *self._chosen([*addresses, *self._constants]))
         for offset, index, shift in self._maps:
             pack_address(argument, offset, addresses[index] + shift)
         configs = self._configs.get(stream) or self._make_configs(stream)
@@ -162,14 +156,24 @@ class Launch:
         return configs
 
 
-def _runs(places: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
-    """Addresses that are side by side: the offset of each run, and the indices of what lies there."""
-    runs: list[tuple[int, list[int]]] = []
-    begin = [0, *(i + 1 for i, (one, other) in enumerate(pairwise(places)) if other[0] != one[0] + 8), len(places)]
-    for first, last in pairwise(begin):
-        if first < last:
-            runs.append((places[first][0], [index for _, index in places[first:last]]))
-    return runs
+def _packing(content: bytes, places: Sequence[tuple[int, int]], count: int) -> tuple[Any, list[bytes], Any]:
+    """How an argument is packed at once: the function, the bytes between addresses, and what takes its items.
+
+    `places` are the offset of each address and its index among `count` of them, behind which those bytes come.
+    """
+    form, indices, constants, end = "@", [], [], 0
+    for offset, index in [*sorted(places), (len(content), None)]:
+        if offset > end:
+            form += f"{offset - end}s"
+            indices.append(count + len(constants))
+            constants.append(content[end:offset])
+        if index is not None:
+            form += "Q"
+            indices.append(index)
+        end = offset + 8
+    packed = struct.Struct(form)
+    assert packed.size == len(content)
+    return packed.pack_into, constants, _getter(indices)
 
 
 def _getter(indices: list[int]) -> Any:

@@ -160,7 +160,7 @@ class Prepared:
         if self._copying is not None:
             addresses = self._copying(addresses, memory, stream, current_device)
         if self._parts:
-            addresses = addresses + [memory + offset for offset in self._parts]
+            addresses = [*addresses, *map(memory.__add__, self._parts)]
         self.launch(addresses, stream, current_device)
 
 

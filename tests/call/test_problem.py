@@ -1190,6 +1190,19 @@ def test_a_call_makes_copies_and_reads_them(monkeypatch: pytest.MonkeyPatch) -> 
     _problem._checked.cache_clear()
 
 
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1), st.binary(min_size=8, max_size=8))
+def test_an_argument_is_packed_with_what_lies_between_its_addresses(words: list[tuple[bool, int]], odd: bytes) -> None:
+    """Each word is an address, and which, or the same bytes for every launch; so may be half a word behind them."""
+    content = b"".join(bytes(8) if is_address else odd for is_address, _ in words) + odd[:4]
+    places = [(8 * index, which) for index, (is_address, which) in enumerate(words) if is_address]
+    addresses = [int.from_bytes(bytes([index + 1]) * 8, "little") for index in range(4)]
+    pack_into, constants, chosen = _launch._packing(content, places[::-1], len(addresses))
+    packed = bytearray(len(content) + 8)
+    pack_into(packed, 0, *chosen([*addresses, *constants]))
+    expected = b"".join(bytes([which + 1]) * 8 if is_address else odd for is_address, which in words) + odd[:4]
+    assert packed == expected + bytes(8)
+
+
 def test_gradients_make_copies_and_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, out = (OnGpu(2, 200, 4, 64, pointer=i << 44) for i in (1, 2, 3))
     lse, dout = OnGpu(2, 4, 200, dtype="float32"), OnGpu(2, 200, 4, 64, pointer=(4 << 44) + 2)
