@@ -365,6 +365,26 @@ def test_plain_subclasses_of_tensors_are_read() -> None:
     assert Named not in _arrays._ADAPTERS and torch.nn.Parameter in _arrays._ADAPTERS
 
 
+def test_tensors_are_viewed_together_as_one_by_one() -> None:
+    torch = pytest.importorskip("torch")
+    tensors = torch.randn(SHAPE), torch.randn(SHAPE)[:, 1:], torch.zeros(3, dtype=torch.int32), torch.empty(0, 2)
+    learned = torch.nn.Parameter(torch.randn(4))
+    names = tuple("abcdef")
+    with torch.no_grad():
+        for shift in range(len(tensors)):
+            given: list[Any] = [*tensors[shift:], *tensors[:shift]]
+            given[1:1] = [None, learned]
+            arrays = _arrays.view("f", names, tuple(given), (2, 4))
+            for array, pointer, layout in zip(given, arrays.pointers, arrays.layouts, strict=True):
+                alone = (0, None) if array is None else arrays.adapter.view(array)
+                assert (pointer, layout) == alone and pointer == (0 if array is None else array.data_ptr())
+    negative = torch.randn(4, dtype=torch.complex64).conj().imag
+    with pytest.raises(cufa.UnsupportedError, match="negative bit"):
+        _arrays.view("f", names[:2], (tensors[0], negative))
+    with pytest.raises(_arrays.Recorded):
+        _arrays.view("f", names[:2], (tensors[0], learned))
+
+
 def test_numbers_in_tensors_are_read_at_every_call() -> None:
     torch = pytest.importorskip("torch")
     q, scale = torch.randn(SHAPE), torch.tensor(0.5)
