@@ -31,7 +31,6 @@ from .._call.problem import (
 from .._compile.used import Use
 from .._kernels import Plan, align, choose
 from .._operations.call import chosen as chosen_kernel
-from .._operations.kvcache import PLANNING
 from .._operations.operation import made
 from .._operations.sketch import OPERATIONS, Layout, sketch
 
@@ -247,7 +246,7 @@ def plans_used(uses: Iterable[Use], arch: int) -> tuple[list[Plan], list[str]]:
     found: dict[Plan, None] = {}
     unknown: dict[str, None] = {}
     for use in uses:
-        serving = (PLANNING, *(each.kernels for each in made()))
+        serving = (each.kernels for each in made())
         kernels = next((each for each in serving if use.kernel in [kernel.name for kernel in each]), None)
         if use.static is None and use.kernel == align.ALIGN.name:
             found[align.plan_for(arch)] = None
