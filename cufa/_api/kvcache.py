@@ -137,8 +137,8 @@ def attention_with_kvcache(
         )
     memory, facts = (None, None) if plan is None else (plan.memory, plan.facts)
     given = (
-        *(q, k_cache, v_cache, alibi_slopes, sinks, out, k, v, cache_seqlens, block_table, cache_batch_idx),
-        *(cache_leftpad, cu_seqlens_q, rotary_cos, rotary_sin, memory),
-    )
+        q, k_cache, v_cache, alibi_slopes, sinks, out, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad,
+        cu_seqlens_q, rotary_cos, rotary_sin, memory,
+    )  # fmt: skip
     asked = (causal, window_size, softmax_scale, softcap, return_lse, False, rotary_interleaved, num_splits, facts)
     return call(ATTENTION_WITH_KVCACHE, given, asked)
