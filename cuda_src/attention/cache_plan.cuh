@@ -147,10 +147,10 @@ struct BlockScan {
   }
 };
 
-// Writes the plan. All threads of a block call this.
-template <class Config>
+// Writes the plan, in turns in which a thread has `each` sequences side by side. All threads of a block call this.
+template <class Config, int each>
 inline void make_plan(const Params& params, const CacheParams& cache) {
-  constexpr int threads = Config::prepare_threads, each = 4;  // so many sequences of a thread side by side
+  constexpr int threads = Config::prepare_threads;
   const PlanMemory plan(params, cache);
   for (int i = threadIdx.x; i < cache.plan_blocks; i += threads) plan.counters[i] = 0;
 

@@ -13,7 +13,11 @@ template <class Config>
 inline void cache_prepare(const CacheArgument& argument) {
   const Params& params = argument.params;
   const CacheParams& cache = argument.cache;
-  if (cache.makes_plan && blockIdx.x == 0) return make_plan<Config>(params, cache);
+  if (cache.makes_plan && blockIdx.x == 0) {
+    // One turn is the fastest for few sequences, and few turns for many.
+    return params.batch < Config::prepare_threads ? make_plan<Config, 1>(params, cache)
+                                                  : make_plan<Config, 8>(params, cache);
+  }
   append<Config>(params, cache, int(blockIdx.x) - cache.makes_plan);
 }
 

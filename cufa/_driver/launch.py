@@ -161,7 +161,9 @@ def _packing(content: bytes, places: Sequence[tuple[int, int]], count: int) -> t
 
     `places` are the offset of each address and its index among `count` of them, behind which those bytes come.
     """
-    form, indices, constants, end = "@", [], [], 0
+    form, end = "@", 0
+    indices: list[int] = []
+    constants: list[bytes] = []
     for offset, index in [*sorted(places), (len(content), None)]:
         if offset > end:
             form += f"{offset - end}s"

@@ -138,10 +138,11 @@ class ForwardCacheSm80(Kernel):
         tokens *= problem.changes
         items = tiles * problem.num_heads_k
         positions = items * (problem.num_splits or max(1, seen_blocks(problem, config.block_n)))
-        if max(tokens, positions) >= MAX_GRID:
+        most = max(tokens, rows, positions)
+        if most >= MAX_GRID:
             raise UnsupportedError(
-                f"{problem.function}: {positions} blocks of keys are more than can be counted ({MAX_GRID}); split the "
-                "batch."
+                f"{problem.function}: there are {most} rows, or blocks of keys, which are more than can be counted "
+                f"({MAX_GRID}); split the batch."
             )
         least, blocks = items, positions
         if problem.num_splits == 0:
