@@ -19,6 +19,7 @@ from .._driver import driver as _driver
 from .._driver import forks as _forks
 from .._kernels import Plan
 from .._kernels import unit as units
+from .._kernels.kernel import PORTABLE_CLUSTER
 from .._kernels.unit import Unit
 from ..errors import CompileError, CudaError, MissingKernelError
 from . import cache as _cache
@@ -391,11 +392,15 @@ def load(plan: Plan, device: int) -> tuple[Any, ...]:
     """`load_kernel` before any call, and so for no stream."""
     with _driver.loading(device):
         kernels = _load(unit_of(plan))
-        attribute = _driver.driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        attribute, handle = _driver.driver().CUfunction_attribute, _driver.call("cuDeviceGet", device)
         for kernel, step in zip(kernels, plan.steps, strict=True):
-            if step.smem_bytes:
-                handle = _driver.call("cuDeviceGet", device)
-                _driver.call("cuKernelSetAttribute", attribute, step.smem_bytes, kernel, handle)
+            allowed = {
+                attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: step.smem_bytes,
+                attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED: int(step.max_cluster > PORTABLE_CLUSTER),
+            }
+            for which, value in allowed.items():
+                if value:
+                    _driver.call("cuKernelSetAttribute", which, value, kernel, handle)
             _driver.call("cuKernelGetFunction", kernel)  # loads it into the context now, not within a later capture
     functions = tuple(_driver.driver().CUfunction(int(kernel)) for kernel in kernels)
     LOADED.add()

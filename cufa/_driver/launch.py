@@ -36,6 +36,15 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+class Shape(NamedTuple):
+    """Thread blocks of a launch, threads and bytes of shared memory per block, and thread blocks per cluster."""
+
+    blocks: int
+    threads: int
+    smem_bytes: int
+    cluster: int = 1
+
+
 class Argument(NamedTuple):
     """What every launch of a problem shares of a kernel's argument, and where addresses go.
 
@@ -66,8 +75,8 @@ class Launch:
     functions : sequence
         Loaded, in their order.
     device : int
-    shapes : sequence of (int, int, int)
-        Blocks, threads per block and bytes of shared memory per block, of each.
+    shapes : sequence of Shape
+        Of each.
     argument : Argument
     names : sequence of str
         What lies at the addresses that a call is given; what the argument names and is not here has address 0. Of two
@@ -93,14 +102,14 @@ class Launch:
         words: str,
         functions: Sequence[Any],
         device: int,
-        shapes: Sequence[tuple[int, int, int]],
+        shapes: Sequence[Shape],
         argument: Argument,
         names: Sequence[str],
     ) -> None:
         self.words = words
         self.device = device
         # Those without blocks are left out.
-        running = [index for index, shape in enumerate(shapes) if shape[0] > 0]
+        running = [index for index, shape in enumerate(shapes) if shape.blocks > 0]
         self.functions = [functions[index] for index in running]
         self._shapes = [shapes[index] for index in running]
         assert len(argument.content) <= ARGUMENT_BYTES
@@ -183,17 +192,29 @@ def _getter(indices: list[int]) -> Any:
     return itemgetter(*indices) if len(indices) > 1 else lambda items: (items[indices[0]],)
 
 
-def _config(shape: tuple[int, int, int], stream: int, overlap: bool = False) -> Any:
+def _config(shape: Shape, stream: int, overlap: bool = False) -> Any:
     """What the driver is told of the shape of a launch, and whether it may `overlap` with the one before it."""
     config = _driver.driver().CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = shape[0], 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = shape[1], 1, 1
-    config.sharedMemBytes = shape[2]
+    config.gridDimX, config.gridDimY, config.gridDimZ = shape.blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
+    config.sharedMemBytes = shape.smem_bytes
     config.hStream = stream
+    attributes = []
     if overlap:
-        attribute = _driver.driver().CUlaunchAttribute()
-        attribute.id = _driver.driver().CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs = [attribute]
-        config.numAttrs = 1
+        attributes.append(_attribute("PROGRAMMATIC_STREAM_SERIALIZATION"))
+        attributes[-1].value.programmaticStreamSerializationAllowed = 1
+    if shape.cluster > 1:
+        attributes.append(_attribute("CLUSTER_DIMENSION"))
+        extents = attributes[-1].value.clusterDim
+        extents.x, extents.y, extents.z = shape.cluster, 1, 1
+    if attributes:
+        config.attrs = attributes
+        config.numAttrs = len(attributes)
     return config
+
+
+def _attribute(name: str) -> Any:
+    bindings = _driver.driver()
+    attribute = bindings.CUlaunchAttribute()
+    attribute.id = getattr(bindings.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
+    return attribute

@@ -39,15 +39,19 @@ SHARED_MEMORY = {
 WARPGROUP_ROWS = 64
 """Rows that a warpgroup computes with wgmma."""
 
+PORTABLE_CLUSTER = 8
+"""Thread blocks of a cluster that every GPU with clusters holds."""
+
 FASTEST = "it is the fastest for this GPU"
 
 
 class Step(NamedTuple):
-    """One launch of a call: a ``__global__`` function, threads and bytes of shared memory per block."""
+    """One launch: a ``__global__`` function, threads and bytes of shared memory per block, and the largest cluster."""
 
     entry: str
     threads: int
     smem_bytes: int = 0
+    max_cluster: int = 1
 
 
 class Map(NamedTuple):
@@ -210,6 +214,10 @@ class Kernel:
     def grid(self, config: Any, problem: Problem, num_sms: int) -> Any:
         """How a problem is divided: whose `blocks` are those of each step."""
         raise NotImplementedError
+
+    def clusters(self, config: Any, grid: Any) -> tuple[int, ...]:
+        """How many thread blocks of each step are a cluster: they divide its `blocks`."""
+        return (1,) * len(grid.blocks)
 
     def values(self, config: Any, problem: Problem, grid: Any) -> dict[str, Any]:
         """The members of `record` that are neither addresses nor tensor maps."""

@@ -16,7 +16,7 @@ from .._call.problem import Problem
 from .._driver import counts as _counts
 from .._driver import driver as _driver
 from .._driver.driver import Device
-from .._driver.launch import Launch
+from .._driver.launch import Launch, Shape
 from .._kernels import Plan, choose
 from .._kernels import unit as units
 from .._kernels.kernel import Scratch
@@ -179,7 +179,10 @@ def prepare(problem: Problem, stream: int, copied: bool = True) -> Prepared:
     _used.note(plan, own.static, problem.function)
     record = units.record_of(plan, _jit.headers())
     argument = plan.kernel.argument(record, plan.config, own, grid)
-    shapes = [(blocks, step.threads, step.smem_bytes) for blocks, step in zip(grid.blocks, plan.steps, strict=True)]
+    shapes = [
+        Shape(blocks, step.threads, step.smem_bytes, cluster)
+        for blocks, step, cluster in zip(grid.blocks, plan.steps, plan.kernel.clusters(plan.config, grid), strict=True)
+    ]
     launch = Launch(plan.words(), functions, problem.device, shapes, argument, names_of(own, scratch))
     prepared = problem.memo[key] = Prepared(launch, copying, scratch, floats)
     return prepared
@@ -220,7 +223,7 @@ def _load_copying(copies: Copies, floats: int, stream: int) -> Copying:
     (blocks,) = align.grid_of(plan.config, copies, device.num_sms).blocks
     count = range(len(copies.made))
     names = [f"{kind} {index}" for kind in ("sources", "copies") for index in count]
-    launch = Launch(plan.words(), functions, problem.device, [(blocks, step.threads, 0)], argument, names)
+    launch = Launch(plan.words(), functions, problem.device, [Shape(blocks, step.threads, 0)], argument, names)
     return Copying(launch, copies, problem.operation.arrays, floats)
 
 

@@ -12,7 +12,7 @@ import pytest
 import cufa
 from cufa._driver import counts as _counts
 from cufa._driver import driver as _driver
-from cufa._driver.launch import Argument, Launch
+from cufa._driver.launch import Argument, Launch, Shape
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def test_a_launch_of_several_kernels_is_one(monkeypatch: pytest.MonkeyPatch) -> 
     argument = Argument(bytes(8), ((0, "q"),))
 
     def launch(words: str, blocks: int) -> Launch:
-        return Launch(words, ["first", "second"], 0, [(blocks, 32, 0)] * 2, argument, ["q"])
+        return Launch(words, ["first", "second"], 0, [Shape(blocks, 32, 0)] * 2, argument, ["q"])
 
     several, none = launch("several", 4), launch("none", 0)
     for current_device in (0, 0, -1):

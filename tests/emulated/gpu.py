@@ -56,13 +56,14 @@ class Function(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """A launch: the function, thread blocks, threads and bytes of shared memory per block, and its argument."""
+    """A launch: the function, thread blocks, threads and shared memory per block, its argument, blocks per cluster."""
 
     function: Function
     blocks: int
     threads: int
     smem_bytes: int
     argument: bytes
+    cluster: int = 1
 
 
 class Array:
@@ -246,8 +247,8 @@ class Gpu:
         seed, resident = (0, 1) if self.order is None else (self.order, MOST_RESIDENT)
         told = struct.pack("<QQ4I", BASE, CAPACITY, seed, resident, len(launches), self.memory.poison)
         for each in launches:
-            numbers = each.blocks, each.threads, each.smem_bytes, len(each.argument)
-            told += struct.pack("<64s4I", each.function.entry.encode(), *numbers) + each.argument
+            numbers = each.blocks, each.threads, each.smem_bytes, each.cluster, len(each.argument)
+            told += struct.pack("<64s5I", each.function.entry.encode(), *numbers) + each.argument
         file = self.memory.file
         process = subprocess.Popen(
             [program, str(file)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(file,)
@@ -329,6 +330,12 @@ class _Driver:
     cuuint32_t = cuuint64_t = int
     CUtensorMapDataType = CUtensorMapInterleave = CUtensorMapSwizzle = _Names()
     CUtensorMapL2promotion = CUtensorMapFloatOOBfill = _Names()
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster")
+
+    class CUlaunchAttribute:
+        def __init__(self) -> None:
+            self.id = ""
+            self.value = SimpleNamespace(clusterDim=SimpleNamespace())
 
     @staticmethod
     def cuTensorMapEncodeTiled(
@@ -373,7 +380,8 @@ class _Driver:
     def cuLaunchKernelEx(cls, config: Any, function: Function, arguments: int, extra: int) -> tuple[int]:
         assert cls.gpu is not None
         argument = ctypes.string_at(ctypes.c_void_p.from_address(arguments).value or 0, function.argument_bytes)
-        cls.gpu.enqueue(Launched(function, config.gridDimX, config.blockDimX, config.sharedMemBytes, argument))
+        cluster = next((each.value.clusterDim.x for each in getattr(config, "attrs", ()) if each.id == "cluster"), 1)
+        cls.gpu.enqueue(Launched(function, config.gridDimX, config.blockDimX, config.sharedMemBytes, argument, cluster))
         return (0,)
 
 

@@ -75,6 +75,15 @@ void complete(Block& block, const BulkLoad& load) {
   maybe_complete(block, load.mbarrier);
 }
 
+// Completes a copy at once, or some time.
+void begin(Block& block, BulkLoad load) {
+  if (one_in(load_odds))
+    complete(block, load);
+  else
+    block.loads.push_back(std::move(load));
+  maybe_yield(warp_odds);
+}
+
 // Lets the copy engine write pieces, which are of so many bytes together.
 void load(std::vector<Piece> pieces, u32 bytes, u32 address, const char* name, Address pc, Address frame) {
   Thread& me = *current;
@@ -87,12 +96,8 @@ void load(std::vector<Piece> pieces, u32 bytes, u32 address, const char* name, A
     if (piece.valid) read_by(name, reinterpret_cast<Address>(piece.source), piece.valid, pc, frame);
     access_by(engine, offset_of(piece.destination, 16, name, frame), piece.bytes, true, pc, frame);
   }
-  BulkLoad load{std::move(pieces), bytes, index, barrier.phase, pc};
-  if (one_in(load_odds))
-    complete(block, load);
-  else
-    block.loads.push_back(std::move(load));
-  maybe_yield(warp_odds);
+  BulkLoad load{std::move(pieces), {}, bytes, index, barrier.phase, pc};
+  begin(block, std::move(load));
 }
 
 // A tensor map, as Gpu in gpu.py makes them.
@@ -212,6 +217,42 @@ void bulk_load(u32 destination, const void* source, u32 bytes, u32 mbarrier) {
   const Address from = reinterpret_cast<Address>(source);
   if (from % 16 || bytes % 16) FAIL("cp.async.bulk: %u bytes from %lx are no multiples of 16", bytes, from);
   load({{destination, bytes, bytes, static_cast<const char*>(source)}}, bytes, mbarrier, "cp.async.bulk", HERE, FRAME);
+}
+
+u32 mapa(u32 address, u32 rank) {
+  const u32 offset = offset_of(address, 1, "mapa", FRAME);
+  const Cluster& cluster = *current->block->cluster;
+  if (rank >= cluster.blocks.size()) FAIL("mapa: there is no block %u in the cluster", rank);
+  return static_cast<u32>(reinterpret_cast<Address>(cluster.blocks[rank]->arena)) + offset;
+}
+
+void st_async(u32 address, const void* from, u32 bytes, u32 mbarrier) {
+  const char* const name = "st.async";
+  Thread& me = *current;
+  const Cluster& cluster = *me.block->cluster;
+  const auto offset_in = [](const Block& block, u32 at) {
+    return at - static_cast<u32>(reinterpret_cast<Address>(block.arena));
+  };
+  Block* owner = nullptr;
+  for (Block* block : cluster.blocks) {
+    if (offset_in(*block, address) < arena_bytes && offset_in(*block, mbarrier) < arena_bytes) owner = block;
+  }
+  if (!owner) FAIL("%s: %x and %x are no addresses of the same block of the cluster", name, address, mbarrier);
+  if (address % bytes || mbarrier % 8) FAIL("%s: address %x or %x is not aligned", name, address, mbarrier);
+  if (cluster.phase == 1) {
+    FAIL("%s: no barrier of the cluster says that block %u, whose memory it is, has begun", name, owner->index);
+  }
+  if (owner->live == 0) FAIL("%s: block %u, whose memory it is, has ended", name, owner->index);
+  const u32 found = owner->mbarrier_at[offset_in(*owner, mbarrier) / 8];
+  if (!found) FAIL("%s: there is no mbarrier at address %x", name, mbarrier);
+  const Mbarrier& barrier = owner->mbarriers[found - 1];
+  if (!barrier.fenced) FAIL("%s: no fence.mbarrier_init has come behind the mbarrier's making", name);
+  const Agent engine{agent_of_mbarrier(found - 1), barrier.phase + 1, me.clock, nullptr, name};
+  store_by(*owner, engine, offset_in(*owner, address), bytes, HERE, FRAME);
+  BulkLoad store{{}, std::vector<u32>(bytes / 4), bytes, found - 1, barrier.phase, HERE};
+  std::memcpy(store.words.data(), from, bytes);
+  store.pieces = {{address, bytes, bytes, reinterpret_cast<const char*>(store.words.data())}};
+  begin(*owner, std::move(store));
 }
 
 // Element by element of the box the innermost coordinate changes first; each row of the box has as many bytes as the

@@ -21,6 +21,8 @@ Index block_index();
 Index block_extent();
 Index grid_extent();
 u32 lane();
+u32 cluster_rank();  // of the block in its cluster
+u32 cluster_extent();
 
 // --- what threads do together ---------------------------------------------------------------------------
 
@@ -41,6 +43,11 @@ int sync_threads(Join join, int predicate);
 // Named barriers, of so many threads.
 void bar_sync(u32 barrier, u32 threads);
 void bar_arrive(u32 barrier, u32 threads);
+
+// The barrier of all threads of a cluster that have not ended: a thread comes, and waits later. It orders nothing but
+// the making of mbarriers.
+void cluster_arrive();
+void cluster_wait();
 
 // --- memory ---------------------------------------------------------------------------------------------
 
@@ -75,6 +82,7 @@ void ld_shared(void* to, u32 address, u32 bytes);
 void st_shared(u32 address, const void* from, u32 bytes);
 u32 ld_relaxed_shared(u32 address);
 void st_relaxed_shared(u32 address, u32 value);
+u32 mapa(u32 address, u32 rank);
 void ldmatrix_x4(u32 (&r)[4], u32 address, bool transposed);
 void stmatrix_x4(u32 address, const u32 (&r)[4]);
 
@@ -86,6 +94,9 @@ void mbarrier_arrive_expect_tx(u32 address, u32 bytes);
 bool mbarrier_try_wait_parity(u32 address, u32 parity);  // which does wait
 void tensor_load(u32 destination, const void* map, u32 mbarrier, const i32* at, u32 rank);
 void bulk_load(u32 destination, const void* source, u32 bytes, u32 mbarrier);
+
+// A store to the shared memory of a block of the cluster that completes on an mbarrier there.
+void st_async(u32 address, const void* from, u32 bytes, u32 mbarrier);
 
 // Copies from shared memory, in groups of the thread's.
 void bulk_store(void* destination, u32 source, u32 bytes, bool adds);

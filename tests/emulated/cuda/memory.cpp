@@ -355,6 +355,18 @@ void access_by(const Agent& agent, u32 offset, u32 bytes, bool write, Address pc
   }
 }
 
+void store_by(Block& owner, const Agent& agent, u32 offset, u32 bytes, Address pc, Address frame) {
+  check_extent(offset, bytes, true, frame);
+  for (u32 i = offset / 4; i * 4 < offset + bytes; ++i) {
+    Cell& cell = owner.cells[i];
+    if (owner.pending[i] || owner.mbarrier_at[i / 2] || cell.write.bytes || cell.reads) {
+      fail(frame, "a race: byte %u of %s of block %u is written by %s, and was touched before", byte_of(i * 4),
+           part_of(i * 4), owner.index, agent.name);
+    }
+    cell.write = {agent.time, static_cast<u32>(pc), static_cast<unsigned short>(agent.number), 15};
+  }
+}
+
 void read_by(const char* name, Address address, u32 bytes, Address pc, Address frame) {
   access_global(address, bytes, false, name, pc, frame);
 }

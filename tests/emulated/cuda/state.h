@@ -35,6 +35,7 @@ constexpr u32 max_mbarriers = 64, max_warpgroups = max_threads / 128, max_storin
 
 struct Warp;
 struct Block;
+struct Cluster;
 
 // A copy by cp.async.
 struct Copy {
@@ -67,6 +68,8 @@ struct Thread {
   u32 storing = 0;              // which of its block's threads it is that copy from shared memory, from 1 on
   u32 stored = 0;               // how many groups of such copies it has committed
   std::vector<BulkStore> bulk;  // in flight
+  u32 arrived = 0;              // in which phase of the cluster's barrier it came there and has not waited yet; or 0
+  bool waits_for_cluster = false;
 };
 
 // The registers of a warp that wgmmas in flight add to: those of each lane, and what they will hold.
@@ -153,6 +156,7 @@ struct Piece {
 };
 struct BulkLoad {
   std::vector<Piece> pieces;
+  std::vector<u32> words;  // which st.async stores, where that has no source
   u32 bytes, mbarrier, phase;
   Address pc;  // of who asked for it
 };
@@ -193,6 +197,14 @@ struct Block {
   u32 free_registers;  // of all threads
   u32 wanting;         // warps that wait for registers
   Barrier barriers[named_barriers];
+  Cluster* cluster;
+};
+
+// Thread blocks that run side by side, and their barrier. Every launch has clusters, if only of one block.
+struct Cluster {
+  std::vector<Block*> blocks;  // by their ranks
+  u32 phase = 1;               // one more than the barrier has opened
+  u32 arrived = 0;             // threads that have come to it, and have not ended
 };
 
 // Agents of a block that are no threads.
@@ -204,7 +216,7 @@ u32 agent_of_writes(u32 storing);
 struct Launch {
   std::string name;
   Entry entry;
-  u32 blocks, threads, smem_bytes;
+  u32 blocks, threads, smem_bytes, cluster;
 };
 
 extern const Launch* launch;  // the present one
@@ -215,6 +227,7 @@ extern u32 poison;            // what memory holds that nobody has written to
 extern bool interleaved;      // whether blocks run side by side
 
 // Runs a launch. `places` blocks run side by side, and the next begins when one of them has ended.
+// Those of a cluster run side by side in any case, and begin together, when those of another have all ended.
 void run(const Launch& given, u32 places);
 
 // Reserves the addresses of stacks and shared memory.
@@ -327,6 +340,10 @@ struct Agent {
   const char* name;
 };
 void access_by(const Agent& agent, u32 offset, u32 bytes, bool write, Address pc, Address frame);
+
+// A store of st.async to the shared memory of a block, of which nobody may have touched the bytes before: nothing
+// orders what the block does with its memory before what others store there.
+void store_by(Block& owner, const Agent& agent, u32 offset, u32 bytes, Address pc, Address frame);
 
 // The same of device memory. Who adds does not overwrite what others have added.
 void read_by(const char* name, Address address, u32 bytes, Address pc, Address frame);

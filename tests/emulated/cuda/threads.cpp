@@ -144,6 +144,8 @@ void begin_thread(Thread& thread, Block& block, u32 number) {
   thread.clock = {};
   thread.fenced = thread.storing = thread.stored = 0;
   thread.bulk.clear();
+  thread.arrived = 0;
+  thread.waits_for_cluster = false;
   // What emulated_switch takes off the stack: six registers and where to go on. A function begins 8 bytes below a
   // multiple of 16, and frames end with a 0.
   Address* const sp = reinterpret_cast<Address*>(thread.stack + stack_bytes) - saved_words;
@@ -199,6 +201,23 @@ bool complete_load() {
   return false;
 }
 
+// Threads of a cluster that have not ended.
+u32 live(const Cluster& cluster) {
+  u32 threads = 0;
+  for (const Block* block : cluster.blocks) threads += block->live;
+  return threads;
+}
+
+// The blocks of a cluster begin, of which that is the first.
+void begin_cluster(Cluster& cluster, u32 first) {
+  cluster.phase = 1;
+  cluster.arrived = 0;
+  for (Block* block : cluster.blocks) {
+    begin_block(*block, first++);
+    resident.push_back(block);
+  }
+}
+
 // The place, among the resident blocks, of one that can go on.
 u32 choose_block() {
   std::vector<u32> able;
@@ -238,18 +257,25 @@ void set_order(u32 seed, bool side_by_side) {
 
 void run(const Launch& given, u32 places) {
   static Block blocks[max_resident];
+  static Cluster clusters[max_resident];
   launch = &given;
   ++launches;
   forget();
   begin_clocks(agent_of_writes(max_storing) + 1);
   resident.clear();
   u32 next = 0, place = 0;
-  for (u32 slot = 0; slot < places && next < given.blocks; ++slot) {
-    Block& block = blocks[slot];
-    block.slot = slot;
-    block.arena = reinterpret_cast<char*>(arenas_base + static_cast<Address>(slot) * arena_bytes);
-    begin_block(block, next++);
-    resident.push_back(&block);
+  for (u32 first = 0; (first == 0 || first + given.cluster <= places) && next < given.blocks; first += given.cluster) {
+    Cluster& cluster = clusters[first];
+    cluster.blocks.clear();
+    for (u32 slot = first; slot < first + given.cluster; ++slot) {
+      Block& block = blocks[slot];
+      block.slot = slot;
+      block.arena = reinterpret_cast<char*>(arenas_base + static_cast<Address>(slot) * arena_bytes);
+      block.cluster = &cluster;
+      cluster.blocks.push_back(&block);
+    }
+    begin_cluster(cluster, next);
+    next += given.cluster;
   }
   bring_news();
   while (!resident.empty()) {
@@ -265,10 +291,10 @@ void run(const Launch& given, u32 places) {
     emulated_switch(&scheduler_sp, current->sp);
     current = nullptr;
     if (block.live > 0) continue;
-    if (next < given.blocks)
-      begin_block(block, next++);
-    else
-      resident.erase(resident.begin() + place);
+    resident.erase(resident.begin() + place);
+    if (next == given.blocks || live(*block.cluster)) continue;
+    begin_cluster(*block.cluster, next);
+    next += given.cluster;
   }
   launch = nullptr;
 }
@@ -322,6 +348,7 @@ void bring_news() { ++news; }
 void look_for_news(Address frame) {
   Thread& me = *current;
   me.warp->polled = true;
+  me.warp->first = (me.lane + 1) % warp_size;  // who may have something to do that this lane waits for
   me.waits = "what ld.acquire finds to change";
   if (news != known_news) {
     known_news = news;
@@ -382,6 +409,8 @@ Index block_index() { return {current->block->index, 0, 0}; }
 Index block_extent() { return {launch->threads, 1, 1}; }
 Index grid_extent() { return {launch->blocks, 1, 1}; }
 u32 lane() { return current->lane; }
+u32 cluster_rank() { return current->block->index % launch->cluster; }
+u32 cluster_extent() { return launch->cluster; }
 
 // --- what threads do together ---------------------------------------------------------------------------
 
@@ -555,6 +584,22 @@ int come_to(u32 index, const char* name, u32 threads, bool wait, Join join, int 
   return barrier.result;
 }
 
+// Opens the barrier of a cluster if nobody is missing.
+void maybe_open(Cluster& cluster) {
+  if (!cluster.arrived || cluster.arrived < live(cluster)) return;
+  cluster.arrived = 0;
+  ++cluster.phase;
+  for (Block* block : cluster.blocks) {
+    for (Warp& warp : block->warps) {
+      for_lanes(warp.live, [&](u32 lane) {
+        if (warp.threads[lane].waits_for_cluster) make_ready(warp, 1u << lane);
+      });
+      warp.polled = false;
+    }
+  }
+  bring_news();
+}
+
 void end_thread() {
   Thread& me = *current;
   Warp& warp = *me.warp;
@@ -563,6 +608,7 @@ void end_thread() {
   make_wait(warp, 1u << me.lane);
   warp.live &= ~(1u << me.lane);
   --block.live;
+  if (me.arrived == block.cluster->phase) --block.cluster->arrived;
   bring_news();
   for (Meeting& meeting : warp.meetings) {
     if (!meeting.arrived || !(meeting.mask >> me.lane & 1)) continue;
@@ -572,6 +618,7 @@ void end_thread() {
   }
   Barrier& barrier = block.barriers[0];
   if (barrier.arrived && barrier.arrived == block.live) open(block, barrier);
+  maybe_open(*block.cluster);
   pause();
   __builtin_unreachable();
 }
@@ -585,5 +632,31 @@ int sync_threads(Join join, int predicate) {
 
 void bar_sync(u32 barrier, u32 threads) { come_to(barrier, "bar.sync", threads, true, Join::none, 0); }
 void bar_arrive(u32 barrier, u32 threads) { come_to(barrier, "bar.sync", threads, false, Join::none, 0); }
+
+void cluster_arrive() {
+  together("barrier.cluster.arrive", 0xffffffffu, true, nullptr, [](Meeting&) {});
+  Thread& me = *current;
+  Cluster& cluster = *me.block->cluster;
+  if (me.arrived) FAIL("barrier.cluster.arrive: the thread has come before and not waited");
+  me.arrived = cluster.phase;
+  ++cluster.arrived;
+  maybe_open(cluster);
+  maybe_leave_block();
+}
+
+void cluster_wait() {
+  together("barrier.cluster.wait", 0xffffffffu, true, nullptr, [](Meeting&) {});
+  Thread& me = *current;
+  if (!me.arrived) FAIL("barrier.cluster.wait: the thread has not come");
+  if (me.arrived == me.block->cluster->phase) {
+    me.waits = "barrier.cluster.wait";
+    me.waits_for_cluster = true;
+    make_wait(*me.warp, 1u << me.lane);
+    pause();
+    me.waits = nullptr;
+    me.waits_for_cluster = false;
+  }
+  me.arrived = 0;
+}
 
 }  // namespace emulated
