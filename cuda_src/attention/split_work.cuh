@@ -6,7 +6,6 @@
 #include "attention/params.cuh"
 #include "attention/row_source.cuh"
 #include "attention/seqlen.cuh"
-#include "attention/split_params.cuh"
 #include "ptx/opaque.cuh"
 
 namespace attention {
@@ -57,7 +56,9 @@ template <class Config>
 struct SplitWork : SharedTile<Config> {
   using element = typename Config::element;
 
-  SplitWork(const SplitParams& argument, int item)
+  // `argument` has Params, and how many key heads there are.
+  template <class Argument>
+  SplitWork(const Argument& argument, int item)
       : SharedTile<Config>{dense_seqlen(argument.params), int(u32(item) / u32(argument.num_heads_k)),
                            int(u32(item) % u32(argument.num_heads_k)), 0, argument.params.qheads_per_khead} {
     const Params& params = argument.params;

@@ -17,7 +17,10 @@ from .._call.arrays import ALIGNMENT
 from .._call.options import Options
 from .._call.problem import (
     CHAIN_ROWS,
+    CLUSTER_ITEMS,
+    CLUSTERS_THAT_FILL,
     FEW_KEYS,
+    FEW_ROWS,
     GPU_DTYPES,
     ITEMSIZE,
     LONG,
@@ -89,6 +92,10 @@ SOME = (1, 8)
 MANY_TOO = (*SOME, MANY + 44)
 
 
+FEW_OR_MANY = (1, CLUSTERS_THAT_FILL, CLUSTER_ITEMS + 1)
+"""Numbers of dense sequences with few rows of q; of others the number does not matter."""
+
+
 class Region(NamedTuple):
     """Lengths of sequences that occur with each other.
 
@@ -98,7 +105,7 @@ class Region(NamedTuple):
     ratios : tuple of int
         Heads of q per head of k. For packed sequences they do not matter.
     batches : tuple of int
-        Numbers of packed sequences. That of dense ones does not matter.
+        Numbers of packed sequences. Of dense ones there may be any number.
     """
 
     rows: tuple[int, ...]
@@ -132,7 +139,8 @@ class Spread(NamedTuple):
         for region in self.packed if packed else self.dense:
             for queries, keys in itertools.product(region.rows, region.keys):
                 if queries <= keys or self.fewer_keys or not masked:
-                    for ratio, batch in itertools.product(region.ratios, region.batches if packed else (1,)):
+                    dense = FEW_OR_MANY if queries <= FEW_ROWS[-1] else (1,)
+                    for ratio, batch in itertools.product(region.ratios, region.batches if packed else dense):
                         yield Lengths(batch, queries, keys, ratio)
 
 

@@ -61,6 +61,16 @@ FEW_ROWS = (16, 32, 64)
 KEYS_PER_ROW = 8
 """Keys for each of such rows from which on it is they that take the time. Reckoned, not measured."""
 
+CLUSTER_ITEMS = 128
+"""Tiles of few rows, all heads' counted, up to which a GPU holds a cluster of thread blocks for each. This and the two
+below are reckoned, not measured."""
+
+CLUSTERS_THAT_FILL = 8
+"""Clusters that read as fast as a whole GPU."""
+
+CLUSTER_BYTES = 4 << 20
+"""Keys and values of a tile that fewer clusters read in less time than a second launch and sums in memory take."""
+
 MAX_SHORT_SEQUENCES = 1 << 29
 """Sequences, each head's counted, whose small tiles surely are few enough for one launch."""
 
@@ -110,6 +120,9 @@ class Static(NamedTuple):
         Where dense q has few rows and many keys: the least of `FEW_ROWS` that holds the rows of all heads that share a
         key head. With caches the same, packed sequences counting by their average, or the last of them if there are
         more rows. Else 0, and always for gradients.
+    clusters : bool
+        Whether a cluster of thread blocks should share the keys of each tile of few rows, since there are but few tiles
+        and nothing else says how keys are divided.
     deterministic : bool
         Whether blocks that add to the same gradients do so in a fixed order.
     average_rows : int
@@ -145,6 +158,7 @@ class Static(NamedTuple):
     short_rows: int = 0
     short_keys: int = 0
     few_rows: int = 0
+    clusters: bool = False
     deterministic: bool = False
     average_rows: int = LONG_ROWS
     page_rows: int = 0
@@ -679,6 +693,9 @@ class _CallCheck(AttentionCheck):
         few_keys = not self.varlen and self.specs["k"].shape[1] <= FEW_KEYS
         stores = [widest_copy(self.specs[name], itemsize) for name in self.operation.written if name in self.specs]
         short_rows, short_keys = self.short_tile()
+        few_rows = 0 if backward or short_rows else self.few_rows(q)
+        heads_k, keys = self.specs["k"].shape[-2], self.specs["k"].shape[-3]
+        key_bytes = (q.shape[-1] + v.shape[-1]) * itemsize
         return Static(
             element=GPU_DTYPES[q.dtype],
             head_dim=q.shape[-1],
@@ -696,7 +713,8 @@ class _CallCheck(AttentionCheck):
             empty_rows=not backward and not self.varlen and self.has_empty_rows(right),
             short_rows=short_rows,
             short_keys=short_keys,
-            few_rows=0 if backward or short_rows else self.few_rows(q),
+            few_rows=few_rows,
+            clusters=few_rows > 0 and clusters_pay(q.shape[0] * heads_k, keys * key_bytes),
             deterministic=self.options.deterministic,
             average_rows=self.average_rows(q) if backward else LONG_ROWS,
         )
@@ -770,6 +788,11 @@ def access(operation: Operation, specs: dict[str, Spec]) -> dict[str, Any]:
         "tma": all(has_tensor_map(spec, itemsize) for spec in tiles),
         "out_copy_bytes": widest_copy(specs["out"], itemsize) if operation.gradient else ALIGNMENT,
     }
+
+
+def clusters_pay(items: int, item_bytes: int) -> bool:
+    """Whether thread block clusters, one for each tile of few rows, are faster than all SMs sharing all tiles' keys."""
+    return 0 < items <= CLUSTER_ITEMS and (items >= CLUSTERS_THAT_FILL or item_bytes <= CLUSTER_BYTES)
 
 
 def mask_kind(left: int | None, right: int | None) -> str:

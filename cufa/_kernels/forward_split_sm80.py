@@ -97,6 +97,7 @@ class ForwardSplitSm80(Kernel):
     name = "attention_forward_split_sm80"
     record = "SplitParams"
     special = True
+    few = "q has few rows, and there are many keys, which all SMs share"
 
     def refusal(self, static: Static) -> str:
         if static.few_rows == 0:
@@ -106,27 +107,13 @@ class ForwardSplitSm80(Kernel):
         return ""
 
     def reason(self, static: Static, arch: int) -> str:
-        few = "q has few rows, and there are many keys, which all SMs share"
         if static.copy_bytes == 16:
-            return few
-        return f"{few}; q, k and v are copied {static.copy_bytes} bytes at a time; 16-byte aligned rows would be faster"
+            return self.few
+        copied = f"q, k and v are copied {static.copy_bytes} bytes at a time"
+        return f"{self.few}; {copied}; 16-byte aligned rows would be faster"
 
     def config(self, static: Static, arch: int) -> ConfigSplitSm80:
-        tile = tile_of(static, known_arch(arch))
-        return ConfigSplitSm80(
-            **common(static),
-            tile_head_dim=round_up(static.head_dim, 32),
-            tile_head_dim_v=tile_columns(static),
-            block_m=static.few_rows,
-            block_n=tile.block_n,
-            num_threads=32 * tile.warps,
-            smem_bytes=tile.smem_bytes,
-            column_warps=column_warps(static),
-            stages=tile.stages,
-            copy_bytes=static.copy_bytes,
-            q_copy_bytes=static.copy_bytes,
-            resident=tile.resident,
-        )
+        return ConfigSplitSm80(**members(static, tile_of(static, known_arch(arch))))
 
     def steps(self, config: ConfigSplitSm80) -> tuple[Step, ...]:
         return (
@@ -164,6 +151,24 @@ class ForwardSplitSm80(Kernel):
 
     def asserts(self) -> str:
         return f"static_assert(tile::chain_rows == {CHAIN_ROWS});\n"
+
+
+def members(static: Static, tile: Tile) -> dict[str, Any]:
+    """The members of a Config of kernels with this main loop."""
+    return {
+        **common(static),
+        "tile_head_dim": round_up(static.head_dim, 32),
+        "tile_head_dim_v": tile_columns(static),
+        "block_m": static.few_rows,
+        "block_n": tile.block_n,
+        "num_threads": 32 * tile.warps,
+        "smem_bytes": tile.smem_bytes,
+        "column_warps": column_warps(static),
+        "stages": tile.stages,
+        "copy_bytes": static.copy_bytes,
+        "q_copy_bytes": static.copy_bytes,
+        "resident": tile.resident,
+    }
 
 
 def partial_floats(config: Config) -> int:

@@ -35,6 +35,7 @@ from cufa._kernels import forward as forward_kernels
 from cufa._kernels import unit as units
 from cufa._kernels.backward import BackwardGrid
 from cufa._kernels.backward_split_sm90 import SPLIT_QUERIES
+from cufa._kernels.forward_cluster_sm90 import ForwardClusterSm90
 from cufa._kernels.params import params_of
 from cufa._kernels.record import Record
 from cufa._operations.backward import ATTENTION_BACKWARD, ATTENTION_VARLEN_BACKWARD
@@ -1232,6 +1233,7 @@ def test_explain_says_what_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, 90)
     aligned, odd = OnGpu(2, 2048, 4, 64), OnGpu(2, 2048, 4, 64, pointer=(1 << 41) + 2)
     few, short = OnGpu(2, 63, 4, 64), OnGpu(2, 300, 4, 64, pointer=(1 << 41) + 2)
+    many, long = OnGpu(40, 1, 4, 64), OnGpu(40, 2048, 4, 64)
     for q, k, v, kernel, reason in (
         (aligned, aligned, aligned, "sm90 (sm_90a)", "it is the fastest for this GPU"),
         (
@@ -1243,8 +1245,9 @@ def test_explain_says_what_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
             "takes 4 MiB while it runs",
         ),
         (few, short, short, "sm80 (sm_90)", "q, k and v are copied 2 bytes at a time; 16-byte aligned rows would let "),
-        (few, aligned, aligned, "split_sm80 (sm_90)", "q has few rows, and there are many keys, which all SMs share"),
-        (few, odd, aligned, "split_sm80 (sm_90)", "q has few rows, and there are many keys, which all SMs share; q, "),
+        (few, aligned, aligned, "cluster_sm90 (sm_90)", "q has few rows, in so few tiles that the thread blocks of a "),
+        (few, odd, aligned, "cluster_sm90 (sm_90)", f"{ForwardClusterSm90.few}; q, k and v are copied 2 bytes at a "),
+        (many, long, long, "split_sm80 (sm_90)", "q has few rows, and there are many keys, which all SMs share"),
     ):
         told = cufa.explain(q, k, v)
         assert told.kernel == f"attention_forward_{kernel}" and told.reason.startswith(reason)
@@ -1540,7 +1543,8 @@ def test_few_rows_have_a_kernel_of_their_own(seqlen_q: int, seqlen_k: int, heads
         problem = problem_of(ATTENTION, {"q": q, "k": k, "v": k, **terms}, {})
         assert problem.static is not None and problem.static.few_rows == few
         plan = plans.forward(problem.static, arch)
-        assert (plan.name == "attention_forward_split_sm80") == (few > 0)
+        assert (plan.name in ("attention_forward_split_sm80", "attention_forward_cluster_sm90")) == (few > 0)
+        assert arch >= 90 or "cluster" not in plan.name
         assert few == 0 or plan.config.block_m == few
         assert few > 0 or "few rows" not in plan.reason  # why it does not serve is no reason for another
     gradients = backward_problem(q, k, k).static

@@ -50,6 +50,7 @@ def test_explanations_as_json_name_everything() -> None:
     assert told["kernel"] == "attention_forward_sm80 (sm_80)" and told["device"] == "a GPU of 64 SMs"
     assert told["config"]["variant"] == ["softcap"] and told["config"]["sinks"] is True
     assert told["refusals"] == {
+        "attention_forward_cluster_sm90": "it is not for GPUs of compute capability 8.0",
         "attention_forward_split_sm80": "it is for few rows of q, those of all heads that share a key head together, "
         "and many keys",
         "attention_forward_sm90": "it is not for GPUs of compute capability 8.0",

@@ -43,8 +43,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_presets_hold_as_many_kernels_as_can_be_compiled_in_time(arch: int) -> None:
-    """On two cores `full` shall take 120 s, at 1.3 s per kernel; `inference` 3 MB, at 28 KB."""
-    counts = {name: len(selection.plans_for(kinds, arch)) for name, kinds in PRESETS.items()}
+    """On two cores `full` shall take 120 s, at 1.3 s per kernel; `inference` 3 MB, at 28 KB; two of few rows: one."""
+    found = {name: selection.plans_for(kinds, arch) for name, kinds in PRESETS.items()}
+    few = {name: sum("_split_sm80" in plan.name or "_cluster_" in plan.name for plan in found[name]) for name in found}
+    counts = {name: len(plans) - few[name] // 2 for name, plans in found.items()}
     assert 30 < counts["inference"] <= 100
     assert 30 < counts["training"] <= 100
     assert max(counts["inference"], counts["training"]) < counts["full"] <= 160
