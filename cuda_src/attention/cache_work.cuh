@@ -25,7 +25,7 @@ struct CacheTile : SharedTile<Config> {
 
   const element *k, *v;  // where the keys and values of the sequence begin, or (paged) of page 0
 
-  // Sets the tile. One thread calls this.
+  // Sets the tile.
   void take(const Params& params, const Seqlen& its_seqlen, int sequence, int key_head, int m_block) {
     Tile& tile = *this;
     tile = {its_seqlen,

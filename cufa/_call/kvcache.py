@@ -388,6 +388,7 @@ class _KVCacheCheck(Check):
             many=self.varlen and self.batch() > MANY,
             chains=facts.seqlen_k > CHAIN_ROWS,
             few_rows=self.few_rows(q, facts.num_splits),
+            clusters=self.clusters(q, facts.seqlen_k, facts.num_splits),
             page_rows=self.page_rows(facts),
             rotary=rotary if "rotary_cos" in self.specs else "",
             appends="k" in self.specs,
@@ -399,6 +400,15 @@ class _KVCacheCheck(Check):
         if facts.page_size == 0:
             return 0
         return 1 if "cache_leftpad" in self.specs else math.gcd(facts.page_size, MAX_PAGE_ROWS)
+
+    def clusters(self, q: Spec, capacity: int, num_splits: int) -> bool:
+        """Whether a cluster of thread blocks should share the keys of each tile: lengths may be up to the capacity."""
+        if self.varlen or "plan" in self.specs or num_splits:
+            return False
+        heads_k, head_dim_v = self.specs["v_cache"].shape[-2:]
+        rows = q.shape[1] * (q.shape[-2] // max(1, heads_k))
+        items = q.shape[0] * heads_k * -(-rows // self.few_rows(q, num_splits))
+        return _problem.clusters_pay(items, capacity * (q.shape[-1] + head_dim_v) * ITEMSIZE[q.dtype])
 
     def few_rows(self, q: Spec, num_splits: int) -> int:
         """The least of `FEW_ROWS` that holds the rows that a sequence has for a key head, or the last of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,16 +13,8 @@ from .._call.kvcache import KVCacheProblem
 from .._call.problem import ITEMSIZE, Problem, Static, widest_copy
 from .._driver.launch import Argument
 from ..errors import ArgumentError, UnsupportedError
-from .forward_split_sm80 import (
-    LEAST_BYTES,
-    ConfigSplitSm80,
-    column_warps,
-    partial_floats,
-    seen_blocks,
-    tile_columns,
-    tile_of,
-)
-from .kernel import FASTEST, MAX_GRID, NO_SCRATCH, SIZEOF, Kernel, Scratch, Step, common, four, known_arch, round_up
+from .forward_split_sm80 import LEAST_BYTES, ConfigSplitSm80, Tile, members, partial_floats, seen_blocks, tile_of
+from .kernel import FASTEST, MAX_GRID, NO_SCRATCH, SIZEOF, Kernel, Scratch, Step, four, known_arch, round_up
 from .params import params_of
 from .record import Record
 
@@ -73,12 +66,15 @@ class CacheGrid(NamedTuple):
         Thread blocks that have something to do at least, as far as there is something.
     makes_plan : bool
         Whether the first launch does.
+    cluster : int
+        Thread blocks of the main launch that are a cluster.
     """
 
     tokens: int
     num_blocks: int
     least_blocks: int
     makes_plan: bool
+    cluster: int = 1
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -96,25 +92,8 @@ class ForwardCacheSm80(Kernel):
         return FASTEST
 
     def config(self, static: Static, arch: int) -> ConfigCacheSm80:
-        # More rows of wide float32 leave no shared memory for keys.
-        wide = static.element == "f32" and max(static.head_dim, static.head_dim_v) > 128
-        static = static._replace(few_rows=min(static.few_rows, 32)) if wide else static
-        tile = tile_of(static, known_arch(arch), WORK_BYTES)
-        return ConfigCacheSm80(
-            **common(static),
-            tile_head_dim=round_up(static.head_dim, 32),
-            tile_head_dim_v=tile_columns(static),
-            block_m=static.few_rows,
-            block_n=tile.block_n,
-            num_threads=32 * tile.warps,
-            smem_bytes=tile.smem_bytes,
-            column_warps=column_warps(static),
-            stages=tile.stages,
-            copy_bytes=static.copy_bytes,
-            q_copy_bytes=ALIGNMENT if static.rotary else static.q_copy_bytes,
-            resident=tile.resident,
-            page_rows=static.page_rows,
-        )
+        static = with_tile(static)
+        return ConfigCacheSm80(**cache_members(static, tile_of(static, known_arch(arch), WORK_BYTES)))
 
     def steps(self, config: ConfigCacheSm80) -> tuple[Step, ...]:
         return (
@@ -129,13 +108,10 @@ class ForwardCacheSm80(Kernel):
         assert isinstance(problem, KVCacheProblem)
         ratio = problem.num_heads_q // max(1, problem.num_heads_k)
         rows = problem.seqlen_q * ratio
+        tokens = tokens_of(problem)
+        tiles = problem.batch * -(-rows // config.block_m)
         if problem.varlen:
-            tokens = problem.seqlen_q
             tiles = rows // config.block_m + problem.batch  # enough, without knowing one length
-        else:
-            tokens = problem.batch * max(problem.seqlen_new, problem.seqlen_q if problem.rotary_dim else 0)
-            tiles = problem.batch * -(-rows // config.block_m)
-        tokens *= problem.changes
         items = tiles * problem.num_heads_k
         positions = items * (problem.num_splits or max(1, seen_blocks(problem, config.block_n)))
         most = max(tokens, rows, positions)
@@ -216,14 +192,7 @@ class ForwardCacheSm80(Kernel):
         sizes = {"partials": places * grid.num_blocks * partial_floats(config)}
         if grid.makes_plan:
             sizes["plan"] = plan_words(problem, grid)
-        if problem.rotary_dim:
-            q = problem.specs["q"].shape
-            sizes[ROTATED] = math.prod(q[:-1]) * row_elements(problem) * ITEMSIZE[problem.dtype] // 4
-        parts, end = {}, 0
-        for name, size in sizes.items():
-            parts[name] = end
-            end += round_up(size, WORKSPACE_ALIGNMENT)
-        return Scratch(parts, end) if end else NO_SCRATCH
+        return scratch_of(sizes | rotated(problem))
 
     def asserts(self) -> str:
         return (
@@ -254,6 +223,44 @@ class CachePlan(ForwardCacheSm80):
 
     def scratch(self, config: ConfigCacheSm80, problem: Problem, grid: CacheGrid) -> Scratch:
         return NO_SCRATCH
+
+
+def with_tile(static: Static) -> Static:
+    """The facts with rows of a tile that leaves shared memory for keys, as more of wide float32 do not."""
+    wide = static.element == "f32" and max(static.head_dim, static.head_dim_v) > 128
+    return static._replace(few_rows=min(static.few_rows, 32)) if wide else static
+
+
+def cache_members(static: Static, tile: Tile) -> dict[str, Any]:
+    """The members of a Config of kernels over caches with this main loop."""
+    q_copy_bytes = ALIGNMENT if static.rotary else static.q_copy_bytes
+    return members(static, tile) | {"q_copy_bytes": q_copy_bytes, "page_rows": static.page_rows}
+
+
+def tokens_of(problem: KVCacheProblem) -> int:
+    """Rows for which something is appended or rotated."""
+    if not problem.changes:
+        return 0
+    if problem.varlen:
+        return problem.seqlen_q
+    return problem.batch * max(problem.seqlen_new, problem.seqlen_q if problem.rotary_dim else 0)
+
+
+def rotated(problem: KVCacheProblem) -> dict[str, int]:
+    """The scratch memory that the rotated q takes, in float32 numbers."""
+    if not problem.rotary_dim:
+        return {}
+    rows = math.prod(problem.specs["q"].shape[:-1])
+    return {ROTATED: rows * row_elements(problem) * ITEMSIZE[problem.dtype] // 4}
+
+
+def scratch_of(sizes: Mapping[str, int]) -> Scratch:
+    """Scratch memory of parts that begin at aligned addresses."""
+    parts, end = {}, 0
+    for name, size in sizes.items():
+        parts[name] = end
+        end += round_up(size, WORKSPACE_ALIGNMENT)
+    return Scratch(parts, end) if end else NO_SCRATCH
 
 
 VECTORS = ("cache_seqlens", "cache_batch_idx", "cache_leftpad")

@@ -96,7 +96,7 @@ def exchange_bytes(static: Static) -> int:
     return 4 * static.few_rows * (round_up(static.head_dim_v, 16) + 2) + 16
 
 
-def cluster_members(static: Static, arch: int) -> dict[str, int]:
+def cluster_members(static: Static, arch: int) -> dict[str, Any]:
     """The members of a Config of kernels with clusters, on GPUs of compute capability `arch`."""
     return {
         "max_cluster": MAX_CLUSTER.get(arch // 10, PORTABLE_CLUSTER),
