@@ -13,7 +13,7 @@ from states import EPS, TINY
 
 import cufa
 from cufa import reference
-from cufa.testing import to_numpy
+from cufa.testing import View, to_numpy
 
 LAYOUTS = ("contiguous", "transposed", "fused", "wide", "padded", "offset", "strided")
 PLACES = ("default", "positions", "offsets", "cu_seqlens", "cu_seqlens and offsets")
@@ -125,15 +125,11 @@ class Call:
 
 
 def place(x: np.ndarray, xp: Any) -> Any:
-    """An array of integers in a framework's memory."""
-    return lay_out_integers(x) if xp is np else xp.asarray(x) if hasattr(xp, "asarray") else xp.array(x)
-
-
-def lay_out_integers(x: np.ndarray) -> np.ndarray:
-    """Every other number of a larger array."""
-    memory = np.full((*x.shape, 2), -5, x.dtype)
-    memory[..., 0] = x
-    return memory[..., 0]
+    """An array of integers in a framework's memory: every other number of a larger array."""
+    view = View.of(x.shape, "strided")
+    flat = np.full(view.size, -5, x.dtype)
+    view.on(flat)[...] = x
+    return view.on(flat, xp)
 
 
 @st.composite

@@ -62,6 +62,7 @@ def test_a_graph_merges_what_its_states_hold_by_then(cupy: Any) -> None:
     other = Call(shape=(2, 33, 4, 64), dtype="float16", values="apart", seed=1)
     arrays = {name: array for name, array in call.arrays(cupy).items() if name[-1] in "ab"}
     cufa.merge_states(**arrays)
+    cupy.cuda.Device().synchronize()
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
