@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from cufa._call.problem import LONG_ROWS, Problem, Static
@@ -43,6 +44,17 @@ def static(element: str, head_dim: int, head_dim_v: int, **features: Any) -> Sta
 
 def compile_plan(plan: Plan) -> _jit.Compiled:
     return _jit.compile_unit(_jit.unit_of(plan))
+
+
+def static_memory(log: str) -> dict[str, int]:
+    """Bytes of shared memory that the code of each entry declares, from what ``--ptxas-options=-v`` logs."""
+    sizes = {}
+    for entry in log.split("Compiling entry function '")[1:]:
+        used = re.search(r"Used \d+ registers.*", entry)
+        assert used is not None, log
+        declared = re.search(r"(\d+) bytes smem", used[0])
+        sizes[entry.partition("'")[0]] = int(declared[1]) if declared else 0
+    return sizes
 
 
 BACKWARD: dict[str, dict[str, Any]] = {

@@ -41,6 +41,7 @@ from plans import (
     few,
     short,
     static,
+    static_memory,
 )
 
 from cufa._call.problem import Static
@@ -121,17 +122,6 @@ def check_plan(plan: Plan) -> None:
     if plan.name.endswith("_sm90"):
         check_registers(plan.config, taken.registers)
         check_sass(plan, compiled.cubin)
-
-
-def static_memory(log: str) -> dict[str, int]:
-    """Bytes of shared memory that the code of each entry declares, from what ``--ptxas-options=-v`` logs."""
-    sizes = {}
-    for entry in log.split("Compiling entry function '")[1:]:
-        used = re.search(r"Used \d+ registers.*", entry)
-        assert used is not None, log
-        declared = re.search(r"(\d+) bytes smem", used[0])
-        sizes[entry.partition("'")[0]] = int(declared[1]) if declared else 0
-    return sizes
 
 
 def check_registers(config: Any, at_launch: int) -> None:

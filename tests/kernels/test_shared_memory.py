@@ -1,0 +1,44 @@
+"""What launches ask for of shared memory, for every tile where queries are few or keys lie in caches."""
+
+from __future__ import annotations
+
+import itertools
+
+import plans
+import pytest
+
+from cufa._call.problem import FEW_ROWS
+from cufa._kernels import Plan, choose
+from cufa._kernels.kernel import SHARED_MEMORY
+from cufa._operations.forward import FORWARD
+from cufa._operations.kvcache import KVCACHE
+
+ARCHS = {size: arch for arch, size in reversed(SHARED_MEMORY.items())}.values()
+"""One for each size of shared memory."""
+
+WIDTHS = (1, 2, *range(16, 257, 16))
+"""Head dims: tiles are a multiple of 32 columns wide."""
+
+RESERVED = 1 << 10
+"""What a GPU takes for each thread block."""
+
+
+def declared(plan: Plan) -> dict[str, int]:
+    """What the code of each entry declares, which is the same for all tiles of a kernel."""
+    return plans.static_memory(plans.compile_plan(plan).log)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("element", ["bf16", "f32"])
+def test_every_tile_fits_with_what_the_code_declares(element: str, arch: int) -> None:
+    code: dict[str, dict[str, int]] = {}
+    for head_dim, head_dim_v, rows, kernels in itertools.product(WIDTHS, WIDTHS, FEW_ROWS, (FORWARD, KVCACHE)):
+        facts = plans.static(element, head_dim, head_dim_v, few_rows=rows, mask="causal")
+        plan = choose(kernels, facts, arch)
+        own = code.get(plan.name) or code.setdefault(plan.name, declared(plan))
+        resident = plan.kernel.blocks_per_sm(plan.config)
+        for step in plan.steps:
+            taken = own[step.entry] + step.smem_bytes
+            assert taken <= SHARED_MEMORY[arch], plan.words()
+            assert step.entry != plan.name or resident * (taken + RESERVED) <= SHARED_MEMORY[arch] + RESERVED
+    assert {"attention_forward_split_sm80", "attention_forward_cache_sm80"} <= code.keys()
