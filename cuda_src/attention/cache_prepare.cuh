@@ -1,9 +1,10 @@
-// attention: what is launched before the main kernel over caches: the plan, and what appends.
+// attention: what is launched before the main kernels over caches: the plan, and what appends.
 #pragma once
 
 #include "attention/cache_append.cuh"
 #include "attention/cache_params.cuh"
 #include "attention/cache_plan.cuh"
+#include "attention/cache_tma_params.cuh"
 #include "attention/params.cuh"
 #include "attention/variant.cuh"  // which Config names
 
@@ -19,6 +20,13 @@ inline void cache_prepare(const CacheArgument& argument) {
                                                   : make_plan<Config, 8>(params, cache);
   }
   append<Config>(params, cache, int(blockIdx.x) - cache.makes_plan);
+}
+
+// Where the thread blocks of the main kernel take units as they come.
+template <class Config>
+inline void cache_append(const CacheTmaParams& argument) {
+  if (blockIdx.x > 0) return append<Config>(argument.caches.params, argument.caches.cache, int(blockIdx.x) - 1);
+  if (threadIdx.x == 0) *argument.dealt = 0;
 }
 
 }  // namespace attention

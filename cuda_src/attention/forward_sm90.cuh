@@ -10,9 +10,10 @@
 
 namespace attention {
 
-template <class Config>
-inline void forward_sm90(const TmaParams& argument) {
-  using Mainloop = MainloopSm90<Config>;
+// All tiles of a source: see GivenTiles.
+template <class Config, class Source>
+inline void forward_tiles(const typename Source::Argument& argument) {
+  using Mainloop = MainloopSm90<Config, Source>;
   static_assert(Config::smem_bytes >= Mainloop::smem_bytes && Config::smem_bytes < Mainloop::smem_bytes + 1024,
                 "Config and the tiles disagree on shared memory");
   static_assert(Config::num_threads == 128 * (1 + Mainloop::consumers), "a warpgroup loads, the others compute");
@@ -29,22 +30,27 @@ inline void forward_sm90(const TmaParams& argument) {
   if (likely(warp < 4)) {  // these come first in the code, since the others wait for what they load
     ptx::setmaxnreg_dec<Config::producer_registers>();
     if (warp != 0) {  // of the two orders of these branches this one starts sooner
-      if (threadIdx.x == 32) mainloop.load_tiles(argument);
+      if (Source::load_lanes == 1 ? threadIdx.x == 32 : warp == 1) mainloop.load_tiles(argument);
     } else {
       mainloop.find_tiles(argument, scan);
     }
     const int idle_warp = ptx::tid_x() / 32 - 2;
     if constexpr (Config::varlen) {
-      if (warp >= 2) clear_outside<Config>(argument.params, idle_warp, 2);
+      if (warp >= 2) clear_outside<Config>(params_of(argument), idle_warp, 2);
     } else if constexpr (Config::empty_rows) {
       __shared__ Work<Config> works[2];
-      if (warp >= 2) write_empty_tiles<Config>(argument.params, works[idle_warp], idle_warp, 2);
+      if (warp >= 2) write_empty_tiles<Config>(params_of(argument), works[idle_warp], idle_warp, 2);
     }
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();
-    mainloop.consume(argument.params, warp / 4 - 1);
+    mainloop.consume(params_of(argument), warp / 4 - 1);
     mainloop.repair_tiles(argument, warp / 4 - 1);
   }
+}
+
+template <class Config>
+inline void forward_sm90(const TmaParams& argument) {
+  forward_tiles<Config, GivenTiles<Config>>(argument);
 }
 
 }  // namespace attention

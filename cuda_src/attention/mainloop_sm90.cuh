@@ -12,13 +12,12 @@
 #include "attention/chains.cuh"
 #include "attention/epilogue_direct.cuh"
 #include "attention/epilogue_empty.cuh"
+#include "attention/given_tiles_sm90.cuh"
 #include "attention/params.cuh"
 #include "attention/repair.cuh"
 #include "attention/row_source.cuh"
-#include "attention/scheduler.cuh"
 #include "attention/scoring.cuh"
 #include "attention/softmax.cuh"
-#include "attention/tma_params.cuh"
 #include "attention/work.cuh"
 #include "core/math.cuh"
 #include "ptx/opaque.cuh"
@@ -33,11 +32,13 @@
 
 namespace attention {
 
-template <class Config>
+template <class Config, class Source = GivenTiles<Config>>
 struct MainloopSm90 {
   static_assert(Config::pack == 1 || !(Config::variant::per_head || Config::sinks),
                 "a tile that heads share knows only their key head, so no score term or sink may differ by query head");
 
+  using Argument = typename Source::Argument;
+  using Work = typename Source::Work;
   using element = typename Config::element;
   using Q = tile::SharedTile<element, 64, Config::tile_head_dim>;  // one for each warpgroup
   using K = tile::SharedTile<element, Config::block_n, Config::tile_head_dim>;
@@ -63,7 +64,7 @@ struct MainloopSm90 {
   // What is known of a tile. A tile with so many blocks of keys that sums over them would drift (tile/local.cuh) has an
   // entry for each chain of blocks.
   struct Entry {
-    Work<Config> work;
+    Work work;
     bool end;  // whether no tile is left, and `work` means nothing
     int ends;  // which ends of the tile the chain has, if there are chains
 
@@ -109,20 +110,21 @@ struct MainloopSm90 {
 
   // Called by one warp, which finds the block's tiles ahead of the warps that load and compute them. It writes packed
   // tiles that see no key itself.
-  void find_tiles(const TmaParams& argument, PackedScan& scan) const {
+  void find_tiles(const Argument& argument, PackedScan& scan) const {
     typename Tiles::Cursor at_tiles;
     int chain = 0;
-    for (TileCursor<Config> at(argument);;) {
+    u32 key_blocks = 0;  // of the tiles that are found
+    for (typename Source::Cursor at(argument);;) {
       Entry& entry = entries[at_tiles.stage()];
       tiles().wait_empty(at_tiles);
       __syncwarp();
       if (tile::lane() == 0) entry.end = at.done();
-      if (!at.done()) entry.work.find(argument.params, scan, at.unit(), at.second());
+      if (!at.done()) entry.work.find(params_of(argument), scan, at.unit(), at.second());
       __syncwarp();
       if (at.done()) break;
       const bool idle = entry.work.idle(), empty = entry.work.blocks.empty();
-      if (Config::varlen && !idle && empty) {
-        epilogue_empty<Config, 32>(argument.params, entry.work, entry.work.sink(argument.params), tile::lane());
+      if (Source::finds_empty && !idle && empty) {
+        epilogue_empty<Config, 32>(params_of(argument), entry.work, entry.work.sink(params_of(argument)), tile::lane());
       }
       if (!idle && !empty) {
         if constexpr (Config::chains) {
@@ -131,21 +133,27 @@ struct MainloopSm90 {
           __syncwarp();
           chain = entry.ends & last_end ? 0 : chain + 1;
         }
+        key_blocks += entry.work.blocks.end - entry.work.blocks.begin;
         if (tile::lane() == 0) tiles().fill(at_tiles);
         at_tiles.advance();
       }
-      if (chain == 0) at.advance();
+      if (chain != 0) continue;
+      if constexpr (Source::finds_late) {  // when all K but the last blocks are there
+        const typename Keys::Cursor last{max_of(key_blocks, u32(Keys::stages))};
+        if (key_blocks > 0) keys().wait_full(last.before(Keys::stages));
+      }
+      at.advance();
     }
     if (tile::lane() == 0) tiles().fill(at_tiles);
   }
 
-  // Called by one thread, which loads, in the order in which the consumers want them, K of every block and, one block
-  // behind, V.
-  void load_tiles(const TmaParams& argument) const {
+  // Called by Source::load_lanes lanes of a warp, which load, in the order in which the consumers want them, K of every
+  // block and, one block behind, V.
+  void load_tiles(const Argument& argument) const {
     Loader loader{*this, argument};
     typename Tiles::Cursor at_tiles;
-    const Work<Config>* v_work = nullptr;  // the tile whose V comes next
-    int v_block = 0;                       // the block of keys whose V comes next
+    const Work* v_work = nullptr;  // the tile whose V comes next
+    int v_block = 0;               // the block of keys whose V comes next
     while (true) {
       tiles().wait_full(at_tiles);
       const Entry& entry = entries[at_tiles.stage()];
@@ -166,21 +174,24 @@ struct MainloopSm90 {
 
   struct Loader {
     const MainloopSm90& loop;
-    const TmaParams& argument;
+    const Argument& argument;
     Queries::Cursor at_queries;
     typename Keys::Cursor at_keys, at_values;
 
-    void load_keys(const Work<Config>& work, int n_block) {
+    void load_keys(const Work& work, int n_block) {
       load_block(loop.keys(), at_keys, loop.k(at_keys.stage()), argument.k, work, n_block);
     }
 
-    void load_values(const Work<Config>& work, int n_block) {
+    void load_values(const Work& work, int n_block) {
       load_block(loop.values(), at_values, loop.v(at_values.stage()), argument.v, work, n_block);
     }
 
-    void load_queries(const Work<Config>& work) {
+    // Whether this lane does what one has to do for all that load.
+    static bool speaks() { return Source::load_lanes == 1 || tile::lane() == 0; }
+
+    void load_queries(const Work& work) {
 #pragma unroll 1
-      for (int w = 0; w < consumers; ++w) {
+      for (int w = 0; w < consumers && speaks(); ++w) {
         const Queries queries = loop.queries(w);
         queries.wait_empty(at_queries);
         queries.expect(at_queries, Q::bytes);
@@ -197,10 +208,19 @@ struct MainloopSm90 {
 
     template <class Tile>
     void load_block(const Keys& ring, typename Keys::Cursor& at, const Tile& to, const ptx::TensorMap& map,
-                    const Work<Config>& work, int n_block) const {
-      ring.wait_empty(at);
-      ring.expect(at, Tile::bytes);
-      load_rows<Config>(to, map, ring.full(at.stage()), n_block * Config::block_n, work.keys(argument.params));
+                    const Work& work, int n_block) const {
+      if constexpr (Source::load_lanes == 1) {
+        ring.wait_empty(at);
+        ring.expect(at, Tile::bytes);
+        load_rows<Config>(to, map, ring.full(at.stage()), n_block * Config::block_n, work.keys(params_of(argument)));
+      } else {
+        // This looks at memory, which takes a while, and so comes before the wait.
+        const auto box = work.keys(params_of(argument)).template find<Tile>(n_block * Config::block_n);
+        ring.wait_empty(at);
+        if (speaks()) ring.expect(at, Tile::bytes);
+        __syncwarp();
+        box.load(to, map, ring.full(at.stage()));
+      }
       at.advance();
     }
   };
@@ -217,7 +237,7 @@ struct MainloopSm90 {
 
     tiles().wait_full(at_tiles);
     if (entries[at_tiles.stage()].end) return;
-    const Work<Config>* work = &entries[at_tiles.stage()].work;
+    const Work* work = &entries[at_tiles.stage()].work;
     auto blocks = work->blocks;
     int position = blocks.end - 1;
     typename Config::variant variant(params, work->tile.batch, work->tile.head);
@@ -355,12 +375,12 @@ struct MainloopSm90 {
 
   // Called by the consumers when no product runs any more: goes over the block's tiles once more if some output is not
   // finite.
-  void repair_tiles(const TmaParams& argument, int warpgroup) const {
+  void repair_tiles(const Argument& argument, int warpgroup) const {
     __syncwarp();
     if (likely(ptx::ld_relaxed_shared_u32(to_repair()) == 0)) return;
     // A Place lies where the warp's rows of Q were, which nothing needs any more.
     struct Place {
-      Work<Config> work;
+      Work work;
       PackedScan scan;
     };
     static_assert(sizeof(Place) <= 16 * Q::panel_bytes, "a warp has 16 rows");
@@ -369,12 +389,12 @@ struct MainloopSm90 {
     Place& place = *reinterpret_cast<Place*>(queries + threadIdx.x / 32 % 4 * (16 * Q::panel_bytes));
     if (tile::lane() == 0) place.scan.init();
 #pragma unroll 1
-    for (TileCursor<Config> at(argument); !at.done(); at.advance()) {
+    for (typename Source::CursorAgain at(argument); !at.done(); at.advance()) {
       __syncwarp();
-      place.work.find(argument.params, place.scan, at.unit(), at.second());
+      place.work.find(params_of(argument), place.scan, at.unit(), at.second());
       __syncwarp();
       if (place.work.idle() || place.work.blocks.empty()) continue;
-      repair<Config>(argument.params, place.work, place.work.tile.m_block * Config::block_m + warp_row(), 16);
+      repair<Config>(params_of(argument), place.work, place.work.tile.m_block * Config::block_m + warp_row(), 16);
     }
   }
 

@@ -24,4 +24,12 @@ constexpr Seqlen packed_seqlen(const Params& params, const PackedSequence& seque
   return {sequence.q_end - sequence.q_begin, keys, sequence.q_begin, sequence.k_begin};
 }
 
+// How long sequences are that the host, or offsets, tell the lengths of.
+struct GivenLengths {
+  static constexpr Seqlen dense(const Params& params, int) { return dense_seqlen(params); }
+  static constexpr Seqlen packed(const Params& params, const PackedSequence& sequence) {
+    return packed_seqlen(params, sequence);
+  }
+};
+
 }  // namespace attention

@@ -28,4 +28,6 @@ struct TmaParams {
   Deal deal;
 };
 
+constexpr const Params& params_of(const TmaParams& argument) { return argument.params; }
+
 }  // namespace attention

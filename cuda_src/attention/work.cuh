@@ -58,7 +58,8 @@ struct Work {
 
   // Becomes the work of a tile of a unit. A whole warp calls this, and a barrier has to follow. Of packed sequences the
   // units of a warp's calls must not decrease; `alike` says that many in a row are of one sequence.
-  template <int groups = 2, bool alike = false>
+  // `Lengths` says how long sequences are.
+  template <int groups = 2, bool alike = false, class Lengths = GivenLengths>
   void find(const Params& params, PackedScan& scan, int unit, bool second) {
     if constexpr (Config::varlen) {
       const int slot = unit / params.num_heads_q;
@@ -66,10 +67,12 @@ struct Work {
       if (!alike || !scan.holds<Config::block_m>(slot, pairs)) scan.find<Config::block_m, groups>(params, slot, pairs);
     }
     if (tile::lane() != 0) return;
-    if constexpr (Config::varlen)
-      take(params, packed_tile<Config>(params, scan.found, unit, second), packed_seqlen(params, scan.found));
-    else
-      take(params, dense_tile<Config>(params, unit, second), dense_seqlen(params));
+    if constexpr (Config::varlen) {
+      take(params, packed_tile<Config>(params, scan.found, unit, second), Lengths::packed(params, scan.found));
+    } else {
+      const TileIndex its_tile = dense_tile<Config>(params, unit, second);
+      take(params, its_tile, Lengths::dense(params, its_tile.batch));
+    }
   }
 
   // Becomes the work of a tile. One thread calls this.

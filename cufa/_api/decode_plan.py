@@ -62,6 +62,9 @@ def decode_plan(
 
     Notes
     -----
+    Calls whose queries fill large tiles on Hopper, such as chunks of prompts, need no plan and find out by themselves
+    how long sequences are; one may be given all the same.
+
     Thread blocks count in the plan's memory which of them is the last to finish a tile. So calls that share a plan must
     not overlap: enqueue them, and updates, on one stream, or in its order.
 

@@ -18,6 +18,8 @@ from .options import Options
 from .problem import (
     CHAIN_ROWS,
     FEW_ROWS,
+    FULL_GPU_ROWS,
+    FULL_ROWS,
     GPU_DTYPES,
     ITEMSIZE,
     MANY,
@@ -374,6 +376,9 @@ class _KVCacheCheck(Check):
         itemsize = ITEMSIZE[q.dtype]
         out = [_problem.widest_copy(self.specs["out"], itemsize)] if "out" in self.specs else []
         rotary = "interleaved" if self.options.own("rotary_interleaved") else "halves"
+        rotates = "rotary_cos" in self.specs
+        access, pack = _problem.access(operation, self.specs), self.pack(q)
+        access["tma"] = access["tma"] and (rotates or _problem.has_tensor_map(q, itemsize))
         return Static(
             element=GPU_DTYPES[q.dtype],
             head_dim=q.shape[-1],
@@ -382,17 +387,20 @@ class _KVCacheCheck(Check):
             terms=self.asked(),
             sinks="sinks" in self.specs,
             varlen=self.varlen,
-            **_problem.access(operation, self.specs),
+            **access,
             store_bytes=max(itemsize, min([*out, math.gcd(head_dim_v * itemsize, ALIGNMENT)])),
             short=False,
+            pack=pack,
             many=self.varlen and self.batch() > MANY,
             chains=facts.seqlen_k > CHAIN_ROWS,
             few_rows=self.few_rows(q, facts.num_splits),
             clusters=self.clusters(q, facts.seqlen_k, facts.num_splits),
             page_rows=self.page_rows(facts),
-            rotary=rotary if "rotary_cos" in self.specs else "",
+            rotary=rotary if rotates else "",
             appends="k" in self.specs,
             q_copy_bytes=_problem.widest_copy(q, itemsize),
+            full_tiles=self.full_tiles(q, pack, facts.num_splits),
+            leftpad="cache_leftpad" in self.specs,
         )
 
     def page_rows(self, facts: _Facts) -> int:
@@ -410,12 +418,22 @@ class _KVCacheCheck(Check):
         items = q.shape[0] * heads_k * -(-rows // self.few_rows(q, num_splits))
         return _problem.clusters_pay(items, capacity * (q.shape[-1] + head_dim_v) * ITEMSIZE[q.dtype])
 
+    def queries(self, q: Spec) -> int:
+        """Rows of q of a sequence, on average if they are packed."""
+        return -(-q.shape[0] // max(1, self.batch())) if self.varlen else q.shape[1]
+
+    def full_tiles(self, q: Spec, pack: int, num_splits: int) -> bool:
+        """Whether tiles are full and many; where results must not depend on the batch, this must not either."""
+        full = self.queries(q) * pack >= FULL_ROWS
+        if num_splits > 0:
+            return full and num_splits == 1 and not self.varlen
+        return full and self.batch() * self.queries(q) * q.shape[-2] >= FULL_GPU_ROWS
+
     def few_rows(self, q: Spec, num_splits: int) -> int:
         """The least of `FEW_ROWS` that holds the rows that a sequence has for a key head, or the last of them."""
         if self.varlen and num_splits:
             return FEW_ROWS[-1]  # results are to be the same whatever the average is
-        queries = -(-q.shape[0] // max(1, self.batch())) if self.varlen else q.shape[1]
-        rows = queries * (q.shape[-2] // max(1, self.specs["k_cache"].shape[-2]))
+        rows = self.queries(q) * (q.shape[-2] // max(1, self.specs["k_cache"].shape[-2]))
         return next((each for each in FEW_ROWS if each >= rows), FEW_ROWS[-1])
 
 

@@ -71,6 +71,10 @@ CLUSTERS_THAT_FILL = 8
 CLUSTER_BYTES = 4 << 20
 """Keys and values of a tile that fewer clusters read in less time than a second launch and sums in memory take."""
 
+FULL_ROWS, FULL_GPU_ROWS = 64, 4096
+"""Rows of a tile of 128, and of all query heads together, from which on queries over caches have large tiles: where
+their tensor cores, several times as fast, gain more than what is left empty or idle loses. Reckoned, not measured."""
+
 MAX_SHORT_SEQUENCES = 1 << 29
 """Sequences, each head's counted, whose small tiles surely are few enough for one launch."""
 
@@ -137,6 +141,10 @@ class Static(NamedTuple):
         Whether new rows of k and v are written into caches first.
     q_copy_bytes : {16, 8, 4, 2}
         As copy_bytes, for q, where that is of the caches alone; else 16.
+    full_tiles : bool
+        Whether queries over caches fill large tiles, and so many that these keep a GPU busy without parts of keys.
+    leftpad : bool
+        Whether the first rows of caches may not be keys.
     """
 
     element: str
@@ -165,6 +173,8 @@ class Static(NamedTuple):
     rotary: str = ""
     appends: bool = False
     q_copy_bytes: int = ALIGNMENT
+    full_tiles: bool = False
+    leftpad: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -417,6 +427,16 @@ class Check:
     def asked(self) -> tuple[Term, ...]:
         """The score terms that the call has."""
         return tuple(term for term in self.terms if term.asked(self.specs, self.options))  # type: ignore[arg-type]
+
+    def pack(self, q: Spec) -> int:
+        """Packing pays where it leaves at most three quarters of the tiles of 128 rows."""
+        heads_k = self.specs[self.heads[1]].shape[-2]
+        ratio = q.shape[-2] // heads_k if heads_k else 1
+        per_head = "sinks" in self.specs or any(term.per_head for term in self.asked())
+        if self.varlen or ratio not in (2, 4, 8, 16, 32, 64) or per_head:
+            return 1
+        rows = q.shape[1]
+        return ratio if -(-rows * ratio // 128) <= 0.75 * ratio * -(-rows // 128) else 1
 
     def check_given(self, names: Sequence[str]) -> None:
         for name in names:
@@ -767,16 +787,6 @@ class _CallCheck(AttentionCheck):
         if not backward:
             return seqlen_k
         return max(seqlen_k, seqlen_q * (q.shape[-2] // max(1, k.shape[-2])))
-
-    def pack(self, q: Spec) -> int:
-        """Packing pays where it leaves at most three quarters of the tiles of 128 rows."""
-        heads_k = self.specs["k"].shape[-2]
-        ratio = q.shape[-2] // heads_k if heads_k else 1
-        per_head = "sinks" in self.specs or any(term.per_head for term in self.asked())
-        if self.varlen or ratio not in (2, 4, 8, 16, 32, 64) or per_head:
-            return 1
-        rows = q.shape[1]
-        return ratio if -(-rows * ratio // 128) <= 0.75 * ratio * -(-rows // 128) else 1
 
 
 def access(operation: Operation, specs: dict[str, Spec]) -> dict[str, Any]:

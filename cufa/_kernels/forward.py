@@ -82,11 +82,14 @@ def least_blocks(problem: Problem) -> int:
     return 1 if problem.varlen and problem.seqlen_q * problem.num_heads_q > 0 else 0
 
 
-def heads_per_section(config: Config, problem: Problem, section_bytes: int) -> int:
-    """Query heads scheduled side by side: as many as `section_bytes` hold K and V of, in sections of equal size."""
-    heads, seqlen_k = problem.batch * problem.num_heads_q // config.pack, problem.seqlen_k
-    if problem.varlen:  # heads of one sequence, of average length
-        heads, seqlen_k = problem.num_heads_q, seqlen_k // max(1, problem.batch)
+def heads_per_section(config: Config, problem: Problem, section_bytes: int, keys: int | None = None) -> int:
+    """Query heads scheduled side by side: as many as `section_bytes` hold K and V of, in sections of equal size.
+
+    `keys` are those of a sequence, by default all of dense k, or the average of packed ones.
+    """
+    heads = problem.num_heads_q if problem.varlen else problem.batch * problem.num_heads_q // config.pack
+    average = problem.seqlen_k // max(1, problem.batch) if problem.varlen else problem.seqlen_k
+    seqlen_k = average if keys is None else keys
     size = SIZEOF[config.element]
     head_bytes = max(1, seqlen_k * (config.head_dim + config.head_dim_v) * size)
     ratio = max(1, problem.num_heads_q // max(1, problem.num_heads_k) // config.pack)

@@ -132,59 +132,20 @@ class ForwardCacheSm80(Kernel):
 
     def values(self, config: ConfigCacheSm80, problem: Problem, grid: CacheGrid) -> dict[str, Any]:
         assert isinstance(problem, KVCacheProblem)
-        strides = problem.strides
-        zeros = (0, 0, 0, 0)
-        own = strides | {"k": strides["k_cache"], "v": strides["v_cache"]}
-        if problem.rotary_dim:
-            own["q"] = contiguous((*problem.specs["q"].shape[:-1], row_elements(problem)))
         # Of an average sequence; whether there are several decides how long keys are kept in the L2.
         rows = problem.seqlen_q * (problem.num_heads_q // max(1, problem.num_heads_k))
         m_blocks = -(-rows // (config.block_m * (max(1, problem.batch) if problem.varlen else 1)))
-        params = params_of(problem, m_blocks=m_blocks, heads_per_section=1, strides=own)
-        if problem.num_caches == 0:
-            params["seqlen_k"] = 0  # there is no room for keys, whatever lengths say
-        tables = {
-            f"rotary_{name}_strides": (0, row, 0, column)
-            for name in ("cos", "sin")
-            for row, column in [strides.get(f"rotary_{name}", (0, 0))]
+        plan = {
+            "makes_plan": grid.makes_plan,
+            "plan_blocks": grid.num_blocks,
+            "least_blocks": grid.least_blocks,
+            "least_positions": least_positions(config) if problem.num_splits == 0 else 1,
         }
-        table_strides = strides.get("block_table", (0, 0))
-        size = problem.page_size
-        return {
-            "params": params,
-            "cache": {
-                "given_q_strides": four(strides["q"]),
-                "new_k_strides": four(strides.get("k", zeros)),
-                "new_v_strides": four(strides.get("v", zeros)),
-                **tables,
-                "block_table_batch_stride": table_strides[0],
-                "block_table_page_stride": table_strides[1],
-                **{f"{name}_stride": strides.get(name, (0,))[0] for name in VECTORS},
-                "num_heads_k": problem.num_heads_k,
-                "num_caches": problem.num_caches,
-                "page_size": size,
-                "page_shift": size.bit_length() - 1 if size & (size - 1) == 0 else -1,
-                "appends": problem.changes,
-                "seqlen_new": problem.seqlen_new,
-                "max_position": problem.specs["rotary_cos"].shape[0] if problem.rotary_dim else 0,
-                "rotary_dim": problem.rotary_dim,
-                "rotary_interleaved": problem.rotary_interleaved,
-                "rotary_moves": problem.rotary_advances,
-                "rotary_floats": problem.rotary_dim > 0 and problem.specs["rotary_cos"].dtype == "float32",
-                "wide_rows": problem.changes and has_wide_rows(problem),
-                "makes_plan": grid.makes_plan,
-                "plan_blocks": grid.num_blocks,
-                "least_blocks": grid.least_blocks,
-                "least_positions": least_positions(config) if problem.num_splits == 0 else 1,
-                "num_splits": problem.num_splits,
-            },
-        }
+        return members_of(problem, plan, m_blocks=m_blocks)
 
     def argument(self, record: Record, config: Any, problem: Problem, grid: Any) -> Argument:
         assert isinstance(problem, KVCacheProblem)
-        found = super().argument(record, config, problem, grid)
-        names = {**NAMES, "q": ROTATED} if problem.rotary_dim else NAMES
-        return found._replace(pointers=tuple((offset, names.get(name, name)) for offset, name in found.pointers))
+        return renamed(super().argument(record, config, problem, grid), problem)
 
     def scratch(self, config: ConfigCacheSm80, problem: Problem, grid: CacheGrid) -> Scratch:
         assert isinstance(problem, KVCacheProblem)
@@ -244,6 +205,69 @@ def tokens_of(problem: KVCacheProblem) -> int:
     if problem.varlen:
         return problem.seqlen_q
     return problem.batch * max(problem.seqlen_new, problem.seqlen_q if problem.rotary_dim else 0)
+
+
+def members_of(
+    problem: KVCacheProblem, plan: dict[str, int], *, m_blocks: int, heads_per_section: int = 1
+) -> dict[str, Any]:
+    """The members of ``attention::CacheArgument`` that are no addresses; `plan` are those that say how it is made."""
+    strides = problem.strides
+    zeros = (0, 0, 0, 0)
+    own = strides | {"k": strides["k_cache"], "v": strides["v_cache"], "q": query_strides(problem)}
+    params = params_of(problem, m_blocks=m_blocks, heads_per_section=heads_per_section, strides=own)
+    if problem.num_caches == 0:
+        params["seqlen_k"] = 0  # there is no room for keys, whatever lengths say
+    tables = {
+        f"rotary_{name}_strides": (0, row, 0, column)
+        for name in ("cos", "sin")
+        for row, column in [strides.get(f"rotary_{name}", (0, 0))]
+    }
+    table_strides = strides.get("block_table", (0, 0))
+    size = problem.page_size
+    return {
+        "params": params,
+        "cache": {
+            "given_q_strides": four(strides["q"]),
+            "new_k_strides": four(strides.get("k", zeros)),
+            "new_v_strides": four(strides.get("v", zeros)),
+            **tables,
+            "block_table_batch_stride": table_strides[0],
+            "block_table_page_stride": table_strides[1],
+            **{f"{name}_stride": strides.get(name, (0,))[0] for name in VECTORS},
+            "num_heads_k": problem.num_heads_k,
+            "num_caches": problem.num_caches,
+            "page_size": size,
+            "page_shift": size.bit_length() - 1 if size & (size - 1) == 0 else -1,
+            "appends": problem.changes,
+            "seqlen_new": problem.seqlen_new,
+            "max_position": problem.specs["rotary_cos"].shape[0] if problem.rotary_dim else 0,
+            "rotary_dim": problem.rotary_dim,
+            "rotary_interleaved": problem.rotary_interleaved,
+            "rotary_moves": problem.rotary_advances,
+            "rotary_floats": problem.rotary_dim > 0 and problem.specs["rotary_cos"].dtype == "float32",
+            "wide_rows": problem.changes and has_wide_rows(problem),
+            "num_splits": problem.num_splits,
+            **plan,
+        },
+    }
+
+
+def renamed(argument: Argument, problem: KVCacheProblem) -> Argument:
+    """The same with the names of the arrays that addresses are those of."""
+    names = NAMES | {"q": query_name(problem)}
+    return argument._replace(pointers=tuple((offset, names.get(name, name)) for offset, name in argument.pointers))
+
+
+def query_name(problem: KVCacheProblem) -> str:
+    """Of what the main kernel reads as q."""
+    return ROTATED if problem.rotary_dim else "q"
+
+
+def query_strides(problem: KVCacheProblem) -> tuple[int, ...]:
+    """Of what the main kernel reads as q."""
+    if problem.rotary_dim:
+        return contiguous((*problem.specs["q"].shape[:-1], row_elements(problem)))
+    return problem.strides["q"]
 
 
 def rotated(problem: KVCacheProblem) -> dict[str, int]:

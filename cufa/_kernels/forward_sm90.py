@@ -87,8 +87,12 @@ class ForwardSm90(Kernel):
         shares_tiles = static.pack * static.short_rows >= SHARED_ROWS
         return needs_maps(static._replace(short_rows=0) if shares_tiles else static)
 
+    def tile(self, static: Static) -> tuple[int, int, int, bool]:
+        """The row of the table of tiles."""
+        return tile(static)
+
     def config(self, static: Static, arch: int) -> ConfigSm90:
-        block_m, block_n, early_steps, whole_turns = tile(static)
+        block_m, block_n, early_steps, whole_turns = self.tile(static)
         size = SIZEOF[static.element]
         tile_head_dim, tile_head_dim_v = round_up(static.head_dim, 32), round_up(static.head_dim_v, 32)
         tiles = block_m * tile_head_dim + STAGES * block_n * (tile_head_dim + tile_head_dim_v)

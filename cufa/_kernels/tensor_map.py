@@ -6,6 +6,7 @@ A map depends on shape and strides; its address, which leads the 128 bytes, is f
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -37,6 +38,14 @@ def of_forward(problem: Problem, config: Config) -> tuple[Map, ...]:
     return _encoded(problem.device, shapes)
 
 
+def of_caches(problem: Problem, config: Config, q: tuple[str, Sequence[int]], box_rows: int) -> tuple[Map, ...]:
+    """The maps of caches, see ``attention/cache_tma_params.cuh``, and of what is read as q: its name and strides."""
+    shapes = {f"{name}_cache": _cached_rows(problem, config, name, box_rows) for name in "kv"}
+    name, strides = q
+    maps = _encoded(problem.device, {name: (_queries(problem, config, strides), 0), **shapes})
+    return tuple(each._replace(member=member) for each, member in zip(maps, "qkv", strict=True))
+
+
 def of_backward(problem: Problem, config: Config) -> tuple[Map, ...]:
     """The maps of q, k, v and dout, all with the axes that those of k and v have in the forward."""
     rows = {"q": config.block_m, "k": config.block_n, "v": config.block_n, "dout": config.block_m}
@@ -49,16 +58,18 @@ def _encoded(device: int, shapes: dict[str, tuple[Shape, int]]) -> tuple[Map, ..
         return tuple(Map(name, name, shift, _encode(shape)) for name, (shape, shift) in shapes.items())
 
 
-def _queries(problem: Problem, config: Config) -> Shape:
-    batch, row, head = _steps(problem, config, "q")
+def _queries(problem: Problem, config: Config, strides: Sequence[int] | None = None) -> Shape:
+    batch, row, head = _steps(problem, config, "q", strides)
     if config.pack > 1:
         pack = config.pack
         heads = problem.num_heads_q // pack
         packed = (problem.head_dim, pack, problem.seqlen_q, heads, problem.batch)
-        return _shape(config, config.tile_head_dim, packed, (head, row, pack * head, batch), WARPGROUP_ROWS // pack)
+        return _shape(
+            config, config.tile_head_dim, packed, (head, row, pack * head, batch), (pack, WARPGROUP_ROWS // pack)
+        )
     outer = 1 if problem.varlen else problem.batch
     extents = (problem.head_dim, problem.seqlen_q, problem.num_heads_q, outer)
-    return _shape(config, config.tile_head_dim, extents, (row, head, batch), WARPGROUP_ROWS)
+    return _shape(config, config.tile_head_dim, extents, (row, head, batch), (WARPGROUP_ROWS,))
 
 
 def _rows(problem: Problem, config: Config, name: str, box_rows: int) -> tuple[Shape, int]:
@@ -68,11 +79,20 @@ def _rows(problem: Problem, config: Config, name: str, box_rows: int) -> tuple[S
         (problem.head_dim, config.tile_head_dim) if name in "qk" else (problem.head_dim_v, config.tile_head_dim_v)
     )
     if not problem.varlen:
-        return _shape(config, tile_dim, (dim, rows, heads, problem.batch), (row, head, batch), box_rows), 0
+        return _shape(config, tile_dim, (dim, rows, heads, problem.batch), (row, head, batch), (box_rows,)), 0
     # Rows are addressed twice: row c1 of box_rows, past which a box is clipped, and row c3 of the packed array. The
     # address is where both add up to box_rows, so that a box of n live rows up to row r is at (box_rows - n, r).
     extents = (dim, box_rows, heads, rows + 1)
-    return _shape(config, tile_dim, extents, (row, head, row), box_rows), -box_rows * row
+    return _shape(config, tile_dim, extents, (row, head, row), (box_rows,)), -box_rows * row
+
+
+def _cached_rows(problem: Problem, config: Config, name: str, box_rows: int) -> tuple[Shape, int]:
+    """Of caches or pages; their rows are addressed twice, as those of packed arrays are."""
+    spec, tile_dim = problem.specs[f"{name}_cache"], config.tile_head_dim if name == "k" else config.tile_head_dim_v
+    caches, rows, heads, dim = spec.shape
+    cache, row, head = _bytes(config, spec.strides[:-1], (caches, rows, heads))
+    extents = (dim, box_rows, heads, rows + 1, caches)
+    return _shape(config, tile_dim, extents, (row, head, row, cache), (box_rows,)), -box_rows * row
 
 
 def _rows_and_heads(problem: Problem, name: str) -> tuple[int, int]:
@@ -80,22 +100,28 @@ def _rows_and_heads(problem: Problem, name: str) -> tuple[int, int]:
     return (problem.seqlen_q, problem.num_heads_q) if queries else (problem.seqlen_k, problem.num_heads_k)
 
 
-def _steps(problem: Problem, config: Config, name: str) -> tuple[int, int, int]:
-    """Strides of batch, rows and heads in bytes; 0 where there is only one, or no element at all."""
-    strides = problem.strides[name][:-1]
+def _steps(problem: Problem, config: Config, name: str, strides: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Strides of batch, rows and heads in bytes, of the problem's array if not others are given."""
+    strides = (problem.strides[name] if strides is None else strides)[:-1]
     rows, heads = _rows_and_heads(problem, name)
     if problem.varlen:
         strides = (0, *strides)
-    counts = (1 if problem.varlen else problem.batch, rows, heads)
+    return _bytes(config, strides, (1 if problem.varlen else problem.batch, rows, heads))
+
+
+def _bytes(config: Config, strides: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:
+    """Strides in bytes; 0 where there is only one, or no element at all."""
     size = 0 if 0 in counts else SIZEOF[config.element]
-    batch, row, head = (stride * size if count > 1 else 0 for stride, count in zip(strides, counts, strict=True))
-    return batch, row, head
+    return tuple(stride * size if count > 1 else 0 for stride, count in zip(strides, counts, strict=True))
 
 
-def _shape(config: Config, tile_dim: int, extents: tuple[int, ...], strides: tuple[int, ...], rows: int) -> Shape:
+def _shape(
+    config: Config, tile_dim: int, extents: tuple[int, ...], strides: tuple[int, ...], rows: tuple[int, ...]
+) -> Shape:
+    """Of a map whose boxes have a panel's columns, then `rows`, and one of each of the axes behind."""
     panel = 128 // SIZEOF[config.element]  # elements of a row of tile::SharedTile that lie side by side
     columns = panel if tile_dim % panel == 0 else panel // 2
-    box = (columns, rows, 1, 1) if len(extents) == 4 else (columns, extents[1], rows, 1, 1)
+    box = (columns, *rows, *[1] * (len(extents) - 1 - len(rows)))
     return Shape(config.element, tuple(max(1, extent) for extent in extents), strides, box)
 
 
