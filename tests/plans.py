@@ -110,6 +110,11 @@ def cached(element: str, head_dims: tuple[int, int], rows: int, features: dict[s
     return choose(KVCACHE, facts._replace(few_rows=rows, q_copy_bytes=q_copy_bytes), arch)
 
 
+def cached_many(element: str, head_dims: tuple[int, int], features: dict[str, Any]) -> Plan:
+    """The kernel over caches for many queries."""
+    return choose(KVCACHE, static(element, *head_dims, **features)._replace(full_tiles=True), 90)
+
+
 def forward(static: Static, arch: int) -> Plan:
     """The kernel of the forward for a GPU of compute capability `arch`."""
     return choose(FORWARD, static, arch)

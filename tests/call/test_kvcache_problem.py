@@ -84,6 +84,55 @@ def test_tiles_hold_the_rows_of_a_key_head(queries: int, rows: int) -> None:
     assert static(**packed).varlen and problem_of(**packed).lse_shape == (8, 4 * queries)
 
 
+@pytest.mark.parametrize(
+    ("q", "num_splits", "full"),
+    [
+        ((4, 512, 8, 64), 0, True),
+        ((1, 64, 64, 64), 0, True),
+        ((2, 40, 64, 64), 0, True),  # heads share tiles
+        ((4, 512, 8, 64), 1, True),
+        ((4, 512, 8, 64), 2, False),
+        ((1, 300, 8, 64), 0, False),  # few tiles
+        ((1, 300, 8, 64), 1, True),  # as in any batch
+        ((400, 1, 8, 64), 0, False),
+        ((600, 8, 64), 0, True),
+        ((250, 8, 64), 0, False),
+        ((600, 8, 64), 1, False),  # what others have would decide
+    ],
+)
+def test_queries_fill_large_tiles(q: tuple[int, ...], num_splits: int, full: bool) -> None:
+    batch = q[0] if len(q) == 4 else 4
+    arrays: dict[str, Any] = {"q": OnGpu(*q), "cache_seqlens": OnGpu(batch, **INT32)}
+    arrays |= {name: OnGpu(batch, 1000, 2, 64) for name in ("k_cache", "v_cache")}
+    if len(q) == 3:
+        arrays["cu_seqlens_q"] = OnGpu(5, **INT32)
+    found = static(**arrays, options={"num_splits": num_splits})
+    assert found.full_tiles == full
+    assert choose(OPERATION.kernels, found, 90).name == f"attention_forward_cache_sm{'90' if full else '80'}"
+    assert choose(OPERATION.kernels, found, 100).name == "attention_forward_cache_sm80"
+
+
+MANY = {"q": OnGpu(4, 512, 8, 64), "k": OnGpu(4, 512, 2, 64), "v": OnGpu(4, 512, 2, 32)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({}, ""),
+        ({"q": OnGpu(4, 512, 8, 64, strides=(512 * 8 * 65, 8 * 65, 65, 1))}, "rows of q are not aligned"),
+        ({"k_cache": OnGpu(4, 900, 2, 64, strides=(-900 * 128, 128, 64, 1))}, "a stride of q, k or v is negative"),
+        (PAGES | {"block_table": OnGpu(4, 27, **INT32)}, ""),
+        (PAGES | {"block_table": OnGpu(4, 27, **INT32), "cache_leftpad": OnGpu(4, **INT32)}, "cache_leftpad puts"),
+        ({"cache_leftpad": OnGpu(4, **INT32)}, ""),
+    ],
+)
+def test_what_tensor_copies_cannot_load_is_left_to_others(changed: dict[str, Any], why: str) -> None:
+    caches = {"k_cache": OnGpu(4, 900, 2, 64), "v_cache": OnGpu(4, 900, 2, 32)}
+    plan = choose(OPERATION.kernels, static(**MANY | caches | changed), 90)
+    assert plan.name == f"attention_forward_cache_sm{'80' if why else '90'}"
+    assert plan.reason.startswith(why)
+
+
 def test_caches_alone_say_how_they_are_copied_and_never_are_first() -> None:
     q = OnGpu(4, 300, 8, 64, strides=(300 * 8 * 65, 8 * 65, 65, 1))
     assert (static(q=q).copy_bytes, static(q=q).q_copy_bytes) == (16, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cufa
+from cufa._call import kvcache as _kvcache
+from cufa._call import problem as _problem
 from cufa.testing import LAYOUTS, KVCacheCase, assert_kvcache_close, kvcache_cases, to_numpy
 
 pytestmark = pytest.mark.gpu
@@ -83,6 +86,54 @@ def test_long_caches(changed: dict[str, Any], cupy: Any) -> None:
     lengths = (70_000, 3, 9000, 0, 33_000)
     case = KVCacheCase(batch=5, lengths=lengths, seqlen_new=1, capacity=70_100, causal=True, **SERVING)
     check(replace(case, **changed), cupy)
+
+
+CHUNKS = SERVING | {"batch": 4, "seqlen_q": 512, "seqlen_new": 512, "lengths": (9000, 0, 3000, 77), "capacity": 9600}
+CHUNKS |= {"causal": True, "page_size": 64}
+"""Chunks of prompts, which have large tiles."""
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"page_size": 0},
+        {"page_size": 0, "leftpad": (5000, 3, 0, 70), "use_cache_batch_idx": True, "rotary_dim": 0},
+        {"page_size": 8, "dtype": "float16", "head_dim": 64, "head_dim_v": 64, "rotary_dim": 64},
+        {"page_size": 48, "head_dim": 256, "head_dim_v": 256},
+        {"page_size": 16, "window_size": (700, 30), "causal": False, "softcap": 20.0, "alibi_ndim": 2, "sinks": True},
+        {"seqlen_q": (1, 2000, 0, 500), "values": "huge"},
+        {"seqlen_q": 80, "seqlen_new": 5, "num_splits": 1, "num_heads_q": 32},
+        {"seqlen_new": None, "rotary_dim": 0, "causal": False},
+    ],
+    ids=str,
+)
+def test_chunks_of_prompts(changed: dict[str, Any], cupy: Any) -> None:
+    case = KVCacheCase(**CHUNKS | changed)
+    check(case, cupy)
+    first = [to_numpy(x).tobytes() for x in attend(case, cupy)]
+    for planned in (False, True):
+        assert [to_numpy(x).tobytes() for x in attend(case, cupy, planned)] == first
+
+
+@pytest.fixture
+def few_fill_tiles() -> Iterator[None]:
+    """However few queries are, they count as many: so small problems are served by the kernel for large ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_kvcache, "FULL_ROWS", 0)
+        patch.setattr(_kvcache, "FULL_GPU_ROWS", 0)
+        _problem._checked.cache_clear()
+        yield
+    _problem._checked.cache_clear()
+
+
+def test_large_tiles_equal_reference(cupy: Any, few_fill_tiles: None) -> None:
+    @settings(max_examples=80)
+    @given(kvcache_cases(dtypes=("float16", "bfloat16"), page_sizes=(0, 8, 16, 24, 64), max_queries=100, wild=True))
+    def run(case: KVCacheCase) -> None:
+        check(case, cupy)
+
+    run()
 
 
 @pytest.mark.parametrize("num_splits", [0, 5])

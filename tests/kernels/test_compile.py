@@ -37,6 +37,7 @@ from plans import (
     HEAD_DIMS,
     SHORT_TILES,
     cached,
+    cached_many,
     compile_plan,
     few,
     short,
@@ -157,7 +158,7 @@ def products_of(config: Any) -> dict[str, tuple[int, int, int]]:
     queries, keys = config.block_m // 16, config.block_n // 16
     return {
         # Twice: begun before the loop and ended after it.
-        "attention_forward_sm90": (2 * (head_dim + keys), 4, 4),
+        **dict.fromkeys(("attention_forward_sm90", "attention_forward_cache_sm90"), (2 * (head_dim + keys), 4, 4)),
         # S, dP, dV, dK and dQ, the last also after the loop.
         "attention_backward_sm90": (head_dim + head_dim_v + 2 * queries + 2 * keys, 6, 5),
         "attention_backward_split_keys_sm90": (head_dim + head_dim_v + 2 * queries, 4, 6),
@@ -459,6 +460,19 @@ def test_tiles_over_caches_that_have_most_registers(nvrtc: str) -> None:
         ("f32", (128, 128), 64, "packed"),
     ):
         check_with(nvrtc, cached(element, head_dims, rows, CACHES[features], 90))
+
+
+@pytest.mark.parametrize("nvrtc", NVRTCS)
+@pytest.mark.parametrize("features", ["plain", "paged", "packed", "everything", "rotary"])
+def test_tiles_over_caches_on_hopper(features: str, nvrtc: str) -> None:
+    """Of queries that fill large tiles. Pages of a single row, which tensor copies cannot load, are of 8 here."""
+    facts = CACHES[features]
+    facts = facts | {"page_rows": max(8, facts["page_rows"])} if "page_rows" in facts else facts
+    for row in range(NVRTCS.index(nvrtc), len(HEAD_DIMS), 3):
+        own = facts | ({"pack": 4} if features == "plain" and row % 2 else {})
+        plan = cached_many(("bf16", "f16")[row % 2], HEAD_DIMS[row], own)
+        assert plan.name == "attention_forward_cache_sm90"
+        check_with(nvrtc, plan)
 
 
 @pytest.mark.parametrize(("arch", "head_dim"), [(None, 64), (80, 64), (90, 64), (90, 256)])
