@@ -101,14 +101,14 @@ struct MappedCacheWork : Work<Config> {
   // As that of Work.
   void find(const Params& params, PackedScan& scan, int unit, bool second) {
     Work<Config>::template find<2, false, CachedLengths<Config>>(params, scan, unit, second);
-    if (Config::paged || tile::lane() != 0) return;
+    if (Config::page_rows > 0 || tile::lane() != 0) return;
     const CacheParams& cache = cache_of(params);
     own_cache = clamp(cache_slot<Config>(cache, this->tile.batch, 0).cache, 0, cache.num_caches - 1);
   }
 
   auto keys(const Params& params) const {
     const int head = this->key_head(params, this->tile.head);
-    if constexpr (Config::paged)
+    if constexpr (Config::page_rows > 0)
       return MappedPages<Config>{this->seqlen.k, head, this->tile.batch, cache_of(params)};
     else
       return CachedRows{this->seqlen.k, this->seqlen.k_first_row, head, own_cache};
@@ -173,7 +173,7 @@ struct CachedTiles {
   using Work = MappedCacheWork<Config>;
   using Cursor = TakingCursor;
   using CursorAgain = TrailCursor;
-  static constexpr int load_lanes = Config::paged ? 32 : 1;
+  static constexpr int load_lanes = Config::page_rows > 0 ? 32 : 1;
   static constexpr bool finds_empty = true, finds_late = true;
 };
 

@@ -378,6 +378,7 @@ class _KVCacheCheck(Check):
         rotary = "interleaved" if self.options.own("rotary_interleaved") else "halves"
         rotates = "rotary_cos" in self.specs
         access, pack = _problem.access(operation, self.specs), self.pack(q)
+        full_tiles = self.full_tiles(q, pack, facts.num_splits)
         access["tma"] = access["tma"] and (rotates or _problem.has_tensor_map(q, itemsize))
         return Static(
             element=GPU_DTYPES[q.dtype],
@@ -394,13 +395,12 @@ class _KVCacheCheck(Check):
             many=self.varlen and self.batch() > MANY,
             chains=facts.seqlen_k > CHAIN_ROWS,
             few_rows=self.few_rows(q, facts.num_splits),
-            clusters=self.clusters(q, facts.seqlen_k, facts.num_splits),
+            clusters=not full_tiles and self.clusters(q, facts.seqlen_k, facts.num_splits),
             page_rows=self.page_rows(facts),
             rotary=rotary if rotates else "",
             appends="k" in self.specs,
             q_copy_bytes=_problem.widest_copy(q, itemsize),
-            full_tiles=self.full_tiles(q, pack, facts.num_splits),
-            leftpad="cache_leftpad" in self.specs,
+            full_tiles=full_tiles,
         )
 
     def page_rows(self, facts: _Facts) -> int:

@@ -143,8 +143,6 @@ class Static(NamedTuple):
         As copy_bytes, for q, where that is of the caches alone; else 16.
     full_tiles : bool
         Whether queries over caches fill large tiles, and so many that these keep a GPU busy without parts of keys.
-    leftpad : bool
-        Whether the first rows of caches may not be keys.
     """
 
     element: str
@@ -174,7 +172,6 @@ class Static(NamedTuple):
     appends: bool = False
     q_copy_bytes: int = ALIGNMENT
     full_tiles: bool = False
-    leftpad: bool = False
 
 
 @dataclass(frozen=True, eq=False)

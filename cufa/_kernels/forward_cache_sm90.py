@@ -10,6 +10,7 @@ from .._call.arrays import ALIGNMENT
 from .._call.kvcache import KVCacheProblem
 from .._call.problem import Problem, Static
 from .._driver.launch import Argument
+from ..errors import UnsupportedError
 from . import tensor_map
 from .forward import heads_per_section, least_blocks, tiles_of
 from .forward_cache_sm80 import (
@@ -23,7 +24,7 @@ from .forward_cache_sm80 import (
     tokens_of,
 )
 from .forward_sm90 import L2_SECTION, ConfigSm90, ForwardSm90
-from .kernel import WARPGROUP_ROWS, Map, Scratch, Step, needs_maps
+from .kernel import MAX_GRID, WARPGROUP_ROWS, Map, Scratch, Step, needs_maps
 from .record import Record
 
 APPENDING = "attention_cache_append"
@@ -45,19 +46,20 @@ class ConfigCacheSm90(ConfigSm90):
 
     Attributes
     ----------
-    paged : bool
+    page_rows : int
+        As of the kernel for every GPU.
     box_rows : int
         Rows that are loaded together, which of pages are such as surely lie in one.
     prepare_threads : int
         Threads of a block of the launch that appends.
     """
 
-    paged: bool
+    page_rows: int
     box_rows: int
     prepare_threads: int = PREPARE_THREADS
 
     def words(self) -> list[str]:
-        return super().words() + ["paged"] * self.paged
+        return super().words() + ["paged"] * (self.page_rows > 0)
 
 
 class CacheTileGrid(NamedTuple):
@@ -102,10 +104,8 @@ class ForwardCacheSm90(ForwardSm90):
             return "rows of q are not aligned to 16 bytes, as the tensor memory accelerator wants them"
         if why := needs_maps(static):
             return why
-        if static.page_rows and static.leftpad:
-            return "cache_leftpad puts the first key elsewhere than where a page begins, as tensor copies want it"
         if static.page_rows and static.page_rows < LEAST_BOX:
-            return f"pages are of no multiple of {LEAST_BOX} rows, which the tensor memory accelerator copies at a time"
+            return f"tensor copies load {LEAST_BOX} rows at least, which these pages or cache_leftpad tear apart"
         return ""
 
     def tile(self, static: Static) -> tuple[int, int, int, bool]:
@@ -118,13 +118,12 @@ class ForwardCacheSm90(ForwardSm90):
 
     def config(self, static: Static, arch: int) -> ConfigCacheSm90:
         members = vars(super().config(static, arch))
-        paged = static.page_rows > 0
-        if paged:
+        if static.page_rows:
             narrow = max(members["tile_head_dim"], members["tile_head_dim_v"]) <= 64
             registers = PAGED_REGISTERS[narrow]
             members = members | dict(zip(("producer_registers", "consumer_registers"), registers, strict=True))
         box_rows = math.gcd(members["block_n"], static.page_rows)  # without pages the whole block
-        return ConfigCacheSm90(**members, paged=paged, box_rows=box_rows)
+        return ConfigCacheSm90(**members, page_rows=static.page_rows, box_rows=box_rows)
 
     def steps(self, config: ConfigSm90) -> tuple[Step, ...]:
         return (Step(APPENDING, PREPARE_THREADS), *super().steps(config))
@@ -134,7 +133,12 @@ class ForwardCacheSm90(ForwardSm90):
         m_blocks, num_tiles = tiles_of(config, problem)
         section = heads_per_section(config, problem, L2_SECTION, problem.seqlen_k)
         blocks = max(least_blocks(problem), min(num_tiles, num_sms))
-        return CacheTileGrid(tokens_of(problem), blocks, m_blocks, section, num_tiles)
+        tokens = tokens_of(problem)
+        if tokens >= MAX_GRID:
+            raise UnsupportedError(
+                f"{problem.function}: {tokens} new rows are more than one launch appends ({MAX_GRID}); split the batch."
+            )
+        return CacheTileGrid(tokens, blocks, m_blocks, section, num_tiles)
 
     def values(self, config: ConfigSm90, problem: Problem, grid: Any) -> dict[str, Any]:
         assert isinstance(problem, KVCacheProblem)

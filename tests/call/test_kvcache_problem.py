@@ -122,7 +122,7 @@ MANY = {"q": OnGpu(4, 512, 8, 64), "k": OnGpu(4, 512, 2, 64), "v": OnGpu(4, 512,
         ({"q": OnGpu(4, 512, 8, 64, strides=(512 * 8 * 65, 8 * 65, 65, 1))}, "rows of q are not aligned"),
         ({"k_cache": OnGpu(4, 900, 2, 64, strides=(-900 * 128, 128, 64, 1))}, "a stride of q, k or v is negative"),
         (PAGES | {"block_table": OnGpu(4, 27, **INT32)}, ""),
-        (PAGES | {"block_table": OnGpu(4, 27, **INT32), "cache_leftpad": OnGpu(4, **INT32)}, "cache_leftpad puts"),
+        (PAGES | {"block_table": OnGpu(4, 27, **INT32), "cache_leftpad": OnGpu(4, **INT32)}, "cache_leftpad tear"),
         ({"cache_leftpad": OnGpu(4, **INT32)}, ""),
     ],
 )
