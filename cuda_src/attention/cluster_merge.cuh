@@ -3,6 +3,9 @@
 //
 // What is sent completes an mbarrier there. So nobody waits for a whole cluster, no store has to have arrived before
 // the next step, and a block ends without a look at the others: it has what it needs when all bytes have come.
+//
+// A block that is alone executes none of this: its launch has no clusters, and what stores to shared memory of other
+// blocks is for those that have.
 #pragma once
 
 #include "attention/split_merge.cuh"
@@ -20,6 +23,8 @@ namespace attention {
 // What a block is sent: parts of `rows` rows at most, as a cluster has no more blocks than that.
 template <int rows, int cols>
 struct Received {
+  static_assert(cols % 4 == 0 && rows % 2 == 0, "what is sent lies at multiples of its own size");
+
   alignas(16) float sums[rows * cols];
   float2 statistics[rows];
   u64 arrival;  // an mbarrier
@@ -38,12 +43,14 @@ struct Exchange {
       : address(address), rank(ptx::cluster_ctarank()), shift(31 - __clz(int(ptx::cluster_nctarank()))) {}
 
   int size() const { return 1 << shift; }
+  bool alone() const { return shift == 0; }
 
   // Which cluster of the grid this is: a division would take time before the first key is asked for.
   int cluster() const { return blockIdx.x >> shift; }
 
   // Tells the cluster that this block has begun and may be sent something. All threads call this, first of all.
-  void begin() const {
+  void arrive() const {
+    if (alone()) return;
     if (ptx::tid_x() == 0) {
       ptx::mbarrier_init(arrival(address), 1);
       ptx::fence_mbarrier_init();
@@ -52,8 +59,10 @@ struct Exchange {
     ptx::cluster_arrive_relaxed();
   }
 
-  // Waits until all blocks have begun, and says how many rows there are. All threads call this, once.
+  // Says how many rows there are, and waits until all blocks have arrived. All threads call this next, and meet before
+  // they wait for what is sent.
   void expect(int live) const {
+    if (alone()) return;
     const int own = (live - rank + size() - 1) >> shift;
     if (ptx::tid_x() == 0 && own > 0) {
       ptx::mbarrier_arrive_expect_tx(arrival(address), own * size() * int(cols * sizeof(float) + sizeof(float2)));

@@ -30,7 +30,7 @@ inline void forward_cluster_cache_sm90(const CacheArgument& argument) {
   extern __shared__ __align__(1024) char dynamic_smem[];
   const u32 smem = ptx::shared_address(dynamic_smem);
   const typename ClusterMemory<Config>::Exchange exchange(smem + Config::smem_bytes);
-  exchange.begin();
+  if constexpr (Config::arrives_first) exchange.arrive();
   const CacheTile<Config> tile = cluster_tile<Config>(argument.params, argument.cache, exchange.cluster());
   ptx::grid_wait();
   forward_cluster<Config>(argument.params, tile, exchange, smem);

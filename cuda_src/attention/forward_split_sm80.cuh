@@ -36,7 +36,7 @@ inline void forward_split(const Argument& argument, const Schedule& schedule, fl
     {
       typename Mainloop::Out out;
       typename Mainloop::Statistics statistics;
-      Mainloop::run(out, statistics, params, work, begin, end, smem);
+      Mainloop::run(out, statistics, params, work, begin, end, smem, [] {});
       Mainloop::lay_down(out, statistics, smem);
     }
     __syncthreads();

@@ -78,10 +78,11 @@ struct MainloopSplitSm80 {
   static u32 group_address(u32 smem, int group) { return smem + tile::offset<&Shared::group> + group * sizeof(Group); }
 
   // Sets out and its statistics to the sums of this thread's group over its share of the work's blocks [begin, end).
-  // The first copies are asked for before anything else is done. All threads of the block call this.
-  template <class Work>
+  // The first copies are asked for before anything else is done, and while they are on their way meanwhile() is called.
+  // All threads of the block call this.
+  template <class Work, class Meanwhile>
   static void run(Out& out, Statistics& statistics, const Params& params, const Work& work, int begin, int end,
-                  u32 smem) {
+                  u32 smem, Meanwhile&& meanwhile) {
     const Q q{smem + tile::offset<&Shared::q>};
     const u64 policy = params.m_blocks > 1 ? ptx::evict_normal() : ptx::evict_first();  // other tiles read them again
     const u32 ring = group_address(smem, group());
@@ -104,6 +105,7 @@ struct MainloopSplitSm80 {
       }
       ptx::cp_async_commit_group();
     }
+    meanwhile();
 
     const OwnRows<Config> rows(params, work, work.first_row() + warp_row() + tile::fragment_row(0, 0));
     const float scale = exponent_scale<typename Config::variant>(params);

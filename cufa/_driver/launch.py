@@ -23,6 +23,10 @@ ARGUMENT_BYTES = 4096
 """What the argument of a kernel may take on every GPU."""
 
 
+CLUSTER_POLICY = "SPREAD"
+"""Where the blocks of a cluster go, as ``CUclusterSchedulingPolicy`` has it: each to an SM of its own that is free."""
+
+
 class _Scratch(threading.local):
     """A thread's kernel argument: the driver has copied it when the launch returns."""
 
@@ -203,10 +207,16 @@ def _config(shape: Shape, stream: int, overlap: bool = False) -> Any:
     if overlap:
         attributes.append(_attribute("PROGRAMMATIC_STREAM_SERIALIZATION"))
         attributes[-1].value.programmaticStreamSerializationAllowed = 1
-    if shape.cluster > 1:
+    if shape.cluster > 1:  # a block that is alone needs no cluster, and many a GPU knows none
         attributes.append(_attribute("CLUSTER_DIMENSION"))
         extents = attributes[-1].value.clusterDim
         extents.x, extents.y, extents.z = shape.cluster, 1, 1
+        if CLUSTER_POLICY != "DEFAULT":
+            attributes.append(_attribute("CLUSTER_SCHEDULING_POLICY_PREFERENCE"))
+            policy = getattr(
+                _driver.driver().CUclusterSchedulingPolicy, f"CU_CLUSTER_SCHEDULING_POLICY_{CLUSTER_POLICY}"
+            )
+            attributes[-1].value.clusterSchedulingPolicyPreference = policy
     if attributes:
         config.attrs = attributes
         config.numAttrs = len(attributes)

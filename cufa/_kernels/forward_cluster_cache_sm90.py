@@ -18,7 +18,7 @@ from .forward_cache_sm80 import (
     tokens_of,
     with_tile,
 )
-from .forward_cluster_sm90 import ConfigClusterSm90, cluster_members, cluster_of, cluster_step, exchange_bytes
+from .forward_cluster_sm90 import RESIDENT, ConfigClusterSm90, cluster_members, cluster_of, cluster_step, exchange_bytes
 from .forward_split_sm80 import seen_blocks, tile_of
 from .kernel import MAX_GRID, Scratch, Step, known_arch
 
@@ -53,7 +53,7 @@ class ForwardClusterCacheSm90(ForwardCacheSm80):
 
     def config(self, static: Static, arch: int) -> ConfigClusterCacheSm90:
         static = with_tile(static)
-        tile = tile_of(static, known_arch(arch), exchange_bytes(static))
+        tile = tile_of(static, known_arch(arch), exchange_bytes(static), RESIDENT)
         return ConfigClusterCacheSm90(**cache_members(static, tile), **cluster_members(static, arch))
 
     def steps(self, config: ConfigCacheSm80) -> tuple[Step, ...]:

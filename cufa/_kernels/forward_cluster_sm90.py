@@ -13,6 +13,13 @@ from .params import params_of
 MAX_CLUSTER = {9: 16, 10: 16}
 """Thread blocks of the largest cluster, by major compute capability, where that is not `PORTABLE_CLUSTER`."""
 
+RESIDENT = 2
+"""Thread blocks that an SM is to hold at a time. With one, rings are longer, but a cluster of 16 needs a GPC of 16 SMs
+to itself."""
+
+ARRIVES_FIRST = False
+"""Whether thread blocks come to the cluster's barrier before they ask for the first keys, rather than then."""
+
 LEAST_BLOCKS = 1
 """Blocks of keys for each warp that are worth twice as many thread blocks. Reckoned, not measured."""
 
@@ -27,10 +34,13 @@ class ConfigClusterSm90(ConfigSplitSm80):
         Thread blocks of the largest cluster.
     exchange_bytes : int
         Shared memory behind that of the tiles, where a thread block is sent parts of rows.
+    arrives_first : bool
+        Whether thread blocks come to the cluster's barrier before they ask for keys.
     """
 
     max_cluster: int
     exchange_bytes: int
+    arrives_first: bool
 
 
 class ClusterGrid(NamedTuple):
@@ -68,7 +78,7 @@ class ForwardClusterSm90(ForwardSplitSm80):
         return "" if static.clusters else "it is for so few tiles of q that a GPU holds a cluster for each"
 
     def config(self, static: Static, arch: int) -> ConfigClusterSm90:
-        tile = tile_of(static, known_arch(arch), exchange_bytes(static))
+        tile = tile_of(static, known_arch(arch), exchange_bytes(static), RESIDENT)
         return ConfigClusterSm90(**members(static, tile), **cluster_members(static, arch))
 
     def steps(self, config: ConfigSplitSm80) -> tuple[Step, ...]:
@@ -101,6 +111,7 @@ def cluster_members(static: Static, arch: int) -> dict[str, Any]:
     return {
         "max_cluster": MAX_CLUSTER.get(arch // 10, PORTABLE_CLUSTER),
         "exchange_bytes": exchange_bytes(static),
+        "arrives_first": ARRIVES_FIRST,
     }
 
 

@@ -218,13 +218,13 @@ class Tile(NamedTuple):
     smem_bytes: int
 
 
-def tile_of(static: Static, arch: int, own_bytes: int = 0) -> Tile:
+def tile_of(static: Static, arch: int, own_bytes: int = 0, most_resident: int = 2) -> Tile:
     """Blocks of keys, warps, and stages that fit.
 
     Two thread blocks per SM hide each other's beginnings and ends; where three stages of all warps' blocks do not fit
     twice, there is one, and where two do not fit once, there are fewer warps.
 
-    `own_bytes` of shared memory a thread block has beside those of the tiles.
+    `own_bytes` of shared memory a thread block has beside those of the tiles. An SM holds `most_resident` at most.
     """
     size, rows = SIZEOF[static.element], static.few_rows
     dim, dim_v = round_up(static.head_dim, 32), tile_columns(static)
@@ -239,6 +239,8 @@ def tile_of(static: Static, arch: int, own_bytes: int = 0) -> Tile:
 
     groups = WARPS // group_warps
     for resident, least in ((2, 3), (2, 2), (1, 3), (1, 2)):
+        if resident > most_resident:
+            continue
         budget = (SHARED_MEMORY[arch] + RESERVED_BYTES) // resident - RESERVED_BYTES - own_bytes
         for stages in range(MOST_STAGES, least - 1, -1):
             if smem_bytes(groups, stages) <= budget:

@@ -41,6 +41,8 @@ SECONDS = 120
 MOST_RESIDENT = 16
 """Thread blocks that may run at a time: ``max_resident`` in cuda/state.h."""
 
+CLUSTER = "CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION"
+
 OWN = (*(path.name for path in build.CUDA.glob("*.*")), "ptx/", "??")
 """Files whose lines are left out where the place of an error is told."""
 
@@ -330,7 +332,7 @@ class _Driver:
     cuuint32_t = cuuint64_t = int
     CUtensorMapDataType = CUtensorMapInterleave = CUtensorMapSwizzle = _Names()
     CUtensorMapL2promotion = CUtensorMapFloatOOBfill = _Names()
-    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster")
+    CUlaunchAttributeID = CUclusterSchedulingPolicy = _Names()
 
     class CUlaunchAttribute:
         def __init__(self) -> None:
@@ -380,7 +382,7 @@ class _Driver:
     def cuLaunchKernelEx(cls, config: Any, function: Function, arguments: int, extra: int) -> tuple[int]:
         assert cls.gpu is not None
         argument = ctypes.string_at(ctypes.c_void_p.from_address(arguments).value or 0, function.argument_bytes)
-        cluster = next((each.value.clusterDim.x for each in getattr(config, "attrs", ()) if each.id == "cluster"), 1)
+        cluster = next((each.value.clusterDim.x for each in getattr(config, "attrs", ()) if each.id == CLUSTER), 1)
         cls.gpu.enqueue(Launched(function, config.gridDimX, config.blockDimX, config.sharedMemBytes, argument, cluster))
         return (0,)
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cufa
 import emulated
 from cufa._call.problem import CHAIN_ROWS
-from cufa.testing import Case, KVCacheCase
+from cufa.testing import Case, KVCacheCase, assert_close
 from emulated.cases import MASKS, ORDERS, Kind, features, forward
 from emulated.test_kvcache import KINDS as CACHES
 from emulated.test_kvcache import LONG, attend
@@ -46,6 +47,7 @@ def test_few_rows_equal_reference(kind: Kind, data: st.DataObject) -> None:
 
 
 SIXTY_FOUR: dict[str, Any] = {"head_dim": 64, "head_dim_v": 64, "dtype": "float16", "return_lse": True}
+EMPTY: dict[str, Any] = {"dtype": "float16", "head_dim": 1, "head_dim_v": 1, "num_heads_q": 1, "num_heads_k": 1}
 OTHERS: dict[str, dict[str, Any]] = {
     "32 rows": {"seqlen_q": 8, "seqlen_k": 700, "num_heads_q": 4, "num_heads_k": 1, **MASKS["causal"][0]},
     "64 rows": {"seqlen_q": 50, "seqlen_k": 600, "num_heads_q": 1, "num_heads_k": 1, "sinks": True},
@@ -62,6 +64,20 @@ def test_bits_are_the_same_in_any_order(name: str) -> None:
     assert ran.entries == ["attention_forward_cluster_sm90"]
     for order in (1, 2):
         assert forward(case, order, arch=90, num_sms=132).bits == ran.bits
+
+
+def test_blocks_that_are_alone_need_no_cluster() -> None:
+    case = Case(**SIXTY_FOUR | {"seqlen_q": 1, "seqlen_k": 600, "num_heads_q": 10, "num_heads_k": 2})
+    with emulated.Gpu(arch=90, num_sms=1, order=1) as gpu:
+        arrays = case.arrays(gpu)
+        out, lse = cufa.attention(**arrays, **case.options, return_lse=True)
+        assert_close(out.numpy(), lse=lse.numpy(), **case.arrays(), **case.options)
+        assert [(each.blocks, each.cluster) for each in gpu.launches] == [(2, 1)]
+
+
+def test_caches_without_room() -> None:
+    case = KVCacheCase(**EMPTY, lengths=(0,), capacity=0, return_lse=True)
+    assert attend(case, arch=90, num_sms=132).entries == ["attention_forward_cluster_cache_sm90"]
 
 
 @pytest.mark.parametrize("kind", CACHES)

@@ -46,6 +46,7 @@ CAUSAL = Case(seqlen_q=150, seqlen_k=150, causal=True, **SIZES)
 NARROW = Case(seqlen_q=100, seqlen_k=150, **SIZES | {"head_dim": 60, "layouts": ("padded",) * 4})
 GRADIENTS = Call(case=Case(seqlen_q=150, seqlen_k=150, causal=True, **SIZES))
 FEW_ROWS = Case(seqlen_q=1, seqlen_k=600, num_heads_q=5, num_heads_k=1, **SIZES)
+SMALL = Case(seqlen_q=1, seqlen_k=100, num_heads_q=5, num_heads_k=1, **SIZES)
 IN_TURN = Call(case=Case(seqlen_q=200, seqlen_k=640, **SIZES), deterministic=True)
 
 NOT_FINITE = Case(seqlen_q=300, seqlen_k=150, values="infinite", **SIZES)
@@ -121,6 +122,13 @@ FAULTS = {
         "",
         of(forward, FEW_ROWS, arch=90),
         "no barrier of the cluster says that block",
+    ),
+    "stores to other blocks where there are none": Fault(
+        "cluster_merge.cuh",
+        "return shift == 0;",
+        "return false;",
+        of(forward, SMALL, arch=90),
+        "st.async: the launch has no clusters",
     ),
     "an mbarrier that others may not see": Fault(
         "cluster_merge.cuh",

@@ -124,13 +124,14 @@ def test_nothing_spills_over_caches(name: str, head_dim: int) -> None:
 def test_what_the_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_driver, "driver", lambda: bindings)
     ids = bindings.CUlaunchAttributeID
-    cluster, overlap = (
+    cluster, policy, overlap = (
         ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE,
         ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
     )
     for shape, overlaps, told in (
-        (Shape(32, 128, 1024, 16), False, [cluster]),
-        (Shape(32, 128, 1024, 16), True, [overlap, cluster]),
+        (Shape(32, 128, 1024, 16), False, [cluster, policy]),
+        (Shape(32, 128, 1024, 16), True, [overlap, cluster, policy]),
         (Shape(32, 128, 1024), True, [overlap]),
         (Shape(32, 128, 1024), False, []),
     ):
@@ -140,5 +141,8 @@ def test_what_the_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             if each.id == cluster:
                 extents = each.value.clusterDim
                 assert (extents.x, extents.y, extents.z) == (16, 1, 1)
+            elif each.id == policy:
+                spread = bindings.CUclusterSchedulingPolicy.CU_CLUSTER_SCHEDULING_POLICY_SPREAD
+                assert each.value.clusterSchedulingPolicyPreference == spread
             else:
                 assert each.value.programmaticStreamSerializationAllowed == 1

@@ -230,6 +230,7 @@ void st_async(u32 address, const void* from, u32 bytes, u32 mbarrier) {
   const char* const name = "st.async";
   Thread& me = *current;
   const Cluster& cluster = *me.block->cluster;
+  if (launch->cluster == 1) FAIL("%s: the launch has no clusters", name);
   const auto offset_in = [](const Block& block, u32 at) {
     return at - static_cast<u32>(reinterpret_cast<Address>(block.arena));
   };
