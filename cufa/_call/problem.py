@@ -62,14 +62,24 @@ KEYS_PER_ROW = 8
 """Keys for each of such rows from which on it is they that take the time. Reckoned, not measured."""
 
 CLUSTER_ITEMS = 128
-"""Tiles of few rows, all heads' counted, up to which a GPU holds a cluster of thread blocks for each. This and the two
-below are reckoned, not measured."""
+"""Tiles of few rows, all heads' counted, up to which a GPU holds a cluster of thread blocks for each."""
+
+MAX_CLUSTER = 16
+"""Thread blocks of the largest clusters, as far as a GPU holds `CLUSTER_BLOCKS` of all of them."""
+
+CLUSTER_BLOCKS = 256
+"""Thread blocks of all clusters, two on each of 128 SMs."""
+
+CLUSTER_SHARE = 3 << 19
+"""Keys and values up to which a thread block of a cluster reads its share no later than all SMs do that share them
+evenly. On an H200 with 1 MB clusters were faster, with 4 MB slower."""
 
 CLUSTERS_THAT_FILL = 8
-"""Clusters that read as fast as a whole GPU."""
+"""Clusters that read as fast as a whole GPU. Reckoned, not measured."""
 
 CLUSTER_BYTES = 4 << 20
-"""Keys and values of a tile that fewer clusters read in less time than a second launch and sums in memory take."""
+"""Keys and values of a tile that fewer clusters read in less time than a second launch and sums in memory take.
+Reckoned, not measured."""
 
 FULL_ROWS, FULL_GPU_ROWS = 64, 4096
 """Rows of a tile of 128, and of all query heads together, from which on queries over caches have large tiles: where
@@ -799,7 +809,11 @@ def access(operation: Operation, specs: dict[str, Spec]) -> dict[str, Any]:
 
 def clusters_pay(items: int, item_bytes: int) -> bool:
     """Whether thread block clusters, one for each tile of few rows, are faster than all SMs sharing all tiles' keys."""
-    return 0 < items <= CLUSTER_ITEMS and (items >= CLUSTERS_THAT_FILL or item_bytes <= CLUSTER_BYTES)
+    if not 0 < items <= CLUSTER_ITEMS:
+        return False
+    if items < CLUSTERS_THAT_FILL:
+        return item_bytes <= CLUSTER_BYTES
+    return item_bytes <= CLUSTER_SHARE * min(MAX_CLUSTER, 1 << (CLUSTER_BLOCKS // items).bit_length() - 1)
 
 
 def mask_kind(left: int | None, right: int | None) -> str:

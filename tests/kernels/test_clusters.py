@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cufa._call.options import Options
-from cufa._call.problem import CLUSTER_BYTES, CLUSTER_ITEMS, CLUSTERS_THAT_FILL, clusters_pay
+from cufa._call.problem import CLUSTER_BYTES, CLUSTER_ITEMS, CLUSTER_SHARE, CLUSTERS_THAT_FILL, clusters_pay
 from cufa._compile import jit as _jit
 from cufa._driver import driver as _driver
 from cufa._driver import launch as _launch
@@ -44,7 +44,7 @@ def decode(batch: int, keys: int, heads: tuple[int, int] = (32, 8), device: Devi
         (8, 8192, 4),
         (16, 4096, 2),
         (1, 200, 2),
-        (1, 131072, 16),
+        (1, 40000, 16),
     ],
 )
 def test_clusters_fill_the_gpu_and_every_warp_has_keys(batch: int, keys: int, cluster: int) -> None:
@@ -55,7 +55,17 @@ def test_clusters_fill_the_gpu_and_every_warp_has_keys(batch: int, keys: int, cl
     assert planned.floats == 0, "no memory beside, and one launch"
 
 
-@pytest.mark.parametrize(("batch", "keys", "heads"), [(64, 4096, (32, 8)), (1, 1 << 17, (8, 1)), (17, 1024, (8, 8))])
+@pytest.mark.parametrize(
+    ("batch", "keys", "heads"),
+    [
+        (64, 4096, (32, 8)),
+        (17, 1024, (8, 8)),
+        (1, 1 << 17, (8, 1)),
+        (1, 1 << 17, (32, 8)),
+        (8, 1 << 15, (32, 8)),
+        (16, 1 << 13, (32, 8)),
+    ],
+)
 def test_larger_calls_are_shared_by_all_sms(batch: int, keys: int, heads: tuple[int, int]) -> None:
     plan = decode(batch, keys, heads).plan
     assert plan.name == "attention_forward_split_sm80"
@@ -69,13 +79,13 @@ def test_other_gpus() -> None:
     assert decode(1, 1024, device=Device(90, 1)).grid.cluster == 1
 
 
-@given(st.integers(1, 2 * CLUSTER_ITEMS), st.integers(1, 2 * CLUSTER_BYTES))
+@given(st.integers(1, 2 * CLUSTER_ITEMS), st.integers(0, 20 * CLUSTER_SHARE))
 def test_what_pays(items: int, item_bytes: int) -> None:
-    if clusters_pay(items, item_bytes):
-        assert items <= CLUSTER_ITEMS
-        assert clusters_pay(items, item_bytes - 1)
-    elif items <= CLUSTER_ITEMS:
-        assert items < CLUSTERS_THAT_FILL and not clusters_pay(items, 2 * item_bytes)
+    config: Any = SimpleNamespace(max_cluster=16, resident=2, num_threads=128, block_m=16, column_warps=1)
+    share = item_bytes / cluster_of(config, items, 1 << 20, 128)
+    filled = items >= CLUSTERS_THAT_FILL
+    pays = items <= CLUSTER_ITEMS and (share <= CLUSTER_SHARE if filled else item_bytes <= CLUSTER_BYTES)
+    assert clusters_pay(items, item_bytes) == pays
     assert not clusters_pay(0, item_bytes)
 
 
