@@ -33,6 +33,16 @@ constexpr void find_block_range(const Params& params, const Seqlen& seqlen, int 
   find_block_range<Config>(params, seqlen, first_row, last_row, range);
 }
 
+// The same of a tile whose rows are those of all heads that share a key head, query by query.
+template <class Config>
+constexpr BlockRange item_blocks(const Params& params, const Seqlen& seqlen, int m_block) {
+  const int first_tile_row = m_block * Config::block_m, ratio = params.qheads_per_khead;
+  const int last_row = min_of((first_tile_row + Config::block_m - 1) / ratio, seqlen.q - 1);
+  BlockRange blocks{};
+  find_block_range<Config>(params, seqlen, first_tile_row / ratio, last_row, blocks);
+  return blocks;
+}
+
 template <class Config>
 inline BlockRange block_range(const Params& params, const Seqlen& seqlen, int m_block) {
   BlockRange range;

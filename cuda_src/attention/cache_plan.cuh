@@ -52,16 +52,6 @@ constexpr int tiles_of(const Params& params, int q_rows) {
   return ceil_div(q_rows * params.qheads_per_khead, Config::block_m);
 }
 
-// The blocks of keys that a tile of a sequence needs.
-template <class Config>
-constexpr BlockRange item_blocks(const Params& params, const Seqlen& seqlen, int m_block) {
-  const int first_tile_row = m_block * Config::block_m, ratio = params.qheads_per_khead;
-  const int last_row = min_of((first_tile_row + Config::block_m - 1) / ratio, seqlen.q - 1);
-  BlockRange blocks{};
-  find_block_range<Config>(params, seqlen, first_tile_row / ratio, last_row, blocks);
-  return blocks;
-}
-
 // How many positions an item has.
 template <class Config>
 constexpr int item_positions(const Params& params, const CacheParams& cache, const Seqlen& seqlen, int m_block) {

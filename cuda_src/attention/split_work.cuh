@@ -50,19 +50,28 @@ struct SharedTile {
   }
 };
 
-// The tile of all rows of a key head of a dense sequence. It is a thread's own, and follows from its item without a
-// look at memory.
+// A tile of a key head of a dense sequence; only those of the most rows may be several, which follow each other so that
+// those that read the same keys do so at the same time. It is a thread's own, and follows from its item without a look
+// at memory.
 template <class Config>
 struct SplitWork : SharedTile<Config> {
   using element = typename Config::element;
 
+  static constexpr bool several = Config::block_m == 64;
+
   // `argument` has Params, and how many key heads there are.
   template <class Argument>
   SplitWork(const Argument& argument, int item)
-      : SharedTile<Config>{dense_seqlen(argument.params), int(u32(item) / u32(argument.num_heads_k)),
-                           int(u32(item) % u32(argument.num_heads_k)), 0, argument.params.qheads_per_khead} {
+      : SharedTile<Config>{dense_seqlen(argument.params), 0, 0, 0, argument.params.qheads_per_khead} {
     const Params& params = argument.params;
-    find_block_range<Config>(params, this->seqlen, 0, this->seqlen.q - 1, this->blocks);
+    u32 head = item;
+    if constexpr (several) {
+      head = u32(item) / u32(params.m_blocks);
+      this->m_block = item - int(head) * params.m_blocks;
+    }
+    this->sequence = int(head / u32(argument.num_heads_k));
+    this->key_head = int(head % u32(argument.num_heads_k));
+    this->blocks = item_blocks<Config>(params, this->seqlen, this->m_block);
     k = ptx::opaque(this->head(params.k, params.k_strides, this->key_head));
     v = ptx::opaque(this->head(params.v, params.v_strides, this->key_head));
   }

@@ -21,6 +21,7 @@ from .._call.problem import (
     CLUSTERS_THAT_FILL,
     FEW_KEYS,
     FEW_ROWS,
+    FEW_TILES,
     GPU_DTYPES,
     ITEMSIZE,
     LONG,
@@ -30,6 +31,7 @@ from .._call.problem import (
     SHORT_KEYS,
     SHORT_ROWS,
     Problem,
+    has_many_keys,
 )
 from .._compile.used import Use
 from .._kernels import Plan, align, choose
@@ -93,7 +95,7 @@ MANY_TOO = (*SOME, MANY + 44)
 
 
 FEW_OR_MANY = (1, CLUSTERS_THAT_FILL, CLUSTER_ITEMS + 1)
-"""Numbers of dense sequences with few rows of q; of others the number does not matter."""
+"""Numbers of dense sequences with few rows of q, or many keys; of others the number does not matter."""
 
 
 class Region(NamedTuple):
@@ -139,7 +141,8 @@ class Spread(NamedTuple):
         for region in self.packed if packed else self.dense:
             for queries, keys in itertools.product(region.rows, region.keys):
                 if queries <= keys or self.fewer_keys or not masked:
-                    dense = FEW_OR_MANY if queries <= FEW_ROWS[-1] else (1,)
+                    few = queries <= FEW_ROWS[-1] or has_many_keys(queries, keys)
+                    dense = FEW_OR_MANY if few else (1,)
                     for ratio, batch in itertools.product(region.ratios, region.batches if packed else dense):
                         yield Lengths(batch, queries, keys, ratio)
 

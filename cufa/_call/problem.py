@@ -85,6 +85,15 @@ FULL_ROWS, FULL_GPU_ROWS = 64, 4096
 """Rows of a tile of 128, and of all query heads together, from which on queries over caches have large tiles: where
 their tensor cores, several times as fast, gain more than what is left empty or idle loses. Reckoned, not measured."""
 
+FEW_TILES, FEW_TILE_ROWS = 32, 128
+"""Tiles of so many rows, of all key heads together, that leave most SMs of a GPU without one. All SMs share their keys
+then, in tiles of the last of `FEW_ROWS`, with instructions half as fast as those of the kernels for one architecture:
+even at twice as many tiles that takes as long. Reckoned, not measured."""
+
+MANY_KEYS, KEYS_PER_QUERY = 2048, 4
+"""Keys, and keys for each query, from which on that pays: what is shared has to be put together, and tiles count as
+alike, which beside many keys they are under a mask, too. Reckoned, not measured."""
+
 MAX_SHORT_SEQUENCES = 1 << 29
 """Sequences, each head's counted, whose small tiles surely are few enough for one launch."""
 
@@ -132,8 +141,8 @@ class Static(NamedTuple):
         `SHORT_ROWS` and of `SHORT_KEYS` that hold one. Else 0.
     few_rows : int
         Where dense q has few rows and many keys: the least of `FEW_ROWS` that holds the rows of all heads that share a
-        key head. With caches the same, packed sequences counting by their average, or the last of them if there are
-        more rows. Else 0, and always for gradients.
+        key head, or the last of them where more rows fill few tiles. With caches the same, packed sequences counting by
+        their average, or the last of them if there are more rows. Else 0, and always for gradients.
     clusters : bool
         Whether a cluster of thread blocks should share the keys of each tile of few rows, since there are but few tiles
         and nothing else says how keys are divided.
@@ -722,6 +731,7 @@ class _CallCheck(AttentionCheck):
         short_rows, short_keys = self.short_tile()
         few_rows = 0 if backward or short_rows else self.few_rows(q)
         heads_k, keys = self.specs["k"].shape[-2], self.specs["k"].shape[-3]
+        in_one_tile = few_rows > 0 and q.shape[-3] * q.shape[-2] <= few_rows * heads_k
         key_bytes = (q.shape[-1] + v.shape[-1]) * itemsize
         return Static(
             element=GPU_DTYPES[q.dtype],
@@ -741,7 +751,7 @@ class _CallCheck(AttentionCheck):
             short_rows=short_rows,
             short_keys=short_keys,
             few_rows=few_rows,
-            clusters=few_rows > 0 and clusters_pay(q.shape[0] * heads_k, keys * key_bytes),
+            clusters=in_one_tile and clusters_pay(q.shape[0] * heads_k, keys * key_bytes),
             deterministic=self.options.deterministic,
             average_rows=self.average_rows(q) if backward else LONG_ROWS,
         )
@@ -771,12 +781,16 @@ class _CallCheck(AttentionCheck):
         return min(each for each in SHORT_ROWS if each >= rows), min(each for each in SHORT_KEYS if each >= keys)
 
     def few_rows(self, q: Spec) -> int:
-        """Rows of a tile that holds those of all heads that share a key head, if they are few and keys many; or 0."""
+        """Rows of a tile for those of all heads that share a key head, if they or their tiles are few and keys many."""
         keys, heads_k = self.specs["k"].shape[-3:-1]
         if self.varlen or heads_k == 0:
             return 0
-        rows = q.shape[1] * (q.shape[-2] // heads_k)
-        if rows == 0 or rows > FEW_ROWS[-1] or keys < KEYS_PER_ROW * rows or keys <= SHORT_KEYS[-1]:
+        batch, queries = q.shape[:2]
+        rows = queries * (q.shape[-2] // heads_k)
+        if rows > FEW_ROWS[-1]:
+            tiles = batch * heads_k * -(-rows // FEW_TILE_ROWS)
+            return FEW_ROWS[-1] if tiles <= FEW_TILES and has_many_keys(queries, keys) else 0
+        if rows == 0 or keys < KEYS_PER_ROW * rows or keys <= SHORT_KEYS[-1]:
             return 0
         return min(each for each in FEW_ROWS if each >= rows)
 
@@ -814,6 +828,11 @@ def clusters_pay(items: int, item_bytes: int) -> bool:
     if items < CLUSTERS_THAT_FILL:
         return item_bytes <= CLUSTER_BYTES
     return item_bytes <= CLUSTER_SHARE * min(MAX_CLUSTER, 1 << (CLUSTER_BLOCKS // items).bit_length() - 1)
+
+
+def has_many_keys(queries: int, keys: int) -> bool:
+    """Whether keys are so many that all SMs should share those of tiles that are few."""
+    return keys >= max(MANY_KEYS, KEYS_PER_QUERY * queries)
 
 
 def mask_kind(left: int | None, right: int | None) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .._call.problem import CHAIN_ROWS, Problem, Static
 from ..errors import UnsupportedError
+from .forward import key_blocks
 from .kernel import (
     MAX_GRID,
     NO_SCRATCH,
@@ -71,8 +72,10 @@ class SplitGrid(NamedTuple):
     Attributes
     ----------
     num_blocks : int
+    m_blocks : int
+        Tiles of queries per key head.
     item_blocks : int
-        Blocks of keys that a tile sees.
+        Blocks of keys that a tile sees at most.
     quotient, remainder : int
         Blocks of keys of a thread block, and how many thread blocks have one more.
     shared : bool
@@ -80,6 +83,7 @@ class SplitGrid(NamedTuple):
     """
 
     num_blocks: int
+    m_blocks: int
     item_blocks: int
     quotient: int
     remainder: int
@@ -97,7 +101,7 @@ class ForwardSplitSm80(Kernel):
     name = "attention_forward_split_sm80"
     record = "SplitParams"
     special = True
-    few = "q has few rows, and there are many keys, which all SMs share"
+    few = "q has few rows, or tiles of them, and there are many keys, which all SMs share"
 
     def refusal(self, static: Static) -> str:
         if static.few_rows == 0:
@@ -125,17 +129,21 @@ class ForwardSplitSm80(Kernel):
         return config.resident
 
     def grid(self, config: ConfigSplitSm80, problem: Problem, num_sms: int) -> SplitGrid:
-        items = problem.batch * problem.num_heads_k
+        ratio = problem.num_heads_q // max(1, problem.num_heads_k)
+        m_blocks = -(-problem.seqlen_q * ratio // config.block_m)
+        items = problem.batch * problem.num_heads_k * m_blocks
         if items > MAX_GRID:
             raise UnsupportedError(
                 f"{problem.function}: {items} tiles of queries are more than one launch holds ({MAX_GRID}); split the "
                 "batch."
             )
-        return divided(config, items, max(1, seen_blocks(problem, config.block_n)), num_sms)
+        shared = replace(config, pack=ratio)  # a tile's rows are those of heads that share it
+        item_blocks = max(key_blocks(problem, shared, m_block) for m_block in range(m_blocks))
+        return divided(config, items, m_blocks, max(1, item_blocks), num_sms)
 
     def values(self, config: ConfigSplitSm80, problem: Problem, grid: SplitGrid) -> dict[str, Any]:
         return {
-            "params": params_of(problem, m_blocks=1, heads_per_section=1),
+            "params": params_of(problem, m_blocks=grid.m_blocks, heads_per_section=1),
             "num_blocks": grid.num_blocks,
             "num_heads_k": problem.num_heads_k,
             "item_blocks": grid.item_blocks,
@@ -184,18 +192,21 @@ def seen_blocks(problem: Problem, block_n: int) -> int:
     return max(0, -(-end // block_n) - first // block_n)
 
 
-def divided(config: ConfigSplitSm80, items: int, item_blocks: int, num_sms: int) -> SplitGrid:
-    """How many thread blocks there are, and what each has of so many items that are alike."""
+def divided(config: ConfigSplitSm80, items: int, m_blocks: int, item_blocks: int, num_sms: int) -> SplitGrid:
+    """How many thread blocks there are, and what each has of so many items that count as alike.
+
+    A few keys are one thread block's only where a tile is alone with them: several wait for products, not for keys.
+    """
     block_bytes = config.block_n * (config.head_dim + config.head_dim_v) * SIZEOF[config.element]
     total, resident = items * item_blocks, config.resident * num_sms
-    whole = SplitGrid(items, item_blocks, item_blocks, 0, False)
-    if total == 0 or total > MAX_GRID or item_blocks * block_bytes <= WHOLE_BYTES:
+    whole = SplitGrid(items, m_blocks, item_blocks, item_blocks, 0, False)
+    if total == 0 or total > MAX_GRID or (m_blocks == 1 and item_blocks * block_bytes <= WHOLE_BYTES):
         return whole
     blocks = min(resident, max(items, total * block_bytes // LEAST_BYTES))
     quotient, remainder = divmod(total, blocks)
     if remainder == 0 and quotient % item_blocks == 0:
         return whole._replace(num_blocks=blocks, quotient=quotient)  # several whole items for each
-    return SplitGrid(blocks, item_blocks, quotient, remainder, True)
+    return SplitGrid(blocks, m_blocks, item_blocks, quotient, remainder, True)
 
 
 def column_warps(static: Static) -> int:

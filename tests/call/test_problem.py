@@ -830,7 +830,7 @@ def test_grids(batch: int, seqlen_q: int, seqlen_k: int, heads: int, blocks: int
     k = OnGpu(batch, seqlen_k, heads // 2, 64)
     problem = gpu_problem(OnGpu(batch, seqlen_q, heads, 64), k, k)
     assert problem.static is not None
-    grid = plans.grid(plans.forward(problem.static, 80), problem, 108)
+    grid = plans.grid(plans.forward(usual(problem.static), 80), problem, 108)
     assert (grid.num_blocks, grid.heads_per_section) == (blocks, section)
     assert grid.m_units == grid.m_blocks
 
@@ -1247,7 +1247,7 @@ def test_explain_says_what_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         (few, short, short, "sm80 (sm_90)", "q, k and v are copied 2 bytes at a time; 16-byte aligned rows would let "),
         (few, aligned, aligned, "cluster_sm90 (sm_90)", "q has few rows, in so few tiles that the thread blocks of a "),
         (few, odd, aligned, "cluster_sm90 (sm_90)", f"{ForwardClusterSm90.few}; q, k and v are copied 2 bytes at a "),
-        (many, long, long, "split_sm80 (sm_90)", "q has few rows, and there are many keys, which all SMs share"),
+        (many, long, long, "split_sm80 (sm_90)", "q has few rows, or tiles of them, and there are many"),
     ):
         told = cufa.explain(q, k, v)
         assert told.kernel == f"attention_forward_{kernel}" and told.reason.startswith(reason)
@@ -1529,13 +1529,17 @@ def test_short_sequences_have_small_tiles(seqlen_q: int, seqlen_k: int, tile: tu
         (3, 144, (6, 1), 32),
         (3, 143, (6, 1), 0),
         (33, 5000, (2, 2), 64),
-        (1, 5000, (65, 1), 0),
-        (13, 5000, (10, 2), 0),
+        (1, 2048, (65, 1), 64),  # several tiles, in all too few for a GPU
+        (1, 2047, (65, 1), 0),
+        (640, 2560, (2, 2), 64),  # 30 tiles of 128 rows
+        (640, 2560, (6, 3), 0),
+        (1280, 5120, (1, 1), 64),
+        (1280, 5119, (1, 1), 0),
         (0, 5000, (2, 2), 0),
     ],
 )
 def test_few_rows_have_a_kernel_of_their_own(seqlen_q: int, seqlen_k: int, heads: tuple[int, int], few: int) -> None:
-    """Rows of all heads that share a key head count, whatever their number and their score terms."""
+    """Rows of all heads that share a key head count, whatever their number and their score terms, and their tiles."""
     q, k = OnGpu(3, seqlen_q, heads[0], 64), OnGpu(3, seqlen_k, heads[1], 64)
     slopes = OnGpu(heads[0], dtype="float32")
     with_terms = {"alibi_slopes": slopes, "sinks": slopes}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import emulated
@@ -87,3 +87,45 @@ def test_long_sums_are_taken_over(dtype: str) -> None:
     keys = 4 * CHAIN_ROWS + 8 * 300
     case = Case(batch=1, seqlen_q=1, seqlen_k=keys, dtype=dtype, **TOGETHER | {"num_heads_q": 2, "num_heads_k": 1})
     assert forward(case, num_sms=1).entries[-1] == MAIN
+
+
+SEVERAL: tuple[tuple[Kind, tuple[tuple[int, int, int], ...]], ...] = (
+    (Kind("float16", 64, 64), ((17, 8, 2), (65, 1, 1), (4, 24, 1))),
+    (Kind("bfloat16", 32, 64, "causal", alibi=2, sinks=True), ((70, 2, 2), (50, 3, 1), (13, 20, 2))),
+    (Kind("float32", 40, 57, "window", softcap=True, alibi=1), ((129, 1, 1), (20, 7, 1))),
+)
+
+
+@st.composite
+def several(draw: st.DrawFn, kind: Kind, rows: tuple[tuple[int, int, int], ...]) -> Case:
+    """Of `rows` as above, which are more than one tile."""
+    seqlen_q, *heads = draw(st.sampled_from(rows))
+    drawn = features(draw, kind, VALUES) | {"num_heads_q": heads[0], "num_heads_k": heads[1]}
+    seqlen_k = max(65, 4 * seqlen_q) + draw(st.sampled_from((0, 1, 63, 64, 111)))
+    return Case(batch=draw(st.integers(1, 2)), seqlen_q=seqlen_q, seqlen_k=seqlen_k, **drawn)
+
+
+@pytest.fixture
+def no_keys_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tiles that are several. Problems of these lengths are no other test's."""
+    monkeypatch.setattr("cufa._call.problem.MANY_KEYS", 1)
+
+
+@pytest.mark.usefixtures("no_keys_are_few")
+@pytest.mark.parametrize(("kind", "rows"), SEVERAL, ids=str)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_several_tiles_equal_the_reference(
+    kind: Kind, rows: tuple[tuple[int, int, int], ...], data: st.DataObject
+) -> None:
+    case = data.draw(several(kind, rows))
+    assert forward(case, data.draw(ORDERS), num_sms=data.draw(SMS)).entries[-1] == MAIN
+
+
+@pytest.mark.usefixtures("no_keys_are_few")
+@pytest.mark.parametrize("num_sms", [3, 5])
+def test_bits_of_several_tiles_do_not_depend_on_the_order_of_blocks(num_sms: int) -> None:
+    case = Case(batch=1, seqlen_q=23, seqlen_k=531, causal=True, dtype="float16", **TOGETHER | {"num_heads_q": 8})
+    ran = [forward(case, order, num_sms=num_sms) for order in (None, 1, 2, 3)]
+    assert ran[0].entries == [CLEARING, MAIN]
+    assert len({each.bits for each in ran}) == 1

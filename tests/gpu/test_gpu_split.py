@@ -55,6 +55,20 @@ def test_few_rows_equal_the_reference(cupy: Any, rows: tuple[int, int, int], fea
     assert "attention_forward_split_sm80" in kernels  # and others, which depends on the GPU
 
 
+SEVERAL = (((64, 8, 2), 1, 8192), ((65, 1, 1), 3, 2048), ((10, 60, 2), 2, 5001), ((4, 24, 1), 5, 66000))
+"""Rows as above, in several tiles; batch and seqlen_k."""
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize(("rows", "batch", "seqlen_k"), SEVERAL, ids=str)
+def test_several_tiles_equal_the_reference(
+    cupy: Any, rows: tuple[int, int, int], batch: int, seqlen_k: int, features: str
+) -> None:
+    case = case_of(rows, batch, seqlen_k, **FEATURES[features])
+    assert shares_keys(case, cupy)
+    check(case, cupy)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("head_dims", [(64, 64), (256, 256), (40, 57), (192, 128)], ids=str)
 def test_every_head_dim(cupy: Any, head_dims: tuple[int, int], dtype: str) -> None:

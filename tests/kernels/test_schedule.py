@@ -436,7 +436,8 @@ def test_split_keys_are_shared_evenly() -> None:
 @pytest.mark.parametrize("sms", [1, 5, 132])
 def test_few_rows_are_divided_as_the_host_says(sms: int) -> None:
     """`divided`: all blocks of keys are some thread block's, and one launch is enough where none is shared."""
-    shapes = ((1, 5000, (4, 4), 1), (3, 70, (6, 2), 2), (40, 9000, (8, 1), 3), (0, 1 << 20, (4, 4), 1))
+    one_tile = ((1, 5000, (4, 4), 1), (3, 70, (6, 2), 2), (40, 9000, (8, 1), 3), (0, 1 << 20, (4, 4), 1))
+    shapes = (*one_tile, (1, 8192, (32, 8), 64), (2, 2048, (5, 1), 300))
     for batch, seqlen_k, heads, seqlen_q in shapes:
         for mask in DENSE_MASKS:
             k = OnGpu(batch, seqlen_k, heads[1], 128)
@@ -444,11 +445,13 @@ def test_few_rows_are_divided_as_the_host_says(sms: int) -> None:
             assert problem.static is not None
             plan = plans.forward(problem.static, 90)
             grid = plans.grid(plan, problem, sms)
-            total = batch * heads[1] * grid.item_blocks
+            items = batch * heads[1] * grid.m_blocks
+            assert grid.m_blocks * plan.config.block_m >= seqlen_q * heads[0] // heads[1]
+            total = items * grid.item_blocks
             assert grid.num_blocks * grid.quotient + grid.remainder == total
             assert grid.shared == (grid.blocks[0] > 0) == bool(plan.kernel.scratch(plan.config, problem, grid).floats)
             assert grid.shared or grid.quotient % grid.item_blocks == grid.remainder == 0
-            assert grid.num_blocks <= max(plan.config.resident * sms, batch * heads[1])
+            assert grid.num_blocks <= max(plan.config.resident * sms, items)
 
 
 def test_the_cost_of_a_tile_is_that_of_its_keys() -> None:
