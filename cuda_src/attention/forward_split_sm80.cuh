@@ -1,5 +1,6 @@
 // attention: the forward kernel for few query rows and many keys, for sm_80 and newer: a schedule divides the keys of
-// all tiles evenly over thread blocks, and the last of those that share a tile puts its parts together.
+// all tiles evenly over thread blocks, and the last of those that share a tile puts its parts together, or, where that
+// are many rows, another launch does.
 #pragma once
 
 #include "attention/mainloop_split_sm80.cuh"
@@ -16,17 +17,33 @@
 
 namespace attention {
 
+// What a thread block of this kind leaves in memory.
+template <class Config>
+using PartialsOf = Partials<Config::block_m, MainloopSplitSm80<Config>::cols>;
+
+// Writes a row, of what thread blocks have left of it; `row` is counted from the tile's first. A warp calls this.
+template <class Config, class Work>
+inline void finish_left_row(const Params& params, const Work& work, const PartialsOf<Config>& memory,
+                            const Sharers& sharers, int row, float scale) {
+  using element = typename Config::element;
+  constexpr int cols = MainloopSplitSm80<Config>::cols, ahead = cols > 128 || is_same<element, f32> ? 4 : 8;
+  const LeftParts<Config::block_m, cols> left{memory, sharers.first};
+  LaneSums<cols> sums;
+  const auto whole = merge_row<element, 32, ahead>(sums, left, sharers.count, row, scale);
+  finish_row<Config>(params, work, work.first_row() + row, whole, sums, scale);
+}
+
 // Computes a thread block's part of all items. `counters` holds a zero for each thread block when the grid before has
-// ended, and afterwards again.
+// ended, and afterwards again; or is null, if the next grid puts parts together.
 template <class Config, class Work, class Schedule, class Argument>
 inline void forward_split(const Argument& argument, const Schedule& schedule, float* partials, i32* counters,
                           u32 smem) {
   using Mainloop = MainloopSplitSm80<Config>;
   using element = typename Config::element;
   constexpr int cols = Mainloop::cols, warps = Config::num_threads / 32;
-  constexpr int group_lanes = Mainloop::groups > 2 ? 4 : 2, ahead = cols > 128 || is_same<element, f32> ? 4 : 8;
+  constexpr int group_lanes = Mainloop::groups > 2 ? 4 : 2;
   const Params& params = argument.params;
-  const Partials<Config::block_m, cols> memory{partials, schedule.one_item()};
+  const PartialsOf<Config> memory{partials, schedule.one_item()};
   const float scale = exponent_scale<typename Config::variant>(params);
   const int block = blockIdx.x;
 #pragma unroll 1
@@ -53,7 +70,7 @@ inline void forward_split(const Argument& argument, const Schedule& schedule, fl
       else
         memory.store(block, sharers.first, row, whole, sums);
     }
-    if (sharers.count > 1) {
+    if (sharers.count > 1 && counters != nullptr) {
       __syncthreads();  // the block has left all of its part
       bool last = false;
       if (ptx::tid_x() == 0) {
@@ -61,12 +78,9 @@ inline void forward_split(const Argument& argument, const Schedule& schedule, fl
         last = ptx::atom_acq_rel_gpu_inc(counters + sharers.first, sharers.count - 1) == sharers.count - 1;
       }
       if (__syncthreads_or(last)) {
-        const LeftParts<Config::block_m, cols> left{memory, sharers.first};
 #pragma unroll 1
         for (int row = warp; row < live; row += warps) {
-          LaneSums<cols> sums;
-          const auto whole = merge_row<element, 32, ahead>(sums, left, sharers.count, row, scale);
-          finish_row<Config>(params, work, first_row + row, whole, sums, scale);
+          finish_left_row<Config>(params, work, memory, sharers, row, scale);
         }
       }
     }
@@ -75,12 +89,31 @@ inline void forward_split(const Argument& argument, const Schedule& schedule, fl
   }
 }
 
+inline EvenSchedule<EqualItems> schedule_of(const SplitParams& argument) {
+  return {{argument.item_blocks}, {argument.quotient, argument.remainder}};
+}
+
 template <class Config>
 inline void forward_split_sm80(const SplitParams& argument) {
   extern __shared__ __align__(1024) char dynamic_smem[];
-  const EvenSchedule<EqualItems> schedule{{argument.item_blocks}, {argument.quotient, argument.remainder}};
-  forward_split<Config, SplitWork<Config>>(argument, schedule, argument.partials, argument.counters,
+  ptx::grid_launch_dependents();
+  forward_split<Config, SplitWork<Config>>(argument, schedule_of(argument), argument.partials, argument.counters,
                                            ptx::shared_address(dynamic_smem));
+}
+
+// Writes the rows of all tiles that several thread blocks of the grid before share, each by a warp of its own.
+template <class Config>
+inline void forward_split_merge(const SplitParams& argument) {
+  constexpr int warps = Config::num_threads / 32, blocks = Config::block_m / warps;  // of a tile
+  const Params& params = argument.params;
+  const auto schedule = schedule_of(argument);
+  const int item = int(blockIdx.x) / blocks, row = int(blockIdx.x) % blocks * warps + int(ptx::tid_x()) / 32;
+  const SplitWork<Config> work(argument, item);
+  const Sharers sharers = schedule.sharers(schedule.items.item(item));
+  if (sharers.count == 1 || work.first_row() + row >= work.rows()) return;
+  const PartialsOf<Config> memory{argument.partials, schedule.one_item()};
+  ptx::grid_wait();
+  finish_left_row<Config>(params, work, memory, sharers, row, exponent_scale<typename Config::variant>(params));
 }
 
 // Clears the counters of the thread blocks of the next grid, which need not wait for that until it counts.

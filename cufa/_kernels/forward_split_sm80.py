@@ -40,7 +40,11 @@ together, behind one more launch. Reckoned, not measured."""
 LEAST_BYTES = 64 << 10
 """K and V that are worth a thread block of their own. Reckoned, not measured."""
 
-CLEARING = "attention_forward_split_clear"
+ROWS_PER_WARP = 2
+"""Rows that each warp of the last thread block to arrive puts together as fast as a launch for all rows would do.
+Reckoned, not measured."""
+
+CLEARING, MERGING = "attention_forward_split_clear", "attention_forward_split_merge"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +82,10 @@ class SplitGrid(NamedTuple):
         Blocks of keys that a tile sees at most.
     quotient, remainder : int
         Blocks of keys of a thread block, and how many thread blocks have one more.
-    shared : bool
-        Whether thread blocks share tiles.
+    clearing : int
+        Thread blocks that clear counters first, if thread blocks share tiles and the last to arrive finishes each.
+    merging : int
+        Thread blocks that put rows together, if thread blocks share tiles and a launch of its own finishes them.
     """
 
     num_blocks: int
@@ -87,12 +93,12 @@ class SplitGrid(NamedTuple):
     item_blocks: int
     quotient: int
     remainder: int
-    shared: bool
+    clearing: int = 0
+    merging: int = 0
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        clearing = -(-self.num_blocks // (32 * WARPS)) if self.shared else 0
-        return (clearing, self.num_blocks)
+        return (self.clearing, self.num_blocks, self.merging)
 
 
 class ForwardSplitSm80(Kernel):
@@ -123,6 +129,7 @@ class ForwardSplitSm80(Kernel):
         return (
             Step(CLEARING, config.num_threads),
             Step(self.name, config.num_threads, config.smem_bytes),
+            Step(MERGING, config.num_threads),
         )
 
     def blocks_per_sm(self, config: ConfigSplitSm80) -> int:
@@ -139,7 +146,7 @@ class ForwardSplitSm80(Kernel):
             )
         shared = replace(config, pack=ratio)  # a tile's rows are those of heads that share it
         item_blocks = max(key_blocks(problem, shared, m_block) for m_block in range(m_blocks))
-        return divided(config, items, m_blocks, max(1, item_blocks), num_sms)
+        return divided(config, items, problem.seqlen_q * ratio, max(1, item_blocks), num_sms)
 
     def values(self, config: ConfigSplitSm80, problem: Problem, grid: SplitGrid) -> dict[str, Any]:
         return {
@@ -152,10 +159,12 @@ class ForwardSplitSm80(Kernel):
         }
 
     def scratch(self, config: ConfigSplitSm80, problem: Problem, grid: SplitGrid) -> Scratch:
-        if not grid.shared:
-            return NO_SCRATCH
         partials = 2 * grid.num_blocks * partial_floats(config)
-        return Scratch({"partials": 0, "counters": partials}, partials + grid.num_blocks)
+        if grid.merging:
+            return Scratch({"partials": 0}, partials)
+        if grid.clearing:
+            return Scratch({"partials": 0, "counters": partials}, partials + grid.num_blocks)
+        return NO_SCRATCH
 
     def asserts(self) -> str:
         return f"static_assert(tile::chain_rows == {CHAIN_ROWS});\n"
@@ -192,21 +201,26 @@ def seen_blocks(problem: Problem, block_n: int) -> int:
     return max(0, -(-end // block_n) - first // block_n)
 
 
-def divided(config: ConfigSplitSm80, items: int, m_blocks: int, item_blocks: int, num_sms: int) -> SplitGrid:
+def divided(config: ConfigSplitSm80, items: int, rows: int, item_blocks: int, num_sms: int) -> SplitGrid:
     """How many thread blocks there are, and what each has of so many items that count as alike.
 
-    A few keys are one thread block's only where a tile is alone with them: several wait for products, not for keys.
+    `rows` are those of a key head. A few keys are one thread block's only where a tile has all of these: several tiles
+    wait for products, not for keys.
     """
+    m_blocks, warps = -(-rows // config.block_m), config.num_threads // 32
     block_bytes = config.block_n * (config.head_dim + config.head_dim_v) * SIZEOF[config.element]
     total, resident = items * item_blocks, config.resident * num_sms
-    whole = SplitGrid(items, m_blocks, item_blocks, item_blocks, 0, False)
+    whole = SplitGrid(items, m_blocks, item_blocks, item_blocks, 0)
     if total == 0 or total > MAX_GRID or (m_blocks == 1 and item_blocks * block_bytes <= WHOLE_BYTES):
         return whole
     blocks = min(resident, max(items, total * block_bytes // LEAST_BYTES))
     quotient, remainder = divmod(total, blocks)
     if remainder == 0 and quotient % item_blocks == 0:
         return whole._replace(num_blocks=blocks, quotient=quotient)  # several whole items for each
-    return SplitGrid(blocks, m_blocks, item_blocks, quotient, remainder, True)
+    shared = SplitGrid(blocks, m_blocks, item_blocks, quotient, remainder)
+    if rows > ROWS_PER_WARP * warps and items <= blocks:
+        return shared._replace(merging=items * config.block_m // warps)
+    return shared._replace(clearing=-(-blocks // config.num_threads))
 
 
 def column_warps(static: Static) -> int:

@@ -16,7 +16,7 @@ from emulated.cases import ORDERS, Kind, features, forward
 
 pytestmark = pytest.mark.skipif(bool(emulated.why_not()), reason=emulated.why_not())
 
-CLEARING, MAIN = "attention_forward_split_clear", "attention_forward_split_sm80"
+CLEARING, MAIN, MERGING = (f"attention_forward_split_{each}" for each in ("clear", "sm80", "merge"))
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_few_rows_equal_the_reference(
 ) -> None:
     case = data.draw(few(kind, rows))
     assert few_rows // 2 < case.seqlen_q * case.num_heads_q // case.num_heads_k <= few_rows or few_rows == 16
-    assert forward(case, data.draw(ORDERS), num_sms=data.draw(SMS)).entries[-1] == MAIN
+    assert forward(case, data.draw(ORDERS), num_sms=data.draw(SMS)).entries.count(MAIN) == 1
 
 
 TOGETHER: dict[str, Any] = {"num_heads_q": 6, "num_heads_k": 2, "head_dim": 64, "head_dim_v": 64, "return_lse": True}
@@ -86,7 +86,7 @@ def test_long_sums_are_taken_over(dtype: str) -> None:
     """A block's warps have a chain each, and one more, of their own."""
     keys = 4 * CHAIN_ROWS + 8 * 300
     case = Case(batch=1, seqlen_q=1, seqlen_k=keys, dtype=dtype, **TOGETHER | {"num_heads_q": 2, "num_heads_k": 1})
-    assert forward(case, num_sms=1).entries[-1] == MAIN
+    assert forward(case, num_sms=1).entries.count(MAIN) == 1
 
 
 SEVERAL: tuple[tuple[Kind, tuple[tuple[int, int, int], ...]], ...] = (
@@ -119,7 +119,7 @@ def test_several_tiles_equal_the_reference(
     kind: Kind, rows: tuple[tuple[int, int, int], ...], data: st.DataObject
 ) -> None:
     case = data.draw(several(kind, rows))
-    assert forward(case, data.draw(ORDERS), num_sms=data.draw(SMS)).entries[-1] == MAIN
+    assert forward(case, data.draw(ORDERS), num_sms=data.draw(SMS)).entries.count(MAIN) == 1
 
 
 @pytest.mark.usefixtures("no_keys_are_few")
@@ -127,5 +127,5 @@ def test_several_tiles_equal_the_reference(
 def test_bits_of_several_tiles_do_not_depend_on_the_order_of_blocks(num_sms: int) -> None:
     case = Case(batch=1, seqlen_q=23, seqlen_k=531, causal=True, dtype="float16", **TOGETHER | {"num_heads_q": 8})
     ran = [forward(case, order, num_sms=num_sms) for order in (None, 1, 2, 3)]
-    assert ran[0].entries == [CLEARING, MAIN]
+    assert ran[0].entries == [MAIN, MERGING]
     assert len({each.bits for each in ran}) == 1

@@ -449,8 +449,11 @@ def test_few_rows_are_divided_as_the_host_says(sms: int) -> None:
             assert grid.m_blocks * plan.config.block_m >= seqlen_q * heads[0] // heads[1]
             total = items * grid.item_blocks
             assert grid.num_blocks * grid.quotient + grid.remainder == total
-            assert grid.shared == (grid.blocks[0] > 0) == bool(plan.kernel.scratch(plan.config, problem, grid).floats)
-            assert grid.shared or grid.quotient % grid.item_blocks == grid.remainder == 0
+            shared = grid.clearing + grid.merging > 0
+            assert shared == bool(plan.kernel.scratch(plan.config, problem, grid).floats)
+            assert not (grid.clearing and grid.merging)
+            assert grid.merging in (0, items * plan.config.block_m * 32 // plan.config.num_threads)
+            assert shared or grid.quotient % grid.item_blocks == grid.remainder == 0
             assert grid.num_blocks <= max(plan.config.resident * sms, items)
 
 
