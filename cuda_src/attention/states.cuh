@@ -34,6 +34,7 @@ struct RowStates {
         lse_a(states.lse_a + index.element(states.lse_a_steps)),
         lse_b(states.lse_b + index.element(states.lse_b_steps)) {
     largest = -infinity;
+#pragma unroll 4  // loads do not wait for each other
     for (int state = 0; state < states.count; ++state) largest = fmaxf(largest, lse(state));
     sum = 0.0f;
     for (int state = 0; state < states.count; ++state) sum += unnormalized(lse(state));

@@ -12,12 +12,19 @@ from .._call import arrays as _arrays
 from .._call import options as _options
 from .._call.arrays import CPU, unscriptable
 from .._call.kvcache import DecodePlan
+from .._call.problem import FEW_ROWS, FEW_TILE_ROWS, FEW_TILES
 from ..errors import ArgumentError, UnsupportedError
 from .attention import Array, attention, attention_varlen
 from .kvcache import attention_with_kvcache
 from .states import merge_states
 
 FUNCTION = "attention_shared_prefix"
+
+PART_TILES = 128
+"""Tiles of queries and parts of a prefix that a GPU computes at a time, each on an SM of its own."""
+
+LEAST_PART_KEYS, MOST_PARTS = 512, 16
+"""Keys of a part, and parts, beside which it does not count that parts are put together. Reckoned, not measured."""
 
 Level = tuple[Array, Array, Array, Array]
 """k and v of prefixes end to end, which rows of q read each of them, and where each of them lies."""
@@ -55,7 +62,8 @@ def attention_shared_prefix(
 
     As samples of one prompt have it, or conversations behind one system prompt. The result is that of `attention` over
     the prefix and then a sequence's own keys. The prefix is attended to by the rows of all sequences together, a
-    sequence's own keys as ever, and `merge_states` puts both together: three launches.
+    sequence's own keys as ever, and `merge_states` puts both together. A long prefix is cut into parts, where otherwise
+    most SMs would have nothing to do.
 
     Parameters
     ----------
@@ -153,7 +161,7 @@ def attention_shared_prefix(
     scoring: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap, "return_lse": True}
     parts = []
     if k_prefix is not None:
-        parts.append(_attend_together(q, k_prefix, v_prefix, scoring))
+        parts += _attend_together(q, k_prefix, v_prefix, scoring)
     for level_k, level_v, cu_rows, cu_prefixes in levels:
         rows = q if packed else q.reshape(q.shape[0] * q.shape[1], *q.shape[2:])
         state = attention_varlen(rows, level_k, level_v, cu_rows, cu_prefixes, **scoring)
@@ -174,12 +182,51 @@ def attention_shared_prefix(
     return tuple(merged) if return_lse else merged[0]
 
 
-def _attend_together(q: Array, k_prefix: Array, v_prefix: Array, scoring: dict[str, Any]) -> tuple[Array, Array]:
-    """The state of a prefix that all rows of q read, as those of one sequence."""
+def _attend_together(q: Array, k_prefix: Array, v_prefix: Array, scoring: dict[str, Any]) -> list[tuple[Array, Array]]:
+    """The states of a prefix that all rows of q read, as those of one sequence: one, or two where some keys are left.
+
+    Parts of the prefix are sequences that have the same rows.
+    """
     packed = len(q.shape) == 3
     rows = q[None] if packed else q.reshape(1, q.shape[0] * q.shape[1], *q.shape[2:])
-    out, lse = attention(rows, k_prefix[None], v_prefix[None], **scoring)
-    return (out[0], lse[0]) if packed else _as_batch(q, out[0], lse[0])
+    length = k_prefix.shape[0]
+    count = _count_parts(rows.shape[1], rows.shape[2], k_prefix.shape[1], length)
+    states = []
+    if count > 1:
+        keys, values = (x[: length // count * count].reshape(count, -1, *x.shape[1:]) for x in (k_prefix, v_prefix))
+        states.append(merge_states(*attention(_repeated(rows, count), keys, values, **scoring)))
+        k_prefix, v_prefix = (x[length // count * count :] for x in (k_prefix, v_prefix))
+    if count == 1 or k_prefix.shape[0] > 0:
+        out, lse = attention(rows, k_prefix[None], v_prefix[None], **scoring)
+        states.append((out[0], lse[0]))
+    return states if packed else [_as_batch(q, *state) for state in states]
+
+
+def _count_parts(queries: int, heads_q: int, heads_k: int, keys: int) -> int:
+    """How many parts of equally many keys a prefix is cut into, at best such that none are left."""
+    rows = queries * heads_q // max(1, heads_k)
+    tiles = heads_k * -(-rows // FEW_TILE_ROWS)
+    if rows <= FEW_ROWS[-1] or tiles == 0:
+        return 1  # keys are shared by all SMs as they are
+    most, least = min(PART_TILES // tiles, keys // LEAST_PART_KEYS, MOST_PARTS), FEW_TILES // tiles + 1
+    if most < max(2, least):
+        return 1
+    for count in range(most, max(2, least, most // 2) - 1, -1):
+        if keys % count == 0:
+            return count
+    return most
+
+
+def _repeated(rows: Array, count: int) -> Array:
+    """A view of the rows of one sequence as those of several."""
+    if hasattr(rows, "expand"):
+        return rows.expand(count, *rows.shape[1:])
+    shape = (count, *rows.shape[1:])
+    if _arrays.is_jax(rows):
+        import jax.numpy
+
+        return jax.numpy.broadcast_to(rows, shape)
+    return np.broadcast_to(rows, shape)
 
 
 def _as_batch(q: Array, out: Array, lse: Array) -> tuple[Array, Array]:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cufa
 from cufa import reference
+from cufa._api import shared_prefix
 from cufa.testing import to_numpy
 
 OFFSETS = np.int32
@@ -123,6 +124,41 @@ def test_it_is_attention_over_the_whole_keys(tree: Tree) -> None:
     tree.check(*cufa.attention_shared_prefix(**arrays, **tree.options, return_lse=True), arrays)
 
 
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that prefixes of a few keys are cut into parts."""
+    for name, value in {"LEAST_PART_KEYS": 3, "FEW_ROWS": (0,), "FEW_TILES": 0}.items():
+        monkeypatch.setattr(shared_prefix, name, value)
+
+
+@pytest.mark.usefixtures("parts")
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=trees())
+def test_parts_of_a_prefix(tree: Tree) -> None:
+    arrays = tree.arrays()
+    tree.check(*cufa.attention_shared_prefix(**arrays, **tree.options, return_lse=True), arrays)
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "keys", "count"),
+    [
+        (64, (32, 8), 8192, 8),
+        (64, (32, 8), 8190, 7),  # which divides it
+        (64, (32, 8), 8191, 8),  # seven keys are left
+        (64, (32, 8), 1535, 1),
+        (64, (32, 8), 1536, 3),
+        (16, (32, 8), 8192, 1),  # few rows
+        (256, (32, 8), 8192, 2),
+        (512, (32, 8), 8192, 1),  # tiles enough
+        (64, (4, 1), 1 << 17, 1),  # parts would be too few
+        (1024, (4, 1), 1 << 17, 4),
+        (0, (4, 1), 8192, 1),
+    ],
+)
+def test_how_many_parts(queries: int, heads: tuple[int, int], keys: int, count: int) -> None:
+    assert shared_prefix._count_parts(queries, *heads, keys) == count
+
+
 TREE = Tree(
     queries=(2,) * 4,
     keys=(6,) * 4,
@@ -205,6 +241,11 @@ def test_one_key_less_than_queries_will_do() -> None:
     tree.check(*cufa.attention_shared_prefix(**arrays, causal=True, return_lse=True), arrays)
 
 
+@pytest.mark.usefixtures("parts")
+def test_jax_differentiates_parts() -> None:
+    test_jax_differentiates_it()
+
+
 def test_jax_differentiates_it() -> None:
     jax = pytest.importorskip("jax")
     arrays = TREE.arrays()
@@ -228,6 +269,11 @@ def test_jax_differentiates_it() -> None:
     found = jax.jit(jax.grad(loss, (0, 1, 2)))(*point)
     for one, other in zip(found, jax.grad(whole, (0, 1, 2))(*point), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.usefixtures("parts")
+def test_torch_differentiates_parts() -> None:
+    test_torch_differentiates_it()
 
 
 def test_torch_differentiates_it() -> None:

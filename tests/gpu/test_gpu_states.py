@@ -76,6 +76,24 @@ def test_a_graph_merges_what_its_states_hold_by_then(cupy: Any) -> None:
     other.check_merged(out, lse)
 
 
+@pytest.mark.parametrize("length", [4096, 4099])
+def test_parts_of_a_long_prefix(cupy: Any, length: int) -> None:
+    """And three keys that are left."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((64, 1, 32, 128)).astype(np.float16)
+    k_prefix, v_prefix = rng.standard_normal((2, length, 8, 128)).astype(np.float16)
+    k, v = rng.standard_normal((2, 64, 30, 8, 128)).astype(np.float16)
+    arrays = [cupy.asarray(x) for x in (q, k_prefix, v_prefix, k, v)]
+    before = dict(cufa.stats().launches)
+    out = to_numpy(cufa.attention_shared_prefix(*arrays))
+    merges = [words for words in cufa.stats().launches if "merge" in words]
+    assert sum(cufa.stats().launches[each] - before.get(each, 0) for each in merges) == 2 + length % 2
+    for b in (0, 41, 63):
+        whole = (np.concatenate(x)[None] for x in ((k_prefix, k[b]), (v_prefix, v[b])))
+        right = reference.attention(q[b : b + 1], *whole)
+        np.testing.assert_allclose(out[b : b + 1].astype(np.float64), right, atol=2e-3)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_shared_prefixes(cupy: Any, packed: bool) -> None:
     """A common one, a level of others below it, and own keys."""
