@@ -21,7 +21,6 @@ from .._call.problem import (
     CLUSTERS_THAT_FILL,
     FEW_KEYS,
     FEW_ROWS,
-    FEW_TILES,
     GPU_DTYPES,
     ITEMSIZE,
     LONG,

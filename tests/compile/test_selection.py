@@ -47,7 +47,7 @@ def test_presets_hold_as_many_kernels_as_can_be_compiled_in_time(arch: int) -> N
     found = {name: selection.plans_for(kinds, arch) for name, kinds in PRESETS.items()}
     few = {name: sum("_split_sm80" in plan.name or "_cluster_" in plan.name for plan in found[name]) for name in found}
     counts = {name: len(plans) - few[name] // 2 for name, plans in found.items()}
-    assert 30 < counts["inference"] <= 100
+    assert 30 < counts["inference"] <= 105
     assert 30 < counts["training"] <= 100
     assert max(counts["inference"], counts["training"]) < counts["full"] <= 160
 
