@@ -73,7 +73,7 @@ struct LaneBox : CachedBox {
 // lane's.
 template <class Config>
 struct MappedPages {
-  static constexpr int box_rows = Config::box_rows;
+  static constexpr int box_rows = Config::page_rows;
 
   int length;  // how many rows are live
   int head, batch;

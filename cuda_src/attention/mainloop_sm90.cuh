@@ -113,7 +113,7 @@ struct MainloopSm90 {
   void find_tiles(const Argument& argument, PackedScan& scan) const {
     typename Tiles::Cursor at_tiles;
     int chain = 0;
-    u32 key_blocks = 0;  // of the tiles that are found
+    int key_blocks = 0;  // of the tiles that are found
     for (typename Source::Cursor at(argument);;) {
       Entry& entry = entries[at_tiles.stage()];
       tiles().wait_empty(at_tiles);
@@ -139,7 +139,7 @@ struct MainloopSm90 {
       }
       if (chain != 0) continue;
       if constexpr (Source::finds_late) {  // when all K but the last blocks are there
-        const typename Keys::Cursor last{max_of(key_blocks, u32(Keys::stages))};
+        const typename Keys::Cursor last{u32(max_of(key_blocks, Keys::stages))};
         if (key_blocks > 0) keys().wait_full(last.before(Keys::stages));
       }
       at.advance();

@@ -47,15 +47,12 @@ class ConfigCacheSm90(ConfigSm90):
     Attributes
     ----------
     page_rows : int
-        As of the kernel for every GPU.
-    box_rows : int
-        Rows that are loaded together, which of pages are such as surely lie in one.
+        Rows of a page that are loaded together; 0 where caches are contiguous.
     prepare_threads : int
         Threads of a block of the launch that appends.
     """
 
     page_rows: int
-    box_rows: int
     prepare_threads: int = PREPARE_THREADS
 
     def words(self) -> list[str]:
@@ -118,12 +115,12 @@ class ForwardCacheSm90(ForwardSm90):
 
     def config(self, static: Static, arch: int) -> ConfigCacheSm90:
         members = vars(super().config(static, arch))
-        if static.page_rows:
+        page_rows = math.gcd(members["block_n"], static.page_rows) if static.page_rows else 0
+        if page_rows:
             narrow = max(members["tile_head_dim"], members["tile_head_dim_v"]) <= 64
             registers = PAGED_REGISTERS[narrow]
             members = members | dict(zip(("producer_registers", "consumer_registers"), registers, strict=True))
-        box_rows = math.gcd(members["block_n"], static.page_rows)  # without pages the whole block
-        return ConfigCacheSm90(**members, page_rows=static.page_rows, box_rows=box_rows)
+        return ConfigCacheSm90(**members, page_rows=page_rows)
 
     def steps(self, config: ConfigSm90) -> tuple[Step, ...]:
         return (Step(APPENDING, PREPARE_THREADS), *super().steps(config))
@@ -149,7 +146,7 @@ class ForwardCacheSm90(ForwardSm90):
     def maps(self, config: ConfigSm90, problem: Problem) -> tuple[Map, ...]:
         assert isinstance(problem, KVCacheProblem) and isinstance(config, ConfigCacheSm90)
         q = query_name(problem), query_strides(problem)
-        return tensor_map.of_caches(problem, config, q, config.box_rows)
+        return tensor_map.of_caches(problem, config, q, config.page_rows or config.block_n)
 
     def argument(self, record: Record, config: Any, problem: Problem, grid: Any) -> Argument:
         assert isinstance(problem, KVCacheProblem)
