@@ -49,7 +49,7 @@ def test_presets_hold_as_many_kernels_as_can_be_compiled_in_time(arch: int) -> N
     counts = {name: len(plans) - few[name] // 2 for name, plans in found.items()}
     assert 30 < counts["inference"] <= 105
     assert 30 < counts["training"] <= 100
-    assert max(counts["inference"], counts["training"]) < counts["full"] <= 160
+    assert max(counts["inference"], counts["training"]) < counts["full"] <= 170
 
 
 @pytest.mark.parametrize("name", PRESETS)
