@@ -22,6 +22,7 @@ from .problem import (
     FULL_ROWS,
     GPU_DTYPES,
     ITEMSIZE,
+    LONG,
     MANY,
     MAX_PAGE_ROWS,
     Check,
@@ -379,18 +380,19 @@ class _KVCacheCheck(Check):
         rotates = "rotary_cos" in self.specs
         access, pack = _problem.access(operation, self.specs), self.pack(q)
         full_tiles = self.full_tiles(q, pack, facts.num_splits)
+        mask = _problem.mask_kind(facts.window_left, facts.window_right)
         access["tma"] = access["tma"] and (rotates or _problem.has_tensor_map(q, itemsize))
         return Static(
             element=GPU_DTYPES[q.dtype],
             head_dim=q.shape[-1],
             head_dim_v=head_dim_v,
-            mask=_problem.mask_kind(facts.window_left, facts.window_right),
+            mask=mask,
             terms=self.asked(),
             sinks="sinks" in self.specs,
             varlen=self.varlen,
             **access,
             store_bytes=max(itemsize, min([*out, math.gcd(head_dim_v * itemsize, ALIGNMENT)])),
-            short=False,
+            short=full_tiles and mask == "causal" and self.queries(q) < LONG,
             pack=pack,
             many=self.varlen and self.batch() > MANY,
             chains=facts.seqlen_k > CHAIN_ROWS,
