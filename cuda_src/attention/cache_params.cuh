@@ -40,6 +40,7 @@ struct CacheParams {
   i32 rotary_floats;    // whether the table is float32, whatever the caches are
   i32 wide_rows;        // whether rows of what is copied begin at multiples of 16 bytes
   i32 makes_plan;       // whether the first launch's first thread block makes the plan; the others append
+  i32 divides;          // whether of the plan that is the counters alone, and thread blocks divide the work themselves
   i32 plan_blocks;      // thread blocks that the plan has room for
   i32 least_blocks;     // of which it uses so many at least,
   i32 least_positions;  // and more only where each has so many positions

@@ -34,7 +34,8 @@ struct alignas(16) PlannedBlock {
 };
 
 // What plan memory holds: PlannedBlock by thread block, PlannedSequence by sequence and one behind the last, and the
-// counters of thread blocks, see attention/forward_split_sm80.cuh.
+// counters of thread blocks, see attention/forward_split_sm80.cuh. Where thread blocks divide the work themselves it
+// holds the counters alone.
 struct PlanMemory {
   PlannedBlock* blocks;
   PlannedSequence* sequences;
@@ -43,8 +44,14 @@ struct PlanMemory {
   PlanMemory(const Params& params, const CacheParams& cache)
       : blocks(reinterpret_cast<PlannedBlock*>(cache.plan)),
         sequences(reinterpret_cast<PlannedSequence*>(blocks + cache.plan_blocks)),
-        counters(reinterpret_cast<i32*>(sequences + params.batch + 1)) {}
+        counters(cache.divides ? cache.plan : reinterpret_cast<i32*>(sequences + params.batch + 1)) {}
 };
+
+// How many rows of q a sequence has, by its entry and the next.
+template <class Config>
+constexpr int rows_between(const Params& params, const PlannedSequence& sequence, const PlannedSequence& next) {
+  return Config::varlen ? next.q_first_row - sequence.q_first_row : params.seqlen_q;
+}
 
 // How many tiles a key head of a sequence has.
 template <class Config>
@@ -114,9 +121,8 @@ struct BlockScan {
 
   static int combine(int a, int b) { return largest ? max_of(a, b) : a + b; }
 
-  // All threads call this.
-  explicit BlockScan(int x) {
-    __shared__ int of_warps[threads / 32];
+  // All threads call this. `of_warps` is shared memory, of a number for each warp.
+  BlockScan(int x, int* of_warps) {
     int with_own = x;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -137,15 +143,18 @@ struct BlockScan {
   }
 };
 
-// Writes the plan, in turns in which a thread has `each` sequences side by side. All threads of a block call this.
-template <class Config, int each>
-inline void make_plan(const Params& params, const CacheParams& cache) {
-  constexpr int threads = Config::prepare_threads;
-  const PlanMemory plan(params, cache);
-  for (int i = threadIdx.x; i < cache.plan_blocks; i += threads) plan.counters[i] = 0;
+// Thread blocks that share so many positions.
+constexpr int used_blocks(const CacheParams& cache, int positions) {
+  return clamp(positions / cache.least_positions, cache.least_blocks, cache.plan_blocks);
+}
 
+// Writes what all sequences have, and one entry behind the last, in turns in which each of `threads` has `each` of them
+// side by side. Returns how many positions all have. All threads of a block call this; `of_warps` is as for BlockScan.
+// A barrier has to follow before the entries are read.
+template <class Config, int threads, int each>
+inline int find_sequences(const Params& params, const CacheParams& cache, PlannedSequence* entries, int* of_warps) {
   int positions = 0, rows = 0;  // those of all sequences that were passed: rows are where the next begins in q
-  for (int first = 0; first <= params.batch; first += threads * each) {
+  for (int first = 0; first < params.batch; first += threads * each) {
     const int own = first + int(threadIdx.x) * each;
     // Packed sequences begin where the largest offset up to theirs says.
     int offsets[each + 1] = {};
@@ -156,7 +165,7 @@ inline void make_plan(const Params& params, const CacheParams& cache) {
         offsets[i] = clamp(params.cu_seqlens_q[b * params.cu_seqlens_q_stride], 0, params.seqlen_q);
         if (i > 0) offsets[i] = max_of(offsets[i], offsets[i - 1]);
       }
-      const BlockScan<threads, true> scan(offsets[each - 1]);
+      const BlockScan<threads, true> scan(offsets[each], of_warps);
 #pragma unroll
       for (int i = 0; i <= each; ++i) offsets[i] = max_of(offsets[i], max_of(rows, scan.before));
       rows = max_of(rows, scan.all);
@@ -172,16 +181,35 @@ inline void make_plan(const Params& params, const CacheParams& cache) {
       sequences[i].keys = seqlen.k;
       sum += sequence_positions<Config>(params, cache, seqlen);
     }
-    const BlockScan<threads, false> scan(sum);
+    const BlockScan<threads, false> scan(sum, of_warps);
 #pragma unroll
     for (int i = 0; i < each; ++i) {
       sequences[i].before += positions + scan.before;
-      if (own + i <= params.batch) plan.sequences[own + i] = sequences[i];
+      if (own + i < params.batch) entries[own + i] = sequences[i];
     }
     positions += scan.all;
   }
+  if (threadIdx.x == 0) entries[params.batch] = {positions, rows, 0, 0};
+  return positions;
+}
 
-  const int used = clamp(positions / cache.least_positions, cache.least_blocks, cache.plan_blocks);
+// Sets the counters of all thread blocks to 0. All threads of a block call this.
+template <class Config>
+inline void clear_counters(const Params& params, const CacheParams& cache) {
+  const PlanMemory plan(params, cache);
+  for (int i = threadIdx.x; i < cache.plan_blocks; i += Config::prepare_threads) plan.counters[i] = 0;
+}
+
+// Writes the plan; `each` is as for find_sequences. All threads of a block call this.
+template <class Config, int each>
+inline void make_plan(const Params& params, const CacheParams& cache) {
+  constexpr int threads = Config::prepare_threads;
+  __shared__ int of_warps[threads / 32];
+  const PlanMemory plan(params, cache);
+  clear_counters<Config>(params, cache);
+  const int positions = find_sequences<Config, threads, each>(params, cache, plan.sequences, of_warps);
+
+  const int used = used_blocks(cache, positions);
   const EvenCut cut{positions / used, positions % used};
   const int busy = min_of(positions, used);
   for (int i = busy + int(threadIdx.x); i < cache.plan_blocks; i += threads) {
@@ -193,7 +221,7 @@ inline void make_plan(const Params& params, const CacheParams& cache) {
   for (int i = threadIdx.x; i < params.batch * writers; i += threads) {
     const int batch = i / writers;
     const PlannedSequence sequence = plan.sequences[batch], next = plan.sequences[batch + 1];
-    const int q_rows = Config::varlen ? next.q_first_row - sequence.q_first_row : params.seqlen_q;
+    const int q_rows = rows_between<Config>(params, sequence, next);
     const int first = sequence.before == 0 ? 0 : cut.part_of(sequence.before - 1) + 1;
     for (int block = first + i % writers; block < busy && cut.begin(block) < next.before; block += writers) {
       plan.blocks[block] = {cut, batch, q_rows, sequence};

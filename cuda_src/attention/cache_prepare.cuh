@@ -7,13 +7,17 @@
 #include "attention/cache_tma_params.cuh"
 #include "attention/params.cuh"
 #include "attention/variant.cuh"  // which Config names
+#include "ptx/grid.cuh"
 
 namespace attention {
 
+// The main kernel may begin at once, and waits for this grid before it needs what that writes.
 template <class Config>
 inline void cache_prepare(const CacheArgument& argument) {
   const Params& params = argument.params;
   const CacheParams& cache = argument.cache;
+  ptx::grid_begin();
+  if (cache.divides && blockIdx.x == 0) return clear_counters<Config>(params, cache);
   if (cache.makes_plan && blockIdx.x == 0) {
     // One turn is the fastest for few sequences, and few turns for many.
     return params.batch < Config::prepare_threads ? make_plan<Config, 1>(params, cache)

@@ -73,6 +73,15 @@ struct CacheWork {
   int before;                     // how many positions are before those of the sequence
 };
 
+// The shared memory of a thread block behind the tiles: the work, and what the plan would say where there is none.
+template <class Config>
+struct CacheMemory {
+  CacheWork<Config> work;
+  EvenCut cut;  // of all positions
+  int of_warps[Config::num_threads / 32];
+  PlannedSequence sequences[Config::own_sequences + 1];
+};
+
 // A unit of a thread block, whose item is what the work in shared memory says.
 template <class Config>
 struct CacheUnit {
@@ -87,18 +96,44 @@ struct CacheUnit {
   }
 };
 
-// The units of a thread block, as a plan says. All threads call `first` and `next`.
+// The units of a thread block, as a plan says or, where CacheParams::divides, as `divide` finds. All threads call it,
+// `first` and `next`.
 template <class Config>
 struct CacheSchedule {
   using Unit = CacheUnit<Config>;
 
   const Params& params;
   const CacheParams& cache;
-  CacheWork<Config>& work;  // in shared memory
+  CacheMemory<Config>& own;  // in shared memory
+
+  // Whether thread blocks divide the work themselves.
+  bool divides() const { return Config::own_sequences > 0 && cache.divides; }
 
   bool one_item() const { return cache.num_splits > 0; }
 
+  // Reads the lengths of all sequences, and nothing that the grid before writes.
+  void divide() const {
+    const int positions = find_sequences<Config, Config::num_threads, 2>(params, cache, own.sequences, own.of_warps);
+    const int used = used_blocks(cache, positions);
+    if (ptx::tid_x() == 0) own.cut = {positions / used, positions % used};
+    __syncthreads();
+  }
+
   Unit first(int block) const {
+    if (divides()) {
+      const EvenCut cut = own.cut;
+      const int position = cut.begin(block);
+      if (position >= own.sequences[params.batch].before) return none();  // there are more blocks than parts
+      for (int b = ptx::tid_x(); b < params.batch; b += Config::num_threads) {
+        const PlannedSequence& sequence = own.sequences[b];
+        const PlannedSequence& following = own.sequences[b + 1];
+        if (sequence.before <= position && position < following.before) {
+          take(b, sequence.before, seqlen_of(sequence, following), position, cut.begin(block + 1));
+        }
+      }
+      __syncthreads();
+      return unit();
+    }
     const PlannedBlock& planned = memory().blocks[block];
     const EvenCut cut = planned.cut;
     if (cut.begin(block) >= cut.begin(block + 1)) return none();
@@ -112,11 +147,12 @@ struct CacheSchedule {
   }
 
   Unit next(const Unit&, int block) const {
-    const int position = work.next_position, end = memory().blocks[block].cut.begin(block + 1);
+    const CacheWork<Config>& work = own.work;
+    const int position = work.next_position, end = cut().begin(block + 1);
     if (position >= end) return none();
     __syncthreads();  // every thread has read what the unit before was
     if (ptx::tid_x() == 0) {
-      const PlannedSequence* sequence = memory().sequences + work.tile.sequence;
+      const PlannedSequence* sequence = sequences() + work.tile.sequence;
       if (position < sequence[1].before) {
         take(work.tile.sequence, work.before, work.tile.seqlen, position, end);
       } else {
@@ -125,8 +161,7 @@ struct CacheSchedule {
           ++sequence;
           ++batch;
         } while (sequence[1].before == position);  // sequences without rows of q have no positions
-        const int q_rows = Config::varlen ? sequence[1].q_first_row - sequence->q_first_row : params.seqlen_q;
-        take(batch, position, {q_rows, sequence->keys, sequence->q_first_row, sequence->k_first_row}, position, end);
+        take(batch, position, seqlen_of(sequence[0], sequence[1]), position, end);
       }
     }
     __syncthreads();
@@ -134,22 +169,32 @@ struct CacheSchedule {
   }
 
   Sharers sharers(const CacheWork<Config>*) const {
+    const CacheWork<Config>& work = own.work;
     const int first_position = work.first_position;
     if (cache.num_splits > 0) return {first_position, cache.num_splits};
-    const EvenCut cut = memory().blocks[blockIdx.x].cut;
-    const int first = cut.part_of(first_position);
-    return {first, cut.part_of(first_position + work.positions - 1) - first + 1};
+    const EvenCut its_cut = cut();
+    const int first = its_cut.part_of(first_position);
+    return {first, its_cut.part_of(first_position + work.positions - 1) - first + 1};
   }
 
  private:
-  PlanMemory memory() const { return PlanMemory(params, cache); }
+  EvenCut cut() const { return divides() ? own.cut : memory().blocks[blockIdx.x].cut; }
 
-  Unit unit() const { return {&work, work.begin, work.end}; }
+  PlanMemory memory() const { return PlanMemory(params, cache); }
+  const PlannedSequence* sequences() const { return divides() ? own.sequences : memory().sequences; }
+
+  Seqlen seqlen_of(const PlannedSequence& sequence, const PlannedSequence& following) const {
+    const int q_rows = rows_between<Config>(params, sequence, following);
+    return {q_rows, sequence.keys, sequence.q_first_row, sequence.k_first_row};
+  }
+
+  Unit unit() const { return {&own.work, own.work.begin, own.work.end}; }
   static Unit none() { return {nullptr, 0, 0}; }
 
   // Sets the work to the unit of a position of a sequence, whose positions begin behind `before` others; those of the
   // thread block end with `last`.
   void take(int batch, int before, const Seqlen& seqlen, int position, int last) const {
+    CacheWork<Config>& work = own.work;
     const SequenceItem its = sequence_item<Config>(params, cache, seqlen, position - before);
     work.tile.take(params, seqlen, batch, its.head, its.m_block);
     work.before = before;

@@ -7,6 +7,7 @@
 #include "attention/cache_work.cuh"
 #include "attention/epilogue_empty.cuh"
 #include "attention/forward_split_sm80.cuh"
+#include "ptx/grid.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/thread.cuh"
 
@@ -15,13 +16,17 @@ namespace attention {
 template <class Config>
 inline void forward_cache_sm80(const CacheArgument& argument) {
   extern __shared__ __align__(1024) char dynamic_smem[];
-  static_assert(sizeof(CacheWork<Config>) <= Config::work_bytes && Config::smem_bytes % 16 == 0,
+  static_assert(sizeof(CacheMemory<Config>) <= Config::work_bytes && Config::smem_bytes % 16 == 0,
                 "the work lies behind the tiles");
-  CacheWork<Config>& work = *reinterpret_cast<CacheWork<Config>*>(dynamic_smem + Config::smem_bytes);
-  const CacheSchedule<Config> schedule{argument.params, argument.cache, work};
+  CacheMemory<Config>& own = *reinterpret_cast<CacheMemory<Config>*>(dynamic_smem + Config::smem_bytes);
+  const CacheSchedule<Config> schedule{argument.params, argument.cache, own};
+  if (schedule.divides()) schedule.divide();
+  // The grid before makes the plan and writes to caches; of counters alone forward_split takes care.
+  if (!schedule.divides() || argument.cache.appends) ptx::grid_wait();
   const PlanMemory plan(argument.params, argument.cache);
   forward_split<Config, CacheTile<Config>>(argument, schedule, argument.cache.partials, plan.counters,
                                            ptx::shared_address(dynamic_smem));
+  if (schedule.divides()) ptx::grid_wait();  // this grid does not end before that
   if constexpr (Config::varlen) {
     clear_outside<Config>(argument.params, ptx::tid_x() / 32, Config::num_threads / 32);
   }

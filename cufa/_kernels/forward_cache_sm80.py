@@ -13,17 +13,45 @@ from .._call.kvcache import KVCacheProblem
 from .._call.problem import ITEMSIZE, Problem, Static, widest_copy
 from .._driver.launch import Argument
 from ..errors import ArgumentError, UnsupportedError
-from .forward_split_sm80 import LEAST_BYTES, ConfigSplitSm80, Tile, members, partial_floats, seen_blocks, tile_of
-from .kernel import FASTEST, MAX_GRID, NO_SCRATCH, SIZEOF, Kernel, Scratch, Step, four, known_arch, round_up
+from .forward_split_sm80 import (
+    LEAST_BYTES,
+    RESERVED_BYTES,
+    ConfigSplitSm80,
+    Tile,
+    members,
+    partial_floats,
+    seen_blocks,
+    tile_of,
+)
+from .kernel import (
+    FASTEST,
+    MAX_GRID,
+    NO_SCRATCH,
+    SHARED_MEMORY,
+    SIZEOF,
+    Kernel,
+    Scratch,
+    Step,
+    four,
+    known_arch,
+    round_up,
+)
 from .params import params_of
 from .record import Record
 
 PREPARE_THREADS = 256
 WORK_BYTES = 128
+MOST_SEQUENCES = 256
+LEAST_SEQUENCES = 32
+"""Sequences whose lengths each thread block of the main launch reads by itself, if it has shared memory for them, and
+how many are worth it. Reckoned, not measured."""
+
 PREPARING = "attention_cache_prepare"
 
 BLOCK_WORDS, SEQUENCE_WORDS = 8, 4
 """Of what a plan says of a thread block, and of a sequence: ``PlanMemory`` in cuda_src/attention/cache_plan.cuh."""
+
+SEQUENCE_BYTES = 4 * SEQUENCE_WORDS
 
 ROTATED = "rotated_q"
 
@@ -39,13 +67,16 @@ class ConfigCacheSm80(ConfigSplitSm80):
     ----------
     page_rows : int
         Keys that lie in one page side by side, from each multiple of so many on; 0 where caches are contiguous.
+    own_sequences : int
+        Sequences that a thread block has shared memory for, so that it need not wait for a plan; 0: it does always.
     work_bytes : int
-        Shared memory behind that of the tiles, where a thread block has what it works on.
+        Shared memory behind that of the tiles, where a thread block has what it works on, and those sequences.
     prepare_threads : int
         Threads of a block of the launch that plans and appends.
     """
 
     page_rows: int
+    own_sequences: int = 0
     work_bytes: int = WORK_BYTES
     prepare_threads: int = PREPARE_THREADS
 
@@ -66,6 +97,8 @@ class CacheGrid(NamedTuple):
         Thread blocks that have something to do at least, as far as there is something.
     makes_plan : bool
         Whether the first launch does.
+    divides : bool
+        Whether of the plan that is the counters alone: thread blocks divide the work themselves.
     cluster : int
         Thread blocks of the main launch that are a cluster.
     """
@@ -74,6 +107,7 @@ class CacheGrid(NamedTuple):
     num_blocks: int
     least_blocks: int
     makes_plan: bool
+    divides: bool = False
     cluster: int = 1
 
     @property
@@ -86,14 +120,16 @@ class ForwardCacheSm80(Kernel):
 
     name = "attention_forward_cache_sm80"
     record = "CacheArgument"
-    prologue = "  ptx::grid_begin();\n"
 
     def reason(self, static: Static, arch: int) -> str:
         return FASTEST
 
     def config(self, static: Static, arch: int) -> ConfigCacheSm80:
         static = with_tile(static)
-        return ConfigCacheSm80(**cache_members(static, tile_of(static, known_arch(arch), WORK_BYTES)))
+        tile = tile_of(static, known_arch(arch), WORK_BYTES + SEQUENCE_BYTES)
+        own_sequences = 0 if static.varlen else sequences_beside(tile, known_arch(arch))
+        work_bytes = WORK_BYTES + SEQUENCE_BYTES * (own_sequences + 1)
+        return ConfigCacheSm80(**cache_members(static, tile), own_sequences=own_sequences, work_bytes=work_bytes)
 
     def steps(self, config: ConfigCacheSm80) -> tuple[Step, ...]:
         return (
@@ -126,7 +162,9 @@ class ForwardCacheSm80(Kernel):
             least = min(items, blocks)
         if problem.varlen and rows:  # someone clears rows that are no sequence's
             blocks = max(1, blocks)
-        grid = CacheGrid(tokens, blocks, max(1, least), blocks > 0 and "plan" not in problem.specs)
+        makes_plan = blocks > 0 and "plan" not in problem.specs
+        divides = makes_plan and 0 < problem.batch <= config.own_sequences
+        grid = CacheGrid(tokens, blocks, max(1, least), makes_plan, divides)
         check_plan(problem, grid)
         return grid
 
@@ -137,6 +175,7 @@ class ForwardCacheSm80(Kernel):
         m_blocks = -(-rows // (config.block_m * (max(1, problem.batch) if problem.varlen else 1)))
         plan = {
             "makes_plan": grid.makes_plan,
+            "divides": grid.divides,
             "plan_blocks": grid.num_blocks,
             "least_blocks": grid.least_blocks,
             "least_positions": least_positions(config) if problem.num_splits == 0 else 1,
@@ -152,7 +191,7 @@ class ForwardCacheSm80(Kernel):
         places = 1 if problem.num_splits else 2
         sizes = {"partials": places * grid.num_blocks * partial_floats(config)}
         if grid.makes_plan:
-            sizes["plan"] = plan_words(problem, grid)
+            sizes["plan"] = grid.num_blocks if grid.divides else plan_words(problem, grid)
         return scratch_of(sizes | rotated(problem))
 
     def asserts(self) -> str:
@@ -288,6 +327,13 @@ def scratch_of(sizes: Mapping[str, int]) -> Scratch:
 
 
 VECTORS = ("cache_seqlens", "cache_batch_idx", "cache_leftpad")
+
+
+def sequences_beside(tile: Tile, arch: int) -> int:
+    """Sequences that shared memory has room for without fewer stages, or thread blocks, than there are."""
+    spare = (SHARED_MEMORY[arch] + RESERVED_BYTES) // tile.resident - RESERVED_BYTES - tile.smem_bytes - WORK_BYTES
+    count = min(MOST_SEQUENCES, spare // SEQUENCE_BYTES - 1)
+    return count if count >= LEAST_SEQUENCES else 0
 
 
 def least_positions(config: ConfigCacheSm80) -> int:

@@ -139,7 +139,7 @@ class ForwardCacheSm90(ForwardSm90):
 
     def values(self, config: ConfigSm90, problem: Problem, grid: Any) -> dict[str, Any]:
         assert isinstance(problem, KVCacheProblem)
-        no_plan = dict.fromkeys(("makes_plan", "plan_blocks", "least_blocks", "least_positions"), 0)
+        no_plan = dict.fromkeys(("makes_plan", "divides", "plan_blocks", "least_blocks", "least_positions"), 0)
         members = members_of(problem, no_plan, m_blocks=grid.m_blocks, heads_per_section=grid.heads_per_section)
         return {"caches": members, "units": grid.units}
 

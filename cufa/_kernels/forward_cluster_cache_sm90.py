@@ -34,7 +34,6 @@ class ForwardClusterCacheSm90(ForwardCacheSm80):
     """The forward over caches of few query rows of few sequences."""
 
     name = "attention_forward_cluster_cache_sm90"
-    prologue = ""
     special = True
 
     def runs_on(self, arch: int) -> bool:
@@ -70,7 +69,7 @@ class ForwardClusterCacheSm90(ForwardCacheSm80):
         m_blocks = -(-problem.seqlen_q * (problem.num_heads_q // problem.num_heads_k) // config.block_m)
         items = problem.batch * m_blocks * problem.num_heads_k
         cluster = cluster_of(config, items, seen_blocks(problem, config.block_n), num_sms)
-        return CacheGrid(tokens, items * cluster, 0, False, cluster)
+        return CacheGrid(tokens, items * cluster, 0, False, cluster=cluster)
 
     def clusters(self, config: Any, grid: CacheGrid) -> tuple[int, ...]:
         return (1, grid.cluster)

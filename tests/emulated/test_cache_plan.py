@@ -137,7 +137,7 @@ def planned(asked: Asked, order: int | None) -> tuple[Any, Any, Any]:
     values["params"] |= {"num_heads_q": HEADS * asked.ratio, "qheads_per_khead": asked.ratio}
     values["params"] |= {"window_left": LEFT, "window_right": RIGHT}
     values["cache"] |= {"cache_seqlens_stride": 1, "cache_leftpad_stride": 1, "appends": 1, "seqlen_new": asked.added}
-    values["cache"] |= {"num_heads_k": HEADS, "makes_plan": 1, "num_splits": asked.num_splits}
+    values["cache"] |= {"num_heads_k": HEADS, "makes_plan": 1, "divides": 0, "num_splits": asked.num_splits}
     values["cache"] |= {"plan_blocks": asked.plan_blocks, "least_blocks": min(2, asked.plan_blocks)}
     values["cache"] |= {"least_positions": asked.least_positions}
     size = 9 * asked.plan_blocks + 4 * (batch + 1)

@@ -121,9 +121,11 @@ def test_chunks_of_prompts_take_several_tiles() -> None:
     assert attend(case, num_sms=2).bits == attend(case, 3, num_sms=2).bits
 
 
-def test_many_short_sequences() -> None:
-    lengths = tuple(np.random.default_rng(0).integers(0, 40, 130).tolist())
-    attend(KVCacheCase(batch=130, lengths=lengths, capacity=40, dtype="float16", head_dim=32, head_dim_v=32), 1)
+@pytest.mark.parametrize("batch", [130, 300])
+def test_many_short_sequences(batch: int) -> None:
+    """Each thread block counts those of 130 by itself, and those of 300 are planned."""
+    lengths = tuple(np.random.default_rng(0).integers(0, 40, batch).tolist())
+    attend(KVCacheCase(batch=batch, lengths=lengths, capacity=40, dtype="float16", head_dim=32, head_dim_v=32), 1)
 
 
 PLANNED = ("q", "k_cache", "v_cache", "k", "v", "cache_seqlens", "block_table", "cache_batch_idx", "cache_leftpad")
