@@ -11,7 +11,9 @@
 //   float* lse_row(params, row);         // where the lse of a row goes, if params.lse is not null
 // A unit makes it, or has it: work<Work>(argument), `argument` being the kernel's own, whose member `params` are the
 // Params above. A source of rows has strides and a length, and `find<count, step>(row)`, which returns something whose
-// [index] is the address of row + index · step; rows from the length on may be asked for, and are never read.
+// [index] is the address of row + index · step; rows from the length on may be asked for, and are never read. Those of
+// keys and values also look up where a block of `rows` rows is, once for both: look_up<rows>(row), and have the source
+// of these rows alone: with<rows>(what was looked up, row).
 #pragma once
 
 #include "attention/block_range.cuh"
@@ -88,17 +90,26 @@ struct MainloopSplitSm80 {
     const u32 ring = group_address(smem, group());
     const int thread = ptx::tid_x() % group_threads, first = begin + group();
     const int count = max_of(0, ceil_div(end - first, groups));
-    const auto load = [&](int index, int slot) {
-      const int row = (first + index * groups) * Config::block_n;
+    constexpr int rows_ahead = Config::block_n;
+    const auto row_of = [&](int index) { return (first + index * groups) * Config::block_n; };
+    const auto look_up = [&](int index) { return work.keys(params).template look_up<rows_ahead>(row_of(index)); };
+    using Places = decltype(look_up(0));
+    const auto load = [&](int index, int slot, const Places& places) {
+      const int row = row_of(index);
       const u32 stage = ring + slot * int(sizeof(Stage));
-      copy_rows<group_threads, Config::copy_bytes, Config::head_dim>(K{stage + tile::offset<&Stage::k>}, row,
-                                                                     work.keys(params), thread, policy);
-      copy_rows<group_threads, Config::copy_bytes, Config::head_dim_v>(V{stage + tile::offset<&Stage::v>}, row,
-                                                                       work.values(params), thread, policy);
+      const auto keys = work.keys(params);
+      const auto values = work.values(params);
+      copy_rows<group_threads, Config::copy_bytes, Config::head_dim>(
+          K{stage + tile::offset<&Stage::k>}, row, keys.template with<rows_ahead>(places, row), thread, policy);
+      copy_rows<group_threads, Config::copy_bytes, Config::head_dim_v>(
+          V{stage + tile::offset<&Stage::v>}, row, values.template with<rows_ahead>(places, row), thread, policy);
     };
+    Places firsts[stages - 1];
+#pragma unroll
+    for (int index = 0; index < stages - 1; ++index) firsts[index] = look_up(index);
 #pragma unroll
     for (int index = 0; index < stages - 1; ++index) {
-      if (index < count) load(index, index);
+      if (index < count) load(index, index, firsts[index]);
       if (index == 0) {
         copy_rows<Config::num_threads, Config::q_copy_bytes, Config::head_dim>(
             q, work.first_row(), work.queries(params), int(ptx::tid_x()), ptx::evict_normal());
@@ -115,11 +126,17 @@ struct MainloopSplitSm80 {
     ptx::cp_async_wait_group<stages - 2>();
     __syncthreads();  // q has arrived, as every thread has copied some of it
     int slot = 0, free = stages - 1;
+    Places next{};  // where the next block to be copied is, looked up a step ahead
+    if (Config::looks_ahead) next = look_up(stages - 1);
 #pragma unroll 1
     for (int index = 0; index < count; ++index) {
       ptx::cp_async_wait_group<stages - 2>();
       sync_group();  // the block has arrived, and the group is done with the one before it
-      if (index + stages - 1 < count) load(index + stages - 1, free);
+      if (index + stages - 1 < count) {
+        if (!Config::looks_ahead) next = look_up(index + stages - 1);
+        load(index + stages - 1, free, next);
+        if (Config::looks_ahead) next = look_up(index + stages);
+      }
       ptx::cp_async_commit_group();
 
       const u32 stage = ring + slot * int(sizeof(Stage));

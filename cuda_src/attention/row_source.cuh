@@ -43,6 +43,9 @@ struct SteppedRows {
   const element* operator[](int index) const { return pointer + index * step; }
 };
 
+// What a source has looked up of where some rows are, if a pointer says that.
+struct NoPlaces {};
+
 // The rows of a sequence in one head of an array that is read through pointers.
 template <class element>
 struct PointedRows {
@@ -54,6 +57,15 @@ struct PointedRows {
   template <int count, int step>
   SteppedRows<element> find(int row) const {
     return {at(row), step * strides.seqlen};
+  }
+
+  template <int rows>
+  NoPlaces look_up(int) const {
+    return {};
+  }
+  template <int rows>
+  const PointedRows& with(NoPlaces, int) const {
+    return *this;
   }
 
   const element* at(int row) const { return pointer + row * strides.seqlen; }

@@ -233,8 +233,12 @@ def with_tile(static: Static) -> Static:
 
 def cache_members(static: Static, tile: Tile) -> dict[str, Any]:
     """The members of a Config of kernels over caches with this main loop."""
-    q_copy_bytes = ALIGNMENT if static.rotary else static.q_copy_bytes
-    return members(static, tile) | {"q_copy_bytes": q_copy_bytes, "page_rows": static.page_rows}
+    few_registers = static.few_rows > 32 and static.head_dim_v > 128
+    return members(static, tile) | {
+        "q_copy_bytes": ALIGNMENT if static.rotary else static.q_copy_bytes,
+        "page_rows": static.page_rows,
+        "looks_ahead": static.page_rows > 0 and not few_registers,
+    }
 
 
 def tokens_of(problem: KVCacheProblem) -> int:

@@ -61,6 +61,8 @@ class ConfigSplitSm80(Config):
         Of keys and values, and of queries.
     resident : int
         Thread blocks that an SM holds at a time.
+    looks_ahead : bool
+        Whether where a block of keys lies is looked up before the copies of the one before it are waited for.
     """
 
     column_warps: int
@@ -68,6 +70,7 @@ class ConfigSplitSm80(Config):
     copy_bytes: int
     q_copy_bytes: int
     resident: int
+    looks_ahead: bool = False
 
 
 class SplitGrid(NamedTuple):
