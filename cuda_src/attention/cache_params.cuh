@@ -27,12 +27,12 @@ struct CacheParams {
   Strides rotary_cos_strides, rotary_sin_strides;  // of seqlen and dim
   i64 block_table_batch_stride, block_table_page_stride;
   i64 cache_seqlens_stride, cache_batch_idx_stride, cache_leftpad_stride;
-  i32 num_heads_k;
-  i32 num_caches;  // caches or pages that there are
-  i32 page_size;   // rows of a page
-  i32 page_shift;  // its logarithm, if it is a power of 2; else negative
-  i32 appends;     // whether new_k and new_v are appended
-  i32 seqlen_new;  // so many rows to each sequence, or (varlen) to all together
+  i32 num_heads_k, heads_reciprocal;  // of SmallDivisor, for kernels with few tiles
+  i32 num_caches;                     // caches or pages that there are
+  i32 page_size;                      // rows of a page
+  i32 page_shift;                     // its logarithm, if it is a power of 2; else negative
+  i32 appends;                        // whether new_k and new_v are appended
+  i32 seqlen_new;                     // so many rows to each sequence, or (varlen) to all together
   i32 max_position;
   i32 rotary_dim;
   i32 rotary_interleaved;  // whether columns 2 i and 2 i + 1 are a pair, rather than i and i + rotary_dim / 2

@@ -8,7 +8,7 @@ namespace attention {
 
 struct ClusterParams {
   Params params;
-  i32 num_heads_k;  // a key head of a sequence is one tile
+  i32 num_heads_k, heads_reciprocal;  // of SmallDivisor; a key head of a sequence is one tile
 };
 
 }  // namespace attention

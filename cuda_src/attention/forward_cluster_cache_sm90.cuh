@@ -16,12 +16,14 @@ namespace attention {
 // The tile of a cluster. They come sequence by sequence, in a sequence tile by tile, and in a tile head by head. What
 // is looked at is not what is appended.
 template <class Config>
-inline CacheTile<Config> cluster_tile(const Params& params, const CacheParams& cache, u32 item) {
+inline CacheTile<Config> cluster_tile(const Params& params, const CacheParams& cache, int item) {
   static_assert(!Config::varlen, "where packed sequences begin in q is for a plan to say");
-  const u32 heads = cache.num_heads_k, tile = item / heads, tiles = params.m_blocks, sequence = tile / tiles;
+  const SmallDivisor heads{cache.num_heads_k, cache.heads_reciprocal};
+  const int tile = heads.quotient(item), tiles = params.m_blocks;
+  const int sequence = tiles == 1 ? tile : u32(tile) / u32(tiles);
   const Seqlen seqlen = cached_seqlen<Config>(params, cache, sequence, 0, 0);
   CacheTile<Config> found;
-  found.take(params, seqlen, sequence, item % heads, tile % tiles);
+  found.take(params, seqlen, sequence, heads.remainder(item), tile - sequence * tiles);
   return found;
 }
 

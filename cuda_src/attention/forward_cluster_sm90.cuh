@@ -81,7 +81,9 @@ inline void forward_cluster_sm90(const ClusterParams& argument) {
   const u32 smem = ptx::shared_address(dynamic_smem);
   const typename ClusterMemory<Config>::Exchange exchange(smem + Config::smem_bytes);
   if constexpr (Config::arrives_first) exchange.arrive();
-  const SplitWork<Config> work(argument, exchange.cluster());
+  const SmallDivisor heads{argument.num_heads_k, argument.heads_reciprocal};
+  const int item = exchange.cluster();
+  const SplitWork<Config> work(argument.params, heads.quotient(item), heads.remainder(item), 0);
   forward_cluster<Config>(argument.params, work, exchange, smem);
 }
 

@@ -59,22 +59,17 @@ struct SplitWork : SharedTile<Config> {
 
   static constexpr bool several = Config::block_m == 64;
 
-  // `argument` has Params, and how many key heads there are.
-  template <class Argument>
-  SplitWork(const Argument& argument, int item)
-      : SharedTile<Config>{dense_seqlen(argument.params), 0, 0, 0, argument.params.qheads_per_khead} {
-    const Params& params = argument.params;
-    u32 head = item;
-    if constexpr (several) {
-      head = u32(item) / u32(params.m_blocks);
-      this->m_block = item - int(head) * params.m_blocks;
-    }
-    this->sequence = int(head / u32(argument.num_heads_k));
-    this->key_head = int(head % u32(argument.num_heads_k));
-    this->blocks = item_blocks<Config>(params, this->seqlen, this->m_block);
+  SplitWork(const Params& params, int sequence, int key_head, int m_block)
+      : SharedTile<Config>{dense_seqlen(params), sequence, key_head, m_block, params.qheads_per_khead} {
+    this->blocks = item_blocks<Config>(params, this->seqlen, m_block);
     k = ptx::opaque(this->head(params.k, params.k_strides, this->key_head));
     v = ptx::opaque(this->head(params.v, params.v_strides, this->key_head));
   }
+
+  // `argument` has Params, and how many key heads there are.
+  template <class Argument>
+  SplitWork(const Argument& argument, u32 item)
+      : SplitWork(argument, item, several ? item / u32(argument.params.m_blocks) : item) {}
 
   PointedRows<element> keys(const Params& params) const { return {k, params.k_strides, this->seqlen.k}; }
   PointedRows<element> values(const Params& params) const { return {v, params.v_strides, this->seqlen.k}; }
@@ -83,6 +78,12 @@ struct SplitWork : SharedTile<Config> {
   const element* value_row(const Params& params, int key) const { return values(params).at(key); }
 
  private:
+  // `head` is counted over all sequences.
+  template <class Argument>
+  SplitWork(const Argument& argument, u32 item, u32 head)
+      : SplitWork(argument.params, head / u32(argument.num_heads_k), head % u32(argument.num_heads_k),
+                  several ? item - head * argument.params.m_blocks : 0) {}
+
   const element *k, *v;  // where the sequence begins, which the loop does not compute anew
 };
 

@@ -23,5 +23,14 @@ constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 constexpr int clamp(int x, int low, int high) { return min_of(max_of(x, low), high); }
 
+// A number of at most 1024 to divide others by that are less than 1024, in two instructions: a division by a number
+// that the compiler does not know takes twenty, some of them slow.
+struct SmallDivisor {
+  int number, reciprocal;  // the latter ceil((1 << 20) / number)
+
+  constexpr int quotient(int x) const { return unsigned(x) * unsigned(reciprocal) >> 20; }
+  constexpr int remainder(int x) const { return x - quotient(x) * number; }
+};
+
 // The largest power of 2 that divides both.
 constexpr int common_power_of_2(int a, int b) { return (a | b) & -(a | b); }

@@ -35,6 +35,7 @@ from .kernel import (
     four,
     known_arch,
     round_up,
+    small_reciprocal,
 )
 from .params import params_of
 from .record import Record
@@ -278,6 +279,7 @@ def members_of(
             "block_table_page_stride": table_strides[1],
             **{f"{name}_stride": strides.get(name, (0,))[0] for name in VECTORS},
             "num_heads_k": problem.num_heads_k,
+            "heads_reciprocal": small_reciprocal(problem.num_heads_k),
             "num_caches": problem.num_caches,
             "page_size": size,
             "page_shift": size.bit_length() - 1 if size & (size - 1) == 0 else -1,

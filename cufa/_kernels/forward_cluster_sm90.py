@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from .._call.problem import Problem, Static
 from .forward_split_sm80 import ConfigSplitSm80, ForwardSplitSm80, members, seen_blocks, tile_of
-from .kernel import NO_SCRATCH, PORTABLE_CLUSTER, Scratch, Step, known_arch, round_up
+from .kernel import NO_SCRATCH, PORTABLE_CLUSTER, Scratch, Step, known_arch, round_up, small_reciprocal
 from .params import params_of
 
 MAX_CLUSTER = {9: 16, 10: 16}
@@ -95,7 +95,8 @@ class ForwardClusterSm90(ForwardSplitSm80):
 
     def values(self, config: Any, problem: Problem, grid: Any) -> dict[str, Any]:
         params = params_of(problem, m_blocks=1, heads_per_section=1)
-        return {"params": params, "num_heads_k": problem.num_heads_k}
+        heads = problem.num_heads_k
+        return {"params": params, "num_heads_k": heads, "heads_reciprocal": small_reciprocal(heads)}
 
     def scratch(self, config: Any, problem: Problem, grid: Any) -> Scratch:
         return NO_SCRATCH

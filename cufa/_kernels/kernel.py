@@ -391,6 +391,11 @@ def reason_for_every_gpu(static: Static, arch: int) -> str:
     return FASTEST
 
 
+def small_reciprocal(number: int) -> int:
+    """What divides by a small number: ``SmallDivisor`` in cuda_src/core/math.cuh; of 0 there is none."""
+    return -(-(1 << 20) // number) if number else 0
+
+
 def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import plans
 import pytest
 from cuda.bindings import driver as bindings
@@ -20,6 +21,7 @@ from cufa._driver.driver import Device
 from cufa._driver.launch import Shape
 from cufa._kernels import Plan, choose
 from cufa._kernels.forward_cluster_sm90 import cluster_of
+from cufa._kernels.kernel import small_reciprocal
 from cufa._operations.call import Planned, planned_for
 from cufa._operations.forward import ATTENTION, FORWARD
 from cufa._operations.kvcache import KVCACHE
@@ -96,6 +98,15 @@ def test_the_size_of_clusters(items: int, item_blocks: int, num_sms: int) -> Non
     assert size in (1, 2, 4, 8, 16)
     assert size == 1 or (items * size <= 2 * num_sms and item_blocks >= 4 * size)
     assert size == 16 or items * 2 * size > 2 * num_sms or item_blocks < 8 * size
+
+
+def test_small_divisors() -> None:
+    """As ``SmallDivisor`` computes."""
+    x, number = np.arange(1024), np.arange(1, 1025)[:, None]
+    reciprocal = np.array([[small_reciprocal(each)] for each in range(1, 1025)])
+    product = x * reciprocal
+    assert product.max() < 1 << 32
+    np.testing.assert_array_equal(product >> 20, x // number)
 
 
 CACHES = {
