@@ -7,10 +7,10 @@ from typing import Any
 
 from .._call.arrays import unscriptable
 from .._call.kvcache import DecodePlan, KVCacheProblem, PlanFacts
+from .._operations.asked import problem_of
 from .._operations.call import call
 from .._operations.kvcache import DECODE_PLAN
 from .attention import Array
-from .explain import problem_of
 
 
 @unscriptable

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._call.arrays import unscriptable
-from .._call.kvcache import DecodePlan
+from .._call.kvcache import DecodePlan, parts_of
 from .._operations.call import call
 from .._operations.kvcache import ATTENTION_WITH_KVCACHE
 from .attention import Array
@@ -131,11 +131,7 @@ def attention_with_kvcache(
     True
     >>> lengths += 1  # for the next token
     """
-    if plan is not None and not isinstance(plan, DecodePlan):
-        raise TypeError(
-            f"attention_with_kvcache: plan is a {type(plan).__name__}; pass what decode_plan gives, or None."
-        )
-    memory, facts = (None, None) if plan is None else (plan.memory, plan.facts)
+    memory, facts = parts_of("attention_with_kvcache", plan)
     given = (
         q, k_cache, v_cache, alibi_slopes, sinks, out, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad,
         cu_seqlens_q, rotary_cos, rotary_sin, memory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,20 +23,10 @@ from .._compile import used as _used
 from .._driver import driver as _driver
 from .._kernels import Plan, align
 from .._operations import sketch as _sketch
+from .._operations.asked import asked_by, problem_of
 from .._operations.call import chosen
-from .._operations.forward import ATTENTION, ATTENTION_VARLEN
 from ..errors import CudaError
-from .explain import problem_of
-
-OPTIONS = {
-    "causal": False,
-    "window_size": None,
-    "softmax_scale": None,
-    "softcap": 0.0,
-    "return_lse": False,
-    "deterministic": False,
-}
-"""What a call may have beside arrays, and its defaults, in the order of `_options.of`."""
+from .functions import FUNCTIONS, arguments_of
 
 
 def warmup(
@@ -63,9 +54,10 @@ def warmup(
     preset : {'inference', 'training', 'full'}, optional
         A choice of usual calls. `operation`, `dtype`, `head_dim` and `features` leave some of them.
     calls : iterable of mapping
-        Arguments of single calls by their names, as for `attention` and `attention_varlen`: arrays, which are not read,
-        or shapes in their place, as tuples, with ``dtype``. ``backward=True`` adds the gradients of the call, and
-        ``deterministic=True`` asks for theirs to be.
+        Arguments of single calls by their names: arrays, which are not read, or shapes in their place, as tuples, with
+        ``dtype``. ``operation`` names the function; by default it is `attention_varlen` if there are offsets, else
+        `attention`. ``backward=True`` adds the gradients of a call of these, and ``deterministic=True`` asks for theirs
+        to be. With shapes ``plan=True`` stands for a plan.
     log : path, optional
         A file that a program has written which ran with ``CUFA_RECORD``.
     operation, dtype : str or sequence of str, optional
@@ -73,8 +65,8 @@ def warmup(
     head_dim : int or sequence, optional
         Of q, k and v; a pair if v has another.
     features : str or sequence of str, optional
-        What the calls have, together: causal, window, softcap, alibi, sinks, deterministic or
-        unaligned.
+        What the calls have, together: causal, window, softcap, alibi, sinks, deterministic, unaligned or, with caches,
+        paged or packed.
     device : int or sequence of int, optional
         GPUs to load onto: by default the current one, or the first. Arrays among `calls` say it themselves.
     arch : str or sequence of str, optional
@@ -115,6 +107,13 @@ def warmup(
     >>> shape = (2, 1024, 8, 64)
     >>> ready = cufa.warmup(calls=[dict(q=shape, k=shape, v=shape, dtype="float16", causal=True)], arch="sm_80")
     >>> ready.kernels
+    1
+
+    A step of decoding with pages:
+
+    >>> step = dict(q=(8, 1, 32, 64), k_cache=(500, 16, 8, 64), v_cache=(500, 16, 8, 64), dtype="float16")
+    >>> step |= dict(operation="attention_with_kvcache", cache_seqlens=(8,), block_table=(8, 64))
+    >>> cufa.warmup(calls=[step], arch="sm_80").kernels
     1
     """
     operations, dtypes, archs = _several("operation", operation), _several("dtype", dtype), _several("arch", arch)
@@ -209,28 +208,36 @@ def _place_of(problem: Problem) -> tuple[int, int | None]:
 def _problems(call: Mapping[str, Any]) -> list[tuple[Problem, bool]]:
     """The problems of a call and of its gradients, and whether its arrays say on which GPU."""
     given = {name: value for name, value in call.items() if value is not None}
-    backward, dtype = given.pop("backward", False), given.pop("dtype", None)
     packed = "cu_seqlens_q" in given or "cu_seqlens_k" in given
-    operation = ATTENTION_VARLEN if packed else ATTENTION
-    unknown = [name for name in given if name not in OPTIONS and name not in operation.arrays]
+    name = given.pop("operation", "attention_varlen" if packed else "attention")
+    if name not in FUNCTIONS:
+        raise ValueError(f"warmup: there is no operation {name!r}; there are {', '.join(FUNCTIONS)}.")
+    operation, parameters = _sketch.OPERATIONS[name], inspect.signature(FUNCTIONS[name]).parameters
+    backward, dtype = given.pop("backward", False), given.pop("dtype", None)
+    deterministic = False if "deterministic" in parameters else given.pop("deterministic", False)
+    unknown = [each for each in given if each not in parameters]
     if unknown:
         raise TypeError(f"warmup: a call has no argument {unknown[0]!r}.")
-    asked = tuple(given.pop(name, default) for name, default in OPTIONS.items())
-    shapes = [name for name, value in given.items() if _is_shape(value)]
-    if shapes and len(shapes) < len(given):
-        raise TypeError(f"warmup: {shapes[0]} of a call is a shape, and others are arrays; pass either.")
+    shapes = {each: value for each, value in given.items() if each in operation.arrays and _is_shape(value)}
+    others = [each for each in given if each in operation.arrays and each not in shapes and given[each] is not True]
+    if shapes and others:
+        raise TypeError(f"warmup: {next(iter(shapes))} of a call is a shape, and others are arrays; pass either.")
     if shapes:
         if dtype is None:
             raise TypeError("warmup: a call with shapes in place of arrays needs dtype, such as 'bfloat16'.")
-        problem = _sketch.sketch(operation, given, dtype, _options.of(operation.name, (*asked[:-1], False)))
+        if given.pop("plan", None):
+            shapes["plan"] = (0,)  # whose size only the GPU's tells
+        defaults = {each: parameter.default for each, parameter in parameters.items()}
+        _, asked = asked_by(operation, defaults | {each: given[each] for each in given if each not in shapes})
+        problem = _sketch.sketch(operation, shapes, dtype, _options.of(name, asked, operation.owned))
     else:
         if dtype is not None:
             raise TypeError("warmup: the arrays of a call have a dtype; leave dtype out.")
-        problem = problem_of(operation, tuple(map(given.get, operation.arrays)), (*asked[:-1], False))
+        problem = problem_of(operation, *asked_by(operation, arguments_of("warmup", FUNCTIONS[name], (), given)))
     found = [problem]
     if backward:
-        found.append(_sketch.gradients_of(problem, _options.flag(operation.name, "deterministic", asked[-1])))
-    elif asked[-1]:
+        found.append(_sketch.gradients_of(problem, _options.flag(name, "deterministic", deterministic)))
+    elif deterministic:
         raise TypeError("warmup: deterministic is for gradients; pass backward=True as well.")
     return [(each, not shapes) for each in found if each.device != CPU]
 

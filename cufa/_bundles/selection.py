@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from .._call import options as _options
 from .._call.arrays import ALIGNMENT
-from .._call.options import Options
 from .._call.problem import (
     CHAIN_ROWS,
     CLUSTER_ITEMS,
@@ -27,6 +27,7 @@ from .._call.problem import (
     LONG_ROWS,
     MANY,
     MAX_HEAD_DIM,
+    MAX_PAGE_ROWS,
     SHORT_KEYS,
     SHORT_ROWS,
     Problem,
@@ -34,8 +35,9 @@ from .._call.problem import (
 )
 from .._compile.used import Use
 from .._kernels import Plan, align, choose
+from .._operations.asked import asked_by
 from .._operations.call import chosen as chosen_kernel
-from .._operations.operation import made
+from .._operations.operation import Operation, made
 from .._operations.sketch import OPERATIONS, Layout, sketch
 
 FEATURES = {
@@ -46,6 +48,8 @@ FEATURES = {
     "sinks": "sinks are given",
     "deterministic": "gradients that are the same bits in every run",
     "unaligned": "arrays whose rows do not begin at multiples of 16 bytes",
+    "paged": "caches are pages",
+    "packed": "sequences that attend to caches lie end to end",
 }
 """What calls may have, beside those of their operation, and in words."""
 
@@ -54,6 +58,18 @@ ARRAYS = {"alibi_slopes": "alibi", "sinks": "sinks"}
 
 WINDOW, SOFTCAP = (1024, 0), 30.0
 """What stands for windows, and for softcaps: which ones does not matter."""
+
+
+def features_of(operation: Operation) -> tuple[str, ...]:
+    """What calls of an operation may have."""
+    masks = ("causal", "window") if operation.terms else ()
+    scores = ("softcap", "alibi", "sinks") if operation.tiles else ()
+    turns = ("deterministic",) if operation.gradient and operation.tiles else ()
+    return (*masks, *scores, *turns, "unaligned", *(("paged", "packed") if has_caches(operation) else ()))
+
+
+def has_caches(operation: Operation) -> bool:
+    return "k_cache" in operation.arrays
 
 
 class Kind(NamedTuple):
@@ -97,6 +113,23 @@ FEW_OR_MANY = (1, CLUSTERS_THAT_FILL, CLUSTER_ITEMS + 1)
 """Numbers of dense sequences with few rows of q, or many keys; of others the number does not matter."""
 
 
+class Cached(NamedTuple):
+    """What calls with caches differ by besides: rows of a page, new keys, whether those are rotated, and a plan."""
+
+    page_size: int = 0
+    appends: bool = False
+    rotates: bool = False
+    planned: bool = False
+
+
+CONTIGUOUS = Cached()
+
+PAGE_SIZES = tuple(1 << power for power in range(MAX_PAGE_ROWS.bit_length()))
+"""All that matter."""
+
+USUAL_PAGES = (16, 64)
+
+
 class Region(NamedTuple):
     """Lengths of sequences that occur with each other.
 
@@ -104,9 +137,9 @@ class Region(NamedTuple):
     ----------
     rows, keys : tuple of int
     ratios : tuple of int
-        Heads of q per head of k. For packed sequences they do not matter.
+        Heads of q per head of k. For packed sequences they matter as far as sums of gradients are long by them.
     batches : tuple of int
-        Numbers of packed sequences. Of dense ones there may be any number.
+        Numbers of sequences that are packed or have caches. Of others there may be any number.
     """
 
     rows: tuple[int, ...]
@@ -126,18 +159,30 @@ class Spread(NamedTuple):
         Of packed sequences the average lengths.
     fewer_keys : bool
         Whether a sequence may have fewer keys than queries where those see no later key, so that some see none.
+    cached, cached_packed : tuple of Region
+        Of calls with caches, whose keys are the capacity.
+    page_sizes : tuple of int
     """
 
     meaning: str
     dense: tuple[Region, ...]
     packed: tuple[Region, ...]
     fewer_keys: bool = False
+    cached: tuple[Region, ...] = ()
+    cached_packed: tuple[Region, ...] = ()
+    page_sizes: tuple[int, ...] = USUAL_PAGES
 
     def of(self, kind: Kind) -> Iterator[Lengths]:
         """Those of calls of a kind."""
-        packed = OPERATIONS[kind.operation].packed
+        operation = OPERATIONS[kind.operation]
+        if not operation.terms:  # they do not matter
+            yield Lengths(1, 1, 1, 1)
+            return
+        packed, regions = operation.packed, self.packed if operation.packed else self.dense
+        if has_caches(operation):
+            regions = self.cached_packed if "packed" in kind.features else self.cached
         masked = "causal" in kind.features or "window" in kind.features
-        for region in self.packed if packed else self.dense:
+        for region in regions:
             for queries, keys in itertools.product(region.rows, region.keys):
                 if queries <= keys or self.fewer_keys or not masked:
                     few = queries <= FEW_ROWS[-1] or has_many_keys(queries, keys)
@@ -154,20 +199,29 @@ SHARED = (1, 2, 4, MOST_HEADS)
 UNPAID = 48
 """Rows of q that fill a tile of 64, but for which copies do not pay."""
 
+FEW = (1, 2, 4, 64)
+"""Rows of q that fill each tile for few of them, with as many heads as usually share one of k."""
+
 _ALL_ROWS = (1, *SHORT_ROWS, UNPAID, 64, USUAL, LONGER, LONGEST)
 _ALL_KEYS = (*SHORT_KEYS, FEW_KEYS, USUAL, LONGER, LONGEST)
+
+_EVERY_CACHED = (Region((*FEW, UNPAID, USUAL), (1, USUAL, LONGEST), (*SHARED, 16, 32, 64)),)
 
 SPREADS = {
     "serving": Spread(
         f"up to {MOST_HEADS} heads of q share a head of k; prompts of any length, whole or in pieces, then one token "
         f"after the other; pieces of up to 64 tokens behind {CHAIN_ROWS} at most; packed sequences that have more than "
-        f"{SHORT_KEYS[-1]} keys on average",
+        f"{SHORT_KEYS[-1]} keys on average; over caches prompts in pieces of {USUAL // 2} tokens at least, then one "
+        "token after the other, or packed sequences of any lengths, in pages of "
+        f"{USUAL_PAGES[0]} rows or of a multiple of {USUAL_PAGES[1]}",
         (
             Region((1,), _ALL_KEYS, SHARED),
             Region((*SHORT_ROWS, 64), (*SHORT_KEYS, FEW_KEYS, USUAL), SHARED),
             Region((USUAL, LONGER, LONGEST), (USUAL, LONGER, LONGEST), SHARED),
         ),
         (Region(_ALL_ROWS, (FEW_KEYS, USUAL, LONGER, LONGEST)),),
+        cached=(Region((1, USUAL), (USUAL, LONGEST), SHARED),),
+        cached_packed=(Region((*FEW, USUAL), (USUAL, LONGEST), SHARED),),
     ),
     "usual": Spread(
         f"up to {MOST_HEADS} heads of q share a head of k; sequences of 512 to {CHAIN_ROWS} tokens, and then one token "
@@ -184,8 +238,11 @@ SPREADS = {
     "every": Spread(
         "any lengths and heads",
         (Region(_ALL_ROWS, _ALL_KEYS, (*SHARED, 16, 32, 64)),),
-        (Region(_ALL_ROWS, _ALL_KEYS),),
+        (Region(_ALL_ROWS, _ALL_KEYS, (1, LONGEST)),),
         fewer_keys=True,
+        cached=_EVERY_CACHED,
+        cached_packed=_EVERY_CACHED,
+        page_sizes=PAGE_SIZES,
     ),
 }
 
@@ -216,9 +273,16 @@ GRADIENTS = ("attention_backward", "attention_varlen_backward")
 PLAIN: tuple[str, ...] = ()
 CAUSAL = ("causal",)
 
+CACHED = ("attention_with_kvcache",)
+PAGED = ("causal", "paged")
+
 _SERVED = (
     *kinds_of(ATTENTIONS, ("bfloat16",), (64, 128), PLAIN, CAUSAL),
     *kinds_of(ATTENTIONS, ("float16",), (128,), PLAIN, CAUSAL),
+    *kinds_of(CACHED, ("bfloat16",), (64, 128), CAUSAL, PAGED, (*PAGED, "packed")),
+    *kinds_of(CACHED, ("float16",), (128,), PAGED),
+    *kinds_of(("decode_plan",), ("bfloat16",), (64, 128), PAGED),
+    *kinds_of(("merge_states", "rotary"), ("bfloat16", "float16"), (128,), PLAIN),
 )
 _TRAINED = (
     *kinds_of((*ATTENTIONS, *GRADIENTS), ("bfloat16",), (64, 128), PLAIN, CAUSAL),
@@ -272,13 +336,13 @@ def plans_of(kind: Kind, spread: Spread, arch: int) -> dict[Plan, Lengths]:
     """The distinct kernels that calls of a kind need, each with the first lengths for which it serves."""
     found: dict[Plan, Lengths] = {}
     for lengths in spread.of(kind):
-        for problem in problems_of(kind, lengths):
+        for problem in problems_of(kind, lengths, spread.page_sizes):
             _, _, plan = chosen_kernel(problem, arch)
             found.setdefault(plan.bare, lengths)
     return found
 
 
-def problems_of(kind: Kind, lengths: Lengths) -> Iterator[Problem]:
+def problems_of(kind: Kind, lengths: Lengths, page_sizes: tuple[int, ...] = PAGE_SIZES) -> Iterator[Problem]:
     """Calls of a kind with such lengths: one, but several where its arrays may lie in memory in several ways."""
     size = ITEMSIZE[kind.dtype]
     inputs: list[Layout | None] = [None]
@@ -290,31 +354,93 @@ def problems_of(kind: Kind, lengths: Lengths) -> Iterator[Problem]:
         inputs += [Layout(0, backwards=True), *misaligned]
         results += misaligned
     for given, written in itertools.product(inputs, results):
-        yield problem_of(kind, lengths, given, written)
+        for cached in cached_of(kind, page_sizes):
+            for interleaved in (True, False) if kind.operation == "rotary" else (True,):
+                yield problem_of(kind, lengths, given, written, cached, interleaved)
 
 
-def problem_of(kind: Kind, lengths: Lengths, inputs: Layout | None = None, results: Layout | None = None) -> Problem:
+def cached_of(kind: Kind, page_sizes: tuple[int, ...]) -> Iterator[Cached]:
+    """What calls of a kind may differ by if they have caches."""
+    operation = OPERATIONS[kind.operation]
+    if not has_caches(operation):
+        yield CONTIGUOUS
+        return
+    scored = bool(operation.tiles)  # a plan is made before anything is rotated, and of no other
+    for size in page_sizes if "paged" in kind.features else (0,):
+        for appends, rotates, planned in itertools.product((False, True), repeat=3):
+            if (not rotates or (appends and kind.head_dim > 1)) and (scored or not (rotates or planned)):
+                yield Cached(size, appends, rotates, planned)
+
+
+def problem_of(
+    kind: Kind,
+    lengths: Lengths,
+    inputs: Layout | None = None,
+    results: Layout | None = None,
+    cached: Cached = CONTIGUOUS,
+    interleaved: bool = True,
+) -> Problem:
     """A call of a kind with such lengths."""
-    operation, features = OPERATIONS[kind.operation], kind.features
+    operation = OPERATIONS[kind.operation]
+    features = {*kind.features} & {*features_of(operation)}
+    ratio = lengths.ratio
+    if has_caches(operation):
+        shapes = _of_caches(kind, lengths, cached)
+    elif operation.terms:
+        shapes = _of_attention(kind, lengths)
+    elif kind.operation == "rotary":
+        q = (lengths.batch, lengths.queries, ratio, kind.head_dim)
+        shapes = {"q": q, "k": q} | dict.fromkeys(("cos", "sin"), (lengths.queries, max(1, kind.head_dim // 2)))
+    else:
+        out, lse = (1, 1, ratio, kind.head_dim_v), (1, ratio, 1)
+        shapes = {"out_a": out, "lse_a": lse, "out_b": out, "lse_b": lse}
+    shapes |= {array: (ratio,) for array, feature in ARRAYS.items() if feature in features}
+    options = {
+        "causal": "causal" in features,
+        "window_size": WINDOW if "window" in features else None,
+        "softcap": SOFTCAP if "softcap" in features else 0.0,
+        "deterministic": "deterministic" in features,
+        "num_splits": 0,
+        "interleaved": interleaved,
+        "inverse": False,
+    }
+    _, asked = asked_by(operation, options)
+    made_of = _options.of(operation.name, asked, operation.owned)
+    return sketch(operation, shapes, kind.dtype, made_of, inputs=inputs, results=results)
+
+
+def _of_attention(kind: Kind, lengths: Lengths) -> dict[str, tuple[int, ...]]:
+    packed = OPERATIONS[kind.operation].packed
     batch, queries, keys, ratio = lengths
-    rows = [(batch * each,) if operation.packed else (batch, each) for each in (queries, keys)]
-    shapes = {
+    rows = [(batch * each,) if packed else (batch, each) for each in (queries, keys)]
+    shapes: dict[str, tuple[int, ...]] = {
         "q": (*rows[0], ratio, kind.head_dim),
         "k": (*rows[1], 1, kind.head_dim),
         "v": (*rows[1], 1, kind.head_dim_v),
     }
-    if operation.packed:
-        shapes |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (batch + 1,))
-    shapes |= {array: (ratio,) for array, feature in ARRAYS.items() if feature in features}
-    options = Options(
-        causal="causal" in features,
-        window_size=WINDOW if "window" in features else None,
-        softmax_scale=None,
-        softcap=SOFTCAP if "softcap" in features else 0.0,
-        return_lse=False,
-        deterministic="deterministic" in features and operation.gradient,
-    )
-    return sketch(operation, shapes, kind.dtype, options, inputs=inputs, results=results)
+    return shapes | (dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (batch + 1,)) if packed else {})
+
+
+def _of_caches(kind: Kind, lengths: Lengths, cached: Cached) -> dict[str, tuple[int, ...]]:
+    batch, queries, keys, ratio = lengths
+    packed = "packed" in kind.features
+    rows = (batch * queries,) if packed else (batch, queries)
+    shapes: dict[str, tuple[int, ...]] = {"q": (*rows, ratio, kind.head_dim), "cache_seqlens": (batch,)}
+    places: tuple[int, ...] = (batch, keys)
+    if cached.page_size:
+        pages = -(-keys // cached.page_size)
+        places, shapes["block_table"] = (batch * pages, cached.page_size), (batch, pages)
+    for name, columns in (("k", kind.head_dim), ("v", kind.head_dim_v)):
+        shapes[f"{name}_cache"] = (*places, 1, columns)
+        if cached.appends:
+            shapes[name] = (*rows, 1, columns)
+    if packed:
+        shapes["cu_seqlens_q"] = (batch + 1,)
+    if cached.rotates:
+        shapes |= dict.fromkeys(("rotary_cos", "rotary_sin"), (keys, kind.head_dim // 2))
+    if cached.planned:
+        shapes["plan"] = (0,)
+    return shapes
 
 
 def arch_of(text: str) -> int | None:
@@ -364,13 +490,16 @@ def asked_for(
     if {"causal", "window"} <= {*features}:
         raise ValueError("window and causal exclude each other here; a causal window is a window.")
     ordered = tuple(feature for feature in FEATURES if feature in features)
-    gradients_only = "deterministic" in features and not operations
-    kinds = kinds_of(
-        operations or (GRADIENTS if gradients_only else OPERATIONS), dtypes or ("bfloat16",), head_dims, ordered
-    )
-    for kind in kinds:
-        if "deterministic" in features and not OPERATIONS[kind.operation].gradient:
-            raise ValueError(f"{kind.operation} is always deterministic; ask for that of {' or '.join(GRADIENTS)}.")
+    able = [name for name, operation in OPERATIONS.items() if {*features} <= {*features_of(operation)}]
+    for name in operations:
+        if "deterministic" in features and name not in GRADIENTS:
+            raise ValueError(f"{name} is always deterministic; ask for that of {' or '.join(GRADIENTS)}.")
+        if name not in able:
+            others = ", ".join(features_of(OPERATIONS[name]))
+            raise ValueError(f"calls of {name} may have no other features than {others}.")
+    if not able:
+        raise ValueError(f"no operation has calls with all of {', '.join(ordered)}; ask for some of them.")
+    kinds = kinds_of(operations or able, dtypes or ("bfloat16",), head_dims, ordered)
     return (Chosen("every", kinds),)
 
 
@@ -398,7 +527,8 @@ def _narrowed(
 
 
 _TILED = (Region(_ALL_ROWS, _ALL_KEYS, batches=(8,)),)
-_TILES = Spread("lengths with a tile of their own", _TILED, _TILED)
+_TILES = Spread("lengths with a tile of their own", _TILED, _TILED, cached=_TILED)
+_WITH_TILES = tuple(name for name, operation in OPERATIONS.items() if operation.tiles)
 
 
 def tiles(
@@ -409,7 +539,7 @@ def tiles(
 ) -> list[tuple[Any, ...]]:
     """The tiles of all kernels, as rows of a table, with lengths for which each serves; `masks` are by name."""
     rows: dict[tuple[Any, ...], str] = {}
-    for arch, dtype, dims, operation in itertools.product(archs, dtypes, head_dims, OPERATIONS):
+    for arch, dtype, dims, operation in itertools.product(archs, dtypes, head_dims, _WITH_TILES):
         for mask, features in masks.items():
             kind = asked_for(operations=[operation], dtypes=[dtype], head_dims=[dims], features=features)[0].kinds[0]
             for plan, lengths in plans_of(kind, _TILES, arch).items():

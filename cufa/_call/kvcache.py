@@ -103,6 +103,15 @@ class DecodePlan:
         self._make({name: array for name, array in given.items() if array is not None}, self)
 
 
+def parts_of(function: str, plan: DecodePlan | None) -> tuple[Any, PlanFacts | None]:
+    """The memory of a plan that a call is given, and what it was made for."""
+    if plan is None:
+        return None, None
+    if not isinstance(plan, DecodePlan):
+        raise TypeError(f"{function}: plan is a {type(plan).__name__}; pass what decode_plan gives, or None.")
+    return plan.memory, plan.facts
+
+
 def facts_of(function: str, name: str, given: Any) -> PlanFacts | None:
     """What a plan was made for, as a plain value."""
     if given is not None and not isinstance(given, PlanFacts):

@@ -100,7 +100,8 @@ def kinds_options(function: Command) -> Command:
             "features",
             multiple=True,
             metavar="NAME",
-            help="causal, window, softcap, alibi, sinks, deterministic or unaligned: what the calls have, together.",
+            help="causal, window, softcap, alibi, sinks, deterministic, unaligned, or of caches paged or packed: what "
+            "the calls have, together.",
         ),
         click.option("--head-dim", "head_dims", multiple=True, type=HeadDim(), help="Of q and k, and of v."),
         click.option("--dtype", "dtypes", multiple=True, metavar="NAME", help="bfloat16, float16 or float32."),
@@ -109,7 +110,8 @@ def kinds_options(function: Command) -> Command:
             "operations",
             multiple=True,
             metavar="NAME",
-            help="attention, attention_varlen, attention_backward or attention_varlen_backward.",
+            help="attention, attention_varlen, attention_backward, attention_varlen_backward, attention_with_kvcache, "
+            "decode_plan, merge_states, merge_states_backward or rotary.",
         ),
         click.option(
             "--preset",

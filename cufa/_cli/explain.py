@@ -22,6 +22,7 @@ def explain(as_json: bool, **options: Any) -> None:
     \b
         cufa explain --q 2x4096x32x128 --k 2x4096x8x128 --causal --arch sm_90a
         cufa explain --q 8192x16x64 --sequences 12 --dtype float16 --backward --arch sm_80
+        cufa explain --q 64x1x32x128 --k-cache 9000x16x8x128 --pages 512 --append --causal --arch sm_90a
     """
     from .._operations.explanation import explained
 

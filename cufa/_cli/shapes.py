@@ -17,6 +17,13 @@ def shapes_options(function: Command) -> Command:
     """The options that `call_of_options` reads."""
     for option in (
         click.option("--sms", type=click.IntRange(min=1), help="SMs of that GPU; by default those of a large one."),
+        click.option("--decode-plan", is_flag=True, help="With --k-cache: the plan of such calls."),
+        click.option("--num-splits", type=click.IntRange(0), default=0, help="With --k-cache: as for the call."),
+        click.option("--rotary-dim", type=click.IntRange(0), default=0, help="With --append: columns that are turned."),
+        click.option("--append", is_flag=True, help="With --k-cache: as many new rows as q has."),
+        click.option("--pages", type=click.IntRange(min=0), help="The caches are pages, at most so many a sequence."),
+        click.option("--v-cache", type=Shape(), help="Of v_cache; by default that of k_cache."),
+        click.option("--k-cache", type=Shape(), help="Of k_cache, as 64x8192x8x128: the call is one with caches."),
         click.option("--arch", type=Archs(), help="The GPU's architecture, as sm_90a; by default this machine's GPU."),
         click.option("--deterministic", is_flag=True, help="With --backward: the same bits in every run."),
         click.option("--backward", is_flag=True, help="The gradients of the call."),
@@ -57,9 +64,13 @@ def call_of_options(
     deterministic: bool,
     arch: tuple[int, ...] | None,
     sms: int | None,
+    k_cache: tuple[int, ...] | None,
+    v_cache: tuple[int, ...] | None,
+    **of_caches: Any,
 ) -> tuple[Any, Any]:
     """The problem of a call, and what is known of the GPU: None if that is this machine's."""
-    from .._call.options import Options
+    from .._call import options as _options
+    from .._operations.asked import asked_by
     from .._operations.sketch import OPERATIONS, sketch
 
     packed = len(q) == 3
@@ -69,19 +80,53 @@ def call_of_options(
         raise click.UsageError("--sequences is for packed arrays, whose shapes are TOTALxHxD.")
     if seqused_k and not packed:
         raise click.UsageError("--seqused-k is for packed sequences.")
+    if k_cache is None and (v_cache or any(of_caches.values()) or of_caches["pages"] is not None):
+        raise click.UsageError("caches are told of without --k-cache, by which the call has some.")
+    if k_cache is not None and (k or v or seqused_k or backward):
+        raise click.UsageError("--k, --v, --seqused-k and --backward are not for --k-cache.")
+    if of_caches["decode_plan"] and (softcap or alibi or sinks or lse or of_caches["rotary_dim"]):
+        raise click.UsageError("--decode-plan is the same with and without softcap, alibi, sinks, lse and rotary_dim.")
     if deterministic and not backward:
         raise click.UsageError("--deterministic is for --backward; the forward is deterministic as it is.")
-    k = k or q
-    shapes: dict[str, tuple[int, ...]] = {"q": q, "k": k, "v": v or k}
+    shapes: dict[str, tuple[int, ...]] = {"q": q, "k": k or q, "v": v or k or q}
+    name = f"attention{'_varlen' if packed else ''}{'_backward' if backward else ''}"
+    if k_cache is not None:
+        name = "decode_plan" if of_caches["decode_plan"] else "attention_with_kvcache"
+        shapes = _with_caches(q, k_cache, v_cache or k_cache, sequences, **of_caches)
     heads = q[-2] if len(q) > 1 else 0
-    shapes |= {name: (heads,) for name, given in (("alibi_slopes", alibi), ("sinks", sinks)) if given}
+    shapes |= {each: (heads,) for each, given in (("alibi_slopes", alibi), ("sinks", sinks)) if given}
     if sequences is not None:
         shapes |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (sequences + 1,))
         shapes |= {"seqused_k": (sequences,)} if seqused_k else {}
-    operation = OPERATIONS[f"attention{'_varlen' if packed else ''}{'_backward' if backward else ''}"]
-    options = Options(causal, window, None, softcap, lse, deterministic)
-    device = device_of(arch, sms)
-    return sketch(operation, shapes, dtype, options), device
+    options = {"causal": causal, "window_size": window, "softcap": softcap, "return_lse": lse}
+    options |= {"deterministic": deterministic, "num_splits": of_caches["num_splits"]}
+    operation = OPERATIONS[name]
+    _, asked = asked_by(operation, options)
+    problem = sketch(operation, shapes, dtype, _options.of(name, asked, operation.owned))
+    return problem, device_of(arch, sms)
+
+
+def _with_caches(
+    q: tuple[int, ...],
+    k_cache: tuple[int, ...],
+    v_cache: tuple[int, ...],
+    sequences: int | None,
+    *,
+    pages: int | None,
+    append: bool,
+    rotary_dim: int,
+    **_: Any,
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of a call with caches."""
+    batch = q[0] if sequences is None else sequences
+    shapes: dict[str, tuple[int, ...]] = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": (batch,)}
+    if pages is not None:
+        shapes["block_table"] = (batch, pages)
+    if append:
+        shapes |= {"k": (*q[:-2], *k_cache[-2:]), "v": (*q[:-2], *v_cache[-2:])}
+    if rotary_dim:
+        shapes |= dict.fromkeys(("rotary_cos", "rotary_sin"), (1 << 20, rotary_dim // 2))
+    return shapes
 
 
 def device_of(arch: tuple[int, ...] | None, sms: int | None) -> Any:

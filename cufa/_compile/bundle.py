@@ -358,23 +358,51 @@ def command_for(plan: Plan) -> str:
     arch = f"sm_{plan.arch}{'a' if plan.arch >= 90 else ''}"
     config = plan.config
     out = f"--out cufa-{arch}{SUFFIX}"
-    if not isinstance(config, Config):  # the kernel that copies arrays, which is the same for all that need it
-        call = "--operation attention --dtype bfloat16 --head-dim 64 --feature unaligned"
-        return f"cufa bundle build --arch {arch} {call} {out}"
+    if not isinstance(config, Config):
+        return f"cufa bundle build --arch {arch} {_plain_call(plan)} {out}"
     if not {type(term) for term in config.variant} <= {type(term) for term in TERMS}:
         return ""
-    dtype = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}[config.element]
+    dtype = DTYPES[config.element]
     head_dim = f"{config.head_dim}" + (f":{config.head_dim_v}" if config.head_dim_v != config.head_dim else "")
-    backward = "_backward" if _is_backward(plan) else ""
+    cached = _with_caches(plan)
+    operation = cached or f"attention{'_varlen' if config.varlen else ''}{'_backward' if _is_backward(plan) else ''}"
     features = [config.mask] if config.mask != "none" else []
     features += [term.name for term in config.variant]
     features += [name for name in ("sinks", "deterministic") if getattr(config, name, False)]
     features += ["unaligned"] if _is_unaligned(plan) else []
+    features += ["paged"] if getattr(config, "page_rows", 0) or getattr(config, "paged", False) else []
+    features += ["packed"] if cached and config.varlen else []
     asked = "".join(f" --feature {name}" for name in features)
-    return (
-        f"cufa bundle build --arch {arch} --operation attention{'_varlen' if config.varlen else ''}{backward} "
-        f"--dtype {dtype} --head-dim {head_dim}{asked} {out}"
-    )
+    return f"cufa bundle build --arch {arch} --operation {operation} --dtype {dtype} --head-dim {head_dim}{asked} {out}"
+
+
+DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+
+
+def _plain_call(plan: Plan) -> str:
+    """A call that needs a kernel which goes through whole arrays, whose chunks tell of some head_dim."""
+    from .._kernels.chunks import ConfigChunks
+    from .._kernels.merge_states import MergeStates, MergeStatesBackward
+    from .._kernels.rotary import ConfigRotary
+
+    config = plan.config
+    if not isinstance(config, ConfigChunks):  # it copies arrays, and is the same for all that need it
+        return "--operation attention --dtype bfloat16 --head-dim 64 --feature unaligned"
+    names: dict[type, str] = {MergeStates: "merge_states", MergeStatesBackward: "merge_states_backward"}
+    head_dim, name = config.chunk * getattr(config, "row_lanes", 1), names.get(type(plan.kernel), "rotary")
+    if isinstance(config, ConfigRotary):  # of which pairs of columns are turned, or of chunks
+        head_dim = 3 if config.chunk == 1 else config.chunk if config.interleaved else 2 * config.chunk
+    return f"--operation {name} --dtype {DTYPES[config.element]} --head-dim {head_dim} --feature unaligned"
+
+
+def _with_caches(plan: Plan) -> str:
+    """The operation of a kernel that reads caches; empty if it reads none."""
+    from .._kernels.forward_cache_sm80 import CachePlan, ForwardCacheSm80
+    from .._kernels.forward_cache_sm90 import ForwardCacheSm90
+
+    if isinstance(plan.kernel, CachePlan):
+        return "decode_plan"
+    return "attention_with_kvcache" if isinstance(plan.kernel, (ForwardCacheSm80, ForwardCacheSm90)) else ""
 
 
 def _is_backward(plan: Plan) -> bool:
@@ -390,9 +418,13 @@ def _is_unaligned(plan: Plan) -> bool:
     of_k, of_v = (max(size, math.gcd(ALIGNMENT, columns * size)) for columns in (config.head_dim, config.head_dim_v))
     stores = min(of_k, of_v) if _is_backward(plan) else of_v
     new = {"copy_bytes": min(of_k, of_v), "out_copy_bytes": of_v, "store_bytes": stores}
-    misaligned = any(getattr(config, name, ALIGNMENT) not in (width, ALIGNMENT) for name, width in new.items())
     is_short = getattr(config, "early_v", False) or getattr(config, "writes_dq", False)
-    without_maps = plan.arch // 10 == 9 and size == 2 and not plan.kernel.target_suffix and not is_short
+    if _with_caches(plan):
+        new["q_copy_bytes"] = of_k
+    without_maps = (
+        not _with_caches(plan) and plan.arch // 10 == 9 and size == 2 and not plan.kernel.target_suffix and not is_short
+    )
+    misaligned = any(getattr(config, name, ALIGNMENT) not in (width, ALIGNMENT) for name, width in new.items())
     return misaligned or without_maps
 
 

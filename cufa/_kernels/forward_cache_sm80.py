@@ -67,7 +67,8 @@ class ConfigCacheSm80(ConfigSplitSm80):
     Attributes
     ----------
     page_rows : int
-        Keys that lie in one page side by side, from each multiple of so many on; 0 where caches are contiguous.
+        Keys of a block that lie in one page side by side, from each multiple of so many on; 0 where caches are
+        contiguous.
     own_sequences : int
         Sequences that a thread block has shared memory for, so that it need not wait for a plan; 0: it does always.
     work_bytes : int
@@ -215,6 +216,11 @@ class CachePlan(ForwardCacheSm80):
 
     name = PREPARING
 
+    def config(self, static: Static, arch: int) -> ConfigCacheSm80:
+        """That of the calls' kernel, as far as a plan differs by it: by tiles, and by which keys are seen."""
+        own = static._replace(terms=(), sinks=False, chains=False, page_rows=0, rotary="", appends=False)
+        return super().config(own._replace(copy_bytes=ALIGNMENT, q_copy_bytes=ALIGNMENT, store_bytes=ALIGNMENT), arch)
+
     def steps(self, config: ConfigCacheSm80) -> tuple[Step, ...]:
         return super().steps(config)[:1]
 
@@ -237,7 +243,7 @@ def cache_members(static: Static, tile: Tile) -> dict[str, Any]:
     few_registers = static.few_rows > 32 and static.head_dim_v > 128
     return members(static, tile) | {
         "q_copy_bytes": ALIGNMENT if static.rotary else static.q_copy_bytes,
-        "page_rows": static.page_rows,
+        "page_rows": min(static.page_rows, tile.block_n),  # of a block of keys, which is all that matters
         "looks_ahead": static.page_rows > 0 and not few_registers,
     }
 

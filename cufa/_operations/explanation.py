@@ -10,6 +10,7 @@ from .._call.align import Copies
 from .._call.problem import Problem
 from .._compile import jit as _jit
 from .._driver.driver import Device
+from .._kernels.kernel import Config
 from .call import planned, planned_for
 
 
@@ -28,9 +29,9 @@ class Explanation:
     reason : str
         Why this kernel and not a faster one.
     block_m, block_n : int
-        Rows of q and of k per tile; on the CPU, 0.
+        Rows of q and of k per tile; 0 where there are none, as on the CPU.
     num_threads, num_blocks : int
-        Threads per block, blocks of the launch.
+        Threads per block, blocks of all launches.
     smem_bytes : int
         Shared memory per block, in bytes.
     registers, spill_bytes : int
@@ -45,6 +46,8 @@ class Explanation:
         The file of the bundle that the kernel comes from.
     not_bundled : str
         Why none of the bundles at hand has the kernel, and what to do; empty if one has, or if there are none.
+    launches : tuple of (str, int, int)
+        The function of each launch, its blocks and the threads of each.
     """
 
     function: str
@@ -64,13 +67,17 @@ class Explanation:
     refusals: dict[str, str] = field(default_factory=dict)
     bundle: str = ""
     not_bundled: str = ""
+    launches: tuple[tuple[str, int, int], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.function}: {self.kernel} on {self.device}"]
         if self.config is not None:
+            blocks = f"{self.num_blocks} blocks of {self.num_threads} threads"
+            tiles = f"  tiles      {self.block_m} × {self.block_n} (rows of q × rows of k), {blocks}"
+            names = ", ".join(f"{entry} of {count} × {threads}" for entry, count, threads in self.launches)
+            lines += [tiles if self.block_m else f"  runs       {blocks}"]
+            lines += [f"  launches   {names} (blocks × threads)"] if len(self.launches) > 1 else []
             lines += [
-                f"  tiles      {self.block_m} × {self.block_n} (rows of q × rows of k), {self.num_blocks} blocks of "
-                f"{self.num_threads} threads",
                 f"  takes      {self.smem_bytes / 1024:g} KB shared memory per block, {self.registers} registers per "
                 f"thread, {self.spill_bytes} bytes spilled",
                 f"  kernel is  {self.state} (compiling it took {self.compile_seconds:.2f} s)",
@@ -106,7 +113,12 @@ def explained(problem: Problem, device: Device | None = None) -> Explanation:
     else:
         state = "cached" if _jit.is_cached(unit) else "to be compiled"
     meta = _jit.entry_of(unit).meta
-    config = plan.config
+    config, steps = plan.config, plan.steps
+    # Of the launch that computes; which of several that is, the config says.
+    alone = steps[0] if len(steps) == 1 else None
+    threads, smem_bytes = (alone.threads, alone.smem_bytes) if alone else (config.num_threads, config.smem_bytes)
+    launches = ((step.entry, blocks, step.threads) for step, blocks in zip(steps, grid.blocks, strict=True) if blocks)
+    has_tiles = isinstance(config, Config)
     return Explanation(
         function=problem.function,
         kernel=f"{plan.name} (sm_{meta['arch']})",
@@ -114,15 +126,16 @@ def explained(problem: Problem, device: Device | None = None) -> Explanation:
         state=state,
         reason=plan.reason if copies is None else f"{plan.reason}; {_said(copies)}",
         refusals=dict(plan.refusals),
-        block_m=config.block_m,
-        block_n=config.block_n,
-        num_threads=config.num_threads,
+        block_m=config.block_m if has_tiles else 0,
+        block_n=config.block_n if has_tiles else 0,
+        num_threads=threads,
         num_blocks=sum(grid.blocks),
-        smem_bytes=config.smem_bytes,
+        smem_bytes=smem_bytes,
         registers=meta["registers"],
         spill_bytes=meta["spill_bytes"],
         compile_seconds=meta["seconds"],
         config=dict(vars(config)),
         bundle="" if served is None else str(served.path),
         not_bundled=_jit.why_not_bundled(unit) if served is None else "",
+        launches=tuple(launches),
     )

@@ -36,6 +36,19 @@ TARGET = "cufa"
 
 def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
     """Call an operation with JAX arrays or tracers, in its order."""
+    check_given(operation, given)
+    # Checked here, where the user's call is; values of offsets, which have none in a program, are not.
+    arrays = view(operation, given)
+    _problem.check(operation, arrays, options)
+    if not FOREIGN:
+        _callback()  # or the lack of it, told where the user's call is
+    program = _program(_call_of(operation, arrays.layouts, options), _device(given[0]), _deterministic())
+    results = program(*(array for array in given if array is not None))
+    return results[0] if len(results) == 1 else results
+
+
+def check_given(operation: Operation, given: tuple[Any, ...]) -> None:
+    """Refuse what would be written."""
     if operation.changed:
         raise UnsupportedError(
             f"{operation.name}: JAX arrays cannot change in place, and {operation.changed[0]} may have to; pass NumPy, "
@@ -47,14 +60,6 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
             raise UnsupportedError(
                 f"{operation.name}: {name} is not supported for JAX arrays, which cannot be written."
             )
-    # Checked here, where the user's call is; values of offsets, which have none in a program, are not.
-    arrays = view(operation, given)
-    _problem.check(operation, arrays, options)
-    if not FOREIGN:
-        _callback()  # or the lack of it, told where the user's call is
-    program = _program(_call_of(operation, arrays.layouts, options), _device(given[0]), _deterministic())
-    results = program(*(array for array in given if array is not None))
-    return results[0] if len(results) == 1 else results
 
 
 def view(operation: Operation, given: tuple[Any, ...]) -> Arrays:

@@ -112,6 +112,31 @@ def test_shapes_do_as_well_as_arrays(fake: FakeDriver) -> None:
     assert kernels() == {"compiled": 1, "loaded": 1}
 
 
+STEP = {"q": (4, 1, 8, 64), "k_cache": (90, 16, 2, 64), "v_cache": (90, 16, 2, 64), "dtype": "float16"}
+STEP |= {"operation": "attention_with_kvcache", "cache_seqlens": (4,), "block_table": (4, 9)}
+"""A step of decoding, in shapes."""
+
+
+def test_calls_of_every_function_are_warmed_up(fake: FakeDriver) -> None:
+    state = {"out_a": (2, 9, 4, 64), "lse_a": (2, 4, 9), "out_b": (2, 9, 4, 64), "lse_b": (2, 4, 9), "dtype": "float16"}
+    turned = {"q": (2, 9, 4, 64), "cos": (9, 32), "sin": (9, 32), "dtype": "float16", "operation": "rotary"}
+    calls = [
+        STEP,
+        STEP | {"plan": True, "num_splits": 4},
+        STEP | {"operation": "decode_plan", "block_table": None, "cache_batch_idx": (4,)},
+        state | {"operation": "merge_states"},
+        state | {"operation": "merge_states_backward"},
+        turned,
+        turned | {"interleaved": False},
+    ]
+    loaded: list[str] = []
+    for call in calls:
+        before = kernels().get("loaded", 0)
+        cufa.warmup(calls=[call])
+        loaded.append(kernels()["loaded"] - before)
+    assert loaded == [1, 0, 1, 1, 1, 1, 1]
+
+
 def test_kinds_of_calls_hold_every_length(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Any] = []
     monkeypatch.setattr(_jit, "load", lambda plan, device: loaded.append((plan, device)))
@@ -209,6 +234,10 @@ def test_without_a_gpu_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> No
         ),
         ({"calls": [{**SHAPES, "k": (2, 16, 3, 32)}]}, ValueError, "attention: v has 1 heads but k has 3; "),
         ({"calls": [{**SHAPES, "deterministic": True}]}, TypeError, "warmup: deterministic is for gradients; "),
+        ({"calls": [{**SHAPES, "operation": "decode"}]}, ValueError, "warmup: there is no operation 'decode'; there "),
+        ({"calls": [{**STEP, "causal": 1}]}, TypeError, "attention_with_kvcache: causal is a int; "),
+        ({"calls": [{**STEP, "backward": True}]}, cufa.UnsupportedError, "attention_with_kvcache: there are no grad"),
+        ({"calls": [{**STEP, "cu_seqlens_k": (5,)}]}, TypeError, "warmup: a call has no argument 'cu_seqlens_k'."),
         ({"calls": [{**SHAPES, "q": np.zeros(4)}]}, TypeError, "warmup: k of a call is a shape, and others are arrays"),
     ],
 )

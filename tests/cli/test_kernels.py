@@ -63,9 +63,25 @@ def test_packed_gradients_are_explained() -> None:
     assert text.startswith("attention_varlen_backward: attention_backward_sm80 (sm_80)")
 
 
+PAGES = ("--q", "8x1x32x64", "--k-cache", "600x16x8x64", "--pages", 300, "--arch", "sm_80")
+
+
+def test_calls_with_caches_are_explained() -> None:
+    text = said("explain", *PAGES, "--append", "--rotary-dim", 64, "--causal")
+    assert text.startswith("attention_with_kvcache: attention_forward_cache_sm80 (sm_80) on a GPU of 108 SMs\n")
+    assert "launches   attention_cache_prepare of 9 × 256, " in text
+    assert said("explain", *PAGES, "--decode-plan").startswith("decode_plan: attention_cache_prepare (sm_80)")
+    packed = "--q", "70x32x64", "--sequences", 8, "--k-cache", "8x900x8x64", "--arch", "sm_80"
+    assert json.loads(said("explain", *packed, "--json"))["config"]["varlen"] is True
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
+        (("--q", "2x16x4x64", "--append"), 2, "caches are told of without --k-cache, by which the call has some."),
+        (("--q", "2x16x4x64", "--k-cache", "2x9x4x64", "--backward"), 2, "--backward are not for --k-cache."),
+        (("--q", "2x16x4x64", "--k-cache", "2x9x4x64", "--decode-plan", "--sinks"), 2, "--decode-plan is the same wit"),
+        (("--q", "2x16x4x64", "--k-cache", "2x9x4x64", "--rotary-dim", "8"), 1, "rotary_cos is given, but no k; "),
         (("--q", "2x16x4x64", "--k", "2x16x3x64"), 1, "q has 4 heads and k has 3; the heads of q must be a multiple"),
         (("--q", "2x16x4x64", "--dtype", "float64"), 1, "dtype 'float64' is not one of a GPU's; there are float16, "),
         (

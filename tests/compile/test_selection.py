@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from cufa._bundles import build as _build
 from cufa._bundles import selection
-from cufa._bundles.selection import PRESETS, SPREADS, Kind, Lengths
+from cufa._bundles.selection import PRESETS, SPREADS, Cached, Kind, Lengths
 from cufa._call.problem import CHAIN_ROWS, LONG_ROWS, MANY
 from cufa._cli.main import cufa as command
 from cufa._compile import bundle as _bundle
@@ -31,7 +31,7 @@ from cufa._kernels import Plan, align, choose
 from cufa._operations.call import chosen
 from cufa._operations.forward import ATTENTION
 from cufa._operations.kvcache import KVCACHE, PLANNING
-from cufa._operations.sketch import Layout
+from cufa._operations.sketch import OPERATIONS, Layout
 from cufa._terms import Term
 
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -43,13 +43,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_presets_hold_as_many_kernels_as_can_be_compiled_in_time(arch: int) -> None:
-    """On two cores `full` shall take 120 s, at 1.3 s per kernel; `inference` 3 MB, at 28 KB; two of few rows: one."""
-    found = {name: selection.plans_for(kinds, arch) for name, kinds in PRESETS.items()}
-    few = {name: sum("_split_sm80" in plan.name or "_cluster_" in plan.name for plan in found[name]) for name in found}
-    counts = {name: len(plans) - few[name] // 2 for name, plans in found.items()}
-    assert 30 < counts["inference"] <= 105
+    """On two cores `full` shall take 200 s, at 1.3 s per kernel; `inference` 7 MB, at 28 KB."""
+    counts = {name: len(selection.plans_for(kinds, arch)) for name, kinds in PRESETS.items()}
+    assert 100 < counts["inference"] <= 250
     assert 30 < counts["training"] <= 100
-    assert max(counts["inference"], counts["training"]) < counts["full"] <= 170
+    assert max(counts["inference"], counts["training"]) < counts["full"] <= 310
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -78,10 +76,19 @@ def held(name: str, arch: int) -> set[Plan]:
     return {*selection.plans_for(PRESETS[name], arch)}
 
 
-def kernels_of(kind: Kind, lengths: Lengths, arch: int) -> set[Plan]:
+def kernels_of(kind: Kind, lengths: Lengths, arch: int, cached: Cached = selection.CONTIGUOUS) -> set[Plan]:
     """What a call needs."""
-    _, copies, plan = chosen(selection.problem_of(kind, lengths), arch)
+    _, copies, plan = chosen(selection.problem_of(kind, lengths, cached=cached), arch)
     return {plan.bare} | ({align.plan_for(arch)} if copies is not None else set())
+
+
+def cached_of(kind: Kind, page_sizes: list[int]) -> st.SearchStrategy[Cached]:
+    """What calls of a kind may differ by if they have caches."""
+    scored, sizes = kind.operation == "attention_with_kvcache", st.sampled_from(page_sizes)
+    found = st.builds(
+        Cached, sizes if "paged" in kind.features else st.just(0), *[st.booleans() if scored else st.just(False)] * 3
+    )
+    return found.filter(lambda each: each.appends or not each.rotates)
 
 
 RATIOS = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8])
@@ -91,6 +98,9 @@ MOST = 1 << 17
 @st.composite
 def served(draw: st.DrawFn, kind: Kind) -> Lengths:
     """Lengths that the spread ``serving`` claims."""
+    if kind.operation in ("attention_with_kvcache", "decode_plan"):
+        rows = st.integers(1, 2000) if "packed" in kind.features else st.sampled_from([1, 512, 600, 3000])
+        return Lengths(draw(st.integers(1, 600)), draw(rows), draw(st.integers(1, MOST)), draw(RATIOS))
     if "varlen" in kind.operation:
         return Lengths(draw(st.integers(1, 600)), draw(st.integers(1, 4096)), draw(st.integers(65, 8192)), 1)
     ratio = draw(RATIOS)
@@ -131,8 +141,8 @@ PROMISES = [(name, spread, kind) for name, kinds in PRESETS.items() for spread, 
 @settings(max_examples=150)
 def test_calls_that_a_preset_claims_find_their_kernels(name: str, arch: int, data: st.DataObject) -> None:
     _, spread, kind = data.draw(st.sampled_from([each for each in PROMISES if each[0] == name]))
-    lengths = data.draw(CLAIMED[spread](kind))
-    assert kernels_of(kind, lengths, arch) <= held(name, arch), f"{kind} of {lengths}"
+    lengths, cached = data.draw(CLAIMED[spread](kind)), data.draw(cached_of(kind, [16, 64, 128, 256]))
+    assert kernels_of(kind, lengths, arch, cached) <= held(name, arch), f"{kind} of {lengths}, {cached}"
 
 
 def test_a_call_that_no_preset_claims_is_not_held() -> None:
@@ -147,15 +157,20 @@ def test_a_call_that_no_preset_claims_is_not_held() -> None:
         st.sampled_from(["bfloat16", "float32"]),
         st.sampled_from([40, 57, 64, 128, 200]),
         st.sampled_from([64, 57]),
-        st.sampled_from([(), ("causal",), ("window", "softcap"), ("causal", "alibi", "sinks")]),
+        st.sampled_from([(), ("causal",), ("window", "softcap"), ("causal", "alibi", "sinks"), ("causal", "paged")]),
     ),
     lengths=st.builds(Lengths, st.integers(1, 400), *[st.integers(1, 40000)] * 2, st.integers(1, 64)),
     arch=st.sampled_from(ARCHS),
+    data=st.data(),
 )
 @settings(max_examples=300)
-def test_every_spread_covers_all_lengths_and_heads(kind: Kind, lengths: Lengths, arch: int) -> None:
+def test_every_spread_covers_all_lengths_and_heads(
+    kind: Kind, lengths: Lengths, arch: int, data: st.DataObject
+) -> None:
+    if "paged" in kind.features and data.draw(st.booleans()):
+        kind = kind._replace(features=(*kind.features, "packed"))
     found = selection.plans_for([selection.Chosen("every", (kind,))], arch)
-    assert kernels_of(kind, lengths, arch) <= {*found}
+    assert kernels_of(kind, lengths, arch, data.draw(cached_of(kind, [1, 2, 24, 40, 16, 100]))) <= {*found}
 
 
 def test_what_is_asked_for_narrows_a_preset() -> None:
@@ -181,6 +196,14 @@ def test_what_is_asked_for_narrows_a_preset() -> None:
         (
             {"head_dims": [(64, 64)], "features": ["deterministic"], "operations": ["attention"]},
             "attention is always deterministic; ",
+        ),
+        (
+            {"head_dims": [(64, 64)], "features": ["paged"], "operations": ["attention"]},
+            "calls of attention may have no other features than causal, window, softcap, alibi, sinks, unaligned.",
+        ),
+        (
+            {"head_dims": [(64, 64)], "features": ["paged", "deterministic"]},
+            "no operation has calls with all of deterministic, paged; ",
         ),
     ],
 )
@@ -245,12 +268,18 @@ LAYOUTS = st.sampled_from([None, Layout(0), Layout(8), Layout(4), Layout(0, back
     lengths=st.builds(Lengths, st.integers(1, 400), *[st.sampled_from([1, 20, 60, 300, 9000, 20000])] * 2, RATIOS),
     layouts=st.tuples(LAYOUTS, st.sampled_from([None, Layout(0), Layout(8), Layout(4)])),
     arch=st.sampled_from(ARCHS),
+    data=st.data(),
 )
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_command_for_any_call_builds_its_kernel(
-    kind: Kind, lengths: Lengths, layouts: tuple[Any, Any], arch: int, asked: list[Plan]
+    kind: Kind, lengths: Lengths, layouts: tuple[Any, Any], arch: int, asked: list[Plan], data: st.DataObject
 ) -> None:
-    _, copies, plan = chosen(selection.problem_of(kind, lengths, *layouts), arch)
+    kind = kind._replace(
+        features=tuple(each for each in kind.features if each in selection.features_of(OPERATIONS[kind.operation]))
+    )
+    cached = data.draw(cached_of(kind, [1, 2, 24, 16, 64]))
+    interleaved = data.draw(st.booleans())
+    _, copies, plan = chosen(selection.problem_of(kind, lengths, *layouts, cached, interleaved), arch)
     check_command(plan, asked)
     if copies is not None:
         assert align.plan_for(arch) in asked
@@ -408,7 +437,7 @@ def test_kernels_that_the_sources_do_not_have_are_told_of() -> None:
 
 def test_the_docs_tell_what_presets_hold() -> None:
     text = (ROOT / "docs" / "bundles.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\w+) \| (attention.*) \| (\w+) \| ([\d, ]+) \| (.*) \| (\w+) \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| (\w+) \| (\w[^|]*) \| (\w+) \| ([\d, ]+) \| (.*) \| (\w+) \|$", text, re.MULTILINE)
     told = {
         (preset, spread, kind)
         for preset, operations, dtype, dims, masks, spread in rows
