@@ -61,13 +61,16 @@ inline void forward_split(const Argument& argument, const Schedule& schedule, fl
     const int first_row = work.first_row(), live = min_of(Config::block_m, work.rows() - first_row);
     const int warp = ptx::tid_x() / 32;
     const typename Mainloop::Parts parts{smem};
+    using Sums = LaneSums<cols, Config::merge_lanes>;
+    constexpr int together = warps * (32 / Config::merge_lanes);  // rows that the block puts together at a time
 #pragma unroll 1
-    for (int row = warp; row < live; row += warps) {
-      LaneSums<cols> sums;
-      const auto whole = merge_row<element, group_lanes, group_lanes>(sums, parts, Mainloop::groups, row, scale);
+    for (int first = warp; first < live; first += together) {
+      const int own = first + warps * Sums::row(), row = min_of(own, live - 1);
+      Sums sums;
+      const auto whole = merge_rows<element, group_lanes>(sums, parts, Mainloop::groups, row, scale);
       if (sharers.count == 1)
-        finish_row<Config>(params, work, first_row + row, whole, sums, scale);
-      else
+        finish_row<Config>(params, work, first_row + row, whole, sums, scale, own < live);
+      else if (own < live)
         memory.store(block, sharers.first, row, whole, sums);
     }
     if (sharers.count > 1 && counters != nullptr) {
@@ -78,9 +81,13 @@ inline void forward_split(const Argument& argument, const Schedule& schedule, fl
         last = ptx::atom_acq_rel_gpu_inc(counters + sharers.first, sharers.count - 1) == sharers.count - 1;
       }
       if (__syncthreads_or(last)) {
+        const LeftParts<Config::block_m, cols> left{memory, sharers.first};
 #pragma unroll 1
-        for (int row = warp; row < live; row += warps) {
-          finish_left_row<Config>(params, work, memory, sharers, row, scale);
+        for (int first = warp; first < live; first += together) {
+          const int own = first + warps * Sums::row(), row = min_of(own, live - 1);
+          Sums sums;
+          const auto whole = merge_rows<element, Config::merge_lanes>(sums, left, sharers.count, row, scale);
+          finish_row<Config>(params, work, first_row + row, whole, sums, scale, own < live);
         }
       }
     }

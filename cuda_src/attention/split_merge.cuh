@@ -20,11 +20,16 @@
 
 namespace attention {
 
-// A lane's columns of a row of sums: quads of columns lane, lane + 32, and so on.
-template <int cols>
+// A lane's columns of a row of sums: quads of columns lane, lane + lanes, and so on. So many lanes have a row.
+template <int cols, int lanes = 32>
 struct LaneSums {
-  static constexpr int quads = cols / 4, count = ceil_div(quads, 32);
+  static constexpr int quads = cols / 4, count = ceil_div(quads, lanes);
   float x[count][4];
+
+  static int lane() { return lanes == 32 ? tile::lane() : tile::lane() % lanes; }
+
+  // Which of a warp's rows the lane is of.
+  static int row() { return lanes == 32 ? 0 : tile::lane() / lanes; }
 };
 
 // What the parts of a row have in common: base and sum of their union.
@@ -110,10 +115,44 @@ inline RowUnion<element> merge_row(LaneSums<cols>& merged, const Parts& parts, i
   return whole;
 }
 
-// Writes a row whose sums are complete. A warp calls this.
-template <class Config, int cols, class Work>
+// The same by `lanes` lanes for each of a warp's rows, of which every one waits for the memory of a part only once;
+// `unite_lanes` of them look at the statistics. Where rows are few and parts as well, latencies are all that counts.
+template <class element, int unite_lanes, int cols, int lanes, class Parts>
+inline RowUnion<element> merge_rows(LaneSums<cols, lanes>& merged, const Parts& parts, int count, int row,
+                                    float scale) {
+  using Sums = LaneSums<cols, lanes>;
+  const auto load = [&](int p) { return parts.statistics(p, row); };
+  const RowUnion<element> whole = unite<element, unite_lanes>(count, scale, load);
+#pragma unroll
+  for (int c = 0; c < Sums::count; ++c) merged.x[c][0] = merged.x[c][1] = merged.x[c][2] = merged.x[c][3] = 0.0f;
+  constexpr int unroll = max_of(1, 8 / Sums::count);  // loads that are under way at a time
+#pragma unroll unroll
+  for (int p = 0; p < count; ++p) {
+    uint4 sums[Sums::count];
+#pragma unroll
+    for (int c = 0; c < Sums::count; ++c) {
+      const int quad = lanes * c + Sums::lane();
+      if (quad < Sums::quads) sums[c] = parts.sums(p, row, quad);
+    }
+    const float its = whole.factor(load(p), scale);
+#pragma unroll
+    for (int c = 0; c < Sums::count; ++c) {
+      if (lanes * c + Sums::lane() >= Sums::quads) continue;
+      float (&x)[4] = merged.x[c];
+      x[0] = fmaf(its, __uint_as_float(sums[c].x), x[0]);
+      x[1] = fmaf(its, __uint_as_float(sums[c].y), x[1]);
+      x[2] = fmaf(its, __uint_as_float(sums[c].z), x[2]);
+      x[3] = fmaf(its, __uint_as_float(sums[c].w), x[3]);
+    }
+  }
+  return whole;
+}
+
+// Writes rows whose sums are complete, one for each `lanes` lanes, as far as they are `live`. A warp calls this.
+template <class Config, int cols, int lanes, class Work>
 inline void finish_row(const Params& params, const Work& work, int row, const RowUnion<typename Config::element>& whole,
-                       const LaneSums<cols>& sums, float scale) {
+                       const LaneSums<cols, lanes>& sums, float scale, bool live = true) {
+  using Sums = LaneSums<cols, lanes>;
   using element = typename Config::element;
   using Statistics = Softmax<element, 1>;
   const float sink = Config::sinks ? params.sinks[work.head_of(row) * params.sinks_stride] : -infinity;
@@ -122,9 +161,9 @@ inline void finish_row(const Params& params, const Work& work, int row, const Ro
   NotFinite<element> not_finite;
   element* const out = work.out_row(params, row);
 #pragma unroll
-  for (int c = 0; c < LaneSums<cols>::count; ++c) {
-    const int quad = 32 * c + tile::lane();
-    if (quad >= LaneSums<cols>::quads) break;
+  for (int c = 0; c < Sums::count; ++c) {
+    const int quad = lanes * c + Sums::lane();
+    if (quad >= Sums::quads || !live) break;
     float x[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = sums.x[c][i] * total.factor;
@@ -139,8 +178,14 @@ inline void finish_row(const Params& params, const Work& work, int row, const Ro
       tile::store_chunk<Config::store_bytes, Config::head_dim_v>(out, params.out_strides.dim, quad, words);
     }
   }
-  if (params.lse != nullptr && tile::lane() == 0) *work.lse_row(params, row) = total.lse;
-  if (unlikely(__any_sync(0xffffffffu, not_finite.found()))) repair<Config>(params, work, row, 1);
+  if (params.lse != nullptr && Sums::lane() == 0 && live) *work.lse_row(params, row) = total.lse;
+  if (unlikely(__any_sync(0xffffffffu, not_finite.found()))) {
+#pragma unroll 1
+    for (int lane = 0; lane < 32; lane += lanes) {  // repair passes by what is finite
+      if (__shfl_sync(0xffffffffu, int(live), lane))
+        repair<Config>(params, work, __shfl_sync(0xffffffffu, row, lane), 1);
+    }
+  }
 }
 
 // What thread blocks leave in memory. A block has two places: 0 for an item that an earlier block began, and 1 for one
@@ -157,18 +202,19 @@ struct Partials {
     return memory + i64(one_place ? block : 2 * block + (block == first)) * floats;
   }
 
-  template <class element>
-  void store(int block, int first, int row, const RowUnion<element>& whole, const LaneSums<cols>& sums) const {
+  template <class element, int lanes>
+  void store(int block, int first, int row, const RowUnion<element>& whole, const LaneSums<cols, lanes>& sums) const {
+    using Sums = LaneSums<cols, lanes>;
     float* const place = at(block, first);
 #pragma unroll
-    for (int c = 0; c < LaneSums<cols>::count; ++c) {
-      const int quad = 32 * c + tile::lane();
+    for (int c = 0; c < Sums::count; ++c) {
+      const int quad = lanes * c + Sums::lane();
       const float (&x)[4] = sums.x[c];
-      if (quad < LaneSums<cols>::quads) {
+      if (quad < Sums::quads) {
         reinterpret_cast<float4*>(place + row * cols)[quad] = float4{x[0], x[1], x[2], x[3]};
       }
     }
-    if (tile::lane() == 0) reinterpret_cast<float2*>(place + rows * cols)[row] = float2{whole.base, whole.sum};
+    if (Sums::lane() == 0) reinterpret_cast<float2*>(place + rows * cols)[row] = float2{whole.base, whole.sum};
   }
 };
 

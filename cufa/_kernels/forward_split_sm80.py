@@ -33,6 +33,10 @@ blocks, are what an SM needs in flight. Reckoned, not measured."""
 
 MOST_STAGES = 6
 
+MERGE_LANES = 8
+"""Lanes of a warp that put a row of up to 128 columns together: 32, 16 or 8. With 8 a warp has four rows at a time,
+which wait for memory together. Reckoned, not measured."""
+
 WHOLE_BYTES = 512 << 10
 """K and V of a tile of queries that one thread block reads as fast as several that would have to put their parts
 together, behind one more launch. Reckoned, not measured."""
@@ -61,6 +65,8 @@ class ConfigSplitSm80(Config):
         Of keys and values, and of queries.
     resident : int
         Thread blocks that an SM holds at a time.
+    merge_lanes : int
+        Lanes of a warp that put a row together.
     looks_ahead : bool
         Whether where a block of keys lies is looked up before the copies of the one before it are waited for.
     """
@@ -70,6 +76,7 @@ class ConfigSplitSm80(Config):
     copy_bytes: int
     q_copy_bytes: int
     resident: int
+    merge_lanes: int
     looks_ahead: bool = False
 
 
@@ -188,6 +195,7 @@ def members(static: Static, tile: Tile) -> dict[str, Any]:
         "copy_bytes": static.copy_bytes,
         "q_copy_bytes": static.copy_bytes,
         "resident": tile.resident,
+        "merge_lanes": MERGE_LANES if static.head_dim_v <= 128 else 32,
     }
 
 
