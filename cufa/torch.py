@@ -214,7 +214,7 @@ def _compute(
     arrays = Arrays(tensors, list(pointers), layouts)
     options = _options.of(operation.name, asked, operation.owned)
     problem = _problem_of(operation, layouts, options)
-    # Results that are new share no memory; the values of offsets are looked at on the CPU only.
+    # Results that are new share no memory; if values of offsets on a GPU are looked at, `compute` does so.
     if given or problem.device == CPU:
         _problem.checked(operation, arrays, options)
     results, addresses = allocate(arrays, problem)

@@ -139,9 +139,10 @@ def attention_varlen(
         As for `attention`.
     cu_seqlens_q, cu_seqlens_k : int32 array, (batch + 1,)
         Sequence b is rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. They begin with 0 and do not decrease, but for
-        zeros behind the last, with which programs of fixed shapes pad: checked on the CPU. On a GPU, where reading them
-        would make the host wait, an offset counts as the largest up to it, clamped to the packed array. Rows of q that
-        are no sequence's are 0 in a new `out`, left as they are in a given one, and their lse is -infinity.
+        zeros behind the last, with which programs of fixed shapes pad: checked on the CPU, and with
+        ``CUFA_DEBUG=1``. On a GPU, where reading them makes the host wait, an offset else counts as the largest up to
+        it, clamped to the packed array. Rows of q that are no sequence's are 0 in a new `out`, left as they are in a
+        given one, and their lse is -infinity.
     seqused_k : int32 array, (batch,), optional
         Live keys of each sequence; whatever its other rows of k and v hold, NaN included, does not count.
     causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, return_lse, out

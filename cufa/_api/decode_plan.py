@@ -33,7 +33,7 @@ def decode_plan(
     """Divide the work of calls of `attention_with_kvcache` over the GPU, once for all layers of a model.
 
     Without a plan every call begins with a launch that makes one. The plan is made on the device, by one launch, from
-    lengths that the host never reads.
+    lengths that the host never reads, but with ``CUFA_DEBUG=1``: all arrays are then checked as those of the call.
 
     Parameters
     ----------

@@ -42,7 +42,7 @@ def attention_with_kvcache(
     """Attention over caches of keys and values, to which new ones are first appended in place.
 
     For generating text: a step of decoding, a chunk of a prompt, or, packed, some of both. Sequences have caches of
-    their own or pages of a common one. The host never reads lengths on a GPU.
+    their own or pages of a common one. The host never reads lengths on a GPU, but with ``CUFA_DEBUG=1``.
 
     Parameters
     ----------
@@ -97,10 +97,11 @@ def attention_with_kvcache(
     TypeError
         If an argument is no array or of another framework than q, or lacks another that belongs to it.
     ValueError
-        If shapes, dtypes or devices disagree or, on the CPU, if lengths, caches, pages or positions are not there, or
-        two sequences append to the same row. Then nothing has been written.
+        If shapes, dtypes or devices disagree or, on the CPU or with ``CUFA_DEBUG=1``, if lengths, caches, pages or
+        positions are not there, or two sequences append to the same row. Then nothing has been written.
     UnsupportedError
-        For JAX arrays and for tensors that require grad; and as for `attention`.
+        For JAX arrays and for tensors that require grad; with ``CUFA_DEBUG=1``, in the capture of a CUDA graph; and as
+        for `attention`.
     CompileError, MissingKernelError
         As for `attention`.
 
@@ -113,6 +114,7 @@ def attention_with_kvcache(
     -----
     On a GPU, where checking them would make the host wait, lengths, caches, pages and positions that are not there are
     clamped to those that are, and rows that would be appended where nothing is are dropped: `cufa.reference` says how.
+    Set ``CUFA_DEBUG=1`` to have them checked as on the CPU.
     A sequence may read rows of pages that others append to in the same call, and then sees them.
 
     torch.compile leaves the call out of its graph.

@@ -42,8 +42,8 @@ def rotary(
         Of the angles of a position's pairs; in q's dtype or float32. The first rotary_dim columns of a row are turned,
         and the others stay as they are.
     positions : int32 array, (batch, seqlen) or, packed, (total,), optional
-        The position of each row. They must be in the table: checked on the CPU. On a GPU, where reading them would make
-        the host wait, they are clamped into it.
+        The position of each row. They must be in the table: checked on the CPU, and with ``CUFA_DEBUG=1``. On a GPU,
+        where reading them makes the host wait, they are else clamped into it.
     offsets : int32 array, (batch,), optional
         In place of `positions`: row i of a sequence has position ``offsets + i``; 0 if None.
     cu_seqlens : int32 array, (batch + 1,), optional

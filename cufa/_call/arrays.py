@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from .._driver import driver as _driver
 from ..errors import UnsupportedError
 
 CPU = -1
@@ -155,14 +156,30 @@ class Arrays:
         return self.adapter.stream(self.given[0], device)
 
     def numpy(self, index: int) -> NDArray[Any] | None:
-        """The array at `index`, which is in host memory, as a NumPy array that shares it."""
+        """The array at `index` as a NumPy array, which shares its memory or, for one on a GPU, is a copy.
+
+        The copy is made in the order of the caller's stream, for which this waits.
+        """
         array, layout = self.given[index], self.layouts[index]
         if array is None or layout is None:
             return None
         if isinstance(array, np.ndarray):
             return np.asarray(array)  # without the arithmetic of a subclass
-        pointer = self.pointers[index]
-        return borrow(pointer, layout[0].spec(layout), (array, pointer))
+        pointer, spec = self.pointers[index], layout[0].spec(layout)
+        return borrow(pointer, spec, (array, pointer)) if spec.device == CPU else self._downloaded(pointer, spec)
+
+    def _downloaded(self, pointer: int, spec: Spec) -> NDArray[Any]:
+        """The array from its first byte in memory to its last, of which strides then choose the elements."""
+        dtype = numpy_dtype(spec.dtype)
+        if 0 in spec.shape:
+            return np.empty(spec.shape, dtype)
+        reach = [(extent - 1) * stride for extent, stride in zip(spec.shape, spec.strides, strict=True)]
+        before = -sum(min(0, each) for each in reach)
+        flat = np.empty(before + sum(max(0, each) for each in reach) + 1, dtype)
+        address = pointer - before * dtype.itemsize
+        _driver.download(spec.device, flat.ctypes.data, address, flat.nbytes, self.stream(spec.device))
+        strides = tuple(stride * dtype.itemsize for stride in spec.strides)
+        return np.ndarray(spec.shape, dtype, flat, before * dtype.itemsize, strides)
 
 
 def view(function: str, names: tuple[str, ...], given: tuple[Any, ...], written: tuple[int, ...] = ()) -> Arrays:

@@ -455,7 +455,7 @@ def check_values(problem: Problem, arrays: Arrays) -> None:
 
 
 class _ValueCheck:
-    """The checks of values, which are those of arrays in host memory."""
+    """The checks of values; no others are read than those of arrays of integers."""
 
     def __init__(self, problem: KVCacheProblem, arrays: Arrays) -> None:
         self.problem = problem
@@ -500,9 +500,9 @@ class _ValueCheck:
         return np.maximum(np.diff(offsets.astype(np.int64)), 0)  # below 0 behind the last, where zeros pad
 
     def check_positions(self, stop: NDArray[np.int64]) -> None:
-        cos = self.array("rotary_cos")
-        if cos is not None and (stop > len(cos)).any():
-            self.error(f"rotary_cos has {len(cos)} positions, but one of {int(stop.max()) - 1} is asked for.")
+        cos = self.problem.specs.get("rotary_cos")
+        if cos is not None and (stop > cos.shape[0]).any():
+            self.error(f"rotary_cos has {cos.shape[0]} positions, but one of {int(stop.max()) - 1} is asked for.")
 
     def check_caches(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> list[NDArray[Any]]:
         """The caches of each sequence or its pages, those for rows from `first` to `last` checked."""

@@ -926,14 +926,15 @@ class _Memory:
 def check_offsets(problem: Problem, arrays: Arrays) -> None:
     """Check the values of cu_seqlens and seqused_k.
 
-    On a GPU the kernel reads the running maximum of any offsets, clamped to the packed arrays.
+    Where they are not checked, on a GPU, the kernel reads the running maximum of any offsets, clamped to the packed
+    arrays.
     """
     operation = problem.operation
-    function, names = operation.name, ("q", "k", "cu_seqlens_q", "cu_seqlens_k", "seqused_k")
-    q, k, cu_seqlens_q, cu_seqlens_k, seqused_k = (arrays.numpy(operation.arrays.index(name)) for name in names)
-    assert q is not None and k is not None and cu_seqlens_q is not None and cu_seqlens_k is not None
-    for name, rows, offsets in (("q", len(q), cu_seqlens_q), ("k", len(k), cu_seqlens_k)):
-        check_offsets_of(function, name, rows, offsets)
+    function, names = operation.name, ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+    cu_seqlens_q, cu_seqlens_k, seqused_k = (arrays.numpy(operation.arrays.index(name)) for name in names)
+    assert cu_seqlens_q is not None and cu_seqlens_k is not None
+    check_offsets_of(function, "q", problem.seqlen_q, cu_seqlens_q)
+    check_offsets_of(function, "k", problem.seqlen_k, cu_seqlens_k)
     if seqused_k is not None:
         lengths = np.diff(np.maximum.accumulate(cu_seqlens_k))
         if ((seqused_k < 0) | (seqused_k > lengths)).any():

@@ -102,6 +102,7 @@ VARIABLES: tuple[Variable, ...] = (
         "file to which programs append which kernels they use, for cufa bundle build --from-log",
     ),
     Variable("CUFA_LINEINFO", "0", "flag", "1 compiles kernels with source line information, for profilers"),
+    Variable("CUFA_DEBUG", "0", "flag", "1 checks lengths, offsets and pages on a GPU too, for which calls wait"),
 )
 
 _BY_NAME = {variable.name: variable for variable in VARIABLES}
@@ -212,6 +213,11 @@ def record_file() -> Path | None:
 def lineinfo() -> bool:
     """Whether kernels carry source line information (``CUFA_LINEINFO``)."""
     return _flag("CUFA_LINEINFO")
+
+
+def debug() -> bool:
+    """Whether values of arrays on a GPU are checked (``CUFA_DEBUG``)."""
+    return _flag("CUFA_DEBUG")
 
 
 def describe() -> list[tuple[str, str, str]]:

@@ -132,7 +132,7 @@ def current(ordinal: int) -> Iterator[None]:
 
 @contextmanager
 def loading(ordinal: int) -> Iterator[None]:
-    """`current`, for calls such as loading a library, which break a capture that another thread has under way.
+    """`current`, for calls that may break a capture that another thread has under way: loading a library, waiting.
 
     A capture in global mode, the usual one, does not stand them from any thread but one in relaxed mode. They are no
     part of what is captured, so that it loses nothing by them.
@@ -164,6 +164,13 @@ def is_capturing(stream: int) -> bool:
     if status != 0:
         raise CudaError(f"cufa: cuStreamIsCapturing failed: {describe(bindings, status)}.")
     return bool(found != bindings.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
+
+
+def download(ordinal: int, host: int, address: int, size: int, stream: int) -> None:
+    """Copy so many bytes of a GPU's memory to `host`, and wait until that and all of `stream` before it are done."""
+    with loading(ordinal):
+        call("cuMemcpyDtoHAsync", host, address, size, stream)
+        call("cuStreamSynchronize", stream)
 
 
 @lru_cache(maxsize=64)

@@ -20,6 +20,7 @@ from .._driver.launch import Launch, Shape
 from .._kernels import Plan, choose
 from .._kernels import unit as units
 from .._kernels.kernel import Scratch
+from ..errors import UnsupportedError
 from .operation import Operation
 
 
@@ -67,6 +68,8 @@ def compute(arrays: Arrays, problem: Problem, results: Sequence[Any], addresses:
         compute_on_cpu(arrays, problem, results)
         return
     stream = arrays.stream(problem.device)
+    if problem.operation.check_values is not None and debugging():
+        check_on_gpu(arrays, problem, stream)
     prepared = problem.memo.get("prepared") or prepare(problem, stream)
     if prepared.floats == 0:
         prepared.launch(addresses, stream, arrays.adapter.current_device())
@@ -74,6 +77,27 @@ def compute(arrays: Arrays, problem: Problem, results: Sequence[Any], addresses:
     # Freed when this returns: the framework hands it out again only to what comes later on the stream.
     _memory, address = arrays.empty((prepared.floats,), "float32")
     prepared(addresses, address, stream, arrays.adapter.current_device())
+
+
+@cache  # reading the environment takes a microsecond each time
+def debugging() -> bool:
+    """Whether values of arrays on a GPU are checked as those in host memory are."""
+    from .._compile import env as _env
+
+    return _env.debug()
+
+
+def check_on_gpu(arrays: Arrays, problem: Problem, stream: int) -> None:
+    """Check values of a problem's arrays on a GPU, for which the host waits."""
+    with _driver.current(problem.device):
+        if _driver.is_capturing(stream):
+            raise UnsupportedError(
+                f"{problem.function}: with CUFA_DEBUG=1 the host reads lengths and the like, and cannot while the "
+                "stream is captured into a CUDA graph; make the same call outside of a capture, or start the program "
+                "without CUFA_DEBUG."
+            )
+    assert problem.operation.check_values is not None
+    problem.operation.check_values(problem, arrays)
 
 
 def compute_on_cpu(arrays: Arrays, problem: Problem, results: Sequence[Any]) -> None:

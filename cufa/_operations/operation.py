@@ -57,8 +57,8 @@ class Operation:
         Makes a problem of the arrays that are given, by name, and of the options, or refuses them; addresses and values
         of arrays, which it does not know, must not matter.
     check_values : callable or None
-        Refuses values of a problem's arrays in host memory, before anything is written. On a GPU, where reading them
-        would make the host wait, kernels read any values as something.
+        Refuses values of a problem's arrays of integers, before anything is written. On a GPU, where reading them makes
+        the host wait, it is asked with ``CUFA_DEBUG=1`` only, and kernels read any values as something.
     options : tuple of Option
         Those of its own, which come behind the common ones.
     of : Operation or None

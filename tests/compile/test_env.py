@@ -16,6 +16,7 @@ from cufa._compile import env as _env
 FLAGS: dict[str, tuple[Callable[[], bool], bool]] = {
     "CUFA_CACHE": (_env.cache_enabled, True),
     "CUFA_CACHE_TRUST_SHARED": (_env.cache_trust_shared, False),
+    "CUFA_DEBUG": (_env.debug, False),
     "CUFA_DISABLE_JIT": (_env.jit_disabled, False),
     "CUFA_LINEINFO": (_env.lineinfo, False),
 }

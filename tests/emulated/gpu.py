@@ -213,6 +213,8 @@ class Gpu:
             (_driver, "overlaps", lambda _: False),
             (_driver, "current", lambda _: contextlib.nullcontext()),
             (_driver, "enter", lambda _: False),
+            (_driver, "is_capturing", lambda _: False),
+            (_driver, "download", self._download),
             (tensor_map, "_driver_encode", tensor_map._driver_encode.__wrapped__),  # which remembers what drivers gave
             (_jit, "headers", lambda: headers_of(self.changed)),
             (_jit, "load_kernel", lambda plan, *_: load(plan.bare, self.changed)),
@@ -228,6 +230,10 @@ class Gpu:
         finally:
             self._entered.close()
             self.memory.close()
+
+    def _download(self, ordinal: int, host: int, address: int, size: int, stream: int) -> None:
+        self.synchronize()
+        ctypes.memmove(host, self.memory.view(address, (size,), (1,), np.uint8).tobytes(), size)
 
     def enqueue(self, launched: Launched) -> None:
         self.launches.append(launched)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import cufa
 from cufa._call import kvcache as _kvcache
 from cufa._call import problem as _problem
+from cufa._operations import call as _call
 from cufa.testing import LAYOUTS, KVCacheCase, assert_kvcache_close, kvcache_cases, to_numpy
 
 pytestmark = pytest.mark.gpu
@@ -256,3 +257,48 @@ def test_traces_of_serving(seed: int, cupy: Any) -> None:
         assert_kvcache_close(out, to_numpy(q), *before, caches=(k_cache, v_cache), lse=lse, **host)
         lengths += np.array(rows, np.int32)
         prompts = np.maximum(0, prompts - rows)
+
+
+@pytest.mark.parametrize("name", ["cupy", "torch"])
+def test_values_are_checked_on_demand(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths are read behind what the caller's stream does to them; what is refused is not written."""
+    xp = framework(name)
+    monkeypatch.setenv("CUFA_DEBUG", "1")
+    monkeypatch.setattr(_call, "debugging", _call.debugging.__wrapped__)  # which remembers what it read
+    case = KVCacheCase(batch=3, lengths=(40, 0, 20), seqlen_new=1, capacity=48, **SERVING | {"rotary_dim": 0})
+    check(case, xp)
+    arrays = case.arrays(xp)
+    before = to_numpy(arrays["k_cache"]).tobytes()
+    # A view of every second column, and work on a stream of its own that takes longer than a launch.
+    wide = xp.zeros((3, 6), dtype=xp.int32, **({"device": "cuda"} if name == "torch" else {}))
+    wide[:, ::2] = arrays["block_table"]
+    arrays["block_table"] = wide[:, ::2]
+    ones = xp.ones((4096, 4096), dtype=xp.float32, **({"device": "cuda"} if name == "torch" else {}))
+    stream = xp.cuda.Stream(non_blocking=True) if name == "cupy" else xp.cuda.Stream()
+    xp.cuda.Device().synchronize() if name == "cupy" else xp.cuda.synchronize()
+    with stream if name == "cupy" else xp.cuda.stream(stream):
+        cufa.attention_with_kvcache(**{**arrays, "k": None, "v": None})
+        for _ in range(20):
+            ones @ ones
+        arrays["cache_seqlens"] += 8
+        with pytest.raises(ValueError, match="sequence 0 has 48 keys in its cache, and 1 are appended, but there is"):
+            cufa.attention_with_kvcache(**arrays)
+        arrays["cache_seqlens"] -= 8
+        arrays["block_table"][1, 0] = 1000
+        with pytest.raises(ValueError, match=r"block_table\[1, 0\] is 1000, a page that sequence 1 uses"):
+            cufa.attention_with_kvcache(**arrays)
+    assert to_numpy(arrays["k_cache"]).tobytes() == before
+
+
+def test_values_are_not_checked_in_captures(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFA_DEBUG", "1")
+    monkeypatch.setattr(_call, "debugging", _call.debugging.__wrapped__)
+    arrays = KVCacheCase(batch=3, lengths=(40, 0, 20), capacity=48, **SERVING | {"rotary_dim": 0}).arrays(cupy)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        cufa.attention_with_kvcache(**arrays)
+        stream.begin_capture()
+        with pytest.raises(cufa.UnsupportedError, match="with CUFA_DEBUG=1 the host reads"):
+            cufa.attention_with_kvcache(**arrays)
+        stream.end_capture()
