@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import emulated
+from cufa._call import problem as _problem
 from cufa._call.problem import CHAIN_ROWS
 from cufa.testing import Case
 from emulated.cases import ORDERS, Kind, dense, forward, packed
@@ -115,6 +117,17 @@ HOPPER: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def few_tiles_are_none() -> Iterator[None]:
+    """Else all SMs share the keys of few tiles, by another kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_problem, "FEW_TILES", 0)
+        _problem._checked.cache_clear()
+        yield
+    _problem._checked.cache_clear()
+
+
+@pytest.mark.usefixtures("few_tiles_are_none")
 @pytest.mark.parametrize("name", HOPPER)
 def test_problems_on_hopper(name: str) -> None:
     case = Case(**{"dtype": "float16", **SIXTY_FOUR, **HOPPER[name]})

@@ -55,7 +55,7 @@ def test_few_rows_equal_the_reference(cupy: Any, rows: tuple[int, int, int], fea
     assert "attention_forward_split_sm80" in kernels  # and others, which depends on the GPU
 
 
-SEVERAL = (((64, 8, 2), 1, 8192), ((65, 1, 1), 3, 2048), ((10, 60, 2), 2, 5001), ((4, 24, 1), 5, 66000))
+SEVERAL = (((64, 8, 2), 1, 8192), ((65, 1, 1), 3, 2048), ((10, 60, 2), 2, 5001), ((4, 24, 1), 2, 20000))
 """Rows as above, in several tiles; batch and seqlen_k."""
 
 
@@ -104,7 +104,7 @@ def test_calls_are_captured_and_replayed(cupy: Any, rows: tuple[int, int, int]) 
             for _ in range(3):
                 cufa.attention(**arrays, out=out)
             graph = stream.end_capture()
-        for seed in range(20):
+        for seed in range(20 if rows[0] == 1 else 4):  # what is right takes the host a second for many rows
             arrays["k"][...] = cupy.asarray(np.random.default_rng(seed).standard_normal(case.head_dim))
             out[...] = 0
             graph.launch(stream)

@@ -20,6 +20,8 @@ CALLS = {
 }
 ALL = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # Inductor's own
+
 
 @pytest.fixture
 def torch() -> Any:
