@@ -1,6 +1,6 @@
 """A few calls of every kind, small enough to run under compute-sanitizer; see test_sanitizer.py.
 
-python tests/sanitizer_profile.py forward|backward memcheck|racecheck
+python tests/sanitizer_profile.py forward|backward|caches memcheck|racecheck
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gradients import Call
 
 import cufa
 from cufa._compile import jit as _jit
-from cufa.testing import Case, assert_close
+from cufa.testing import Case, KVCacheCase, assert_close, assert_kvcache_close
 
 COMMON = {"num_heads_q": 2, "num_heads_k": 1}
 CASES = [
@@ -100,6 +100,31 @@ CALLS = [
 ]
 
 
+CACHES: list[dict[str, Any]] = [
+    {},
+    {"seqlen_new": 1, "rotary_dim": 32, "leftpad": (3, 0, 70)},
+    {"page_size": 16, "seqlen_new": 1, "rotary_dim": 32},
+    {"page_size": 7, "seqlen_q": (1, 0, 40), "seqlen_new": 1, "num_splits": 3, "sinks": True},
+    {"page_size": 64, "seqlen_q": 200, "seqlen_new": 20, "num_heads_q": 16, "head_dim_v": 128},  # large tiles
+    {"dtype": "float32", "head_dim": 33, "head_dim_v": 7, "layouts": ("padded",) * 4},
+]
+"""What problems with caches differ by."""
+
+
+def attend_over_caches(planned: bool, **changed: Any) -> None:
+    """With a plan, or without one, as clusters serve, and thread blocks that divide the work for themselves."""
+    sizes: dict[str, Any] = {"batch": 3, "lengths": (150, 0, 77), "capacity": 300, "head_dim": 64, "head_dim_v": 64}
+    case = KVCacheCase(**{"num_heads_q": 8, "num_heads_k": 2, "dtype": "bfloat16", "causal": True} | sizes | changed)
+    arrays, options = case.arrays(cupy), case.options | {"num_splits": case.num_splits}
+    if planned:
+        names = ("q", "k_cache", "v_cache", "k", "v", "cache_seqlens", "block_table", "cache_leftpad", "cu_seqlens_q")
+        given = {name: arrays[name] for name in names if name in arrays}
+        options["plan"] = cufa.decode_plan(**given, causal=True, num_splits=case.num_splits)
+    out = cufa.attention_with_kvcache(**arrays, **options)
+    caches = arrays["k_cache"], arrays["v_cache"]
+    assert_kvcache_close(out, caches=caches, **case.arrays(), **case.options)
+
+
 def attend(case: Case) -> None:
     function = cufa.attention_varlen if isinstance(case.seqlen_q, tuple) else cufa.attention
     result = function(**case.arrays(cupy), **case.options, return_lse=case.return_lse)
@@ -116,6 +141,12 @@ def main() -> None:
     if direction == "forward":
         for case in CASES:
             attend(case)
+    elif direction == "caches":
+        for changed in CACHES:
+            for planned in (False, True):
+                attend_over_caches(planned, **changed)
+        attend(Case(**COMMON, seqlen_q=1, seqlen_k=3000, head_dim=64, head_dim_v=64, dtype="float16"))
+        attend(Case(**COMMON, batch=70, seqlen_q=3, seqlen_k=3000, head_dim=64, head_dim_v=64, dtype="float16"))
     else:
         for call in CALLS:
             call.right(cupy)
