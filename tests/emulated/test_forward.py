@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import places
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,11 +121,8 @@ HOPPER: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def few_tiles_are_none() -> Iterator[None]:
     """Else all SMs share the keys of few tiles, by another kernel."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_problem, "FEW_TILES", 0)
-        _problem._checked.cache_clear()
+    with places.bounds(_problem, FEW_TILES=0):
         yield
-    _problem._checked.cache_clear()
 
 
 @pytest.mark.usefixtures("few_tiles_are_none")

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import places
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cufa
 import emulated
-from cufa._call import kvcache as _kvcache
-from cufa._call import problem as _problem
 from cufa.testing import KVCacheCase, assert_kvcache_close
 from emulated.cases import ALIGNED, ORDERS
 from emulated.gpu import Gpu
@@ -27,13 +26,8 @@ MAPPED = ALIGNED[:-1]
 
 @pytest.fixture(scope="module")
 def few_fill_tiles() -> Iterator[None]:
-    """However few queries are, they count as many: so small problems are served by the kernel for large ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_kvcache, "FULL_ROWS", 0)
-        patch.setattr(_kvcache, "FULL_GPU_ROWS", 0)
-        _problem._checked.cache_clear()
+    with places.few_fill_tiles():
         yield
-    _problem._checked.cache_clear()
 
 
 KINDS = {

@@ -8,13 +8,12 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import places
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cufa
-from cufa._call import kvcache as _kvcache
-from cufa._call import problem as _problem
 from cufa._operations import call as _call
 from cufa.testing import LAYOUTS, KVCacheCase, assert_kvcache_close, kvcache_cases, to_numpy
 
@@ -119,13 +118,8 @@ def test_chunks_of_prompts(changed: dict[str, Any], cupy: Any) -> None:
 
 @pytest.fixture
 def few_fill_tiles() -> Iterator[None]:
-    """However few queries are, they count as many: so small problems are served by the kernel for large ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_kvcache, "FULL_ROWS", 0)
-        patch.setattr(_kvcache, "FULL_GPU_ROWS", 0)
-        _problem._checked.cache_clear()
+    with places.few_fill_tiles():
         yield
-    _problem._checked.cache_clear()
 
 
 def test_large_tiles_equal_reference(cupy: Any, few_fill_tiles: None) -> None:

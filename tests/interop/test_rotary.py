@@ -23,16 +23,6 @@ ALL = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # Inductor's own
 
 
-@pytest.fixture
-def torch() -> Any:
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def tensor(torch: Any, x: np.ndarray, device: str) -> Any:
     if x.dtype.name == "bfloat16":
         return torch.tensor(x.astype(np.float32), device=device).to(torch.bfloat16)

@@ -24,16 +24,6 @@ ALL = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # Inductor's own
 
 
-@pytest.fixture
-def torch() -> Any:
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def tensors(torch: Any, call: Call, device: str, requires_grad: bool = True) -> tuple[list[Any], Any, Any]:
     """The states, and the gradients by what is merged."""
     bfloat16 = {name: array.dtype.name == "bfloat16" for name, array in call.host().items()}
