@@ -82,12 +82,15 @@ inline void forward_split(const Argument& argument, const Schedule& schedule, fl
       }
       if (__syncthreads_or(last)) {
         const LeftParts<Config::block_m, cols> left{memory, sharers.first};
+        const bool alone = Config::merge_lanes < 32 && live <= warps;  // each warp has one row at most
 #pragma unroll 1
         for (int first = warp; first < live; first += together) {
-          const int own = first + warps * Sums::row(), row = min_of(own, live - 1);
+          const int own = first + (alone ? 0 : warps * Sums::row()), row = min_of(own, live - 1);
           Sums sums;
-          const auto whole = merge_rows<element, Config::merge_lanes>(sums, left, sharers.count, row, scale);
-          finish_row<Config>(params, work, first_row + row, whole, sums, scale, own < live);
+          const auto whole = alone ? merge_one_row<element>(sums, left, sharers.count, row, scale)
+                                   : merge_rows<element, Config::merge_lanes>(sums, left, sharers.count, row, scale);
+          finish_row<Config>(params, work, first_row + row, whole, sums, scale,
+                             own < live && (!alone || Sums::row() == 0));
         }
       }
     }

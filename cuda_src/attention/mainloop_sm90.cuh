@@ -60,6 +60,9 @@ struct MainloopSm90 {
   // The tiles on their way through the block: one warp finds a tile, then it is loaded, then computed, and its entry is
   // given back when its output is written.
   using Tiles = tile::Ring<4>;
+  // Where tiles are found late, the warp that loads says of each that the tile's last block of keys comes next. It need
+  // not ask whether that was heard, since it gets no other tile before.
+  using Ends = tile::Ring<1>;
 
   // What is known of a tile. A tile with so many blocks of keys that sums over them would drift (tile/local.cuh) has an
   // entry for each chain of blocks.
@@ -72,6 +75,8 @@ struct MainloopSm90 {
     void take_chain(int index) { attention::take_chain(work.blocks, ends, index, chain_blocks); }
   };
 
+  struct Nothing {};
+
   struct Shared {
     typename Q::Storage q[consumers];
     typename K::Storage k[Config::stages];
@@ -81,6 +86,7 @@ struct MainloopSm90 {
     typename Queries::Storage queries[consumers];
     Entry entries[Tiles::stages];
     u32 to_repair;  // whether some output is to be repaired; a warp that looks may miss what others have still to do
+    typename Choose<Source::finds_late, typename Ends::Storage, Nothing>::type ends;
   };
   static constexpr int smem_bytes = sizeof(Shared);
 
@@ -97,6 +103,7 @@ struct MainloopSm90 {
   Keys values() const { return {smem + tile::offset<&Shared::values>}; }
   Tiles tiles() const { return {smem + tile::offset<&Shared::tiles>}; }
   Queries queries(int warpgroup) const { return {smem + tile::offset<&Shared::queries> + warpgroup * Queries::bytes}; }
+  Ends ends() const { return {smem + tile::offset<&Shared::ends>}; }
   u32 to_repair() const { return smem + tile::offset<&Shared::to_repair>; }
 
   void init() const {
@@ -104,6 +111,7 @@ struct MainloopSm90 {
     values().init(consumers);
     tiles().init(4 * consumers);
     for (int w = 0; w < consumers; ++w) queries(w).init(1);
+    if constexpr (Source::finds_late) ends().init(1);
     ptx::st_shared_u32(to_repair(), 0);
     ptx::fence_mbarrier_init();
   }
@@ -113,7 +121,7 @@ struct MainloopSm90 {
   void find_tiles(const Argument& argument, PackedScan& scan) const {
     typename Tiles::Cursor at_tiles;
     int chain = 0;
-    int key_blocks = 0;  // of the tiles that are found
+    Ends::Cursor at_ends;
     for (typename Source::Cursor at(argument);;) {
       Entry& entry = entries[at_tiles.stage()];
       tiles().wait_empty(at_tiles);
@@ -133,14 +141,13 @@ struct MainloopSm90 {
           __syncwarp();
           chain = entry.ends & last_end ? 0 : chain + 1;
         }
-        key_blocks += entry.work.blocks.end - entry.work.blocks.begin;
         if (tile::lane() == 0) tiles().fill(at_tiles);
         at_tiles.advance();
       }
       if (chain != 0) continue;
-      if constexpr (Source::finds_late) {  // when all K but the last blocks are there
-        const typename Keys::Cursor last{u32(max_of(key_blocks, Keys::stages))};
-        if (key_blocks > 0) keys().wait_full(last.before(Keys::stages));
+      if (Source::finds_late && !idle && !empty) {
+        ends().wait_full(at_ends);
+        at_ends.advance();
       }
       at.advance();
     }
@@ -161,6 +168,8 @@ struct MainloopSm90 {
 #pragma unroll 1
       for (int position = entry.work.blocks.end - 1; position >= entry.work.blocks.begin; --position) {
         const int n_block = entry.work.blocks.block(position);
+        const bool last = position == entry.work.blocks.begin && (!Config::chains || entry.ends & last_end);
+        if (Source::finds_late && last && Loader::speaks()) ends().fill({});
         loader.load_keys(entry.work, n_block);
         if (v_work) loader.load_values(*v_work, v_block);
         if (position == entry.work.blocks.end - 1) loader.load_queries(entry.work);  // after K, since Q waits longest

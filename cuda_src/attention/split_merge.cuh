@@ -115,26 +115,23 @@ inline RowUnion<element> merge_row(LaneSums<cols>& merged, const Parts& parts, i
   return whole;
 }
 
-// The same by `lanes` lanes for each of a warp's rows, of which every one waits for the memory of a part only once;
-// `unite_lanes` of them look at the statistics. Where rows are few and parts as well, latencies are all that counts.
-template <class element, int unite_lanes, int cols, int lanes, class Parts>
-inline RowUnion<element> merge_rows(LaneSums<cols, lanes>& merged, const Parts& parts, int count, int row,
-                                    float scale) {
+// Sets a row's sums to those of parts `first`, `first + step` and so on of `count`.
+template <class element, int cols, int lanes, class Parts>
+inline void add_parts(LaneSums<cols, lanes>& merged, const Parts& parts, const RowUnion<element>& whole, int first,
+                      int step, int count, int row, float scale) {
   using Sums = LaneSums<cols, lanes>;
-  const auto load = [&](int p) { return parts.statistics(p, row); };
-  const RowUnion<element> whole = unite<element, unite_lanes>(count, scale, load);
 #pragma unroll
   for (int c = 0; c < Sums::count; ++c) merged.x[c][0] = merged.x[c][1] = merged.x[c][2] = merged.x[c][3] = 0.0f;
   constexpr int unroll = max_of(1, 8 / Sums::count);  // loads that are under way at a time
 #pragma unroll unroll
-  for (int p = 0; p < count; ++p) {
+  for (int p = first; p < count; p += step) {
     uint4 sums[Sums::count];
 #pragma unroll
     for (int c = 0; c < Sums::count; ++c) {
       const int quad = lanes * c + Sums::lane();
       if (quad < Sums::quads) sums[c] = parts.sums(p, row, quad);
     }
-    const float its = whole.factor(load(p), scale);
+    const float its = whole.factor(parts.statistics(p, row), scale);
 #pragma unroll
     for (int c = 0; c < Sums::count; ++c) {
       if (lanes * c + Sums::lane() >= Sums::quads) continue;
@@ -143,6 +140,35 @@ inline RowUnion<element> merge_rows(LaneSums<cols, lanes>& merged, const Parts& 
       x[1] = fmaf(its, __uint_as_float(sums[c].y), x[1]);
       x[2] = fmaf(its, __uint_as_float(sums[c].z), x[2]);
       x[3] = fmaf(its, __uint_as_float(sums[c].w), x[3]);
+    }
+  }
+}
+
+// The same by `lanes` lanes for each of a warp's rows, of which every one waits for the memory of a part only once;
+// `unite_lanes` of them look at the statistics. Where rows are few and parts as well, latencies are all that counts.
+template <class element, int unite_lanes, int cols, int lanes, class Parts>
+inline RowUnion<element> merge_rows(LaneSums<cols, lanes>& merged, const Parts& parts, int count, int row,
+                                    float scale) {
+  const auto load = [&](int p) { return parts.statistics(p, row); };
+  const RowUnion<element> whole = unite<element, unite_lanes>(count, scale, load);
+  add_parts(merged, parts, whole, 0, 1, count, row, scale);
+  return whole;
+}
+
+// The same for a single row of a warp: every `lanes` lanes take some of the parts, and all have the sums in the end.
+template <class element, int cols, int lanes, class Parts>
+inline RowUnion<element> merge_one_row(LaneSums<cols, lanes>& merged, const Parts& parts, int count, int row,
+                                       float scale) {
+  using Sums = LaneSums<cols, lanes>;
+  const auto load = [&](int p) { return parts.statistics(p, row); };
+  const RowUnion<element> whole = unite<element, 32>(count, scale, load);
+  add_parts(merged, parts, whole, Sums::row(), 32 / lanes, count, row, scale);
+#pragma unroll
+  for (int step = lanes; step < 32; step *= 2) {
+#pragma unroll
+    for (int c = 0; c < Sums::count; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) merged.x[c][i] += __shfl_xor_sync(0xffffffffu, merged.x[c][i], step);
     }
   }
   return whole;

@@ -86,24 +86,4 @@ struct EvenSchedule {
   }
 };
 
-// Every item in so many parts of its own, one for each thread block, so that a row's sums do not depend on the other
-// items. Behind the first a part may be empty, and still is a unit, so that all parts
-// of an item are counted.
-template <class Items>
-struct PartSchedule {
-  Items items;
-  i32 parts;
-
-  static constexpr bool one_item() { return true; }
-
-  constexpr SplitUnit first(int block) const {
-    const Item item = items.item(block / parts);
-    const EvenCut cut{item.blocks / parts, item.blocks % parts};
-    const int part = block % parts;
-    return {item, cut.begin(part), cut.begin(part + 1)};
-  }
-  constexpr SplitUnit next(const SplitUnit&, int) const { return {{0, 0, 0}, 0, 0}; }
-  constexpr Sharers sharers(const Item& item) const { return {item.index * parts, parts}; }
-};
-
 }  // namespace attention

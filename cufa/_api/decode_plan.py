@@ -32,8 +32,9 @@ def decode_plan(
 ) -> DecodePlan:
     """Divide the work of calls of `attention_with_kvcache` over the GPU, once for all layers of a model.
 
-    Without a plan every call begins with a launch that makes one. The plan is made on the device, by one launch, from
-    lengths that the host never reads, but with ``CUFA_DEBUG=1``: all arrays are then checked as those of the call.
+    Without a plan every call divides the work for itself, in a launch of its own or at the beginning of the main one.
+    The plan is made on the device, by one launch, from lengths that the host never reads, but with ``CUFA_DEBUG=1``:
+    all arrays are then checked as those of the call.
 
     Parameters
     ----------

@@ -23,8 +23,8 @@ ARGUMENT_BYTES = 4096
 """What the argument of a kernel may take on every GPU."""
 
 
-CLUSTER_POLICY = "SPREAD"
-"""Where the blocks of a cluster go, as ``CUclusterSchedulingPolicy`` has it: each to an SM of its own that is free."""
+CLUSTER_POLICY = "LOAD_BALANCING"
+"""Where the blocks of a cluster go, as ``CUclusterSchedulingPolicy`` has it; docs/decode.md has what others take."""
 
 
 class _Scratch(threading.local):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .._call.problem import Problem, Static
+from .._call.problem import MAX_CLUSTER, Problem, Static
 from .forward_split_sm80 import ConfigSplitSm80, ForwardSplitSm80, members, seen_blocks, tile_of
 from .kernel import NO_SCRATCH, PORTABLE_CLUSTER, Scratch, Step, known_arch, round_up, small_reciprocal
 from .params import params_of
 
-MAX_CLUSTER = {9: 16, 10: 16}
-"""Thread blocks of the largest cluster, by major compute capability, where that is not `PORTABLE_CLUSTER`."""
+LARGE_CLUSTERS = (9, 10)
+"""Major compute capabilities whose clusters have up to `MAX_CLUSTER` thread blocks; others' have `PORTABLE_CLUSTER`."""
 
 RESIDENT = 2
 """Thread blocks that an SM is to hold at a time. With one, rings are longer, but a cluster of 16 needs a GPC of 16 SMs
@@ -20,8 +20,8 @@ to itself."""
 ARRIVES_FIRST = False
 """Whether thread blocks come to the cluster's barrier before they ask for the first keys, rather than then."""
 
-LEAST_BLOCKS = 1
-"""Blocks of keys for each warp that are worth twice as many thread blocks. Reckoned, not measured."""
+LEAST_BLOCKS = 2
+"""Blocks of keys for each warp that are worth twice as many thread blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def exchange_bytes(static: Static) -> int:
 def cluster_members(static: Static, arch: int) -> dict[str, Any]:
     """The members of a Config of kernels with clusters, on GPUs of compute capability `arch`."""
     return {
-        "max_cluster": MAX_CLUSTER.get(arch // 10, PORTABLE_CLUSTER),
+        "max_cluster": MAX_CLUSTER if arch // 10 in LARGE_CLUSTERS else PORTABLE_CLUSTER,
         "exchange_bytes": exchange_bytes(static),
         "arrives_first": ARRIVES_FIRST,
     }

@@ -35,14 +35,14 @@ MOST_STAGES = 6
 
 MERGE_LANES = 8
 """Lanes of a warp that put a row of up to 128 columns together: 32, 16 or 8. With 8 a warp has four rows at a time,
-which wait for memory together. Reckoned, not measured."""
+which wait for memory together."""
 
 WHOLE_BYTES = 512 << 10
 """K and V of a tile of queries that one thread block reads as fast as several that would have to put their parts
 together, behind one more launch. Reckoned, not measured."""
 
-LEAST_BYTES = 64 << 10
-"""K and V that are worth a thread block of their own. Reckoned, not measured."""
+LEAST_BYTES = 128 << 10
+"""K and V that are worth a thread block of their own."""
 
 ROWS_PER_WARP = 2
 """Rows that each warp of the last thread block to arrive puts together as fast as a launch for all rows would do.

@@ -401,23 +401,6 @@ constexpr bool even(const Items& items, int count, int total, int blocks) {
   }
   return seen == total && most - least <= 1 && items.item(count - 1).index == item;
 }
-
-// Every item is as many thread blocks', whose parts depend on its own length alone.
-template <class Items>
-constexpr bool parted(const Items& items, int count, int parts) {
-  const PartSchedule<Items> schedule{items, parts};
-  for (int block = 0; block < count * parts; ++block) {
-    const auto unit = schedule.first(block);
-    const int part = block % parts, blocks = items.item(block / parts).blocks;
-    const Sharers sharers = schedule.sharers(unit.item);
-    if (!unit.exists() || schedule.next(unit, block).exists() || unit.item.index != block / parts) return false;
-    if (sharers.first != block - part || sharers.count != parts) return false;
-    const EvenSchedule<EqualItems> alone{{blocks}, {blocks / parts, blocks % parts}};
-    if (unit.begin != alone.cut.begin(part) || unit.end != alone.cut.begin(part + 1)) return false;
-    if ((part == 0) != (unit.begin == 0) || (part == parts - 1 && unit.end != blocks)) return false;
-  }
-  return true;
-}
 """
 
 
@@ -425,11 +408,10 @@ def test_split_keys_are_shared_evenly() -> None:
     claims = []
     for count, item_blocks, blocks in itertools.product((1, 2, 7), (1, 3, 10), (1, 2, 3, 5, 8, 13, 100)):
         claims.append(f"even(EqualItems{{{item_blocks}}}, {count}, {count * item_blocks}, {blocks})")
-        claims.append(f"parted(EqualItems{{{item_blocks}}}, {count}, {blocks})")
     for lengths, blocks in itertools.product(((1, 1, 9, 2, 1), (7, 3, 1, 1, 20), (4, 4, 4, 4, 4)), (1, 2, 3, 7, 40)):
         ends = np.cumsum(lengths).tolist()
         items = f"Items{{{braces(ends)}}}"
-        claims += [f"even({items}, 5, {ends[-1]}, {blocks})", f"parted({items}, 5, {blocks})"]
+        claims.append(f"even({items}, 5, {ends[-1]}, {blocks})")
     run(*claims, prelude=SPLIT)
 
 
