@@ -30,9 +30,10 @@ struct CacheParams {
   i32 num_heads_k, heads_reciprocal;  // of SmallDivisor, for kernels with few tiles
   i32 num_caches;                     // caches or pages that there are
   i32 page_size;                      // rows of a page
-  i32 page_shift;                     // its logarithm, if it is a power of 2; else negative
-  i32 appends;                        // whether new_k and new_v are appended
-  i32 seqlen_new;                     // so many rows to each sequence, or (varlen) to all together
+  i32 page_shift;                     // of Divisor, as is page_reciprocal
+  u32 page_reciprocal;
+  i32 appends;     // whether new_k and new_v are appended
+  i32 seqlen_new;  // so many rows to each sequence, or (varlen) to all together
   i32 max_position;
   i32 rotary_dim;
   i32 rotary_interleaved;  // whether columns 2 i and 2 i + 1 are a pair, rather than i and i + rotary_dim / 2
@@ -66,8 +67,8 @@ struct CacheSlot {
 
 // The page of a row of a sequence, counted from the sequence's first, and its row of the page.
 constexpr CacheSlot paged(const CacheParams& params, int position) {
-  if (params.page_shift >= 0) return {position >> params.page_shift, position & (params.page_size - 1)};
-  return {position / params.page_size, position % params.page_size};
+  const int page = Divisor{params.page_size, params.page_shift, params.page_reciprocal}.quotient(position);
+  return {page, position - page * params.page_size};
 }
 
 // Where a sequence has a row, as its table or cache_batch_idx says, which may be anything.

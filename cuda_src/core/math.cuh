@@ -32,5 +32,16 @@ struct SmallDivisor {
   constexpr int remainder(int x) const { return x - quotient(x) * number; }
 };
 
+// A number to divide others by that are less than 2^31, of which the host has found the logarithm, rounded up, and
+// ceil(2^(31 + shift) / number).
+struct Divisor {
+  int number, shift;
+  unsigned reciprocal;
+
+  constexpr int quotient(int x) const {
+    return unsigned((unsigned long long)(2 * unsigned(x)) * reciprocal >> 32) >> shift;
+  }
+};
+
 // The largest power of 2 that divides both.
 constexpr int common_power_of_2(int a, int b) { return (a | b) & -(a | b); }

@@ -34,6 +34,7 @@ from .kernel import (
     Step,
     four,
     known_arch,
+    reciprocal_of,
     round_up,
     small_reciprocal,
 )
@@ -273,7 +274,7 @@ def members_of(
         for row, column in [strides.get(f"rotary_{name}", (0, 0))]
     }
     table_strides = strides.get("block_table", (0, 0))
-    size = problem.page_size
+    shift, reciprocal = reciprocal_of(problem.page_size) if problem.page_size else (0, 0)
     return {
         "params": params,
         "cache": {
@@ -287,8 +288,9 @@ def members_of(
             "num_heads_k": problem.num_heads_k,
             "heads_reciprocal": small_reciprocal(problem.num_heads_k),
             "num_caches": problem.num_caches,
-            "page_size": size,
-            "page_shift": size.bit_length() - 1 if size & (size - 1) == 0 else -1,
+            "page_size": problem.page_size,
+            "page_shift": shift,
+            "page_reciprocal": reciprocal,
             "appends": problem.changes,
             "seqlen_new": problem.seqlen_new,
             "max_position": problem.specs["rotary_cos"].shape[0] if problem.rotary_dim else 0,

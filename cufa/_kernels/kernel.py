@@ -391,6 +391,12 @@ def reason_for_every_gpu(static: Static, arch: int) -> str:
     return FASTEST
 
 
+def reciprocal_of(number: int) -> tuple[int, int]:
+    """The shift and the reciprocal of ``Divisor`` in cuda_src/core/math.cuh, for a number below 2^31."""
+    shift = (number - 1).bit_length()
+    return shift, -(-(1 << 31 + shift) // number)
+
+
 def small_reciprocal(number: int) -> int:
     """What divides by a small number: ``SmallDivisor`` in cuda_src/core/math.cuh; of 0 there is none."""
     return -(-(1 << 20) // number) if number else 0

@@ -21,7 +21,7 @@ from cufa._driver.driver import Device
 from cufa._driver.launch import Shape
 from cufa._kernels import Plan, choose
 from cufa._kernels.forward_cluster_sm90 import cluster_of
-from cufa._kernels.kernel import small_reciprocal
+from cufa._kernels.kernel import reciprocal_of, small_reciprocal
 from cufa._operations.call import Planned, planned_for
 from cufa._operations.forward import ATTENTION, FORWARD
 from cufa._operations.kvcache import KVCACHE
@@ -107,6 +107,15 @@ def test_small_divisors() -> None:
     product = x * reciprocal
     assert product.max() < 1 << 32
     np.testing.assert_array_equal(product >> 20, x // number)
+
+
+@given(st.integers(1, (1 << 31) - 1), st.integers(0, (1 << 31) - 1))
+def test_divisors(number: int, x: int) -> None:
+    """As ``Divisor`` computes, with unsigned numbers of 32 bits."""
+    shift, reciprocal = reciprocal_of(number)
+    assert reciprocal < 1 << 32
+    for each in (x, x // number * number, max(0, x // number * number - 1)):
+        assert (2 * each * reciprocal >> 32) >> shift == each // number
 
 
 CACHES = {
