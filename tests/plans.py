@@ -95,11 +95,11 @@ def few(element: str, head_dims: tuple[int, int], rows: int, features: dict[str,
 
 CACHES: dict[str, dict[str, Any]] = {
     "plain": {"chains": True},
-    "paged": {"page_rows": 16, "chains": True},
+    "paged": {"page_rows": 16, "slots": True, "chains": True},
     "packed": {"mask": "causal", "varlen": True, "page_rows": 16, "chains": True},
     "everything": {"mask": "window", "softcap": True, "alibi": True, "sinks": True, "varlen": True, "page_rows": 1},
-    "elementwise": {"mask": "causal", "varlen": True, "page_rows": 1, "copy_bytes": 0, "store_bytes": 0},
-    "rotary": {"mask": "causal", "page_rows": 64, "rotary": "halves", "appends": True},
+    "elementwise": {"mask": "causal", "varlen": True, "page_rows": 1, "slots": True, "copy_bytes": 0, "store_bytes": 0},
+    "rotary": {"mask": "causal", "page_rows": 64, "slots": True, "rotary": "halves", "appends": True},
 }
 
 

@@ -152,11 +152,11 @@ inline void append_token(const Params& params, const CacheParams& cache, const T
   if (Config::varlen || token.place < cache.seqlen_new) {
     // Nothing is written where there is no room, and nothing in a page or cache that does not exist.
     const bool room = position < params.seqlen_k;
-    const CacheSlot slot = room ? cache_slot<Config>(cache, token.batch, position) : CacheSlot{-1, 0};
-    if (slot.cache >= 0 && slot.cache < cache.num_caches) {
+    const CachePlace place = room ? cache_place<Config>(cache, token.batch, position) : CachePlace{-1, 0};
+    if (place.cache >= 0 && place.cache < cache.num_caches) {
       const Rotation<element> rotation(cache, position);
-      const HeadRows<element> k(params.k, params.k_strides, slot.cache, slot.row);
-      const HeadRows<element> v(params.v, params.v_strides, slot.cache, slot.row);
+      const HeadRows<element> k(params.k, params.k_strides, place.cache, place.row);
+      const HeadRows<element> v(params.v, params.v_strides, place.cache, place.row);
       const HeadRows<const element> new_k(cache.new_k, cache.new_k_strides, outer, token.row);
       const HeadRows<const element> new_v(cache.new_v, cache.new_v_strides, outer, token.row);
       copy_heads<wide, Config::head_dim, rotates, threads>(k, new_k, heads_k, rotation);

@@ -10,7 +10,9 @@ namespace attention {
 
 // A cache is one of `k_cache` and `v_cache` for each sequence or, paged, pages that a table names. In Params `k` and
 // `v` are the caches: `batch` strides over caches or pages and `seqlen` over rows, seqlen_k is how many rows a sequence
-// has room for, and `q` is what the main kernel reads, rotated if it is to be.
+// has room for, and `q` is what the main kernel reads, rotated if it is to be. Row r of page p has, for Config::slots,
+// the slot p · page_slots + r · row_slots: how k and v lie differs then by how far apart their slots are, and 32 bits
+// hold all of these numbers.
 struct CacheParams {
   const void* given_q;  // what is rotated into `q` of Params
   const void* new_k;
@@ -32,8 +34,10 @@ struct CacheParams {
   i32 page_size;                      // rows of a page
   i32 page_shift;                     // of Divisor, as is page_reciprocal
   u32 page_reciprocal;
-  i32 appends;     // whether new_k and new_v are appended
-  i32 seqlen_new;  // so many rows to each sequence, or (varlen) to all together
+  i32 page_slots, row_slots;       // how many slots pages, and rows of a page, are apart
+  i32 k_slot_bytes, v_slot_bytes;  // how many bytes slots are apart
+  i32 appends;                     // whether new_k and new_v are appended
+  i32 seqlen_new;                  // so many rows to each sequence, or (varlen) to all together
   i32 max_position;
   i32 rotary_dim;
   i32 rotary_interleaved;  // whether columns 2 i and 2 i + 1 are a pair, rather than i and i + rotary_dim / 2
@@ -60,22 +64,22 @@ inline const CacheParams& cache_of(const Params& params) {
 }
 
 // The place of a row in the caches.
-struct CacheSlot {
+struct CachePlace {
   int cache;  // which cache or page
   int row;    // of it
 };
 
 // The page of a row of a sequence, counted from the sequence's first, and its row of the page.
-constexpr CacheSlot paged(const CacheParams& params, int position) {
+constexpr CachePlace paged(const CacheParams& params, int position) {
   const int page = Divisor{params.page_size, params.page_shift, params.page_reciprocal}.quotient(position);
   return {page, position - page * params.page_size};
 }
 
 // Where a sequence has a row, as its table or cache_batch_idx says, which may be anything.
 template <class Config>
-inline CacheSlot cache_slot(const CacheParams& params, int batch, int position) {
+inline CachePlace cache_place(const CacheParams& params, int batch, int position) {
   if constexpr (Config::page_rows > 0) {
-    const CacheSlot at = paged(params, position);
+    const CachePlace at = paged(params, position);
     return {params.block_table[batch * params.block_table_batch_stride + at.cache * params.block_table_page_stride],
             at.row};
   }

@@ -86,8 +86,8 @@ struct MappedPages {
     static_assert(Tile::rows % box_rows == 0 && Tile::rows / box_rows <= 32);
     const int first = min_of(row + int(tile::lane()) * box_rows, (length - 1) / box_rows * box_rows);
     const int live = min_of(box_rows, length - first);
-    const CacheSlot slot = cache_slot<Config>(cache, batch, first);
-    return {{live, slot.row + live, head, clamp(slot.cache, 0, cache.num_caches - 1)}};
+    const CachePlace place = cache_place<Config>(cache, batch, first);
+    return {{live, place.row + live, head, clamp(place.cache, 0, cache.num_caches - 1)}};
   }
 };
 
@@ -103,7 +103,7 @@ struct MappedCacheWork : Work<Config> {
     Work<Config>::template find<2, false, CachedLengths<Config>>(params, scan, unit, second);
     if (Config::page_rows > 0 || tile::lane() != 0) return;
     const CacheParams& cache = cache_of(params);
-    own_cache = clamp(cache_slot<Config>(cache, this->tile.batch, 0).cache, 0, cache.num_caches - 1);
+    own_cache = clamp(cache_place<Config>(cache, this->tile.batch, 0).cache, 0, cache.num_caches - 1);
   }
 
   auto keys(const Params& params) const {
@@ -124,9 +124,9 @@ struct MappedCacheWork : Work<Config> {
  private:
   const element* cached(const Params& params, const void* pointer, const Strides& strides, int key) const {
     const CacheParams& cache = cache_of(params);
-    const CacheSlot slot = cache_slot<Config>(cache, this->tile.batch, this->seqlen.k_first_row + key);
-    return static_cast<const element*>(pointer) + clamp(slot.cache, 0, cache.num_caches - 1) * strides.batch +
-           slot.row * strides.seqlen + this->key_head(params, this->tile.head) * strides.head;
+    const CachePlace place = cache_place<Config>(cache, this->tile.batch, this->seqlen.k_first_row + key);
+    return static_cast<const element*>(pointer) + clamp(place.cache, 0, cache.num_caches - 1) * strides.batch +
+           place.row * strides.seqlen + this->key_head(params, this->tile.head) * strides.head;
   }
 };
 

@@ -35,13 +35,13 @@ struct CacheTile : SharedTile<Config> {
             params.qheads_per_khead,
             item_blocks<Config>(params, its_seqlen, m_block)};
     const CacheParams& cache = cache_of(params);
-    const int own = paged ? 0 : clamp(cache_slot<Config>(cache, sequence, 0).cache, 0, cache.num_caches - 1);
+    const int own = paged ? 0 : clamp(cache_place<Config>(cache, sequence, 0).cache, 0, cache.num_caches - 1);
     k = head_of_cache(params.k, params.k_strides, own);
     v = head_of_cache(params.v, params.v_strides, own);
   }
 
-  auto keys(const Params& params) const { return cached(params, k, params.k_strides); }
-  auto values(const Params& params) const { return cached(params, v, params.v_strides); }
+  auto keys(const Params& params) const { return cached(params, k, params.k_strides, cache_of(params).k_slot_bytes); }
+  auto values(const Params& params) const { return cached(params, v, params.v_strides, cache_of(params).v_slot_bytes); }
 
   const element* key_row(const Params& params, int key) const { return keys(params).at(key); }
   const element* value_row(const Params& params, int key) const { return values(params).at(key); }
@@ -53,13 +53,16 @@ struct CacheTile : SharedTile<Config> {
            first_row * strides.seqlen;
   }
 
-  auto cached(const Params& params, const element* pointer, const Strides& strides) const {
+  auto cached(const Params& params, const element* pointer, const Strides& strides, int slot_bytes) const {
     const int length = this->seqlen.k;
-    if constexpr (paged)
-      return PagedRows<element, Config::page_rows>{pointer,          strides,        length,
-                                                   cache_of(params), this->sequence, this->seqlen.k_first_row};
-    else
+    if constexpr (paged) {
+      const CacheParams& cache = cache_of(params);
+      const i32* const table = cache.block_table + this->sequence * cache.block_table_batch_stride;
+      return PagedRows<element, Config::page_rows, Config::slots>{
+          pointer, strides, slot_bytes, length, cache, table, this->seqlen.k_first_row};
+    } else {
       return PointedRows<element>{pointer, strides, length};
+    }
   }
 };
 

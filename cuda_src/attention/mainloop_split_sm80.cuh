@@ -12,8 +12,8 @@
 // A unit makes it, or has it: work<Work>(argument), `argument` being the kernel's own, whose member `params` are the
 // Params above. A source of rows has strides and a length, and `find<count, step>(row)`, which returns something whose
 // [index] is the address of row + index · step; rows from the length on may be asked for, and are never read. Those of
-// keys and values also look up where a block of `rows` rows is, once for both: look_up<rows>(row), and have the source
-// of these rows alone: with<rows>(what was looked up, row).
+// keys and values also look up where a block of `rows` rows is, once for both and if the sequence has any:
+// look_up<rows>(row), and have the source of these rows alone: with<rows>(what was looked up, row).
 #pragma once
 
 #include "attention/block_range.cuh"
@@ -94,21 +94,23 @@ struct MainloopSplitSm80 {
     const int count = max_of(0, ceil_div(end - first, groups));
     constexpr int rows_ahead = Config::block_n;
     const auto row_of = [&](int index) { return (first + index * groups) * Config::block_n; };
-    const auto look_up = [&](int index) { return work.keys(params).template look_up<rows_ahead>(row_of(index)); };
+    const auto keys = work.keys(params);
+    const auto values = work.values(params);
+    const auto look_up = [&](int index) { return keys.template look_up<rows_ahead>(row_of(index)); };
     using Places = decltype(look_up(0));
     const auto load = [&](int index, int slot, const Places& places) {
       const int row = row_of(index);
       const u32 stage = ring + slot * int(sizeof(Stage));
-      const auto keys = work.keys(params);
-      const auto values = work.values(params);
       copy_rows<group_threads, Config::copy_bytes, Config::head_dim>(
           K{stage + tile::offset<&Stage::k>}, row, keys.template with<rows_ahead>(places, row), thread, policy);
       copy_rows<group_threads, Config::copy_bytes, Config::head_dim_v>(
           V{stage + tile::offset<&Stage::v>}, row, values.template with<rows_ahead>(places, row), thread, policy);
     };
-    Places firsts[stages - 1];
+    Places firsts[stages - 1] = {};
 #pragma unroll
-    for (int index = 0; index < stages - 1; ++index) firsts[index] = look_up(index);
+    for (int index = 0; index < stages - 1; ++index) {
+      if (count > 0) firsts[index] = look_up(index);
+    }
 #pragma unroll
     for (int index = 0; index < stages - 1; ++index) {
       if (index < count) load(index, index, firsts[index]);
@@ -129,7 +131,7 @@ struct MainloopSplitSm80 {
     __syncthreads();  // q has arrived, as every thread has copied some of it
     int slot = 0, free = stages - 1;
     Places next{};  // where the next block to be copied is, looked up a step ahead
-    if (Config::looks_ahead) next = look_up(stages - 1);
+    if (Config::looks_ahead && count > 0) next = look_up(stages - 1);
 #pragma unroll 1
     for (int index = 0; index < count; ++index) {
       ptx::cp_async_wait_group<stages - 2>();

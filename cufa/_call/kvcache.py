@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -189,6 +189,46 @@ class _Facts(NamedTuple):
     seqlen_new: int
     rotary_dim: int
     num_splits: int
+
+
+class Slots(NamedTuple):
+    """How rows of pages are counted: row r of page p has slot p · page_slots + r · row_slots, in k and v alike.
+
+    Attributes
+    ----------
+    page_slots, row_slots : int
+    k_slot_bytes, v_slot_bytes : int
+        How far apart slots are.
+    """
+
+    page_slots: int
+    row_slots: int
+    k_slot_bytes: int
+    v_slot_bytes: int
+
+
+NO_SLOTS = Slots(0, 0, 0, 0)
+
+
+def slots_of(specs: Mapping[str, Spec]) -> Slots:
+    """The slots of pages; `NO_SLOTS` where k and v have none in common, or not all that is counted has 32 bits."""
+    k, v = (_steps(specs[name]) for name in ("k_cache", "v_cache"))
+    k_bytes, v_bytes = (math.gcd(*steps) or 1 for steps in (k, v))
+    page, row = k[0] // k_bytes, k[1] // k_bytes
+    if v != (page * v_bytes, row * v_bytes):
+        return NO_SLOTS
+    pages, rows = specs["k_cache"].shape[:2]
+    if max(abs(page) * max(1, pages) + abs(row) * rows, k_bytes, v_bytes) >= 1 << 31:
+        return NO_SLOTS
+    return Slots(page, row, k_bytes, v_bytes)
+
+
+def _steps(spec: Spec) -> tuple[int, ...]:
+    """Bytes from page to page, and from row to row of a page; 0 where there is but one."""
+    extents, strides = spec.shape[:2], spec.strides[:2]
+    return tuple(
+        stride * ITEMSIZE[spec.dtype] if extent > 1 else 0 for extent, stride in zip(extents, strides, strict=True)
+    )
 
 
 class _KVCacheCheck(Check):
@@ -408,6 +448,7 @@ class _KVCacheCheck(Check):
             few_rows=self.few_rows(q, facts.num_splits),
             clusters=not full_tiles and self.clusters(q, facts.seqlen_k, facts.num_splits),
             page_rows=self.page_rows(facts),
+            slots=facts.page_size > 0 and slots_of(self.specs) != NO_SLOTS,
             rotary=rotary if rotates else "",
             appends="k" in self.specs,
             q_copy_bytes=_problem.widest_copy(q, itemsize),

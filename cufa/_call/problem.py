@@ -154,6 +154,8 @@ class Static(NamedTuple):
     page_rows : int
         Of caches in pages: the keys from each multiple of so many on lie in one page side by side; a power of 2 up to
         `MAX_PAGE_ROWS`. 0 where caches are contiguous.
+    slots : bool
+        Of caches in pages: whether a row of k and that of v are found by one number, the row's slot.
     rotary : str
         One of `ROTARY`: how rows of q and new ones of k are rotated.
     appends : bool
@@ -187,6 +189,7 @@ class Static(NamedTuple):
     deterministic: bool = False
     average_rows: int = LONG_ROWS
     page_rows: int = 0
+    slots: bool = False
     rotary: str = ""
     appends: bool = False
     q_copy_bytes: int = ALIGNMENT

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .._call.align import WORKSPACE_ALIGNMENT
 from .._call.arrays import ALIGNMENT, contiguous
-from .._call.kvcache import KVCacheProblem
+from .._call.kvcache import NO_SLOTS, KVCacheProblem, slots_of
 from .._call.problem import ITEMSIZE, Problem, Static, widest_copy
 from .._driver.launch import Argument
 from ..errors import ArgumentError, UnsupportedError
@@ -70,6 +70,8 @@ class ConfigCacheSm80(ConfigSplitSm80):
     page_rows : int
         Keys of a block that lie in one page side by side, from each multiple of so many on; 0 where caches are
         contiguous.
+    slots : bool
+        Whether rows of pages are found by their slots: ``CacheParams`` in cuda_src/attention/cache_params.cuh.
     own_sequences : int
         Sequences that a thread block has shared memory for, so that it need not wait for a plan; 0: it does always.
     work_bytes : int
@@ -79,6 +81,7 @@ class ConfigCacheSm80(ConfigSplitSm80):
     """
 
     page_rows: int
+    slots: bool
     own_sequences: int = 0
     work_bytes: int = WORK_BYTES
     prepare_threads: int = PREPARE_THREADS
@@ -219,7 +222,7 @@ class CachePlan(ForwardCacheSm80):
 
     def config(self, static: Static, arch: int) -> ConfigCacheSm80:
         """That of the calls' kernel, as far as a plan differs by it: by tiles, and by which keys are seen."""
-        own = static._replace(terms=(), sinks=False, chains=False, page_rows=0, rotary="", appends=False)
+        own = static._replace(terms=(), sinks=False, chains=False, page_rows=0, slots=False, rotary="", appends=False)
         return super().config(own._replace(copy_bytes=ALIGNMENT, q_copy_bytes=ALIGNMENT, store_bytes=ALIGNMENT), arch)
 
     def steps(self, config: ConfigCacheSm80) -> tuple[Step, ...]:
@@ -245,6 +248,7 @@ def cache_members(static: Static, tile: Tile) -> dict[str, Any]:
     return members(static, tile) | {
         "q_copy_bytes": ALIGNMENT if static.rotary else static.q_copy_bytes,
         "page_rows": min(static.page_rows, tile.block_n),  # of a block of keys, which is all that matters
+        "slots": static.slots,
         "looks_ahead": static.page_rows > 0 and not few_registers,
     }
 
@@ -291,6 +295,7 @@ def members_of(
             "page_size": problem.page_size,
             "page_shift": shift,
             "page_reciprocal": reciprocal,
+            **(slots_of(problem.specs) if problem.page_size else NO_SLOTS)._asdict(),
             "appends": problem.changes,
             "seqlen_new": problem.seqlen_new,
             "max_position": problem.specs["rotary_cos"].shape[0] if problem.rotary_dim else 0,

@@ -13,7 +13,7 @@ from cufa._call import arrays as _arrays
 from cufa._call import options as _options
 from cufa._call import problem as _problem
 from cufa._call.align import copies_of
-from cufa._call.kvcache import KVCacheProblem, PlanFacts
+from cufa._call.kvcache import NO_SLOTS, KVCacheProblem, PlanFacts, Slots, slots_of
 from cufa._kernels import choose
 from cufa._operations.kvcache import ATTENTION_WITH_KVCACHE as OPERATION
 from cufa._terms import Term
@@ -74,6 +74,34 @@ def test_facts_of_pages_and_new_rows() -> None:
 def test_rows_that_lie_side_by_side_in_a_page(page_size: int, rows: int) -> None:
     pages = {"k_cache": OnGpu(50, page_size, 2, 64), "v_cache": OnGpu(50, page_size, 2, 32)}
     assert static(**pages, block_table=OnGpu(4, 7, **INT32)).page_rows == rows
+
+
+def strided(pages: int, rows: int, page_step: int, row_step: int, width: int = 64) -> OnGpu:
+    return OnGpu(pages, rows, 2, width, strides=(page_step, row_step, width, 1))
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "slots"),
+    [
+        ((50, 16, 2048, 128), (50, 16, 2048, 128), Slots(16, 1, 256, 256)),
+        ((50, 16, 2048, 128), (50, 16, 1024, 64, 32), Slots(16, 1, 256, 128)),  # as many rows, of other widths
+        ((50, 1, 128, 7), (50, 1, 256, 9), Slots(1, 0, 256, 512)),  # pages of one row have no step of rows
+        ((1, 16, 7, 128), (1, 16, 9, 128), Slots(0, 1, 256, 256)),
+        ((1, 1, 7, 7), (1, 1, 9, 9), Slots(0, 0, 1, 1)),
+        ((50, 16, -2048, 128), (50, 16, -2048, 128), Slots(-16, 1, 256, 256)),
+        ((50, 16, 5120, 384), (50, 16, 5120, 384), Slots(40, 3, 256, 256)),
+        ((50, 16, 2048, 128), (50, 16, 2048, -128), NO_SLOTS),
+        ((50, 16, 2048, 128), (50, 16, 4096, 128), NO_SLOTS),
+        ((50, 16, 0, 128), (50, 16, 0, 128), Slots(0, 1, 256, 256)),
+        ((50, 1, 1 << 30, 0), (50, 1, 1 << 30, 0), NO_SLOTS),  # 2 GB from slot to slot
+        ((1 << 20, 2, 1 << 20, 8), (1 << 20, 2, 1 << 20, 8), NO_SLOTS),  # 2^37 slots
+        ((1 << 20, 2, 1 << 20, 1 << 10), (1 << 20, 2, 1 << 20, 1 << 10), Slots(1 << 10, 1, 1 << 11, 1 << 11)),
+    ],
+)
+def test_slots_of_pages(k: tuple[int, ...], v: tuple[int, ...], slots: Slots) -> None:
+    problem = problem_of(k_cache=strided(*k), v_cache=strided(*v), block_table=OnGpu(4, 7, **INT32))
+    assert slots_of(problem.specs) == slots
+    assert problem.static is not None and problem.static.slots == (slots != NO_SLOTS)
 
 
 @pytest.mark.parametrize(("queries", "rows"), [(1, 16), (4, 16), (5, 32), (9, 64), (500, 64)])

@@ -71,6 +71,23 @@ def test_bits_are_the_same_in_any_order(page_size: int) -> None:
         assert attend(case, order, num_sms=8).bits == ran.bits
 
 
+@pytest.mark.parametrize("page_size", [5, 12, 16])
+def test_keys_and_values_that_have_no_slots_in_common(page_size: int) -> None:
+    """The bits are those of pages in which rows of k and v are found by one number, padding or not."""
+    for leftpad in (None, (3, 0, 20)):
+        case = KVCacheCase(**LONG | {"seqlen_new": None, "rotary_dim": 0, "leftpad": leftpad}, page_size=page_size)
+        found = []
+        for order in ((0, 1, 2, 3), (0, 2, 1, 3)):  # of axes in the memory of v_cache
+            arrays = case.arrays()
+            arrays["v_cache"] = np.ascontiguousarray(arrays["v_cache"].transpose(order)).transpose(order)
+            with Gpu(num_sms=3) as gpu:
+                placed = gpu.arrays(arrays)
+                found.append(to_numpy(cufa.attention_with_kvcache(**placed, **case.options, num_splits=2)))
+                caches = to_numpy(placed["k_cache"]), to_numpy(placed["v_cache"])
+            assert_kvcache_close(found[-1], caches=caches, **arrays, **case.options)
+        assert np.array_equal(*found)
+
+
 def test_splits_of_their_own_make_results_the_same_in_any_batch() -> None:
     case = KVCacheCase(**LONG, num_splits=3, page_size=16)
     arrays = case.arrays()

@@ -120,8 +120,8 @@ def test_divisors(number: int, x: int) -> None:
 
 CACHES = {
     "contiguous": {},
-    "paged": {"page_rows": 16},
-    "appended": {"page_rows": 1, "rotary": "halves", "appends": True},
+    "paged": {"page_rows": 16, "slots": True},
+    "appended": {"page_rows": 1, "slots": True, "rotary": "halves", "appends": True},
     "everything": {"mask": "window", "softcap": True, "alibi": True, "sinks": True, "page_rows": 64},
 }
 
