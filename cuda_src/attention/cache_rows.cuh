@@ -6,28 +6,28 @@
 #include "attention/row_source.cuh"
 #include "core/math.cuh"
 #include "core/types.cuh"
+#include "ptx/opaque.cuh"
 #include "tile/accumulator.cuh"
 
 namespace attention {
 
-// The addresses of some rows of a sequence.
+// The addresses of some rows of a sequence, each from byte `byte` on.
 template <class element, int count>
 struct FoundRows {
+  int byte;
   const element* pointers[count];
 
-  const element* operator[](int index) const { return pointers[index]; }
+  const char* operator[](int index) const { return reinterpret_cast<const char*>(pointers[index]) + byte; }
 };
 
 // The same, by the slots of the rows: an address is then one product and sum.
-template <class element, int count>
+template <int count>
 struct SlottedRows {
-  const char* pointer;  // slot 0
+  const char* pointer;  // that byte of slot 0
   int slot_bytes;
   int slots[count];
 
-  const element* operator[](int index) const {
-    return reinterpret_cast<const element*>(pointer + i64(slots[index]) * slot_bytes);
-  }
+  const char* operator[](int index) const { return pointer + i64(slots[index]) * slot_bytes; }
 };
 
 // The pages of `rows` rows of a sequence: lane i of a warp holds those of page_rows rows from row i · page_rows on and,
@@ -74,7 +74,7 @@ struct PagedRows {
     int base;
 
     template <int count, int step>
-    auto find(int row) const {
+    auto find(int row, int byte) const {
       static_assert(page_rows % step == 0 || step % page_rows == 0, "both are powers of 2");
       static_assert(32 % step == 0 && (count - 1) * step < rows, "the first of the rows is one of `step`");
       const int own = row - base, within = own % page_rows;
@@ -88,7 +88,8 @@ struct PagedRows {
         for (int i = 0; i < Places::count; ++i) {
           slots[i] = pages[i] * cache.page_slots + places.first_rows[i] * cache.row_slots;
         }
-        SlottedRows<element, count> found{reinterpret_cast<const char*>(source.pointer), source.slot_bytes};
+        const char* const first = reinterpret_cast<const char*>(source.pointer) + byte;
+        SlottedRows<count> found{ptx::opaque(first), source.slot_bytes};  // else the byte is added for each row
 #pragma unroll
         for (int i = 0; i < count; ++i) {
           found.slots[i] = is_known<step>(i) ? found.slots[max_of(0, i - 1)] + step * cache.row_slots
@@ -96,7 +97,7 @@ struct PagedRows {
         }
         return found;
       } else {
-        FoundRows<element, count> found;
+        FoundRows<element, count> found{byte};
 #pragma unroll
         for (int i = 0; i < count; ++i) {
           found.pointers[i] = is_known<step>(i) ? found.pointers[max_of(0, i - 1)] + step * strides.seqlen

@@ -10,10 +10,10 @@
 //   queries(params), keys(params), values(params);  // sources of rows, as attention/row_source.cuh has them
 //   float* lse_row(params, row);         // where the lse of a row goes, if params.lse is not null
 // A unit makes it, or has it: work<Work>(argument), `argument` being the kernel's own, whose member `params` are the
-// Params above. A source of rows has strides and a length, and `find<count, step>(row)`, which returns something whose
-// [index] is the address of row + index · step; rows from the length on may be asked for, and are never read. Those of
-// keys and values also look up where a block of `rows` rows is, once for both and if the sequence has any:
-// look_up<rows>(row), and have the source of these rows alone: with<rows>(what was looked up, row).
+// Params above. A source of rows has strides and a length, and `find<count, step>(row, byte)`, which returns something
+// whose [index] is the address of that byte of row + index · step; rows from the length on may be asked for, and are
+// never read. Those of keys and values also look up where a block of `rows` rows is, once for both and if the sequence
+// has any: look_up<rows>(row), and have the source of these rows alone: with<rows>(what was looked up, row).
 #pragma once
 
 #include "attention/block_range.cuh"
@@ -107,9 +107,11 @@ struct MainloopSplitSm80 {
           V{stage + tile::offset<&Stage::v>}, row, values.template with<rows_ahead>(places, row), thread, policy);
     };
     Places firsts[stages - 1] = {};
+    Places next{};  // where the next block to be copied is, looked up a step ahead
+    if (count > 0) {
 #pragma unroll
-    for (int index = 0; index < stages - 1; ++index) {
-      if (count > 0) firsts[index] = look_up(index);
+      for (int index = 0; index < stages - 1; ++index) firsts[index] = look_up(index);
+      if (Config::looks_ahead) next = look_up(stages - 1);
     }
 #pragma unroll
     for (int index = 0; index < stages - 1; ++index) {
@@ -130,8 +132,6 @@ struct MainloopSplitSm80 {
     ptx::cp_async_wait_group<stages - 2>();
     __syncthreads();  // q has arrived, as every thread has copied some of it
     int slot = 0, free = stages - 1;
-    Places next{};  // where the next block to be copied is, looked up a step ahead
-    if (Config::looks_ahead && count > 0) next = look_up(stages - 1);
 #pragma unroll 1
     for (int index = 0; index < count; ++index) {
       ptx::cp_async_wait_group<stages - 2>();

@@ -34,13 +34,14 @@ inline void load_rows(const Tile& to, const ptx::TensorMap& map, u32 barrier, in
   }
 }
 
-// Rows that lie `step` apart: what `find` of a source of rows returns.
+// Rows that lie `step` apart, each from byte `byte` on: what `find` of a source of rows returns.
 template <class element>
 struct SteppedRows {
   const element* pointer;
   i64 step;
+  int byte;
 
-  const element* operator[](int index) const { return pointer + index * step; }
+  const char* operator[](int index) const { return reinterpret_cast<const char*>(pointer + index * step) + byte; }
 };
 
 // What a source has looked up of where some rows are, if a pointer says that.
@@ -53,10 +54,10 @@ struct PointedRows {
   const Strides& strides;
   int length;  // how many rows are live
 
-  // Returns where `count` rows are that lie `step` apart, from `row` on, whether they are live or not.
+  // Returns where byte `byte` of `count` rows is that lie `step` apart, from `row` on, whether they are live or not.
   template <int count, int step>
-  SteppedRows<element> find(int row) const {
-    return {at(row), step * strides.seqlen};
+  SteppedRows<element> find(int row, int byte) const {
+    return {at(row), step * strides.seqlen, byte};
   }
 
   template <int rows>
@@ -82,14 +83,16 @@ struct SharedRows {
   template <int count, int step>
   struct Found {
     const SharedRows& rows;
-    int row;
+    int row, byte;
 
-    const element* operator[](int index) const { return rows.at(row + index * step); }
+    const char* operator[](int index) const {
+      return reinterpret_cast<const char*>(rows.at(row + index * step)) + byte;
+    }
   };
 
   template <int count, int step>
-  Found<count, step> find(int row) const {
-    return {*this, row};
+  Found<count, step> find(int row, int byte) const {
+    return {*this, row, byte};
   }
 
   const element* at(int row) const {
@@ -121,7 +124,8 @@ inline void copy_rows(const Tile& to, int row, const Rows& from, int thread, u64
   constexpr int rows_per_pass = threads / Tile::panel_chunks, passes = ceil_div(Tile::rows, rows_per_pass);
   constexpr int valid_bytes = valid_cols * int(sizeof(element));
   const int first = u32(thread) / Tile::panel_chunks, chunk = u32(thread) % Tile::panel_chunks;
-  const auto found = from.template find<passes, rows_per_pass>(row + first);
+  constexpr bool whole = valid_bytes % copy_bytes == 0 && (copy_bytes > sizeof(element) || copy_bytes == 16);
+  const auto found = from.template find<passes, rows_per_pass>(row + first, whole ? chunk * 16 : 0);
   const u32 address = to.address(first, chunk);
   const int live = from.length - row - first;
   constexpr int unroll = copy_bytes == 16 ? passes : 1;  // short copies are many as it is
@@ -129,12 +133,11 @@ inline void copy_rows(const Tile& to, int row, const Rows& from, int thread, u64
   for (int pass = 0; pass < passes; ++pass) {
     const int step = pass * rows_per_pass;
     if (Tile::rows % rows_per_pass != 0 && first + step >= Tile::rows) return;
-    const element* const pointer = found[pass];
-    const char* const own = reinterpret_cast<const char*>(pointer) + chunk * 16;  // what follows are constants
+    const char* const own = found[pass];  // what `whole` copies add to it are constants
 #pragma unroll
     for (int panel = 0; panel < Tile::panels; ++panel) {
       const u32 destination = Tile::template step_passes<rows_per_pass>(address, step) + panel * Tile::panel_stride;
-      if constexpr (valid_bytes % copy_bytes == 0 && (copy_bytes > sizeof(element) || copy_bytes == 16)) {
+      if constexpr (whole) {
 #pragma unroll
         for (int byte = 0; byte < 16; byte += copy_bytes) {
           const int before = panel * Tile::panel_bytes + byte;
@@ -144,8 +147,8 @@ inline void copy_rows(const Tile& to, int row, const Rows& from, int thread, u64
           ptx::cp_async<copy_bytes>(destination + byte, own + before, bytes, policy);
         }
       } else {
-        tile::copy_chunk<copy_bytes, valid_cols>(destination, pointer, from.strides.dim, step < live,
-                                                 panel * Tile::panel_chunks + chunk, policy);
+        tile::copy_chunk<copy_bytes, valid_cols>(destination, reinterpret_cast<const element*>(own), from.strides.dim,
+                                                 step < live, panel * Tile::panel_chunks + chunk, policy);
       }
     }
   }
