@@ -48,9 +48,8 @@ def decode_plan(
     -------
     DecodePlan
         For calls with such arrays, whatever their other options are, as long as the lengths are what they were when the
-        plan was made: it holds them, and where `cache_seqlens` has changed since, new rows are appended by that but
-        results are as of the plan. `DecodePlan.update` makes it anew in the same memory, which CUDA graphs may do too.
-        NumPy arrays have one that does nothing.
+        plan was made. `DecodePlan.update` makes it anew in the same memory, which CUDA graphs may do too. NumPy arrays
+        have one that does nothing.
 
     Raises
     ------
@@ -63,6 +62,11 @@ def decode_plan(
 
     Notes
     -----
+    A plan holds lengths. Where `cache_seqlens` has changed since, new rows are appended by that, but results are as of
+    the plan. Some plans hold nothing, and results are then as of the lengths at the call: those of NumPy arrays, and
+    those of few short sequences on sm_90 and newer, which clusters of thread blocks serve with a plan and without.
+    Making such a plan launches nothing.
+
     Calls whose queries fill large tiles on Hopper, such as chunks of prompts, need no plan and find out by themselves
     how long sequences are; one may be given all the same.
 

@@ -114,12 +114,11 @@ FEW_OR_MANY = (1, CLUSTERS_THAT_FILL, CLUSTER_ITEMS + 1)
 
 
 class Cached(NamedTuple):
-    """What calls with caches differ by besides: rows of a page, new keys, whether those are rotated, and a plan."""
+    """What calls with caches differ by besides: rows of a page, new keys, and whether those are rotated."""
 
     page_size: int = 0
     appends: bool = False
     rotates: bool = False
-    planned: bool = False
 
 
 CONTIGUOUS = Cached()
@@ -365,11 +364,11 @@ def cached_of(kind: Kind, page_sizes: tuple[int, ...]) -> Iterator[Cached]:
     if not has_caches(operation):
         yield CONTIGUOUS
         return
-    scored = bool(operation.tiles)  # a plan is made before anything is rotated, and of no other
+    scored = bool(operation.tiles)  # a plan is made before anything is rotated
     for size in page_sizes if "paged" in kind.features else (0,):
-        for appends, rotates, planned in itertools.product((False, True), repeat=3):
-            if (not rotates or (appends and kind.head_dim > 1)) and (scored or not (rotates or planned)):
-                yield Cached(size, appends, rotates, planned)
+        for appends, rotates in itertools.product((False, True), repeat=2):
+            if not rotates or (appends and kind.head_dim > 1 and scored):
+                yield Cached(size, appends, rotates)
 
 
 def problem_of(
@@ -438,8 +437,6 @@ def _of_caches(kind: Kind, lengths: Lengths, cached: Cached) -> dict[str, tuple[
         shapes["cu_seqlens_q"] = (batch + 1,)
     if cached.rotates:
         shapes |= dict.fromkeys(("rotary_cos", "rotary_sin"), (keys, kind.head_dim // 2))
-    if cached.planned:
-        shapes["plan"] = (0,)
     return shapes
 
 

@@ -462,8 +462,11 @@ class _KVCacheCheck(Check):
         return 1 if "cache_leftpad" in self.specs else math.gcd(facts.page_size, MAX_PAGE_ROWS)
 
     def clusters(self, q: Spec, capacity: int, num_splits: int) -> bool:
-        """Whether a cluster of thread blocks should share the keys of each tile: lengths may be up to the capacity."""
-        if self.varlen or "plan" in self.specs or num_splits:
+        """Whether a cluster of thread blocks should share the keys of each tile: lengths may be up to the capacity.
+
+        All of it follows from `PlanFacts`, so that where a plan has nothing to say, calls that are given it need none.
+        """
+        if self.varlen or num_splits:
             return False
         heads_k, head_dim_v = self.specs["v_cache"].shape[-2:]
         rows = q.shape[1] * (q.shape[-2] // max(1, heads_k))

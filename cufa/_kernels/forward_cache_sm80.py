@@ -362,8 +362,8 @@ def least_positions(config: ConfigCacheSm80) -> int:
 
 
 def plan_words(problem: Problem, grid: CacheGrid) -> int:
-    """32-bit words of a plan: of thread blocks, of sequences and one behind the last, and counters."""
-    return (BLOCK_WORDS + 1) * grid.num_blocks + SEQUENCE_WORDS * (problem.batch + 1)
+    """32-bit words of a plan: of thread blocks, of sequences and one behind the last, and counters; 0 if it is none."""
+    return 0 if grid.num_blocks == 0 else (BLOCK_WORDS + 1) * grid.num_blocks + SEQUENCE_WORDS * (problem.batch + 1)
 
 
 def check_plan(problem: Problem, grid: CacheGrid) -> None:

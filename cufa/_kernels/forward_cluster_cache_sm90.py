@@ -10,8 +10,10 @@ from .._call.problem import Problem, Static
 from ..errors import UnsupportedError
 from .forward_cache_sm80 import (
     CacheGrid,
+    CachePlan,
     ConfigCacheSm80,
     ForwardCacheSm80,
+    PlanGrid,
     cache_members,
     rotated,
     scratch_of,
@@ -43,8 +45,8 @@ class ForwardClusterCacheSm90(ForwardCacheSm80):
         if static.clusters:
             return ""
         return (
-            "it is for so few tiles of q that a GPU holds a cluster for each, where q is not packed and neither plan "
-            "nor num_splits says how keys are divided"
+            "it is for so few tiles of q that a GPU holds a cluster for each, where q is not packed and num_splits "
+            "does not say how keys are divided"
         )
 
     def reason(self, static: Static, arch: int) -> str:
@@ -77,3 +79,21 @@ class ForwardClusterCacheSm90(ForwardCacheSm80):
     def scratch(self, config: ConfigCacheSm80, problem: Problem, grid: CacheGrid) -> Scratch:
         assert isinstance(problem, KVCacheProblem)
         return scratch_of(rotated(problem))
+
+
+class ClusterCachePlan(CachePlan):
+    """The plan of such calls, which has no memory and takes no launch, since they need none."""
+
+    special = True
+
+    def runs_on(self, arch: int) -> bool:
+        return ForwardClusterCacheSm90().runs_on(arch)
+
+    def refusal(self, static: Static) -> str:
+        return "" if static.clusters else "it is for calls that clusters of thread blocks serve, which need no plan"
+
+    def reason(self, static: Static, arch: int) -> str:
+        return "clusters of thread blocks serve such calls, which need no plan, so that nothing is launched"
+
+    def grid(self, config: ConfigCacheSm80, problem: Problem, num_sms: int) -> PlanGrid:
+        return PlanGrid(0, 0, 0, False)

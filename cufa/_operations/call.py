@@ -199,8 +199,10 @@ def prepare(problem: Problem, stream: int, copied: bool = True) -> Prepared:
 
     own, copies, plan, grid, scratch, floats = planned(problem, copied)
     copying = None if copies is None else _load_copying(copies, scratch.floats, stream)
-    functions = _jit.load_kernel(plan, problem.device, stream)
-    _used.note(plan, own.static, problem.function)
+    functions: tuple[Any, ...] = ()
+    if any(grid.blocks):
+        functions = _jit.load_kernel(plan, problem.device, stream)
+        _used.note(plan, own.static, problem.function)
     record = units.record_of(plan, _jit.headers())
     argument = plan.kernel.argument(record, plan.config, own, grid)
     shapes = [

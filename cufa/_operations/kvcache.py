@@ -14,14 +14,14 @@ from .._call.problem import Problem
 from .._kernels import Kernel
 from .._kernels.forward_cache_sm80 import CachePlan, ForwardCacheSm80, plan_words
 from .._kernels.forward_cache_sm90 import ForwardCacheSm90
-from .._kernels.forward_cluster_cache_sm90 import ForwardClusterCacheSm90
+from .._kernels.forward_cluster_cache_sm90 import ClusterCachePlan, ForwardClusterCacheSm90
 from .._terms import TERMS
 from .call import planned
 from .forward import results_of
 from .operation import Operation, Result
 
 KVCACHE: tuple[Kernel, ...] = (ForwardClusterCacheSm90(), ForwardCacheSm90(), ForwardCacheSm80())
-PLANNING: tuple[Kernel, ...] = (CachePlan(),)
+PLANNING: tuple[Kernel, ...] = (ClusterCachePlan(), CachePlan())
 
 
 def _on_cpu(problem: Problem, arrays: Mapping[str, Any], results: Mapping[str, Any]) -> None:

@@ -122,7 +122,7 @@ def test_calls_of_every_function_are_warmed_up(fake: FakeDriver) -> None:
     turned = {"q": (2, 9, 4, 64), "cos": (9, 32), "sin": (9, 32), "dtype": "float16", "operation": "rotary"}
     calls = [
         STEP,
-        STEP | {"plan": True},  # which another kernel serves than clusters
+        STEP | {"plan": True},  # which clusters serve as well
         STEP | {"plan": True, "num_splits": 4},
         STEP | {"operation": "decode_plan", "block_table": None, "cache_batch_idx": (4,)},
         state | {"operation": "merge_states"},
@@ -135,7 +135,7 @@ def test_calls_of_every_function_are_warmed_up(fake: FakeDriver) -> None:
         before = kernels().get("loaded", 0)
         cufa.warmup(calls=[call])
         loaded.append(kernels()["loaded"] - before)
-    assert loaded == [1, 1, 0, 1, 1, 1, 1, 1]
+    assert loaded == [1, 0, 1, 1, 1, 1, 1, 1]
 
 
 def test_kinds_of_calls_hold_every_length(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,20 @@ def test_a_plan_spares_a_call_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         cufa.explain(cufa.attention_with_kvcache, **call, plan=plan, num_splits=3)
 
 
+def test_a_plan_of_calls_that_clusters_serve_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 90)
+    call = of_caches(k=None, v=None)
+    told = cufa.explain(cufa.decode_plan, **call)
+    assert told.launches == () and told.num_blocks == 0
+    assert told.reason.startswith("clusters of thread blocks serve such calls")
+    operation = OPERATIONS["decode_plan"]
+    problem: Any = problem_of(operation, *asked_by(operation, call | {"num_splits": 0}))
+    assert operation.results(problem)[0].shape == (0,)
+    plan = DecodePlan(OnGpu(0, dtype="int32"), PlanFacts.of(problem), lambda *_: None)
+    own, planned = (cufa.explain(cufa.attention_with_kvcache, **call, plan=each) for each in (None, plan))
+    assert own.kernel == "attention_forward_cluster_cache_sm90 (sm_90)" and planned == replace(own, state="cached")
+
+
 HEADS, LSE = OnGpu(2, 9, 4, 64), OnGpu(2, 4, 9, dtype="float32")
 TABLE = OnGpu(9, 32)
 

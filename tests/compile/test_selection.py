@@ -86,7 +86,7 @@ def cached_of(kind: Kind, page_sizes: list[int]) -> st.SearchStrategy[Cached]:
     """What calls of a kind may differ by if they have caches."""
     scored, sizes = kind.operation == "attention_with_kvcache", st.sampled_from(page_sizes)
     found = st.builds(
-        Cached, sizes if "paged" in kind.features else st.just(0), *[st.booleans() if scored else st.just(False)] * 3
+        Cached, sizes if "paged" in kind.features else st.just(0), *[st.booleans() if scored else st.just(False)] * 2
     )
     return found.filter(lambda each: each.appends or not each.rotates)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 import cufa
 import emulated
 from cufa._call.problem import CHAIN_ROWS
-from cufa.testing import Case, KVCacheCase, assert_close
+from cufa.testing import Case, KVCacheCase, assert_close, assert_kvcache_close
 from emulated.cases import MASKS, ORDERS, Kind, features, forward
 from emulated.test_kvcache import KINDS as CACHES
-from emulated.test_kvcache import LONG, attend
+from emulated.test_kvcache import LONG, PLANNED, attend
 
 pytestmark = pytest.mark.skipif(bool(emulated.why_not()), reason=emulated.why_not())
 
@@ -105,3 +106,28 @@ def test_new_rows_are_appended_first() -> None:
 def test_parts_that_are_given_are_kept() -> None:
     ran = attend(KVCacheCase(**LONG, num_splits=3), arch=90, num_sms=132)
     assert ran.entries[-1] == "attention_forward_cache_sm80"
+
+
+@pytest.mark.parametrize("batch", [3, 1])
+def test_plans_of_few_tiles_are_empty(batch: int) -> None:
+    """They take no launch, calls with them are those without, and lengths count as they are at each call."""
+    case = KVCacheCase(**LONG | {"batch": batch, "lengths": LONG["lengths"][:batch]})
+    expected = attend(case, arch=90, num_sms=132)
+    with emulated.Gpu(arch=90, num_sms=132) as gpu:
+        arrays = case.arrays(gpu)
+        plan = cufa.decode_plan(**{name: arrays[name] for name in PLANNED if name in arrays})
+        assert plan.memory.shape == (0,) and not gpu.launches
+        out, lse = cufa.attention_with_kvcache(**arrays, **case.options, plan=plan, return_lse=True)
+        bits = [out.numpy().tobytes(), lse.numpy().tobytes(), *(arrays[f"{x}_cache"].numpy().tobytes() for x in "kv")]
+        assert bits == [each.tobytes() for each in expected.results]
+        assert [each.function.entry for each in gpu.launches] == expected.entries
+        seqlens = arrays["cache_seqlens"]
+        other = dataclasses.replace(case, lengths=(20, 399, 0)[:batch])
+        gpu.memory.view(seqlens.address, seqlens.shape, seqlens.strides, np.int32)[...] = other.lengths
+        given = {**other.arrays(gpu), "cache_seqlens": seqlens}
+        out = cufa.attention_with_kvcache(**given, **case.options, plan=plan).numpy()
+        caches = given["k_cache"].numpy(), given["v_cache"].numpy()
+        assert_kvcache_close(out, caches=caches, **other.arrays(), **case.options)
+        launched = len(gpu.launches)
+        plan.update()
+        assert len(gpu.launches) == launched

@@ -133,13 +133,12 @@ def test_large_tiles_equal_reference(cupy: Any, few_fill_tiles: None) -> None:
 
 @pytest.mark.parametrize("num_splits", [0, 5])
 def test_bits_are_the_same_in_every_run(num_splits: int, cupy: Any) -> None:
-    """With a plan and without one, if splits are fixed; else one kernel may serve the one and another the other."""
+    """With a plan and without one, whatever kernel serves."""
     lengths = (9000, 5, 800, 4096, 0, 77, 2000)
     case = KVCacheCase(batch=7, lengths=lengths, seqlen_new=1, capacity=9100, num_splits=num_splits, **SERVING)
-    first: dict[bool, list[bytes]] = {}
-    for planned in (False, True) * 5:
-        bits = [to_numpy(x).tobytes() for x in attend(case, cupy, planned)]
-        assert bits == first.setdefault(planned and num_splits == 0, bits)
+    first = [to_numpy(x).tobytes() for x in attend(case, cupy)]
+    for planned in (True, False) * 5:
+        assert [to_numpy(x).tobytes() for x in attend(case, cupy, planned)] == first
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 7, 64])
