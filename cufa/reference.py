@@ -1012,7 +1012,7 @@ def merge_states(
     Parameters
     ----------
     out_a, out_b : array_like, (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)
-        Of two parts. Without `out_b` those of several, behind a first axis of `out_a`.
+        Of two parts; or `out_a` and `lse_a` of several, behind a first axis, with one more behind them or without.
     lse_a, lse_b : array_like, (batch, num_heads, seqlen_q) or (num_heads, total_q)
 
     Returns
@@ -1074,7 +1074,11 @@ def merge_states_backward(
     mean = np.sum(weights * deltas, axis=0)
     dlses = weights * (deltas - mean + (0.0 if dlse is None else np.asarray(dlse, np.float64)))
     douts, dlses = _live(_along(weights) * gradient, lses), np.where(np.isneginf(lses), 0.0, dlses)
-    return (douts, dlses) if out_b is None else (douts[0], dlses[0], douts[1], dlses[1])
+    if out_b is None:
+        return douts, dlses
+    several = np.ndim(out_a) > np.ndim(out_b)
+    first = (douts[:-1], dlses[:-1]) if several else (douts[0], dlses[0])
+    return *first, douts[-1], dlses[-1]
 
 
 def _states(
@@ -1084,7 +1088,11 @@ def _states(
     outs, lses = np.asarray(out_a, np.float64), np.asarray(lse_a, np.float64)
     if out_b is None or lse_b is None:
         return outs, lses
-    return np.stack([outs, np.asarray(out_b, np.float64)]), np.stack([lses, np.asarray(lse_b, np.float64)])
+    if outs.ndim == np.ndim(out_b):
+        outs, lses = outs[None], lses[None]
+    return np.concatenate([outs, np.asarray([out_b], np.float64)]), np.concatenate(
+        [lses, np.asarray([lse_b], np.float64)]
+    )
 
 
 def _weights(lses: Array) -> tuple[Array, Array]:

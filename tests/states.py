@@ -35,6 +35,8 @@ class Call:
         Of the merged out; packed if there are three extents.
     states : int or None
         Along a first axis; None for two that are given one by one.
+    more : bool
+        Whether the last of those along a first axis is given by itself.
     dtype : str
     layouts : tuple of str
         Of outs, lses, dout and out.
@@ -46,6 +48,7 @@ class Call:
 
     shape: tuple[int, ...]
     states: int | None = None
+    more: bool = False
     dtype: str = "float32"
     layouts: tuple[str, str, str, str] = ("contiguous",) * 4
     values: str = "normal"
@@ -72,11 +75,14 @@ class Call:
         dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
         single = np.float64 if self.dtype == "float64" else np.float32
         outs, lses = outs.astype(dtype), lses.astype(single)
-        given = zip(NAMES, (outs[0], lses[0], outs[1], lses[1]) if self.states is None else (outs, lses), strict=False)
+        if self.states is None:
+            given = [outs[0], lses[0], outs[1], lses[1]]
+        else:
+            given = [outs[:-1], lses[:-1], outs[-1], lses[-1]] if self.more else [outs, lses]
         dout, dlse = rng.standard_normal(self.shape).astype(dtype), rng.standard_normal(self.lse_shape).astype(single)
         nothing = np.isneginf(lses).all(axis=0)  # what these rows have there counts nowhere
         dout[nothing.swapaxes(-1, -2)], dlse[nothing] = np.nan, np.nan
-        return dict(given) | {"dout": dout} | ({"dlse": dlse} if self.dlse else {})
+        return dict(zip(NAMES, given, strict=False)) | {"dout": dout} | ({"dlse": dlse} if self.dlse else {})
 
     def arrays(self, xp: Any = np) -> dict[str, Any]:
         """Those of `host`, as they are laid out in a framework's memory."""
@@ -115,7 +121,8 @@ class Call:
         host = self.host()
         right = reference.merge_states_backward(**{name: array.astype(np.float64) for name, array in host.items()})
         given = [name for name in NAMES if name in host]
-        outs = host["out_a"] if self.states is not None else np.stack([host["out_a"], host["out_b"]])
+        outs = [host["out_a"][None] if self.states is None else host["out_a"]]
+        outs = np.concatenate([*outs, host["out_b"][None]] if "out_b" in host else outs)
         dout, outs = (np.nan_to_num(abs(x.astype(np.float64))) for x in (host["dout"], outs))
         # Of delta, which is a sum over columns, and of the mean of all of them.
         sums = np.max((dout * outs).sum(axis=-1), axis=0, initial=0.0).swapaxes(-1, -2)
@@ -156,9 +163,11 @@ def calls(
     flat = st.sampled_from([each for each in layouts if each in ("contiguous", "padded", "offset", "strided")])
     batch = draw(st.sampled_from(((), (0,), (1,), (3,))))
     rows, heads = draw(st.sampled_from((0, 1, 7, 33))), draw(st.sampled_from((0, 1, 2, 5)))
+    states, more = draw(st.sampled_from((None, None, 0, 1, 2, 5, 40))), draw(st.booleans())
     return Call(
         shape=(*batch, rows, heads, draw(st.sampled_from(dims))),
-        states=draw(st.sampled_from((None, None, 0, 1, 2, 5))),
+        states=states,
+        more=more and bool(states),
         dtype=draw(st.sampled_from(dtypes)),
         layouts=(draw(layout), draw(flat), draw(layout), draw(layout)),
         values=draw(st.sampled_from(values)),

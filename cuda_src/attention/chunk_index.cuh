@@ -35,10 +35,13 @@ struct ChunkIndex {
 
   bool is_inside(const i32* extents) const { return along[axes - 1] < u32(extents[axes - 1]); }
 
-  i64 element(const i64* steps) const {
+  i64 element(const i64* steps) const { return along[0] * steps[0] + row_element(steps); }
+
+  // Of the first chunk along the fastest axis.
+  i64 row_element(const i64* steps) const {
     i64 sum = 0;
 #pragma unroll
-    for (int axis = 0; axis < axes; ++axis) sum += along[axis] * steps[axis];
+    for (int axis = 1; axis < axes; ++axis) sum += along[axis] * steps[axis];
     return sum;
   }
 };

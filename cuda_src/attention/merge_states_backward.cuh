@@ -48,7 +48,8 @@ inline void merge_states_backward(const MergeBackwardParams& params) {
 #pragma unroll 1
   for (ChunkIndex index(blockIdx.x * Config::num_threads + threadIdx.x, params.extents);
        index.is_inside(params.extents); index.advance(step, params.extents)) {
-    const RowStates<element> row(params.states, index);
+    RowStates<element> row(params.states, index);
+    row.weigh();
     const element* const dout = static_cast<const element*>(params.dout) + index.element(params.dout_steps);
     const i64 dstate = index.element(params.dstates_steps), dlse_state = index.element(params.dlse_states_steps);
     const bool first = index.along[0] == 0;

@@ -11,23 +11,25 @@ namespace tile {
 template <int bytes, class element>
 struct Chunk {
   static constexpr int size = bytes / sizeof(element);
+  using Stored = typename Words<bytes>::type;
+
   float x[size];
 
-  static Chunk load(const element* from) {
+  // What lies in memory, for which nobody waits before it is made a chunk.
+  static Stored fetch(const element* from) { return *reinterpret_cast<const Stored*>(from); }
+
+  static Chunk of(const Stored& stored) {
+    const union {
+      Stored words;
+      element elements[size];
+    } held{stored};
     Chunk chunk;
-    if constexpr (size == 1) {
-      chunk.x[0] = ptx::cvt_f32(*from);
-    } else {
-      union {
-        typename Words<bytes>::type words;
-        element elements[size];
-      } held;
-      held.words = *reinterpret_cast<const typename Words<bytes>::type*>(from);
 #pragma unroll
-      for (int i = 0; i < size; ++i) chunk.x[i] = ptx::cvt_f32(held.elements[i]);
-    }
+    for (int i = 0; i < size; ++i) chunk.x[i] = ptx::cvt_f32(held.elements[i]);
     return chunk;
   }
+
+  static Chunk load(const element* from) { return of(fetch(from)); }
 
   void add(float factor, const Chunk& other) {
 #pragma unroll
@@ -40,7 +42,7 @@ struct Chunk {
       *to = ptx::cvt_rn<element>(x[0]);
     } else {
       union {
-        typename Words<bytes>::type words;
+        Stored words;
         u32 registers[bytes / 4];
       } held;
 #pragma unroll
@@ -50,7 +52,7 @@ struct Chunk {
         else
           held.registers[i] = ptx::cvt_rn_x2<element>(x[2 * i], x[2 * i + 1]);
       }
-      *reinterpret_cast<typename Words<bytes>::type*>(to) = held.words;
+      *reinterpret_cast<Stored*>(to) = held.words;
     }
   }
 };

@@ -34,6 +34,10 @@ template <>
 struct Words<4> {
   using type = u32;
 };
+template <>
+struct Words<2> {
+  using type = u16;
+};
 
 // Chunk `chunk` of a row in global memory, which has 16 or 8 bytes, ← words; columns from valid_cols on are not
 // written. copy_bytes, or the whole chunk if it is smaller, are written at a time, or single elements with any

@@ -175,7 +175,7 @@ def attention_shared_prefix(
     else:
         parts.append(attention(q, k, v, **scoring))
 
-    merged = parts[0]
+    merged = parts[0]  # of which there may be several, that are merged with the next
     for state in parts[1:-1]:
         merged = merge_states(*merged, *state)
     merged = merge_states(*merged, *parts[-1], out=out)
@@ -183,9 +183,10 @@ def attention_shared_prefix(
 
 
 def _attend_together(q: Array, k_prefix: Array, v_prefix: Array, scoring: dict[str, Any]) -> list[tuple[Array, Array]]:
-    """The states of a prefix that all rows of q read, as those of one sequence: one, or two where some keys are left.
+    """The states of a prefix that all rows of q read, as those of one sequence.
 
-    Parts of the prefix are sequences that have the same rows.
+    Parts of the prefix are sequences that have the same rows, and their states lie along a first axis. Where some keys
+    are left, their state is another.
     """
     packed = len(q.shape) == 3
     rows = q[None] if packed else q.reshape(1, q.shape[0] * q.shape[1], *q.shape[2:])
@@ -194,7 +195,7 @@ def _attend_together(q: Array, k_prefix: Array, v_prefix: Array, scoring: dict[s
     states = []
     if count > 1:
         keys, values = (x[: length // count * count].reshape(count, -1, *x.shape[1:]) for x in (k_prefix, v_prefix))
-        states.append(merge_states(*attention(_repeated(rows, count), keys, values, **scoring)))
+        states.append(attention(_repeated(rows, count), keys, values, **scoring))
         k_prefix, v_prefix = (x[length // count * count :] for x in (k_prefix, v_prefix))
     if count == 1 or k_prefix.shape[0] > 0:
         out, lse = attention(rows, k_prefix[None], v_prefix[None], **scoring)
@@ -230,9 +231,10 @@ def _repeated(rows: Array, count: int) -> Array:
 
 
 def _as_batch(q: Array, out: Array, lse: Array) -> tuple[Array, Array]:
-    """What belongs to rows of sequences end to end, by sequence."""
-    batch, length, heads = q.shape[:3]
-    return out.reshape(batch, length, heads, out.shape[-1]), lse.reshape(heads, batch, length).swapaxes(0, 1)
+    """What belongs to rows of sequences end to end, by sequence; of several parts, by part and sequence."""
+    (batch, length, heads), parts = q.shape[:3], out.shape[:-3]
+    out = out.reshape(*parts, batch, length, heads, out.shape[-1])
+    return out, lse.reshape(*parts, heads, batch, length).swapaxes(-3, -2)
 
 
 def _check_shapes(

@@ -19,19 +19,19 @@ def merge_states(
     """Attention over all keys, from what it gave over parts of them.
 
     Each part is a *state*, the out and lse of `attention` with ``return_lse=True``. Two are given one by one, or
-    several behind each other along a first axis of `out_a` and `lse_a`. The parts must not share keys; a sink belongs
-    to one of them.
+    several behind each other along a first axis of `out_a` and `lse_a`, with one more in `out_b` and `lse_b` or
+    without. The parts must not share keys; a sink belongs to one of them.
 
     Parameters
     ----------
     out_a : array, (batch, seqlen_q, num_heads, head_dim) or, packed, (total_q, num_heads, head_dim)
         CuPy, torch, JAX, Numba or NumPy, or any array with ``__dlpack__``; float16, bfloat16 or float32, on the CPU
-        also float64. Any strides. head_dim is 1 to 256. Without `out_b`, (states, …).
+        also float64. Any strides. head_dim is 1 to 256. (states, …) where there are several, and without `out_b`.
     lse_a : float32 array, (batch, num_heads, seqlen_q) or, packed, (num_heads, total_q)
         -inf for rows that see no key of the part: what its out holds for them, NaN included, does not count. For
-        float64 arrays float64 or float32. Without `out_b`, (states, …).
+        float64 arrays float64 or float32. (states, …) as `out_a`.
     out_b, lse_b : array, optional
-        The other of two states, shaped like the first.
+        The last state, shaped like the first without an axis of states.
     out : array, optional
         Shaped like a state's. Written and returned instead of a new array; must not share memory with the inputs.
 

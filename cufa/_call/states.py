@@ -19,7 +19,7 @@ def of_states(operation: Operation, specs: dict[str, Spec], options: Options) ->
 
 
 class StatesCheck(Check):
-    """The checks of states a and b or, without b, of states along the first axis of a."""
+    """The checks of states a, one or several along a first axis, and of state b."""
 
     def together(self) -> list[str]:
         return [name for name in ("out_a", "out_b", "dout") if name in self.specs]
@@ -30,8 +30,7 @@ class StatesCheck(Check):
         out = self.merged_shape()
         *batch, rows, heads, columns = out
         lse = (*batch, heads, rows)
-        states = (out, lse) if "out_b" in self.specs else ((self.specs["out_a"].shape[0], *each) for each in (out, lse))
-        self.check_states(*states)
+        self.check_states(out, lse)
         self.check_extents(out)
         dtype = self.specs["out_a"].dtype
         if operation.gradient:
@@ -69,21 +68,25 @@ class StatesCheck(Check):
         if ("out_b" in self.specs) != ("lse_b" in self.specs):
             missing, there = ("lse_b", "out_b") if "out_b" in self.specs else ("out_b", "lse_b")
             self.type_error(f"{missing} is None, but {there} is given; pass both, or neither to merge states in out_a.")
-        stacked = "out_b" not in self.specs
-        shape = out_a[1:] if stacked else out_a
+        alone = "out_b" not in self.specs
+        several = alone or len(out_a) == len(self.specs["out_b"].shape) + 1
+        shape = out_a if not several else out_a[1:] if alone else self.specs["out_b"].shape
         if len(shape) not in (3, 4):
-            before = "(states, " if stacked else "("
+            before = "(states, " if several else "("
             self.value_error(
                 f"out_a has shape {out_a}; {before}batch, seqlen_q, num_heads, head_dim) or {before}total_q, "
-                f"num_heads, head_dim) is expected{' without out_b' if stacked else ''}."
+                f"num_heads, head_dim) is expected{' without out_b' if alone else ''}."
             )
         return shape
 
     def check_states(self, out: tuple[int, ...], lse: tuple[int, ...]) -> None:
-        dtype = self.specs["out_a"].dtype
-        for side in "ab" if "out_b" in self.specs else "a":
-            self.check_like(f"out_{side}", out, dtype)
-            self.check_like(f"lse_{side}", lse, *self.lse_dtypes())
+        a = self.specs["out_a"]
+        several = a.shape[: len(a.shape) - len(out)]
+        self.check_like("out_a", (*several, *out), a.dtype)
+        self.check_like("lse_a", (*several, *lse), *self.lse_dtypes())
+        if "out_b" in self.specs:
+            self.check_like("out_b", out, a.dtype)
+            self.check_like("lse_b", lse, *self.lse_dtypes())
 
     def check_extents(self, out: tuple[int, ...]) -> None:
         if out[-1] < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,12 @@ from .kernel import four
 
 WARP_SIZE = 32
 
+NO_STEPS = (0, 0, 0, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
-class ConfigMergeBackward(ConfigChunks):
-    """What ``cuda_src/attention/merge_states_backward.cuh`` needs besides.
+class ConfigMerge(ConfigChunks):
+    """What ``cuda_src/attention/states.cuh`` needs besides.
 
     Attributes
     ----------
@@ -33,40 +36,39 @@ class MergeStates(ChunksKernel):
     name = "attention_merge_states"
     record = "MergeParams"
 
-    def grid(self, config: ConfigChunks, problem: Problem, num_sms: int) -> ChunksGrid:
-        return grid_of(config, _extents(problem, problem.head_dim_v // config.chunk), num_sms)
+    def config(self, static: Static, arch: int) -> ConfigMerge:
+        known = ConfigChunks(**shared(static, arch))
+        chunks = static.head_dim_v // known.chunk
+        return ConfigMerge(**vars(known), row_lanes=min(WARP_SIZE, 1 << (chunks - 1).bit_length()))
 
-    def values(self, config: ConfigChunks, problem: Problem, grid: ChunksGrid) -> dict[str, Any]:
-        strides = problem.strides
+    def grid(self, config: ConfigMerge, problem: Problem, num_sms: int) -> ChunksGrid:
+        return grid_of(config, _extents(problem, config.row_lanes), num_sms)
+
+    def values(self, config: ConfigMerge, problem: Problem, grid: ChunksGrid) -> dict[str, Any]:
+        strides, extents = problem.strides, _extents(problem, config.row_lanes)
         return {
             "states": _states(problem, config.chunk),
             "out_steps": _steps(strides.get("out") or contiguous(problem.out_shape), config.chunk),
             "lse_steps": _lse_steps(contiguous(problem.lse_shape)),
-            "extents": _extents(problem, problem.head_dim_v // config.chunk),
+            "extents": extents,
+            "chunks": problem.head_dim_v // config.chunk,
+            "rounds": -(-math.prod(extents) // max(1, grid.blocks[0] * config.num_threads)),
         }
 
 
-class MergeStatesBackward(ChunksKernel):
+class MergeStatesBackward(MergeStates):
     """The gradients of that: ``cuda_src/attention/merge_states_backward.cuh``."""
 
     name = "attention_merge_states_backward"
     record = "MergeBackwardParams"
 
-    def config(self, static: Static, arch: int) -> ConfigMergeBackward:
-        known = ConfigChunks(**shared(static, arch))
-        chunks = static.head_dim_v // known.chunk
-        return ConfigMergeBackward(**vars(known), row_lanes=min(WARP_SIZE, 1 << (chunks - 1).bit_length()))
-
-    def grid(self, config: ConfigMergeBackward, problem: Problem, num_sms: int) -> ChunksGrid:
-        return grid_of(config, _extents(problem, config.row_lanes), num_sms)
-
-    def values(self, config: ConfigMergeBackward, problem: Problem, grid: ChunksGrid) -> dict[str, Any]:
-        strides, stacked = problem.strides, 0 if "out_b" in problem.specs else 1
+    def values(self, config: ConfigMerge, problem: Problem, grid: ChunksGrid) -> dict[str, Any]:
+        strides, stacked = problem.strides, _stacked(problem)
         out, lse = (contiguous(problem.specs[name].shape) for name in ("out_a", "lse_a"))
         return {
             "states": _states(problem, config.chunk),
             "dout_steps": _steps(strides["dout"], config.chunk),
-            "dlse_steps": _lse_steps(strides["dlse"]) if "dlse" in strides else (0, 0, 0, 0),
+            "dlse_steps": _lse_steps(strides["dlse"]) if "dlse" in strides else NO_STEPS,
             "dstates_steps": _steps(out[stacked:], config.chunk),
             "dlse_states_steps": _lse_steps(lse[stacked:]),
             "dout_state_step": out[0] * stacked,
@@ -93,14 +95,22 @@ def _lse_steps(strides: Sequence[int]) -> tuple[int, ...]:
     return 0, heads, rows, strides[0] if len(strides) == 3 else 0
 
 
+def _stacked(problem: Problem) -> int:
+    """1 if out_a and lse_a have a first axis of states, else 0."""
+    return len(problem.specs["out_a"].shape) - len(problem.out_shape)
+
+
 def _states(problem: Problem, chunk: int) -> dict[str, Any]:
-    strides, two = problem.strides, "out_b" in problem.specs
-    stacked = 0 if two else 1
-    steps = {f"out_{side}_steps": _steps(strides[f"out_{side if two else 'a'}"][stacked:], chunk) for side in "ab"}
-    steps |= {f"lse_{side}_steps": _lse_steps(strides[f"lse_{side if two else 'a'}"][stacked:]) for side in "ab"}
+    strides, stacked, has_b = problem.strides, _stacked(problem), "out_b" in problem.specs
+    steps = {
+        "out_a_steps": _steps(strides["out_a"][stacked:], chunk),
+        "lse_a_steps": _lse_steps(strides["lse_a"][stacked:]),
+    }
+    steps["out_b_steps"] = _steps(strides["out_b"], chunk) if has_b else NO_STEPS
+    steps["lse_b_steps"] = _lse_steps(strides["lse_b"]) if has_b else NO_STEPS
     return {
         **steps,
         "out_state_step": strides["out_a"][0] * stacked,
         "lse_state_step": strides["lse_a"][0] * stacked,
-        "count": 2 if two else problem.specs["out_a"].shape[0],
+        "count": (problem.specs["out_a"].shape[0] if stacked else 1) + has_b,
     }

@@ -123,7 +123,7 @@ def _dtype_of(name: str, dtype: str) -> str:
 
 def _out(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     if "out_a" in shapes:
-        return shapes["out_a"] if "out_b" in shapes else shapes["out_a"][1:]
+        return shapes["out_b"] if "out_b" in shapes else shapes["out_a"][1:]
     columns = next((shapes[name][-1:] for name in ("v_cache", "v", "q") if name in shapes), ())
     return (*shapes["q"][:-1], *columns)
 

@@ -11,7 +11,7 @@ from .._kernels.merge_states import MergeStates, MergeStatesBackward
 from .operation import Operation, Result
 
 STATES = ("out_a", "lse_a", "out_b", "lse_b")
-"""Two states; without the last two, states along the first axis of the others."""
+"""States a, one or several along a first axis, and state b behind them, if there is one."""
 
 
 def _results(problem: Problem) -> tuple[Result, ...]:
@@ -22,7 +22,7 @@ def _results(problem: Problem) -> tuple[Result, ...]:
 def _on_cpu(problem: Problem, arrays: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     from .._cpu import states as _cpu
 
-    outs, lses = _states(arrays)
+    outs, lses = _states(arrays, len(problem.out_shape))
     _cpu.merge(outs, lses, results["out"], results["lse"])
 
 
@@ -35,15 +35,17 @@ def _gradients(problem: Problem) -> tuple[Result, ...]:
 def _gradients_on_cpu(problem: Problem, arrays: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     from .._cpu import states as _cpu
 
-    outs, lses = _states(arrays)
-    douts, dlses = _states(results, "d")
+    outs, lses = _states(arrays, len(problem.out_shape))
+    douts, dlses = _states(results, len(problem.out_shape), "d")
     _cpu.merge_backward(arrays["dout"], arrays["dlse"], outs, lses, douts, dlses)
 
 
-def _states(arrays: Mapping[str, Any], prefix: str = "") -> tuple[list[Any], list[Any]]:
-    """out and lse of every state."""
-    first, second = ([arrays.get(prefix + name) for name in names] for names in (STATES[::2], STATES[1::2]))
-    return (first, second) if first[1] is not None else (list(arrays[f"{prefix}out_a"]), list(arrays[f"{prefix}lse_a"]))
+def _states(arrays: Mapping[str, Any], rank: int, prefix: str = "") -> tuple[list[Any], list[Any]]:
+    """out and lse of every state; `rank` is that of an out."""
+    given: list[Any] = [arrays.get(prefix + name) for name in STATES]
+    several = given[0].ndim > rank
+    outs, lses = (list(x) if several else [x] for x in given[:2])
+    return (outs, lses) if given[2] is None else ([*outs, given[2]], [*lses, given[3]])
 
 
 MERGE_STATES = Operation(

@@ -139,6 +139,16 @@ def test_parts_of_a_prefix(tree: Tree) -> None:
     tree.check(*cufa.attention_shared_prefix(**arrays, **tree.options, return_lse=True), arrays)
 
 
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize(("keys", "merges"), [(30, 1), (31, 2)])
+def test_parts_are_merged_with_own_keys(keys: int, merges: int) -> None:
+    """In one call, and those that are left in another."""
+    arrays = Tree(queries=(2,) * 4, keys=(6,) * 4, prefix=keys, levels=(), packed=False, options={}).arrays()
+    cufa.stats(reset=True)
+    cufa.attention_shared_prefix(**arrays)
+    assert cufa.stats().launches == {"cpu (attention)": merges + 1, "cpu (merge_states)": merges}
+
+
 @pytest.mark.parametrize(
     ("queries", "heads", "keys", "count"),
     [

@@ -136,6 +136,16 @@ WRONG: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"out_a": GIVEN["out_a"].astype(np.int32)}, ValueError, "out_a has dtype int32"),
     ({"out_a": GIVEN["out_a"][0, 0]}, ValueError, r"out_a has shape \(4, 20\); \(batch, seqlen_q"),
     ({"out_b": None, "lse_b": None, "lse_a": GIVEN["lse_a"][:1]}, ValueError, "lse_a has shape"),
+    (
+        {"out_a": np.stack([GIVEN["out_a"]] * 3)},
+        ValueError,
+        r"lse_a has shape \(2, 4, 9\); \(3, 2, 4, 9\) is expected",
+    ),
+    (
+        {"out_a": np.stack([GIVEN["out_a"][:1]] * 3)},
+        ValueError,
+        r"out_a has shape \(3, 1, 9, 4, 20\); \(3, 2, 9, 4, 20\) is expected",
+    ),
     ({"out": GIVEN["out_a"]}, ValueError, "out overlaps out_a"),
     ({"out": np.empty((2, 9, 4, 21), np.float32)}, ValueError, "out has shape"),
     ({"out": np.empty((2, 9, 4, 20))}, ValueError, "out has dtype float64 but out_a has float32"),
