@@ -92,13 +92,13 @@ constexpr SequenceItem sequence_item(const Params& params, const CacheParams& ca
                                      int position) {
   const int heads = cache.num_heads_k;
   if (cache.num_splits > 0) {
-    const int item = position / cache.num_splits;
-    return {item / heads, item % heads, item * cache.num_splits, cache.num_splits};
+    const int item = u32(position) / u32(cache.num_splits), m_block = u32(item) / u32(heads);
+    return {m_block, item - m_block * heads, item * cache.num_splits, cache.num_splits};
   }
   int before = 0;
   for (int m_block = 0;; ++m_block) {
     const int positions = item_positions<Config>(params, cache, seqlen, m_block);
-    const int head = (position - before) / positions;
+    const int head = u32(position - before) / u32(positions);
     if (head < heads) return {m_block, head, before + head * positions, positions};
     before += positions * heads;
   }
@@ -114,6 +114,17 @@ inline Seqlen cached_seqlen(const Params& params, const CacheParams& cache, int 
   return {q_rows, rows - first, q_begin, first};
 }
 
+// The sum of what the lanes of a warp up to this one have, or the largest of it.
+template <bool largest>
+inline int scanned(int x) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int left = __shfl_up_sync(0xffffffffu, x, step);
+    if (int(tile::lane()) >= step) x = largest ? max_of(x, left) : x + left;
+  }
+  return x;
+}
+
 // The sum, or the largest, of what all threads of a block before this one have, and of what all of them have.
 template <int threads, bool largest>
 struct BlockScan {
@@ -123,12 +134,7 @@ struct BlockScan {
 
   // All threads call this. `of_warps` is shared memory, of a number for each warp.
   BlockScan(int x, int* of_warps) {
-    int with_own = x;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int left = __shfl_up_sync(0xffffffffu, with_own, step);
-      if (int(tile::lane()) >= step) with_own = combine(with_own, left);
-    }
+    const int with_own = scanned<largest>(x);
     __syncthreads();  // every thread has read what the scan before has left
     if (tile::lane() == 31) of_warps[threadIdx.x / 32] = with_own;
     const int left = __shfl_up_sync(0xffffffffu, with_own, 1);
@@ -143,9 +149,12 @@ struct BlockScan {
   }
 };
 
-// Thread blocks that share so many positions.
+// Thread blocks that share so many positions. Seldom it is neither the most nor the least of them, which need no
+// division.
 constexpr int used_blocks(const CacheParams& cache, int positions) {
-  return clamp(positions / cache.least_positions, cache.least_blocks, cache.plan_blocks);
+  if (likely(positions >= cache.plan_blocks * cache.least_positions)) return cache.plan_blocks;
+  if (positions < cache.least_blocks * cache.least_positions) return cache.least_blocks;
+  return u32(positions) / u32(cache.least_positions);
 }
 
 // Writes what all sequences have, and one entry behind the last, in turns in which each of `threads` has `each` of them

@@ -80,8 +80,8 @@ struct CacheWork {
 template <class Config>
 struct CacheMemory {
   CacheWork<Config> work;
-  EvenCut cut;  // of all positions
-  int of_warps[Config::num_threads / 32];
+  EvenCut cut;  // of all positions; void if the thread block has none
+  int batch;    // the sequence that has the first of its positions
   PlannedSequence sequences[Config::own_sequences + 1];
 };
 
@@ -114,39 +114,60 @@ struct CacheSchedule {
 
   bool one_item() const { return cache.num_splits > 0; }
 
-  // Reads the lengths of all sequences, and nothing that the grid before writes.
+  // Reads the lengths of all sequences, and nothing that the grid before writes. What it finds the first warp may read,
+  // and the others behind a barrier. Code comes from memory where a launch is alone, so that it is short: all threads
+  // read lengths, and one warp does the rest.
   void divide() const {
-    const int positions = find_sequences<Config, Config::num_threads, 2>(params, cache, own.sequences, own.of_warps);
-    const int used = used_blocks(cache, positions);
-    if (ptx::tid_x() == 0) own.cut = {positions / used, positions % used};
+    const int thread = ptx::tid_x(), batch = params.batch;
+#pragma unroll 1
+    for (int b = thread; b < batch; b += Config::num_threads) {
+      const Seqlen seqlen = cached_seqlen<Config>(params, cache, b, 0, 0);
+      const int positions = sequence_positions<Config>(params, cache, seqlen);
+      own.sequences[b] = {positions, 0, seqlen.k_first_row, seqlen.k};
+    }
     __syncthreads();
+    if (thread >= 32) return;
+    int positions = 0;
+#pragma unroll 1
+    for (int b = thread; b - thread < batch; b += 32) {
+      const int its = b < batch ? own.sequences[b].before : 0;
+      const int with_its = scanned<false>(its);
+      if (b < batch) own.sequences[b].before = positions + with_its - its;
+      positions += __shfl_sync(0xffffffffu, with_its, 31);
+    }
+    const int used = used_blocks(cache, positions);
+    const int quotient = u32(positions) / u32(used);
+    const EvenCut cut{quotient, positions - quotient * used};
+    const int position = cut.begin(blockIdx.x);
+    if (thread == 0) {
+      own.cut = position < positions ? cut : EvenCut{0, 0};
+      own.batch = 0;
+      own.sequences[batch] = {positions, 0, 0, 0};
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int b = thread; b < batch; b += 32) {
+      if (own.sequences[b].before <= position && position < own.sequences[b + 1].before) own.batch = b;
+    }
+    __syncwarp();
   }
 
   Unit first(int block) const {
-    if (divides()) {
-      const EvenCut cut = own.cut;
-      const int position = cut.begin(block);
-      if (position >= own.sequences[params.batch].before) return none();  // there are more blocks than parts
-      for (int b = ptx::tid_x(); b < params.batch; b += Config::num_threads) {
-        const PlannedSequence& sequence = own.sequences[b];
-        const PlannedSequence& following = own.sequences[b + 1];
-        if (sequence.before <= position && position < following.before) {
-          take(b, sequence.before, seqlen_of(sequence, following), position, cut.begin(block + 1));
-        }
-      }
-      __syncthreads();
-      return unit();
-    }
-    const PlannedBlock& planned = memory().blocks[block];
-    const EvenCut cut = planned.cut;
-    if (cut.begin(block) >= cut.begin(block + 1)) return none();
     if (ptx::tid_x() == 0) {
-      const PlannedSequence sequence = planned.sequence;
-      const Seqlen seqlen{planned.q_rows, sequence.keys, sequence.q_first_row, sequence.k_first_row};
-      take(planned.batch, sequence.before, seqlen, cut.begin(block), cut.begin(block + 1));
+      PlannedBlock start;
+      if (divides())
+        start = {own.cut, own.batch, params.seqlen_q, own.sequences[own.batch]};
+      else
+        start = memory().blocks[block];
+      const int position = start.cut.begin(block), end = start.cut.begin(block + 1);
+      own.work.positions = 0;
+      if (position < end) {
+        const PlannedSequence& its = start.sequence;
+        take(start.batch, its.before, {start.q_rows, its.keys, its.q_first_row, its.k_first_row}, position, end);
+      }
     }
     __syncthreads();
-    return unit();
+    return own.work.positions > 0 ? unit() : none();
   }
 
   Unit next(const Unit&, int block) const {

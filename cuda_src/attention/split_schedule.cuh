@@ -53,7 +53,9 @@ struct EvenCut {
   // The part of a position.
   constexpr int part_of(int position) const {
     const int longer = remainder * (quotient + 1);
-    return position < longer ? position / (quotient + 1) : remainder + (position - longer) / quotient;
+    const bool in_longer = position < longer;  // one division for both, of numbers without a sign
+    const u32 parts = u32(in_longer ? position : position - longer) / u32(quotient + in_longer);
+    return in_longer ? parts : remainder + parts;
   }
 };
 

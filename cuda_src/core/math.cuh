@@ -2,8 +2,8 @@
 #pragma once
 
 // Returns a condition that is seldom true: the code for it moves out of the way of the rest. `likely` is the opposite.
-inline bool unlikely(bool condition) { return __builtin_expect(condition, false); }
-inline bool likely(bool condition) { return __builtin_expect(condition, true); }
+constexpr bool unlikely(bool condition) { return __builtin_expect(condition, false); }
+constexpr bool likely(bool condition) { return __builtin_expect(condition, true); }
 
 inline constexpr float log2_e = 1.4426950408889634f;
 inline constexpr float ln_2 = 0.6931471805599453f;
