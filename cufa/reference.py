@@ -30,6 +30,7 @@ key and distance ``i + offset - j``, and so changes none that the mask removes f
 ``s'`` the score that it is applied to:
 
 - between 3 and 4: ``s = t(s')``
+- in 4: key ``j`` is kept if all terms keep it, too
 - in 6 and 7, with ``k_ij`` the product of all factors: ``out_i = sum over kept j of p_ij k_ij v_j`` and ``dv_j = sum
   over i of p_ij k_ij dout_i``. The sum of step 5 counts probabilities as they were.
 - in 8 and 9: ``ds_ij = p_ij (k_ij dp_ij - delta_i + dlse_i)`` and ``delta_i = sum over kept j of p_ij k_ij dp_ij``,
@@ -176,6 +177,9 @@ class Term(Protocol):
 
     def slope(self, s: Array, at: At) -> ArrayLike:
         """The derivative of that at the scores before."""
+
+    def keep(self, at: At) -> ArrayLike:
+        """Which keys are kept, as far as the term has a say in it."""
 
     def factor(self, at: At) -> ArrayLike:
         """What probabilities are multiplied by behind their sum."""
@@ -816,6 +820,7 @@ def _attend(
         s = _scores(q, k, softmax_scale, softcap, alibi_slopes, precision)
         for term in terms:
             s = term.score(s, at)
+            keep = keep & np.asarray(term.keep(at))
         p, lse = _softmax(np.where(keep, s, -np.inf), sinks)
         p = (p * _factor(terms, at)).astype(precision.storage).astype(precision.compute)
         out = _mean(p, _match_heads(v, q).astype(precision.compute), keep)
@@ -862,13 +867,14 @@ def _differentiate(
         for term in terms:
             before.append(s)
             s = term.score(s, at)
+            keep = keep & np.asarray(term.keep(at))
         p, lse = _softmax(np.where(keep, s, -np.inf), sinks)
         p = np.where(keep, p, 0)  # also in a row that is NaN
         factor = _factor(terms, at)
         scaled = np.where(keep, p * factor, 0)
         empty = np.isneginf(lse)
         dlse = np.where(empty, 0, 0 if dlse is None else dlse).astype(compute)
-        unseen = empty | ~keep.any(axis=1)
+        unseen = empty | ~keep.any(axis=-1)
         dout = np.where(unseen.swapaxes(1, 2)[..., None], 0, dout).astype(compute)
         q = q.astype(compute)
         k_heads, v_heads = (_match_heads(x, q).astype(compute) for x in (k, v))
@@ -890,8 +896,8 @@ def _differentiate(
         scaled, ds = rounded(scaled), rounded(ds)
         scale = compute(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
         dq = scale * _weighted_sum(ds, k_heads, keep)
-        dk = scale * _sum_groups(_weighted_sum(ds.swapaxes(2, 3), q, keep.T), k)
-        dv = _sum_groups(_weighted_sum(scaled.swapaxes(2, 3), dout, keep.T), v)
+        dk = scale * _sum_groups(_weighted_sum(ds.swapaxes(2, 3), q, keep.swapaxes(-1, -2)), k)
+        dv = _sum_groups(_weighted_sum(scaled.swapaxes(2, 3), dout, keep.swapaxes(-1, -2)), v)
         return rounded(dq), rounded(dk), rounded(dv), dsinks, *of_terms
 
 
@@ -1000,7 +1006,7 @@ def _weighted_sum(p: Array, v: Array, keep: NDArray[np.bool_]) -> Array:
     finite = np.isfinite(v).all(axis=(0, 2, 3))
     out: Array = p[..., finite] @ v_heads[:, :, finite]
     for j in np.flatnonzero(~finite):  # 0 · NaN is NaN, but a removed key must contribute nothing
-        out = out + np.where(keep[:, j, None], p[..., j, None] * v_heads[:, :, j, None], 0)
+        out = out + np.where(keep[..., j, None], p[..., j, None] * v_heads[:, :, j, None], 0)
     return out.swapaxes(1, 2)
 
 

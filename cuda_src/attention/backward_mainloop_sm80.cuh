@@ -173,12 +173,12 @@ struct BackwardMainloopSm80 {
     // These products come before the probabilities, so that exponentials run beside them.
     warp::gemm_abt<Config::head_dim_v>(dp, v(), dout(at), ScoreDivision::row(), ScoreDivision::col());
     // Scores become what dP - delta is multiplied by.
-    tile::Accumulator<Scores::m_tiles, Variant::keeps ? Scores::cols : 16> rests;
+    tile::Accumulator<Scores::m_tiles, Variant::holds ? Scores::cols : 16> rests;
     const Staged to_p(p());
     probabilities<Config>(scores, place(), row_lse, [&](int t, int i, int j, const ScorePair& pair) {
       to_p.store(t, i, j, pair.weight[0], pair.weight[1]);
       put(scores, t, i, j, pair.ds_factor);
-      if constexpr (Variant::keeps) put(rests, t, i, j, pair.rest);
+      if constexpr (Variant::holds) put(rests, t, i, j, pair.rest);
     });
     const LoadedNumbers row_delta{delta(at) + ScoreDivision::col() * int(sizeof(float))};
     gradients<Config, true>(

@@ -42,7 +42,7 @@ struct BackwardKeysSm90 {
   using Ring = tile::Ring<stages>;
   using KeyRing = tile::Ring<1>;
   static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
-  static constexpr int exchanged = Variant::keeps ? 2 : 1;    // operands that go from one warpgroup to the other
+  static constexpr int exchanged = Variant::holds ? 2 : 1;    // operands that go from one warpgroup to the other
   static constexpr int operand_bytes = 128 * sizeof(Operand);
 
   struct Shared {
@@ -114,7 +114,7 @@ struct BackwardKeysSm90 {
       p = held.weights;
       exchange().wait_empty(at);
       give(held.ds_factors(), ds_factors(at.stage()));
-      if constexpr (Variant::keeps) give(held.rests, rests(at.stage()));
+      if constexpr (Variant::holds) give(held.rests, rests(at.stage()));
       exchange().fill_warp(at);
       gradients().wait_full(at);
       warpgroup::gemm_ab(dv, p, dout(at.stage()), true);
@@ -151,7 +151,7 @@ struct BackwardKeysSm90 {
       typename Held<Config, block_m>::Rests its_rests;
       exchange().wait_full(at);
       take(its_factors, ds_factors(at.stage()));
-      if constexpr (Variant::keeps) take(its_rests, rests(at.stage()));
+      if constexpr (Variant::holds) take(its_rests, rests(at.stage()));
       exchange().release_warp(at);
       const TransposedPlace<Config> place{params, work.seqlen, work.batch,
                                           head,   first_key,   work.tiles.block(position) * block_m};

@@ -84,7 +84,7 @@ struct Held {
   // Whether what dP - delta is multiplied by differs from what dout is.
   static constexpr bool own_factors = Variant::bends || Variant::scales;
   using Operand = tile::Operand<cols>;
-  using Rests = tile::Operand<Variant::keeps ? cols : 0>;
+  using Rests = tile::Operand<Variant::holds ? cols : 0>;
 
   Operand weights;                            // what dout is multiplied by: P, unless a term scales it
   tile::Operand<own_factors ? cols : 0> own;  // what dP - delta is multiplied by, if it is something else
@@ -102,7 +102,7 @@ struct Held {
     const int s = j / 2, x = 2 * (j % 2) + i;
     weights.x[s][x] = ptx::cvt_rn_x2<element>(pair.weight[0], pair.weight[1]);
     if constexpr (own_factors) own.x[s][x] = ptx::cvt_rn_x2<element>(pair.ds_factor[0], pair.ds_factor[1]);
-    if constexpr (Variant::keeps) rests.x[s][x] = ptx::cvt_rn_x2<element>(pair.rest[0], pair.rest[1]);
+    if constexpr (Variant::holds) rests.x[s][x] = ptx::cvt_rn_x2<element>(pair.rest[0], pair.rest[1]);
   }
 };
 

@@ -184,12 +184,14 @@ inline float exponent_scale(const Params& params) {
   return Variant::empty ? params.exponent_scale : log2_e;
 }
 
-// Scores ← what the variant's terms make of them.
+// Scores ← what the variant's terms make of them, and -infinity where a term hides the key.
 template <class Variant, class Place, int m_tiles, int cols>
 inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
   if constexpr (!Variant::empty) {
     for_each_entry(scores, place, [&](float& s, const auto& row, int col) {
-      s = variant.score(s * place.params.softmax_scale, row.at(col));
+      const Point at = row.at(col);
+      s = variant.score(s * place.params.softmax_scale, at);
+      if (Variant::hides && !variant.keeps(at)) s = -infinity;
     });
   }
 }
@@ -199,7 +201,9 @@ template <class Config, int cols>
 inline void apply(tile::Accumulator<1, cols>& scores, const OwnRowsPlace<Config>& place) {
   if constexpr (!Config::variant::empty) {
     for_each_entry(scores, place, [&](float& s, const auto& row, int col) {
-      s = row.variant.score(s * place.params.softmax_scale, row.at(col));
+      const Point at = row.at(col);
+      s = row.variant.score(s * place.params.softmax_scale, at);
+      if (Config::variant::hides && !row.variant.keeps(at)) s = -infinity;
     });
   }
 }
@@ -296,7 +300,7 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
       if constexpr (!Variant::empty) {
         const Point at = row.at(8 * j + e);
         exponent = variant.score(s * place.params.softmax_scale, at, derivatives);
-        if (!row.sees(8 * j + e)) exponent = -infinity;
+        if (!row.sees(8 * j + e) || (Variant::hides && !variant.keeps(at))) exponent = -infinity;
         if (Variant::scales) weight = variant.factor(at);
       }
       const float p = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));
@@ -327,10 +331,10 @@ inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& p
     float2 ds{ds_factor.x * (d.x - subtracted.x), ds_factor.y * (d.y - subtracted.y)};
     if constexpr (tells) {
       const Point low = row.at(8 * j), high = row.at(8 * j + 1);
-      if (low.live && row.sees(8 * j)) variant.gradient(ds.x, low);
-      if (high.live && row.sees(8 * j + 1)) variant.gradient(ds.y, high);
+      if (low.live && row.sees(8 * j) && variant.keeps(low)) variant.gradient(ds.x, low);
+      if (high.live && row.sees(8 * j + 1) && variant.keeps(high)) variant.gradient(ds.y, high);
     }
-    if constexpr (Variant::keeps) {
+    if constexpr (Variant::holds) {
       const float2 rest = rests(t, i, j);
       ds.x *= rest.x;
       ds.y *= rest.y;

@@ -21,11 +21,22 @@ struct Term {
   static constexpr bool per_head = true;       // whether it differs from one query head to the next
   static constexpr bool bends = true;          // whether its derivative by the score may be another than 1
   static constexpr bool scales = false;        // whether it has a `factor`
+  static constexpr bool hides = false;         // whether it has `keeps`
   static constexpr bool has_gradient = false;  // whether it has a `gradient`, and `begin`
+  static constexpr bool gives_slope = false;   // whether it has `score` with a slope, and so needs no `dscore`
 
   // What becomes of a score, and the derivative of that as a function of what `score` returned.
   float score(float s, const Point&) const { return s; }
   float dscore(float, const Point&) const { return 1.0f; }
+
+  // The same at once, where the derivative does not follow from what becomes of a score.
+  float score(float s, const Point&, float& slope) const {
+    slope = 1.0f;
+    return s;
+  }
+
+  // Whether the query keeps the key. Else the key is removed, as by a mask, whatever terms make of its score.
+  bool keeps(const Point&) const { return true; }
 
   // What a probability is multiplied by once it is divided by the sum of its row, to which it counts as it was.
   float factor(const Point&) const { return 1.0f; }

@@ -22,7 +22,7 @@ struct Variant;
 template <>
 struct Variant<> {
   static constexpr bool empty = true, per_head = false, bends = false, scales = false, has_gradient = false;
-  static constexpr bool keeps = false;
+  static constexpr bool hides = false, holds = false;
   static constexpr int words = 0;
 
   Variant(const Params&, int, int) {}
@@ -31,6 +31,7 @@ struct Variant<> {
   float score(float s, const Point&) const { return s; }
   float score(float s, const Point&, Derivatives&) const { return s; }
   float factor(const Point&) const { return 1.0f; }
+  bool keeps(const Point&) const { return true; }
   void gradient(float, const Point&) const {}
   static void begin(const u64*, i64, i64) {}
 };
@@ -42,11 +43,12 @@ struct Variant<Term, Rest...> {
   static constexpr bool empty = false, per_head = Term::per_head || Others::per_head;
   static constexpr bool bends = Term::bends || Others::bends, scales = Term::scales || Others::scales;
   static constexpr bool has_gradient = Term::has_gradient || Others::has_gradient;
+  static constexpr bool hides = Term::hides || Others::hides;
 
-  // Whether derivatives have to be kept until terms have had their gradients: a term up to the last one with a gradient
+  // Whether derivatives have to be held until terms have had their gradients: a term up to the last one with a gradient
   // bends.
-  static constexpr bool keeps = has_gradient && (Term::bends || Others::keeps);
-  static_assert(!Term::has_gradient || !Others::keeps,
+  static constexpr bool holds = has_gradient && (Term::bends || Others::holds);
+  static_assert(!Term::has_gradient || !Others::holds,
                 "behind the first score term with a gradient, none may bend up to the last one with a gradient");
 
   // The data of a term begin with a word of Params::terms, behind those of the terms before it.
@@ -64,12 +66,20 @@ struct Variant<Term, Rest...> {
 
   // The same; the derivatives are multiplied by those of the terms.
   float score(float s, const Point& at, Derivatives& derivatives) const {
-    const float scored = term.score(s, at);
-    (has_gradient ? derivatives.before : derivatives.after) *= term.dscore(scored, at);
+    float& derivative = has_gradient ? derivatives.before : derivatives.after;
+    float scored, slope;
+    if constexpr (Term::gives_slope) {
+      scored = term.score(s, at, slope);
+    } else {
+      scored = term.score(s, at);
+      slope = term.dscore(scored, at);
+    }
+    derivative *= slope;
     return others.score(scored, at, derivatives);
   }
 
   float factor(const Point& at) const { return term.factor(at) * others.factor(at); }
+  bool keeps(const Point& at) const { return (!Term::hides || term.keeps(at)) && others.keeps(at); }
 
   void gradient(float dscored, const Point& at) const {
     term.gradient(dscored, at);

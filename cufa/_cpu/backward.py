@@ -269,8 +269,12 @@ class _SlabBackward(_Slab):
         return delta if dlse is None else delta - dlse.astype(dtype)
 
     def _seeing(self, seqlen_k: int) -> Array:
-        """Whether each row keeps a key."""
+        """Whether each row keeps a key: (rows,), or, where a term hides keys, (batch, heads, rows)."""
         scoring = self.scoring
+        if any(term.hides for term, _ in scoring.terms):
+            keep = self.keep(slice(0, seqlen_k))
+            shape = self.entries.stop - self.entries.start, self.heads.stop - self.heads.start, -1
+            return np.ones(1, bool) if keep is None else keep.any(axis=-1).reshape(shape)
         diagonal = np.arange(self.rows.start + self.offset, self.rows.stop + self.offset)
         start = 0 if scoring.window_left is None else np.maximum(diagonal - scoring.window_left, 0)
         stop = seqlen_k
@@ -314,7 +318,7 @@ class _SlabBackward(_Slab):
         d_rows = work.take("dout", (batch, heads, num_rows, dout.shape[-1]))
         d_rows[...] = dout.swapaxes(1, 2)
         if self.careful:
-            np.copyto(d_rows, 0, where=~self._seeing(k.shape[2])[:, None])
+            np.copyto(d_rows, 0, where=~self._seeing(k.shape[2])[..., None])
         d_rows = d_rows.reshape(*shape, dout.shape[-1])
         # A row without keys has lse -inf; its probabilities are exp(s - inf), and its dout may be anything.
         empty = np.isneginf(lse).reshape(*shape, 1)
@@ -356,7 +360,7 @@ class _SlabBackward(_Slab):
                 continue
             if keep is not None:
                 p, ds = np.where(keep, p, 0), np.where(keep, ds, 0)
-            kept = None if keep is None else keep.T
+            kept = None if keep is None else keep.swapaxes(-1, -2)
             dv[:, :, keys] += select_matmul(p.swapaxes(2, 3), d_rows, kept)
             dk[:, :, keys] += select_matmul(ds.swapaxes(2, 3), rows, kept) * factor
             dq += select_matmul(ds, k_block, keep)

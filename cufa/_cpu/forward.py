@@ -444,7 +444,10 @@ class _Slab:
         np.not_equal(row_max, -np.inf, out=row_sum, casting="unsafe")
 
     def keep(self, keys: slice) -> Array | None:
-        """Which of these keys the rows keep, (rows, keys), a group's heads folded; None if all do."""
+        """Which of these keys the rows keep, None if all do: (rows, keys), a group's heads folded.
+
+        Where a term hides keys it is (batch, key heads, rows, keys).
+        """
         diagonal = np.arange(self.rows.start + self.offset, self.rows.stop + self.offset)[:, None]
         j = np.arange(keys.start, keys.stop)
         left, right = self.scoring.window_left, self.scoring.window_right
@@ -453,6 +456,13 @@ class _Slab:
             keep &= j <= diagonal + right
         if left is not None:
             keep &= j >= diagonal - left
+        hiding = [(term, given) for term, given in self.scoring.terms if term.hides]
+        if hiding:
+            at = self.at(keys)
+            by_head = np.ones((len(at.batch), len(at.head), *keep.shape), dtype=bool) & keep
+            for term, given in hiding:
+                by_head &= term.keeps(at, given)
+            return None if by_head.all() else by_head.reshape(len(by_head), -1, self.group * len(keep), len(j))
         return None if keep.all() else np.tile(keep, (self.group, 1))
 
     def at(self, keys: slice) -> Point:
@@ -490,6 +500,9 @@ class _Slab:
             np.copyto(scores, -np.inf, where=j > diagonal + right)
         if left is not None and keys.start < self.rows.stop - 1 + self.offset - left:
             np.copyto(scores, -np.inf, where=j < diagonal - left)
+        for term, given in scoring.terms:
+            if term.hides:
+                np.copyto(scores, -np.inf, where=~np.asarray(term.keeps(at, given)))
 
     def _scale(self, p: Array, at: Point) -> None:
         """Multiply probabilities, or what they become by their sum, by the terms' factors, in place."""

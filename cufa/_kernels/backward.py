@@ -245,8 +245,8 @@ class BackwardKernel(Kernel):
         return f"static_assert(tile::chain_rows == {CHAIN_ROWS});\n"
 
 
-def keeps_derivatives(terms: tuple[Term, ...]) -> bool:
-    """Whether derivatives are kept until score terms have had their gradients: ``Variant::keeps``."""
+def holds_derivatives(terms: tuple[Term, ...]) -> bool:
+    """Whether derivatives are held until score terms have had their gradients: ``Variant::holds``."""
     first = next((index for index, term in enumerate(terms) if term.has_gradient), None)
     return first is not None and any(term.bends for term in terms[: first + 1])
 

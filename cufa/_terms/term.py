@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[Any]
 
-FLAGS = ("per_head", "bends", "scales", "has_gradient")
+FLAGS = ("per_head", "bends", "scales", "hides", "has_gradient")
 """What a term and its C++ twin both say of it; every translation unit asserts that they say the same."""
 
 
@@ -78,6 +78,8 @@ class Term:
         Whether its derivative by the score may be another than 1.
     scales : bool
         Whether it has a `factor`.
+    hides : bool
+        Whether it has `keeps`.
     ordered : bool
         Whether its gradients add up in a fixed order on a GPU where that is asked for.
     foldable : bool
@@ -96,6 +98,7 @@ class Term:
     per_head: bool = True
     bends: bool = True
     scales: bool = False
+    hides: bool = False
     ordered: bool = False
     foldable: bool = False
 
@@ -162,6 +165,10 @@ class Term:
     def factor(self, at: Point, given: Mapping[str, Any]) -> Array | float:
         """What probabilities are multiplied by once they are divided by their sum, to which they count as they were."""
         return 1.0
+
+    def keeps(self, at: Point, given: Mapping[str, Any]) -> Array | bool:
+        """Which keys queries keep; the others are removed, as by a mask, whatever terms make of their scores."""
+        return True
 
     def gradient(self, dscored: Array, at: Point, given: Mapping[str, Any], into: Mapping[str, Array]) -> None:
         """Add what follows from the gradient by what it made of scores to float64 arrays, by its `gradients`' names.

@@ -246,6 +246,9 @@ class TableTwin:
     def slope(self, s: np.ndarray, at: reference.At) -> float:
         return 1.0
 
+    def keep(self, at: reference.At) -> bool:
+        return True
+
     def factor(self, at: reference.At) -> float:
         return 1.0
 
@@ -270,6 +273,9 @@ class CheckersTwin:
 
     def slope(self, s: np.ndarray, at: reference.At) -> np.ndarray:
         return self.bound**2 / (self.bound + np.abs(s)) ** 2
+
+    def keep(self, at: reference.At) -> bool:
+        return True
 
     def factor(self, at: reference.At) -> np.ndarray:
         return 1.0 + (-1.0) ** (at.batch + at.query + at.key + self.seed)
