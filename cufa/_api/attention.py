@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._call.arrays import unscriptable
-from .._operations.call import call
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
+from .features import call_featured
 
 Array = Any
 """An array of CuPy, torch, JAX, Numba or NumPy, or any with ``__dlpack__``."""
@@ -25,6 +25,12 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    score: Any = None,
+    bias: Array | None = None,
+    rel_bias: Array | None = None,
+    mask: Any = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
@@ -57,6 +63,22 @@ def attention(
         ``slope * |i + seqlen_k - seqlen_q - j|`` is subtracted from each score.
     sinks : float32 array, (num_heads_q,), optional
         Score, per head, of one more key that takes probability and has no value.
+    score : function, optional
+        What becomes of a score behind the softcap and ALiBi: see `cufa.functions`.
+    bias : array, (batch, num_heads_q, seqlen_q, seqlen_k), optional
+        Added to scores behind those and `score`. Any axis may be 1, which serves all; any strides; of q's dtype or
+        float32.
+    rel_bias : float32 array, (num_heads_q, 2 · reach + 1), optional
+        Added like `bias`: ``rel_bias[h, reach + d]``, where ``d = i + seqlen_k - seqlen_q - j`` is how far the key lies
+        before the query's own position, clipped to -reach and reach.
+    mask : array, mask or function, optional
+        Which keys a query sees, beside what `causal` and `window_size` say: a boolean array shaped like `bias`, one of
+        `cufa.masks`, a `cufa.BlockMask`, or a function of (batch, head, query, key), see `cufa.functions`.
+    dropout_p : float
+        Probabilities are 0 with this probability, from 0, which is off, to less than 1; the others are divided by
+        1 - dropout_p. `lse` does not change.
+    seed : int, optional
+        From which what is dropped follows, as `cufa.dropout_mask` gives it; needed with `dropout_p`.
     return_lse : bool
         Return `lse` too.
     out : array, (batch, seqlen_q, num_heads_q, head_dim_v), optional
@@ -108,7 +130,8 @@ def attention(
     (2, 128, 8, 64)
     """
     given = (q, k, v, alibi_slopes, sinks, out)
-    return call(ATTENTION, given, (causal, window_size, softmax_scale, softcap, return_lse, False))
+    asked = causal, window_size, softmax_scale, softcap, return_lse, False
+    return call_featured(ATTENTION, given, asked, score, bias, rel_bias, mask, dropout_p, seed)
 
 
 @unscriptable
@@ -126,6 +149,12 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    score: Any = None,
+    bias: Array | None = None,
+    rel_bias: Array | None = None,
+    mask: Any = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
@@ -145,8 +174,10 @@ def attention_varlen(
         given one, and their lse is -infinity.
     seqused_k : int32 array, (batch,), optional
         Live keys of each sequence; whatever its other rows of k and v hold, NaN included, does not count.
-    causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, return_lse, out
+    causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, score, rel_bias, dropout_p, seed, return_lse, out
         As for `attention`, within each sequence. `alibi_slopes` may be (batch, num_heads_q).
+    bias, mask
+        As for `attention`, of the longest sequence: queries and keys are counted from the first of their sequence.
 
     Returns
     -------
@@ -177,4 +208,5 @@ def attention_varlen(
     (12, 4, 32)
     """
     given = (q, k, v, alibi_slopes, sinks, out, cu_seqlens_q, cu_seqlens_k, seqused_k)
-    return call(ATTENTION_VARLEN, given, (causal, window_size, softmax_scale, softcap, return_lse, False))
+    asked = causal, window_size, softmax_scale, softcap, return_lse, False
+    return call_featured(ATTENTION_VARLEN, given, asked, score, bias, rel_bias, mask, dropout_p, seed)

@@ -7,7 +7,7 @@ from typing import Any
 
 from .._call.arrays import unscriptable
 from .._operations.backward import ATTENTION_BACKWARD, ATTENTION_VARLEN_BACKWARD
-from .._operations.call import call
+from .features import call_featured
 
 Array = Any
 """An array of CuPy, torch, JAX, Numba or NumPy, or any with ``__dlpack__``."""
@@ -29,6 +29,12 @@ def attention_backward(
     softcap: float = 0.0,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    score: Any = None,
+    bias: Array | None = None,
+    rel_bias: Array | None = None,
+    mask: Any = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     deterministic: bool = False,
     dq: Array | None = None,
     dk: Array | None = None,
@@ -51,7 +57,7 @@ def attention_backward(
         then err by its rounding: relatively by 2^-24 times lse.)
     dlse : float32 array, (batch, num_heads_q, seqlen_q), optional
         Gradient by `lse`, for float64 arrays float64 or float32; 0 if None.
-    causal, window_size, softmax_scale, softcap, alibi_slopes, sinks
+    causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, score, bias, rel_bias, mask, dropout_p, seed
         What `attention` was called with.
     deterministic : bool
         dq is the same bits in every run. Without, blocks of keys add to it as they come, which is faster. dk, dv and
@@ -67,6 +73,8 @@ def attention_backward(
         so has a key that no row sees.
     dsinks : float32 array, (num_heads_q,)
         Only if `sinks` are given; float64 for float64 arrays.
+    dbias, drel_bias : float32 array
+        Only if these are given, and shaped like them.
 
     Raises
     ------
@@ -102,7 +110,8 @@ def attention_backward(
     """
     forward = (q, k, v, alibi_slopes, sinks, out)
     given = (*forward, dout, lse, dlse, dq, dk, dv)
-    return call(ATTENTION_BACKWARD, given, (causal, window_size, softmax_scale, softcap, False, deterministic))
+    asked = causal, window_size, softmax_scale, softcap, False, deterministic
+    return call_featured(ATTENTION_BACKWARD, given, asked, score, bias, rel_bias, mask, dropout_p, seed)
 
 
 @unscriptable
@@ -124,6 +133,12 @@ def attention_varlen_backward(
     softcap: float = 0.0,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    score: Any = None,
+    bias: Array | None = None,
+    rel_bias: Array | None = None,
+    mask: Any = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     deterministic: bool = False,
     dq: Array | None = None,
     dk: Array | None = None,
@@ -137,7 +152,9 @@ def attention_varlen_backward(
     q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k
         What `attention_varlen` was called with.
     lse, dlse : float32 array, (num_heads_q, total_q)
-    causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, deterministic, dq, dk, dv
+    causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, score, bias, rel_bias, mask, dropout_p, seed
+        What `attention_varlen` was called with.
+    deterministic, dq, dk, dv
         As for `attention_backward`.
 
     Returns
@@ -168,4 +185,5 @@ def attention_varlen_backward(
     """
     forward = (q, k, v, alibi_slopes, sinks, out, cu_seqlens_q, cu_seqlens_k, seqused_k)
     given = (*forward, dout, lse, dlse, dq, dk, dv)
-    return call(ATTENTION_VARLEN_BACKWARD, given, (causal, window_size, softmax_scale, softcap, False, deterministic))
+    asked = causal, window_size, softmax_scale, softcap, False, deterministic
+    return call_featured(ATTENTION_VARLEN_BACKWARD, given, asked, score, bias, rel_bias, mask, dropout_p, seed)

@@ -9,7 +9,9 @@ from .._call.arrays import CPU
 from .._operations.asked import asked_by, problem_of
 from .._operations.explanation import Explanation as Explanation
 from .._operations.explanation import explained
+from .._operations.features import extended
 from .._operations.sketch import OPERATIONS
+from .features import FEATURES, features_of
 from .functions import FUNCTIONS, arguments_of
 
 PACKED = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
@@ -55,7 +57,11 @@ def explain(*arguments: Any, **options: Any) -> Explanation:
     function, arguments, options = _call_of(arguments, options)
     operation = OPERATIONS[function.__name__]
     named = arguments_of("explain", function, arguments, options)
-    problem = problem_of(operation, *asked_by(operation, named))
+    given, asked = asked_by(operation, named)
+    if "dropout_p" in named:
+        features = features_of(operation.name, *(named[name] for name in FEATURES))
+        operation, given, asked = extended(operation, given, asked, features)
+    problem = problem_of(operation, given, asked)
     if problem.device == CPU:
         first = operation.arrays[0]
         framework = problem.specs[first].framework
