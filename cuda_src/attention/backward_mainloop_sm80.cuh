@@ -174,6 +174,9 @@ struct BackwardMainloopSm80 {
     warp::gemm_abt<Config::head_dim_v>(dp, v(), dout(at), ScoreDivision::row(), ScoreDivision::col());
     // Scores become what dP - delta is multiplied by.
     tile::Accumulator<Scores::m_tiles, Variant::holds ? Scores::cols : 16> rests;
+    // What the products have left, where terms read it.
+    tile::Accumulator<Scores::m_tiles, Variant::reads_score ? Scores::cols : 16> read;
+    if constexpr (Variant::reads_score) read = scores;
     const Staged to_p(p());
     probabilities<Config>(scores, place(), row_lse, [&](int t, int i, int j, const ScorePair& pair) {
       to_p.store(t, i, j, pair.weight[0], pair.weight[1]);
@@ -182,7 +185,8 @@ struct BackwardMainloopSm80 {
     });
     const LoadedNumbers row_delta{delta(at) + ScoreDivision::col() * int(sizeof(float))};
     gradients<Config, true>(
-        dp, place(), row_delta, [&](int t, int i, int j) { return pair_of(scores, t, i, j); },
+        dp, place(), row_delta, [&](int t, int i, int j) { return pair_of(read, t, i, j); },
+        [&](int t, int i, int j) { return pair_of(scores, t, i, j); },
         [&](int t, int i, int j) { return pair_of(rests, t, i, j); },
         [&](int t, int i, int j, float low, float high) { put(scores, t, i, j, {low, high}); });
     const Staged to_ds(ds());  // stores behind all loads, which otherwise wait for each other

@@ -318,7 +318,7 @@ struct BackwardMainloopSm90 {
       warpgroup::gemm_ab(dv, held.weights, dout(stage), true);
       warpgroup::wait<1>(dp);
       numbers.load(delta(stage));
-      gradients_of_scores<Config, true>(ds, held.ds_factors(), held.rests, dp, place, numbers);
+      gradients_of_scores<Config, true>(ds, held.ds_factors(), held.rests, s, dp, place, numbers);
       exchange().wait_empty(at);
       store_transposed(this->ds(stage), ds, 64 * consumer);
       if (at.count != first) exchange().wait_full(at.previous());

@@ -31,6 +31,7 @@ struct BackwardKeysSm90 {
   using Dout = tile::SharedTile<element, block_m, Config::tile_head_dim_v>;
 
   using Variant = typename Config::variant;
+  static_assert(!Variant::reads_score, "the warpgroup that tells terms their gradients has no scores");
   using Scores = tile::Accumulator<1, block_m>;
   using Operand = tile::Operand<block_m>;
   using Dk = tile::Accumulator<1, round_up(Config::head_dim, 16)>;
@@ -155,7 +156,7 @@ struct BackwardKeysSm90 {
       exchange().release_warp(at);
       const TransposedPlace<Config> place{params, work.seqlen, work.batch,
                                           head,   first_key,   work.tiles.block(position) * block_m};
-      gradients_of_scores<Config, true>(ds, its_factors, its_rests, dp, place, numbers);
+      gradients_of_scores<Config, true>(ds, its_factors, its_rests, dp, dp, place, numbers);
       queries().wait_full(at);
       warpgroup::gemm_ab(dk, ds, q(at.stage()), true);
       gradients().release_warp(at);

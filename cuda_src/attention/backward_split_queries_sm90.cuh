@@ -173,7 +173,7 @@ struct BackwardQueriesSm90 {
       hold_probabilities(held, s, place, lse, boundary);
       warpgroup::wait<0>(dp);
       values().release_warp(at_values);
-      gradients_of_scores<Config, false>(ds, held.ds_factors(), held.rests, dp, place, delta);
+      gradients_of_scores<Config, false>(ds, held.ds_factors(), held.rests, s, dp, place, delta);
       warpgroup::gemm_ab(dq, ds, k(at_keys.stage()), true);
       // ptxas serialises all products if one runs across the loop's edge beside a variant's arithmetic.
       if (!Variant::empty) warpgroup::wait<0>(dq, ds);

@@ -120,14 +120,16 @@ inline void hold_probabilities(Held<Config, cols>& held, tile::Accumulator<1, co
   probabilities<Config>(s, place, lse, [&](int t, int i, int j, const ScorePair& pair) { held.put(t, i, j, pair); });
 }
 
-// ds ← the gradients of scores, of which `ds_factors` and `rests` are held.
+// ds ← the gradients of scores, of which `ds_factors` and `rests` are held. `s` are the scores that these were made of,
+// or, where no term reads them, any numbers.
 template <class Config, bool for_terms, class Place, int cols, class Numbers>
 inline void gradients_of_scores(tile::Operand<cols>& ds, const tile::Operand<cols>& ds_factors,
-                                const typename Held<Config, cols>::Rests& rests, const tile::Accumulator<1, cols>& dp,
-                                const Place& place, const Numbers& delta) {
+                                const typename Held<Config, cols>::Rests& rests, const tile::Accumulator<1, cols>& s,
+                                const tile::Accumulator<1, cols>& dp, const Place& place, const Numbers& delta) {
   using element = typename Config::element;
   gradients<Config, for_terms>(
-      dp, place, delta, [&](int, int i, int j) { return pair_of<element>(ds_factors, i, j); },
+      dp, place, delta, [&](int, int i, int j) { return float2{s.x[0][j][2 * i], s.x[0][j][2 * i + 1]}; },
+      [&](int, int i, int j) { return pair_of<element>(ds_factors, i, j); },
       [&](int, int i, int j) { return pair_of<element>(rests, i, j); },
       [&](int, int i, int j, float low, float high) {
         ds.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(low, high);

@@ -313,11 +313,12 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
 }
 
 // Calls emit(t, i, j, low, high) with two neighbouring entries of dS, of which ds_factors(t, i, j) and rests(t, i, j)
-// are what `probabilities` gave. If `for_terms`, terms get their gradients.
-template <class Config, bool for_terms, class Place, int m_tiles, int cols, class Numbers, class DsFactors, class Rests,
-          class Emit>
+// are what `probabilities` gave. If `for_terms`, terms get their gradients, for which a variant that reads scores needs
+// those that `probabilities` took: scores(t, i, j).
+template <class Config, bool for_terms, class Place, int m_tiles, int cols, class Numbers, class Scores,
+          class DsFactors, class Rests, class Emit>
 inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& place, const Numbers& delta,
-                      DsFactors&& ds_factors, Rests&& rests, Emit&& emit) {
+                      Scores&& scores, DsFactors&& ds_factors, Rests&& rests, Emit&& emit) {
   using Variant = typename Config::variant;
   const Variant variant(place.params, place.batch, place.head);
   constexpr bool tells = Variant::has_gradient && for_terms;
@@ -331,8 +332,16 @@ inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& p
     float2 ds{ds_factor.x * (d.x - subtracted.x), ds_factor.y * (d.y - subtracted.y)};
     if constexpr (tells) {
       const Point low = row.at(8 * j), high = row.at(8 * j + 1);
-      if (low.live && row.sees(8 * j) && variant.keeps(low)) variant.gradient(ds.x, low);
-      if (high.live && row.sees(8 * j + 1) && variant.keeps(high)) variant.gradient(ds.y, high);
+      const auto tell = [&](float dscored, const Point& at, int e) {
+        if constexpr (Variant::reads_score) {
+          const float2 s = scores(t, i, j);
+          variant.gradient(dscored, at, (e == 0 ? s.x : s.y) * place.params.softmax_scale);
+        } else {
+          variant.gradient(dscored, at);
+        }
+      };
+      if (low.live && row.sees(8 * j) && variant.keeps(low)) tell(ds.x, low, 0);
+      if (high.live && row.sees(8 * j + 1) && variant.keeps(high)) tell(ds.y, high, 1);
     }
     if constexpr (Variant::holds) {
       const float2 rest = rests(t, i, j);
@@ -341,6 +350,7 @@ inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& p
     }
     emit(t, i, j, ds.x, ds.y);
   });
+  if constexpr (tells) variant.flush();
 }
 
 }  // namespace attention

@@ -24,6 +24,7 @@ struct Term {
   static constexpr bool hides = false;         // whether it has `keeps`
   static constexpr bool has_gradient = false;  // whether it has a `gradient`, and `begin`
   static constexpr bool gives_slope = false;   // whether it has `score` with a slope, and so needs no `dscore`
+  static constexpr bool reads_score = false;   // whether `gradient` also takes the score that the term is applied to
 
   // What becomes of a score, and the derivative of that as a function of what `score` returned.
   float score(float s, const Point&) const { return s; }
@@ -43,6 +44,10 @@ struct Term {
 
   // Takes the gradient by what `score` returned, once for every point that a query sees.
   void gradient(float, const Point&) const {}
+  void gradient(float, const Point&, float) const {}
+
+  // Follows the last `gradient` of a tile. All lanes of a warp call it together.
+  void flush() const {}
 
   // Sets to 0 what `gradient` adds to. Every thread of an earlier launch calls this, thread `thread` of `threads`.
   template <class Data>

@@ -22,7 +22,7 @@ struct Variant;
 template <>
 struct Variant<> {
   static constexpr bool empty = true, per_head = false, bends = false, scales = false, has_gradient = false;
-  static constexpr bool hides = false, holds = false;
+  static constexpr bool hides = false, holds = false, reads_score = false;
   static constexpr int words = 0;
 
   Variant(const Params&, int, int) {}
@@ -33,6 +33,8 @@ struct Variant<> {
   float factor(const Point&) const { return 1.0f; }
   bool keeps(const Point&) const { return true; }
   void gradient(float, const Point&) const {}
+  void gradient(float, const Point&, float) const {}
+  void flush() const {}
   static void begin(const u64*, i64, i64) {}
 };
 
@@ -44,6 +46,7 @@ struct Variant<Term, Rest...> {
   static constexpr bool bends = Term::bends || Others::bends, scales = Term::scales || Others::scales;
   static constexpr bool has_gradient = Term::has_gradient || Others::has_gradient;
   static constexpr bool hides = Term::hides || Others::hides;
+  static constexpr bool reads_score = Term::reads_score || Others::reads_score;
 
   // Whether derivatives have to be held until terms have had their gradients: a term up to the last one with a gradient
   // bends.
@@ -84,6 +87,23 @@ struct Variant<Term, Rest...> {
   void gradient(float dscored, const Point& at) const {
     term.gradient(dscored, at);
     others.gradient(dscored, at);
+  }
+
+  // The same where a term is told its score, which is made again of the first one's.
+  void gradient(float dscored, const Point& at, float s) const {
+    if constexpr (Term::reads_score)
+      term.gradient(dscored, at, s);
+    else
+      term.gradient(dscored, at);
+    if constexpr (Others::reads_score)
+      others.gradient(dscored, at, term.score(s, at));
+    else
+      others.gradient(dscored, at);
+  }
+
+  void flush() const {
+    term.flush();
+    others.flush();
   }
 
   // Sets to 0 what gradients of terms add to, as thread `thread` of `threads`.

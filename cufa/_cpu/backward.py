@@ -383,7 +383,7 @@ class _SlabBackward(_Slab):
         `ds` is 0 outside `keep`, or where that is None outside the mask; `shape` has heads and rows apart.
         """
         by_head = ds.reshape(shape)
-        for (term, given), slope in zip(reversed(self.scoring.terms), reversed(slopes), strict=True):
+        for (term, _), (slope, given) in zip(reversed(self.scoring.terms), reversed(slopes), strict=True):
             if term.has_gradient:
                 if keep is not None:
                     np.copyto(ds, 0, where=~keep)

@@ -479,7 +479,8 @@ class _Slab:
     def _modify(self, scores: Array, at: Point, keys: slice, slopes: list[Any] | None = None) -> None:
         """From products of rows of q and k to scores, in place; scores (batch, heads, rows, keys).
 
-        The derivatives of terms that bend are appended to `slopes`, if it is given; 1 stands for the others'.
+        The derivatives of terms that bend are appended to `slopes`, if it is given, with what the term was given; 1
+        stands for the others'.
         """
         scoring = self.scoring
         if self.careful:
@@ -489,9 +490,11 @@ class _Slab:
                 unit = term.unit(given)
                 if unit != 1.0:
                     scores /= unit
+            if slopes is not None and (term.gives_slope or term.reads_score):
+                given = {**given, "score": scores.copy()}
             scored = term.score(scores, at, given)
             if slopes is not None:
-                slopes.append(term.dscore(scored, at, given) if term.bends else 1.0)
+                slopes.append((term.dscore(scored, at, given) if term.bends else 1.0, given))
             if scored is not scores:
                 scores[...] = scored
         diagonal, j = at.query + self.offset, at.key

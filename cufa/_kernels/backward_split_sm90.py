@@ -24,6 +24,8 @@ class BackwardSplitSm90(BackwardKernel):
         return arch // 10 == 9
 
     def refusal(self, static: Static) -> str:
+        if any(term.reads_score for term in static.terms):
+            return "the warpgroup that tells score terms their gradients has no scores for those that read them"
         return needs_maps(static)
 
     def config(self, static: Static, arch: int) -> ConfigBackwardSm90:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[Any]
 
-FLAGS = ("per_head", "bends", "scales", "hides", "has_gradient")
+FLAGS = ("per_head", "bends", "scales", "hides", "gives_slope", "reads_score", "has_gradient")
 """What a term and its C++ twin both say of it; every translation unit asserts that they say the same."""
 
 
@@ -80,6 +80,11 @@ class Term:
         Whether it has a `factor`.
     hides : bool
         Whether it has `keeps`.
+    gives_slope : bool
+        Whether its derivative does not follow from what it made of a score: `dscore` is then given the scores that it
+        was applied to as well, ``score``.
+    reads_score : bool
+        Whether `gradient` is given them.
     ordered : bool
         Whether its gradients add up in a fixed order on a GPU where that is asked for.
     foldable : bool
@@ -99,6 +104,8 @@ class Term:
     bends: bool = True
     scales: bool = False
     hides: bool = False
+    gives_slope: bool = False
+    reads_score: bool = False
     ordered: bool = False
     foldable: bool = False
 
