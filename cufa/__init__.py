@@ -23,8 +23,10 @@ __all__ = [
     "attention_varlen_backward",
     "attention_with_kvcache",
     "cache",
+    "cuda_function",
     "decode_plan",
     "explain",
+    "functions",
     "is_available",
     "merge_states",
     "merge_states_backward",
@@ -37,7 +39,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import reference, testing
+    from . import functions, reference, testing
     from ._api.attention import attention, attention_varlen
     from ._api.backward import attention_backward, attention_varlen_backward
     from ._api.cache import cache
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from ._pages.batch import PagedBatch
     from ._pages.cache import PagedKVCache
     from ._pages.sequence import PagedSequence
+    from ._terms.snippet import cuda_function
     from .errors import CompileError, CudaError, MissingKernelError, OutOfPagesError, UnsupportedError
 
 _HOMES = {
@@ -64,6 +67,7 @@ _HOMES = {
     "attention_varlen_backward": "_api.backward",
     "attention_with_kvcache": "_api.kvcache",
     "cache": "_api.cache",
+    "cuda_function": "_terms.snippet",
     "decode_plan": "_api.decode_plan",
     "explain": "_api.explain",
     "is_available": "_api.config",
@@ -89,7 +93,13 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that ``import cufa`` alone does next to nothing."""
     import importlib
 
-    if name in ("jax", "reference", "testing", "torch"):  # frameworks are not in __all__: a star would hide them
+    if name in (
+        "functions",
+        "jax",
+        "reference",
+        "testing",
+        "torch",
+    ):  # frameworks are not in __all__: a star would hide them
         return importlib.import_module(f"cufa.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'cufa' has no attribute {name!r}")

@@ -169,12 +169,13 @@ def test_comments_point_to_what_is_there() -> None:
 
 
 ROOMS = (
-    *("errors", "_driver", "_call", "_terms", "_kernels", "_compile", "_cpu", "_operations", "_bundles", "interop"),
+    *("errors", "_driver", "_call", "_terms", "functions", "_kernels", "_compile", "_cpu", "_operations", "_bundles", "interop"),
     "_pages",
     *("_api", "jax", "torch", "__init__", "_bench", "_cli", "__main__"),
 )
 """Of the package, in their order: a room imports from itself and from those before it."""
 BESIDE = {"reference": ("errors", "_call", "_terms"), "testing": ("errors", "_call", "_terms", "reference")}
+BESIDE |= {"_specification": ()}
 BESIDE["_bench"] = ("errors", "_api", "testing")
 """Rooms that stand by themselves, and what they import from."""
 MODULES = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "cufa").rglob("*.py"))}

@@ -301,6 +301,7 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
         const Point at = row.at(8 * j + e);
         exponent = variant.score(s * place.params.softmax_scale, at, derivatives);
         if (!row.sees(8 * j + e) || (Variant::hides && !variant.keeps(at))) exponent = -infinity;
+        if (Variant::wild && exponent == -infinity) derivatives = {};  // times a probability of 0
         if (Variant::scales) weight = variant.factor(at);
       }
       const float p = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));

@@ -24,6 +24,7 @@ struct Term {
   static constexpr bool hides = false;         // whether it has `keeps`
   static constexpr bool has_gradient = false;  // whether it has a `gradient`, and `begin`
   static constexpr bool gives_slope = false;   // whether it has `score` with a slope, and so needs no `dscore`
+  static constexpr bool wild = false;          // whether its slope may be infinite or NaN at a key that is not seen
   static constexpr bool reads_score = false;   // whether `gradient` also takes the score that the term is applied to
 
   // What becomes of a score, and the derivative of that as a function of what `score` returned.

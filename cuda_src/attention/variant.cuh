@@ -22,7 +22,7 @@ struct Variant;
 template <>
 struct Variant<> {
   static constexpr bool empty = true, per_head = false, bends = false, scales = false, has_gradient = false;
-  static constexpr bool hides = false, holds = false, reads_score = false;
+  static constexpr bool hides = false, holds = false, reads_score = false, wild = false;
   static constexpr int words = 0;
 
   Variant(const Params&, int, int) {}
@@ -46,7 +46,7 @@ struct Variant<Term, Rest...> {
   static constexpr bool bends = Term::bends || Others::bends, scales = Term::scales || Others::scales;
   static constexpr bool has_gradient = Term::has_gradient || Others::has_gradient;
   static constexpr bool hides = Term::hides || Others::hides;
-  static constexpr bool reads_score = Term::reads_score || Others::reads_score;
+  static constexpr bool reads_score = Term::reads_score || Others::reads_score, wild = Term::wild || Others::wild;
 
   // Whether derivatives have to be held until terms have had their gradients: a term up to the last one with a gradient
   // bends.

@@ -39,7 +39,10 @@ struct __align__(16) uint4 {
 
 extern "C" {
 float exp2f(float) noexcept;
+float expf(float) noexcept;
 float log2f(float) noexcept;
+float logf(float) noexcept;
+float powf(float, float) noexcept;
 float tanhf(float) noexcept;
 }
 
