@@ -178,14 +178,16 @@ struct BackwardMainloopSm80 {
     tile::Accumulator<Scores::m_tiles, Variant::reads_score ? Scores::cols : 16> read;
     if constexpr (Variant::reads_score) read = scores;
     const Staged to_p(p());
-    probabilities<Config>(scores, place(), row_lse, [&](int t, int i, int j, const ScorePair& pair) {
+    Kept<Config, Scores::m_tiles, Scores::cols> kept;
+    kept.find(place());
+    probabilities<Config>(scores, place(), kept, row_lse, [&](int t, int i, int j, const ScorePair& pair) {
       to_p.store(t, i, j, pair.weight[0], pair.weight[1]);
       put(scores, t, i, j, pair.ds_factor);
       if constexpr (Variant::holds) put(rests, t, i, j, pair.rest);
     });
     const LoadedNumbers row_delta{delta(at) + ScoreDivision::col() * int(sizeof(float))};
     gradients<Config, true>(
-        dp, place(), row_delta, [&](int t, int i, int j) { return pair_of(read, t, i, j); },
+        dp, place(), kept, row_delta, [&](int t, int i, int j) { return pair_of(read, t, i, j); },
         [&](int t, int i, int j) { return pair_of(scores, t, i, j); },
         [&](int t, int i, int j) { return pair_of(rests, t, i, j); },
         [&](int t, int i, int j, float low, float high) { put(scores, t, i, j, {low, high}); });
@@ -357,7 +359,7 @@ struct BackwardMainloopSm80 {
   // Writes the block's rows of dk and dv; the tiles of K and V are free when this is called.
   void write(Dk& dk, Dv& dv) const {
     scale_live_rows(dk, DkDivision::row(), backward.forward.softmax_scale);
-    scale_live_rows(dv, DvDivision::row(), 1.0f);
+    scale_live_rows(dv, DvDivision::row(), Variant::gain(backward.forward.terms));
     NotFinite<f32> not_finite;
     not_finite.look_at(dk);
     not_finite.look_at(dv);

@@ -307,18 +307,20 @@ struct BackwardMainloopSm90 {
       };
       constexpr bool early_dp = Variant::empty;  // else derivatives need the registers
       if (early_dp) begin_dp();
+      const TransposedPlace<Config> place{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
+      Kept<Config, 1, block_m> kept;
+      kept.find(place);
       warpgroup::wait<early_dp>(s);
       Held<Config, block_m> held;
       Operand ds;
       numbers.load(lse(stage), lse_ahead);
-      const TransposedPlace<Config> place{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
-      hold_probabilities(held, s, place, numbers, boundary);
+      hold_probabilities(held, s, place, kept, numbers, boundary);
       if (!early_dp) begin_dp();
       turn.pass(1 - consumer);
       warpgroup::gemm_ab(dv, held.weights, dout(stage), true);
       warpgroup::wait<1>(dp);
       numbers.load(delta(stage));
-      gradients_of_scores<Config, true>(ds, held.ds_factors(), held.rests, s, dp, place, numbers);
+      gradients_of_scores<Config, true>(ds, held.ds_factors(), held.rests, s, dp, place, kept, numbers);
       exchange().wait_empty(at);
       store_transposed(this->ds(stage), ds, 64 * consumer);
       if (at.count != first) exchange().wait_full(at.previous());

@@ -52,7 +52,8 @@ inline Entry entry_of(const BackwardParams& backward, const RepairedSequence& se
   Derivatives derivatives;
   const Point at{sequence.batch, query_head, row, key, float(row + sequence.seqlen.diagonal() - key), true};
   const float score = variant.score(q.dot(k) * params.softmax_scale, at, derivatives);
-  const float p = ptx::ex2_approx_ftz(fmaf(score, log2_e, -row_lse)), factor = variant.factor(at);
+  const float p = ptx::ex2_approx_ftz(fmaf(score, log2_e, -row_lse)),
+              factor = variant.factor(at) * variant.gain(params.terms);
   const float derivative = derivatives.before * derivatives.after;
   return {p * factor, p * derivative * (factor * dout.dot(v) - row_delta)};
 }

@@ -167,13 +167,15 @@ struct BackwardQueriesSm90 {
       turn.pass(1 - consumer);
       warpgroup::wait<2>(dq, ds);
       if (at_keys.count > 0) keys().release_warp(at_keys.previous());
-      warpgroup::wait<1>(s);
       const Place<Config> place{params, tile.seqlen, tile.batch, tile.head, first_row, first_key};
+      Kept<Config, 1, block_n> kept;
+      kept.find(place);
+      warpgroup::wait<1>(s);
       Held<Config, block_n> held;
-      hold_probabilities(held, s, place, lse, boundary);
+      hold_probabilities(held, s, place, kept, lse, boundary);
       warpgroup::wait<0>(dp);
       values().release_warp(at_values);
-      gradients_of_scores<Config, false>(ds, held.ds_factors(), held.rests, s, dp, place, delta);
+      gradients_of_scores<Config, false>(ds, held.ds_factors(), held.rests, s, dp, place, kept, delta);
       warpgroup::gemm_ab(dq, ds, k(at_keys.stage()), true);
       // ptxas serialises all products if one runs across the loop's edge beside a variant's arithmetic.
       if (!Variant::empty) warpgroup::wait<0>(dq, ds);

@@ -115,9 +115,10 @@ inline float2 pair_of(const tile::Operand<cols>& operand, int i, int j) {
 // held ← what is held of scores. In a `boundary` tile not every query sees every key.
 template <class Config, class Place, int cols, class Numbers>
 inline void hold_probabilities(Held<Config, cols>& held, tile::Accumulator<1, cols>& s, const Place& place,
-                               const Numbers& lse, bool boundary) {
+                               const Kept<Config, 1, cols>& kept, const Numbers& lse, bool boundary) {
   if (Config::variant::empty && unlikely(boundary)) mask(s, place);
-  probabilities<Config>(s, place, lse, [&](int t, int i, int j, const ScorePair& pair) { held.put(t, i, j, pair); });
+  probabilities<Config>(s, place, kept, lse,
+                        [&](int t, int i, int j, const ScorePair& pair) { held.put(t, i, j, pair); });
 }
 
 // ds ← the gradients of scores, of which `ds_factors` and `rests` are held. `s` are the scores that these were made of,
@@ -125,10 +126,11 @@ inline void hold_probabilities(Held<Config, cols>& held, tile::Accumulator<1, co
 template <class Config, bool for_terms, class Place, int cols, class Numbers>
 inline void gradients_of_scores(tile::Operand<cols>& ds, const tile::Operand<cols>& ds_factors,
                                 const typename Held<Config, cols>::Rests& rests, const tile::Accumulator<1, cols>& s,
-                                const tile::Accumulator<1, cols>& dp, const Place& place, const Numbers& delta) {
+                                const tile::Accumulator<1, cols>& dp, const Place& place,
+                                const Kept<Config, 1, cols>& kept, const Numbers& delta) {
   using element = typename Config::element;
   gradients<Config, for_terms>(
-      dp, place, delta, [&](int, int i, int j) { return float2{s.x[0][j][2 * i], s.x[0][j][2 * i + 1]}; },
+      dp, place, kept, delta, [&](int, int i, int j) { return float2{s.x[0][j][2 * i], s.x[0][j][2 * i + 1]}; },
       [&](int, int i, int j) { return pair_of<element>(ds_factors, i, j); },
       [&](int, int i, int j) { return pair_of<element>(rests, i, j); },
       [&](int, int i, int j, float low, float high) {
@@ -142,7 +144,7 @@ template <class Config, bool of_values, int cols>
 inline void write_keys(const BackwardParams& backward, const BackwardWork<Config>& work,
                        const tile::Accumulator<1, cols>& from, int first_key) {
   constexpr int valid_cols = of_values ? Config::head_dim_v : Config::head_dim;
-  const float factor = of_values ? 1.0f : backward.forward.softmax_scale;
+  const float factor = of_values ? Config::variant::gain(backward.forward.terms) : backward.forward.softmax_scale;
   const Strides& strides = of_values ? backward.dv_strides : backward.dk_strides;
   void* const gradient = of_values ? backward.dv : backward.dk;
   NotFinite<f32> not_finite;

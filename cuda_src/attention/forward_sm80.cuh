@@ -39,7 +39,8 @@ inline void forward_tile(const Params& params, const PointerWork<Config>& work, 
     __syncthreads();  // every warp is done with the tiles the epilogue writes over
   }
   statistics.settle(exponent_scale<typename Config::variant>(params));
-  const auto totals = statistics.template totals<Config::sinks>(work.sink(params));
+  const float gain = Config::variant::gain(params.terms);
+  const auto totals = statistics.template totals<Config::sinks>(work.sink(params), gain);
   totals.divide(out);
   epilogue<Config>(out, totals, params, work, Mainloop::warp_row(), Mainloop::warp_col(), Staging{smem});
 }

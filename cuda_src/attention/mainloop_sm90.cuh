@@ -372,7 +372,8 @@ struct MainloopSm90 {
   void write(Out& out, const Statistics& statistics, const Params& params, typename Tiles::Cursor at) const {
     const Entry& entry = entries[at.stage()];
     if (!Config::chains || likely(entry.ends & last_end)) {
-      const auto totals = statistics.template totals<Config::sinks>(entry.work.sink(params));
+      const auto totals =
+          statistics.template totals<Config::sinks>(entry.work.sink(params), Config::variant::gain(params.terms));
       totals.divide(out);
       if (unlikely(epilogue_direct<Config>(out, totals, params, entry.work, warp_row()))) {
         ptx::st_relaxed_shared_u32(to_repair(), 1);

@@ -175,6 +175,7 @@ inline void repair(const Params& all, const AnyWork& work, int first_row, int ro
 
     const int row = work.query_of(tile_row), head = work.head_of(tile_row), batch = work.batch();
     const typename Config::variant variant(params, batch, head);
+    const float gain = Config::variant::gain(params.terms);
     Qk q, k;
     Out v;
     WeightedSums<Out> sums;
@@ -199,7 +200,7 @@ inline void repair(const Params& all, const AnyWork& work, int first_row, int ro
       const float p = ptx::ex2_approx_ftz((score - subtracted) * log2_e);
       sum = fmaf(kept, sum, p);
       row_max = new_max;
-      if (sums.add(kept, p * variant.factor(at), v, columns)) break;
+      if (sums.add(kept, p * variant.factor(at) * gain, v, columns)) break;
     }
     float kept = 1.0f;
     if (Config::sinks) {

@@ -208,34 +208,94 @@ inline void apply(tile::Accumulator<1, cols>& scores, const OwnRowsPlace<Config>
   }
 }
 
-// Probabilities ← what V is multiplied by.
+// masks[2 (j % 2) + i] ← masks of whether entries (j, 2 i), in the low half, and (j, 2 i + 1) are kept of the 16
+// columns from `col` on. `row` is the first of an m-tile that the thread holds.
+template <class Config, class Variant>
+inline void keep(u32 (&masks)[4], const Variant& variant, const QueryRow<Config>& row, int col) {
+  variant.dropping().keep(masks, row.query, row.key + col);
+}
+
+template <class Config, class Variant>
+inline void keep(u32 (&masks)[4], const Variant& variant, const KeyRow<Config>& row, int col) {
+  variant.dropping().keep_transposed(masks, row.query + col, row.key);
+}
+
+// Entry `high` of the two that a mask is of, if it is kept, or 0.
+inline float kept_or_0(float x, u32 mask, bool high) { return (high ? mask >> 16 : mask & 0xffff) != 0 ? x : 0.0f; }
+
+// Probabilities ← what V is multiplied by, but for the gain.
 template <class Variant, class Place, int m_tiles, int cols>
 inline void weigh(const Variant& variant, tile::Accumulator<m_tiles, cols>& probabilities, const Place& place) {
-  if constexpr (Variant::scales) {
-    for_each_entry(probabilities, place, [&](float& p, const auto& row, int col) { p *= variant.factor(row.at(col)); });
+  if constexpr (Variant::weighs) {
+    for_each_entry(probabilities, place, [&](float& p, const auto& row, int col) { p *= variant.weight(row.at(col)); });
+  }
+  if constexpr (Variant::drops) {
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+      const typename Place::Row row = place.row(t, 0);
+#pragma unroll
+      for (int s = 0; s < cols / 16; ++s) {
+        u32 masks[4];
+        keep(masks, variant, row, 16 * s);
+#pragma unroll
+        for (int x = 0; x < 8; ++x) {
+          float& p = probabilities.x[t][2 * s + x / 4][x % 4];
+          p = kept_or_0(p, masks[x / 2], x % 2);
+        }
+      }
+    }
   }
 }
 
 template <class Config, int cols>
 inline void weigh(tile::Accumulator<1, cols>& probabilities, const OwnRowsPlace<Config>& place) {
-  if constexpr (Config::variant::scales) {
+  using Variant = typename Config::variant;
+  if constexpr (Variant::weighs) {
     for_each_entry(probabilities, place,
-                   [&](float& p, const auto& row, int col) { p *= row.variant.factor(row.at(col)); });
+                   [&](float& p, const auto& row, int col) { p *= row.variant.weight(row.at(col)); });
+  }
+  if constexpr (Variant::drops) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const auto row = place.row(0, i);
+#pragma unroll
+      for (int s = 0; s < cols / 16; ++s) {
+        u32 masks[2];
+        row.variant.dropping().keep_row(masks, row.query, row.key + 16 * s);
+#pragma unroll
+        for (int x = 0; x < 4; ++x) {
+          float& p = probabilities.x[0][2 * s + x / 2][2 * i + x % 2];
+          p = kept_or_0(p, masks[x / 2], x % 2);
+        }
+      }
+    }
   }
 }
 
-// The same, entry by entry, of an accumulator of one m-tile: weight(i, column, probability).
+// The same of an accumulator of one m-tile: entry by entry, weight(i, column, probability), and then of what is packed
+// of columns 16 s to 16 s + 15.
 template <class Variant, class Place>
 struct Weights {
   const Variant& variant;
   typename Place::Row rows[2];
 
   Weights(const Variant& variant, const Place& place) : variant(variant), rows{place.row(0, 0), place.row(0, 1)} {}
-  float operator()(int i, int col, float p) const { return p * variant.factor(rows[i].at(col)); }
+
+  float operator()(int i, int col, float p) const { return Variant::weighs ? p * variant.weight(rows[i].at(col)) : p; }
+
+  void drop(u32 (&packed)[4], int s) const {
+    if constexpr (Variant::drops) {
+      u32 masks[4];
+      keep(masks, variant, rows[0], 16 * s);
+#pragma unroll
+      for (int x = 0; x < 4; ++x) packed[x] &= masks[x];
+    }
+  }
 };
 
 struct NoWeights {
   float operator()(int, int, float p) const { return p; }
+  void drop(u32 (&)[4], int) const {}
 };
 
 template <class Variant, class Place>
@@ -271,6 +331,42 @@ struct RowNumbers {
   float2 of(int t, int i, int) const { return {x[t][i], x[t][i]}; }
 };
 
+// Which entries of a tile are kept, a bit for each that a thread holds, where a term drops some: what `probabilities`
+// and `gradients` both need, from one draw.
+template <class Config, int m_tiles, int cols>
+struct Kept {
+  using Variant = typename Config::variant;
+  static constexpr int squares = m_tiles * (cols / 16);  // of 16 rows by 16 columns, 8 bits each
+  u32 bits[Variant::drops ? ceil_div(squares, 4) : 1];
+
+  template <class Place>
+  void find(const Place& place) {
+    if constexpr (Variant::drops) {
+      const Variant variant(place.params, place.batch, place.head);
+#pragma unroll
+      for (int t = 0; t < m_tiles; ++t) {
+        const typename Place::Row row = place.row(t, 0);
+#pragma unroll
+        for (int s = 0; s < cols / 16; ++s) {
+          const int square = t * (cols / 16) + s;
+          u32 masks[4];
+          keep(masks, variant, row, 16 * s);
+          if (square % 4 == 0) bits[square / 4] = 0;
+#pragma unroll
+          for (int x = 0; x < 4; ++x) bits[square / 4] |= masks[x] & 0x00010001u << (4 * (square % 4) + x);
+        }
+      }
+    }
+  }
+
+  // x, if entry (t, j, 2 i + e) is kept, or 0.
+  float kept_or_0(float x, int t, int i, int j, int e) const {
+    if constexpr (!Variant::drops) return x;
+    const int square = t * (cols / 16) + j / 2;
+    return bits[square / 4] & 1u << (16 * e + 4 * (square % 4) + 2 * (j % 2) + i) ? x : 0.0f;
+  }
+};
+
 // What is made of two neighbouring entries of scores: what dout is multiplied by, which is P unless a term scales it;
 // what dP - delta is multiplied by, which is P times derivatives; and what is multiplied to that once terms have had
 // their gradients.
@@ -282,8 +378,8 @@ struct ScorePair {
 // holds. Without terms the scores come masked. With terms they come as they are, and this function masks what the terms
 // make of them: neither terms nor their derivatives are to meet infinities.
 template <class Config, class Place, int m_tiles, int cols, class Numbers, class Emit>
-inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const Place& place, const Numbers& lse,
-                          Emit&& emit) {
+inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const Place& place,
+                          const Kept<Config, m_tiles, cols>& kept, const Numbers& lse, Emit&& emit) {
   using Variant = typename Config::variant;
   const Variant variant(place.params, place.batch, place.head);
   const float scale = exponent_scale<Variant>(place.params);
@@ -302,10 +398,10 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
         exponent = variant.score(s * place.params.softmax_scale, at, derivatives);
         if (!row.sees(8 * j + e) || (Variant::hides && !variant.keeps(at))) exponent = -infinity;
         if (Variant::wild && exponent == -infinity) derivatives = {};  // times a probability of 0
-        if (Variant::scales) weight = variant.factor(at);
+        if (Variant::weighs) weight = variant.weight(at);
       }
       const float p = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));
-      pair.weight[e] = p * weight;
+      pair.weight[e] = kept.kept_or_0(p * weight, t, i, j, e);
       pair.ds_factor[e] = p * derivatives.after;
       pair.rest[e] = derivatives.before;
     }
@@ -318,19 +414,27 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
 // those that `probabilities` took: scores(t, i, j).
 template <class Config, bool for_terms, class Place, int m_tiles, int cols, class Numbers, class Scores,
           class DsFactors, class Rests, class Emit>
-inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& place, const Numbers& delta,
-                      Scores&& scores, DsFactors&& ds_factors, Rests&& rests, Emit&& emit) {
+inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& place,
+                      const Kept<Config, m_tiles, cols>& kept, const Numbers& delta, Scores&& scores,
+                      DsFactors&& ds_factors, Rests&& rests, Emit&& emit) {
   using Variant = typename Config::variant;
   const Variant variant(place.params, place.batch, place.head);
   constexpr bool tells = Variant::has_gradient && for_terms;
-  for_each_pair<Variant::scales || tells, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
+  const float gain = Variant::gain(place.params.terms);
+  for_each_pair<Variant::weighs || tells, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
     const float2 subtracted = delta.of(t, i, j), ds_factor = ds_factors(t, i, j);
     float2 d{dp.x[t][j][2 * i], dp.x[t][j][2 * i + 1]};
-    if constexpr (Variant::scales) {
-      d.x *= variant.factor(row.at(8 * j));
-      d.y *= variant.factor(row.at(8 * j + 1));
+    if constexpr (Variant::weighs) {
+      d.x *= variant.weight(row.at(8 * j));
+      d.y *= variant.weight(row.at(8 * j + 1));
     }
-    float2 ds{ds_factor.x * (d.x - subtracted.x), ds_factor.y * (d.y - subtracted.y)};
+    if constexpr (Variant::drops) d = {kept.kept_or_0(d.x, t, i, j, 0), kept.kept_or_0(d.y, t, i, j, 1)};
+    if constexpr (Variant::scales) {
+      d = {fmaf(d.x, gain, -subtracted.x), fmaf(d.y, gain, -subtracted.y)};
+    } else {
+      d = {d.x - subtracted.x, d.y - subtracted.y};
+    }
+    float2 ds{ds_factor.x * d.x, ds_factor.y * d.y};
     if constexpr (tells) {
       const Point low = row.at(8 * j), high = row.at(8 * j + 1);
       const auto tell = [&](float dscored, const Point& at, int e) {

@@ -217,7 +217,7 @@ struct Softmax {
 
   // p ← what `exponentiate` and packing give for steps [begin, end) of P·V, as long as `accept` then finds that the
   // base will do. Besides p only `sum` changes, which begins as row_sum. What is packed of a probability, which counts
-  // to the sum as it is, is weight(row, column, probability).
+  // to the sum as it is, is weight(row, column, probability), as far as weight.drop(packed, step) leaves it.
   template <int begin, int end, int block_n, class Weight>
   void exponentiate_at_once(tile::Operand<block_n>& p, const tile::Accumulator<1, block_n>& scores, float scale,
                             float (&sum)[2], Weight&& weight) const {
@@ -233,6 +233,7 @@ struct Softmax {
         const int col = 8 * (2 * s + i / 2);
         p.x[s][i] = ptx::cvt_rn_x2<element>(weight(i % 2, col, low), weight(i % 2, col + 1, high));
       }
+      weight.drop(p.x[s], s);
     }
   }
 
@@ -275,9 +276,9 @@ struct Softmax {
   }
 
   // The total of a settled row, whose sum over all lanes is keys_sum. sink is the score of a key without a value, if
-  // there are `sinks`. A row without keys gets out = 0 and lse = sink, or -infinity.
+  // there are `sinks`. Means are multiplied by `gain`. A row without keys gets out = 0 and lse = sink, or -infinity.
   template <bool sinks>
-  static RowTotal total(float base, float keys_sum, float sink) {
+  static RowTotal total(float base, float keys_sum, float sink, float gain) {
     constexpr float unshifted = 1 << int(shift);
     const float sink_exponent = sink * log2_e, keys_base = base - shift;
     // Finite, so that an infinite sum or sink makes an infinite lse.
@@ -286,19 +287,19 @@ struct Softmax {
     const float rescale = keys_sum == infinity ? 1.0f : ptx::ex2_approx_ftz(keys_base - subtracted);
     float sum = keys_sum * unshifted * rescale;
     if (sinks) sum += ptx::ex2_approx_ftz(sink_exponent - subtracted);
-    return {sum == 0.0f ? 0.0f : rescale * ptx::rcp_approx_ftz(sum) * unshifted,
+    return {sum == 0.0f ? 0.0f : rescale * ptx::rcp_approx_ftz(sum) * unshifted * gain,
             (subtracted + ptx::lg2_approx(sum)) * ln_2};
   }
 
   // The totals of rows that are settled.
   template <bool sinks>
-  Totals<m_tiles> totals(float sink) const {
+  Totals<m_tiles> totals(float sink, float gain) const {
     Totals<m_tiles> totals;
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const RowTotal total = Softmax::total<sinks>(base[t][i], warp::quad_sum(row_sum[t][i]), sink);
+        const RowTotal total = Softmax::total<sinks>(base[t][i], warp::quad_sum(row_sum[t][i]), sink, gain);
         totals.factor[t][i] = total.factor;
         totals.lse[t][i] = total.lse;
       }

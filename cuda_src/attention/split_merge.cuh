@@ -183,7 +183,8 @@ inline void finish_row(const Params& params, const Work& work, int row, const Ro
   using Statistics = Softmax<element, 1>;
   const float sink = Config::sinks ? params.sinks[work.head_of(row) * params.sinks_stride] : -infinity;
   const float base = Statistics::settled(whole.base, Statistics::is_steep(whole.sum), scale);
-  const RowTotal total = Statistics::template total<Config::sinks>(base, fabsf(whole.sum), sink);
+  const float gain = Config::variant::gain(params.terms);
+  const RowTotal total = Statistics::template total<Config::sinks>(base, fabsf(whole.sum), sink, gain);
   NotFinite<element> not_finite;
   element* const out = work.out_row(params, row);
 #pragma unroll

@@ -21,6 +21,7 @@ struct Term {
   static constexpr bool per_head = true;       // whether it differs from one query head to the next
   static constexpr bool bends = true;          // whether its derivative by the score may be another than 1
   static constexpr bool scales = false;        // whether it has a `factor`
+  static constexpr bool drops = false;         // whether its `factor` is 0 or 1, and it has `keep` and its like
   static constexpr bool hides = false;         // whether it has `keeps`
   static constexpr bool has_gradient = false;  // whether it has a `gradient`, and `begin`
   static constexpr bool gives_slope = false;   // whether it has `score` with a slope, and so needs no `dscore`
@@ -40,8 +41,13 @@ struct Term {
   // Whether the query keeps the key. Else the key is removed, as by a mask, whatever terms make of its score.
   bool keeps(const Point&) const { return true; }
 
-  // What a probability is multiplied by once it is divided by the sum of its row, to which it counts as it was.
+  // What a probability is multiplied by once it is divided by the sum of its row, to which it counts as it was: this,
+  // and what is the same for all entries. What drops gives masks of several entries at once: see Dropout.
   float factor(const Point&) const { return 1.0f; }
+  template <class Data>
+  static float gain(const Data&) {
+    return 1.0f;
+  }
 
   // Takes the gradient by what `score` returned, once for every point that a query sees.
   void gradient(float, const Point&) const {}

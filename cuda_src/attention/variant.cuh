@@ -23,6 +23,7 @@ template <>
 struct Variant<> {
   static constexpr bool empty = true, per_head = false, bends = false, scales = false, has_gradient = false;
   static constexpr bool hides = false, holds = false, reads_score = false, wild = false;
+  static constexpr bool drops = false, weighs = false;
   static constexpr int words = 0;
 
   Variant(const Params&, int, int) {}
@@ -31,6 +32,8 @@ struct Variant<> {
   float score(float s, const Point&) const { return s; }
   float score(float s, const Point&, Derivatives&) const { return s; }
   float factor(const Point&) const { return 1.0f; }
+  float weight(const Point&) const { return 1.0f; }
+  static float gain(const u64*) { return 1.0f; }
   bool keeps(const Point&) const { return true; }
   void gradient(float, const Point&) const {}
   void gradient(float, const Point&, float) const {}
@@ -47,6 +50,11 @@ struct Variant<Term, Rest...> {
   static constexpr bool has_gradient = Term::has_gradient || Others::has_gradient;
   static constexpr bool hides = Term::hides || Others::hides;
   static constexpr bool reads_score = Term::reads_score || Others::reads_score, wild = Term::wild || Others::wild;
+  static constexpr bool drops = Term::drops || Others::drops;
+  static_assert(!(Term::drops && Others::drops), "masks of several terms that drop would have to be combined");
+
+  // Whether a term scales that does not drop.
+  static constexpr bool weighs = (Term::scales && !Term::drops) || Others::weighs;
 
   // Whether derivatives have to be held until terms have had their gradients: a term up to the last one with a gradient
   // bends.
@@ -82,6 +90,21 @@ struct Variant<Term, Rest...> {
   }
 
   float factor(const Point& at) const { return term.factor(at) * others.factor(at); }
+
+  // The factor without that of the term that drops.
+  float weight(const Point& at) const { return (Term::drops ? 1.0f : term.factor(at)) * others.weight(at); }
+
+  // What all factors are multiplied by besides.
+  static float gain(const u64* data) { return Term::gain(of(data)) * Others::gain(data + own_words); }
+
+  // The term that drops.
+  const auto& dropping() const {
+    if constexpr (Term::drops)
+      return term;
+    else
+      return others.dropping();
+  }
+
   bool keeps(const Point& at) const { return (!Term::hides || term.keeps(at)) && others.keeps(at); }
 
   void gradient(float dscored, const Point& at) const {

@@ -1,0 +1,88 @@
+// attention: the score term that drops probabilities at random: Srivastava et al., "Dropout: A Simple Way to Prevent
+// Neural Networks from Overfitting", 2014.
+//
+// Whether an entry is kept follows from its sequence, head, query and key alone, whatever tile it is in. A counter of
+// Philox gives the numbers of eight entries, which are those that a thread holds of 16 queries by 16 keys in the
+// registers of mma.sync and wgmma: queries g and g + 8, and keys 2 c, 2 c + 1, 2 c + 8 and 2 c + 9. In a tile whose
+// rows are keys, two lanes that each hold half of the entries of two counters draw one each, and trade halves.
+#pragma once
+
+#include "attention/term.cuh"
+#include "core/philox.cuh"
+#include "core/types.cuh"
+#include "ptx/set.cuh"
+
+namespace attention {
+
+struct DropoutData {
+  u32 keys[20];  // of Philox, for each round
+  u32 bound;     // in both halves: numbers of 15 bits below it are less probable than others
+  u32 flip;      // all bits where numbers below the bound are dropped, none where they alone are kept
+  float gain;    // 1 / the probability of being kept
+};
+
+struct Dropout : Term {
+  using Data = DropoutData;
+  static_assert(sizeof(Data::keys) == 2 * philox_rounds * sizeof(u32), "each round has two words");
+  static constexpr bool bends = false, scales = true, drops = true;
+
+  const Data* data;
+  u32 batch, head;
+
+  Dropout(const Data& data, int batch, int head) : data(&data), batch(batch), head(head) {}
+
+  static float gain(const Data& data) { return data.gain; }
+
+  float factor(const Point& at) const {
+    u32 masks[4];
+    draw(masks, at.query, at.key);
+    const u32 mask = at.key & 8 ? masks[2 + (at.query >> 3 & 1)] : masks[at.query >> 3 & 1];
+    return (at.key & 1 ? mask >> 16 : mask & 0xffff) != 0 ? 1.0f : 0.0f;
+  }
+
+  // masks[2 c + r] ← masks of whether query + 8 r keeps keys key + 8 c, in the low half, and key + 8 c + 1. `key` is
+  // even, and both lie in the first half of 16.
+  void keep(u32 (&masks)[4], int query, int key) const { draw(masks, query, key); }
+
+  // masks[c] ← those of a query, wherever it lies.
+  void keep_row(u32 (&masks)[2], int query, int key) const {
+    u32 both[4];
+    draw(both, query, key);
+    masks[0] = query & 8 ? both[1] : both[0];
+    masks[1] = query & 8 ? both[3] : both[2];
+  }
+
+  // masks[2 c + r] ← masks of whether queries query + 8 c, in the low half, and query + 8 c + 1 keep key + 8 r. `query`
+  // is even, and both lie in the first half of 16. A warp calls this, whose lanes have keys lane / 4.
+  void keep_transposed(u32 (&masks)[4], int query, int key) const {
+    const int odd = key & 1;
+    u32 drawn[4];
+    draw(drawn, query + odd, key);
+    const u32 own = odd ? 0x7632 : 0x5410, other = own ^ 0x2222;  // halves of two words
+    u32 kept[2], traded[2];                                       // by keys; of queries query + odd + 8 c
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      kept[r] = __byte_perm(drawn[2 * r], drawn[2 * r + 1], own);
+      traded[r] = __shfl_xor_sync(0xffffffffu, __byte_perm(drawn[2 * r], drawn[2 * r + 1], other), 4);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      masks[r] = __byte_perm(kept[r], traded[r], odd ? 0x1054 : 0x5410);
+      masks[2 + r] = __byte_perm(kept[r], traded[r], odd ? 0x3276 : 0x7632);
+    }
+  }
+
+ private:
+  // masks ← those of all entries of the counter of an entry, as `keep` orders them.
+  void draw(u32 (&masks)[4], int query, int key) const {
+    masks[0] = query >> 4 << 3 | query & 7;
+    masks[1] = key >> 4 << 2 | key >> 1 & 3;
+    masks[2] = head;
+    masks[3] = batch;
+    philox(masks, data->keys);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) masks[i] = ptx::set_abs_lt_f16x2(masks[i], data->bound) ^ data->flip;
+  }
+};
+
+}  // namespace attention

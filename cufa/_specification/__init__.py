@@ -1,0 +1,1 @@
+"""The twins of score terms in `cufa.reference`, one file each."""

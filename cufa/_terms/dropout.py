@@ -1,0 +1,127 @@
+"""The score term that drops probabilities at random, and what it drops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .._call import options as _options
+from .._operations.features import Feature
+from ..errors import ArgumentError
+from .philox import philox, round_keys
+from .term import Array, Point, Term
+
+if TYPE_CHECKING:
+    from .._call.problem import Problem
+
+SEEDS = -(2**63), 2**63
+"""The integers that int64 holds."""
+
+BITS = 15
+"""Of the number by which an entry is kept or not."""
+
+
+class Rate(NamedTuple):
+    """Which numbers of `BITS` bits mean that an entry is kept: those from `bound` on or, if `below`, those below it.
+
+    The bound is at most half of the numbers, as ``ptx::set_abs_lt_f16x2`` wants it.
+    """
+
+    bound: int
+    below: bool
+
+    @classmethod
+    def of(cls, dropout_p: float) -> Rate:
+        """The nearest that there is; some entries are kept, however near to 1 `dropout_p` is."""
+        numbers = 1 << BITS
+        dropped = min(round(dropout_p * numbers), numbers - 1)
+        return cls(numbers - dropped, True) if 2 * dropped > numbers else cls(dropped, False)
+
+    @property
+    def gain(self) -> float:
+        """1 / the probability of being kept."""
+        numbers = 1 << BITS
+        return numbers / (self.bound if self.below else numbers - self.bound)
+
+    def keeps(self, numbers: Array) -> Array:
+        """Which numbers mean that an entry is kept."""
+        return numbers < self.bound if self.below else numbers >= self.bound
+
+
+class Dropout(Term):
+    """Source: Srivastava et al., *Dropout: A Simple Way to Prevent Neural Networks from Overfitting*, 2014."""
+
+    name = "dropout"
+    header = "attention/dropout.cuh"
+    type = "attention::Dropout"
+    data = "DropoutData"
+    option_names = ("dropout_p", "seed")
+    bends = False
+    scales = True
+
+    def asked(self, specs: Mapping[str, Any], options: _options.Options) -> bool:
+        return True
+
+    def plain(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return plain(function, *values)
+
+    def values(self, problem: Problem) -> dict[str, Any]:
+        rate = Rate.of(problem.options.own("dropout_p"))
+        return {
+            "keys": round_keys(problem.options.own("seed")),
+            "bound": rate.bound * 0x00010001,
+            "flip": 0 if rate.below else 0xFFFFFFFF,
+            "gain": rate.gain,
+        }
+
+    def options(self, problem: Problem) -> dict[str, Any]:
+        return {name: problem.options.own(name) for name in self.option_names}
+
+    def factor(self, at: Point, given: Mapping[str, Any]) -> Array:
+        rate = Rate.of(given["dropout_p"])
+        return rate.gain * rate.keeps(numbers(at, given["seed"]))
+
+
+def plain(function: str, dropout_p: Any, seed: Any) -> tuple[float, int]:
+    """The options as plain values, or an error."""
+    p = _options.number(function, "dropout_p", dropout_p)
+    if not 0.0 <= p < 1.0:
+        raise ArgumentError(f"{function}: dropout_p is {p}; it must be from 0, which is off, to less than 1.")
+    if seed is None:
+        if p > 0.0:
+            raise ArgumentError(f"{function}: dropout_p is {p}, but there is no seed; pass an integer that int64 holds.")
+        return p, 0
+    number = _options.integer(function, "seed", seed)
+    if not SEEDS[0] <= number < SEEDS[1]:
+        raise ArgumentError(f"{function}: seed is {number}; it must be an integer that int64 holds.")
+    return p, number
+
+
+def dropout_features(function: str, dropout_p: Any, seed: Any) -> list[Feature]:
+    """What the arguments `dropout_p` and `seed` of a call ask for."""
+    values = plain(function, dropout_p, seed)
+    return [Feature(Dropout(), options=values)] if values[0] > 0.0 else []
+
+
+def numbers(at: Point, seed: int) -> Array:
+    """The number of `BITS` bits of each entry; `at` are consecutive queries and keys.
+
+    One counter of Philox gives those of eight entries, of a square of 16 queries and 16 keys, which a thread holds: see
+    ``cuda_src/attention/dropout.cuh``.
+    """
+    queries, keys = at.query.ravel(), at.key.ravel()
+    if not (at.query.size and at.key.size):
+        return np.zeros(np.broadcast_shapes(at.batch.shape, at.head.shape, at.query.shape, at.key.shape), np.uint32)
+    first_q, last_q, first_k, last_k = queries[0] // 16, queries[-1] // 16, keys[0] // 16, keys[-1] // 16
+    rows = np.arange(8 * first_q, 8 * (last_q + 1))[:, None]
+    words = philox((rows, np.arange(4 * first_k, 4 * (last_k + 1)), at.head, at.batch), seed)
+    batch, heads, *_ = words[0].shape
+    # (batch, heads, squares, row, squares, pair of columns, half of columns, half of rows, column of the pair)
+    halves = np.stack(words, axis=-1).reshape(batch, heads, -1, 8, last_k - first_k + 1, 4, 2, 2, 1)
+    halves = (halves >> np.array([0, 16], np.uint32) & np.uint32((1 << BITS) - 1)).astype(np.uint16)
+    squares = halves.transpose(0, 1, 2, 7, 3, 4, 6, 5, 8).reshape(batch, heads, 2 * len(rows), -1)
+    from_q, from_k = queries[0] - 16 * first_q, keys[0] - 16 * first_k
+    chosen: Array = squares[..., from_q : from_q + len(queries), from_k : from_k + len(keys)]
+    return chosen
