@@ -167,7 +167,7 @@ struct BackwardMainloopSm80 {
                                      work.n_block * block_n + ScoreDivision::row(),
                                      m_block(tile) * block_m + ScoreDivision::col()};
     };
-    if (Variant::empty && work.tiles.is_boundary(tile.position)) mask(scores, place());
+    if (!Variant::shapes && work.tiles.is_boundary(tile.position)) mask(scores, place());
     ColumnNumbers<Scores::cols> row_lse;
     row_lse.load(lse(at) + ScoreDivision::col() * sizeof(float));
     // These products come before the probabilities, so that exponentials run beside them.

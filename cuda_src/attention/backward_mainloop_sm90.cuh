@@ -305,7 +305,7 @@ struct BackwardMainloopSm90 {
         gradients().wait_full(at);
         warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(stage), 64 * consumer);
       };
-      constexpr bool early_dp = Variant::empty;  // else derivatives need the registers
+      constexpr bool early_dp = !Variant::shapes;  // else derivatives need the registers
       if (early_dp) begin_dp();
       const TransposedPlace<Config> place{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
       Kept<Config, 1, block_m> kept;

@@ -116,7 +116,7 @@ inline float2 pair_of(const tile::Operand<cols>& operand, int i, int j) {
 template <class Config, class Place, int cols, class Numbers>
 inline void hold_probabilities(Held<Config, cols>& held, tile::Accumulator<1, cols>& s, const Place& place,
                                const Kept<Config, 1, cols>& kept, const Numbers& lse, bool boundary) {
-  if (Config::variant::empty && unlikely(boundary)) mask(s, place);
+  if (!Config::variant::shapes && unlikely(boundary)) mask(s, place);
   probabilities<Config>(s, place, kept, lse,
                         [&](int t, int i, int j, const ScorePair& pair) { held.put(t, i, j, pair); });
 }

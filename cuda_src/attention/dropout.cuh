@@ -24,7 +24,7 @@ struct DropoutData {
 struct Dropout : Term {
   using Data = DropoutData;
   static_assert(sizeof(Data::keys) == 2 * philox_rounds * sizeof(u32), "each round has two words");
-  static constexpr bool bends = false, scales = true, drops = true;
+  static constexpr bool shapes = false, bends = false, scales = true, drops = true;
 
   const Data* data;
   u32 batch, head;

@@ -181,13 +181,13 @@ inline void mask(tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
 // multiply-add and apply() does nothing.
 template <class Variant>
 inline float exponent_scale(const Params& params) {
-  return Variant::empty ? params.exponent_scale : log2_e;
+  return Variant::shapes ? log2_e : params.exponent_scale;
 }
 
 // Scores ← what the variant's terms make of them, and -infinity where a term hides the key.
 template <class Variant, class Place, int m_tiles, int cols>
 inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
-  if constexpr (!Variant::empty) {
+  if constexpr (Variant::shapes) {
     for_each_entry(scores, place, [&](float& s, const auto& row, int col) {
       const Point at = row.at(col);
       s = variant.score(s * place.params.softmax_scale, at);
@@ -199,7 +199,7 @@ inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scor
 // The same where rows have terms of their own.
 template <class Config, int cols>
 inline void apply(tile::Accumulator<1, cols>& scores, const OwnRowsPlace<Config>& place) {
-  if constexpr (!Config::variant::empty) {
+  if constexpr (Config::variant::shapes) {
     for_each_entry(scores, place, [&](float& s, const auto& row, int col) {
       const Point at = row.at(col);
       s = row.variant.score(s * place.params.softmax_scale, at);
@@ -383,7 +383,7 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
   using Variant = typename Config::variant;
   const Variant variant(place.params, place.batch, place.head);
   const float scale = exponent_scale<Variant>(place.params);
-  for_each_pair<!Variant::empty, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
+  for_each_pair<Variant::shapes || Variant::weighs, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
     const float2 subtracted = lse.of(t, i, j);
     ScorePair pair;
 #pragma unroll
@@ -393,13 +393,13 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
       Derivatives derivatives;
       // Derivatives need the registers that a whole tile of terms' scores would take, so terms are applied score by
       // score.
-      if constexpr (!Variant::empty) {
+      if constexpr (Variant::shapes) {
         const Point at = row.at(8 * j + e);
         exponent = variant.score(s * place.params.softmax_scale, at, derivatives);
         if (!row.sees(8 * j + e) || (Variant::hides && !variant.keeps(at))) exponent = -infinity;
         if (Variant::wild && exponent == -infinity) derivatives = {};  // times a probability of 0
-        if (Variant::weighs) weight = variant.weight(at);
       }
+      if constexpr (Variant::weighs) weight = variant.weight(row.at(8 * j + e));
       const float p = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));
       pair.weight[e] = kept.kept_or_0(p * weight, t, i, j, e);
       pair.ds_factor[e] = p * derivatives.after;

@@ -18,6 +18,7 @@ struct Point {
 
 // A term is a closure over its data for a sequence and a query head: Term(const Data&, int batch, int head).
 struct Term {
+  static constexpr bool shapes = true;         // whether it has `score` or `keeps`
   static constexpr bool per_head = true;       // whether it differs from one query head to the next
   static constexpr bool bends = true;          // whether its derivative by the score may be another than 1
   static constexpr bool scales = false;        // whether it has a `factor`

@@ -23,7 +23,7 @@ template <>
 struct Variant<> {
   static constexpr bool empty = true, per_head = false, bends = false, scales = false, has_gradient = false;
   static constexpr bool hides = false, holds = false, reads_score = false, wild = false;
-  static constexpr bool drops = false, weighs = false;
+  static constexpr bool drops = false, weighs = false, shapes = false;
   static constexpr int words = 0;
 
   Variant(const Params&, int, int) {}
@@ -48,7 +48,7 @@ struct Variant<Term, Rest...> {
   static constexpr bool empty = false, per_head = Term::per_head || Others::per_head;
   static constexpr bool bends = Term::bends || Others::bends, scales = Term::scales || Others::scales;
   static constexpr bool has_gradient = Term::has_gradient || Others::has_gradient;
-  static constexpr bool hides = Term::hides || Others::hides;
+  static constexpr bool hides = Term::hides || Others::hides, shapes = Term::shapes || Others::shapes;
   static constexpr bool reads_score = Term::reads_score || Others::reads_score, wild = Term::wild || Others::wild;
   static constexpr bool drops = Term::drops || Others::drops;
   static_assert(!(Term::drops && Others::drops), "masks of several terms that drop would have to be combined");
