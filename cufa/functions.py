@@ -156,10 +156,10 @@ def to_int(x: Any) -> Any:
 
 
 def to_float(x: Any) -> Any:
-    """A float."""
+    """A float; of arrays of integers and bools float64."""
     if isinstance(x, Traced):
         return x.apply("to_float", x)
-    return np.asarray(x).astype(np.float64 if np.asarray(x).dtype == np.float64 else np.float32)
+    return x if np.asarray(x).dtype.kind == "f" else np.asarray(x).astype(np.float64)
 
 
 def stop_gradient(x: Any) -> Any:

@@ -169,7 +169,19 @@ def test_comments_point_to_what_is_there() -> None:
 
 
 ROOMS = (
-    *("errors", "_driver", "_call", "_terms", "functions", "_kernels", "_compile", "_cpu", "_operations", "_bundles", "interop"),
+    *(
+        "errors",
+        "_driver",
+        "_call",
+        "_terms",
+        "functions",
+        "_kernels",
+        "_compile",
+        "_cpu",
+        "_operations",
+        "_bundles",
+        "interop",
+    ),
     "_pages",
     *("_api", "jax", "torch", "__init__", "_bench", "_cli", "__main__"),
 )

@@ -1,1 +1,1 @@
-"""The twins of score terms in `cufa.reference`, one file each."""
+"""Score terms as the specification has them: in float64, one file each, and without a short cut."""

@@ -163,6 +163,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 """What operations do to NumPy arrays. Reading, inputs and ``to_float`` are told apart before."""
 
 COMPARISONS = ("lt", "le", "eq", "ne")
+COMMUTATIVE = ("add", "mul", "eq", "ne", "and", "or", "xor")
 SIGNED = ("abs", "neg", "min", "max", "add", "sub")
 """Operations that small integers can go through as floats."""
 
@@ -237,6 +238,8 @@ class Builder:
     def apply(self, op: str, *args: int) -> int:
         """An operation on nodes: kinds are brought together, constants folded, and what does nothing is left out."""
         args = self._together(op, args)
+        if op in COMMUTATIVE:
+            args = tuple(sorted(args, key=lambda each: (self.value(each) is not None, each)))
         kind = self._result_kind(op, args)
         constants = [self.value(each) for each in args]
         if all(each is not None for each in constants):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -252,7 +253,7 @@ def is_array(value: Any) -> bool:
     return (
         hasattr(value, "dtype")
         and hasattr(value, "shape")
-        and not isinstance(value, (type, np.generic, Traced, TracedArray))
+        and not isinstance(value, (type, types.ModuleType, np.generic, Traced, TracedArray))
     )
 
 

@@ -1,0 +1,102 @@
+"""Score and mask functions: they are called with NumPy arrays, and derivatives are differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+STEP = 2.0**-10
+"""Of differences, relative to numbers larger than 1. They err by its fourth power where four derivatives exist, and
+are wrong within two steps of where a function has none."""
+
+
+class Query(np.ndarray):
+    """Numbers of queries, and where these are among the keys."""
+
+    position: Any
+
+
+class Clipped:
+    """An array that is read at its nearest element where an index lies outside of it."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    def __getitem__(self, index: Any) -> Array:
+        indices = index if isinstance(index, tuple) else (index,)
+        nearest = zip(indices, self.array.shape, strict=True)
+        read: Array = self.array[tuple(np.clip(np.asarray(each), 0, extent - 1) for each, extent in nearest)]
+        return read
+
+
+class Function:
+    """What `score` or `mask` is given, with the arrays behind it; `differentiated` are the places of those that have
+    gradients."""
+
+    def __init__(
+        self,
+        *arrays: Any,
+        score: Callable[..., Any] | None = None,
+        mask: Callable[..., Any] | None = None,
+        differentiated: tuple[int, ...] = (),
+    ) -> None:
+        self.arrays = [_wide(array) for array in arrays]
+        self.function = score or mask
+        self.is_mask = score is None
+        self.differentiated = differentiated
+
+    def _called(self, at: Any, *score: Array, arrays: list[Array] | None = None) -> Array:
+        assert self.function is not None
+        query = np.asarray(at.query).view(Query)
+        query.position = at.distance + at.key
+        given = (Clipped(array) if array.ndim else array[()] for array in (self.arrays if arrays is None else arrays))
+        return np.asarray(self.function(*score, at.batch, at.head, query, at.key, *given))
+
+    def score(self, s: Array, at: Any) -> Array:
+        return s if self.is_mask else np.broadcast_to(self._called(at, s), s.shape)
+
+    def slope(self, s: Array, at: Any) -> Array | float:
+        if self.is_mask:
+            return 1.0
+        step = STEP * np.maximum(1, np.abs(s))
+        return _difference(lambda factor: self.score(s + factor * step, at), step)
+
+    def keep(self, at: Any) -> Array | bool:
+        return self._called(at) if self.is_mask else True
+
+    def factor(self, at: Any) -> float:
+        return 1.0
+
+    def gradient(self, ds: Array, s: Array, at: Any) -> tuple[Array, ...]:
+        return tuple(self._gradient(place, ds, s, at) for place in self.differentiated)
+
+    def _gradient(self, place: int, ds: Array, s: Array, at: Any) -> Array:
+        found = np.zeros(self.arrays[place].shape)
+        for index in np.ndindex(found.shape):
+            step = STEP * max(1.0, abs(float(self.arrays[place][index])))
+
+            def moved(factor: float, index: tuple[int, ...] = index, step: float = step) -> Array:
+                arrays = [array.copy() for array in self.arrays]
+                arrays[place][index] += factor * step
+                return self._called(at, s, arrays=arrays)
+
+            found[index] = np.where(ds != 0, ds * _difference(moved, step), 0).sum()
+        return found
+
+
+def _difference(function: Callable[[float], Array], step: Any) -> Array:
+    """A derivative at 0, by four values."""
+    near, far = (np.subtract(function(factor), function(-factor)) for factor in (1, 2))
+    found: Array = (8 * near - far) / (12 * step)
+    return found
+
+
+def _wide(array: Any) -> Array:
+    """Floats in float64."""
+    array = np.asarray(array)
+    return array.astype(np.float64) if array.dtype.kind == "f" else array
