@@ -99,4 +99,5 @@ def _difference(function: Callable[[float], Array], step: Any) -> Array:
 def _wide(array: Any) -> Array:
     """Floats in float64."""
     array = np.asarray(array)
-    return array.astype(np.float64) if array.dtype.kind == "f" else array
+    wide: Array = array.astype(np.float64) if array.dtype.kind == "f" else array
+    return wide

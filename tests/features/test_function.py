@@ -397,8 +397,8 @@ def test_functions_in_cuda_that_will_not_do() -> None:
     with pytest.raises(cufa.UnsupportedError) as refusal:
         cufa.attention(x, x, x, score=cufa.cuda_function("2.0f * score"))
     assert str(refusal.value) == (
-        "attention: the score function is in C++, and q is on the CPU; give cuda_function a twin in Python, or pass arrays "
-        "on a GPU."
+        "attention: the score function is in C++, and q is on the CPU; give cuda_function a twin in Python, or pass "
+        "arrays on a GPU."
     )
     for name in ("score", "tanh", "2a", "a__b", "head"):
         with pytest.raises(ValueError, match=rf"^cuda_function: '{name}' cannot be the name of an array or a number"):
