@@ -179,7 +179,7 @@ struct BackwardMainloopSm80 {
     if constexpr (Variant::reads_score) read = scores;
     const Staged to_p(p());
     Kept<Config, Scores::m_tiles, Scores::cols> kept;
-    kept.find(place());
+    kept.find(place);
     probabilities<Config>(scores, place(), kept, row_lse, [&](int t, int i, int j, const ScorePair& pair) {
       to_p.store(t, i, j, pair.weight[0], pair.weight[1]);
       put(scores, t, i, j, pair.ds_factor);

@@ -307,13 +307,16 @@ struct BackwardMainloopSm90 {
       };
       constexpr bool early_dp = !Variant::shapes;  // else derivatives need the registers
       if (early_dp) begin_dp();
-      const TransposedPlace<Config> place{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
+      const auto where = [&] {
+        return TransposedPlace<Config>{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
+      };
       Kept<Config, 1, block_m> kept;
-      kept.find(place);
+      kept.find(where);  // while the product runs
       warpgroup::wait<early_dp>(s);
       Held<Config, block_m> held;
       Operand ds;
       numbers.load(lse(stage), lse_ahead);
+      const TransposedPlace<Config> place = where();
       hold_probabilities(held, s, place, kept, numbers, boundary);
       if (!early_dp) begin_dp();
       turn.pass(1 - consumer);

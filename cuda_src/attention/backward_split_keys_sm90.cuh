@@ -108,11 +108,14 @@ struct BackwardKeysSm90 {
       warpgroup::gemm_abt<Config::head_dim>(s, k(), q(at.stage()));
       warpgroup::wait<1>(dv, p);
       if (at.count > 0) gradients().release_warp(at.previous());
-      const TransposedPlace<Config> place{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
+      const auto where = [&] {
+        return TransposedPlace<Config>{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
+      };
       Kept<Config, 1, block_m> kept;
-      kept.find(place);
+      kept.find(where);  // while the product runs
       warpgroup::wait<0>(s);
       Held<Config, block_m> held;
+      const TransposedPlace<Config> place = where();
       hold_probabilities(held, s, place, kept, numbers, boundary);
       p = held.weights;
       exchange().wait_empty(at);
@@ -149,10 +152,12 @@ struct BackwardKeysSm90 {
       warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(at.stage()));
       warpgroup::wait<1>(dk, ds);
       if (at.count > 0) queries().release_warp(at.previous());
-      const TransposedPlace<Config> place{params, work.seqlen, work.batch,
-                                          head,   first_key,   work.tiles.block(position) * block_m};
+      const auto where = [&] {
+        return TransposedPlace<Config>{params, work.seqlen, work.batch,
+                                       head,   first_key,   work.tiles.block(position) * block_m};
+      };
       Kept<Config, 1, block_m> kept;  // drawn once more, rather than handed over
-      kept.find(place);
+      kept.find(where);
       warpgroup::wait<0>(dp);
       Operand its_factors;
       typename Held<Config, block_m>::Rests its_rests;
@@ -160,6 +165,7 @@ struct BackwardKeysSm90 {
       take(its_factors, ds_factors(at.stage()));
       if constexpr (Variant::holds) take(its_rests, rests(at.stage()));
       exchange().release_warp(at);
+      const TransposedPlace<Config> place = where();
       gradients_of_scores<Config, true>(ds, its_factors, its_rests, dp, dp, place, kept, numbers);
       queries().wait_full(at);
       warpgroup::gemm_ab(dk, ds, q(at.stage()), true);

@@ -167,10 +167,13 @@ struct BackwardQueriesSm90 {
       turn.pass(1 - consumer);
       warpgroup::wait<2>(dq, ds);
       if (at_keys.count > 0) keys().release_warp(at_keys.previous());
-      const Place<Config> place{params, tile.seqlen, tile.batch, tile.head, first_row, first_key};
+      const auto where = [&] {
+        return Place<Config>{params, tile.seqlen, tile.batch, tile.head, first_row, first_key};
+      };
       Kept<Config, 1, block_n> kept;
-      kept.find(place);
+      kept.find(where);  // while the products run
       warpgroup::wait<1>(s);
+      const Place<Config> place = where();
       Held<Config, block_n> held;
       hold_probabilities(held, s, place, kept, lse, boundary);
       warpgroup::wait<0>(dp);

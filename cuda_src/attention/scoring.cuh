@@ -2,6 +2,7 @@
 // these to those of scores. All main loops, forward and backward, come here; what differs is which way a tile lies.
 #pragma once
 
+#include "attention/kept.cuh"
 #include "attention/masks.cuh"
 #include "attention/params.cuh"
 #include "attention/seqlen.cuh"
@@ -14,7 +15,8 @@
 
 namespace attention {
 
-// A row of scores: a query. Columns, which are keys, are counted from the thread's first.
+// A row of scores: a query. Columns, which are keys, are counted from the thread's first. `keep` asks a term that drops
+// for masks of 16 columns of the thread's rows of an m-tile, of which this is the first.
 template <class Config>
 struct QueryRow {
   using Mask = typename Config::mask;
@@ -28,6 +30,11 @@ struct QueryRow {
   bool sees(int col) const { return !(col > last || (Mask::hides_first && col < first)); }
 
   Point at(int col) const { return {batch, head, query, key + col, distance - float(col), live && col < live_keys}; }
+
+  template <class Term>
+  void keep(u32 (&masks)[4], const Term& term, int col) const {
+    term.keep(masks, query, key + col);
+  }
 };
 
 // A row of transposed scores: a key. Columns are queries.
@@ -44,6 +51,11 @@ struct KeyRow {
   bool sees(int col) const { return col >= first && (!Mask::hides_first || col <= last); }
 
   Point at(int col) const { return {batch, head, query + col, key, distance + float(col), live && col < live_queries}; }
+
+  template <class Term>
+  void keep(u32 (&masks)[4], const Term& term, int col) const {
+    term.keep_transposed(masks, query + col, key);
+  }
 };
 
 // Where a warp's accumulator of scores lies. The thread's rows are those of the accumulator.
@@ -177,8 +189,8 @@ inline void mask(tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
   });
 }
 
-// The factor that takes what apply() leaves in a tile to exponents of 2. Without terms the scale rides in the softmax's
-// multiply-add and apply() does nothing.
+// The factor that takes what apply() leaves in a tile to exponents of 2. Where no term shapes scores, the scale rides
+// in the softmax's multiply-add and apply() does nothing.
 template <class Variant>
 inline float exponent_scale(const Params& params) {
   return Variant::shapes ? log2_e : params.exponent_scale;
@@ -208,43 +220,13 @@ inline void apply(tile::Accumulator<1, cols>& scores, const OwnRowsPlace<Config>
   }
 }
 
-// masks[2 (j % 2) + i] ← masks of whether entries (j, 2 i), in the low half, and (j, 2 i + 1) are kept of the 16
-// columns from `col` on. `row` is the first of an m-tile that the thread holds.
-template <class Config, class Variant>
-inline void keep(u32 (&masks)[4], const Variant& variant, const QueryRow<Config>& row, int col) {
-  variant.dropping().keep(masks, row.query, row.key + col);
-}
-
-template <class Config, class Variant>
-inline void keep(u32 (&masks)[4], const Variant& variant, const KeyRow<Config>& row, int col) {
-  variant.dropping().keep_transposed(masks, row.query + col, row.key);
-}
-
-// Entry `high` of the two that a mask is of, if it is kept, or 0.
-inline float kept_or_0(float x, u32 mask, bool high) { return (high ? mask >> 16 : mask & 0xffff) != 0 ? x : 0.0f; }
-
 // Probabilities ← what V is multiplied by, but for the gain.
 template <class Variant, class Place, int m_tiles, int cols>
 inline void weigh(const Variant& variant, tile::Accumulator<m_tiles, cols>& probabilities, const Place& place) {
   if constexpr (Variant::weighs) {
     for_each_entry(probabilities, place, [&](float& p, const auto& row, int col) { p *= variant.weight(row.at(col)); });
   }
-  if constexpr (Variant::drops) {
-#pragma unroll
-    for (int t = 0; t < m_tiles; ++t) {
-      const typename Place::Row row = place.row(t, 0);
-#pragma unroll
-      for (int s = 0; s < cols / 16; ++s) {
-        u32 masks[4];
-        keep(masks, variant, row, 16 * s);
-#pragma unroll
-        for (int x = 0; x < 8; ++x) {
-          float& p = probabilities.x[t][2 * s + x / 4][x % 4];
-          p = kept_or_0(p, masks[x / 2], x % 2);
-        }
-      }
-    }
-  }
+  if constexpr (Variant::drops) drop(variant.dropping(), probabilities, place);
 }
 
 template <class Config, int cols>
@@ -254,22 +236,7 @@ inline void weigh(tile::Accumulator<1, cols>& probabilities, const OwnRowsPlace<
     for_each_entry(probabilities, place,
                    [&](float& p, const auto& row, int col) { p *= row.variant.weight(row.at(col)); });
   }
-  if constexpr (Variant::drops) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const auto row = place.row(0, i);
-#pragma unroll
-      for (int s = 0; s < cols / 16; ++s) {
-        u32 masks[2];
-        row.variant.dropping().keep_row(masks, row.query, row.key + 16 * s);
-#pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          float& p = probabilities.x[0][2 * s + x / 2][2 * i + x % 2];
-          p = kept_or_0(p, masks[x / 2], x % 2);
-        }
-      }
-    }
-  }
+  if constexpr (Variant::drops) drop_by_row(probabilities, place);
 }
 
 // The same of an accumulator of one m-tile: entry by entry, weight(i, column, probability), and then of what is packed
@@ -286,7 +253,7 @@ struct Weights {
   void drop(u32 (&packed)[4], int s) const {
     if constexpr (Variant::drops) {
       u32 masks[4];
-      keep(masks, variant, rows[0], 16 * s);
+      rows[0].keep(masks, variant.dropping(), 16 * s);
 #pragma unroll
       for (int x = 0; x < 4; ++x) packed[x] &= masks[x];
     }
@@ -331,42 +298,6 @@ struct RowNumbers {
   float2 of(int t, int i, int) const { return {x[t][i], x[t][i]}; }
 };
 
-// Which entries of a tile are kept, a bit for each that a thread holds, where a term drops some: what `probabilities`
-// and `gradients` both need, from one draw.
-template <class Config, int m_tiles, int cols>
-struct Kept {
-  using Variant = typename Config::variant;
-  static constexpr int squares = m_tiles * (cols / 16);  // of 16 rows by 16 columns, 8 bits each
-  u32 bits[Variant::drops ? ceil_div(squares, 4) : 1];
-
-  template <class Place>
-  void find(const Place& place) {
-    if constexpr (Variant::drops) {
-      const Variant variant(place.params, place.batch, place.head);
-#pragma unroll
-      for (int t = 0; t < m_tiles; ++t) {
-        const typename Place::Row row = place.row(t, 0);
-#pragma unroll
-        for (int s = 0; s < cols / 16; ++s) {
-          const int square = t * (cols / 16) + s;
-          u32 masks[4];
-          keep(masks, variant, row, 16 * s);
-          if (square % 4 == 0) bits[square / 4] = 0;
-#pragma unroll
-          for (int x = 0; x < 4; ++x) bits[square / 4] |= masks[x] & 0x00010001u << (4 * (square % 4) + x);
-        }
-      }
-    }
-  }
-
-  // x, if entry (t, j, 2 i + e) is kept, or 0.
-  float kept_or_0(float x, int t, int i, int j, int e) const {
-    if constexpr (!Variant::drops) return x;
-    const int square = t * (cols / 16) + j / 2;
-    return bits[square / 4] & 1u << (16 * e + 4 * (square % 4) + 2 * (j % 2) + i) ? x : 0.0f;
-  }
-};
-
 // What is made of two neighbouring entries of scores: what dout is multiplied by, which is P unless a term scales it;
 // what dP - delta is multiplied by, which is P times derivatives; and what is multiplied to that once terms have had
 // their gradients.
@@ -375,7 +306,7 @@ struct ScorePair {
 };
 
 // Calls emit(t, i, j, pair) for every pair of entries (t, j, 2 i) and (t, j, 2 i + 1) of the scores that a thread
-// holds. Without terms the scores come masked. With terms they come as they are, and this function masks what the terms
+// holds. Where no term shapes scores, they come masked. Else they come as they are, and this function masks what terms
 // make of them: neither terms nor their derivatives are to meet infinities.
 template <class Config, class Place, int m_tiles, int cols, class Numbers, class Emit>
 inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const Place& place,
@@ -429,12 +360,7 @@ inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& p
       d.y *= variant.weight(row.at(8 * j + 1));
     }
     if constexpr (Variant::drops) d = {kept.kept_or_0(d.x, t, i, j, 0), kept.kept_or_0(d.y, t, i, j, 1)};
-    if constexpr (Variant::scales) {
-      d = {fmaf(d.x, gain, -subtracted.x), fmaf(d.y, gain, -subtracted.y)};
-    } else {
-      d = {d.x - subtracted.x, d.y - subtracted.y};
-    }
-    float2 ds{ds_factor.x * d.x, ds_factor.y * d.y};
+    float2 ds{ds_factor.x * (d.x * gain - subtracted.x), ds_factor.y * (d.y * gain - subtracted.y)};
     if constexpr (tells) {
       const Point low = row.at(8 * j), high = row.at(8 * j + 1);
       const auto tell = [&](float dscored, const Point& at, int e) {
