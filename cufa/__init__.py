@@ -25,6 +25,7 @@ __all__ = [
     "cache",
     "cuda_function",
     "decode_plan",
+    "dropout_mask",
     "explain",
     "functions",
     "is_available",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from ._api.cache import cache
     from ._api.config import is_available, show_config
     from ._api.decode_plan import decode_plan
+    from ._api.dropout import dropout_mask
     from ._api.explain import explain
     from ._api.kvcache import attention_with_kvcache
     from ._api.rotary import rotary
@@ -69,6 +71,7 @@ _HOMES = {
     "cache": "_api.cache",
     "cuda_function": "_terms.snippet",
     "decode_plan": "_api.decode_plan",
+    "dropout_mask": "_api.dropout",
     "explain": "_api.explain",
     "is_available": "_api.config",
     "merge_states": "_api.states",

@@ -16,11 +16,11 @@ Array = NDArray[Any]
 class Dropout:
     """Probabilities are dropped with probability `dropout_p`, and the others are divided by that of being kept.
 
-    Philox 4x32-10, with the key `seed`, gives four words of 32 bits for a counter of four. Of query i and key j of a head
-    and a sequence the counter is ``(8 (i // 16) + i % 8, 4 (j // 16) + j % 8 // 2, head, sequence)``. Their number is 15
-    bits of word ``2 (j // 8 % 2) + i // 8 % 2``: from bit 0 on if j is even, else from bit 16 on. With n the integer
-    nearest to ``2**15 dropout_p``, but at most ``2**15 - 1``, an entry is dropped if its number is less than n or, for n
-    above ``2**14``, at least ``2**15 - n``.
+    Philox 4x32-10, with the key `seed`, gives four words of 32 bits for a counter of four. Of query i and key j of a
+    head and a sequence the counter is ``(8 (i // 16) + i % 8, 4 (j // 16) + j % 8 // 2, head, sequence)``. Their number
+    is 15 bits of word ``2 (j // 8 % 2) + i // 8 % 2``: from bit 0 on if j is even, else from bit 16 on. With n the
+    integer nearest to ``2**15 dropout_p``, but at most ``2**15 - 1``, an entry is dropped if its number is less than n
+    or, for n above ``2**14``, at least ``2**15 - n``.
     """
 
     def __init__(self, dropout_p: float, seed: int) -> None:
@@ -45,13 +45,21 @@ class Dropout:
         return ()
 
     def _number(self, at: At) -> Array:
-        i, j, head, batch = (np.asarray(x, np.uint64) for x in np.broadcast_arrays(at.query, at.key, at.head, at.batch))
+        points = np.broadcast_arrays(at.query, at.key, at.head, at.batch)
+        i, j, head, batch = (x.astype(np.uint64) for x in points)
         mask = np.uint64(0xFFFFFFFF)
-        a, b, c, d = 8 * (i // 16) + i % 8, 4 * (j // 16) + j % 8 // 2, head, batch
+        x: Any = 8 * (i // 16) + i % 8, 4 * (j // 16) + j % 8 // 2, head, batch
         low, high = self.seed % 2**32, self.seed >> 32
         for _ in range(10):
+            a, b, c, d = x
             first, second = np.uint64(0xD2511F53) * a, np.uint64(0xCD9E8D57) * c
-            a, b, c, d = second >> 32 ^ b ^ np.uint64(low), second & mask, first >> 32 ^ d ^ np.uint64(high), first & mask
+            x = (
+                second >> 32 ^ b ^ np.uint64(low),
+                second & mask,
+                first >> 32 ^ d ^ np.uint64(high),
+                first & mask,
+            )
             low, high = (low + 0x9E3779B9) % 2**32, (high + 0xBB67AE85) % 2**32
-        word = np.choose((2 * (j // 8 % 2) + i // 8 % 2).astype(int), (a, b, c, d))
-        return (word >> 16 * (j % 2)) % 2**15
+        word = np.choose((2 * (j // 8 % 2) + i // 8 % 2).astype(int), x)
+        number: Array = (word >> 16 * (j % 2)) % 2**15
+        return number

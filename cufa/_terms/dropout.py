@@ -91,7 +91,9 @@ def plain(function: str, dropout_p: Any, seed: Any) -> tuple[float, int]:
         raise ArgumentError(f"{function}: dropout_p is {p}; it must be from 0, which is off, to less than 1.")
     if seed is None:
         if p > 0.0:
-            raise ArgumentError(f"{function}: dropout_p is {p}, but there is no seed; pass an integer that int64 holds.")
+            raise ArgumentError(
+                f"{function}: dropout_p is {p}, but there is no seed; pass an integer that int64 holds."
+            )
         return p, 0
     number = _options.integer(function, "seed", seed)
     if not SEEDS[0] <= number < SEEDS[1]:

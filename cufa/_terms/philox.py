@@ -29,7 +29,9 @@ def philox(counters: tuple[Any, Any, Any, Any], key: int) -> tuple[Words, Words,
     x: Any = tuple(np.asarray(word).astype(np.uint32) for word in counters)
     keys = round_keys(key)
     for first, second in zip(keys[::2], keys[1::2], strict=True):
-        products = [np.multiply(word, np.uint64(by), dtype=np.uint64) for word, by in zip(x[::2], MULTIPLIERS, strict=True)]
+        products = [
+            np.multiply(word, np.uint64(by), dtype=np.uint64) for word, by in zip(x[::2], MULTIPLIERS, strict=True)
+        ]
         (low_0, high_0), (low_1, high_1) = (
             (product.astype(np.uint32), (product >> np.uint64(32)).astype(np.uint32)) for product in products
         )
