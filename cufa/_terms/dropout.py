@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .._call import options as _options
-from .._operations.features import Feature
 from ..errors import ArgumentError
 from .philox import philox, round_keys
 from .term import Array, Point, Term
 
 if TYPE_CHECKING:
     from .._call.problem import Problem
+    from .._operations.features import Feature
 
 SEEDS = -(2**63), 2**63
 """The integers that int64 holds."""
@@ -103,6 +103,8 @@ def plain(function: str, dropout_p: Any, seed: Any) -> tuple[float, int]:
 
 def dropout_features(function: str, dropout_p: Any, seed: Any) -> list[Feature]:
     """What the arguments `dropout_p` and `seed` of a call ask for."""
+    from .._operations.features import Feature
+
     values = plain(function, dropout_p, seed)
     return [Feature(Dropout(), options=values)] if values[0] > 0.0 else []
 

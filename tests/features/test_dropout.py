@@ -1,0 +1,266 @@
+"""Dropout: its numbers, what is dropped, results on the CPU, and kernels as compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plans
+import pytest
+from dropping import Problem, problem, telling, told
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cufa
+from cufa._cpu import forward as _cpu
+from cufa._kernels import unit as units
+from cufa._specification.dropout import Dropout as Twin
+from cufa._terms import TERMS
+from cufa._terms.dropout import Dropout, Rate
+from cufa._terms.philox import philox, round_keys
+from cufa.reference import At
+
+KNOWN = (
+    ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        0x299F31D0A4093822,
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+)
+"""Counters, keys and numbers of philox4x32-10 that Random123 1.14 lists among its known answers."""
+
+
+@pytest.mark.parametrize(("counter", "key", "numbers"), KNOWN)
+def test_philox_gives_known_answers(counter: Any, key: int, numbers: Any) -> None:
+    assert tuple(map(int, philox(counter, key))) == numbers
+
+
+def test_philox_broadcasts_counters() -> None:
+    words = philox((np.arange(3)[:, None], np.arange(5), 7, 2**32 - 1), -5)
+    assert {word.shape for word in words} == {(3, 5)}
+    alone = philox((2, 4, 7, 2**32 - 1), 2**64 - 5)
+    assert [int(word[2, 4]) for word in words] == [int(word) for word in alone]
+
+
+@settings(max_examples=60)
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 60), st.integers(0, 60)),
+    dropout_p=st.sampled_from((1e-9, 0.1, 0.25, 0.5, 0.50001, 0.9, 0.99999999)),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+def test_the_mask_is_the_references(shape: tuple[int, ...], dropout_p: float, seed: int) -> None:
+    batch, heads, rows, keys = (np.arange(extent) for extent in shape)
+    at = At(batch[:, None, None, None], heads[:, None, None], rows[:, None], keys, rows[:, None] - keys)
+    kept = cufa.dropout_mask(shape, dropout_p, seed)
+    assert kept.dtype == np.bool_ and kept.shape == shape
+    np.testing.assert_array_equal(kept, Twin(dropout_p, seed).factor(at) > 0)
+
+
+def test_the_mask_of_a_part_is_a_part_of_the_mask() -> None:
+    whole = cufa.dropout_mask((3, 4, 100, 130), 0.4, 5)
+    np.testing.assert_array_equal(cufa.dropout_mask((2, 3, 37, 81), 0.4, np.int64(5)), whole[:2, :3, :37, :81])
+
+
+@pytest.mark.parametrize("dropout_p", [0.05, 0.5, 0.7])
+def test_entries_are_dropped_at_the_rate_and_independently(dropout_p: float) -> None:
+    """Counts, of all entries and of pairs of neighbours and of seeds, lie within 5 standard deviations."""
+    kept = cufa.dropout_mask((2, 4, 256, 512), dropout_p, 3)
+    other = cufa.dropout_mask((2, 4, 256, 512), dropout_p, 4)
+    assert kept.mean() == pytest.approx(1 - dropout_p, abs=5 * np.sqrt(dropout_p * (1 - dropout_p) / kept.size))
+    both = (1 - dropout_p) ** 2
+    pairs = [(kept, other), (kept[1], kept[0]), (kept[:, 1:], kept[:, :-1])]
+    for step in (1, 2, 4, 8, 16):
+        pairs += [(kept[..., step:, :], kept[..., :-step, :]), (kept[..., step:], kept[..., :-step])]
+    for one, two in pairs:
+        assert (one & two).mean() == pytest.approx(both, abs=5 * np.sqrt(2 * both * (1 - both) / one.size))
+
+
+def test_rates_are_multiples_of_2_to_the_minus_15() -> None:
+    numbers = np.arange(2**15)
+    for dropout_p, dropped in ((0.25, 2**13), (0.5, 2**14), (0.75, 3 * 2**13), (1e-9, 0), (1 - 1e-9, 2**15 - 1)):
+        rate = Rate.of(dropout_p)
+        assert (~rate.keeps(numbers)).sum() == dropped and rate.gain == 2**15 / (2**15 - dropped)
+        assert rate.bound <= 2**14
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    window = draw(st.sampled_from((None, (9, 4), (40, None), (0, 0))))
+    return problem(
+        draw(st.sampled_from(("float16", "bfloat16", "float32", "float64"))),
+        batch=draw(st.integers(1, 3)),
+        rows=draw(st.sampled_from((1, 17, 40))),
+        keys=draw(st.sampled_from((1, 16, 45))),
+        heads=draw(st.sampled_from(((4, 2), (3, 1), (2, 2)))),
+        head_dims=draw(st.sampled_from(((8, 8), (24, 5)))),
+        packed=draw(st.booleans()),
+        dropout_p=draw(st.sampled_from((0.1, 0.5, 0.8))),
+        seed=draw(st.integers(-(2**63), 2**63 - 1)),
+        sinks=draw(st.booleans()),
+        alibi=draw(st.booleans()),
+        softcap=draw(st.sampled_from((0.0, 2.0))),
+        causal=draw(st.booleans()),
+        window_size=window,
+    )
+
+
+@settings(max_examples=80)
+@given(given=problems())
+def test_the_cpu_equals_the_reference(given: Problem) -> None:
+    given.check(given.run())
+
+
+def test_the_cpu_drops_the_same_in_any_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem("float64", rows=70, keys=90, causal=True)
+    whole = given.run()
+    monkeypatch.setattr(_cpu, "block_sizes", lambda *_: _cpu.Blocks(1, 1, 13, 21))
+    for one, other in zip(given.run(), whole, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_out_and_dv_tell_the_mask() -> None:
+    given = telling("float32", 40, 50, (8, 64))
+    kept = cufa.dropout_mask((2, 2, 40, 50), given.dropout_p, given.seed)
+    for found in told(given, given.run()):
+        np.testing.assert_array_equal(found, kept)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_gradients_are_differences(packed: bool) -> None:
+    """Of sum(dout · out) + sum(dlse · lse), along a direction of each array."""
+    given, rng, step = problem("float64", packed=packed, sinks=True, softcap=3.0), np.random.default_rng(1), 1e-5
+
+    def loss(name: str, x: Any) -> float:
+        out, lse, *_ = given._replace(arrays=given.arrays | {name: x}).run()
+        finite = np.where(np.isfinite(lse), lse, 0)
+        return float((given.arrays["dout"] * out).sum() + (given.arrays["dlse"] * finite).sum())
+
+    for name, gradient in zip(("q", "k", "v", "sinks"), given.run()[2:], strict=True):
+        x = given.arrays[name]
+        along = rng.standard_normal(x.shape)
+        difference = (loss(name, x + step * along) - loss(name, x - step * along)) / (2 * step)
+        assert difference == pytest.approx(float((gradient * along).sum()), rel=1e-6, abs=1e-6)
+
+
+def test_the_mean_over_seeds_is_what_nothing_dropped_gives() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 1, 8, 1, 16))
+    plain, seeds = cufa.attention(q, k, v), 1000
+    outs = np.stack([cufa.attention(q, k, v, dropout_p=0.6, seed=seed) for seed in range(seeds)])
+    assert (np.abs(outs.mean(axis=0) - plain) <= 5 * outs.std(axis=0) / np.sqrt(seeds)).all()
+
+
+def test_lse_and_rows_without_keys_are_as_ever() -> None:
+    given = problem("float32", rows=60, keys=40, causal=True, dropout_p=0.9)
+    q, k, v = (given.arrays[name] for name in "qkv")
+    out, lse, dq, *_ = given.run()
+    _, plain = cufa.attention(q, k, v, causal=True, return_lse=True)
+    np.testing.assert_array_equal(lse, plain)
+    assert not out[:, :20].any() and np.isneginf(lse[..., :20]).all() and not dq[:, :20].any()
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_nothing_is_dropped_at_0(seed: int | None) -> None:
+    given = problem("float32", causal=True)
+    q, k, v, dout = (given.arrays[name] for name in ("q", "k", "v", "dout"))
+    plain, lse = cufa.attention(q, k, v, return_lse=True)
+    for p in (0, 0.0, np.float32(0)):
+        np.testing.assert_array_equal(cufa.attention(q, k, v, dropout_p=p, seed=seed), plain)
+        for one, other in zip(
+            cufa.attention_backward(dout, q, k, v, plain, lse, dropout_p=p, seed=seed),
+            cufa.attention_backward(dout, q, k, v, plain, lse),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(one, other)
+    assert cufa.dropout_mask((1, 2, 3, 4), 0.0, seed).all()
+
+
+def test_options_may_be_any_numbers() -> None:
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 30, 2, 8))
+    out = cufa.attention(q, k, v, dropout_p=0.5, seed=9)
+    for p, seed in ((np.float32(0.5), np.uint8(9)), (np.array(0.5), np.array(9))):
+        np.testing.assert_array_equal(cufa.attention(q, k, v, dropout_p=p, seed=seed), out)
+    assert (cufa.attention(q, k, v, dropout_p=0.5, seed=9 + 2**32) != out).any()
+
+
+RANGE = "dropout_p is {}; it must be from 0, which is off, to less than 1."
+ERRORS: tuple[tuple[Any, Any, type[Exception], str], ...] = (
+    (1.0, 1, ValueError, RANGE.format("1.0")),
+    (-0.25, 1, ValueError, RANGE.format("-0.25")),
+    (float("nan"), 1, ValueError, RANGE.format("nan")),
+    (0.5, None, ValueError, "dropout_p is 0.5, but there is no seed; pass an integer that int64 holds."),
+    (0.5, 2**63, ValueError, f"seed is {2**63}; it must be an integer that int64 holds."),
+    (0.0, -(2**63) - 1, ValueError, f"seed is {-(2**63) - 1}; it must be an integer that int64 holds."),
+    (0.5, 1.0, TypeError, "seed is a float; pass an integer."),
+    (0.5, True, TypeError, "seed is a bool; pass an integer."),
+    (True, 1, TypeError, "dropout_p is a bool; pass a number."),
+    ("0.5", 1, TypeError, "dropout_p is a str; pass a number."),
+    (None, 1, TypeError, "dropout_p is a NoneType; pass a number."),
+)
+
+
+@pytest.mark.parametrize(("dropout_p", "seed", "error", "words"), ERRORS)
+def test_what_will_not_do_is_refused(dropout_p: Any, seed: Any, error: type[Exception], words: str) -> None:
+    x, lse = np.zeros((1, 4, 2, 8), np.float32), np.zeros((1, 2, 4), np.float32)
+    packed, packed_lse, offsets = x[0], lse[0], np.array([0, 4], np.int32)
+    calls = {
+        "attention": (x, x, x),
+        "attention_backward": (x, x, x, x, x, lse),
+        "attention_varlen": (packed, packed, packed, offsets, offsets),
+        "attention_varlen_backward": (packed, packed, packed, packed, offsets, offsets, packed, packed_lse),
+    }
+    for name, arrays in calls.items():
+        with pytest.raises(error) as refusal:
+            getattr(cufa, name)(*arrays, dropout_p=dropout_p, seed=seed)
+        assert str(refusal.value) == f"{name}: {words}"
+    with pytest.raises(error) as refusal:
+        cufa.dropout_mask((1, 2, 3, 4), dropout_p, seed)
+    assert str(refusal.value) == f"dropout_mask: {words}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "error", "words"),
+    [
+        ((1, 2, 3), TypeError, "shape is (1, 2, 3); pass (batch, num_heads_q, seqlen_q, seqlen_k)."),
+        (7, TypeError, "shape is 7; pass (batch, num_heads_q, seqlen_q, seqlen_k)."),
+        ("1234", TypeError, "shape is '1234'; pass (batch, num_heads_q, seqlen_q, seqlen_k)."),
+        ((1, 2, 3.0, 4), TypeError, "an extent of shape is a float; pass an integer."),
+        ((1, 2, -3, 4), ValueError, f"shape is (1, 2, -3, 4); extents must be from 0 to {2**30 - 1}."),
+    ],
+)
+def test_shapes_that_will_not_do_are_refused(shape: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error) as refusal:
+        cufa.dropout_mask(shape, 0.5, 1)
+    assert str(refusal.value) == f"dropout_mask: {words}"
+
+
+def plan(dtype: str, head_dim: int, arch: int, of: Any, **facts: Any) -> Any:
+    return of(plans.static(dtype, head_dim, head_dim, mask="causal", **facts)._replace(terms=(Dropout(),)), arch)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("f16", 128), ("f16", 256), ("f32", 64)], ids=str)
+@pytest.mark.parametrize("of", [plans.forward, plans.backward], ids=["forward", "backward"])
+def test_kernels_compile(arch: int, dtype: str, head_dim: int, of: Any) -> None:
+    assert plans.compile_plan(plan(dtype, head_dim, arch, of)).cubin[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_compile_beside_other_terms(arch: int) -> None:
+    facts = plans.static("bf16", 128, 128, mask="window", varlen=True, sinks=True)._replace(terms=(*TERMS, Dropout()))
+    for of in (plans.forward, plans.backward):
+        assert plans.compile_plan(of(facts, arch)).cubin[:4] == b"\x7fELF"
+
+
+def test_rate_and_seed_are_no_part_of_a_kernel() -> None:
+    """They are numbers that it is given: the words of the keys, and what 15 bits are compared with."""
+    from cufa._compile import jit as _jit
+
+    found = plan("bf16", 64, 90, plans.forward)
+    record = units.record_of(found, _jit.headers())
+    (terms,) = (each.record for each in record._records()["Params"].members if each.name == "terms")
+    assert terms is not None and terms.members[0].name == "dropout"
+    assert {"dropout_p", "seed"}.isdisjoint(vars(found.config))
+    assert round_keys(-1)[:4] == [2**32 - 1, 2**32 - 1, 0x9E3779B8, 0xBB67AE84]
