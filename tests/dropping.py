@@ -45,7 +45,7 @@ class Problem(NamedTuple):
             used = {"seqused_k": offsets.pop()}
             out, lse = cufa.attention_varlen(*qkv, *offsets, **used, return_lse=True, **options)
             more = used | {"dlse": dlse}
-            return out, lse, *cufa.attention_varlen_backward(dout, *qkv, *offsets, out, lse, **more, **options)
+            return out, lse, *cufa.attention_varlen_backward(dout, *qkv, out, lse, *offsets, **more, **options)
         out, lse = cufa.attention(*qkv, return_lse=True, **options)
         return out, lse, *cufa.attention_backward(dout, *qkv, out, lse, dlse=dlse, **options)
 
@@ -67,7 +67,7 @@ class Problem(NamedTuple):
             each = to_numpy(each).astype(np.float64)
             seen = np.isfinite(exact)  # lse is -inf where no key is seen
             np.testing.assert_array_equal(each[~seen], exact[~seen], err_msg=name)
-            error, size = np.linalg.norm((each - exact)[seen]), np.linalg.norm(exact[seen])
+            error, size = np.linalg.norm(each[seen] - exact[seen]), np.linalg.norm(exact[seen])
             assert error <= 4 * UNITS[self.dtype] * max(size, 1), f"{name} differs by {error} of {size}"
 
 

@@ -10,8 +10,11 @@ import pytest
 from dropping import Problem, problem, telling, told
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_problem import Launched, OnGpu, unpacked
 
 import cufa
+from cufa._call import problem as _problem
+from cufa._compile import jit as _jit
 from cufa._cpu import forward as _cpu
 from cufa._kernels import unit as units
 from cufa._specification.dropout import Dropout as Twin
@@ -209,7 +212,7 @@ def test_what_will_not_do_is_refused(dropout_p: Any, seed: Any, error: type[Exce
         "attention": (x, x, x),
         "attention_backward": (x, x, x, x, x, lse),
         "attention_varlen": (packed, packed, packed, offsets, offsets),
-        "attention_varlen_backward": (packed, packed, packed, packed, offsets, offsets, packed, packed_lse),
+        "attention_varlen_backward": (packed, packed, packed, packed, packed, packed_lse, offsets, offsets),
     }
     for name, arrays in calls.items():
         with pytest.raises(error) as refusal:
@@ -254,13 +257,23 @@ def test_kernels_compile_beside_other_terms(arch: int) -> None:
         assert plans.compile_plan(of(facts, arch)).cubin[:4] == b"\x7fELF"
 
 
-def test_rate_and_seed_are_no_part_of_a_kernel() -> None:
+def test_rate_and_seed_are_no_part_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are numbers that it is given: the words of the keys, and what 15 bits are compared with."""
-    from cufa._compile import jit as _jit
-
-    found = plan("bf16", 64, 90, plans.forward)
-    record = units.record_of(found, _jit.headers())
-    (terms,) = (each.record for each in record._records()["Params"].members if each.name == "terms")
-    assert terms is not None and terms.members[0].name == "dropout"
-    assert {"dropout_p", "seed"}.isdisjoint(vars(found.config))
+    q, lse = OnGpu(2, 200, 4, 64, dtype="bfloat16"), OnGpu(2, 4, 200, dtype="float32")
+    with monkeypatch.context() as patch:
+        launched = Launched(patch)
+        for p, seed in ((0.25, 7), (0.75, -1)):
+            cufa.attention(q, q, q, dropout_p=p, seed=seed)
+            cufa.attention_backward(q, q, q, q, q, lse, dropout_p=p, seed=seed)
+        assert len(launched.plans) == 2
+    _problem._checked.cache_clear()
+    found = []
+    for function, argument in launched.kernels:
+        (of,) = (plan for plan in launched.plans.values() if function in plan.entries)
+        params = unpacked(units.record_of(of, _jit.headers()), argument)["params"]
+        found.append(params.get("forward", params)["terms"]["dropout"])
+    for p, seed in ((0.25, 7), (0.75, -1)):
+        flip, keys = (0 if p > 0.5 else 2**32 - 1), tuple(round_keys(seed))
+        expected = {"keys": keys, "bound": 2**13 << 16 | 2**13, "flip": flip, "gain": np.float32(1 / (1 - p))}
+        assert found.count(expected) == len(found) // 2 >= 2
     assert round_keys(-1)[:4] == [2**32 - 1, 2**32 - 1, 0x9E3779B8, 0xBB67AE84]
