@@ -92,6 +92,7 @@ bench: $(VENV)/.bench
 	@$(BIN)/python benchmarks/attention.py --out benchmarks/results
 	@$(BIN)/python benchmarks/backward.py --out benchmarks/results
 	@$(BIN)/python benchmarks/decode.py --out benchmarks/results
+	@$(BIN)/python benchmarks/variants.py --out benchmarks/results
 
 compare-sass: $(VENV)/.test
 	@$(BIN)/python tests/compare_sass.py $(BASE)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .reports import COLORS, check_colors, markdown
+from .reports import COLORS, check_colors, is_ours, markdown
 
 OWN_KEYS = 256
 """Keys of each sequence behind a shared prefix."""
@@ -185,7 +185,7 @@ class Report(NamedTuple):
 
     def _table(self, chosen: list[Case]) -> list[str]:
         names = [name for name in COLORS if any(name in self.results[case] for case in chosen)]
-        names.sort(key=_is_ours, reverse=True)
+        names.sort(key=is_ours, reverse=True)
         unit = "TFLOP/s" if chosen[0].seqlen_q >= MANY_ROWS else "GB/s"
         head = [
             "case",
@@ -210,7 +210,7 @@ class Report(NamedTuple):
                 share = f"{case.bytes / ours.seconds / self.read:.0%}" if unit == "GB/s" else "–"
             if ours and peer:
                 ratio = f"{peer.seconds / ours.seconds:.2f}×"
-            errors = [[each.error for name, each in found.items() if _is_ours(name) == mine] for mine in (True, False)]
+            errors = [[each.error for name, each in found.items() if is_ours(name) == mine] for mine in (True, False)]
             told = (f"{pick(some):.1e}" if some else "–" for pick, some in zip((max, min), errors, strict=True))
             rows.append([str(case), *cells, rate, share, *told, ratio])
         return markdown(head, rows)
@@ -283,7 +283,7 @@ class Report(NamedTuple):
                 if name in found
             ]
             if points:
-                size = 9 if _is_ours(name) else 6
+                size = 9 if is_ours(name) else 6
                 axis.plot(*zip(*points, strict=True), "o", color=color, markersize=size, alpha=0.8, label=name)
         axis.set_yticks(range(len(drawn)), [str(case) for case in drawn])
         axis.invert_yaxis()
@@ -295,13 +295,9 @@ class Report(NamedTuple):
         return figure
 
 
-def _is_ours(name: str) -> bool:
-    return name.startswith("cufa")
-
-
 def _fastest(found: Mapping[str, Measured], ours: bool) -> Measured | None:
     """The fastest of cufa's ways, or of the others."""
-    return min((each for name, each in found.items() if _is_ours(name) == ours), default=None)
+    return min((each for name, each in found.items() if is_ours(name) == ours), default=None)
 
 
 def _cost_rows(costs: Costs, cell: Callable[[Cost], str]) -> tuple[list[str], list[list[str]]]:

@@ -19,6 +19,9 @@ class Framework:
     matmul_dtype = "bfloat16"
     """What large matrix products are measured with."""
 
+    xp: Any
+    """The framework's module, for functions that it calls as NumPy does."""
+
     def random(self, shape: tuple[int, ...], dtype: str, seed: int) -> Any:
         """Normal numbers."""
         raise NotImplementedError
@@ -80,7 +83,7 @@ class Torch(Framework):
 
         if not torch.cuda.is_available():
             raise ImportError("torch finds no GPU")
-        self.torch = torch
+        self.torch = self.xp = torch
 
     def random(self, shape: tuple[int, ...], dtype: str, seed: int) -> Any:
         generator = self.torch.Generator("cuda").manual_seed(seed)
@@ -118,7 +121,7 @@ class CuPy(Framework):
 
         if not cupy.cuda.is_available():
             raise ImportError("CuPy finds no GPU")
-        self.cupy = cupy
+        self.cupy = self.xp = cupy
         self.dtypes = {"bfloat16": ml_dtypes.bfloat16}
 
     def random(self, shape: tuple[int, ...], dtype: str, seed: int) -> Any:

@@ -117,7 +117,7 @@ def autograd(forward: Peer) -> Peer:
     return make
 
 
-def _flash(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
+def flash(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
     """The kernels behind torch's flash backend, which has neither windows nor packed sequences."""
     import torch
 
@@ -133,7 +133,7 @@ def _fa2_backward(framework: Framework, row: Row, q: Any, k: Any, v: Any, dout: 
     import torch
 
     dense = row.window is None and row.lengths is None
-    make = autograd(FORWARD[BASELINE] if dense else _flash)
+    make = autograd(FORWARD[BASELINE] if dense else flash)
     run = make(framework, row._replace(deterministic=False), q, k, v, dout)
     if not row.deterministic:
         return run

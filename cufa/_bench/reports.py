@@ -32,6 +32,10 @@ COLORS = {
     "cufa, plan": "navy",
     "cufa, prefix": "teal",
     "FA3, plan": "darkred",
+    "cufa, function": "deepskyblue",
+    "cufa, BlockMask": "blue",
+    "cufa, packed": "mediumpurple",
+    "cufa, plain": "silver",
 }
 """The color of each peer in every panel of every plot."""
 
@@ -219,7 +223,7 @@ def times(results: Results, peers: Collection[str], eager: set[tuple[Row, str]],
                 f"{work * row.flop / speeds[name] / 1e6:.1f}{'†' * ((row, name) in eager)}" if name in speeds else "–"
             )
             cells.append(time)
-        others = [value for name, value in speeds.items() if not name.startswith("cufa")]
+        others = [value for name, value in speeds.items() if not is_ours(name)]
         if others and "cufa" in speeds:
             ratios[row] = max(others) / speeds["cufa"]
         lines.append([*cells, f"{ratios[row]:.2f}×" if row in ratios else "–"])
@@ -286,6 +290,11 @@ def _draw(axis: Any, results: Results) -> None:
         if points:
             width = 3 if name == "cufa" else 1.5
             axis.plot(*zip(*points, strict=True), marker="o", color=color, linewidth=width, label=name)
+
+
+def is_ours(name: str) -> bool:
+    """Whether what is measured under this name is cufa, in one way or another."""
+    return name.startswith("cufa")
 
 
 def check_colors(peers: Collection[str]) -> None:

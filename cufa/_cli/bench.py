@@ -24,7 +24,7 @@ QUICK_SEQLEN = 2048
 ALONE = "# torch is not there, or finds no GPU: cufa is measured alone"
 
 OF_THE_LADDER = ("backward", "dtype", "head_dims", "seqlens", "causal", "csv_file")
-"""What ``--decode`` does not take."""
+"""What ``--decode`` and ``--variants`` do not take."""
 
 
 def _numbers(least: int, most: int) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:
@@ -65,6 +65,7 @@ FILE = click.Path(path_type=Path)
 @click.command()
 @click.option("--backward", is_flag=True, help="Gradients; without it, the forward.")
 @click.option("--decode", is_flag=True, help="A few queries over long caches of keys, as in serving.")
+@click.option("--variants", is_flag=True, help="Biases, score functions, dropout and masks, forward and backward.")
 @click.option("--dtype", type=click.Choice(("bfloat16", "float16", "float32")), default="bfloat16", show_default=True)
 @click.option("--head-dim", "head_dims", callback=_numbers(1, 256), metavar="N[,N...]", help="Default: 64,128,256.")
 @click.option(
@@ -85,6 +86,7 @@ def bench(
     context: click.Context,
     backward: bool,
     decode: bool,
+    variants: bool,
     dtype: str,
     head_dims: tuple[int, ...] | None,
     seqlens: tuple[int, ...] | None,
@@ -102,14 +104,19 @@ def bench(
     held to each other's results. A row holds about 16k tokens of hidden size 2048. Without torch, cufa is measured
     alone, on CuPy's arrays.
 
-    With --decode the cases are those of a server, and rates are bytes of keys and values a second.
+    With --decode the cases are those of a server, and rates are bytes of keys and values a second. With --variants
+    they are what other attention is made of; FlexAttention, which compiles for long, is measured by
+    benchmarks/variants.py alone.
     """
     from .._bench.reports import BACKWARD_SEQLENS, FORWARD_SEQLENS, LADDER_HEAD_DIMS, rungs, write_rows
 
     if plot_file is not None:
         _check_plot(plot_file)
-    if decode:
-        _bench_decode(context, only, quick, plot_file, as_json)
+    if decode and variants:
+        raise click.UsageError("--decode and --variants have cases of their own: leave out one of them.")
+    if decode or variants:
+        _refuse_the_ladder(context, "--decode" if decode else "--variants")
+        (_bench_decode if decode else _bench_variants)(only, quick, plot_file, as_json)
         return
     seqlens = seqlens or (BACKWARD_SEQLENS if backward else FORWARD_SEQLENS)
     if quick:
@@ -155,31 +162,66 @@ def bench(
         raise UnsupportedError(f"bench: cufa failed on {', '.join(failed)}; the lines above say how.")
 
 
-def _bench_decode(
-    context: click.Context, only: re.Pattern[str], quick: bool, plot_file: Path | None, as_json: bool
-) -> None:
+def _refuse_the_ladder(context: click.Context, flag: str) -> None:
     for option in context.command.params:
         name = option.name or ""
         if name in OF_THE_LADDER and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--decode has cases of its own: leave out {option.opts[0]}.")
+            raise click.UsageError(f"{flag} has cases of its own: leave out {option.opts[0]}.")
+
+
+def _bench_decode(only: re.Pattern[str], quick: bool, plot_file: Path | None, as_json: bool) -> None:
     _check_gpu()
 
     from .._bench import decode_measure, frameworks
     from .._bench.decode_peers import PEERS, PLANS
+    from .._bench.reports import is_ours
 
     framework = frameworks.find()
     peers, plans = PEERS, PLANS
     if not isinstance(framework, frameworks.Torch):
         _say(ALONE)
-        peers, plans = (
-            {name: make for name, make in each.items() if name.startswith("cufa")} for each in (peers, plans)
-        )
+        peers, plans = ({name: make for name, make in each.items() if is_ours(name)} for each in (peers, plans))
     report = decode_measure.run(framework, peers, plans, wanted=only, repeats=10 if quick else 30, say=_say)
+    failed = [str(case) for case, found in report.results.items() if "cufa" not in found]
+    _tell(report, failed, plot_file, as_json)
+
+
+def _bench_variants(only: re.Pattern[str], quick: bool, plot_file: Path | None, as_json: bool) -> None:
+    from .._bench.variants_cases import cases
+
+    chosen = [case for case in cases(quick=quick) if only.search(str(case))]
+    if not chosen:
+        raise click.UsageError(f"--only: no case's name contains {only.pattern!r}.")
+    _check_gpu()
+
+    from .._bench import frameworks, variants_measure
+    from .._bench.reports import is_ours
+    from .._bench.variants_peers import FLEX, PEERS
+    from .._bench.variants_reports import PLAIN
+
+    framework = frameworks.find()
+    ours = {name: make for name, make in PEERS.items() if is_ours(name)}
+    peers = {name: make for name, make in PEERS.items() if name != FLEX}
+    if not isinstance(framework, frameworks.Torch):
+        _say(ALONE)
+        peers = ours
+    variants_measure.compile_ahead(chosen, ours, framework)
+    report = variants_measure.run(framework, peers, chosen, repeats=10 if quick else 30, say=_say)
+    failed = [
+        f"{case}, {direction}"
+        for case, directions in report.results.items()
+        for direction, found in directions.items()
+        if not any(is_ours(name) and name != PLAIN for name in found)
+    ]
+    _tell(report, failed, plot_file, as_json)
+
+
+def _tell(report: Any, failed: list[str], plot_file: Path | None, as_json: bool) -> None:
+    """Print a report of cases, draw it, and raise if cufa failed on some."""
     if plot_file is not None and (figure := report.figure()) is not None:
         figure.savefig(plot_file, dpi=120)
         _say(f"# wrote {plot_file}")
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else report.markdown())
-    failed = [str(case) for case, found in report.results.items() if "cufa" not in found]
     if failed:
         raise UnsupportedError(f"bench: cufa failed on {'; '.join(failed)}; the lines above say how.")
 
