@@ -17,7 +17,6 @@ import pytest
 from test_bench import Host, run
 
 from cufa._bench import frameworks, variants_ahead, variants_cases, variants_measure, variants_peers, variants_start
-from cufa._bench.reports import is_ours
 from cufa._bench.variants_cases import DROPOUT_P, LEARNED, SOFTCAP, Case
 from cufa._bench.variants_measure import Inputs, Ways, error_of, inputs, right
 from cufa._bench.variants_peers import FLEX, PEERS
