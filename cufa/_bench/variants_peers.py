@@ -10,12 +10,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from .frameworks import Framework
 from .peers import BACKWARD, Call, flash, refusing
 from .reports import BASELINE, Row
-from .variants_cases import DROPOUT_P, LEARNED, SOFTCAP, Case, lengths_of, pattern_of, sees
+from .variants_cases import DROPOUT_P, LEARNED, SOFTCAP, Case, lengths_of, pattern_of
 from .variants_measure import Inputs, Peer, Ways
 from .variants_reports import PLAIN
 
@@ -75,7 +73,9 @@ def _cufa_function(framework: Framework, case: Case, given: Inputs) -> Ways:
 
 
 def _alibi(score: Any, batch: Any, head: Any, query: Any, key: Any, slopes: Any) -> Any:
-    return score - slopes[head] * abs(query - key)
+    from .. import functions
+
+    return score - functions.stop_gradient(slopes[head]) * abs(query - key)
 
 
 def _softcapped(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -95,7 +95,7 @@ def _block_mask(framework: Framework, case: Case) -> Any:
     elif case.feature == "window":
         mask = masks.sliding_window(size, 0)
     elif case.feature == "prefix":
-        mask = masks.prefix_lm(np.array([size], np.int32))
+        mask = masks.prefix_lm(size)
     else:
         assert pattern is not None
         mask = lambda batch, head, query, key: pattern[query // size, key // size] > 0  # noqa: E731
@@ -155,7 +155,7 @@ def _by_autograd(
 
         return run
 
-    return Ways(lambda: attend(*leaves).transpose(1, 2), backward)
+    return Ways(lambda: attend(*leaves).transpose(1, 2).detach(), backward)
 
 
 def _leaves(given: Inputs, *learned: Any) -> list[Any]:
@@ -221,13 +221,8 @@ def _flex(framework: Framework, case: Case, given: Inputs) -> Ways:
     torch._dynamo.reset()  # it stops compiling after a few shapes
     mask = None
     if case.masked:
-        pattern = given.array
-
-        def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
-            return sees(case, pattern, query, key)
-
-        make = torch.compile(create_block_mask)  # else it stores every pair
-        mask = make(seen, None, None, case.seqlen, case.seqlen)
+        seen = _flex_mask(case, given.array)
+        mask = create_block_mask(seen, None, None, case.seqlen, case.seqlen, device=given.q.device)
     compiled = torch.compile(flex_attention, dynamic=False)
     score = _flex_score(case)
     # An array is a leaf without axes of one element: such an axis would be a view, whose gradient is copied.
@@ -256,6 +251,18 @@ def _flex_score(case: Case) -> Callable[[Any], Callable[..., Any]] | None:
         "softcap": lambda _: lambda score, b, h, query, key: SOFTCAP * torch.tanh(score / SOFTCAP),
     }
     return found.get(case.feature)
+
+
+def _flex_mask(case: Case, pattern: Any) -> Callable[..., Any]:
+    """The mask function, of nothing but tensors and numbers, which is compiled too."""
+    size = case.size
+    found: dict[str, Callable[..., Any]] = {
+        "documents": lambda b, h, query, key: (pattern[query] == pattern[key]) & (query >= key),
+        "window": lambda b, h, query, key: (query >= key) & (query - key <= size),
+        "prefix": lambda b, h, query, key: (query >= key) | (key < size),
+        "random blocks": lambda b, h, query, key: pattern[query // size, key // size] > 0,
+    }
+    return found[case.feature]
 
 
 # --- all of them --------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ SMALL = [
     Case("prefix", *SHAPE, size=7),
     Case("random blocks", *SHAPE, size=4),
 ]
-DROPOUT = [Case("dropout", 2, 64, 2, 64), Case("dropout", 2, 64, 2, 64, causal=True)]
+DROPOUT = [Case("dropout", 2, 256, 2, 64, causal=causal) for causal in (False, True)]
 BUILT_IN = [case for case in SMALL if case.feature in ("ALiBi", "softcap", "documents", "window")]
 """Of which every call of cufa has an option, or packed sequences."""
 
@@ -162,6 +162,53 @@ def test_cufa_is_right(case: Case, name: str) -> None:
     ways, expected = PEERS[name](host, case, given), right(host, case, given, 1)
     error_of(host, case, [ways.forward()], expected[:1], 1)
     error_of(host, case, ways.backward()(), expected[1:], 1)
+
+
+class TorchOnCpu(frameworks.Torch):
+    def __init__(self) -> None:
+        self.torch = self.xp = pytest.importorskip("torch")
+
+    def random(self, shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+        generator = self.torch.Generator().manual_seed(seed)
+        return self.torch.randn(shape, generator=generator, dtype=getattr(self.torch, dtype))
+
+    def integers(self, values: Any) -> Any:
+        return self.torch.tensor(np.asarray(values), dtype=self.torch.int32)
+
+
+def flex_attention(q: Any, k: Any, v: Any, score_mod: Any, block_mask: Any) -> Any:
+    """What torch's does, score functions and masks taken of all entries at once: on a CPU that has no gradients."""
+    import torch
+
+    scores = q.float() @ k.float().mT / math.sqrt(q.shape[-1])
+    places = torch.meshgrid(*map(torch.arange, scores.shape), indexing="ij")
+    if score_mod is not None:
+        scores = score_mod(scores, *places)
+    if block_mask is not None:
+        scores = scores.masked_fill(~block_mask.mask_mod(*places), -math.inf)
+    return (torch.softmax(scores, -1) @ v.float()).to(q.dtype)
+
+
+@pytest.mark.parametrize("case", [*SMALL, *DROPOUT], ids=str)
+@pytest.mark.parametrize("name", ["math", FLEX])
+def test_torch_is_right(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend of torch that serves everything, in place of those for a GPU, and FlexAttention's functions."""
+    framework = TorchOnCpu()
+    framework.torch.manual_seed(0)
+    from torch.nn.attention import flex_attention as module
+
+    monkeypatch.setattr(framework.torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(module, "flex_attention", flex_attention)
+    served = case.kind == "Dropout" or case.feature.startswith("bias") if name == "math" else case.kind != "Dropout"
+    make = {"math": variants_peers._sdpa("MATH")}.get(name) or PEERS[name]
+    given = inputs(framework, case, 3)
+    if not served:
+        with pytest.raises(NotImplementedError):
+            make(framework, case, given)
+        return
+    ways, expected = make(framework, case, given), right(framework, case, given, 1)
+    error_of(framework, case, [ways.forward()], expected[:1], 1)
+    error_of(framework, case, ways.backward()(), expected[1:], 1)
 
 
 def dropped(host: Arrays, case: Case, given: Inputs, p: float, seed: int) -> list[Any]:
