@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -74,7 +75,8 @@ def main() -> None:
         keep=lambda report: None if stem is None else report.write(stem),
     )
     if not arguments.no_start and (left() is None or left() > 0):
-        report.starts.update(variants_start.first_calls("torch", warm_runs=1 if arguments.quick else 3))
+        library = "CuPy" if find_spec("cupy") else "torch"
+        report.starts.update(variants_start.first_calls(library, warm_runs=1 if arguments.quick else 3))
     print(report.markdown())
     if stem is not None:
         report.write(stem)

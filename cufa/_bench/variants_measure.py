@@ -319,8 +319,9 @@ def run(
         f"{setting(framework)}. bfloat16, forward / backward, medians of CUDA-graph replays by turns, with the L2 "
         "flushed before each (†: calls, not captured). Sizes are batch × seqlen × heads × head_dim. Work counts pairs "
         "of a query and a key it sees: 4 · head_dim operations each forward, and 2.5 times as many backward. Plain "
-        "cufa is the same shape without the feature, causal beside documents and windows. Errors are relative, in the "
-        "Frobenius norm, to float32; of dropout, that of the noise it makes, to what that should be."
+        "cufa is the same shape without the feature, causal beside documents and windows. cufa's backward computes the "
+        "gradient by every bias, torch's by those (1, h, s, s) alone. Errors are relative, in the Frobenius norm, to "
+        "float32; of dropout, that of the noise it makes, to what that should be."
     )
     report = Report(f"Variants on {framework.device_name()}", conditions, {}, {})
     say(f"# {report.title}, {setting(framework)}")

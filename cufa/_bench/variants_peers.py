@@ -23,7 +23,7 @@ SEED = 1
 
 
 def _attending(given: Inputs, learns: bool = False, **options: Any) -> Ways:
-    """cufa's functions with these options; gradients by arrays that nothing learns are dropped."""
+    """cufa's functions with these options; gradients by biases that nothing learns are computed, and dropped."""
     from .._api.attention import attention
     from .._api.backward import attention_backward
 
