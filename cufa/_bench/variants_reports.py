@@ -138,8 +138,9 @@ class Report(NamedTuple):
                     if name in directions.get(direction, {})
                 ]
                 if points:
-                    size = 9 if is_ours(name) else 6
-                    axis.plot(*zip(*points, strict=True), "o", color=color, markersize=size, alpha=0.8, label=name)
+                    size, order = (9, 2) if is_ours(name) else (6, 3)
+                    style = {"color": color, "markersize": size, "alpha": 0.8, "zorder": order}
+                    axis.plot(*zip(*points, strict=True), "o", label=name, **style)
             axis.set_title(direction)
             axis.set_xlim(left=0)
             axis.set_xlabel("TFLOP/s of the pairs that are seen")
