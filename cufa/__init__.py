@@ -35,6 +35,7 @@ __all__ = [
     "rotary",
     "show_config",
     "stats",
+    "t5_buckets",
     "testing",
     "warmup",
 ]
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from ._api.shared_prefix import attention_shared_prefix
     from ._api.states import merge_states, merge_states_backward
     from ._api.stats import stats
+    from ._api.t5 import t5_buckets
     from ._api.warmup import warmup
     from ._call.kvcache import DecodePlan
     from ._pages.batch import PagedBatch
@@ -79,6 +81,7 @@ _HOMES = {
     "rotary": "_api.rotary",
     "show_config": "_api.config",
     "stats": "_api.stats",
+    "t5_buckets": "_api.t5",
     "warmup": "_api.warmup",
     "CompileError": "errors",
     "CudaError": "errors",

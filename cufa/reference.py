@@ -24,8 +24,9 @@ For query row ``i`` and key ``j``, with ``offset = seqlen_k - seqlen_q``, query 
 11. ``dq_i = softmax_scale * sum over j of ds_ij k_j`` and ``dk_j = softmax_scale * sum over i of ds_ij q_i``; dk and
     dv add up over the query heads that share a key head
 
-**Score terms.** Steps 2 and 3 are *score terms*, and there may be more, which are given to the private functions only
-(`Term`). A term is applied between steps 3 and 4, in its order, to every score with its sequence, query head, query,
+**Score terms.** Steps 2 and 3 are *score terms*, and there may be more (`Term`): in this order `score`, `bias`,
+`rel_bias`, `mask` and dropout. A term is
+applied between steps 3 and 4, in its order, to every score with its sequence, query head, query,
 key and distance ``i + offset - j``, and so changes none that the mask removes from the sums. With ``t`` a term and
 ``s'`` the score that it is applied to:
 
@@ -37,6 +38,19 @@ key and distance ``i + offset - j``, and so changes none that the mask removes f
   which still is ``dout_i · out_i``
 - between 9 and 10, last term first: what the term reads has the gradient that ``ds``, the gradient by ``t(s')``, gives
   it; then ``ds = ds * t'(s')``
+
+With ``d = i + offset - j``, and with an axis of 1 serving all:
+
+- `score`: ``s = score(s, b, h, i, j)``, and ``ds = ds * dscore/ds``; arrays that the function reads have the gradients
+  that follow
+- `bias`: ``s = s + bias[b, h, i, j]``, and ``dbias`` is ds, summed over axes of 1
+- `rel_bias`: ``s = s + rel_bias[h, reach + clip(d, -reach, reach)]``, and ``drel_bias[h, c]`` is the sum of ds over the
+  scores of column c
+- `mask`: key j is kept if ``mask[b, h, i, j]``
+- dropout: ``k_ij`` is 0 or ``1 / (1 - dropout_p)``, as `cufa.dropout_mask` says
+
+Of packed sequences b is the number of the sequence, and i and j are its own. A bias is 0, and a mask keeps nothing,
+beyond the ends of the array; on the CPU such arrays are refused.
 
 **The mask.** Causal masks and windows are aligned at the bottom right: the last query sees the last key.
 Drawn is ``window_size=(2, 1)`` and, to its right, ``causal=True`` (``#`` kept, ``.`` removed)::
@@ -159,6 +173,17 @@ class Options(TypedDict, total=False):
     sinks: ArrayLike | None
 
 
+class FeaturedOptions(Options, total=False):
+    """Those, and the keywords of further score terms."""
+
+    score: Any
+    bias: ArrayLike | None
+    rel_bias: ArrayLike | None
+    mask: Any
+    dropout_p: float
+    seed: int | None
+
+
 class At(NamedTuple):
     """Where scores are: arrays of integers that broadcast to (batch, num_heads_q, seqlen_q, seqlen_k)."""
 
@@ -208,7 +233,7 @@ def attention(
     v: ArrayLike,
     *,
     return_lse: Literal[False] = ...,
-    **options: Unpack[Options],
+    **options: Unpack[FeaturedOptions],
 ) -> Array: ...
 @overload
 def attention(
@@ -217,7 +242,7 @@ def attention(
     v: ArrayLike,
     *,
     return_lse: Literal[True],
-    **options: Unpack[Options],
+    **options: Unpack[FeaturedOptions],
 ) -> tuple[Array, Array]: ...
 def attention(
     q: ArrayLike,
@@ -230,6 +255,12 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    score: Any = None,
+    bias: ArrayLike | None = None,
+    rel_bias: ArrayLike | None = None,
+    mask: Any = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Attention of a batch of equally long sequences.
@@ -254,6 +285,8 @@ def attention(
         ``-slope * |i + seqlen_k - seqlen_q - j|`` is added to the scores.
     sinks : array_like, (num_heads_q,), optional
         A further score a head, which takes probability and gives no value.
+    score, bias, rel_bias, mask, dropout_p, seed
+        As of the function of that name in cufa; what they do is told above, under *score terms*.
     return_lse : bool
         Also return `lse`.
 
@@ -278,9 +311,9 @@ def attention(
     >>> attention(q, k, v, causal=True).ravel().tolist()  # the first row sees one key, the second both
     [1.0, 2.0]
     """
-    given = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    given = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sinks": sinks, "bias": bias, "rel_bias": rel_bias}
     options = causal, window_size, softmax_scale, softcap
-    causal, window_size, softmax_scale, softcap = _check("attention", given, options, return_lse)
+    causal, window_size, softmax_scale, softcap = _check("attention", given, options, mask, return_lse)
     out, lse = _attend(
         np.asarray(q),
         np.asarray(k),
@@ -291,6 +324,7 @@ def attention(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        terms=terms_of(score, bias, rel_bias, mask, dropout_p, seed),
     )
     return (out, lse) if return_lse else out
 
@@ -302,9 +336,9 @@ def attention_backward(
     v: ArrayLike,
     *,
     dlse: ArrayLike | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[FeaturedOptions],
 ) -> tuple[Array, ...]:
-    """Gradients of `attention`: of ``sum(dout * out) + sum(dlse * lse)`` by q, k, v and the sinks.
+    """Gradients of `attention`: of ``sum(dout * out) + sum(dlse * lse)`` by q, k, v, the sinks and what terms read.
 
     Parameters
     ----------
@@ -322,6 +356,9 @@ def attention_backward(
         Shaped like q, k and v.
     dsinks : float64 array, (num_heads_q,)
         Only if sinks are given.
+    dscore_arrays, dbias, drel_bias : float64 array
+        Of the arrays that a `score` function reads, in their order, of `bias` and of `rel_bias`, as far as they are
+        given.
 
     Raises
     ------
@@ -337,10 +374,11 @@ def attention_backward(
     >>> dv.ravel().round(9).tolist()  # the first key gets all of the first row and half of the second
     [1.5, 0.5]
     """
-    options = _check_gradients("attention_backward", {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse}, options)
+    given = {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse}
+    scoring = _check_gradients("attention_backward", given, options)
     dlse = None if dlse is None else np.asarray(dlse)
-    gradients = _differentiate(np.asarray(dout), np.asarray(q), np.asarray(k), np.asarray(v), dlse, **options)
-    return gradients[:3] if options.get("sinks") is None else gradients
+    found = _differentiate(np.asarray(dout), np.asarray(q), np.asarray(k), np.asarray(v), dlse, **scoring)
+    return found if scoring["sinks"] is not None else (*found[:3], *found[4:])
 
 
 @overload
@@ -353,7 +391,7 @@ def attention_varlen(
     *,
     seqused_k: ArrayLike | None = ...,
     return_lse: Literal[False] = ...,
-    **options: Unpack[Options],
+    **options: Unpack[FeaturedOptions],
 ) -> Array: ...
 @overload
 def attention_varlen(
@@ -365,7 +403,7 @@ def attention_varlen(
     *,
     seqused_k: ArrayLike | None = ...,
     return_lse: Literal[True],
-    **options: Unpack[Options],
+    **options: Unpack[FeaturedOptions],
 ) -> tuple[Array, Array]: ...
 def attention_varlen(
     q: ArrayLike,
@@ -381,6 +419,12 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    score: Any = None,
+    bias: ArrayLike | None = None,
+    rel_bias: ArrayLike | None = None,
+    mask: Any = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Attention of sequences of different lengths, laid end to end: a loop over `attention`.
@@ -400,6 +444,8 @@ def attention_varlen(
         Live keys of each sequence, clamped to [0, length of its slot]; all of it if None.
     causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, return_lse
         As in `attention`.
+    score, bias, rel_bias, mask, dropout_p, seed
+        As in `attention`, by the numbers of sequences, and by queries and keys as they are numbered in these.
 
     Returns
     -------
@@ -425,8 +471,9 @@ def attention_varlen(
     """
     given = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sinks": sinks}
     given |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
+    given |= {"bias": bias, "rel_bias": rel_bias}
     options = causal, window_size, softmax_scale, softcap
-    causal, window_size, softmax_scale, softcap = _check("attention_varlen", given, options, return_lse)
+    causal, window_size, softmax_scale, softcap = _check("attention_varlen", given, options, mask, return_lse)
     out, lse = _attend_packed(
         np.asarray(q),
         np.asarray(k),
@@ -440,6 +487,7 @@ def attention_varlen(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        terms=terms_of(score, bias, rel_bias, mask, dropout_p, seed),
     )
     return (out, lse) if return_lse else out
 
@@ -454,7 +502,7 @@ def attention_varlen_backward(
     *,
     seqused_k: ArrayLike | None = None,
     dlse: ArrayLike | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[FeaturedOptions],
 ) -> tuple[Array, ...]:
     """Gradients of `attention_varlen`: a loop over `attention_backward`.
 
@@ -474,6 +522,9 @@ def attention_varlen_backward(
         Shaped like q, k and v; 0 for rows that belong to no sequence or are not live.
     dsinks : float64 array, (num_heads_q,)
         Only if sinks are given.
+    dscore_arrays, dbias, drel_bias : float64 array
+        Of the arrays that a `score` function reads, in their order, of `bias` and of `rel_bias`, as far as they are
+        given.
 
     Raises
     ------
@@ -491,11 +542,11 @@ def attention_varlen_backward(
     """
     given = {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse}
     given |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
-    options = _check_gradients("attention_varlen_backward", given, options)
+    scoring = _check_gradients("attention_varlen_backward", given, options)
     dlse = None if dlse is None else np.asarray(dlse)
     arrays = np.asarray(dout), np.asarray(q), np.asarray(k), np.asarray(v)
-    gradients = _differentiate_packed(*arrays, cu_seqlens_q, cu_seqlens_k, seqused_k, dlse, **options)
-    return gradients[:3] if options.get("sinks") is None else gradients
+    found = _differentiate_packed(*arrays, cu_seqlens_q, cu_seqlens_k, seqused_k, dlse, **scoring)
+    return found if scoring["sinks"] is not None else (*found[:3], *found[4:])
 
 
 class Attended(NamedTuple):
@@ -681,25 +732,80 @@ def _rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
     return rotated
 
 
+def terms_of(
+    score: Any = None,
+    bias: ArrayLike | None = None,
+    rel_bias: ArrayLike | None = None,
+    mask: Any = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> list[Term]:
+    """The further score terms that the keywords of these names ask for, in their order."""
+    terms: list[Term] = []
+    if score is not None:
+        from ._specification.function import ScoreFunction
+
+        terms.append(ScoreFunction(score))
+    if bias is not None:
+        from ._specification.bias import Bias
+
+        terms.append(Bias(bias))
+    if rel_bias is not None:
+        from ._specification.rel_bias import RelBias
+
+        terms.append(RelBias(rel_bias))
+    if mask is not None:
+        from ._specification.mask import Mask
+
+        terms.append(Mask(mask))
+    if dropout_p != 0:
+        from ._specification.dropout import Dropout
+
+        if seed is None:
+            raise TypeError("seed is None; pass an integer with dropout_p.")
+        terms.append(Dropout(dropout_p, seed))
+    return terms
+
+
+def checked_terms() -> tuple[Any, ...]:
+    """The score terms of cufa whose arrays are checked."""
+    from ._terms.bias import BIAS
+    from ._terms.mask_array import MASK_ARRAY
+    from ._terms.rel_bias import REL_BIAS
+
+    return *TERMS, BIAS, REL_BIAS, MASK_ARRAY
+
+
+def is_array(mask: Any) -> bool:
+    """Whether a mask is an array of booleans, and no function or object."""
+    return mask is not None and not (callable(mask) or hasattr(mask, "dense") or isinstance(mask, tuple))
+
+
 def _check(
-    function: str, given: dict[str, Any], options: tuple[Any, ...], return_lse: bool = False
+    function: str, given: dict[str, Any], options: tuple[Any, ...], mask: Any = None, return_lse: bool = False
 ) -> tuple[bool, Window, float | None, float]:
     """Refuse what the function of that name in cufa refuses, in its words; the options as plain values."""
     _options.flag(function, "return_lse", return_lse)
     arrays = {name: None if x is None else np.asarray(x) for name, x in given.items()}
-    return _problem.check_host(function, arrays, options, TERMS)
+    arrays["mask"] = np.asarray(mask) if is_array(mask) else None
+    return _problem.check_host(function, arrays, options, checked_terms())
 
 
-def _check_gradients(function: str, given: dict[str, Any], options: Options) -> Options:
-    given |= {"alibi_slopes": options.get("alibi_slopes"), "sinks": options.get("sinks")}
+def _check_gradients(function: str, given: dict[str, Any], options: FeaturedOptions) -> dict[str, Any]:
+    """What the gradients are told beside arrays, once it is checked."""
+    given |= {name: options.get(name) for name in ("alibi_slopes", "sinks", "bias", "rel_bias")}
     window_size, softmax_scale = options.get("window_size"), options.get("softmax_scale")
     asked = options.get("causal", False), window_size, softmax_scale, options.get("softcap", 0.0)
-    causal, window_size, softmax_scale, softcap = _check(function, given, asked)
-    return options | {
+    causal, window_size, softmax_scale, softcap = _check(function, given, asked, options.get("mask"))
+    further = {name: value for name, value in options.items() if name not in Options.__optional_keys__}
+    return {
         "causal": causal,
         "window_size": window_size,
         "softmax_scale": softmax_scale,
         "softcap": softcap,
+        "alibi_slopes": options.get("alibi_slopes"),
+        "sinks": options.get("sinks"),
+        "terms": terms_of(**further),  # type: ignore[arg-type]
     }
 
 
@@ -750,8 +856,9 @@ def _differentiate_packed(
         found = _differentiate(dout_n, each.q, each.k, each.v, dlse_n, **own, **options)
         dq[each.rows], dk[each.keys], dv[each.keys] = (gradient[0] for gradient in found[:3])
         shared.append(found[3:])
-    if not shared:
-        return dq, dk, dv, np.zeros(q.shape[1])
+    if not shared:  # of no sequence, the gradients are those of one without rows
+        none = [x[None, :0] for x in (dout, q, k, v)]
+        shared.append(_differentiate(none[0], none[1], none[2], none[3], None, terms=terms, **options)[3:])
     return dq, dk, dv, *(np.sum(each, axis=0) for each in zip(*shared, strict=True))
 
 

@@ -299,6 +299,11 @@ struct BackwardMainloopSm90 {
       const bool boundary = work.tiles.is_boundary(position);
       ColumnNumbers<block_m> numbers;
       numbers.load(lse(stage), 0, lse_ahead);
+      const auto where = [&] {
+        return TransposedPlace<Config>{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
+      };
+      LoadedAhead<Variant, 1, block_m> ahead;
+      if constexpr (Variant::loads) ahead.load(Variant(params, work.batch, head), where());
       turn.take();
       warpgroup::gemm_abt<Config::head_dim>(s, held_k, k(), q(stage), 64 * consumer);
       const auto begin_dp = [&] {
@@ -307,9 +312,6 @@ struct BackwardMainloopSm90 {
       };
       constexpr bool early_dp = !Variant::shapes;  // else derivatives need the registers
       if (early_dp) begin_dp();
-      const auto where = [&] {
-        return TransposedPlace<Config>{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
-      };
       Kept<Config, 1, block_m> kept;
       kept.find(where);  // while the product runs
       warpgroup::wait<early_dp>(s);
@@ -317,7 +319,7 @@ struct BackwardMainloopSm90 {
       Operand ds;
       numbers.load(lse(stage), lse_ahead);
       const TransposedPlace<Config> place = where();
-      hold_probabilities(held, s, place, kept, numbers, boundary);
+      hold_probabilities(held, s, place, kept, numbers, boundary, ahead);
       if (!early_dp) begin_dp();
       turn.pass(1 - consumer);
       warpgroup::gemm_ab(dv, held.weights, dout(stage), true);

@@ -35,7 +35,8 @@ template <class Config>
 inline bool is_hidden(const Params& params, const RepairedSequence& sequence, int query_head, int row, int key) {
   if constexpr (!Config::variant::hides) return false;
   const typename Config::variant variant(params, sequence.batch, query_head);
-  return !variant.keeps({sequence.batch, query_head, row, key, float(row + sequence.seqlen.diagonal() - key), true});
+  return !variant.keeps({sequence.batch, query_head, row, key, float(row + sequence.seqlen.diagonal() - key), true,
+                         sequence.seqlen.diagonal()});
 }
 
 // An entry of what dout is multiplied by, which is P unless a term scales it, and the same entry of dS.
@@ -50,7 +51,13 @@ inline Entry entry_of(const BackwardParams& backward, const RepairedSequence& se
   const Params& params = backward.forward;
   const typename Config::variant variant(params, sequence.batch, query_head);
   Derivatives derivatives;
-  const Point at{sequence.batch, query_head, row, key, float(row + sequence.seqlen.diagonal() - key), true};
+  const Point at{sequence.batch,
+                 query_head,
+                 row,
+                 key,
+                 float(row + sequence.seqlen.diagonal() - key),
+                 true,
+                 sequence.seqlen.diagonal()};
   const float score = variant.score(q.dot(k) * params.softmax_scale, at, derivatives);
   const float p = ptx::ex2_approx_ftz(fmaf(score, log2_e, -row_lse)),
               factor = variant.factor(at) * variant.gain(params.terms);

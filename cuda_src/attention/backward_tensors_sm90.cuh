@@ -113,12 +113,13 @@ inline float2 pair_of(const tile::Operand<cols>& operand, int i, int j) {
 }
 
 // held ← what is held of scores. In a `boundary` tile not every query sees every key.
-template <class Config, class Place, int cols, class Numbers>
+template <class Config, class Place, int cols, class Numbers, class Loads = LoadedNow>
 inline void hold_probabilities(Held<Config, cols>& held, tile::Accumulator<1, cols>& s, const Place& place,
-                               const Kept<Config, 1, cols>& kept, const Numbers& lse, bool boundary) {
+                               const Kept<Config, 1, cols>& kept, const Numbers& lse, bool boundary,
+                               const Loads& loads = {}) {
   if (!Config::variant::shapes && unlikely(boundary)) mask(s, place);
-  probabilities<Config>(s, place, kept, lse,
-                        [&](int t, int i, int j, const ScorePair& pair) { held.put(t, i, j, pair); });
+  probabilities<Config>(
+      s, place, kept, lse, [&](int t, int i, int j, const ScorePair& pair) { held.put(t, i, j, pair); }, loads);
 }
 
 // ds ← the gradients of scores, of which `ds_factors` and `rests` are held. `s` are the scores that these were made of,

@@ -259,8 +259,8 @@ struct MainloopSm90 {
                            tile.m_block * Config::block_m + warp_row(),
                            blocks.block(position) * Config::block_n};
     };
-    const auto finish_scores = [&](Scores& scores) {
-      apply(variant, scores, place());
+    const auto finish_scores = [&](Scores& scores, const auto& ahead) {
+      apply(variant, scores, place(), ahead);
       if (unlikely(blocks.template is_boundary<Config::mask::hides_first>(position))) mask(scores, place());
     };
     Probabilities p;
@@ -269,13 +269,14 @@ struct MainloopSm90 {
     Chains<Config::chains, element, 1, Out::cols> chains;
     {
       Scores scores;
+      const auto ahead = load_ahead<Scores>(variant, place);
       queries.wait_full(at_queries());
       keys().wait_full(at_keys);
       warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage()));
       warpgroup::wait<0>(scores);
       release(keys(), at_keys);
       if (threadIdx.x % 128 == 0 && position == blocks.begin) queries.release(at_queries());
-      finish_scores(scores);
+      finish_scores(scores, ahead);
       statistics.init();
       bool far[2] = {true, true};
       statistics.follow_far(scores, scale, far);
@@ -304,6 +305,7 @@ struct MainloopSm90 {
       }
       --position;
       Scores scores;
+      const auto ahead = load_ahead<Scores>(variant, place);
       turn.take();
       const int own = Config::head_dim > 160 ? ptx::opaque(warpgroup) : warpgroup;  // lest descriptors take registers
       warpgroup::gemm_abt<Config::head_dim>(scores, q(own), k(at_keys.stage()));
@@ -317,7 +319,7 @@ struct MainloopSm90 {
       warpgroup::wait<1>(scores);
       release(keys(), at_keys);
       if (threadIdx.x % 128 == 0 && position == blocks.begin) queries.release(at_queries());
-      finish_scores(scores);
+      finish_scores(scores, ahead);
       // The products still read p, so the next P begins in registers of its own.
       Probabilities early_p;
       float sum[2] = {statistics.row_sum[0][0], statistics.row_sum[0][1]};

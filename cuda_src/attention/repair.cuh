@@ -189,7 +189,7 @@ inline void repair(const Params& all, const AnyWork& work, int first_row, int ro
         const int head_k = head / params.qheads_per_khead;
         if (!needs_block_of<Config>(params, seqlen, batch, head_k, work.tile.m_block, key)) continue;
       }
-      const Point at{batch, head, row, key, float(row + seqlen.diagonal() - key), true};
+      const Point at{batch, head, row, key, float(row + seqlen.diagonal() - key), true, seqlen.diagonal()};
       if (Config::variant::hides && !variant.keeps(at)) continue;
       k.load(work.key_row(params, key), params.k_strides.dim);
       v.load(work.value_row(params, key), params.v_strides.dim);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/kept.cuh"
+#include "attention/loaded.cuh"
 #include "attention/masks.cuh"
 #include "attention/params.cuh"
 #include "attention/seqlen.cuh"
@@ -20,16 +21,20 @@ namespace attention {
 template <class Config>
 struct QueryRow {
   using Mask = typename Config::mask;
+  static constexpr bool along_keys = true;  // whether columns are keys
 
   int batch, head, query, key;
   float distance;   // of the thread's first key
   int first, last;  // the columns that the query sees, so that comparisons are with constants
   bool live;
   int live_keys;  // how many keys there are from the thread's first on
+  int diagonal;
 
   bool sees(int col) const { return !(col > last || (Mask::hides_first && col < first)); }
 
-  Point at(int col) const { return {batch, head, query, key + col, distance - float(col), live && col < live_keys}; }
+  Point at(int col) const {
+    return {batch, head, query, key + col, distance - float(col), live && col < live_keys, diagonal, 0, col};
+  }
 
   template <class Term>
   void keep(u32 (&masks)[4], const Term& term, int col) const {
@@ -41,16 +46,20 @@ struct QueryRow {
 template <class Config>
 struct KeyRow {
   using Mask = typename Config::mask;
+  static constexpr bool along_keys = false;
 
   int batch, head, query, key;
   float distance;   // of the thread's first query
   int first, last;  // the columns of the queries that see the key; if the first is Config::block_m, none does
   bool live;
   int live_queries;
+  int diagonal;
 
   bool sees(int col) const { return col >= first && (!Mask::hides_first || col <= last); }
 
-  Point at(int col) const { return {batch, head, query + col, key, distance + float(col), live && col < live_queries}; }
+  Point at(int col) const {
+    return {batch, head, query + col, key, distance + float(col), live && col < live_queries, diagonal, col};
+  }
 
   template <class Term>
   void keep(u32 (&masks)[4], const Term& term, int col) const {
@@ -81,7 +90,8 @@ struct Place {
             Mask::first_key(params, seqlen, query) - key,
             Mask::last_key(params, seqlen, query) - key,
             query < seqlen.q,
-            seqlen.k - key};
+            seqlen.k - key,
+            seqlen.diagonal()};
   }
 };
 
@@ -121,7 +131,7 @@ struct OwnRowsPlace {
     const int query = rows.query[i], key = first_key + tile::fragment_col();
     return {{batch, rows.head[i], query, key, float(query + seqlen.diagonal() - key),
              Mask::first_key(params, seqlen, query) - key, Mask::last_key(params, seqlen, query) - key,
-             query < seqlen.q, seqlen.k - key},
+             query < seqlen.q, seqlen.k - key, seqlen.diagonal()},
             rows.variant[i]};
   }
 };
@@ -145,8 +155,16 @@ struct TransposedPlace {
     if constexpr (Mask::hides_last) first = Mask::first_query(params, own);
     if constexpr (Mask::hides_first) last = Mask::last_query(params, own);
     const bool live = key < seqlen.k;
-    return {batch, head, query,           key, float(query + seqlen.diagonal() - key), live ? first : Config::block_m,
-            last,  live, seqlen.q - query};
+    return {batch,
+            head,
+            query,
+            key,
+            float(query + seqlen.diagonal() - key),
+            live ? first : Config::block_m,
+            last,
+            live,
+            seqlen.q - query,
+            seqlen.diagonal()};
   }
 };
 
@@ -196,14 +214,28 @@ inline float exponent_scale(const Params& params) {
   return Variant::shapes ? log2_e : params.exponent_scale;
 }
 
+// What the terms of a row, all of its tile or its own, make of the entry in column `col`, number e of a pair; -infinity
+// where one hides the key.
+template <class Variant, class Row>
+inline float scored(const Variant& variant, float s, const Row& row, int col, const typename Variant::Loaded& loaded,
+                    int e) {
+  const Point at = row.at(col);
+  const float score = variant.score(s, at, loaded, e);
+  return Variant::hides && !variant.keeps(at, loaded, e) ? -infinity : score;
+}
+
 // Scores ← what the variant's terms make of them, and -infinity where a term hides the key.
-template <class Variant, class Place, int m_tiles, int cols>
-inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
+template <class Variant, class Place, int m_tiles, int cols, class Loads = LoadedNow>
+inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scores, const Place& place,
+                  const Loads& loads = {}) {
   if constexpr (Variant::shapes) {
-    for_each_entry(scores, place, [&](float& s, const auto& row, int col) {
-      const Point at = row.at(col);
-      s = variant.score(s * place.params.softmax_scale, at);
-      if (Variant::hides && !variant.keeps(at)) s = -infinity;
+    for_each_pair<true, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
+      const auto& loaded = loads.of(variant, row, t, i, j);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& s = scores.x[t][j][2 * i + e];
+        s = scored(variant, s * place.params.softmax_scale, row, 8 * j + e, loaded, e);
+      }
     });
   }
 }
@@ -212,10 +244,13 @@ inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scor
 template <class Config, int cols>
 inline void apply(tile::Accumulator<1, cols>& scores, const OwnRowsPlace<Config>& place) {
   if constexpr (Config::variant::shapes) {
-    for_each_entry(scores, place, [&](float& s, const auto& row, int col) {
-      const Point at = row.at(col);
-      s = row.variant.score(s * place.params.softmax_scale, at);
-      if (Config::variant::hides && !row.variant.keeps(at)) s = -infinity;
+    for_each_pair<true, 1, cols>(place, [&](const auto& row, int t, int i, int j) {
+      const auto& loaded = LoadedNow::of(row.variant, row, t, i, j);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& s = scores.x[t][j][2 * i + e];
+        s = scored(row.variant, s * place.params.softmax_scale, row, 8 * j + e, loaded, e);
+      }
     });
   }
 }
@@ -308,14 +343,16 @@ struct ScorePair {
 // Calls emit(t, i, j, pair) for every pair of entries (t, j, 2 i) and (t, j, 2 i + 1) of the scores that a thread
 // holds. Where no term shapes scores, they come masked. Else they come as they are, and this function masks what terms
 // make of them: neither terms nor their derivatives are to meet infinities.
-template <class Config, class Place, int m_tiles, int cols, class Numbers, class Emit>
+template <class Config, class Place, int m_tiles, int cols, class Numbers, class Emit, class Loads = LoadedNow>
 inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const Place& place,
-                          const Kept<Config, m_tiles, cols>& kept, const Numbers& lse, Emit&& emit) {
+                          const Kept<Config, m_tiles, cols>& kept, const Numbers& lse, Emit&& emit,
+                          const Loads& loads = {}) {
   using Variant = typename Config::variant;
   const Variant variant(place.params, place.batch, place.head);
   const float scale = exponent_scale<Variant>(place.params);
   for_each_pair<Variant::shapes || Variant::weighs, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
     const float2 subtracted = lse.of(t, i, j);
+    const auto& loaded = loads.of(variant, row, t, i, j);
     ScorePair pair;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -326,8 +363,8 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
       // score.
       if constexpr (Variant::shapes) {
         const Point at = row.at(8 * j + e);
-        exponent = variant.score(s * place.params.softmax_scale, at, derivatives);
-        if (!row.sees(8 * j + e) || (Variant::hides && !variant.keeps(at))) exponent = -infinity;
+        exponent = variant.score(s * place.params.softmax_scale, at, loaded, e, derivatives);
+        if (!row.sees(8 * j + e) || (Variant::hides && !variant.keeps(at, loaded, e))) exponent = -infinity;
         if (Variant::wild && exponent == -infinity) derivatives = {};  // times a probability of 0
       }
       if constexpr (Variant::weighs) weight = variant.weight(row.at(8 * j + e));
@@ -352,6 +389,7 @@ inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& p
   const Variant variant(place.params, place.batch, place.head);
   constexpr bool tells = Variant::has_gradient && for_terms;
   const float gain = Variant::gain(place.params.terms);
+  tile::Accumulator<m_tiles, cols> told;  // for terms that gather
   for_each_pair<Variant::weighs || tells, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
     const float2 subtracted = delta.of(t, i, j), ds_factor = ds_factors(t, i, j);
     float2 d{dp.x[t][j][2 * i], dp.x[t][j][2 * i + 1]};
@@ -371,8 +409,14 @@ inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& p
           variant.gradient(dscored, at);
         }
       };
-      if (low.live && row.sees(8 * j) && variant.keeps(low)) tell(ds.x, low, 0);
-      if (high.live && row.sees(8 * j + 1) && variant.keeps(high)) tell(ds.y, high, 1);
+      const bool tells_low = low.live && row.sees(8 * j) && variant.keeps(low);
+      const bool tells_high = high.live && row.sees(8 * j + 1) && variant.keeps(high);
+      if (tells_low) tell(ds.x, low, 0);
+      if (tells_high) tell(ds.y, high, 1);
+      if constexpr (Variant::gathers) {
+        told.x[t][j][2 * i] = tells_low ? ds.x : 0.0f;
+        told.x[t][j][2 * i + 1] = tells_high ? ds.y : 0.0f;
+      }
     }
     if constexpr (Variant::holds) {
       const float2 rest = rests(t, i, j);
@@ -382,6 +426,7 @@ inline void gradients(const tile::Accumulator<m_tiles, cols>& dp, const Place& p
     emit(t, i, j, ds.x, ds.y);
   });
   if constexpr (tells) variant.flush();
+  if constexpr (tells && Variant::gathers) variant.gather(told, place);
 }
 
 }  // namespace attention

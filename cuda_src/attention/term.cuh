@@ -14,6 +14,13 @@ struct Point {
   int query, key;   // of the sequence's own
   float distance;   // how far the key lies before the query's own position: query + diagonal - key
   bool live;        // whether there are such a query and key; else a term must not read there, and what it says is void
+  int diagonal;
+  // How many queries or keys on it is from the first place of the thread's row, if that is known when this compiles.
+  // What is reckoned of the first place is reckoned once for a row.
+  int query_step = 0, key_step = 0;
+
+  // The distance as an integer.
+  int steps() const { return query + diagonal - key; }
 };
 
 // A term is a closure over its data for a sequence and a query head: Term(const Data&, int batch, int head).
@@ -28,6 +35,8 @@ struct Term {
   static constexpr bool gives_slope = false;   // whether it has `score` with a slope, and so needs no `dscore`
   static constexpr bool wild = false;          // whether its slope may be infinite or NaN at a key that is not seen
   static constexpr bool reads_score = false;   // whether `gradient` also takes the score that the term is applied to
+  static constexpr bool loads = false;         // whether it has `load`, and `score` and `keeps` with what that gives
+  static constexpr bool gathers = false;       // whether it has `gather`
 
   // What becomes of a score, and the derivative of that as a function of what `score` returned.
   float score(float s, const Point&) const { return s; }
@@ -41,6 +50,17 @@ struct Term {
 
   // Whether the query keeps the key. Else the key is removed, as by a mask, whatever terms make of its score.
   bool keeps(const Point&) const { return true; }
+
+  // What it reads for two scores side by side, of two keys (`along_keys`) or of two queries. Main loops may ask for it
+  // long before there are scores, which hides how long reading takes; `e` then says which of the two, 0 or 1, is meant.
+  // Where scores come one by one the functions without it are asked, so a term has both.
+  struct Loaded {};
+  template <bool along_keys>
+  Loaded load(const Point&, const Point&) const {
+    return {};
+  }
+  float score(float s, const Point&, const Loaded&, int) const { return s; }
+  bool keeps(const Point&, const Loaded&, int) const { return true; }
 
   // What a probability is multiplied by once it is divided by the sum of its row, to which it counts as it was: this,
   // and what is the same for all entries. What drops gives masks of several entries at once: see Dropout.
@@ -56,6 +76,11 @@ struct Term {
 
   // Follows the last `gradient` of a tile. All lanes of a warp call it together.
   void flush() const {}
+
+  // Takes all of those that a warp holds at once, so that it may add up among them first: an accumulator, which is 0
+  // where a query does not see the key, and where it lies (`Place`, `TransposedPlace`). All lanes call this together.
+  template <class Entries, class Place>
+  void gather(const Entries&, const Place&) const {}
 
   // Sets to 0 what `gradient` adds to. Every thread of an earlier launch calls this, thread `thread` of `threads`.
   template <class Data>

@@ -23,21 +23,32 @@ template <>
 struct Variant<> {
   static constexpr bool empty = true, per_head = false, bends = false, scales = false, has_gradient = false;
   static constexpr bool hides = false, holds = false, reads_score = false, wild = false;
-  static constexpr bool drops = false, weighs = false, shapes = false;
+  static constexpr bool drops = false, weighs = false, shapes = false, loads = false, gathers = false;
   static constexpr int words = 0;
+
+  struct Loaded {};
 
   Variant(const Params&, int, int) {}
   Variant(const u64*, int, int) {}
 
   float score(float s, const Point&) const { return s; }
   float score(float s, const Point&, Derivatives&) const { return s; }
+  float score(float s, const Point&, const Loaded&, int) const { return s; }
+  float score(float s, const Point&, const Loaded&, int, Derivatives&) const { return s; }
   float factor(const Point&) const { return 1.0f; }
   float weight(const Point&) const { return 1.0f; }
   static float gain(const u64*) { return 1.0f; }
   bool keeps(const Point&) const { return true; }
+  bool keeps(const Point&, const Loaded&, int) const { return true; }
   void gradient(float, const Point&) const {}
   void gradient(float, const Point&, float) const {}
   void flush() const {}
+  template <bool along_keys>
+  Loaded load(const Point&, const Point&) const {
+    return {};
+  }
+  template <class Entries, class Place>
+  void gather(const Entries&, const Place&) const {}
   static void begin(const u64*, i64, i64) {}
 };
 
@@ -55,6 +66,9 @@ struct Variant<Term, Rest...> {
 
   // Whether a term scales that does not drop.
   static constexpr bool weighs = (Term::scales && !Term::drops) || Others::weighs;
+  static constexpr bool loads = Term::loads || Others::loads;
+  static constexpr bool gathers = Term::gathers || Others::gathers;
+  static_assert(!(Term::gives_slope && Term::loads), "a score with a slope is asked for without what was loaded");
 
   // Whether derivatives have to be held until terms have had their gradients: a term up to the last one with a gradient
   // bends.
@@ -70,23 +84,50 @@ struct Variant<Term, Rest...> {
   Term term;
   Others others;
 
+  // What the terms read for two scores side by side.
+  struct Loaded {
+    typename Term::Loaded own;
+    typename Others::Loaded others;
+  };
+
   Variant(const Params& params, int batch, int head) : Variant(params.terms, batch, head) {}
   Variant(const u64* data, int batch, int head) : term(of(data), batch, head), others(data + own_words, batch, head) {}
+
+  template <bool along_keys>
+  Loaded load(const Point& low, const Point& high) const {
+    return {term.template load<along_keys>(low, high), others.template load<along_keys>(low, high)};
+  }
 
   float score(float s, const Point& at) const { return others.score(term.score(s, at), at); }
 
   // The same; the derivatives are multiplied by those of the terms.
   float score(float s, const Point& at, Derivatives& derivatives) const {
-    float& derivative = has_gradient ? derivatives.before : derivatives.after;
-    float scored, slope;
-    if constexpr (Term::gives_slope) {
-      scored = term.score(s, at, slope);
-    } else {
-      scored = term.score(s, at);
-      slope = term.dscore(scored, at);
-    }
-    derivative *= slope;
+    float slope;
+    const float scored = own_score(s, at, slope);
+    derivative(derivatives) *= slope;
     return others.score(scored, at, derivatives);
+  }
+
+  // The same with what was loaded for this score, number e of two, and another.
+  float score(float s, const Point& at, const Loaded& loaded, int e) const {
+    float scored;
+    if constexpr (Term::loads)
+      scored = term.score(s, at, loaded.own, e);
+    else
+      scored = term.score(s, at);
+    return others.score(scored, at, loaded.others, e);
+  }
+
+  float score(float s, const Point& at, const Loaded& loaded, int e, Derivatives& derivatives) const {
+    float scored, slope;
+    if constexpr (Term::loads) {
+      scored = term.score(s, at, loaded.own, e);
+      slope = term.dscore(scored, at);
+    } else {
+      scored = own_score(s, at, slope);
+    }
+    derivative(derivatives) *= slope;
+    return others.score(scored, at, loaded.others, e, derivatives);
   }
 
   float factor(const Point& at) const { return term.factor(at) * others.factor(at); }
@@ -106,6 +147,15 @@ struct Variant<Term, Rest...> {
   }
 
   bool keeps(const Point& at) const { return (!Term::hides || term.keeps(at)) && others.keeps(at); }
+
+  bool keeps(const Point& at, const Loaded& loaded, int e) const {
+    bool kept = true;
+    if constexpr (Term::hides && Term::loads)
+      kept = term.keeps(at, loaded.own, e);
+    else if constexpr (Term::hides)
+      kept = term.keeps(at);
+    return kept && others.keeps(at, loaded.others, e);
+  }
 
   void gradient(float dscored, const Point& at) const {
     term.gradient(dscored, at);
@@ -129,6 +179,12 @@ struct Variant<Term, Rest...> {
     others.flush();
   }
 
+  template <class Entries, class Place>
+  void gather(const Entries& dscored, const Place& place) const {
+    term.gather(dscored, place);
+    others.gather(dscored, place);
+  }
+
   // Sets to 0 what gradients of terms add to, as thread `thread` of `threads`.
   static void begin(const u64* data, i64 thread, i64 threads) {
     Term::begin(of(data), thread, threads);
@@ -137,6 +193,21 @@ struct Variant<Term, Rest...> {
 
  private:
   static const Data& of(const u64* data) { return *reinterpret_cast<const Data*>(data); }
+
+  // What the term made of a score, and its derivative.
+  float own_score(float s, const Point& at, float& slope) const {
+    float scored;
+    if constexpr (Term::gives_slope) {
+      scored = term.score(s, at, slope);
+    } else {
+      scored = term.score(s, at);
+      slope = term.dscore(scored, at);
+    }
+    return scored;
+  }
+
+  // The one that the term's own is a factor of.
+  static float& derivative(Derivatives& all) { return has_gradient ? all.before : all.after; }
 };
 
 }  // namespace attention

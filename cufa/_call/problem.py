@@ -103,7 +103,7 @@ MAX_MAP_STRIDE = 1 << 40
 GPU_DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 """Storage dtypes on a GPU, and their names in CUDA."""
 CPU_DTYPES = (*GPU_DTYPES, "float64")
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "bool": 1, "uint8": 1}
 
 
 class Static(NamedTuple):
@@ -381,10 +381,15 @@ INTEGERS = (
 )
 """Names of arrays of integers."""
 
+BOOLEANS = ("mask",)
+"""Names of arrays of booleans."""
+
 
 def _host_spec(name: str, array: NDArray[Any], single: Sequence[str]) -> Spec:
     """What stands for an array of whatever dtype; `single` are the names of those that calls take in float32."""
     integers = name in INTEGERS
+    if array.dtype.kind == "b" and name in BOOLEANS:
+        return Spec("numpy", array.shape, array.strides, "bool", CPU, 0, True)
     wanted = "int32" if integers else "float32" if name in single else "float64"
     # Only the dtypes of ml_dtypes are of kind V and have a name of their own.
     right = array.dtype.kind in "iu" if integers else array.dtype.kind in "iufb" or "float" in array.dtype.name
@@ -445,7 +450,8 @@ class Check:
 
     def asked(self) -> tuple[Term, ...]:
         """The score terms that the call has."""
-        return tuple(term for term in self.terms if term.asked(self.specs, self.options))  # type: ignore[arg-type]
+        terms = (term for term in self.terms if term.asked(self.specs, self.options))  # type: ignore[arg-type]
+        return tuple(term.specialised(self.specs, self.varlen) for term in terms)
 
     def pack(self, q: Spec) -> int:
         """Packing pays where it leaves at most three quarters of the tiles of 128 rows."""
@@ -942,6 +948,10 @@ def check_offsets(problem: Problem, arrays: Arrays) -> None:
         lengths = np.diff(np.maximum.accumulate(cu_seqlens_k))
         if ((seqused_k < 0) | (seqused_k > lengths)).any():
             raise ArgumentError(f"{function}: seqused_k must lie between 0 and the lengths in cu_seqlens_k.")
+    for term in problem.terms:
+        live = np.diff(np.maximum.accumulate(cu_seqlens_k)) if seqused_k is None else seqused_k
+        longest_q = int(np.diff(np.maximum.accumulate(cu_seqlens_q)).max(initial=0))
+        term.check_lengths(problem, longest_q, int(live.max(initial=0)))
 
 
 def check_offsets_of(function: str, name: str, rows: int, offsets: NDArray[Any], argument: str | None = None) -> None:

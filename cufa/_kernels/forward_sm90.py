@@ -180,7 +180,9 @@ def tile(static: Static) -> tuple[int, int, int, bool]:
     size = SIZEOF[static.element]
     by_smem = (SHARED_MEMORY[90] - CONTROL_BYTES - size * 128 * dim) // (size * STAGES * (dim + dim_v))
     longest = 64 if widest > 192 else 128 if window or static.short else 176
-    block_n = min((registers - dim_v // 2) * 4 // 3, by_smem, longest) // 16 * 16
+    # A thread holds half a row's block of scores and P, and of what terms load ahead of them.
+    loaded = sum(term.loaded_bytes for term in static.terms)
+    block_n = min((registers - dim_v // 2) * 8 // (6 + loaded), by_smem, longest) // 16 * 16
     early_steps = 4 if widest <= 128 else 1 if widest <= 160 else 2 if widest <= 192 else 0
     if ragged:
         early_steps = (early_steps + 1) // 2

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[Any]
 
-FLAGS = ("per_head", "bends", "scales", "hides", "gives_slope", "reads_score", "has_gradient")
+FLAGS = ("per_head", "bends", "scales", "hides", "gives_slope", "reads_score", "has_gradient", "loads")
 """What a term and its C++ twin both say of it; every translation unit asserts that they say the same."""
 
 
@@ -52,7 +52,9 @@ class Point:
 
 
 class Term:
-    """A score term. It has no state; what a call gives it comes as `given`: its arrays and options, by name.
+    """A score term. What a call gives it comes as `given`: its arrays and options, by name.
+
+    It has no state, unless it is `specialised`: then it compares by that, too.
 
     Attributes
     ----------
@@ -85,6 +87,8 @@ class Term:
         was applied to as well, ``score``.
     reads_score : bool
         Whether `gradient` is given them.
+    loaded_bytes : int
+        What its C++ twin loads for a score before there is one (``load``), as far as it takes registers.
     ordered : bool
         Whether its gradients add up in a fixed order on a GPU where that is asked for.
     foldable : bool
@@ -106,6 +110,7 @@ class Term:
     hides: bool = False
     gives_slope: bool = False
     reads_score: bool = False
+    loaded_bytes: int = 0
     ordered: bool = False
     foldable: bool = False
 
@@ -127,6 +132,15 @@ class Term:
         """Whether it has `gradients`."""
         return bool(self.gradients)
 
+    @property
+    def loads(self) -> bool:
+        """Whether its C++ twin has a ``load``."""
+        return self.loaded_bytes > 0
+
+    def specialised(self, specs: Mapping[str, Spec], packed: bool) -> Term:
+        """Itself with what decides its kernels of such arrays, which `struct` and the flags may depend on."""
+        return self
+
     def asked(self, specs: Mapping[str, Spec], options: Options) -> bool:
         """Whether a call with these arrays and options has the term."""
         return any(name in specs for name in self.arrays)
@@ -140,6 +154,9 @@ class Term:
 
     def check(self, call: Check) -> None:
         """Refuse arrays of its own that will not do; called whether the term is asked for or not."""
+
+    def check_lengths(self, problem: Problem, longest_q: int, longest_k: int) -> None:
+        """Refuse arrays of its own that do not reach over the longest of packed sequences; asked on the CPU only."""
 
     def results(self, problem: Problem) -> Mapping[str, tuple[tuple[int, ...], str]]:
         """Shapes and dtypes of its `gradients`."""

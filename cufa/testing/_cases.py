@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from cufa.reference import Options, Window
+from cufa.reference import FeaturedOptions, Window
 
 from .. import reference
 
@@ -177,6 +178,13 @@ class Case:
         As for `cufa.attention`.
     alibi_ndim : {0, 1, 2}
         No slopes, slopes (num_heads_q,), slopes (batch, num_heads_q).
+    bias, mask : str or None
+        The array of that name: for each of its axes, batch, heads, queries and keys, ``x`` if it has all of them and
+        ``1`` if one is for all, as in ``1x1x``.
+    rel_bias : int or None
+        The reach of one.
+    dropout_p : float
+        Whose seed is that of the case.
     sinks, return_lse, use_out : bool
         Whether there are sinks, `lse` is asked for, and `out=` is given.
     layouts : (str, str, str, str)
@@ -218,6 +226,10 @@ class Case:
     softcap: float = 0.0
     alibi_ndim: Literal[0, 1, 2] = 0
     sinks: bool = False
+    bias: str | None = None
+    rel_bias: int | None = None
+    mask: str | None = None
+    dropout_p: float = 0.0
     return_lse: bool = False
     use_out: bool = False
     layouts: tuple[str, str, str, str] = ("contiguous", "contiguous", "contiguous", "contiguous")
@@ -226,14 +238,17 @@ class Case:
     seed: int = 0
 
     @property
-    def options(self) -> Options:
+    def options(self) -> FeaturedOptions:
         """The keywords that are not arrays."""
-        return {
+        options: FeaturedOptions = {
             "causal": self.causal,
             "window_size": self.window_size,
             "softmax_scale": self.softmax_scale,
             "softcap": self.softcap,
         }
+        if self.dropout_p:
+            options |= {"dropout_p": self.dropout_p, "seed": self.seed}
+        return options
 
     def view(self, name: str) -> View:
         """The view of q, k, v or out."""
@@ -339,8 +354,28 @@ class Case:
             small["alibi_slopes"] = rng.uniform(0, 0.5, shape).astype(np.float32)
         if self.sinks:
             small["sinks"] = (2 * rng.standard_normal(self.num_heads_q)).astype(np.float32)
+        small |= self.score_arrays(batch)
         arrays = {name: self.view(name).on(self.flat(name), xp) for name in ("q", "k", "v")}
         return arrays | {name: View.of(x.shape).on(x.ravel(), xp) for name, x in small.items()}
+
+    def score_arrays(self, batch: int) -> dict[str, Array]:
+        """Those of score terms; half of the biases are in float32."""
+        rng = np.random.default_rng([self.seed, 2])
+        lengths = [max(n, default=0) if isinstance(n, tuple) else n for n in (self.seqlen_q, self.seqlen_k)]
+        if self.offsets in ("short", "wild") and isinstance(self.seqlen_q, tuple):  # sequences may be any part
+            lengths = [int(self.view(name).shape[0]) for name in "qk"]
+        found: dict[str, Array] = {}
+        for name, axes in (("bias", self.bias), ("mask", self.mask)):
+            if axes is None:
+                continue
+            extents = (batch, self.num_heads_q, *lengths)
+            shape = tuple(n if axis == "x" else 1 for axis, n in zip(axes, extents, strict=True))
+            dtype = getattr(ml_dtypes, self.dtype, self.dtype) if rng.random() < 0.5 else np.float32
+            numbers = rng.standard_normal(shape)
+            found[name] = numbers.astype(dtype) if name == "bias" else numbers > -1
+        if self.rel_bias is not None:
+            found["rel_bias"] = rng.standard_normal((self.num_heads_q, 2 * self.rel_bias + 1)).astype(np.float32)
+        return found
 
     def output(self, xp: Any = np) -> Any:
         """An array of NaN to pass as ``out=``."""
@@ -372,6 +407,7 @@ def dense_cases(
     head_dims: Sequence[int] = HEAD_DIMS,
     layouts: Sequence[str] = LAYOUTS,
     values: Sequence[str] = VALUES,
+    features: Sequence[str] = (),
 ) -> SearchStrategy[Case]:
     """Cases for `cufa.attention`, as a Hypothesis strategy.
 
@@ -388,6 +424,8 @@ def dense_cases(
         Leave ``reversed`` out for torch.
     values : sequence of str
         Of `VALUES`.
+    features : sequence of str
+        Of ``bias``, ``rel_bias``, ``mask`` and ``dropout_p``: what cases may have, too.
 
     Examples
     --------
@@ -401,10 +439,10 @@ def dense_cases(
     ...     assert_close(cufa.reference.attention(**arrays, **options), **arrays, **options)
     >>> test_attention()
     """
-    st, features = features_of("dense_cases", max_seqlen, dtypes, head_dims, layouts, values)
-    seqlen = features.pop("seqlen")
+    st, fields = features_of("dense_cases", max_seqlen, dtypes, head_dims, layouts, values, features)
+    seqlen = fields.pop("seqlen")
     strategy: SearchStrategy[Case] = st.builds(
-        _case, batch=st.sampled_from((1, 2, 3) * 3 + (0,)), seqlen_q=seqlen, seqlen_k=seqlen, **features
+        _case, batch=st.sampled_from((1, 2, 3) * 3 + (0,)), seqlen_q=seqlen, seqlen_k=seqlen, **fields
     )
     return strategy
 
@@ -417,6 +455,7 @@ def varlen_cases(
     layouts: Sequence[str] = LAYOUTS,
     values: Sequence[str] = VALUES,
     offsets: Sequence[str] = ("exact",),
+    features: Sequence[str] = (),
 ) -> SearchStrategy[Case]:
     """Cases for `cufa.attention_varlen`, with and without `seqused_k`, as a Hypothesis strategy.
 
@@ -428,6 +467,8 @@ def varlen_cases(
         As for `dense_cases`.
     offsets : sequence of str
         Of `OFFSETS`.
+    features : sequence of str
+        As for `dense_cases`.
 
     Examples
     --------
@@ -441,8 +482,8 @@ def varlen_cases(
     ...     assert_close(cufa.reference.attention_varlen(**arrays, **options), **arrays, **options)
     >>> test_attention_varlen()
     """
-    st, features = features_of("varlen_cases", max_seqlen, dtypes, head_dims, layouts, values)
-    seqlen = features.pop("seqlen")
+    st, fields = features_of("varlen_cases", max_seqlen, dtypes, head_dims, layouts, values, features)
+    seqlen = fields.pop("seqlen")
     sequences = st.sampled_from((1, 2, 3, 4) * 3 + (0,)).flatmap(
         lambda batch: st.tuples(*[st.tuples(seqlen, seqlen, seqlen)] * batch)
     )
@@ -451,7 +492,7 @@ def varlen_cases(
         sequences=sequences,
         use_seqused_k=st.booleans(),
         offsets=st.sampled_from(offsets),
-        **features,
+        **fields,
     )
     return strategy
 
@@ -463,6 +504,7 @@ def features_of(
     head_dims: Sequence[int],
     layouts: Sequence[str],
     values: Sequence[str],
+    features: Sequence[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
     """Hypothesis' strategies, and one for each field that dense and varlen cases share.
 
@@ -475,7 +517,10 @@ def features_of(
     side = st.none() | st.sampled_from((0, 1, 5, 16, 31, 64, 65, -1, max_seqlen, max_seqlen + 100))
     layout = st.sampled_from(layouts)
     written = st.sampled_from([name for name in layouts if name != "broadcast"])
-    return st, {
+    axes = st.none() | st.sampled_from([*map("".join, itertools.product("1x", repeat=4))])
+    further = {"bias": axes, "mask": axes, "rel_bias": st.none() | st.sampled_from((0, 1, 7, 40, 400))}
+    further["dropout_p"] = st.sampled_from((0.0, 0.1, 0.75))
+    return st, {name: further[name] for name in features} | {
         "seqlen": st.sampled_from([n for n in SEQLENS if 0 < n <= max_seqlen] * 3 + [0]),
         "heads": st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (6, 2), (5, 1), (8, 1)] * 2 + [(0, 0)]),
         "head_dim": st.sampled_from(head_dims),

@@ -10,11 +10,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from cufa.reference import Options
+from cufa.reference import At, FeaturedOptions, Options, Term
 
 from .. import reference
 from .._call import problem as _problem
-from .._terms import TERMS
 
 Array: TypeAlias = NDArray[Any]
 
@@ -59,8 +58,43 @@ def to_numpy(x: Any) -> Array:
     return np.asarray(x)
 
 
+class Shifted:
+    """A score term of the reference for a part of a problem, of which it knows where that begins.
+
+    Parameters
+    ----------
+    term : Term
+        Of the whole problem.
+    batch, head : int
+        The first sequence and head.
+    """
+
+    def __init__(self, term: Term, batch: int, head: int) -> None:
+        self._term = term
+        self._first = batch, head
+
+    def _at(self, at: At) -> At:
+        batch, head = self._first
+        return at._replace(batch=at.batch + batch, head=at.head + head)
+
+    def score(self, s: Array, at: At) -> Array:
+        return self._term.score(s, self._at(at))
+
+    def slope(self, s: Array, at: At) -> Any:
+        return self._term.slope(s, self._at(at))
+
+    def keep(self, at: At) -> Any:
+        return self._term.keep(self._at(at))
+
+    def factor(self, at: At) -> Any:
+        return self._term.factor(self._at(at))
+
+    def gradient(self, ds: Array, s: Array, at: At) -> tuple[Array, ...]:
+        return self._term.gradient(ds, s, self._at(at))
+
+
 class Problem(NamedTuple):
-    """The arrays and keywords of a call, on the host."""
+    """The arrays and keywords of a call, on the host; `terms` are further score terms, as the reference has them."""
 
     q: Array
     k: Array
@@ -69,9 +103,10 @@ class Problem(NamedTuple):
     cu_seqlens_k: Array | None
     seqused_k: Array | None
     options: Options
+    terms: tuple[Term, ...] = ()
 
     @classmethod
-    def of(cls, *arrays: Any, options: Options, gradients: dict[str, Array | None] | None = None) -> Problem:
+    def of(cls, *arrays: Any, options: FeaturedOptions, gradients: dict[str, Array | None] | None = None) -> Problem:
         """Of the arrays in the order of the fields.
 
         `gradients` are dout and dlse on the host, if the problem is to differentiate: they are checked beside the rest.
@@ -84,17 +119,23 @@ class Problem(NamedTuple):
         function = "attention" if cu_seqlens_q is None else "attention_varlen"
         if gradients is not None:
             function += "_backward"
-        unknown = sorted(set(options) - Options.__optional_keys__)
+        unknown = sorted(set(options) - FeaturedOptions.__optional_keys__)
         if unknown:
-            known = ", ".join(sorted(Options.__optional_keys__))
+            known = ", ".join(sorted(FeaturedOptions.__optional_keys__))
             raise TypeError(f"{function}: {unknown[0]} is no option of the reference, whose options are {known}.")
         names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "alibi_slopes", "sinks")
         asked = (options.get("causal", False), options.get("window_size"))
         asked_scales = (options.get("softmax_scale"), options.get("softcap", 0.0))
+        given = dict(zip(names, host, strict=True)) | (gradients or {})
+        further: dict[str, Any] = {name: x for name, x in options.items() if name not in Options.__optional_keys__}
+        for name in ("bias", "rel_bias", "mask"):
+            given[name] = None
+            if name in further and (name != "mask" or reference.is_array(further[name])):
+                given[name] = further[name] = None if further[name] is None else to_numpy(further[name])
         causal, window_size, softmax_scale, softcap = _problem.check_host(
-            function, dict(zip(names, host, strict=True)) | (gradients or {}), (*asked, *asked_scales), TERMS
+            function, given, (*asked, *asked_scales), reference.checked_terms()
         )
-        host_options = options | {
+        host_options: Options = {
             "causal": causal,
             "window_size": window_size,
             "softmax_scale": softmax_scale,
@@ -102,11 +143,12 @@ class Problem(NamedTuple):
             "alibi_slopes": slopes,
             "sinks": sinks,
         }
-        return cls(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, host_options)
+        terms = tuple(reference.terms_of(**further))
+        return cls(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, host_options, terms)
 
     def sequences(self) -> Iterator[tuple[slice, slice, slice, Array, Array, Array, Array | None]]:
         """Dense problems: where their batch entries, rows and keys lie, and q, k, v and slopes."""
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, options = self
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, options, _ = self
         slopes: Any = options["alibi_slopes"]
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
             for each in reference._sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, slopes):
@@ -120,7 +162,8 @@ class Problem(NamedTuple):
         """Dense problems of whole sequences and heads, with at most `PIECE` scores as far as that goes."""
         num_heads_q, num_heads_k = self.q.shape[-2], self.k.shape[-2]
         group = num_heads_q // max(num_heads_k, 1)
-        for entries, rows, keys, q, k, v, slopes in self.sequences():
+        packed = self.cu_seqlens_q is not None
+        for number, (entries, rows, keys, q, k, v, slopes) in enumerate(self.sequences()):
             step = max(PIECE // max(len(q) * group * q.shape[1] * k.shape[1], 1), 1)
             for first in range(0, num_heads_k, step):
                 heads_k = slice(first, min(first + step, num_heads_k))
@@ -130,7 +173,9 @@ class Problem(NamedTuple):
                 sinks: Any = options["sinks"]
                 options["sinks"] = None if sinks is None else sinks[heads]
                 qkv = q[:, :, heads], k[:, :, heads_k], v[:, :, heads_k]
-                yield Piece(entries, rows, keys, heads, heads_k, Problem(*qkv, None, None, None, options))
+                entry = number if packed else entries.start
+                terms = tuple(Shifted(term, entry, heads.start) for term in self.terms)
+                yield Piece(entries, rows, keys, heads, heads_k, Problem(*qkv, None, None, None, options, terms))
 
 
 class Piece(NamedTuple):
@@ -189,8 +234,8 @@ def expect(problem: Problem, dtype: DTypeLike | None) -> _Expected:
         np.zeros(out_shape, dtype=np.bool_),
     )
     for piece in problem.pieces():
-        q, k, v, *_, options = piece.problem
-        out, lse = reference.attention(q, k, v, return_lse=True, **options)
+        q, k, v, *_, options, terms = piece.problem
+        out, lse = reference._attend(q, k, v, terms=terms, **options)
         expected.out[piece.in_q], expected.lse[piece.in_lse] = out, lse
         with np.errstate(all="ignore"):  # NaN and Inf are data here
             noise = forward_noise(piece.problem, out, storage)
@@ -205,7 +250,7 @@ def forward_noise(
 
     `q_error`, like q, is by how much q's elements may be others than they are.
     """
-    q, k, v, *_, options = problem
+    q, k, v, *_, options, terms = problem
     compute = np.dtype(np.float64 if storage == np.float64 else np.float32)
     unit, compute_unit = (float(ml_dtypes.finfo(x).eps) / 2 for x in (storage, compute))
     lse_unit = compute_unit
@@ -234,20 +279,28 @@ def forward_noise(
         biased = reference._scores(q, k, softmax_scale, softcap, options["alibi_slopes"])
         size, s = size + np.abs(biased - s), biased
     keep = reference._keep(q.shape[1], k.shape[1], options.get("causal", False), options.get("window_size"))
+    at = reference._at(q, k, 0)
+    for term in terms:
+        before, s = s, term.score(s, at)
+        size = np.abs(np.asarray(term.slope(before, at))) * size + np.abs(s) + np.abs(s - before)
+        keep = keep & np.asarray(term.keep(at))
+    if terms:
+        size = np.where(np.isfinite(size), size, 0)
+    factor = reference._factor(terms, at)
     p, lse = reference._softmax(np.where(keep, s, -np.inf), options.get("sinks"))
 
     # The roundings of a running sum add up like a random walk.
     walk = np.sqrt(k.shape[1])
     # The errors of p that come from its score, and from adding it up with v; before the division by the sum.
     score_noise = np.where(keep, compute_unit * (size + 1), 0)
-    p_noise = np.where(p > 0, p * (score_noise + compute_unit * np.abs(s - lse[..., None])), 0)
+    p_noise = np.where(p > 0, p * (score_noise + compute_unit * np.abs(np.where(p > 0, s - lse[..., None], 0))), 0)
     finite_lse = np.where(np.isfinite(lse), np.abs(lse), 0)
     sum_noise = p_noise.sum(axis=-1) + compute_unit * (walk + finite_lse)
     if storage == "bfloat16":  # whose exponents are lower than they need be, and err in proportion to their size
         sum_noise += _problem.BASE_SHIFT * np.log(2) * compute_unit * np.sqrt((p**2).sum(axis=-1))
     # p is rounded when its largest, the sink's perhaps, is 1; its small values may be subnormal in float16.
     largest = np.maximum(p.max(axis=-1, initial=0, keepdims=True), 1 - p.sum(axis=-1, keepdims=True))
-    p_rounding = unit * p + np.where(keep, tiny * largest, 0)
+    p_rounding = factor * (unit * p + np.where(keep, tiny * largest, 0))
     # Scores so large that their rounding exceeds 1 leave open which of several keys takes the probability.
     near = keep & (s + 6 * score_noise >= np.where(keep, s, -np.inf).max(axis=-1, initial=-np.inf, keepdims=True) - 20)
     doubt = np.where(near, score_noise, 0).max(axis=-1, initial=0)
@@ -258,7 +311,7 @@ def forward_noise(
     strange = ~np.isfinite(v_heads)
     spread = (keep & (p <= 4 * tiny * largest)).astype(np.float64) @ strange.astype(np.float64) > 0
     doubt_squared = np.minimum(doubt, 1)[..., None] ** 2
-    added = (compute_unit * walk / 4 * p) ** 2 + (rounding * p_rounding) ** 2
+    added = (compute_unit * walk / 4 * factor * p) ** 2 + (rounding * p_rounding) ** 2
     row_noise: Any = rounding * unit + compute_unit * walk
     if options.get("sinks") is not None:  # whose exponential errs as those of keys do, and all of the row with it
         sinks = np.abs(np.asarray(options["sinks"], np.float64))[:, None, None]
@@ -271,11 +324,11 @@ def forward_noise(
 
         def apart(weight: Any) -> Any:
             """Weighted squares of how far the rows of v are from out: an error in a score draws out towards its row."""
-            total = weight.sum(axis=-1, keepdims=True)
-            return np.maximum(weight @ v_**2 - 2 * out_ * (weight @ v_) + total * out_**2, 0)
+            total, scaled = weight.sum(axis=-1, keepdims=True), factor * weight
+            return np.maximum(factor * scaled @ v_**2 - 2 * out_ * (scaled @ v_) + total * out_**2, 0)
 
         variance = apart(p_noise**2) + doubt_squared * apart(near.astype(np.float64))
-        drift = row_noise + compute_unit * k.shape[1] / 16 * alike(np, out_, p @ np.abs(v_))
+        drift = row_noise + compute_unit * k.shape[1] / 16 * alike(np, out_, (factor * p) @ np.abs(v_))
         variance += added @ v_**2 + drift**2 * out_**2
         return np.sqrt(variance) * unit
 
@@ -317,7 +370,7 @@ def tolerance(
     cu_seqlens_k: Any = None,
     seqused_k: Any = None,
     dtype: DTypeLike | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[FeaturedOptions],
 ) -> Array:
     """The largest error that an element of `out` may have, for each element.
 
@@ -367,7 +420,7 @@ def lse_tolerance(
     cu_seqlens_k: Any = None,
     seqused_k: Any = None,
     dtype: DTypeLike | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[FeaturedOptions],
 ) -> Array:
     """The largest error that an element of `lse` may have, for each element.
 
@@ -407,7 +460,7 @@ def assert_close(
     cu_seqlens_k: Any = None,
     seqused_k: Any = None,
     dtype: DTypeLike | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[FeaturedOptions],
 ) -> None:
     """Raise unless `out`, and `lse` if given, are as close to the float64 reference as rounding allows.
 

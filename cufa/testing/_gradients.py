@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from cufa.reference import Options
+from cufa.reference import At, FeaturedOptions, Options, Term
 
 from .. import reference
 from ._compare import Problem, complain, complaint, forward_noise, to_numpy
@@ -16,6 +16,9 @@ from ._compare import Problem, complain, complaint, forward_noise, to_numpy
 Array: TypeAlias = NDArray[Any]
 
 NAMES = ("dq", "dk", "dv", "dsinks")
+
+DRAWS = 16
+"""How often errors are drawn to tell how far sums of them that score terms make err."""
 
 COMPUTE_UNIT = 2.0**-22
 """Of a float32 product by three of tf32, and of the exponential."""
@@ -33,7 +36,7 @@ def assert_gradients_close(
     cu_seqlens_k: Any = None,
     seqused_k: Any = None,
     dtype: DTypeLike | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[FeaturedOptions],
 ) -> None:
     """Raise unless gradients are as close to the float64 reference as rounding allows.
 
@@ -45,7 +48,7 @@ def assert_gradients_close(
 
     Parameters
     ----------
-    found : (dq, dk, dv) or (dq, dk, dv, dsinks)
+    found : (dq, dk, dv) or (dq, dk, dv, dsinks), and the gradients of further score terms
         The results under test, of any framework and on any device; with `dsinks` if there are `sinks`. One that is
         None is not checked.
     dout : array
@@ -98,16 +101,32 @@ def assert_gradients_close(
     """
     if not isinstance(found, (tuple, list)):
         raise TypeError(f"found is a {type(found).__name__}; pass a tuple, as attention_backward returns it.")
+    if options.get("score") is None:  # else only that tells how many there are
+        _check_count(found, _names(options))
+    offsets = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
+    expected = expect(dout, q, k, v, dlse=dlse, **offsets, dtype=dtype, **options)
+    has_sinks = options.get("sinks") is not None
+    exact, noise = (each if has_sinks else (*each[:3], *each[4:]) for each in expected)
+    names = _names(options, len(exact))
+    _check_count(found, names)
+    compared = zip(names, found, exact, noise, strict=True)
+    complain([gradient_complaint(name, *each) for name, *each in compared if each[0] is not None])
+
+
+def _names(options: FeaturedOptions, count: int = 0) -> tuple[str, ...]:
+    """Of the gradients, so many in all if a `score` function has some."""
     names = NAMES[:3] if options.get("sinks") is None else NAMES
+    behind = tuple(f"d{name}" for name in ("bias", "rel_bias") if name in options and options[name] is not None)
+    of_score = tuple(f"dscore {index}" for index in range(count - len(names) - len(behind)))
+    return *names, *of_score, *behind
+
+
+def _check_count(found: tuple[Any, ...] | list[Any], names: tuple[str, ...]) -> None:
     if len(found) != len(names):
-        of_sinks = "without sinks" if len(names) == 3 else "with sinks"
+        of_sinks = "with sinks" if "dsinks" in names else "without sinks"
         raise ValueError(f"found has {len(found)} results; {of_sinks} there are {len(names)}: {', '.join(names)}.")
     if all(result is None for result in found):
         raise ValueError("found holds nothing to check: every result is None.")
-    offsets = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
-    expected = expect(dout, q, k, v, dlse=dlse, **offsets, dtype=dtype, **options)
-    compared = zip(names, found, *expected, strict=False)
-    complain([gradient_complaint(name, *each) for name, *each in compared if each[0] is not None])
 
 
 def gradient_complaint(name: str, found: Any, exact: Array, noise: Array) -> str | None:
@@ -117,7 +136,8 @@ def gradient_complaint(name: str, found: Any, exact: Array, noise: Array) -> str
 
 
 class Expected(NamedTuple):
-    """dq, dk, dv and dsinks, and the root mean square error to expect of each element; 0 where one is 0 exactly."""
+    """dq, dk, dv, dsinks and those of terms, and the root mean square error to expect of each element; 0 where one is 0
+    exactly."""
 
     exact: tuple[Array, ...]
     noise: tuple[Array, ...]
@@ -134,7 +154,7 @@ def expect(
     cu_seqlens_k: Any = None,
     seqused_k: Any = None,
     dtype: DTypeLike | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[FeaturedOptions],
 ) -> Expected:
     """What `assert_gradients_close` expects, of which these are arguments."""
     packed = cu_seqlens_q is not None
@@ -148,24 +168,33 @@ def expect(
     storage = np.dtype(q.dtype if dtype is None else dtype)
     if packed:
         dout, q, k, v, dlse = (None if x is None else x[None] for x in (dout, q, k, v, dlse))
-    shapes = (q.shape, k.shape, v.shape, q.shape[2:3])
+    nothing = At(*(np.zeros((0,) * 4, np.int64) for _ in At._fields))
+    of_terms = [
+        x.shape for term in problem.terms for x in term.gradient(np.zeros((0,) * 4), np.zeros((0,) * 4), nothing)
+    ]
+    shapes = (q.shape, k.shape, v.shape, q.shape[2:3], *of_terms)
     expected = Expected(*(tuple(np.zeros(shape) for shape in shapes) for _ in range(2)))
     dsinks, sinks_noise = expected.exact[3], expected.noise[3]
     for piece in problem.pieces():
         piece_dlse = None if dlse is None else dlse[piece.in_lse]
-        exact = reference._differentiate(dout[piece.in_q], *piece.problem[:3], piece_dlse, **piece.problem.options)
+        own, terms = piece.problem, piece.problem.terms
+        exact = reference._differentiate(dout[piece.in_q], *own[:3], piece_dlse, **own.options, terms=terms)
         with np.errstate(all="ignore"):  # NaN and Inf are data here
-            noise = _noise(exact, piece.problem, dout[piece.in_q], piece_dlse, storage)
+            noise = _noise(exact, own, dout[piece.in_q], piece_dlse, storage)
         for whole, part in zip(expected, (exact, noise), strict=True):
             for into, x, place in zip(whole, part, (piece.in_q, piece.in_k, piece.in_k), strict=False):
                 into[place] = x
+            for into, x in zip(whole[4:], part[4:], strict=True):  # of the noise, squares
+                into += x
         dsinks[piece.heads] += exact[3]
         if packed:  # every sequence is summed up on its own
             sinks_noise[piece.heads] = np.hypot(sinks_noise[piece.heads], _sinks_noise(noise[3], exact[3]))
         else:
             sinks_noise[piece.heads] += noise[3]
+    for variance in expected.noise[4:]:
+        np.sqrt(variance, out=variance)
     if packed:
-        return Expected(*((*(x[0] for x in each[:3]), each[3]) for each in expected))
+        return Expected(*((*(x[0] for x in each[:3]), *each[3:]) for each in expected))
     sinks_noise[...] = _sinks_noise(sinks_noise, dsinks)
     return expected
 
@@ -183,8 +212,8 @@ def finite(x: Array) -> Array:
 def _noise(
     exact: tuple[Array, ...], problem: Problem, dout: Array, dlse: Array | None, storage: np.dtype[Any]
 ) -> tuple[Array, ...]:
-    """Of the dq, dk and dv of a dense problem; for dsinks the sum of the squares of what its terms err by."""
-    q, k, v, *_, options = problem
+    """Of the dq, dk and dv of a dense problem; for dsinks, and what score terms read, the squares of it."""
+    q, k, v, *_, options, terms = problem
     unit = float(ml_dtypes.finfo(storage).eps) / 2
     # Numbers below this are spaced absolutely, or flushed to zero.
     tiny = max(float(ml_dtypes.finfo(storage).smallest_subnormal), float(np.finfo(np.float32).tiny))
@@ -195,10 +224,16 @@ def _noise(
 
     # By (batch, head, row, key or column), in float64. Rows that see no key count for nothing; nor do NaN and Inf here,
     # since what they meet is not finite and has no noise.
-    out, lse = reference.attention(q, k, v, return_lse=True, **options)
+    out, lse = reference._attend(q, k, v, terms=terms, **options)
     out_noise, _, _ = forward_noise(problem, out, storage)
     raw = reference._scores(q, k, scale, softcap, None)
     s = reference._scores(q, k, scale, softcap, options.get("alibi_slopes"))
+    at, of_terms = reference._at(q, k, 0), list[_Applied]()
+    for term in terms:
+        scored = term.score(s, at)
+        of_terms.append(_Applied(term, s, finite(np.broadcast_to(term.slope(s, at), s.shape)), finite(scored - s)))
+        keep, s = keep & np.asarray(term.keep(at)), scored
+    factor = reference._factor(terms, at)
     p, _ = reference._softmax(np.where(keep, s, -np.inf), options.get("sinks"))
     raw, s, p = (finite(x) for x in (raw, s, p))
     q, k, v, dout, out, out_noise = (finite(x.astype(np.float64)) for x in (q, k, v, dout, out, out_noise))
@@ -213,22 +248,31 @@ def _noise(
     p = np.where(keep & ~empty, p, 0)
     delta = (dout_ * out_).sum(axis=-1, keepdims=True) - dlse_
     derivative = 1 - (raw / softcap) ** 2 if softcap > 0 else np.ones_like(raw)
+    for applied in of_terms:
+        derivative = derivative * applied.slope
     weight = p * derivative
-    gap = np.where(keep, dout_ @ v_.swapaxes(2, 3) - delta, 0)
+    gap = np.where(keep, factor * (dout_ @ v_.swapaxes(2, 3)) - delta, 0)
     ds = weight * gap
 
     # What an entry has for itself. Scores err, and so p and ds relatively; so does dp. Sums err like a random walk.
     walk_q, walk_k = (1 + np.sqrt(x.shape[1]) / 4 for x in (q, k))
     s_size = (1 + q.shape[-1] / 128) * reference._scores(np.abs(q), np.abs(k), scale, 0.0, None)
-    s_size = 1 + np.minimum(softcap, 16 * np.abs(raw)) + s_size + np.abs(s - raw) + np.where(p > 0, np.abs(s - lse), 0)
-    dp_size = (1 + v.shape[-1] / 128) * (np.abs(dout_) @ np.abs(v_).swapaxes(2, 3)) + np.abs(delta)
+    alibi = options.get("alibi_slopes")
+    biased = finite(reference._scores(q, k, scale, softcap, alibi)) if of_terms else s
+    s_size = 1 + np.minimum(softcap, 16 * np.abs(raw)) + s_size + np.abs(biased - raw)
+    for applied in of_terms:
+        s_size = s_size * np.abs(applied.slope) + np.abs(applied.added)
+    s_size = s_size + np.where(p > 0, np.abs(s - lse), 0)
+    dp_size = (1 + v.shape[-1] / 128) * factor * (np.abs(dout_) @ np.abs(v_).swapaxes(2, 3)) + np.abs(delta)
     p_noise = COMPUTE_UNIT * p * s_size
     ds_noise = COMPUTE_UNIT * p * (dp_size + np.abs(gap) * s_size)
     # Roundings to the storage dtype; ds may be made of a rounded weight.
     # Exponentials below float32's normal numbers are 0.
     least = np.where(keep, max(tiny, 2 * float(np.finfo(np.float32).tiny)), 0)
-    p_rounding = half * (unit * p + least)
+    p_rounding = half * factor * (unit * p + least)
     ds_rounding = half * (unit * np.abs(ds) + least) + half * (unit * weight + least) * np.abs(gap)
+    if of_terms:  # before whose gradients derivatives may be held, rounded
+        ds_rounding = ds_rounding + half * unit * np.abs(ds)
     # What the entries of a row have in common: the roundings of lse, and of out in delta.
     row_noise = COMPUTE_UNIT * (walk_k + lse_size)
     delta_noise = np.sqrt((out_noise_**2 * dout_**2).sum(axis=-1, keepdims=True))
@@ -237,8 +281,12 @@ def _noise(
     def result(variance: Any, gradient: Any, seen: Any, factor: float) -> Array:
         # Sums are float32 before they are scaled.
         noise = factor * (np.sqrt(variance.swapaxes(1, 2)) + half * tiny) + half * (unit * np.abs(gradient) + tiny)
-        return np.where(seen[:, None, None], noise, 0)
+        return np.where(seen, noise, 0)
 
+    # Whether rows see a key, and keys are seen by a row; (batch, seqlen, heads, 1).
+    kept: Array = np.broadcast_to(keep, s.shape)
+    seeing: Array = np.asarray(kept.any(axis=3)).swapaxes(1, 2)[..., None]
+    seen_keys = reference._sum_groups(np.asarray(kept.any(axis=2)).swapaxes(1, 2)[..., None], k) > 0
     times = _alike_heads(q, k, dout, options)
 
     def by_keys(variance: Any, like: Any) -> Any:
@@ -250,19 +298,51 @@ def _noise(
     dq_variance = ((walk_k * ds_noise) ** 2 + ds_rounding**2) @ k_**2 + common + (by_row @ np.abs(k_)) ** 2
     dk_variance = (walk_q * ds_noise) ** 2 + ds_rounding**2 + (row_noise * ds) ** 2 + (delta_noise * weight) ** 2
     dk_variance = dk_variance.swapaxes(2, 3) @ q_**2 + (by_column.swapaxes(2, 3) @ np.abs(q_)) ** 2
-    dv_variance = (walk_q * p_noise) ** 2 + p_rounding**2 + (row_noise * p) ** 2
+    dv_variance = (walk_q * factor * p_noise) ** 2 + p_rounding**2 + (row_noise * factor * p) ** 2
     sinks = options.get("sinks")
     sink = np.full((q.shape[2], 1, 1), -np.inf) if sinks is None else np.asarray(sinks, np.float64)[:, None, None]
     p_sink = np.where(empty, 0, np.exp(sink - lse))
     lse_noise = row_noise + p_noise.sum(axis=-1, keepdims=True)
     sink_noise = p_sink * (delta_noise + np.abs(delta) * (lse_noise + COMPUTE_UNIT * np.abs(sink)))
     sink_noise = np.where(p_sink > 0, sink_noise + np.finfo(np.float32).tiny * (1 + np.abs(delta)), 0)
+
+    def term_variances() -> list[Array]:
+        """Of the gradients of score terms: mean squares of what errors that are drawn at random add up to."""
+        after, found = np.ones_like(p), list[Array]()
+        for term, before, slope, _ in reversed(of_terms):
+            own = p * after
+            alone = COMPUTE_UNIT * own * (dp_size + np.abs(gap) * s_size) + half * (unit * own + least) * np.abs(gap)
+            in_row = row_noise * own * gap, delta_noise * own
+            rng, squares = np.random.default_rng(0), list[list[Array]]()
+            for _ in range(DRAWS):
+                errors = alone * rng.choice((-1, 1), alone.shape)
+                for common in in_row:
+                    errors = errors + common * rng.choice((-1, 1), (*common.shape[:3], 1))
+                squares.append([x**2 for x in term.gradient(np.where(keep, errors, 0), before, at)])
+            summed = term.gradient(np.abs(own * gap), before, at)  # in any order
+            floor = float(np.finfo(np.float32).tiny)
+            sums = [(walk_q * COMPUTE_UNIT * np.abs(x)) ** 2 + (floor * (x != 0)) ** 2 for x in summed]
+            means = [np.mean(each, axis=0) for each in zip(*squares, strict=True)]
+            found = [*(a + b for a, b in zip(means, sums, strict=True)), *found]
+            after = after * slope
+        return found
+
     return (
-        result(dq_variance, exact[0], keep.any(axis=1), scale),
-        result(by_keys(dk_variance, k), exact[1], keep.any(axis=0), scale),
-        result(by_keys(dv_variance.swapaxes(2, 3) @ dout_**2, v), exact[2], keep.any(axis=0), 1.0),
+        result(dq_variance, exact[0], seeing, scale),
+        result(by_keys(dk_variance, k), exact[1], seen_keys, scale),
+        result(by_keys(dv_variance.swapaxes(2, 3) @ dout_**2, v), exact[2], seen_keys, 1.0),
         (sink_noise**2).sum(axis=(0, 2, 3)),
+        *term_variances(),
     )
+
+
+class _Applied(NamedTuple):
+    """A score term, the scores before it, its derivative there, and what it adds to them."""
+
+    term: Term
+    before: Array
+    slope: Array
+    added: Array
 
 
 def in_step(xp: Any, log_p: Any, p: Any, axis: int, unit: float) -> Any:

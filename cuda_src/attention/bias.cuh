@@ -1,0 +1,120 @@
+// attention: the score term that adds an array.
+#pragma once
+
+#include "attention/score_array.cuh"
+#include "attention/term.cuh"
+#include "core/types.cuh"
+#include "ptx/convert.cuh"
+#include "ptx/red.cuh"
+#include "ptx/thread.cuh"
+#include "tile/accumulator.cuh"
+
+namespace attention {
+
+struct BiasData {
+  const void* bias;
+  float* dbias;  // of the same shape, contiguous
+  ScoreArrayLayout layout;
+  i64 dbatch_stride, dhead_stride;  // of dbias, in bytes
+  i64 zeros;                        // how many of its numbers have to be 0 first: all, or none if all are stored
+  i32 dquery_stride;
+};
+
+// A score s becomes s + bias[batch][head][query][key]. `alone` is whether an element of the bias belongs to one score
+// only, whose gradient is then stored; over_queries and over_keys are whether all of a kind share an element.
+template <class element, int step, bool paired, bool bounded, bool per_head_, bool alone, bool over_queries,
+          bool over_keys>
+struct Bias : Term {
+  using Data = BiasData;
+  using Array = ScoreArray<sizeof(element), step, paired, bounded>;
+  using Loaded = typename Array::Bits;
+  static constexpr bool per_head = per_head_, bends = false, has_gradient = true, loads = true;
+  static constexpr bool gathers = over_queries || over_keys;
+
+  Array array;
+  char* dbias;
+  i32 dquery_stride;
+
+  Bias(const Data& data, int batch, int head)
+      : array(data.bias, data.layout, batch, head),
+        dbias(reinterpret_cast<char*>(data.dbias) + batch * data.dbatch_stride + head * data.dhead_stride),
+        dquery_stride(data.dquery_stride) {}
+
+  static float number(u32 bits) {
+    if constexpr (is_same<element, f32>)
+      return __uint_as_float(bits);
+    else
+      return ptx::cvt_f32(element{u16(bits)});
+  }
+
+  template <bool along_keys>
+  Loaded load(const Point& low, const Point& high) const {
+    return array.template bits<along_keys>(low, high);
+  }
+
+  float score(float s, const Point& at) const { return s + number(array.bits(at)); }
+  float score(float s, const Point&, const Loaded& loaded, int e) const { return s + number(loaded.of(e)); }
+
+  float* daddress(const Point& at) const {
+    const i32 query_stride = over_queries ? 0 : dquery_stride, key_stride = over_keys ? 0 : sizeof(float);
+    return reinterpret_cast<float*>(dbias + offset_of(at, query_stride, key_stride));
+  }
+
+  void gradient(float ds, const Point& at) const {
+    if (gathers || (bounded && !array.holds(at))) return;
+    if constexpr (alone)
+      *daddress(at) = ds;
+    else
+      ptx::red_add_f32(daddress(at), ds);
+  }
+
+  // Sums over the rows or columns that share elements, first of each thread and then of the warp.
+  template <class Entries, class Place>
+  void gather(const Entries& ds, const Place& place) const {
+    constexpr bool along_keys = Place::Row::along_keys;
+    constexpr bool over_columns = along_keys ? over_keys : over_queries,
+                   over_rows = along_keys ? over_queries : over_keys;
+    float total = 0.0f, columns[Entries::n_tiles][2] = {};
+#pragma unroll
+    for (int t = 0; t < Entries::m_tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const auto row = place.row(t, i);
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < Entries::n_tiles; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float x = !bounded || array.holds(row.at(8 * j + e)) ? ds.x[t][j][2 * i + e] : 0.0f;
+            over_columns ? sum += x : columns[j][e] += x;
+          }
+        }
+        total += sum;
+        if constexpr (over_columns && !over_rows) add(sum, 1, 2, row.at(0));
+      }
+    }
+    const auto row = place.row(0, 0);
+    if constexpr (over_columns && over_rows) add(total, 1, 16, row.at(0));
+    if constexpr (!over_columns && over_rows) {
+#pragma unroll
+      for (int j = 0; j < Entries::n_tiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) add(columns[j][e], 4, 16, row.at(8 * j + e));
+      }
+    }
+  }
+
+  // Adds the sum of x over lanes that differ in bits `first` to `last` of their numbers. What is 0 need not be added,
+  // and where nothing is seen there may be no element.
+  void add(float x, int first, int last, const Point& at) const {
+#pragma unroll
+    for (int bit = first; bit <= last; bit *= 2) x += __shfl_xor_sync(0xffffffffu, x, bit);
+    if (x != 0.0f && (tile::lane() & (2 * last - first)) == 0) ptx::red_add_f32(daddress(at), x);
+  }
+
+  static void begin(const Data& data, i64 thread, i64 threads) {
+    for (i64 i = thread; i < data.zeros; i += threads) data.dbias[i] = 0.0f;
+  }
+};
+
+}  // namespace attention

@@ -1,0 +1,89 @@
+// attention: the score term that adds a number for each head and distance.
+#pragma once
+
+#include "attention/term.cuh"
+#include "core/math.cuh"
+#include "core/types.cuh"
+#include "ptx/red.cuh"
+#include "tile/accumulator.cuh"
+
+namespace attention {
+
+struct RelBiasData {
+  const float* rel_bias;  // (heads, 2 · reach + 1)
+  float* drel_bias;       // of the same shape, contiguous
+  i64 head_stride;
+  i32 distance_stride, reach;
+  i64 size;
+};
+
+// A score s becomes s + rel_bias[head][reach + clip(i + diagonal - j, -reach, reach)].
+struct RelBias : Term {
+  using Data = RelBiasData;
+  static constexpr bool bends = false, has_gradient = true, gathers = true;
+
+  const float* row;  // of distance 0
+  float* drow;
+  i32 stride, reach;
+
+  RelBias(const Data& data, int, int head)
+      : row(data.rel_bias + head * data.head_stride + i64(data.reach) * data.distance_stride),
+        drow(data.drel_bias + i64(head) * (2 * data.reach + 1) + data.reach),
+        stride(data.distance_stride),
+        reach(data.reach) {}
+
+  float score(float s, const Point& at) const { return s + row[i64(clamp(at.steps(), -reach, reach)) * stride]; }
+
+  // Entries of a diagonal have the same distance. Their sums are made first in each thread, whose entries lie in steps
+  // of 8, and then over the up to four lanes of a diagonal: the lane two rows and two columns on is 9 lanes on.
+  template <class Entries, class Place>
+  void gather(const Entries& ds, const Place& place) const {
+    constexpr bool along_keys = Place::Row::along_keys;
+    constexpr int above = 2 * Entries::m_tiles - 1, diagonals = Entries::n_tiles + above, sign = along_keys ? -1 : 1;
+    constexpr u32 all = 0xffffffffu;
+    float sums[diagonals][2] = {};
+#pragma unroll
+    for (int t = 0; t < Entries::m_tiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < Entries::n_tiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[j - 2 * t - i / 2 + above][i % 2] += ds.x[t][j][i];
+      }
+    }
+    const int row = tile::lane() / 4, col = 2 * (tile::lane() % 4);
+    const int steps = place.row(0, 0).at(0).steps();
+    const int first = steps - sign * (col - row);  // of the warp's first row and column
+    constexpr int behind = Entries::n_tiles * 8 - 1, before = Entries::m_tiles * 16 - 1;
+    const int nearest = first - (along_keys ? behind : before), farthest = first + (along_keys ? before : behind);
+    if (nearest >= reach || farthest <= -reach) {  // all entries have the same number
+      float sum = 0.0f;
+#pragma unroll
+      for (int d = 0; d < diagonals; ++d) sum += sums[d][0] + sums[d][1];
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(all, sum, step);
+      if (tile::lane() == 0 && sum != 0.0f) ptx::red_add_f32(drow + (nearest >= reach ? reach : -reach), sum);
+      return;
+    }
+    const bool next = row < 6 && col < 6, after_next = row < 4 && col < 4, first_of_diagonal = row < 2 || col == 0;
+#pragma unroll
+    for (int d = 0; d < diagonals; ++d) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float sum = sums[d][e];
+        const float one_on = __shfl_down_sync(all, sum, 9);
+        if (next) sum += one_on;
+        const float two_on = __shfl_down_sync(all, sum, 18);
+        if (after_next) sum += two_on;
+        // What is 0 need not be added, and where no query sees a key there may be no such distance.
+        const int distance = clamp(steps + sign * (8 * (d - above) + e), -reach, reach);
+        if (first_of_diagonal && sum != 0.0f) ptx::red_add_f32(drow + distance, sum);
+      }
+    }
+  }
+
+  static void begin(const Data& data, i64 thread, i64 threads) {
+    for (i64 i = thread; i < data.size; i += threads) data.drel_bias[i] = 0.0f;
+  }
+};
+
+}  // namespace attention

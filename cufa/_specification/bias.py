@@ -1,0 +1,57 @@
+"""A bias as the reference takes it: an array of which any axis may be 1, indexed score by score."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from ..reference import At
+
+Array = NDArray[Any]
+
+
+class Bias:
+    """``s + bias[b, h, i, j]``, where an axis of 1 serves all, and what lies beyond the ends of the others is 0."""
+
+    def __init__(self, bias: ArrayLike) -> None:
+        self.bias = np.asarray(bias, np.float64)
+
+    def score(self, s: Array, at: At) -> Array:
+        scored: Array = s + of_points(self.bias, at, 0.0).astype(s.dtype)
+        return scored
+
+    def slope(self, s: Array, at: At) -> float:
+        return 1.0
+
+    def keep(self, at: At) -> bool:
+        return True
+
+    def factor(self, at: At) -> float:
+        return 1.0
+
+    def gradient(self, ds: Array, s: Array, at: At) -> tuple[Array]:
+        dbias = np.zeros(self.bias.shape)
+        index, inside = places(self.bias, at)
+        np.add.at(dbias, np.broadcast_arrays(*index, ds)[:4], np.where(inside, ds, 0))
+        return (dbias,)
+
+
+def places(array: Array, at: At) -> tuple[list[Array], Any]:
+    """Indices of the elements that belong to scores, clipped, and whether they were inside without that."""
+    index, inside = [], np.True_
+    for where, extent in zip((at.batch, at.head, at.query, at.key), array.shape, strict=True):
+        own = np.zeros_like(where) if extent == 1 else where
+        inside = inside & (own < extent)
+        index.append(np.clip(own, 0, max(extent - 1, 0)))
+    return index, inside
+
+
+def of_points(array: Array, at: At, otherwise: Any) -> Array:
+    """The elements that belong to scores, or something else where there are none."""
+    index, inside = places(array, at)
+    if array.size == 0:
+        return np.full(np.broadcast_shapes(*(each.shape for each in index)), otherwise)
+    return np.where(inside, array[tuple(index)], otherwise)

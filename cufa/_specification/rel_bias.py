@@ -1,0 +1,45 @@
+"""A relative bias as the reference takes it: one number after the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from ..reference import At
+
+Array = NDArray[Any]
+
+
+class RelBias:
+    """``s + rel_bias[h, reach + d]``, with d the distance ``i + offset - j``, but at least -reach and at most reach."""
+
+    def __init__(self, rel_bias: ArrayLike) -> None:
+        self.rel_bias = np.asarray(rel_bias, np.float64)
+
+    def score(self, s: Array, at: At) -> Array:
+        scored: Array = s + self.rel_bias[at.head, self._column(at)].astype(s.dtype)
+        return scored
+
+    def slope(self, s: Array, at: At) -> float:
+        return 1.0
+
+    def keep(self, at: At) -> bool:
+        return True
+
+    def factor(self, at: At) -> float:
+        return 1.0
+
+    def gradient(self, ds: Array, s: Array, at: At) -> tuple[Array]:
+        of_heads, column = ds.sum(axis=0), self._column(at)
+        drel_bias = np.zeros(self.rel_bias.shape)
+        for each in np.unique(column):
+            drel_bias[at.head.ravel(), each] = of_heads[:, column == each].sum(axis=1)
+        return (drel_bias,)
+
+    def _column(self, at: At) -> Array:
+        reach = (self.rel_bias.shape[1] - 1) // 2
+        column: Array = np.maximum(0, np.minimum(2 * reach, reach + at.distance))
+        return column

@@ -1,0 +1,66 @@
+"""Kernels with biases and masks that are arrays, run on the CPU and held to the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import featured
+import pytest
+from gradients import Call
+
+import emulated
+from cufa.testing import Case
+
+pytestmark = pytest.mark.skipif(bool(emulated.why_not()), reason=emulated.why_not())
+
+HEADS: dict[str, Any] = {"batch": 2, "num_heads_q": 2, "num_heads_k": 1, "sinks": True, "rel_bias": 20}
+LENGTHS: dict[str, Any] = {"seqlen_q": 70, "seqlen_k": 112}
+PACKED: dict[str, Any] = {"seqlen_q": (33, 129), "seqlen_k": (150, 65)}
+
+
+def case(head_dim: int, **more: Any) -> Case:
+    given: dict[str, Any] = HEADS | LENGTHS | {"dtype": "bfloat16", "head_dim": head_dim, "head_dim_v": head_dim}
+    return Case(**given | more)
+
+
+BOTH = [
+    pytest.param(90, case(64, bias="xxxx", mask="xxxx", causal=True, softcap=5.0), "sm90", id="90 dense"),
+    pytest.param(90, case(64, bias="xxx1", mask="x1xx", **PACKED), "sm90", id="90 packed"),
+    pytest.param(90, case(64, bias="1x1x", seqlen_k=113, window_size=(60, 20)), "sm90", id="90 not paired"),
+    pytest.param(90, case(160, bias="11xx", mask="111x"), "sm90", id="90 wide"),
+    pytest.param(80, case(40, bias="x1x1", mask="xxxx", dtype="float32", causal=True), "sm80", id="80 float32"),
+    pytest.param(80, case(64, bias="xxxx", mask="11xx", seqlen_k=113), "sm80", id="80 dense"),
+    pytest.param(80, case(64, bias="1x1x", mask="1x1x", **PACKED), "sm80", id="80 packed"),
+    pytest.param(80, case(32, bias="1111", seqlen_q=16, seqlen_k=30), "sm80", id="80 short"),
+]
+
+
+@pytest.mark.parametrize(("arch", "case", "family"), BOTH)
+def test_kernels_equal_reference(arch: int, case: Case, family: str) -> None:
+    for way in ("forward", "backward"):
+        with emulated.Gpu(arch=arch, num_sms=3, order=1) as gpu:
+            if way == "forward":
+                featured.forward(case, gpu)
+            else:
+                featured.backward(Call(case=case), gpu)
+            assert any(way in each.function.entry and family in each.function.entry for each in gpu.launches)
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+@pytest.mark.parametrize("axes", ["xxxx", "1x1x"])
+def test_few_rows_equal_reference(axes: str, clusters: bool) -> None:
+    """Heads that share a tile have rows of the bias of their own."""
+    decoded = case(64, bias=axes, mask=axes, seqlen_q=1, seqlen_k=700, num_heads_q=4)
+    with emulated.Gpu(arch=90 if clusters else 80, num_sms=3) as gpu:
+        featured.forward(decoded, gpu)
+        assert any("split" in each.function.entry or "cluster" in each.function.entry for each in gpu.launches)
+
+
+def test_a_gradient_that_is_stored_needs_no_zeros_and_is_deterministic() -> None:
+    """Memory that nobody has written would be NaN, or an odd number, there."""
+    made = Call(case=case(64, bias="xxxx", rel_bias=None), deterministic=True)
+    found = []
+    for order in (None, 1, 2):
+        with emulated.Gpu(arch=90, num_sms=3, order=order) as gpu:
+            found.append(b"".join(x.tobytes() for x in featured.backward(made, gpu)))
+    assert found[0] == found[1] == found[2]

@@ -1,0 +1,62 @@
+"""Kernels with biases and masks that are arrays: that they compile, and what they take."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import plans
+import pytest
+
+from cufa._terms.bias import Bias
+from cufa._terms.mask_array import MaskArray
+from cufa._terms.rel_bias import RelBias
+from cufa._terms.score_array import Access
+
+PAIRED = Bias(Access(2, 1, True), "bf16")
+TERMS: dict[str, tuple[Any, ...]] = {
+    "bias": (PAIRED,),
+    "float32 bias": (Bias(Access(4, 1, True), "f32"),),
+    "shared bias": (Bias(Access(2, 1, True, False, False, (True, True, True, False)), "bf16"),),
+    "relative bias": (RelBias(),),
+    "mask": (MaskArray(Access(1, 1, True)),),
+    "all": (PAIRED, RelBias(), MaskArray(Access(1, 1, True))),
+}
+
+
+def spills(log: str) -> dict[str, int]:
+    """Bytes that each entry spills, by what ``--ptxas-options=-v`` logs."""
+    found = {}
+    for entry in log.split("Compiling entry function '")[1:]:
+        spilt = re.search(r"(\d+) bytes spill stores", entry)
+        assert spilt is not None, log
+        found[entry.partition("'")[0]] = int(spilt[1])
+    return found
+
+
+def compiled(way: Any, terms: str, head_dim: int, arch: int, **features: Any) -> dict[str, int]:
+    plan = way(plans.static("bf16", head_dim, head_dim, **features)._replace(terms=TERMS[terms]), arch)
+    return spills(plans.compile_plan(plan).log)
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("way", [plans.forward, plans.backward], ids=["forward", "backward"])
+def test_kernels_for_hopper_hold_what_they_load(way: Any, terms: str) -> None:
+    """But for some words of the gradients with all of them at once."""
+    most = 32 if terms == "all" and way is plans.backward else 0
+    assert max(compiled(way, terms, 128, 90, mask="causal").values()) <= most
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("way", [plans.forward, plans.backward], ids=["forward", "backward"])
+def test_the_widest_heads_compile(way: Any, arch: int) -> None:
+    """They spill in the gradients, as other terms do."""
+    spilt = compiled(way, "all", 256, arch, mask="window", varlen=True)
+    assert way is plans.backward or not any(spilt.values())
+
+
+def test_tiles_leave_registers_to_what_is_loaded() -> None:
+    """Beside 128 columns of out and half as many scores, P and numbers of the bias."""
+    facts = plans.static("bf16", 128, 128)
+    blocks = [plans.forward(facts._replace(terms=TERMS[name]), 90).config.block_n for name in ("bias", "float32 bias")]
+    assert blocks == [112, 96] and plans.forward(facts._replace(terms=TERMS["relative bias"]), 90).config.block_n == 160
