@@ -743,9 +743,9 @@ def terms_of(
     """The further score terms that the keywords of these names ask for, in their order."""
     terms: list[Term] = []
     if score is not None:
-        from ._specification.function import ScoreFunction
+        from ._specification.function import Function
 
-        terms.append(ScoreFunction(score))
+        terms.append(Function.of(score, "score"))
     if bias is not None:
         from ._specification.bias import Bias
 

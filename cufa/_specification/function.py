@@ -50,6 +50,16 @@ class Function:
         self.is_mask = score is None
         self.differentiated = differentiated
 
+    @classmethod
+    def of(cls, given: Any, kind: str) -> Function:
+        """That of what calls take as ``score`` or ``mask``, by `kind`: a function, or one and arrays behind its points.
+
+        Arrays of floats have gradients.
+        """
+        function, *arrays = given if isinstance(given, tuple) else (given,)
+        floats = (place for place, array in enumerate(arrays) if np.asarray(array).dtype.kind not in "iub")
+        return cls(*arrays, **{kind: function}, differentiated=tuple(floats) if kind == "score" else ())
+
     def _called(self, at: Any, *score: Array, arrays: list[Array] | None = None) -> Array:
         assert self.function is not None
         query = np.asarray(at.query).view(Query)
