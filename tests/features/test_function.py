@@ -417,3 +417,18 @@ def test_functions_in_cuda_that_will_not_do() -> None:
 def test_explain_tells_of_functions() -> None:
     x = np.zeros((1, 3, 2, 4), np.float32)
     assert "cpu" in str(cufa.explain(x, x, x, score=lambda s, *_: s))
+
+
+def test_results_may_be_given_beside_arrays_of_bools() -> None:
+    problem = own.problem(own.SCORES["tables"], own.MASKS["documents"])
+    expected = problem.run(False)[0]
+    out = np.empty_like(expected)
+    found = problem.run(False, out=out)[0]
+    assert found is out
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_jax_takes_arrays_of_integers_and_bools() -> None:
+    jax = pytest.importorskip("jax")
+    problem = own.problem(own.SCORES["stepped"], own.MASKS["documents"])
+    own.check(problem.on(jax.numpy.asarray).both(), problem.right(), UNITS[np.float32])
