@@ -73,6 +73,8 @@ def attention_backward(
         so has a key that no row sees.
     dsinks : float32 array, (num_heads_q,)
         Only if `sinks` are given; float64 for float64 arrays.
+    dscore_... : float32 array
+        For each array that `score` reads, as `cufa.functions` says, in the order in which it is found.
     dbias, drel_bias : float32 array
         Only if these are given, and shaped like them.
 

@@ -57,6 +57,12 @@ LASTING_MODULES = ("math", "numpy", "operator")
 """Modules whose contents do not change."""
 
 
+def _is_lasting(value: Any) -> bool:
+    """Whether a value is a class whose attributes do not change."""
+    module = value.__module__.partition(".")[0] if isinstance(value, type) else ""
+    return module in ("builtins", *LASTING_MODULES)
+
+
 class Search:
     """Looks for what a function finds around itself, functions that it calls included.
 
@@ -123,6 +129,7 @@ class Search:
             return
         code = function.__code__
         self.tokens.append(("function", code))
+        self.lasting = self.lasting and not function.__dict__
         places: dict[tuple[str, Any], Any] = {}
         self._functions[id(function)] = function, places
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
@@ -158,7 +165,7 @@ class Search:
             root = value.__name__.partition(".")[0]
             self.tokens.append(("module", value.__name__))
             self.lasting = self.lasting and (root in LASTING_MODULES or is_ours(value.__name__))
-        elif isinstance(value, (types.BuiltinFunctionType, np.ufunc, type)):
+        elif isinstance(value, (types.BuiltinFunctionType, np.ufunc)) or _is_lasting(value):
             self.tokens.append(("object", value))
         else:
             self.lasting = False
@@ -175,6 +182,7 @@ class Search:
             )
         for key, (function, places) in self._functions.items():
             copy = made[key]
+            copy.__dict__.update(function.__dict__)
             replaced = {
                 where: made[id(value)] if isinstance(value, types.FunctionType) else stand_ins[value]
                 for where, value in places.items()

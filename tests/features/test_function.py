@@ -173,17 +173,27 @@ def test_numbers_are_no_part_of_a_kernel() -> None:
 
 
 def test_what_may_change_is_looked_at_anew() -> None:
+    """What is read from attributes, of objects, classes and functions."""
+
     class Settings:
         factor = 1.0
 
-    settings = Settings()
+    def helper(s: Any) -> Any:
+        return s * helper.factor  # type: ignore[attr-defined]
 
-    def scaled(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
-        return s * settings.factor
-
-    first = feature(scaled).term
-    settings.factor = 3.0
-    assert feature(scaled).term != first and "0x1.8" in str(feature(scaled).term.headers)
+    settings, numbers = Settings(), [1.0]
+    helper.factor = 1.0  # type: ignore[attr-defined]
+    functions_of_them: list[Any] = [
+        lambda s, *_: s * settings.factor,
+        lambda s, *_: s * Settings.factor,
+        lambda s, *_: s * numbers[0],
+        lambda s, *_: helper(s),
+    ]
+    first = [feature(each).term for each in functions_of_them]
+    assert not any(each.bends for each in first)
+    Settings.factor = numbers[0] = helper.factor = 3.0  # type: ignore[attr-defined]
+    for each in functions_of_them:
+        assert feature(each).term.bends and "0x1.8" in str(feature(each).term.headers)
 
 
 def test_derivatives_of_1_do_not_bend() -> None:
