@@ -16,7 +16,7 @@ namespace attention {
 
 struct DropoutData {
   u32 keys[20];  // of Philox, for each round
-  u32 bound;     // in both halves: numbers of 15 bits below it are less probable than others
+  u32 bound;     // in both halves: what numbers of 15 bits are compared with, at most 2^14
   u32 flip;      // all bits where numbers below the bound are dropped, none where they alone are kept
   float gain;    // 1 / the probability of being kept
 };
@@ -26,7 +26,7 @@ struct Dropout : Term {
   static_assert(sizeof(Data::keys) == 2 * philox_rounds * sizeof(u32), "each round has two words");
   static constexpr bool shapes = false, bends = false, scales = true, drops = true;
 
-  const Data* data;
+  const Data* data;  // not copied: instructions read parameters where they are
   u32 batch, head;
 
   Dropout(const Data& data, int batch, int head) : data(&data), batch(batch), head(head) {}

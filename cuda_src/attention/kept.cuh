@@ -81,7 +81,10 @@ struct Kept {
     }
   }
 
-  // x, if entry (t, j, 2 i + e) is kept, or 0.
+  // 1 if entry (t, j, 2 i + e) is kept, or 0.
+  float factor(int t, int i, int j, int e) const { return kept_or_0(1.0f, t, i, j, e); }
+
+  // x, if the entry is kept, or 0, even if x is NaN.
   float kept_or_0(float x, int t, int i, int j, int e) const {
     if constexpr (!Variant::drops) return x;
     const int square = t * (cols / 16) + j / 2;

@@ -369,7 +369,8 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
       }
       if constexpr (Variant::weighs) weight = variant.weight(row.at(8 * j + e));
       const float p = ptx::ex2_approx_ftz(fmaf(exponent, scale, -(e == 0 ? subtracted.x : subtracted.y)));
-      pair.weight[e] = kept.kept_or_0(p * weight, t, i, j, e);
+      // A product, since a NaN is to reach dv.
+      pair.weight[e] = p * weight * kept.factor(t, i, j, e);
       pair.ds_factor[e] = p * derivatives.after;
       pair.rest[e] = derivatives.before;
     }

@@ -187,7 +187,10 @@ class Term:
         return 1.0
 
     def factor(self, at: Point, given: Mapping[str, Any]) -> Array | float:
-        """What probabilities are multiplied by once they are divided by their sum, to which they count as they were."""
+        """What probabilities are multiplied by once they are divided by their sum, to which they count as they were.
+
+        In C++ this is the product of `factor` and `gain`, which is the same for all entries.
+        """
         return 1.0
 
     def keeps(self, at: Point, given: Mapping[str, Any]) -> Array | bool:

@@ -81,6 +81,15 @@ def test_kernels_equal_the_reference(arch: int, facts: dict[str, Any]) -> None:
     given.check(run(given, arch, order=5)[0])
 
 
+@pytest.mark.parametrize(("arch", "head_dims"), [(80, (64, 64)), (90, (64, 64)), (90, (192, 192))])
+def test_nan_reaches_what_a_product_with_0_gives(arch: int, head_dims: tuple[int, int]) -> None:
+    """A row of NaN scores makes NaN of dv of all keys, those whose entries are dropped included."""
+    given = problem("bfloat16", rows=100, keys=150, heads=(2, 1), head_dims=head_dims, dropout_p=0.8)
+    given.arrays["q"][1, 20, 0] = np.nan
+    given.arrays["v"][0, 30] = np.nan
+    given.check(run(given, arch)[0])
+
+
 SOURCE = """
 #include "core/philox.cuh"
 #include "ptx/set.cuh"
