@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMask",
     "CompileError",
     "CudaError",
     "DecodePlan",
@@ -29,6 +30,7 @@ __all__ = [
     "explain",
     "functions",
     "is_available",
+    "masks",
     "merge_states",
     "merge_states_backward",
     "reference",
@@ -41,7 +43,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import functions, reference, testing
+    from . import functions, masks, reference, testing
     from ._api.attention import attention, attention_varlen
     from ._api.backward import attention_backward, attention_varlen_backward
     from ._api.cache import cache
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from ._api.t5 import t5_buckets
     from ._api.warmup import warmup
     from ._call.kvcache import DecodePlan
+    from ._masks.blocks import BlockMask
     from ._pages.batch import PagedBatch
     from ._pages.cache import PagedKVCache
     from ._pages.sequence import PagedSequence
@@ -83,6 +86,7 @@ _HOMES = {
     "stats": "_api.stats",
     "t5_buckets": "_api.t5",
     "warmup": "_api.warmup",
+    "BlockMask": "_masks.blocks",
     "CompileError": "errors",
     "CudaError": "errors",
     "DecodePlan": "_call.kvcache",
@@ -102,6 +106,7 @@ def __getattr__(name: str) -> Any:
     if name in (
         "functions",
         "jax",
+        "masks",
         "reference",
         "testing",
         "torch",

@@ -14,7 +14,7 @@ import pytest
 from cufa._compile import env as _env
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = ("__init__", "jax", "reference", "testing/__init__", "torch")
+PUBLIC = ("__init__", "jax", "masks", "reference", "testing/__init__", "torch")
 """The modules that users import."""
 SOURCES = {path.relative_to(ROOT).with_suffix(""): path.read_text() for path in sorted((ROOT / "cufa").rglob("*.py"))}
 WITH_EXAMPLES = [".".join(path.parts).removesuffix(".__init__") for path, text in SOURCES.items() if ">>> " in text]

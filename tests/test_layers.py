@@ -173,6 +173,7 @@ ROOMS = (
         "errors",
         "_driver",
         "_call",
+        "_masks",
         "_terms",
         "functions",
         "_kernels",
@@ -183,7 +184,7 @@ ROOMS = (
         "interop",
     ),
     "_pages",
-    *("_api", "jax", "torch", "__init__", "_bench", "_cli", "__main__"),
+    *("_api", "jax", "torch", "masks", "__init__", "_bench", "_cli", "__main__"),
 )
 """Of the package, in their order: a room imports from itself and from those before it."""
 BESIDE = {"reference": ("errors", "_call", "_terms"), "testing": ("errors", "_call", "_terms", "reference")}

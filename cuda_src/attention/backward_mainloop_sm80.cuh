@@ -32,7 +32,7 @@ namespace attention {
 template <class Config>
 struct BackwardMainloopSm80 {
   using element = typename Config::element;
-  using Blocks = typename Config::mask::Blocks;
+  using Tiles = typename Config::mask::Tiles;
   static constexpr int block_m = Config::block_m, block_n = Config::block_n, warps = Config::num_threads / 32;
   static_assert((block_m & (block_m - 1)) == 0, "P's rows are swizzled by powers of two");
   using K = tile::SharedTile<element, block_n, Config::tile_head_dim>;
@@ -84,7 +84,7 @@ struct BackwardMainloopSm80 {
   struct Tile {
     int head, position;  // the latter among the work's tiles
 
-    Tile next(const Blocks& tiles) const {
+    Tile next(const Tiles& tiles) const {
       return position + 1 < tiles.end ? Tile{head, position + 1} : Tile{head + 1, tiles.begin};
     }
   };
@@ -167,7 +167,8 @@ struct BackwardMainloopSm80 {
                                      work.n_block * block_n + ScoreDivision::row(),
                                      m_block(tile) * block_m + ScoreDivision::col()};
     };
-    if (!Variant::shapes && work.tiles.is_boundary(tile.position)) mask(scores, place());
+    const auto boundary = [&] { return work.tiles.is_boundary(tile.position); };
+    mask_unshaped<Config>(scores, place(), boundary());
     ColumnNumbers<Scores::cols> row_lse;
     row_lse.load(lse(at) + ScoreDivision::col() * sizeof(float));
     // These products come before the probabilities, so that exponentials run beside them.
@@ -180,7 +181,8 @@ struct BackwardMainloopSm80 {
     const Staged to_p(p());
     Kept<Config, Scores::m_tiles, Scores::cols> kept;
     kept.find(place);
-    probabilities<Config>(scores, place(), kept, row_lse, [&](int t, int i, int j, const ScorePair& pair) {
+    const bool asks = Variant::hides && !Variant::hides_in_full && boundary();
+    probabilities<Config>(scores, place(), kept, row_lse, asks, [&](int t, int i, int j, const ScorePair& pair) {
       to_p.store(t, i, j, pair.weight[0], pair.weight[1]);
       put(scores, t, i, j, pair.ds_factor);
       if constexpr (Variant::holds) put(rests, t, i, j, pair.rest);

@@ -117,9 +117,10 @@ template <class Config, class Place, int cols, class Numbers, class Loads = Load
 inline void hold_probabilities(Held<Config, cols>& held, tile::Accumulator<1, cols>& s, const Place& place,
                                const Kept<Config, 1, cols>& kept, const Numbers& lse, bool boundary,
                                const Loads& loads = {}) {
-  if (!Config::variant::shapes && unlikely(boundary)) mask(s, place);
+  mask_unshaped<Config>(s, place, boundary);
   probabilities<Config>(
-      s, place, kept, lse, [&](int t, int i, int j, const ScorePair& pair) { held.put(t, i, j, pair); }, loads);
+      s, place, kept, lse, boundary, [&](int t, int i, int j, const ScorePair& pair) { held.put(t, i, j, pair); },
+      loads);
 }
 
 // ds ← the gradients of scores, of which `ds_factors` and `rests` are held. `s` are the scores that these were made of,

@@ -51,15 +51,14 @@ inline BlockRange query_range(const Params& params, const Seqlen& seqlen, int n_
 // Returns the tiles of queries that a block of keys of key head `head` of sequence `batch` needs; see `key_blocks` in
 // attention/block_range.cuh.
 template <class Config>
-constexpr typename Config::mask::Blocks query_tiles(const Params& params, const Seqlen& seqlen, int batch, int head,
-                                                    int n_block) {
+constexpr typename Config::mask::Tiles query_tiles(const Params& params, const Seqlen& seqlen, int batch, int head,
+                                                   int n_block) {
   using Mask = typename Config::mask;
-  if constexpr (is_same<typename Mask::Blocks, BlockRange>) {
+  if constexpr (is_same<typename Mask::Tiles, BlockRange>) {
     return query_range<Config>(params, seqlen, n_block);
   } else {
     auto tiles = Mask::template query_tiles<Config>(params, batch, head, n_block);
-    const int live = ceil_div(seqlen.q, Config::block_m), first_key = n_block * Config::block_n;
-    tiles.clip(first_key < seqlen.k ? live : 0, first_key + Config::block_n > seqlen.k ? 0 : live);
+    tiles.clip(query_range<Config>(params, seqlen, n_block));
     return tiles;
   }
 }
@@ -170,10 +169,10 @@ template <class Config>
 struct BackwardWork {
   int n_block, head, batch;  // `head` is a key head; n_block is negative where there is no more work
   Seqlen seqlen;
-  int key_rows;                         // how many rows of k and v the sequence has, live or not
-  typename Config::mask::Blocks tiles;  // of queries
-  int rank;                             // how many packed sequences before this one have rows of q
-  int query_head, query_head_end;       // the query heads of the work: [query_head, query_head_end)
+  int key_rows;                        // how many rows of k and v the sequence has, live or not
+  typename Config::mask::Tiles tiles;  // of queries
+  int rank;                            // how many packed sequences before this one have rows of q
+  int query_head, query_head_end;      // the query heads of the work: [query_head, query_head_end)
 
   // Where there are so many tiles of queries that sums over them would drift (tile/local.cuh), a unit's work is done in
   // chains. A chain has all tiles of a few query heads, or some of the tiles of one query head.

@@ -52,7 +52,7 @@ inline BlockRange block_range(const Params& params, const Seqlen& seqlen, int m_
 
 // Returns the blocks of keys that a tile of queries needs; the keys are those of key head `head` of sequence `batch`. A
 // mask of ranges says row by row what is seen. Any other mask knows the blocks that whole sequences would need, and
-// here those that are not live are left out.
+// here those that are not live, or in no row's range, are left out.
 template <class Config>
 constexpr typename Config::mask::Blocks key_blocks(const Params& params, const Seqlen& seqlen, int batch, int head,
                                                    int m_block) {
@@ -61,7 +61,7 @@ constexpr typename Config::mask::Blocks key_blocks(const Params& params, const S
     return block_range<Config>(params, seqlen, m_block);
   } else {
     auto blocks = Mask::template key_blocks<Config>(params, batch, head, m_block);
-    blocks.clip(ceil_div(seqlen.k, Config::block_n), seqlen.k / Config::block_n);
+    blocks.clip(block_range<Config>(params, seqlen, m_block));
     return blocks;
   }
 }

@@ -39,24 +39,28 @@ struct BlockRange {
   constexpr bool contains(int block) const { return block >= begin && block < end; }
 };
 
-// Blocks that are listed in device memory.
-struct BlockList {
+// Blocks that are listed in device memory. A block that is listed may be several of the loop's, `parts` side by side.
+template <int parts>
+struct DividedBlockList {
   static constexpr bool contiguous = false;
 
-  const i32* entries;  // by position: 2 · block, + 1 if all of the block is seen by all
+  const i32* entries;  // of listed blocks, in their order: 2 · block, + 1 if all of the block is seen by all
   int begin, end;
-  int full_end;  // blocks from this one on are not seen whole, whatever their entries say
+  int full_end;        // blocks from this one on are not seen whole, whatever their entries say
+  int full_begin = 0;  // nor are those before this one
 
   constexpr bool empty() const { return begin >= end; }
 
-  constexpr int block(int position) const { return entries[position] >> 1; }
+  constexpr int entry(int position) const { return entries[u32(position) / parts]; }
+
+  constexpr int block(int position) const { return (entry(position) >> 1) * parts + int(u32(position) % parts); }
 
   constexpr int block_before(int position) const { return block(max_of(begin, position - 1)); }
 
-  template <bool = true>
+  template <bool has_full_begin = true>
   constexpr bool is_boundary(int position) const {
-    const int entry = entries[position];
-    return entry % 2 == 0 || entry >> 1 >= full_end;
+    const int block = this->block(position);
+    return entry(position) % 2 == 0 || (has_full_begin && block < full_begin) || block >= full_end;
   }
 
   constexpr int position_of(int block) const {
@@ -76,12 +80,17 @@ struct BlockList {
     return position < end && this->block(position) == block;
   }
 
-  // Leaves out the blocks from `blocks` on, and lets no block from its_full_end on be seen whole.
-  constexpr void clip(int blocks, int its_full_end) {
-    end = position_of(blocks);
-    full_end = its_full_end;
+  // Leaves out the blocks that are not in a range, and lets none be seen whole of which not all is there.
+  constexpr void clip(const BlockRange& range) {
+    const int first = position_of(range.begin);
+    end = position_of(range.end);
+    begin = first;
+    full_begin = range.full_begin;
+    full_end = range.full_end;
   }
 };
+
+using BlockList = DividedBlockList<1>;
 
 // Part `index` of `count` parts of blocks, whose numbers of positions differ by one at most.
 template <class Blocks>

@@ -94,7 +94,7 @@ struct MainloopSm80 {
       const Place<Config> place{params,   work.seqlen, work.tile.batch, work.tile.head, first_row() + warp_row(),
                                 first_col};
       apply(variant, scores, place);
-      if (blocks.template is_boundary<Config::mask::hides_first>(position)) mask(scores, place);
+      if (blocks.template is_boundary<Config::mask::hides_first>(position)) mask(variant, scores, place);
 #pragma unroll
       for (int t = 0; t < m_tiles; ++t) {
         statistics.update(scores, out, scale, t);

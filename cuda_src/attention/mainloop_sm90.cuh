@@ -261,7 +261,7 @@ struct MainloopSm90 {
     };
     const auto finish_scores = [&](Scores& scores, const auto& ahead) {
       apply(variant, scores, place(), ahead);
-      if (unlikely(blocks.template is_boundary<Config::mask::hides_first>(position))) mask(scores, place());
+      if (unlikely(blocks.template is_boundary<Config::mask::hides_first>(position))) mask(variant, scores, place());
     };
     Probabilities p;
     Out out;

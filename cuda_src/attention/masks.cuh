@@ -5,7 +5,7 @@
 //   template <class Config>
 //   static Blocks key_blocks(const Params&, int batch, int key_head, int m_block);  // that a tile of queries needs
 //   template <class Config>
-//   static Blocks query_tiles(const Params&, int batch, int key_head, int n_block);  // that a block of keys needs
+//   static Tiles query_tiles(const Params&, int batch, int key_head, int n_block);  // that a block of keys needs
 // A tile is of Config::block_m queries, and a block of Config::block_n keys. A tile needs a block if the block needs
 // the tile. Where nothing in the blocks of a row's tile is to be seen by the row, its range is empty.
 #pragma once
@@ -19,9 +19,10 @@ namespace attention {
 
 // Every query sees every key.
 struct FullMask {
-  // The kind of the blocks of keys that a tile of queries needs, and of the tiles of queries that a block of keys
+  // The kind of the blocks of keys that a tile of queries needs, and that of the tiles of queries that a block of keys
   // needs.
   using Blocks = BlockRange;
+  using Tiles = BlockRange;
 
   // Whether queries may not see the first keys of their sequence, and whether they may not see the last ones.
   static constexpr bool hides_first = false, hides_last = false;
@@ -34,6 +35,7 @@ struct FullMask {
 // Query i sees key j if j <= i + diagonal.
 struct CausalMask {
   using Blocks = BlockRange;
+  using Tiles = BlockRange;
   static constexpr bool hides_first = false, hides_last = true;
 
   static constexpr int first_key(const Params&, const Seqlen&, int) { return 0; }
@@ -48,6 +50,7 @@ struct CausalMask {
 // Query i sees the keys from window_left before its own position to window_right behind it.
 struct WindowMask {
   using Blocks = BlockRange;
+  using Tiles = BlockRange;
   static constexpr bool hides_first = true, hides_last = true;
 
   static constexpr int first_key(const Params& params, const Seqlen& seqlen, int row) {

@@ -78,6 +78,10 @@ struct Place {
   int first_row;    // of the first row, counted from row 0 of the head's first tile
   int first_key;    // of the first column
 
+  // Where the first entry is.
+  int query() const { return first_row / Config::pack; }
+  int key() const { return first_key; }
+
   Row row(int t, int i) const {
     using Mask = typename Config::mask;
     const int row = first_row + tile::fragment_row(t, i), key = first_key + tile::fragment_col();
@@ -147,6 +151,9 @@ struct TransposedPlace {
   int first_key;    // of the first row
   int first_query;  // of the first column
 
+  int query() const { return first_query; }
+  int key() const { return first_key; }
+
   Row row(int t, int i) const {
     using Mask = typename Config::mask;
     const int key = first_key + tile::fragment_row(t, i), query = first_query + tile::fragment_col();
@@ -199,12 +206,35 @@ inline void for_each_entry(tile::Accumulator<m_tiles, cols>& entries, const Plac
   });
 }
 
-// Entries of scores that a query does not see ← -infinity.
+// Entries of scores that a query does not see ← -infinity. This is for blocks that are not seen whole.
+template <class Variant, class Place, int m_tiles, int cols>
+inline void mask(const Variant& variant, tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
+  if constexpr (Variant::hides && !Variant::hides_in_full) {
+    Variant inside = variant;
+    inside.enter(place.query(), place.key());
+    // So the compiler sees that the first key is a multiple of the tile's, and columns in the same word of bits.
+    Place at = place;
+    if constexpr (Place::Row::along_keys) at.first_key &= -(cols & -cols);
+    for_each_entry(scores, at, [&](float& s, const auto& row, int col) {
+      if (!row.sees(col) | !inside.keeps_within(row.at(col))) s = -infinity;  // no branch around what is loaded once
+    });
+  } else {
+    for_each_entry(scores, place, [](float& s, const auto& row, int col) {
+      if (!row.sees(col)) s = -infinity;
+    });
+  }
+}
+
 template <class Place, int m_tiles, int cols>
 inline void mask(tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
-  for_each_entry(scores, place, [](float& s, const auto& row, int col) {
-    if (!row.sees(col)) s = -infinity;
-  });
+  mask(Variant<>(nullptr, 0, 0), scores, place);
+}
+
+// The same before the gradients of a tile, where no term shapes scores; else `probabilities` masks.
+template <class Config, class Place, int m_tiles, int cols>
+inline void mask_unshaped(tile::Accumulator<m_tiles, cols>& scores, const Place& place, bool boundary) {
+  using Variant = typename Config::variant;
+  if (!Variant::shapes && unlikely(boundary)) mask(Variant(place.params, place.batch, place.head), scores, place);
 }
 
 // The factor that takes what apply() leaves in a tile to exponents of 2. Where no term shapes scores, the scale rides
@@ -221,10 +251,11 @@ inline float scored(const Variant& variant, float s, const Row& row, int col, co
                     int e) {
   const Point at = row.at(col);
   const float score = variant.score(s, at, loaded, e);
-  return Variant::hides && !variant.keeps(at, loaded, e) ? -infinity : score;
+  return Variant::hides_in_full && !variant.keeps(at, loaded, e) ? -infinity : score;
 }
 
-// Scores ← what the variant's terms make of them, and -infinity where a term hides the key.
+// Scores ← what the variant's terms make of them, and -infinity where a term hides the key. What terms hide that hide
+// nothing in blocks that are seen whole, `mask` does.
 template <class Variant, class Place, int m_tiles, int cols, class Loads = LoadedNow>
 inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scores, const Place& place,
                   const Loads& loads = {}) {
@@ -342,13 +373,15 @@ struct ScorePair {
 
 // Calls emit(t, i, j, pair) for every pair of entries (t, j, 2 i) and (t, j, 2 i + 1) of the scores that a thread
 // holds. Where no term shapes scores, they come masked. Else they come as they are, and this function masks what terms
-// make of them: neither terms nor their derivatives are to meet infinities.
+// make of them: neither terms nor their derivatives are to meet infinities. `boundary` is whether not all of the tile
+// is seen by all.
 template <class Config, class Place, int m_tiles, int cols, class Numbers, class Emit, class Loads = LoadedNow>
 inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const Place& place,
-                          const Kept<Config, m_tiles, cols>& kept, const Numbers& lse, Emit&& emit,
+                          const Kept<Config, m_tiles, cols>& kept, const Numbers& lse, bool boundary, Emit&& emit,
                           const Loads& loads = {}) {
   using Variant = typename Config::variant;
-  const Variant variant(place.params, place.batch, place.head);
+  Variant variant(place.params, place.batch, place.head);
+  if (Variant::shapes && Variant::hides && boundary) variant.enter(place.query(), place.key());
   const float scale = exponent_scale<Variant>(place.params);
   for_each_pair<Variant::shapes || Variant::weighs, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
     const float2 subtracted = lse.of(t, i, j);
@@ -364,7 +397,12 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
       if constexpr (Variant::shapes) {
         const Point at = row.at(8 * j + e);
         exponent = variant.score(s * place.params.softmax_scale, at, loaded, e, derivatives);
-        if (!row.sees(8 * j + e) || (Variant::hides && !variant.keeps(at, loaded, e))) exponent = -infinity;
+        bool hidden = !row.sees(8 * j + e);
+        if constexpr (Variant::hides_in_full)
+          hidden = hidden || !variant.keeps(at, loaded, e);
+        else if constexpr (Variant::hides)
+          hidden = hidden || (boundary && !variant.keeps_within(at));
+        if (hidden) exponent = -infinity;
         if (Variant::wild && exponent == -infinity) derivatives = {};  // times a probability of 0
       }
       if constexpr (Variant::weighs) weight = variant.weight(row.at(8 * j + e));

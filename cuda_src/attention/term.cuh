@@ -25,12 +25,13 @@ struct Point {
 
 // A term is a closure over its data for a sequence and a query head: Term(const Data&, int batch, int head).
 struct Term {
-  static constexpr bool shapes = true;         // whether it has `score` or `keeps`
+  static constexpr bool shapes = true;         // whether it has `score`, or `keeps` and is not `keeps_full`
   static constexpr bool per_head = true;       // whether it differs from one query head to the next
   static constexpr bool bends = true;          // whether its derivative by the score may be another than 1
   static constexpr bool scales = false;        // whether it has a `factor`
   static constexpr bool drops = false;         // whether its `factor` is 0 or 1, and it has `keep` and its like
   static constexpr bool hides = false;         // whether it has `keeps`
+  static constexpr bool keeps_full = false;    // whether it keeps all of the blocks that the mask says are seen whole
   static constexpr bool has_gradient = false;  // whether it has a `gradient`, and `begin`
   static constexpr bool gives_slope = false;   // whether it has `score` with a slope, and so needs no `dscore`
   static constexpr bool wild = false;          // whether its slope may be infinite or NaN at a key that is not seen
@@ -50,6 +51,11 @@ struct Term {
 
   // Whether the query keeps the key. Else the key is removed, as by a mask, whatever terms make of its score.
   bool keeps(const Point&) const { return true; }
+
+  // Of a term that is `keeps_full`: it is told of a point that is in the same block as all that `keeps_within` is then
+  // asked for, which is what `keeps` would say.
+  void enter(int, int) {}
+  bool keeps_within(const Point&) const { return true; }
 
   // What it reads for two scores side by side, of two keys (`along_keys`) or of two queries. Main loops may ask for it
   // long before there are scores, which hides how long reading takes; `e` then says which of the two, 0 or 1, is meant.

@@ -22,7 +22,7 @@ struct Variant;
 template <>
 struct Variant<> {
   static constexpr bool empty = true, per_head = false, bends = false, scales = false, has_gradient = false;
-  static constexpr bool hides = false, holds = false, reads_score = false, wild = false;
+  static constexpr bool hides = false, hides_in_full = false, holds = false, reads_score = false, wild = false;
   static constexpr bool drops = false, weighs = false, shapes = false, loads = false, gathers = false;
   static constexpr int words = 0;
 
@@ -40,6 +40,8 @@ struct Variant<> {
   static float gain(const u64*) { return 1.0f; }
   bool keeps(const Point&) const { return true; }
   bool keeps(const Point&, const Loaded&, int) const { return true; }
+  void enter(int, int) {}
+  bool keeps_within(const Point&) const { return true; }
   void gradient(float, const Point&) const {}
   void gradient(float, const Point&, float) const {}
   void flush() const {}
@@ -69,12 +71,23 @@ struct Variant<Term, Rest...> {
   static constexpr bool loads = Term::loads || Others::loads;
   static constexpr bool gathers = Term::gathers || Others::gathers;
   static_assert(!(Term::gives_slope && Term::loads), "a score with a slope is asked for without what was loaded");
+  // Whether keys may be hidden in blocks that the mask says are seen whole.
+  static constexpr bool hides_in_full = (Term::hides && !Term::keeps_full) || Others::hides_in_full;
 
   // Whether derivatives have to be held until terms have had their gradients: a term up to the last one with a gradient
   // bends.
   static constexpr bool holds = has_gradient && (Term::bends || Others::holds);
   static_assert(!Term::has_gradient || !Others::holds,
                 "behind the first score term with a gradient, none may bend up to the last one with a gradient");
+
+  // The data of one of the terms.
+  template <class Wanted>
+  static auto& data_of(const u64* data) {
+    if constexpr (is_same<Wanted, Term>)
+      return of(data);
+    else
+      return Others::template data_of<Wanted>(data + own_words);
+  }
 
   // The data of a term begin with a word of Params::terms, behind those of the terms before it.
   static constexpr int own_words = ceil_div(int(sizeof(Data)), int(sizeof(u64)));
@@ -155,6 +168,18 @@ struct Variant<Term, Rest...> {
     else if constexpr (Term::hides)
       kept = term.keeps(at);
     return kept && others.keeps(at, loaded.others, e);
+  }
+
+  // The same of points of a tile, of which a query and a key are given first.
+  void enter(int query, int key) {
+    term.enter(query, key);
+    others.enter(query, key);
+  }
+  bool keeps_within(const Point& at) const {
+    if constexpr (Term::keeps_full)
+      return term.keeps_within(at) && others.keeps_within(at);
+    else
+      return (!Term::hides || term.keeps(at)) && others.keeps_within(at);
   }
 
   void gradient(float dscored, const Point& at) const {

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from .._call.arrays import CPU
+from .._masks.blocks import BlockMask
 from .._operations.asked import asked_by, problem_of
 from .._operations.explanation import Explanation as Explanation
 from .._operations.explanation import explained
 from .._operations.features import extended
 from .._operations.sketch import OPERATIONS
-from .features import FEATURES, features_of
+from .features import FEATURES, features_of, without_ranges
 from .functions import FUNCTIONS, arguments_of
 
 PACKED = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
@@ -59,15 +61,17 @@ def explain(*arguments: Any, **options: Any) -> Explanation:
     named = arguments_of("explain", function, arguments, options)
     given, asked = asked_by(operation, named)
     if "dropout_p" in named:
+        named["mask"], asked = without_ranges(operation.name, named["mask"], asked)
         features = features_of(operation.name, *(named[name] for name in FEATURES))
         operation, given, asked = extended(operation, given, asked, features)
+    mask = repr(named["mask"]) if isinstance(named.get("mask"), BlockMask) else ""
     problem = problem_of(operation, given, asked)
     if problem.device == CPU:
         first = operation.arrays[0]
         framework = problem.specs[first].framework
         reason = f"{first} is a {framework} array in host memory; CuPy, torch or JAX arrays on a GPU are computed there"
-        return Explanation(problem.function, "cpu", "the CPU", "not needed", reason)
-    return explained(problem)
+        return Explanation(problem.function, "cpu", "the CPU", "not needed", reason, mask=mask)
+    return replace(explained(problem), mask=mask)
 
 
 def _call_of(

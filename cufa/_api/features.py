@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._call import options as _options
 from .._operations.call import call
 from .._operations.features import Feature, extended
 from .._operations.operation import Operation
@@ -26,8 +27,24 @@ def call_featured(
     """Call an operation, with features if some are asked for."""
     if score is None and bias is None and rel_bias is None and mask is None and seed is None and dropout_p == 0:
         return call(operation, given, asked)
+    mask, asked = without_ranges(operation.name, mask, asked)
     features = features_of(operation.name, score, bias, rel_bias, mask, dropout_p, seed)
     return call(*extended(operation, given, asked, features))
+
+
+def without_ranges(function: str, mask: Any, asked: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """What is left of a mask of `cufa.masks` without its windows, which become options: kernels know them."""
+    from .._masks.mask import Mask, narrowed
+
+    if not isinstance(mask, Mask):
+        return mask, asked
+    window, rest = mask.ranges()
+    if window == (None, None):
+        return rest, asked
+    causal, given, *others = asked
+    _, given, *_ = _options.plain(function, causal, given, *others[:2])
+    left, right = (None if side == -1 else side for side in given or (None, None))
+    return rest, (causal, narrowed(window, (left, right)), *others)
 
 
 def features_of(

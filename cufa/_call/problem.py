@@ -742,6 +742,8 @@ class _CallCheck(AttentionCheck):
         heads_k, keys = self.specs["k"].shape[-2], self.specs["k"].shape[-3]
         in_one_tile = few_rows > 0 and q.shape[-3] * q.shape[-2] <= few_rows * heads_k
         key_bytes = (q.shape[-1] + v.shape[-1]) * itemsize
+        listed = any(term.blocks is not None for term in self.asked())
+        few_rows = 0 if listed else few_rows
         return Static(
             element=GPU_DTYPES[q.dtype],
             head_dim=q.shape[-1],
@@ -753,14 +755,14 @@ class _CallCheck(AttentionCheck):
             **access(self.operation, self.specs),
             store_bytes=max(itemsize, min([*stores, math.gcd(row_bytes, ALIGNMENT)])),
             pack=1 if backward else self.pack(q),
-            short=not backward and (short or few_keys),
+            short=not backward and (short or few_keys or listed),
             many=not backward and self.varlen and self.specs["cu_seqlens_q"].shape[0] > MANY,
             chains=self.longest_sum(q, backward) > CHAIN_ROWS,
-            empty_rows=not backward and not self.varlen and self.has_empty_rows(right),
+            empty_rows=not backward and not self.varlen and (listed or self.has_empty_rows(right)),
             short_rows=short_rows,
             short_keys=short_keys,
             few_rows=few_rows,
-            clusters=in_one_tile and clusters_pay(q.shape[0] * heads_k, keys * key_bytes),
+            clusters=not listed and in_one_tile and clusters_pay(q.shape[0] * heads_k, keys * key_bytes),
             deterministic=self.options.deterministic,
             average_rows=self.average_rows(q) if backward else LONG_ROWS,
         )

@@ -15,6 +15,7 @@ from .kernel import (
     common,
     has_short_tile,
     known_arch,
+    listed_blocks,
     reason_for_every_gpu,
     round_up,
 )
@@ -119,7 +120,13 @@ def _stands_in(static: Static, arch: int) -> bool:
 
 def writes_all_dq(config: ConfigBackwardSm80, problem: Problem) -> bool:
     """Whether the main kernel writes every row of dq: each tile of queries has one that sees a key."""
-    if not config.writes_dq or problem.varlen or config.mask not in ("none", "causal") or problem.seqlen_k == 0:
+    if (
+        not config.writes_dq
+        or problem.varlen
+        or config.listed
+        or config.mask not in ("none", "causal")
+        or problem.seqlen_k == 0
+    ):
         return False
     return not config.causal or problem.seqlen_q - problem.seqlen_k < config.block_m
 
@@ -148,6 +155,16 @@ def short_tile(static: Static) -> Tile:
 
 
 def tile(static: Static, arch: int) -> Tile:
+    """A row of the table whose tile divides the blocks that a term may list."""
+    row, blocks = table_row(static, arch), listed_blocks(static.terms)
+    if blocks is None or (blocks[0] % row.block_m == 0 and blocks[1] % row.block_n == 0):
+        return row
+    if max(static.head_dim, static.head_dim_v) <= 96:
+        return Tile(64, 64, 8, 2, 4, 4, 4, 2)
+    return Tile(64, 64, 8, 2, 4, 2, 2, 1)
+
+
+def table_row(static: Static, arch: int) -> Tile:
     """The table of tiles. What was tried is in docs/backward.md."""
     widest = max(static.head_dim, static.head_dim_v)
     memory = SHARED_MEMORY[arch] >> 10

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .._call.problem import CHAIN_ROWS, Problem, Static
 from .backward import BackwardGrid, BackwardKernel, ConfigBackward, Counts
 from .forward_sm90 import REGISTERS, STAGES
-from .kernel import SIZEOF, WARPGROUP_ROWS, common, needs_maps, round_up
+from .kernel import SIZEOF, WARPGROUP_ROWS, common, listed_blocks, needs_maps, refuses_blocks, round_up
 
 SUMMED_ROWS = 16
 """Rows of an average packed sequence from which on sums of dq are worth their memory, a tile of them at least: the
@@ -47,7 +47,7 @@ class BackwardSm90(BackwardKernel):
         return arch // 10 == 9
 
     def refusal(self, static: Static) -> str:
-        if why := needs_maps(static):
+        if why := needs_maps(static) or refuses_blocks(static, WARPGROUP_ROWS, 2 * WARPGROUP_ROWS):
             return why
         if max(static.head_dim, static.head_dim_v) > WIDEST:
             return f"one pass has no registers for head_dims above {WIDEST}"
@@ -62,7 +62,8 @@ class BackwardSm90(BackwardKernel):
         tiles = size * ((block_n + STAGES * block_m) * (tile_head_dim + tile_head_dim_v) + STAGES * block_m * block_n)
         sums_stages = 1 if block_m == 128 else 2
         rows = 4 * block_m * (sums_stages * tile_head_dim + 2 * STAGES)  # sums of dq, row_lse and row_delta
-        registers = (40, 232) if static.deterministic else REGISTERS[block_n // WARPGROUP_ROWS]
+        listed = listed_blocks(static.terms) is not None  # to find work in lists takes registers
+        registers = (40, 232) if static.deterministic or listed else REGISTERS[block_n // WARPGROUP_ROWS]
         return ConfigBackwardSm90(
             **common(static),
             tile_head_dim=tile_head_dim,
@@ -103,7 +104,8 @@ def tile(static: Static) -> tuple[int, int]:
     # What is held of scores beside P takes registers.
     holds = any(term.bends or term.scales or term.has_gradient for term in static.terms)
     wide = widest <= 64 and static.average_rows > 64 and not holds
-    return 128 if wide else 64, 128
+    blocks = listed_blocks(static.terms)
+    return 128 if wide and (blocks is None or blocks[0] % 128 == 0) else 64, 128
 
 
 def barriers_bytes(*rings: int) -> int:

@@ -6,7 +6,7 @@ from .._call.problem import Problem, Static
 from .backward import ROW_THREADS, BackwardKernel, Counts, holds_derivatives
 from .backward_sm90 import ConfigBackwardSm90, barriers_bytes
 from .forward_sm90 import REGISTERS, STAGES
-from .kernel import SIZEOF, WARPGROUP_ROWS, blocks_in, common, needs_maps, round_up
+from .kernel import SIZEOF, WARPGROUP_ROWS, blocks_in, common, needs_maps, refuses_blocks, round_up
 
 SPLIT_QUERIES = 128
 """Queries per block of the second pass: ``QueriesConfig`` in attention/backward_split_queries_sm90.cuh."""
@@ -26,7 +26,7 @@ class BackwardSplitSm90(BackwardKernel):
     def refusal(self, static: Static) -> str:
         if any(term.reads_score for term in static.terms):
             return "the warpgroup that tells score terms their gradients has no scores for those that read them"
-        return needs_maps(static)
+        return needs_maps(static) or refuses_blocks(static, SPLIT_QUERIES, WARPGROUP_ROWS)
 
     def config(self, static: Static, arch: int) -> ConfigBackwardSm90:
         block = WARPGROUP_ROWS

@@ -13,8 +13,10 @@ from .kernel import (
     Config,
     Kernel,
     common,
+    dividing,
     has_short_tile,
     known_arch,
+    listed_blocks,
     reason_for_every_gpu,
     round_up,
 )
@@ -70,6 +72,8 @@ class ForwardSm80(Kernel):
     def config(self, static: Static, arch: int) -> ConfigSm80:
         arch = known_arch(arch)
         block_m, block_n, warps, column_warps = tile(static, arch)
+        if blocks := listed_blocks(static.terms):
+            block_m, block_n = dividing(block_m, blocks[0]), dividing(block_n, blocks[1])
         size = SIZEOF[static.element]
         tile_head_dim = round_up(static.head_dim, 32)
         # Warps that share columns have whole panels of them, of 128 bytes.

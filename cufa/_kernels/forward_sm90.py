@@ -17,7 +17,10 @@ from .kernel import (
     Kernel,
     Map,
     common,
+    dividing,
+    listed_blocks,
     needs_maps,
+    refuses_blocks,
     round_up,
 )
 from .params import params_of
@@ -85,7 +88,8 @@ class ForwardSm90(Kernel):
 
     def refusal(self, static: Static) -> str:
         shares_tiles = static.pack * static.short_rows >= SHARED_ROWS
-        return needs_maps(static._replace(short_rows=0) if shares_tiles else static)
+        rows = 2 * WARPGROUP_ROWS // static.pack
+        return needs_maps(static._replace(short_rows=0) if shares_tiles else static) or refuses_blocks(static, rows, 1)
 
     def tile(self, static: Static) -> tuple[int, int, int, bool]:
         """The row of the table of tiles."""
@@ -93,13 +97,16 @@ class ForwardSm90(Kernel):
 
     def config(self, static: Static, arch: int) -> ConfigSm90:
         block_m, block_n, early_steps, whole_turns = self.tile(static)
+        blocks = listed_blocks(static.terms)
+        if blocks:
+            block_m, block_n = 2 * WARPGROUP_ROWS, dividing(block_n, blocks[1])
         size = SIZEOF[static.element]
         tile_head_dim, tile_head_dim_v = round_up(static.head_dim, 32), round_up(static.head_dim_v, 32)
         tiles = block_m * tile_head_dim + STAGES * block_n * (tile_head_dim + tile_head_dim_v)
         consumers = block_m // WARPGROUP_ROWS
-        # Tiles this narrow leave registers to what finds them.
+        # Tiles this narrow leave registers to what finds them; to read lists takes some.
         narrow = consumers == 2 and max(tile_head_dim, tile_head_dim_v) <= 64
-        producer_registers, consumer_registers = (40, 232) if narrow else REGISTERS[consumers]
+        producer_registers, consumer_registers = (40, 232) if narrow or blocks else REGISTERS[consumers]
         return ConfigSm90(
             **common(static),
             tile_head_dim=tile_head_dim,
@@ -123,6 +130,9 @@ class ForwardSm90(Kernel):
         if problem.varlen and num_tiles < PERSISTENT_ROUNDS * num_sms:
             # A block per tile. The GPU hands them out in order, longest first.
             return Grid(max(least_blocks(problem), num_tiles), m_blocks, m_blocks, section, num_tiles)
+        if config.listed and num_tiles < PERSISTENT_ROUNDS * num_sms:
+            # The same: its list alone says what a tile costs, and shares would end unevenly. Reckoned, not measured.
+            return Grid(num_tiles, m_blocks, m_blocks, section, num_tiles)
         # One block per SM works through its share, so that a tile's loads and the last one's output overlap with its
         # neighbours' products.
         blocks = min(num_tiles, num_sms)
@@ -133,7 +143,7 @@ class ForwardSm90(Kernel):
         m_units = -(-m_blocks // 2) if config.causal else m_blocks  # a tile and its opposite cost the same
         units = m_units * (problem.batch * problem.num_heads_q // config.pack)
         grid = Grid(blocks, m_blocks, m_units, section, units)
-        if not (config.causal or config.window) or blocks > MAX_LISTED_BLOCKS:
+        if not (config.causal or config.window) or config.listed or blocks > MAX_LISTED_BLOCKS:
             return grid
         return share_out(grid, config, problem)
 

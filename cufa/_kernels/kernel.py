@@ -5,6 +5,7 @@ Each kernel is one file beside this one. All of it is pure Python and runs witho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -143,7 +144,22 @@ class Config:
         """Its members that are types, in C++."""
         terms = ", ".join(term.struct(self.element) for term in self.variant)
         variant = f"attention::Variant<{terms}>"
-        return {"element": self.element, "variant": variant, "mask": mask_of(self.mask).type}
+        return {"element": self.element, "variant": variant, "mask": self.mask_type()}
+
+    def mask_type(self) -> str:
+        """The C++ type of the mask: its ranges and, where a term lists blocks, what says which of them tiles need."""
+        ranges = mask_of(self.mask).type
+        for term in self.variant:
+            if term.blocks is not None:
+                rows, columns = term.blocks
+                parts = f"{columns // self.block_n}, {rows * self.pack // self.block_m}"
+                return f"attention::ListedMask<{ranges}, {term.struct(self.element)}, {parts}>"
+        return ranges
+
+    @property
+    def listed(self) -> bool:
+        """Whether blocks are listed."""
+        return listed_blocks(self.variant) is not None
 
     def includes(self) -> list[str]:
         """The headers of its types."""
@@ -348,6 +364,24 @@ def common(static: Static) -> dict[str, Any]:
 def mask_of(name: str) -> Mask:
     """The mask of a name."""
     return next(mask for mask in MASKS if mask.name == name)
+
+
+def listed_blocks(terms: Sequence[Term]) -> tuple[int, int] | None:
+    """Queries and keys of the blocks that a term lists, if one does."""
+    return next((term.blocks for term in terms if term.blocks is not None), None)
+
+
+def dividing(side: int, of: int) -> int:
+    """Rows of a tile, at most `side`, whose tiles divide blocks of so many: a power of 2."""
+    return math.gcd(1 << side.bit_length() - 1, of)
+
+
+def refuses_blocks(static: Static, rows: int, columns: int) -> str:
+    """Why a kernel whose tiles are such, or divide these, cannot go over the blocks that a term lists."""
+    blocks = listed_blocks(static.terms)
+    if blocks is None or (blocks[0] % rows == 0 and blocks[1] % columns == 0):
+        return ""
+    return f"blocks of {blocks[0]} × {blocks[1]} are not made of tiles of {rows} × {columns}"
 
 
 def has_short_tile(static: Static) -> bool:

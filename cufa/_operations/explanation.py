@@ -48,6 +48,9 @@ class Explanation:
         Why none of the bundles at hand has the kernel, and what to do; empty if one has, or if there are none.
     launches : tuple of (str, int, int)
         The function of each launch, its blocks and the threads of each.
+    mask : str
+        How many blocks of a `cufa.BlockMask` are full, which are computed as they are, partial, which are masked, and
+        empty, which are skipped.
     """
 
     function: str
@@ -68,6 +71,7 @@ class Explanation:
     bundle: str = ""
     not_bundled: str = ""
     launches: tuple[tuple[str, int, int], ...] = ()
+    mask: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.function}: {self.kernel} on {self.device}"]
@@ -83,6 +87,7 @@ class Explanation:
                 f"  kernel is  {self.state} (compiling it took {self.compile_seconds:.2f} s)",
             ]
             lines += [f"  bundle     {self.bundle or self.not_bundled}"] if self.bundle or self.not_bundled else []
+        lines += [f"  mask       {self.mask}"] if self.mask else []
         others = {kernel: why for kernel, why in self.refusals.items() if not self.reason.startswith(why)}
         refused = [f"  not by     {kernel}: {why}" for kernel, why in others.items()]
         return "\n".join([*lines, f"  because    {self.reason}", *refused])

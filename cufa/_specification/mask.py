@@ -45,3 +45,27 @@ class Mask:
 
     def gradient(self, ds: Array, s: Array, at: At) -> tuple[()]:
         return ()
+
+
+class Seen:
+    """Removes the keys for which an array holds False: (batch, heads, seqlen_q, seqlen_k), or 1 in their places."""
+
+    def __init__(self, seen: Any) -> None:
+        self.seen = np.asarray(seen, bool)
+
+    def score(self, s: Array, at: Any) -> Array:
+        return s
+
+    def slope(self, s: Array, at: Any) -> Any:
+        return 1.0
+
+    def keep(self, at: Any) -> Any:
+        places = zip((at.batch, at.head, at.query, at.key), self.seen.shape, strict=True)
+        kept: NDArray[np.bool_] = self.seen[tuple(place % extent for place, extent in places)]
+        return kept
+
+    def factor(self, at: Any) -> Any:
+        return 1.0
+
+    def gradient(self, ds: Array, s: Array, at: Any) -> tuple[()]:
+        return ()

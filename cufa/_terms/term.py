@@ -89,6 +89,9 @@ class Term:
         Whether `gradient` is given them.
     loaded_bytes : int
         What its C++ twin loads for a score before there is one (``load``), as far as it takes registers.
+    blocks : (int, int) or None
+        Of a term that lists the blocks that its kernels go over: queries and keys of each. It keeps all of the blocks
+        that are said to be seen whole. ``ListedMask`` in ``cuda_src/attention/block_mask.cuh`` reads its lists.
     ordered : bool
         Whether its gradients add up in a fixed order on a GPU where that is asked for.
     foldable : bool
@@ -111,6 +114,7 @@ class Term:
     gives_slope: bool = False
     reads_score: bool = False
     loaded_bytes: int = 0
+    blocks: tuple[int, int] | None = None
     ordered: bool = False
     foldable: bool = False
 

@@ -63,6 +63,7 @@ __device__ constexpr StripedBlocks<block_m, block_n> striped_blocks{};
 
 struct StripesMask : CausalMask {
   using Blocks = BlockList;
+  using Tiles = BlockList;
 
   static constexpr int last_key(const Params& params, const Seqlen& seqlen, int row) {
     return row / stripe == blind_stripe ? -1 : CausalMask::last_key(params, seqlen, row);
@@ -75,7 +76,7 @@ struct StripesMask : CausalMask {
   }
 
   template <class Config>
-  static Blocks query_tiles(const Params&, int, int, int n_block) {
+  static Tiles query_tiles(const Params&, int, int, int n_block) {
     const auto& all = ptx::opaque(striped_blocks<Config::block_m, Config::block_n>);
     return {all.queries[n_block], 0, all.queries_count[n_block], 0};
   }

@@ -1,0 +1,459 @@
+"""Lists of the blocks of a mask, which kernels go over: `cufa.BlockMask`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError
+from . import drawing
+from .host import copied, to_numpy
+from .mask import Array, At, Mask, integers
+from .shapes import FromFunction
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+"""Of which nothing is seen, of which something, and of which all."""
+
+UNIT = 64
+"""What the sides of blocks are multiples of: tiles of kernels divide it."""
+
+WORD = 32
+"""Keys of a word of bits."""
+
+
+class BlockMask:
+    """A mask as lists of blocks: kernels skip the blocks of which nothing is seen, and mask those that are partly seen.
+
+    It is made once, by `of`, `from_csr` or `from_coo`, and handed to ``mask=`` by as many calls as have its lengths.
+    What is seen of partial blocks it keeps as bits, blocks that look alike once.
+
+    Attributes
+    ----------
+    seqlen_q, seqlen_k : int
+        Of the sequences that it is for.
+    block_size : (int, int)
+        Queries and keys of a block.
+    shape : (int, int, int, int)
+        Sequences, key heads, and blocks of queries and of keys. The first two are 1 where one list serves all.
+    arrays : tuple of int32 array
+        For each block of queries its blocks of keys, in increasing order, as ``2 · block``, plus 1 if all of it is
+        seen; where these begin, (sequences, heads, blocks + 1); both for blocks of keys; which tile of bits each block
+        has, (sequences, heads, blocks of queries, blocks of keys), -1 if all and -2 if nothing of it is seen; and the
+        bits, (tiles, queries, keys / 32).
+
+    See Also
+    --------
+    masks : Masks that say entry by entry what is seen.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cufa
+    >>> mask = cufa.BlockMask.of(cufa.masks.causal(), 1, 1, 256, 256, block_size=64)
+    >>> mask
+    BlockMask(256 × 256 in blocks of 64 × 64: 6 full, 4 partial, 6 empty)
+    >>> print(mask.draw())
+    = . . .
+    # = . .
+    # # = .
+    # # # =
+    """
+
+    def __init__(
+        self,
+        kinds: NDArray[np.int8],
+        tiles: NDArray[np.int32],
+        bits: NDArray[np.int32],
+        seqlen_q: int,
+        seqlen_k: int,
+        block_size: tuple[int, int],
+    ) -> None:
+        self.shape = kinds.shape
+        self.seqlen_q, self.seqlen_k = seqlen_q, seqlen_k
+        self.block_size = block_size
+        self.kinds = kinds
+        self._host: tuple[Array, ...] = (*_listed(kinds), *_listed(kinds.swapaxes(2, 3)), tiles, bits)
+        self.arrays: tuple[Any, ...] = self._host
+
+    @classmethod
+    def of(
+        cls,
+        mask: Mask | Callable[..., Any],
+        batch: int,
+        heads: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        block_size: int | Sequence[int] = 128,
+        *,
+        like: Any = None,
+    ) -> BlockMask:
+        """The blocks of a mask. All of its entries are computed, in NumPy.
+
+        Parameters
+        ----------
+        mask : Mask or callable
+            One of `cufa.masks`, or a function of (batch, head, query, key).
+        batch : int
+            Sequences; 1 for a mask that is the same for all.
+        heads : int
+            Key heads; 1 for a mask that is the same for all. Query heads that share a key head see the same keys, and
+            `head` is the number of the key head.
+        seqlen_q, seqlen_k : int
+        block_size : int or (int, int)
+            Queries and keys of a block, multiples of 64. The kernels for Hopper want 128.
+        like : array, optional
+            The lists are in its framework and on its device; by default NumPy's.
+
+        Returns
+        -------
+        BlockMask
+
+        Raises
+        ------
+        ValueError
+            If the sizes are no multiples of 64, or the mask is of other sequences or heads.
+        """
+        if not isinstance(mask, Mask):
+            if not callable(mask):
+                raise TypeError(
+                    f"BlockMask.of: mask is a {type(mask).__name__}; pass one of cufa.masks, or a function."
+                )
+            mask = FromFunction(mask, ())
+        size = _sides(block_size)
+        mask.check(batch, heads)
+        mask.check_lengths(seqlen_q, seqlen_k)
+        return cls._made(_Entries(mask, batch, heads, seqlen_q, seqlen_k), None, size).to(like)
+
+    @classmethod
+    def from_csr(
+        cls,
+        offsets: Any,
+        blocks: Any,
+        seqlen_q: int,
+        seqlen_k: int,
+        block_size: int | Sequence[int] = 128,
+        *,
+        mask: Mask | None = None,
+        like: Any = None,
+    ) -> BlockMask:
+        """The blocks of keys that each block of queries sees, as compressed sparse rows.
+
+        Parameters
+        ----------
+        offsets : int array, (query_blocks + 1,) or (batch, heads, query_blocks + 1)
+            Where the blocks of keys of each block of queries begin in `blocks`, and end.
+        blocks : int array, (entries,)
+            Blocks of keys, in increasing order for each block of queries.
+        seqlen_q, seqlen_k : int
+        block_size : int or (int, int)
+            As for `of`.
+        mask : Mask, optional
+            What is seen of the blocks; by default all.
+        like : array, optional
+            As for `of`.
+
+        Returns
+        -------
+        BlockMask
+
+        Raises
+        ------
+        ValueError
+            If offsets decrease or lead out of `blocks`, or blocks are not there or do not increase.
+
+        Examples
+        --------
+        >>> import cufa
+        >>> print(cufa.BlockMask.from_csr([0, 1, 3], [0, 0, 2], 128, 192, 64).draw())
+        # . .
+        # . #
+        """
+        size = _sides(block_size)
+        starts, columns = integers("from_csr", "offsets", offsets, 1, 3, room="BlockMask"), _flat("blocks", blocks)
+        starts = starts.reshape((1,) * (3 - starts.ndim) + starts.shape)
+        query_blocks, key_blocks = -(-seqlen_q // size[0]), -(-seqlen_k // size[1])
+        if starts.shape[2] != query_blocks + 1:
+            raise ArgumentError(
+                f"BlockMask.from_csr: offsets has shape {starts.shape}; one more than the {query_blocks} blocks of "
+                "queries are expected last."
+            )
+        if (np.diff(starts) < 0).any() or starts.min(initial=0) < 0 or starts.max(initial=0) > len(columns):
+            raise ArgumentError(
+                f"BlockMask.from_csr: offsets must not decrease, and lie between 0 and the {len(columns)} blocks."
+            )
+        counts = np.diff(starts).ravel()
+        begins = starts[..., :-1].ravel()
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        chosen = columns[np.repeat(begins, counts) + within]
+        rows = np.repeat(np.arange(len(counts)), counts)
+        _check_places("from_csr", "blocks", chosen, key_blocks)
+        if ((np.diff(chosen) <= 0) & (np.diff(rows) == 0)).any():
+            raise ArgumentError("BlockMask.from_csr: the blocks of keys of a block of queries must increase.")
+        listed = np.zeros((len(counts), key_blocks), bool)
+        listed[rows, chosen] = True
+        return cls._of_listed(
+            "from_csr",
+            listed.reshape(*starts.shape[:2], query_blocks, key_blocks),
+            mask,
+            seqlen_q,
+            seqlen_k,
+            size,
+            like,
+        )
+
+    @classmethod
+    def from_coo(
+        cls,
+        query_blocks: Any,
+        key_blocks: Any,
+        seqlen_q: int,
+        seqlen_k: int,
+        block_size: int | Sequence[int] = 128,
+        *,
+        mask: Mask | None = None,
+        like: Any = None,
+    ) -> BlockMask:
+        """The same from pairs of blocks, in any order, for all sequences and heads.
+
+        Parameters
+        ----------
+        query_blocks, key_blocks : int array, (entries,)
+            Block ``query_blocks[n]`` of queries sees block ``key_blocks[n]`` of keys. No pair comes twice.
+        seqlen_q, seqlen_k : int
+        block_size : int or (int, int)
+            As for `of`.
+        mask : Mask, optional
+            What is seen of the blocks; by default all.
+        like : array, optional
+            As for `of`.
+
+        Returns
+        -------
+        BlockMask
+
+        Raises
+        ------
+        ValueError
+            If a block is not there, or a pair comes twice.
+
+        Examples
+        --------
+        >>> import cufa
+        >>> print(cufa.BlockMask.from_coo([1, 0, 1], [2, 0, 0], 128, 192, 64).draw())
+        # . .
+        # . #
+        """
+        size = _sides(block_size)
+        rows, columns = _flat("query_blocks", query_blocks), _flat("key_blocks", key_blocks)
+        if len(rows) != len(columns):
+            raise ArgumentError(
+                f"BlockMask.from_coo: query_blocks has {len(rows)} entries but key_blocks has {len(columns)}; they "
+                "must agree."
+            )
+        listed = np.zeros((-(-seqlen_q // size[0]), -(-seqlen_k // size[1])), bool)
+        _check_places("from_coo", "query_blocks", rows, listed.shape[0])
+        _check_places("from_coo", "key_blocks", columns, listed.shape[1])
+        listed[rows, columns] = True
+        if np.count_nonzero(listed) < len(rows):
+            raise ArgumentError("BlockMask.from_coo: a pair of blocks comes twice; pass each once.")
+        return cls._of_listed("from_coo", listed[None, None], mask, seqlen_q, seqlen_k, size, like)
+
+    @classmethod
+    def _of_listed(
+        cls,
+        function: str,
+        listed: NDArray[np.bool_],
+        mask: Mask | None,
+        seqlen_q: int,
+        seqlen_k: int,
+        size: tuple[int, int],
+        like: Any,
+    ) -> BlockMask:
+        if mask is None:
+            kinds = np.where(listed, FULL, EMPTY).astype(np.int8)
+            return cls(kinds, *_full_tiles(kinds, size), seqlen_q, seqlen_k, size).to(like)
+        if not isinstance(mask, Mask):
+            raise TypeError(f"BlockMask.{function}: mask is a {type(mask).__name__}; pass one of cufa.masks.")
+        batch, heads = listed.shape[:2]
+        mask.check(batch, heads)
+        mask.check_lengths(seqlen_q, seqlen_k)
+        return cls._made(_Entries(mask, batch, heads, seqlen_q, seqlen_k), listed, size).to(like)
+
+    @classmethod
+    def _made(cls, entries: _Entries, listed: NDArray[np.bool_] | None, size: tuple[int, int]) -> BlockMask:
+        """Classify all blocks, or those that are listed; the others are empty."""
+        rows, columns = size
+        query_blocks, key_blocks = -(-entries.seqlen_q // rows), -(-entries.seqlen_k // columns)
+        batch, heads = entries.lists if listed is None else np.maximum(entries.lists, listed.shape[:2]).tolist()
+        kinds = np.zeros((batch, heads, query_blocks, key_blocks), np.int8)
+        tiles = np.full(kinds.shape, -2, np.int32)
+        known: dict[bytes, int] = {}
+        for block in range(query_blocks):
+            queries = range(block * rows, min((block + 1) * rows, entries.seqlen_q))
+            for sequence in range(batch):
+                for head in range(heads):
+                    seen = entries.of(sequence, head, queries)
+                    padded = np.zeros((rows, key_blocks * columns), bool)
+                    padded[: len(queries), : entries.seqlen_k] = seen
+                    blocks = padded.reshape(rows, key_blocks, columns).swapaxes(0, 1)
+                    counts = np.count_nonzero(blocks, axis=(1, 2))
+                    lengths = np.minimum(columns, entries.seqlen_k - columns * np.arange(key_blocks))
+                    kind = np.where(counts == 0, EMPTY, np.where(counts == len(queries) * lengths, FULL, PARTIAL))
+                    if listed is not None:
+                        kind[~listed[sequence % len(listed), head % listed.shape[1], block]] = EMPTY
+                    kinds[sequence, head, block] = kind
+                    tiles[sequence, head, block] = np.where(kind == FULL, -1, -2)
+                    padded[len(queries) :] = True  # rows that hide all would be computed more carefully
+                    for key_block in np.flatnonzero(kind == PARTIAL).tolist():
+                        words = np.packbits(blocks[key_block], axis=1, bitorder="little").tobytes()
+                        tiles[sequence, head, block, key_block] = known.setdefault(words, len(known))
+        bits = np.frombuffer(b"".join(known), "<i4").reshape(-1, rows, columns // WORD)
+        bits = bits if len(bits) else np.zeros((1, rows, columns // WORD), np.int32)
+        return cls(kinds, tiles, np.ascontiguousarray(bits, np.int32), entries.seqlen_q, entries.seqlen_k, size)
+
+    def to(self, like: Any) -> BlockMask:
+        """The same mask in the framework and on the device of an array.
+
+        Parameters
+        ----------
+        like : array or None
+            None is NumPy.
+
+        Returns
+        -------
+        BlockMask
+        """
+        return self._copied(lambda array: copied(array, like))
+
+    def _copied(self, copy: Callable[[Array], Any]) -> BlockMask:
+        found = object.__new__(BlockMask)
+        found.__dict__ |= self.__dict__ | {"arrays": tuple(map(copy, self._host))}
+        return found
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many blocks are full, partial and empty, of all lists."""
+        empty, partial, full = (int(np.count_nonzero(self.kinds == kind)) for kind in (EMPTY, PARTIAL, FULL))
+        return full, partial, empty
+
+    def dense(self, batch: int = 1, heads: int = 1) -> NDArray[np.bool_]:
+        """The mask as an array.
+
+        Parameters
+        ----------
+        batch, heads : int
+            Sequences and key heads, where one list serves all.
+
+        Returns
+        -------
+        bool array, (batch, heads, seqlen_q, seqlen_k)
+        """
+        rows, columns = self.block_size
+        *_, tiles, bits = self._host
+        unpacked = np.unpackbits(bits.view(np.uint8), axis=2, bitorder="little").astype(bool)
+        query, key = np.arange(self.seqlen_q)[:, None], np.arange(self.seqlen_k)
+        tile = tiles[:, :, query // rows, key // columns]
+        seen = np.where(tile < 0, tile == -1, unpacked[np.maximum(tile, 0), query % rows, key % columns])
+        shape = tuple(max(pair) for pair in zip((batch, heads), seen.shape[:2], strict=True))
+        return np.broadcast_to(seen, (*shape, *seen.shape[2:])).copy()
+
+    def draw(self, batch: int = 0, head: int = 0) -> str:
+        """A line for each block of queries: ``#`` is full, ``=`` partial and ``.`` empty.
+
+        Parameters
+        ----------
+        batch, head : int
+
+        Returns
+        -------
+        str
+        """
+        return drawing.blocks(self.kinds[batch, head])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BlockMask) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        *_, tiles, bits = self._host
+        return self.seqlen_q, self.seqlen_k, self.block_size, self.shape, tiles.tobytes(), bits.tobytes()
+
+    def __repr__(self) -> str:
+        full, partial, empty = self.counts
+        batch, heads, *_ = self.shape
+        lists = f", {batch} × {heads} lists" if batch * heads > 1 else ""
+        blocks = " × ".join(map(str, self.block_size))
+        return (
+            f"BlockMask({self.seqlen_q} × {self.seqlen_k} in blocks of {blocks}{lists}: {full} full, "
+            f"{partial} partial, {empty} empty)"
+        )
+
+
+class _Entries:
+    """What a mask says of some queries. Axes that it does not depend on are computed once.
+
+    `lists` are the sequences and heads that differ.
+    """
+
+    def __init__(self, mask: Mask, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+        self.mask, self.seqlen_q, self.seqlen_k = mask, seqlen_q, seqlen_k
+        one = At.grid(batch, heads, range(1), 1, seqlen_k - seqlen_q)
+        shape = np.shape(mask.seen(one, *mask.arrays)) if seqlen_q and seqlen_k else ()
+        self.lists = ((1,) * 4 + shape)[-4:][:2]
+
+    def of(self, sequence: int, head: int, queries: range) -> NDArray[np.bool_]:
+        at = At.grid(1, 1, queries, self.seqlen_k, self.seqlen_k - self.seqlen_q)
+        at = At(at.batch + sequence, at.head + head, at.query, at.key, at.position)
+        found = np.asarray(self.mask.seen(at, *self.mask.arrays), dtype=bool)
+        entries: NDArray[np.bool_] = np.broadcast_to(found, (1, 1, len(queries), self.seqlen_k))[0, 0]
+        return entries
+
+
+def _listed(kinds: NDArray[np.int8]) -> tuple[Array, Array]:
+    """Entries of the blocks of each row of blocks, and where they begin."""
+    *_, found = places = np.nonzero(kinds)
+    entries = (2 * found + (kinds[places] == FULL)).astype(np.int32)
+    ends = np.cumsum(np.count_nonzero(kinds, axis=3)).reshape(kinds.shape[:3]).astype(np.int32)
+    begins = np.zeros((*kinds.shape[:2], kinds.shape[2] + 1), np.int32)
+    begins[..., 1:] = ends
+    flat = begins.reshape(-1, begins.shape[2])
+    flat[1:, 0] = flat[:-1, -1]
+    # An array without elements has no address.
+    return (entries if len(entries) else np.zeros(1, np.int32)), begins
+
+
+def _full_tiles(kinds: NDArray[np.int8], size: tuple[int, int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    return np.where(kinds == FULL, -1, -2).astype(np.int32), np.zeros((1, size[0], size[1] // WORD), np.int32)
+
+
+def _sides(block_size: int | Sequence[int]) -> tuple[int, int]:
+    sides = tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size, block_size)
+    try:
+        found = tuple(map(operator.index, sides))
+    except TypeError:
+        found = ()
+    if len(found) != 2 or any(side < UNIT or side % UNIT for side in found):
+        raise ArgumentError(f"BlockMask: block_size is {block_size!r}; pass a multiple of {UNIT}, or two of them.")
+    return found[0], found[1]
+
+
+def _flat(name: str, given: Any) -> Array:
+    found = to_numpy(given)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise ArgumentError(
+            f"BlockMask: {name} has dtype {found.dtype} and shape {found.shape}; integers of one dimension are "
+            "expected."
+        )
+    return found.astype(np.int64)
+
+
+def _check_places(function: str, name: str, given: Array, count: int) -> None:
+    if given.size and not 0 <= given.min() <= given.max() < count:
+        wrong = given[(given < 0) | (given >= count)][0]
+        raise ArgumentError(f"BlockMask.{function}: {name} holds {wrong}; there are {count} such blocks, from 0 on.")

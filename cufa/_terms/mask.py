@@ -1,0 +1,28 @@
+"""What ``mask=`` asks for: from a mask to the score terms that hide what it hides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .._masks.blocks import BlockMask
+from .._masks.mask import Mask
+from .block_mask import BlockMaskTerm
+
+if TYPE_CHECKING:
+    from .._operations.features import Feature
+
+
+def mask_features(function: str, mask: Any) -> list[Feature]:
+    """The features of a mask: of blocks, of `cufa.masks`, a function, or a boolean array."""
+    from .._operations.features import Feature  # a room behind this one
+
+    if isinstance(mask, BlockMask):
+        term = BlockMaskTerm(*mask.block_size, by_head=mask.shape[1] > 1)
+        return [Feature(term, mask.arrays, (mask.seqlen_q, mask.seqlen_k))]
+    if isinstance(mask, Mask) or callable(mask) or isinstance(mask, tuple):
+        from .function import mask_feature
+
+        return [mask_feature(function, (mask.call, *mask.placed) if isinstance(mask, Mask) else mask)]
+    from .mask_array import mask_array_feature
+
+    return [mask_array_feature(function, mask)]
