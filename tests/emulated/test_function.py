@@ -13,6 +13,7 @@ import pytest
 import cufa
 import emulated
 from cufa.testing import to_numpy
+from emulated.cases import _word
 
 pytestmark = pytest.mark.skipif(bool(emulated.why_not()), reason=emulated.why_not())
 
@@ -88,8 +89,6 @@ def test_functions_in_cuda(dtype: Any) -> None:
 
 def test_slopes_that_are_not_finite_do_not_matter_behind_a_mask() -> None:
     """The logarithm of a distance below 0 is NaN, but keys there are hidden: nothing has to be made again."""
-    from emulated.cases import _word
-
     rng = np.random.default_rng(0)
     q, k, v, dout = rng.standard_normal((4, 1, 70, 2, 32)).astype(np.float16)
 

@@ -14,7 +14,6 @@ import cufa
 from cufa import functions
 from cufa._compile import jit as _jit
 from cufa._kernels import unit as units
-from cufa._terms import TERMS
 from cufa._terms.alibi import Alibi
 from cufa._terms.function import mask_feature, score_feature
 from cufa._terms.softcap import Softcap
@@ -41,7 +40,7 @@ SNIPPET = score_feature(
     ),
 ).term
 TERMS_OF_FUNCTIONS = {
-    "tables": (*TERMS, term(own.SCORES["tables"]), mask(own.MASKS["documents"])),
+    "tables": (term(own.SCORES["tables"]), mask(own.MASKS["documents"])),
     "smooth": (term(own.SCORES["smooth"]),),
     "shifted": (term(own.SCORES["shifted"]), mask(own.MASKS["sliding"])),
     "cuda": (SNIPPET,),
@@ -53,7 +52,7 @@ TERMS_OF_FUNCTIONS = {
     [
         ("tables", 80, "bf16", 256),
         ("tables", 90, "bf16", 128),
-        ("tables", 90, "f16", 256),
+        ("tables", 90, "f16", 192),
         ("shifted", 90, "bf16", 256),
         ("cuda", 80, "f16", 128),
     ],
