@@ -52,7 +52,6 @@ TERMS_OF_FUNCTIONS = {
     [
         ("tables", 80, "bf16", 256),
         ("tables", 90, "bf16", 128),
-        ("tables", 90, "f16", 192),
         ("shifted", 90, "bf16", 256),
         ("cuda", 80, "f16", 128),
     ],
@@ -61,13 +60,11 @@ TERMS_OF_FUNCTIONS = {
 def test_kernels_compile_with_functions(terms: str, arch: int, element: str, head_dim: int, of: Any) -> None:
     chosen = TERMS_OF_FUNCTIONS[terms]
     plan = of(plans.static(element, head_dim, head_dim, mask="causal", varlen=True)._replace(terms=chosen), arch)
-    reads = any(each.reads_score for each in chosen)
     if of is plans.backward and arch == 90:
-        wide = "backward_sm80" if reads else "backward_split_sm90"
-        assert (wide if head_dim > 128 else "backward_sm90") in plan.name
+        assert ("backward_split_sm90" if head_dim > 128 else "backward_sm90") in plan.name
     compiled = plans.compile_plan(plan)
     assert "C75" not in compiled.log
-    for instructions in sass.disassemble(compiled.cubin).values():
+    for instructions in sass.disassemble(compiled.cubin).values() if arch == 90 else ():
         assert not sass.wgmma_hazards(instructions)
 
 
