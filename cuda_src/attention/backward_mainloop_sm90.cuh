@@ -310,7 +310,7 @@ struct BackwardMainloopSm90 {
         gradients().wait_full(at);
         warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(stage), 64 * consumer);
       };
-      constexpr bool early_dp = !Variant::shapes;  // else derivatives need the registers
+      constexpr bool early_dp = !Variant::shapes && !Variant::hides;  // else derivatives, or masks, need the registers
       if (early_dp) begin_dp();
       Kept<Config, 1, block_m> kept;
       kept.find(where);  // while the product runs

@@ -104,8 +104,7 @@ def tile(static: Static) -> tuple[int, int]:
     # What is held of scores beside P takes registers.
     holds = any(term.bends or term.scales or term.has_gradient for term in static.terms)
     wide = widest <= 64 and static.average_rows > 64 and not holds
-    blocks = listed_blocks(static.terms)
-    return 128 if wide and (blocks is None or blocks[0] % 128 == 0) else 64, 128
+    return 128 if wide and listed_blocks(static.terms) is None else 64, 128
 
 
 def barriers_bytes(*rings: int) -> int:
