@@ -32,14 +32,6 @@ struct LoadedAhead {
   }
 };
 
-// What is loaded ahead for such entries, which will lie at place().
-template <class Entries, class Variant, class FindPlace>
-inline auto load_ahead(const Variant& variant, const FindPlace& place) {
-  LoadedAhead<Variant, Entries::m_tiles, Entries::cols> ahead;
-  if constexpr (Variant::loads) ahead.load(variant, place());
-  return ahead;
-}
-
 // Loaded pair by pair.
 struct LoadedNow {
   template <class Variant, class Row>

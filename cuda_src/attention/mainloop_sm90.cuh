@@ -259,7 +259,8 @@ struct MainloopSm90 {
                            tile.m_block * Config::block_m + warp_row(),
                            blocks.block(position) * Config::block_n};
     };
-    const auto finish_scores = [&](Scores& scores, const auto& ahead) {
+    LoadedAhead<typename Config::variant, 1, Scores::cols> ahead;
+    const auto finish_scores = [&](Scores& scores) {
       apply(variant, scores, place(), ahead);
       if (unlikely(blocks.template is_boundary<Config::mask::hides_first>(position))) mask(variant, scores, place());
     };
@@ -269,14 +270,14 @@ struct MainloopSm90 {
     Chains<Config::chains, element, 1, Out::cols> chains;
     {
       Scores scores;
-      const auto ahead = load_ahead<Scores>(variant, place);
+      if constexpr (Config::variant::loads) ahead.load(variant, place());
       queries.wait_full(at_queries());
       keys().wait_full(at_keys);
       warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage()));
       warpgroup::wait<0>(scores);
       release(keys(), at_keys);
       if (threadIdx.x % 128 == 0 && position == blocks.begin) queries.release(at_queries());
-      finish_scores(scores, ahead);
+      finish_scores(scores);
       statistics.init();
       bool far[2] = {true, true};
       statistics.follow_far(scores, scale, far);
@@ -305,7 +306,7 @@ struct MainloopSm90 {
       }
       --position;
       Scores scores;
-      const auto ahead = load_ahead<Scores>(variant, place);
+      if constexpr (Config::variant::loads) ahead.load(variant, place());
       turn.take();
       const int own = Config::head_dim > 160 ? ptx::opaque(warpgroup) : warpgroup;  // lest descriptors take registers
       warpgroup::gemm_abt<Config::head_dim>(scores, q(own), k(at_keys.stage()));
@@ -319,7 +320,7 @@ struct MainloopSm90 {
       warpgroup::wait<1>(scores);
       release(keys(), at_keys);
       if (threadIdx.x % 128 == 0 && position == blocks.begin) queries.release(at_queries());
-      finish_scores(scores, ahead);
+      finish_scores(scores);
       // The products still read p, so the next P begins in registers of its own.
       Probabilities early_p;
       float sum[2] = {statistics.row_sum[0][0], statistics.row_sum[0][1]};
@@ -385,8 +386,7 @@ struct MainloopSm90 {
     if (tile::lane() == 0) tiles().release(at);
   }
 
-  // Called by the consumers when no product runs any more: goes over the block's tiles once more if some output is not
-  // finite.
+  // Called by the consumers when no product runs any more: goes over the tiles again if some output is not finite.
   void repair_tiles(const Argument& argument, int warpgroup) const {
     __syncwarp();
     if (likely(ptx::ld_relaxed_shared_u32(to_repair()) == 0)) return;

@@ -181,17 +181,18 @@ def tile(static: Static) -> tuple[int, int, int, bool]:
     dim, dim_v = round_up(static.head_dim, 32), round_up(static.head_dim_v, 32)
     widest = max(dim, dim_v)
     plain, window = not static.terms, static.mask == "window"
+    loaded = sum(term.loaded_bytes for term in static.terms)
     if widest <= 64:
         if window and plain:
             return 128, 128, 4, False
-        return 128 if window or (static.short and static.mask == "causal") else 192, 128, 0, True
+        narrow = window or loaded or (static.short and static.mask == "causal")
+        return 128 if narrow else 192, 128, 0, True
     ragged = widest > 96 and (dim, dim_v) != (static.head_dim, static.head_dim_v)  # which columns there are takes some
     registers = 196 if plain and not ragged else 184
     size = SIZEOF[static.element]
     by_smem = (SHARED_MEMORY[90] - CONTROL_BYTES - size * 128 * dim) // (size * STAGES * (dim + dim_v))
     longest = 64 if widest > 192 else 128 if window or static.short else 176
     # A thread holds half a row's block of scores and P, and of what terms load ahead of them.
-    loaded = sum(term.loaded_bytes for term in static.terms)
     block_n = min((registers - dim_v // 2) * 8 // (6 + loaded), by_smem, longest) // 16 * 16
     early_steps = 4 if widest <= 128 else 1 if widest <= 160 else 2 if widest <= 192 else 0
     if ragged:
