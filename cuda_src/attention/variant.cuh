@@ -115,9 +115,15 @@ struct Variant<Term, Rest...> {
 
   // The same; the derivatives are multiplied by those of the terms.
   float score(float s, const Point& at, Derivatives& derivatives) const {
-    float slope;
-    const float scored = own_score(s, at, slope);
-    derivative(derivatives) *= slope;
+    float& derivative = has_gradient ? derivatives.before : derivatives.after;
+    float scored, slope;
+    if constexpr (Term::gives_slope) {
+      scored = term.score(s, at, slope);
+    } else {
+      scored = term.score(s, at);
+      slope = term.dscore(scored, at);
+    }
+    derivative *= slope;
     return others.score(scored, at, derivatives);
   }
 
@@ -132,14 +138,18 @@ struct Variant<Term, Rest...> {
   }
 
   float score(float s, const Point& at, const Loaded& loaded, int e, Derivatives& derivatives) const {
+    float& derivative = has_gradient ? derivatives.before : derivatives.after;
     float scored, slope;
-    if constexpr (Term::loads) {
+    if constexpr (Term::gives_slope) {
+      scored = term.score(s, at, slope);
+    } else if constexpr (Term::loads) {
       scored = term.score(s, at, loaded.own, e);
       slope = term.dscore(scored, at);
     } else {
-      scored = own_score(s, at, slope);
+      scored = term.score(s, at);
+      slope = term.dscore(scored, at);
     }
-    derivative(derivatives) *= slope;
+    derivative *= slope;
     return others.score(scored, at, loaded.others, e, derivatives);
   }
 
@@ -218,21 +228,6 @@ struct Variant<Term, Rest...> {
 
  private:
   static const Data& of(const u64* data) { return *reinterpret_cast<const Data*>(data); }
-
-  // What the term made of a score, and its derivative.
-  float own_score(float s, const Point& at, float& slope) const {
-    float scored;
-    if constexpr (Term::gives_slope) {
-      scored = term.score(s, at, slope);
-    } else {
-      scored = term.score(s, at);
-      slope = term.dscore(scored, at);
-    }
-    return scored;
-  }
-
-  // The one that the term's own is a factor of.
-  static float& derivative(Derivatives& all) { return has_gradient ? all.before : all.after; }
 };
 
 }  // namespace attention
