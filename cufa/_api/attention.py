@@ -177,7 +177,9 @@ def attention_varlen(
     causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, score, rel_bias, dropout_p, seed, return_lse, out
         As for `attention`, within each sequence. `alibi_slopes` may be (batch, num_heads_q).
     bias, mask
-        As for `attention`, of the longest sequence: queries and keys are counted from the first of their sequence.
+        As for `attention`, of the longest sequence: queries and keys are counted from the first of their sequence. An
+        array that is shorter is refused on the CPU. On a GPU, where lengths are not looked at, a bias is 0 beyond its
+        ends, and a mask hides what lies there.
 
     Returns
     -------

@@ -61,7 +61,8 @@ def attention_backward(
         What `attention` was called with.
     deterministic : bool
         dq is the same bits in every run. Without, blocks of keys add to it as they come, which is faster. dk, dv and
-        dsinks always are, and so is dq on the CPU, and on Hopper above head_dim 128.
+        dsinks always are, and so is dq on the CPU, and on Hopper above head_dim 128. dbias always is where each of its
+        elements is for one score only; where several share it, and for drel_bias, this is refused on a GPU.
     dq, dk, dv : array, optional
         Shaped like q, k and v, and in their dtype. Written and returned instead of new arrays; must not share memory
         with each other or with the inputs.
