@@ -340,7 +340,7 @@ def test_jax_differentiates_and_maps_calls_with_a_mask() -> None:
 
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_without_blocks_are_asked_entry_by_entry(name: str) -> None:
-    
+
     mask, _ = MASKS[name]
     rng = np.random.default_rng(0)
     q, k, v, dout = (rng.standard_normal((2, rows, 3, 8)) for rows in (7, 9, 9, 7))
