@@ -195,6 +195,9 @@ class Spec:
     def __init__(self, *shape: int, strides: tuple[int, ...], dtype: str = "bfloat16", misalignment: int = 0) -> None:
         self.shape, self.strides, self.dtype, self.misalignment = shape, strides, dtype, misalignment
 
+    def __str__(self) -> str:
+        return f"{self.shape} {self.strides} {self.dtype} {self.misalignment}"
+
 
 @pytest.mark.parametrize(
     ("spec", "arguments"),
