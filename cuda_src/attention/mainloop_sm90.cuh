@@ -76,7 +76,6 @@ struct MainloopSm90 {
   };
 
   struct Nothing {};
-
   struct Shared {
     typename Q::Storage q[consumers];
     typename K::Storage k[Config::stages];
