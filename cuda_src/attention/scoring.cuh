@@ -102,7 +102,8 @@ struct OwnRowsPlace {
   const Seqlen& seqlen;
   const OwnRows<Config>& rows;
   int batch;
-  int first_key;  // of the first column
+  int first_key;    // of the first column
+  float k_descale;  // what keys are to be multiplied by
 
   Row row(int, int i) const {
     using Mask = typename Config::mask;
@@ -184,6 +185,12 @@ inline float exponent_scale(const Params& params) {
   return Variant::empty ? params.exponent_scale : log2_e;
 }
 
+// The same where keys are to be multiplied by a number.
+template <class Variant>
+inline float exponent_scale(const Params& params, float k_descale) {
+  return Variant::empty ? params.exponent_scale * k_descale : log2_e;
+}
+
 // Scores ← what the variant's terms make of them.
 template <class Variant, class Place, int m_tiles, int cols>
 inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
@@ -199,7 +206,7 @@ template <class Config, int cols>
 inline void apply(tile::Accumulator<1, cols>& scores, const OwnRowsPlace<Config>& place) {
   if constexpr (!Config::variant::empty) {
     for_each_entry(scores, place, [&](float& s, const auto& row, int col) {
-      s = row.variant.score(s * place.params.softmax_scale, row.at(col));
+      s = row.variant.score(s * (place.params.softmax_scale * place.k_descale), row.at(col));
     });
   }
 }
