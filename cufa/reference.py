@@ -144,6 +144,7 @@ from scipy.special import logsumexp
 from ._call import kvcache as _kvcache
 from ._call import options as _options
 from ._call import problem as _problem
+from ._call.problem import CACHE_DTYPES
 from ._terms import TERMS
 
 __all__ = [
@@ -581,6 +582,8 @@ def attention_with_kvcache(
     rotary_cos: ArrayLike | None = None,
     rotary_sin: ArrayLike | None = None,
     rotary_interleaved: bool = True,
+    k_descale: ArrayLike | None = None,
+    v_descale: ArrayLike | None = None,
     **options: Unpack[Options],
 ) -> Attended:
     """Attention over caches of keys and values, to which new ones are appended first: a loop over `attention`.
@@ -602,6 +605,9 @@ def attention_with_kvcache(
         Makes q, and k and v, packed; read as by `attention_varlen`.
     rotary_cos, rotary_sin : array_like, (max_position, rotary_dim / 2), optional
     rotary_interleaved : bool
+    k_descale, v_descale : array_like, () or (num_heads_k,) or (batch, num_heads_k), optional
+        What is stored in caches of float8_e4m3fn is multiplied by them. New rows are divided by them in float32, and
+        then rounded to the nearest number, those beyond the largest to that.
     **options
         The keywords of `attention`.
 
@@ -628,6 +634,7 @@ def attention_with_kvcache(
     given |= {"cache_seqlens": cache_seqlens}
     given |= {"block_table": block_table, "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
     given |= {"cu_seqlens_q": cu_seqlens_q, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+    given |= {"k_descale": k_descale, "v_descale": v_descale}
     given |= {"alibi_slopes": options.get("alibi_slopes"), "sinks": options.get("sinks")}
     arrays: dict[str, Any] = {name: None if x is None else np.asarray(x) for name, x in given.items()}
     asked: dict[str, Any] = {"causal": False, "window_size": None, "softmax_scale": None, "softcap": 0.0}
@@ -643,7 +650,9 @@ def attention_with_kvcache(
     lse = np.full((*q_shape[:-3], q_shape[-2], q_shape[-3]), -np.inf)
     for number, each in enumerate(sequences):
         slopes_n = slopes[number] if slopes is not None and slopes.ndim == 2 else slopes
-        keys, values = k_cache[each.keys][None], v_cache[each.keys][None]
+        keys, values = (
+            _descaled(x[each.keys][None], each, arrays, name) for name, x in (("k", k_cache), ("v", v_cache))
+        )
         found = _attend(each.q[None], keys, values, alibi_slopes=slopes_n, sinks=sinks, **scoring)
         out[each.rows], lse[(slice(None), each.rows) if lse.ndim == 2 else each.rows] = (x[0] for x in found)
     return Attended(out, lse, k_cache, v_cache)
@@ -657,12 +666,36 @@ def _advances(causal: bool, window_size: Window) -> bool:
 class _Cached(NamedTuple):
     """A sequence of a problem with caches: where its rows are, those of q rotated, and where its live keys lie.
 
-    `rows` indexes q, and `keys` the caches.
+    `number` is its own, `rows` indexes q, and `keys` the caches.
     """
 
+    number: int
     rows: Any
     q: Array
     keys: tuple[Array, Array]
+
+
+def _descale(arrays: dict[str, Any], name: str, number: int) -> Array:
+    """What keys or values of a sequence are to be multiplied by, of each head and column."""
+    given = arrays[f"{name}_descale"]
+    of_heads = np.ones(()) if given is None else given[number] if given.ndim == 2 else given
+    return np.asarray(of_heads, np.float64)[..., None]
+
+
+def _descaled(stored: Array, sequence: _Cached, arrays: dict[str, Any], name: str) -> Array:
+    """Keys or values as they are meant."""
+    if arrays[f"{name}_descale"] is None:
+        return stored
+    return stored.astype(np.float64) * _descale(arrays, name, sequence.number)
+
+
+def _stored(x: Array, descale: Array, dtype: np.dtype[Any]) -> Array:
+    """New rows as caches of another dtype hold them."""
+    import ml_dtypes
+
+    largest = float(ml_dtypes.finfo(dtype).max)
+    with np.errstate(all="ignore"):  # NaN and Inf are data here
+        return np.clip(x.astype(np.float32) / descale.astype(np.float32), -largest, largest).astype(dtype)
 
 
 def _appended(
@@ -673,6 +706,7 @@ def _appended(
     `arrays` are those of `attention_with_kvcache`, by name; `advances` is whether each row of q has a position of its
     own. Rotated numbers get an `error` before they are rounded, relative to the magnitudes of their products.
     """
+    scaled = arrays["k_cache"].dtype.name in CACHE_DTYPES
     q, offsets, table = arrays["q"], arrays["cu_seqlens_q"], arrays["block_table"]
     k_cache, v_cache = np.array(arrays["k_cache"]), np.array(arrays["v_cache"])
     if offsets is None:
@@ -690,7 +724,7 @@ def _appended(
         numbers = arrays["cache_batch_idx"]
         return np.full(len(keys), b if numbers is None else numbers[b]), keys
 
-    def rotated(x: Array, positions: Array) -> Array:
+    def rotated(x: Array, positions: Array, dtype: Any) -> Array:
         if arrays["rotary_cos"] is None:
             return x
         cos, sin = (arrays[name][np.clip(positions, 0, len(arrays[name]) - 1)] for name in ("rotary_cos", "rotary_sin"))
@@ -698,7 +732,7 @@ def _appended(
         if error:
             sizes = [_rotate(np.abs(x), np.abs(cos), sign * np.abs(sin), interleaved) for sign in (1, -1)]
             exact[..., : 2 * cos.shape[-1]] += error * np.maximum(*sizes)[..., : 2 * cos.shape[-1]]
-        return exact.astype(x.dtype)
+        return exact.astype(dtype)
 
     found = []
     for b, own in enumerate(rows):
@@ -707,14 +741,17 @@ def _appended(
         numbers, there = places(b, np.arange(first, min(first + new, capacity)))
         kept = (numbers >= 0) & (numbers < len(k_cache))
         if new:
-            k = rotated(arrays["k"][own], first + np.arange(new))
+            k, v = arrays["k"][own], arrays["v"][own]
+            k = rotated(k, first + np.arange(new), np.float64 if scaled else k.dtype)
+            if scaled:
+                k, v = (_stored(x, _descale(arrays, name, b), k_cache.dtype) for name, x in (("k", k), ("v", v)))
             k_cache[numbers[kept], there[kept]] = k[: len(kept)][kept]
-            v_cache[numbers[kept], there[kept]] = arrays["v"][own][: len(kept)][kept]
+            v_cache[numbers[kept], there[kept]] = v[: len(kept)][kept]
         last = min(first + new, capacity)
         leftpad = 0 if arrays["cache_leftpad"] is None else int(np.clip(arrays["cache_leftpad"][b], 0, last))
         numbers, there = places(b, np.arange(leftpad, last))
-        q_rotated = rotated(q[own], first + np.arange(len(q[own])) * int(advances))
-        found.append(_Cached(own, q_rotated, (np.clip(numbers, 0, len(k_cache) - 1), there)))
+        q_rotated = rotated(q[own], first + np.arange(len(q[own])) * int(advances), q.dtype)
+        found.append(_Cached(b, own, q_rotated, (np.clip(numbers, 0, len(k_cache) - 1), there)))
     return found, k_cache, v_cache
 
 

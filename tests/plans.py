@@ -38,7 +38,8 @@ def static(element: str, head_dim: int, head_dim_v: int, **features: Any) -> Sta
     facts |= {"copy_bytes": 16, "out_copy_bytes": 16, "store_bytes": max(size, math.gcd(16, head_dim_v * size))}
     facts |= features
     facts["terms"] = tuple(term for term in TERMS if facts.pop(term.name, False))
-    facts |= {name: facts[name] or size for name in ("copy_bytes", "store_bytes", "out_copy_bytes")}
+    facts |= {name: facts[name] or size for name in ("store_bytes", "out_copy_bytes")}
+    facts["copy_bytes"] = facts["copy_bytes"] or SIZEOF[facts.get("kv_element") or element]
     return Static(element=element, head_dim=head_dim, head_dim_v=head_dim_v, **facts)
 
 
@@ -101,6 +102,8 @@ CACHES: dict[str, dict[str, Any]] = {
     "elementwise": {"mask": "causal", "varlen": True, "page_rows": 1, "slots": True, "copy_bytes": 0, "store_bytes": 0},
     "rotary": {"mask": "causal", "page_rows": 64, "slots": True, "rotary": "halves", "appends": True},
 }
+EIGHT_BITS = {name: {**facts, "kv_element": "e4m3"} for name, facts in CACHES.items()}
+"""The same of caches of float8."""
 
 
 def cached(element: str, head_dims: tuple[int, int], rows: int, features: dict[str, Any], arch: int) -> Plan:

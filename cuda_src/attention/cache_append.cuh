@@ -87,23 +87,28 @@ struct Rotation {
   }
 
   // What becomes of column `col`, which holds x, where its partner holds y.
-  element rotated(int col, element x, element y) const {
+  float rotated(int col, element x, element y) const {
     const int first = min_of(col, partner(col)), pair = cache.rotary_interleaved ? first / 2 : first;
     const float cos = number(cache.rotary_cos, cache.rotary_cos_strides, pair);
     const float sin = number(cache.rotary_sin, cache.rotary_sin_strides, pair);
     const float turned = ptx::cvt_f32(y) * (col == first ? -sin : sin);
-    return ptx::cvt_rn<element>(fmaf(ptx::cvt_f32(x), cos, turned));
+    return fmaf(ptx::cvt_f32(x), cos, turned);
   }
 };
 
-// Chunk `chunk` of a row, rotated.
-template <int aligned_bytes, int cols, class element>
-inline uint4 rotated_chunk(const element* row, i64 col_stride, int chunk, const Rotation<element>& rotation) {
-  constexpr int chunk_elements = 16 / sizeof(element);
-  union Held {
-    uint4 words;
-    element elements[chunk_elements];
-  } own, partners;
+// 16 bytes of a row.
+template <class element>
+union HeldChunk {
+  static constexpr int count = 16 / sizeof(element);
+  uint4 words;
+  element elements[count];
+};
+
+// Chunk `chunk` of a row, after put(chunk, i, x) for each element i that is rotated, and so becomes x.
+template <int aligned_bytes, int cols, class element, class Put>
+inline uint4 rotate_chunk(const element* row, i64 col_stride, int chunk, const Rotation<element>& rotation, Put&& put) {
+  constexpr int chunk_elements = HeldChunk<element>::count;
+  HeldChunk<element> own, partners;
   own.words = tile::load_chunk<aligned_bytes, cols>(row, col_stride, chunk);
   const int first = chunk * chunk_elements, dim = rotation.cache.rotary_dim;
   if (first >= dim) return own.words;
@@ -120,7 +125,7 @@ inline uint4 rotated_chunk(const element* row, i64 col_stride, int chunk, const 
   }
 #pragma unroll
   for (int i = 0; i < chunk_elements; ++i) {
-    if (first + i < dim) own.elements[i] = rotation.rotated(first + i, own.elements[i], partners.elements[i]);
+    if (first + i < dim) put(own, i, rotation.rotated(first + i, own.elements[i], partners.elements[i]));
   }
   return own.words;
 }
@@ -137,15 +142,53 @@ inline void copy_heads(const HeadRows<element>& to, const HeadRows<const element
     const int head = i / chunks, chunk = i % chunks;
     const element* const row = from.pointer + head * from.head_stride;
     uint4 words;
-    if constexpr (rotates) words = rotated_chunk<copy_bytes, cols>(row, from.col_stride, chunk, rotation);
-    if constexpr (!rotates) words = tile::load_chunk<copy_bytes, cols>(row, from.col_stride, chunk);
+    if constexpr (rotates) {
+      const auto put = [](HeldChunk<element>& held, int e, float x) { held.elements[e] = ptx::cvt_rn<element>(x); };
+      words = rotate_chunk<copy_bytes, cols>(row, from.col_stride, chunk, rotation, put);
+    } else {
+      words = tile::load_chunk<copy_bytes, cols>(row, from.col_stride, chunk);
+    }
     tile::store_chunk<copy_bytes, cols>(to.pointer + head * to.head_stride, to.col_stride, chunk, words);
+  }
+}
+
+// The same, divided by descale(head) and rounded to e4m3: once, since rotated numbers are float32 until then.
+template <bool wide, int cols, bool rotates, int threads, class element, class Descale>
+inline void round_heads(const HeadRows<e4m3>& to, const HeadRows<const element>& from, int heads,
+                        const Rotation<element>& rotation, Descale&& descale) {
+  constexpr int count = wide ? common_power_of_2(4, cols) : 1, units = cols / count;  // columns of a thread at a time
+#pragma unroll 1
+  for (int i = threadIdx.x; i < heads * units; i += threads) {
+    const int head = i / units, first = i % units * count;
+    const element* const row = from.pointer + head * from.head_stride;
+    const auto number = [&](int col) { return row[wide ? i64(col) : col * from.col_stride]; };
+    const float divisor = descale(head);
+    union {
+      e4m3 elements[4];
+      u32 word;
+    } rounded;
+#pragma unroll
+    for (int e = 0; e < count; ++e) {
+      const int col = first + e;
+      const element own = number(col);
+      float x = ptx::cvt_f32(own);
+      if (rotates && col < rotation.cache.rotary_dim) x = rotation.rotated(col, own, number(rotation.partner(col)));
+      rounded.elements[e] = ptx::cvt_rn_satfinite_e4m3(x / divisor);
+    }
+    e4m3* const its = to.pointer + head * to.head_stride;
+    if constexpr (count == 4) {
+      reinterpret_cast<u32*>(its)[first / 4] = rounded.word;
+    } else {
+#pragma unroll
+      for (int e = 0; e < count; ++e) its[(first + e) * to.col_stride] = rounded.elements[e];
+    }
   }
 }
 
 template <class Config, bool wide, bool rotates>
 inline void append_token(const Params& params, const CacheParams& cache, const Token& token) {
   using element = typename Config::element;
+  using kv_element = typename Config::kv_element;
   constexpr int threads = Config::prepare_threads;
   const int outer = Config::varlen ? 0 : token.batch, cached = cached_rows(params, cache, token.batch);
   const int position = cached + token.place, heads_q = params.num_heads_q, heads_k = cache.num_heads_k;
@@ -155,12 +198,19 @@ inline void append_token(const Params& params, const CacheParams& cache, const T
     const CachePlace place = room ? cache_place<Config>(cache, token.batch, position) : CachePlace{-1, 0};
     if (place.cache >= 0 && place.cache < cache.num_caches) {
       const Rotation<element> rotation(cache, position);
-      const HeadRows<element> k(params.k, params.k_strides, place.cache, place.row);
-      const HeadRows<element> v(params.v, params.v_strides, place.cache, place.row);
+      const HeadRows<kv_element> k(params.k, params.k_strides, place.cache, place.row);
+      const HeadRows<kv_element> v(params.v, params.v_strides, place.cache, place.row);
       const HeadRows<const element> new_k(cache.new_k, cache.new_k_strides, outer, token.row);
       const HeadRows<const element> new_v(cache.new_v, cache.new_v_strides, outer, token.row);
-      copy_heads<wide, Config::head_dim, rotates, threads>(k, new_k, heads_k, rotation);
-      copy_heads<wide, Config::head_dim_v, false, threads>(v, new_v, heads_k, rotation);
+      if constexpr (is_same<kv_element, e4m3>) {
+        round_heads<wide, Config::head_dim, rotates, threads>(
+            k, new_k, heads_k, rotation, [&](int head) { return k_descale(cache, token.batch, head); });
+        round_heads<wide, Config::head_dim_v, false, threads>(
+            v, new_v, heads_k, rotation, [&](int head) { return v_descale(cache, token.batch, head); });
+      } else {
+        copy_heads<wide, Config::head_dim, rotates, threads>(k, new_k, heads_k, rotation);
+        copy_heads<wide, Config::head_dim_v, false, threads>(v, new_v, heads_k, rotation);
+      }
     }
   }
   if (rotates && (Config::varlen || token.place < params.seqlen_q)) {

@@ -50,6 +50,10 @@ struct CacheParams {
   i32 least_blocks;     // of which it uses so many at least,
   i32 least_positions;  // and more only where each has so many positions
   i32 num_splits;       // parts of every item's keys; 0: as the division falls
+  // What keys and values in e4m3 are to be multiplied by, of a sequence and a key head; null: 1.
+  const float* k_descale;
+  const float* v_descale;
+  i64 k_descale_batch_stride, k_descale_head_stride, v_descale_batch_stride, v_descale_head_stride;
 };
 
 // What the kernels over caches are given.
@@ -61,6 +65,16 @@ struct CacheArgument {
 // The rest of what a kernel over caches is given, by its Params.
 inline const CacheParams& cache_of(const Params& params) {
   return reinterpret_cast<const CacheArgument&>(params).cache;
+}
+
+// What the keys of a sequence are to be multiplied by in a head, and its values.
+inline float k_descale(const CacheParams& cache, int batch, int head) {
+  if (!cache.k_descale) return 1.0f;
+  return cache.k_descale[batch * cache.k_descale_batch_stride + head * cache.k_descale_head_stride];
+}
+inline float v_descale(const CacheParams& cache, int batch, int head) {
+  if (!cache.v_descale) return 1.0f;
+  return cache.v_descale[batch * cache.v_descale_batch_stride + head * cache.v_descale_head_stride];
 }
 
 // The place of a row in the caches.

@@ -15,15 +15,37 @@
 
 namespace attention {
 
+// What keys and values of a tile are to be multiplied by: nothing but those in e4m3.
+template <class kv_element>
+struct TileDescales {
+  static constexpr float k_descale() { return 1.0f; }
+  static constexpr float v_descale() { return 1.0f; }
+  void take(const CacheParams&, int, int) {}
+};
+
+template <>
+struct TileDescales<e4m3> {
+  float of_k, of_v;
+
+  float k_descale() const { return of_k; }
+  float v_descale() const { return of_v; }
+  void take(const CacheParams& cache, int sequence, int key_head) {
+    of_k = attention::k_descale(cache, sequence, key_head);
+    of_v = attention::v_descale(cache, sequence, key_head);
+  }
+};
+
 // A tile of a sequence in a cache.
 template <class Config>
-struct CacheTile : SharedTile<Config> {
-  using element = typename Config::element;
+struct CacheTile : SharedTile<Config>, TileDescales<typename Config::kv_element> {
+  using kv_element = typename Config::kv_element;
   using Tile = SharedTile<Config>;
+  using Descales = TileDescales<kv_element>;
+  using Descales::k_descale, Descales::v_descale;
 
   static constexpr bool paged = Config::page_rows > 0;
 
-  const element *k, *v;  // where the keys and values of the sequence begin, or (paged) of page 0
+  const kv_element *k, *v;  // where the keys and values of the sequence begin, or (paged) of page 0
 
   // Sets the tile.
   void take(const Params& params, const Seqlen& its_seqlen, int sequence, int key_head, int m_block) {
@@ -38,30 +60,31 @@ struct CacheTile : SharedTile<Config> {
     const int own = paged ? 0 : clamp(cache_place<Config>(cache, sequence, 0).cache, 0, cache.num_caches - 1);
     k = head_of_cache(params.k, params.k_strides, own);
     v = head_of_cache(params.v, params.v_strides, own);
+    Descales::take(cache, sequence, key_head);
   }
 
   auto keys(const Params& params) const { return cached(params, k, params.k_strides, cache_of(params).k_slot_bytes); }
   auto values(const Params& params) const { return cached(params, v, params.v_strides, cache_of(params).v_slot_bytes); }
 
-  const element* key_row(const Params& params, int key) const { return keys(params).at(key); }
-  const element* value_row(const Params& params, int key) const { return values(params).at(key); }
+  const kv_element* key_row(const Params& params, int key) const { return keys(params).at(key); }
+  const kv_element* value_row(const Params& params, int key) const { return values(params).at(key); }
 
  private:
-  const element* head_of_cache(const void* pointer, const Strides& strides, int own) const {
+  const kv_element* head_of_cache(const void* pointer, const Strides& strides, int own) const {
     const int first_row = paged ? 0 : this->seqlen.k_first_row;
-    return static_cast<const element*>(pointer) + own * strides.batch + this->key_head * strides.head +
+    return static_cast<const kv_element*>(pointer) + own * strides.batch + this->key_head * strides.head +
            first_row * strides.seqlen;
   }
 
-  auto cached(const Params& params, const element* pointer, const Strides& strides, int slot_bytes) const {
+  auto cached(const Params& params, const kv_element* pointer, const Strides& strides, int slot_bytes) const {
     const int length = this->seqlen.k;
     if constexpr (paged) {
       const CacheParams& cache = cache_of(params);
       const i32* const table = cache.block_table + this->sequence * cache.block_table_batch_stride;
-      return PagedRows<element, Config::page_rows, Config::slots>{
+      return PagedRows<kv_element, Config::page_rows, Config::slots>{
           pointer, strides, slot_bytes, length, cache, table, this->seqlen.k_first_row};
     } else {
-      return PointedRows<element>{pointer, strides, length};
+      return PointedRows<kv_element>{pointer, strides, length};
     }
   }
 };

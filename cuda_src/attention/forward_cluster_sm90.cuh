@@ -31,10 +31,10 @@ template <class Config, class Work>
 inline void forward_cluster(const Params& params, const Work& work,
                             const typename ClusterMemory<Config>::Exchange& exchange, u32 smem) {
   using Mainloop = MainloopSplitSm80<Config>;
-  using element = typename Config::element;
+  using element = ProbabilityOf<Config>;
   constexpr int cols = Mainloop::cols, warps = Config::num_threads / 32;
   constexpr int group_lanes = Mainloop::groups > 2 ? 4 : 2, ahead = cols > 128 ? 4 : 8;
-  const float scale = exponent_scale<typename Config::variant>(params);
+  const float scale = exponent_scale<typename Config::variant>(params, work.k_descale());
   const int first_row = work.first_row(), live = min_of(Config::block_m, work.rows() - first_row);
   {
     const u32 count = max_of(0, work.blocks.end - work.blocks.begin);

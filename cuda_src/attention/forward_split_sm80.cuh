@@ -25,7 +25,7 @@ using PartialsOf = Partials<Config::block_m, MainloopSplitSm80<Config>::cols>;
 template <class Config, class Work>
 inline void finish_left_row(const Params& params, const Work& work, const PartialsOf<Config>& memory,
                             const Sharers& sharers, int row, float scale) {
-  using element = typename Config::element;
+  using element = ProbabilityOf<Config>;
   constexpr int cols = MainloopSplitSm80<Config>::cols, ahead = cols > 128 || is_same<element, f32> ? 4 : 8;
   const LeftParts<Config::block_m, cols> left{memory, sharers.first};
   LaneSums<cols> sums;
@@ -39,16 +39,16 @@ template <class Config, class Work, class Schedule, class Argument>
 inline void forward_split(const Argument& argument, const Schedule& schedule, float* partials, i32* counters,
                           u32 smem) {
   using Mainloop = MainloopSplitSm80<Config>;
-  using element = typename Config::element;
+  using element = ProbabilityOf<Config>;
   constexpr int cols = Mainloop::cols, warps = Config::num_threads / 32;
   constexpr int group_lanes = Mainloop::groups > 2 ? 4 : 2;
   const Params& params = argument.params;
   const PartialsOf<Config> memory{partials, schedule.one_item()};
-  const float scale = exponent_scale<typename Config::variant>(params);
   const int block = blockIdx.x;
 #pragma unroll 1
   for (auto unit = schedule.first(block); unit.exists();) {
     const Work& work = unit.template work<Work>(argument);
+    const float scale = exponent_scale<typename Config::variant>(params, work.k_descale());
     const int begin = work.blocks.begin + unit.begin, end = min_of(work.blocks.begin + unit.end, work.blocks.end);
     {
       typename Mainloop::Out out;

@@ -29,6 +29,7 @@
 #include "ptx/thread.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/gemm.cuh"
+#include "tile/gemm_e4m3.cuh"
 #include "tile/local.cuh"
 #include "tile/shared.cuh"
 
@@ -37,9 +38,11 @@ namespace attention {
 template <class Config>
 struct MainloopSplitSm80 {
   using element = typename Config::element;
+  using kv_element = typename Config::kv_element;
   using Q = tile::SharedTile<element, Config::block_m, Config::tile_head_dim>;
-  using K = tile::SharedTile<element, Config::block_n, Config::tile_head_dim>;
-  using V = tile::SharedTile<element, Config::block_n, Config::tile_head_dim_v>;
+  using K = tile::SharedTile<kv_element, Config::block_n, Config::tile_head_dim>;
+  using V = tile::SharedTile<kv_element, Config::block_n, Config::tile_head_dim_v>;
+  static constexpr bool e4m3_keys = is_same<kv_element, e4m3>;
   static_assert(is_same<typename Config::mask::Blocks, BlockRange>, "a position is the block itself");
 
   // Warps that share rows split the columns of V, in whole panels, and each computes those rows' scores for itself.
@@ -47,13 +50,13 @@ struct MainloopSplitSm80 {
   static constexpr int groups = Config::num_threads / group_threads, stages = Config::stages;
   static constexpr int cols = round_up(Config::head_dim_v, 16);
   static constexpr int warp_cols = Config::column_warps == 1 ? cols : V::cols / Config::column_warps;
-  static_assert(Config::column_warps == 1 || warp_cols * int(sizeof(element)) % V::panel_bytes == 0,
+  static_assert(Config::column_warps == 1 || warp_cols * int(sizeof(kv_element)) % V::panel_bytes == 0,
                 "a warp's columns of V must be whole panels");
   static_assert(stages >= 2, "a block arrives while the one before it is computed with");
 
   using Scores = tile::Accumulator<1, Config::block_n>;
   using Out = tile::Accumulator<1, warp_cols>;
-  using Statistics = Softmax<element, 1>;
+  using Statistics = Softmax<ProbabilityOf<Config>, 1>;
   static constexpr int chain_blocks = tile::chain_blocks(Config::block_n);
 
   // What a group's sums are laid down in. Rows are so far apart that a quarter of a warp writes to all banks.
@@ -125,12 +128,16 @@ struct MainloopSplitSm80 {
     meanwhile();
 
     const OwnRows<Config> rows(params, work, work.first_row() + warp_row() + tile::fragment_row(0, 0));
-    const float scale = exponent_scale<typename Config::variant>(params);
+    const float k_descale = work.k_descale(), scale = exponent_scale<typename Config::variant>(params, k_descale);
     out.zero();
     statistics.init();
-    Chains<Config::chains, element, 1, Out::cols> chains;
+    Chains<Config::chains, ProbabilityOf<Config>, 1, Out::cols> chains;
     ptx::cp_async_wait_group<stages - 2>();
     __syncthreads();  // q has arrived, as every thread has copied some of it
+    if constexpr (e4m3_keys) {
+      tile::interleave<Config::num_threads>(q, int(ptx::tid_x()));
+      __syncthreads();
+    }
     int slot = 0, free = stages - 1;
 #pragma unroll 1
     for (int index = 0; index < count; ++index) {
@@ -147,7 +154,7 @@ struct MainloopSplitSm80 {
       const int block = first + index * groups;
       Scores scores;
       warp::gemm_abt<Config::head_dim>(scores, q, K{stage + tile::offset<&Stage::k>}, warp_row());
-      const OwnRowsPlace<Config> place{params, work.seqlen, rows, work.batch(), block * Config::block_n};
+      const OwnRowsPlace<Config> place{params, work.seqlen, rows, work.batch(), block * Config::block_n, k_descale};
       apply(scores, place);
       if (work.blocks.template is_boundary<Config::mask::hides_first>(block)) mask(scores, place);
       statistics.update(scores, out, scale, 0);
@@ -176,6 +183,16 @@ struct MainloopSplitSm80 {
         const float signed_sum = Statistics::signed_sum(sum, statistics.is_steep(0, i));
         ptx::st_shared_v2(statistics_address(smem, group(), row), __float_as_uint(statistics.base[0][i]),
                           __float_as_uint(signed_sum));
+      }
+      if constexpr (e4m3_keys) {
+#pragma unroll
+        for (int j = 0; j < Out::cols / 8; j += 2) {
+          const float (&even)[4] = out.x[0][j], (&odd)[4] = out.x[0][j + 1];
+          ptx::st_shared_v4(sums + (row * sums_stride + warp_col() + 8 * j + tile::quad_col()) * int(sizeof(float)),
+                            uint4{__float_as_uint(even[2 * i]), __float_as_uint(odd[2 * i]),
+                                  __float_as_uint(even[2 * i + 1]), __float_as_uint(odd[2 * i + 1])});
+        }
+        continue;
       }
 #pragma unroll
       for (int j = 0; j < Out::cols / 8; ++j) {

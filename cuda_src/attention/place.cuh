@@ -122,7 +122,8 @@ struct OwnRowsPlace {
   const Seqlen& seqlen;
   const OwnRows<Config>& rows;
   int batch;
-  int first_key;  // of the first column
+  int first_key;    // of the first column
+  float k_descale;  // what keys are to be multiplied by
 
   Row row(int, int i) const {
     using Mask = typename Config::mask;

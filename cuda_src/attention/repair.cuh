@@ -73,7 +73,8 @@ struct LaneColumns {
   static constexpr int count = ceil_div(cols, 32);
   float x[count];
 
-  void load(const element* row, i64 col_stride) {
+  template <class its_element>
+  void load(const its_element* row, i64 col_stride) {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       const int col = 32 * i + tile::lane();
@@ -193,7 +194,7 @@ inline void repair(const Params& all, const AnyWork& work, int first_row, int ro
       if (Config::variant::hides && !variant.keeps(at)) continue;
       k.load(work.key_row(params, key), params.k_strides.dim);
       v.load(work.value_row(params, key), params.v_strides.dim);
-      const float score = variant.score(q.dot(k) * params.softmax_scale, at);
+      const float score = variant.score(q.dot(k) * (params.softmax_scale * work.k_descale()), at);
       const float new_max = fminf(fmaxf(row_max, score), largest_float);
       const float subtracted = new_max == -infinity ? 0.0f : new_max;
       const float kept = ptx::ex2_approx_ftz((row_max - subtracted) * log2_e);
@@ -209,7 +210,7 @@ inline void repair(const Params& all, const AnyWork& work, int first_row, int ro
       kept = ptx::ex2_approx_ftz((row_max - subtracted) * log2_e);
       sum = fmaf(kept, sum, ptx::ex2_approx_ftz((sink - subtracted) * log2_e));
     }
-    sums.finish(sum == 0.0f ? 0.0f : kept / sum);
+    sums.finish(sum == 0.0f ? 0.0f : kept / sum * work.v_descale());
     sums.sums.store(to, params.out_strides.dim, 1.0f, columns);
   }
 }

@@ -86,6 +86,12 @@ inline float exponent_scale(const Params& params) {
   return Variant::shapes ? log2_e : params.exponent_scale;
 }
 
+// The same where keys are to be multiplied by a number.
+template <class Variant>
+inline float exponent_scale(const Params& params, float k_descale) {
+  return Variant::shapes ? log2_e : params.exponent_scale * k_descale;
+}
+
 // What the terms of a row, all of its tile or its own, make of the entry in column `col`, number e of a pair; -infinity
 // where one hides the key.
 template <class Variant, class Row>
@@ -122,7 +128,7 @@ inline void apply(tile::Accumulator<1, cols>& scores, const OwnRowsPlace<Config>
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& s = scores.x[t][j][2 * i + e];
-        s = scored(row.variant, s * place.params.softmax_scale, row, 8 * j + e, loaded, e);
+        s = scored(row.variant, s * (place.params.softmax_scale * place.k_descale), row, 8 * j + e, loaded, e);
       }
     });
   }

@@ -9,6 +9,19 @@
 
 namespace attention {
 
+// The type in which probabilities are multiplied with values: that of q, or, where values are e4m3, float16, which
+// holds those exactly, and probabilities better than bfloat16.
+template <class element, class kv_element>
+struct Probability {
+  using type = element;
+};
+template <class element>
+struct Probability<element, e4m3> {
+  using type = f16;
+};
+template <class Config>
+using ProbabilityOf = typename Probability<typename Config::element, typename Config::kv_element>::type;
+
 // The factor that makes a mean of the sums of a finished row, and the row's natural log-sum-exp.
 struct RowTotal {
   float factor, lse;

@@ -176,15 +176,16 @@ inline RowUnion<element> merge_one_row(LaneSums<cols, lanes>& merged, const Part
 
 // Writes rows whose sums are complete, one for each `lanes` lanes, as far as they are `live`. A warp calls this.
 template <class Config, int cols, int lanes, class Work>
-inline void finish_row(const Params& params, const Work& work, int row, const RowUnion<typename Config::element>& whole,
+inline void finish_row(const Params& params, const Work& work, int row, const RowUnion<ProbabilityOf<Config>>& whole,
                        const LaneSums<cols, lanes>& sums, float scale, bool live = true) {
   using Sums = LaneSums<cols, lanes>;
   using element = typename Config::element;
-  using Statistics = Softmax<element, 1>;
+  using Statistics = Softmax<ProbabilityOf<Config>, 1>;
   const float sink = Config::sinks ? params.sinks[work.head_of(row) * params.sinks_stride] : -infinity;
   const float base = Statistics::settled(whole.base, Statistics::is_steep(whole.sum), scale);
   const float gain = Config::variant::gain(params.terms);
   const RowTotal total = Statistics::template total<Config::sinks>(base, fabsf(whole.sum), sink, gain);
+  const float factor = total.factor * work.v_descale();
   NotFinite<element> not_finite;
   element* const out = work.out_row(params, row);
 #pragma unroll
@@ -193,7 +194,7 @@ inline void finish_row(const Params& params, const Work& work, int row, const Ro
     if (quad >= Sums::quads || !live) break;
     float x[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = sums.x[c][i] * total.factor;
+    for (int i = 0; i < 4; ++i) x[i] = sums.x[c][i] * factor;
     if constexpr (is_same<element, f32>) {
       not_finite.look(x[0], x[1]);
       not_finite.look(x[2], x[3]);

@@ -21,6 +21,10 @@ struct SharedTile {
 
   int batch() const { return sequence; }
 
+  // What keys and values are to be multiplied by.
+  static constexpr float k_descale() { return 1.0f; }
+  static constexpr float v_descale() { return 1.0f; }
+
   // How many rows the tiles of the key head have, and where the tile begins.
   int rows() const { return seqlen.q * ratio; }
   int first_row() const { return m_block * Config::block_m; }

@@ -42,6 +42,10 @@ struct Work {
 
   int batch() const { return tile.batch; }
 
+  // What keys and values are to be multiplied by.
+  static constexpr float k_descale() { return 1.0f; }
+  static constexpr float v_descale() { return 1.0f; }
+
   // Which query, of which head, a row is.
   constexpr int query_of(int row) const { return row / Config::pack; }
   constexpr int head_of(int row) const { return tile.head * Config::pack + row % Config::pack; }

@@ -18,6 +18,11 @@ struct bf16 {
   u16 bits;
 };
 
+// float8 with 4 bits of exponent: no infinity, and one NaN of each sign.
+struct e4m3 {
+  u8 bits;
+};
+
 using f32 = float;
 
 template <class A, class B>

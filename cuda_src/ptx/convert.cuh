@@ -1,7 +1,9 @@
 // ptx: conversions between float32 and the storage types (PTX ISA: "cvt"). Rounding is to nearest even.
 #pragma once
 
+#include "core/e4m3.cuh"
 #include "core/types.cuh"
+#include "ptx/fma.cuh"
 
 namespace ptx {
 
@@ -46,6 +48,47 @@ inline float2 cvt_f32_x2(u32 packed) {
   } else {
     return {cvt_f32(f16{u16(packed)}), cvt_f32(f16{u16(packed >> 16)})};
   }
+}
+
+// The four e4m3 of a register as float16, which holds them exactly: bytes 0 and 1, and bytes 2 and 3.
+inline uint2 cvt_f16_x4(u32 packed) {
+#if __CUDA_ARCH__ >= 890
+  uint2 wide;
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high;}"
+      : "=r"(wide.x), "=r"(wide.y)
+      : "r"(packed));
+  return wide;
+#else
+  constexpr u32 factors = 0x5c005c00, negative_zeros = 0x80008000;  // 2^8; a sum with -0 keeps the sign of either zero
+  uint2 wide{negative_zeros, negative_zeros};
+  fma_x2<f16>(wide.x, f16_of_e4m3(__byte_perm(packed, 0, 0x4140)), factors);
+  fma_x2<f16>(wide.y, f16_of_e4m3(__byte_perm(packed, 0, 0x4342)), factors);
+  return wide;
+#endif
+}
+
+// A pair of float16 as a pair of elements.
+template <class element>
+inline u32 cvt_rn_of_f16_x2(u32 packed) {
+  if constexpr (is_same<element, f16>) {
+    return packed;
+  } else {
+    const float2 wide = cvt_f32_x2<f16>(packed);
+    return cvt_rn_x2<element>(wide.x, wide.y);
+  }
+}
+
+inline float cvt_f32(e4m3 x) { return cvt_f32(f16{u16(cvt_f16_x4(x.bits).x)}); }
+
+// A float32 value as e4m3; numbers beyond the largest, 448, become that.
+inline e4m3 cvt_rn_satfinite_e4m3(float x) {
+#if __CUDA_ARCH__ >= 890
+  u16 packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(0.0f), "f"(x));
+  return {u8(packed)};
+#else
+  return e4m3_of(x);
+#endif
 }
 
 }  // namespace ptx

@@ -29,6 +29,7 @@ def decode_plan(
     causal: bool = False,
     window_size: Sequence[int | None] | None = None,
     num_splits: int = 0,
+    cache_dtype: str | None = None,
 ) -> DecodePlan:
     """Divide the work of calls of `attention_with_kvcache` over the GPU, once for all layers of a model.
 
@@ -41,7 +42,7 @@ def decode_plan(
     q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q
         Arrays like those of the calls, which the plan keeps. Only `cache_seqlens`, `cache_leftpad` and `cu_seqlens_q`
         are read, now and by `DecodePlan.update`; the lengths are those before the calls append.
-    causal, window_size, num_splits
+    causal, window_size, num_splits, cache_dtype
         As in the calls.
 
     Returns
@@ -94,7 +95,7 @@ def decode_plan(
         memory, facts = (None, None) if plan is None else (plan.memory, plan.facts)
         own = {**arrays, "plan": memory, **changed}
         given = tuple(own.get(name) for name in DECODE_PLAN.arrays)
-        asked = (causal, window_size, None, 0.0, False, False, True, num_splits, facts)
+        asked = (causal, window_size, None, 0.0, False, False, True, num_splits, facts, cache_dtype)
         made = call(DECODE_PLAN, given, asked)
         problem = problem_of(DECODE_PLAN, given, asked)
         assert isinstance(problem, KVCacheProblem)

@@ -34,6 +34,9 @@ def attention_with_kvcache(
     softcap: float = 0.0,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
+    cache_dtype: str | None = None,
     num_splits: int = 0,
     plan: DecodePlan | None = None,
     return_lse: bool = False,
@@ -49,7 +52,8 @@ def attention_with_kvcache(
     q : array, (batch, seqlen_q, num_heads_q, head_dim) or, with `cu_seqlens_q`, (total_q, num_heads_q, head_dim)
         As for `attention`, but neither JAX arrays, which cannot change in place, nor tensors that require grad.
     k_cache : array, (num_caches, capacity, num_heads_k, head_dim) or (num_pages, page_size, num_heads_k, head_dim)
-        Of q's dtype; any strides, of which they are never copied. Read-only arrays will do if nothing is appended.
+        Of q's dtype, or beside q of float16 or bfloat16 of float8_e4m3fn; any strides, of which they are never copied.
+        Read-only arrays will do if nothing is appended.
     v_cache : array, (num_caches, capacity, num_heads_k, head_dim_v) or (num_pages, page_size, num_heads_k, head_dim_v)
     k, v : array, (batch, seqlen_new, num_heads_k, head_dim or head_dim_v) or, packed like q, (total_q, ...), optional
         New rows: row i of sequence b becomes key ``cache_seqlens[b] + i`` before any sequence attends.
@@ -74,6 +78,11 @@ def attention_with_kvcache(
         Rotate pairs of columns ``(2i, 2i + 1)``; else ``(i, i + rotary_dim / 2)``.
     causal, window_size, softmax_scale, softcap, alibi_slopes, sinks
         As for `attention`, within each sequence: its last query sees its last key, that which is appended last.
+    k_descale, v_descale : float32 array, () or (num_heads_k,) or (batch, num_heads_k), optional
+        For caches of float8_e4m3fn: keys and values are what is stored times a positive number, by default 1. New rows,
+        keys rotated, are divided by it in float32, and then rounded to the nearest number; those beyond 448 become 448.
+    cache_dtype : {None, 'float8_e4m3fn'}
+        What the bytes of caches of uint8 are, for libraries without the dtype, such as CuPy.
     num_splits : int
         0 divides the work evenly over the GPU, so that the last bits of results depend on the whole batch. 1 to 256
         divide the keys of every sequence into so many parts: a sequence's results are then the same bits in any batch.
@@ -98,7 +107,8 @@ def attention_with_kvcache(
         If an argument is no array or of another framework than q, or lacks another that belongs to it.
     ValueError
         If shapes, dtypes or devices disagree or, on the CPU or with ``CUFA_DEBUG=1``, if lengths, caches, pages or
-        positions are not there, or two sequences append to the same row. Then nothing has been written.
+        positions are not there, scales are not from 2^-126 to 2^126, or two sequences append to the same row. Then
+        nothing has been written.
     UnsupportedError
         For JAX arrays and for tensors that require grad; with ``CUFA_DEBUG=1``, in the capture of a CUDA graph; and as
         for `attention`.
@@ -136,7 +146,8 @@ def attention_with_kvcache(
     memory, facts = parts_of("attention_with_kvcache", plan)
     given = (
         q, k_cache, v_cache, alibi_slopes, sinks, out, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad,
-        cu_seqlens_q, rotary_cos, rotary_sin, memory,
+        cu_seqlens_q, rotary_cos, rotary_sin, k_descale, v_descale, memory,
     )  # fmt: skip
-    asked = (causal, window_size, softmax_scale, softcap, return_lse, False, rotary_interleaved, num_splits, facts)
+    own = (rotary_interleaved, num_splits, facts, cache_dtype)
+    asked = (causal, window_size, softmax_scale, softcap, return_lse, False, *own)
     return call(ATTENTION_WITH_KVCACHE, given, asked)

@@ -280,11 +280,12 @@ class _HostMemory:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy's dtype of that name; bfloat16 comes from ml_dtypes."""
-    if name == "bfloat16":
+    """NumPy's dtype of that name; bfloat16 and float8_e4m3fn come from ml_dtypes."""
+    if name in ("bfloat16", "float8_e4m3fn"):
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)  # type: ignore[no-any-return, unused-ignore]
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return found
     return np.dtype(name)
 
 

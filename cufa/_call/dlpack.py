@@ -44,6 +44,7 @@ class DLPackAdapter(Adapter):
             )
         code, bits, lanes = dtype
         name = f"{_DL_CODES.get(code, f'code{code}_')}{bits}" + (f"x{lanes}" if lanes != 1 else "")
+        name = "float8_e4m3fn" if dtype == _DL_E4M3 else name
         return Spec(
             module,
             shape,
@@ -82,6 +83,7 @@ class DLPackAdapter(Adapter):
 
 _DL_CPU, _DL_CUDA, _DL_CUDA_HOST = 1, 2, 3
 _DL_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+_DL_E4M3 = 10, 8, 1
 _DL_READ_ONLY, _DL_COPIED = 1, 2
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,7 @@ from . import problem as _problem
 from .arrays import ALIGNMENT, CPU, Arrays, Spec
 from .options import Options
 from .problem import (
+    CACHE_DTYPES,
     CHAIN_ROWS,
     FEW_ROWS,
     FULL_GPU_ROWS,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from .._operations.operation import Operation
     from .._terms.term import Term
 
+CACHES, DESCALES = ("k_cache", "v_cache"), ("k_descale", "v_descale")
+
 MAX_SPLITS = 256
 """Parts into which a sequence's keys can be divided."""
 
@@ -49,6 +52,7 @@ class PlanFacts(NamedTuple):
     head_dim: int
     head_dim_v: int
     dtype: str
+    cache_dtype: str
     seqlen_k: int
     page_size: int
     seqlen_new: int
@@ -154,9 +158,21 @@ class KVCacheProblem(Problem):
         return "k" in self.specs
 
     @property
+    def cache_dtype(self) -> str:
+        """That of keys and values."""
+        return self.specs["k_cache"].dtype
+
+    @property
     def rotary_advances(self) -> bool:
         """Whether row i of q is rotated for position cache_seqlens + i; else all rows are for cache_seqlens."""
         return self.window_left is not None or self.window_right is not None
+
+
+def cache_dtype(function: str, name: str, given: Any) -> str | None:
+    """What caches hold, as a plain value."""
+    if given is not None and not isinstance(given, str):
+        raise TypeError(f"{function}: {name} is a {type(given).__name__}; pass the name of a dtype, or None.")
+    return None if given is None else str(given)
 
 
 def of_kvcache(operation: Operation, specs: dict[str, Spec], options: Options) -> Problem:
@@ -171,9 +187,14 @@ def check_host(
     """Check NumPy arrays by name as a call does, but for values, dtypes and limits of size; the options, plain."""
     asked = (options[name] for name in ("causal", "window_size", "softmax_scale", "softcap"))
     interleaved = _options.flag(function, "rotary_interleaved", options["rotary_interleaved"])
-    more = (("rotary_interleaved", interleaved), ("num_splits", 0), ("plan", None))
+    more = (("rotary_interleaved", interleaved), ("num_splits", 0), ("plan", None), ("cache_dtype", None))
     plain = Options(*_options.plain(function, *asked), False, False, more)
-    _KVCacheCheck(function, _problem.host_specs(arrays, terms), plain, terms, limited=False).facts()
+    specs = _problem.host_specs(arrays, terms)
+    for name in CACHES:
+        array = arrays[name]
+        if array is not None and array.dtype.name in CACHE_DTYPES:
+            specs[name] = specs[name]._replace(dtype=array.dtype.name)
+    _KVCacheCheck(function, specs, plain, terms, limited=False).facts()
     return plain
 
 
@@ -240,15 +261,21 @@ class _KVCacheCheck(Check):
     def __init__(
         self, function: str, specs: dict[str, Spec], options: Options, terms: tuple[Term, ...], *, limited: bool = True
     ) -> None:
-        super().__init__(function, specs, options, terms, packed="cu_seqlens_q" in specs, limited=limited)
+        super().__init__(function, dict(specs), options, terms, packed="cu_seqlens_q" in specs, limited=limited)
+
+    def together(self) -> Sequence[str]:
+        return ("q",) if self.specs["k_cache"].dtype in CACHE_DTYPES else self.heads
 
     def facts(self) -> _Facts:
         self.check_given(self.heads)
+        self.check_cache_dtype()
         self.check_together()
         q, k_cache, v_cache = (self.specs[name] for name in self.heads)
         self.check_queries(q)
         page_size, capacity = self.check_caches(k_cache, v_cache)
         self.check_heads()
+        for name in DESCALES:
+            self.check_descale(name)
         self.check_sizes(("q", q.shape[-3]), ("a cache", capacity))
         left, right, softmax_scale, softcap = _options.check(self.function, self.options, q.shape[-1])
         self.check_terms()
@@ -288,6 +315,42 @@ class _KVCacheCheck(Check):
         )
         self.check_plan(found)
         return found
+
+    def check_cache_dtype(self) -> None:
+        """The dtype of caches; those of bytes get that which the option says."""
+        named, known = self.options.own("cache_dtype"), _problem.listed(CACHE_DTYPES)
+        if named is not None and named not in CACHE_DTYPES:
+            self.value_error(f"cache_dtype is {named!r}; pass {known}, or None where arrays have their own dtype.")
+        for name in CACHES:
+            spec = self.specs[name]
+            if named is not None and spec.dtype not in ("uint8", named):
+                self.value_error(f"cache_dtype is given, and {name} has dtype {spec.dtype}; it is for caches of uint8.")
+            if named is None and spec.dtype == "uint8":
+                self.value_error(f"{name} has dtype uint8; say by cache_dtype what the bytes are: {known}.")
+            self.specs[name] = spec._replace(dtype=named or spec.dtype)
+        dtypes = [self.specs[name].dtype for name in CACHES]
+        if dtypes[0] != dtypes[1] and not CACHE_DTYPES.keys().isdisjoint(dtypes):
+            self.value_error(f"v_cache has dtype {dtypes[1]} but k_cache has {dtypes[0]}; they must agree.")
+        q = self.specs["q"]
+        if q.dtype == "float32" and q.device != CPU and dtypes[0] in CACHE_DTYPES:
+            self.unsupported(f"q has dtype float32 and k_cache {dtypes[0]}; pass q of float16 or bfloat16.")
+
+    def check_descale(self, name: str) -> None:
+        spec = self.specs.get(name)
+        if spec is None:
+            return
+        heads_k, dtype = self.specs["k_cache"].shape[-2], self.specs["k_cache"].dtype
+        if dtype not in CACHE_DTYPES:
+            self.value_error(
+                f"{name} is given, but k_cache has dtype {dtype}; only caches of {_problem.listed(CACHE_DTYPES)} are "
+                "scaled."
+            )
+        self.check_float32(name, spec)
+        if spec.shape not in ((), (heads_k,), (self.batch(), heads_k)):
+            self.value_error(
+                f"{name} has shape {spec.shape}; (), ({heads_k},) or ({self.batch()}, {heads_k}), that is (batch, "
+                "num_heads_k), is expected."
+            )
 
     def check_queries(self, q: Spec) -> None:
         rank, meaning = 4, "(batch, seqlen_q, num_heads_q, head_dim)"
@@ -365,9 +428,11 @@ class _KVCacheCheck(Check):
                     f"{name} has shape {spec.shape}, and q {q.shape} and {name}_cache {cache.shape}; {meaning} that "
                     "agrees with them is expected."
                 )
-            if spec.dtype != cache.dtype:
+            if cache.dtype in CACHE_DTYPES and spec.dtype != q.dtype:
+                self.value_error(f"{name} has dtype {spec.dtype} but q has {q.dtype}; they must agree.")
+            if cache.dtype not in CACHE_DTYPES and spec.dtype != cache.dtype:
                 self.value_error(f"{name} has dtype {spec.dtype} but {name}_cache has {cache.dtype}; they must agree.")
-            self.check_written(f"{name}_cache", cache.shape, q.dtype)
+            self.check_written(f"{name}_cache", cache.shape, cache.dtype)
         k, v = self.specs["k"], self.specs["v"]
         if k.shape[-3] != v.shape[-3]:
             self.value_error(f"v has {v.shape[-3]} rows but k has {k.shape[-3]}; k and v must agree.")
@@ -453,6 +518,7 @@ class _KVCacheCheck(Check):
             appends="k" in self.specs,
             q_copy_bytes=_problem.widest_copy(q, itemsize),
             full_tiles=full_tiles,
+            kv_element=CACHE_DTYPES.get(self.specs["k_cache"].dtype, ""),
         )
 
     def page_rows(self, facts: _Facts) -> int:
@@ -471,7 +537,8 @@ class _KVCacheCheck(Check):
         heads_k, head_dim_v = self.specs["v_cache"].shape[-2:]
         rows = q.shape[1] * (q.shape[-2] // max(1, heads_k))
         items = q.shape[0] * heads_k * -(-rows // self.few_rows(q, num_splits))
-        return _problem.clusters_pay(items, capacity * (q.shape[-1] + head_dim_v) * ITEMSIZE[q.dtype])
+        itemsize = ITEMSIZE[self.specs["k_cache"].dtype]
+        return _problem.clusters_pay(items, capacity * (q.shape[-1] + head_dim_v) * itemsize)
 
     def queries(self, q: Spec) -> int:
         """Rows of q of a sequence, on average if they are packed."""
@@ -499,7 +566,7 @@ def check_values(problem: Problem, arrays: Arrays) -> None:
 
 
 class _ValueCheck:
-    """The checks of values; no others are read than those of arrays of integers."""
+    """The checks of values; no others are read than those of arrays of integers, and of scales."""
 
     def __init__(self, problem: KVCacheProblem, arrays: Arrays) -> None:
         self.problem = problem
@@ -514,6 +581,8 @@ class _ValueCheck:
         offsets = self.array("cu_seqlens_q")
         if offsets is not None:
             _problem.check_offsets_of(problem.function, "q", problem.seqlen_q, offsets)
+        for name in DESCALES:
+            self.check_descale(name)
         queries = self.rows(offsets, problem.seqlen_q)
         new = self.rows(offsets, problem.seqlen_new) if problem.changes else np.zeros(batch, np.int64)
         lengths = self.array("cache_seqlens")
@@ -542,6 +611,12 @@ class _ValueCheck:
         if offsets is None:
             return np.full(self.problem.batch, rows)
         return np.maximum(np.diff(offsets.astype(np.int64)), 0)  # below 0 behind the last, where zeros pad
+
+    def check_descale(self, name: str) -> None:
+        descale = self.array(name)
+        if descale is not None:
+            for value in descale[~((descale >= 2.0**-126) & (descale <= 2.0**126))][:1]:
+                self.error(f"{name} holds {value}; pass numbers from 2^-126 to 2^126.")
 
     def check_positions(self, stop: NDArray[np.int64]) -> None:
         cos = self.problem.specs.get("rotary_cos")

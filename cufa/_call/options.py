@@ -1,7 +1,8 @@
 """The arguments that are not arrays, as plain Python values: read anew at every call, before anything is looked up.
 
 An array of no dimensions may change in place, and ``True == 1 == 1.0``: neither may be the key by which a problem is
-remembered. What `plain` returns has the types bool, int, float, tuple and None only, so equal options are the same.
+remembered. What `plain` returns has the types bool, int, float, str, tuple and None only, so equal options are the
+same.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Owner(Protocol):
         """Their values as plain ones, each always of the same type, or TypeError."""
 
 
-IMMUTABLE: set[type] = {bool, int, float, type(None)}
+IMMUTABLE: set[type] = {bool, int, float, str, type(None)}
 """Types of values that never change: what becomes of them is remembered."""
 
 

@@ -7,7 +7,7 @@ checked is remembered. Its `static` part is what decides the kernel; the rest ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -103,7 +103,10 @@ MAX_MAP_STRIDE = 1 << 40
 GPU_DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 """Storage dtypes on a GPU, and their names in CUDA."""
 CPU_DTYPES = (*GPU_DTYPES, "float64")
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "bool": 1, "uint8": 1}
+CACHE_DTYPES = {"float8_e4m3fn": "e4m3"}
+"""Dtypes that caches may have beside that of q, where that has 16 bits, and their names in CUDA."""
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4}
+ITEMSIZE |= {"float8_e4m3fn": 1, "uint8": 1, "bool": 1}
 
 
 class Static(NamedTuple):
@@ -117,7 +120,7 @@ class Static(NamedTuple):
     terms : tuple of Term
         Score terms, in the order in which they are applied.
     sinks, varlen : bool
-    copy_bytes : {16, 8, 4, 2}
+    copy_bytes : {16, 8, 4, 2, 1}
         Widest copy that the alignment of q, k and v, and of dout, allows; the size of an element copies them singly.
     store_bytes : {16, 8, 4, 2}
         The same for what is written.
@@ -164,6 +167,8 @@ class Static(NamedTuple):
         As copy_bytes, for q, where that is of the caches alone; else 16.
     full_tiles : bool
         Whether queries over caches fill large tiles, and so many that these keep a GPU busy without parts of keys.
+    kv_element : {'', 'e4m3'}
+        Of caches, where it is not that of q.
     """
 
     element: str
@@ -194,6 +199,7 @@ class Static(NamedTuple):
     appends: bool = False
     q_copy_bytes: int = ALIGNMENT
     full_tiles: bool = False
+    kv_element: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,7 +377,7 @@ def check_host(
 
 def host_specs(arrays: dict[str, NDArray[Any] | None], terms: tuple[Term, ...]) -> dict[str, Spec]:
     """What stands for arrays of whatever dtypes that hold real numbers, or integers where a call takes those."""
-    single = ("sinks", "dlse", *(name for term in terms for name in term.arrays))
+    single = ("sinks", "dlse", "k_descale", "v_descale", *(name for term in terms for name in term.arrays))
     return {name: _host_spec(name, array, single) for name, array in arrays.items() if array is not None}
 
 
@@ -823,12 +829,12 @@ class _CallCheck(AttentionCheck):
 
 def access(operation: Operation, specs: dict[str, Spec]) -> dict[str, Any]:
     """The members of Static that say how the arrays that are read can be."""
-    itemsize = ITEMSIZE[specs["q"].dtype]
-    tiles = [specs[name] for name in operation.tiles]
+    tiles = [(specs[name], ITEMSIZE[specs[name].dtype]) for name in operation.tiles]
+    out_itemsize = ITEMSIZE[specs["q"].dtype]
     return {
-        "copy_bytes": min((widest_copy(spec, itemsize) for spec in tiles), default=ALIGNMENT),
-        "tma": all(has_tensor_map(spec, itemsize) for spec in tiles),
-        "out_copy_bytes": widest_copy(specs["out"], itemsize) if operation.gradient else ALIGNMENT,
+        "copy_bytes": min((widest_copy(*tile) for tile in tiles), default=ALIGNMENT),
+        "tma": all(has_tensor_map(*tile) for tile in tiles),
+        "out_copy_bytes": widest_copy(specs["out"], out_itemsize) if operation.gradient else ALIGNMENT,
     }
 
 
@@ -877,9 +883,10 @@ def device_name(device: int) -> str:
     return "the CPU" if device == CPU else f"cuda:{device}"
 
 
-def listed(words: Sequence[str], last: str = "or") -> str:
+def listed(words: Iterable[str], last: str = "or") -> str:
     """Words joined as in a sentence."""
-    return f"{', '.join(words[:-1])} {last} {words[-1]}"
+    *others, final = words
+    return f"{', '.join(others)} {last} {final}" if others else final
 
 
 def _check_overlap(operation: Operation, arrays: Arrays, problem: Problem) -> None:

@@ -19,6 +19,7 @@ def shapes_options(function: Command) -> Command:
         click.option("--sms", type=click.IntRange(min=1), help="SMs of that GPU; by default those of a large one."),
         click.option("--decode-plan", is_flag=True, help="With --k-cache: the plan of such calls."),
         click.option("--num-splits", type=click.IntRange(0), default=0, help="With --k-cache: as for the call."),
+        click.option("--cache-dtype", metavar="NAME", help="With --k-cache: float8_e4m3fn, if it is not that of q."),
         click.option("--rotary-dim", type=click.IntRange(0), default=0, help="With --append: columns that are turned."),
         click.option("--append", is_flag=True, help="With --k-cache: as many new rows as q has."),
         click.option("--pages", type=click.IntRange(min=0), help="The caches are pages, at most so many a sequence."),
@@ -99,7 +100,8 @@ def call_of_options(
         shapes |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (sequences + 1,))
         shapes |= {"seqused_k": (sequences,)} if seqused_k else {}
     options = {"causal": causal, "window_size": window, "softcap": softcap, "return_lse": lse}
-    options |= {"deterministic": deterministic, "num_splits": of_caches["num_splits"]}
+    options |= {"deterministic": deterministic}
+    options |= {name: of_caches[name] for name in ("num_splits", "cache_dtype")}
     operation = OPERATIONS[name]
     _, asked = asked_by(operation, options)
     problem = sketch(operation, shapes, dtype, _options.of(name, asked, operation.owned))

@@ -353,7 +353,7 @@ def architectures(targets: Iterable[str]) -> str:
 def command_for(plan: Plan) -> str:
     """The command that makes a bundle which holds the kernel of a plan; empty if no command can.
 
-    That is so for kernels with score terms that are not cufa's: a command does not know them.
+    That is so for kernels with score terms that are not cufa's, and for caches of float8: a command does not know them.
     """
     arch = f"sm_{plan.arch}{'a' if plan.arch >= 90 else ''}"
     config = plan.config
@@ -361,6 +361,8 @@ def command_for(plan: Plan) -> str:
     if not isinstance(config, Config):
         return f"cufa bundle build --arch {arch} {_plain_call(plan)} {out}"
     if not {type(term) for term in config.variant} <= {type(term) for term in TERMS}:
+        return ""
+    if getattr(config, "kv_element", config.element) != config.element:
         return ""
     dtype = DTYPES[config.element]
     head_dim = f"{config.head_dim}" + (f":{config.head_dim_v}" if config.head_dim_v != config.head_dim else "")

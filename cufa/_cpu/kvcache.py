@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._call.kvcache import KVCacheProblem
+from .._call.arrays import numpy_dtype
+from .._call.kvcache import CACHES, KVCacheProblem
+from .._call.problem import CACHE_DTYPES
 from .._terms.term import Array
 from .forward import _clear, _forward, _Scoring, _workspaces, work_dtype
 
@@ -27,16 +29,17 @@ def forward(problem: KVCacheProblem, arrays: Mapping[str, Any], out: Array, lse:
     out : array, like q
     lse : array or None, (batch, num_heads_q, seqlen_q) or (num_heads_q, total_q)
     """
+    arrays = {**arrays, **{name: _typed(arrays[name], problem.cache_dtype) for name in CACHES}}
     sequences = [*_sequences(problem, arrays)]
     if problem.changes:
-        for each in sequences:
-            _append(problem, arrays, each)
+        for number, each in enumerate(sequences):
+            _append(problem, arrays, each, number)
     q = arrays["q"]
     with np.errstate(all="ignore"):  # NaN and Inf are data, and exp underflows all the time
         scoring, workspaces = _Scoring.of(q, problem.seqlen_k, **problem.scoring(arrays)), _workspaces(q)
         stop = 0
         for number, each in enumerate(sequences):
-            k, v = (each.keys(arrays[name], problem.page_size) for name in ("k_cache", "v_cache"))
+            k, v = (_keys(problem, arrays, name, each, number) for name in "kv")
             rows = _rotated(problem, arrays, q[each.rows], each.first, problem.rotary_advances)
             own = replace(scoring, sequence=number)
             if problem.varlen:
@@ -87,10 +90,58 @@ def _sequences(problem: KVCacheProblem, arrays: Mapping[str, Any]) -> Iterator[_
         yield _Sequence(rows, place, 0 if leftpad is None else int(leftpad[b]), first, first + new)
 
 
-def _append(problem: KVCacheProblem, arrays: Mapping[str, Any], sequence: _Sequence) -> None:
+def _typed(cache: Array, dtype: str) -> Array:
+    """A cache, of which bytes become what they are."""
+    return cache.view(numpy_dtype(dtype)) if cache.dtype == np.uint8 else cache
+
+
+def _descale(arrays: Mapping[str, Any], name: str, number: int) -> Array:
+    """What keys or values of a sequence are to be multiplied by, 1 or (heads,)."""
+    given = arrays[f"{name}_descale"]
+    if given is None:
+        return np.ones((), np.float32)
+    return np.asarray(given[number] if given.ndim == 2 else given)
+
+
+def _keys(problem: KVCacheProblem, arrays: Mapping[str, Any], name: str, sequence: _Sequence, number: int) -> Any:
+    """The live keys or values of a sequence, (1, keys, heads, columns)."""
+    found = sequence.keys(arrays[f"{name}_cache"], problem.page_size)
+    if problem.cache_dtype not in CACHE_DTYPES:
+        return found
+    descale = np.broadcast_to(_descale(arrays, name, number), problem.num_heads_k)
+    return _Scaled(found, descale.astype(work_dtype(arrays["q"])))
+
+
+def round_to(dtype: np.dtype[Any], x: Array, descale: Array) -> Array:
+    """Rows of (heads, columns), divided by the descale of each head in float32, and rounded, at most to the largest.
+
+    Examples
+    --------
+    >>> import ml_dtypes
+    >>> import numpy as np
+    >>> from cufa._cpu.kvcache import round_to
+    >>> x = np.array([[[1.0, 17.0, 1000.0]]], np.float32)
+    >>> round_to(np.dtype(ml_dtypes.float8_e4m3fn), x, np.array([2.0])).ravel().tolist()
+    [0.5, 8.0, 448.0]
+    """
+    import ml_dtypes
+
+    with np.errstate(all="ignore"):  # NaN and Inf are data here
+        quotients = x.astype(np.float32) / descale.astype(np.float32)[..., None]
+        largest = np.float32(ml_dtypes.finfo(dtype).max)
+        rounded: Array = np.clip(quotients, -largest, largest).astype(dtype)
+        return rounded
+
+
+def _append(problem: KVCacheProblem, arrays: Mapping[str, Any], sequence: _Sequence, number: int) -> None:
     """Write new rows of k, rotated, and of v into a sequence's cache."""
     k, v = arrays["k"][sequence.rows], arrays["v"][sequence.rows]
+    if problem.cache_dtype in CACHE_DTYPES:
+        k, v = k.astype(work_dtype(k)), v.astype(work_dtype(v))  # which are rounded once
     k = _rotated(problem, arrays, k, sequence.first, advances=True)
+    if problem.cache_dtype in CACHE_DTYPES:
+        dtype = arrays["k_cache"].dtype
+        k, v = (round_to(dtype, x, _descale(arrays, name, number)) for name, x in (("k", k), ("v", v)))
     at: Any = np.arange(sequence.first, sequence.last)
     if problem.page_size:
         at = sequence.place[at // problem.page_size], at % problem.page_size
@@ -136,6 +187,33 @@ def rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
         rotated[..., first] = a * c - b * s
         rotated[..., second] = a * s + b * c
     return rotated
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """Keys of a sequence that are stored divided by a number, read like an array: what is asked for is multiplied.
+
+    Attributes
+    ----------
+    stored : array or _Paged, (1, keys, heads, columns)
+    descale : array, (heads,)
+    """
+
+    stored: Any
+    descale: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape: tuple[int, ...] = self.stored.shape
+        return shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.descale.dtype
+
+    def __getitem__(self, index: tuple[slice, slice, slice]) -> Array:
+        scaled: Array = self.stored[index].astype(self.dtype) * self.descale[index[2], None]
+        return scaled
 
 
 @dataclass(frozen=True)

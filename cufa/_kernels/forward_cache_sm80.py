@@ -28,7 +28,6 @@ from .kernel import (
     MAX_GRID,
     NO_SCRATCH,
     SHARED_MEMORY,
-    SIZEOF,
     Kernel,
     Scratch,
     Step,
@@ -87,7 +86,8 @@ class ConfigCacheSm80(ConfigSplitSm80):
     prepare_threads: int = PREPARE_THREADS
 
     def words(self) -> list[str]:
-        return super().words() + ["paged"] * (self.page_rows > 0)
+        own = [f"{self.kv_element} caches"] * (self.kv_element != self.element)
+        return super().words() + own + ["paged"] * (self.page_rows > 0)
 
 
 class CacheGrid(NamedTuple):
@@ -305,6 +305,11 @@ def members_of(
             "rotary_floats": problem.rotary_dim > 0 and problem.specs["rotary_cos"].dtype == "float32",
             "wide_rows": problem.changes and has_wide_rows(problem),
             "num_splits": problem.num_splits,
+            **{
+                f"{name}_{axis}_stride": stride
+                for name in ("k_descale", "v_descale")
+                for axis, stride in zip(("batch", "head"), (0, 0, *strides.get(name, ()))[-2:], strict=True)
+            },
             **plan,
         },
     }
@@ -357,8 +362,7 @@ def sequences_beside(tile: Tile, arch: int) -> int:
 
 def least_positions(config: ConfigCacheSm80) -> int:
     """Blocks of keys that are worth a thread block of their own."""
-    block_bytes = config.block_n * (config.head_dim + config.head_dim_v) * SIZEOF[config.element]
-    return -(-LEAST_BYTES // block_bytes)
+    return -(-LEAST_BYTES // config.block_bytes)
 
 
 def plan_words(problem: Problem, grid: CacheGrid) -> int:
@@ -384,4 +388,5 @@ def row_elements(problem: Problem) -> int:
 def has_wide_rows(problem: KVCacheProblem) -> bool:
     """Whether rows of all that is copied while appending begin at multiples of 16 bytes."""
     names = ("k", "v", "k_cache", "v_cache", *(("q",) if problem.rotary_dim else ()))
-    return all(widest_copy(problem.specs[name], ITEMSIZE[problem.dtype]) == ALIGNMENT for name in names)
+    specs = [problem.specs[name] for name in names]
+    return all(widest_copy(spec, ITEMSIZE[spec.dtype]) == ALIGNMENT for spec in specs)

@@ -58,6 +58,9 @@ class ConfigCacheSm90(ConfigSm90):
     def words(self) -> list[str]:
         return super().words() + ["paged"] * (self.page_rows > 0)
 
+    def types(self) -> dict[str, str]:
+        return super().types() | {"kv_element": self.element}
+
 
 class CacheTileGrid(NamedTuple):
     """Shapes of the launches.
@@ -97,6 +100,8 @@ class ForwardCacheSm90(ForwardSm90):
     def refusal(self, static: Static) -> str:
         if not static.full_tiles:
             return "queries are too few to fill large tiles, or not so many that the keys of each need no division"
+        if static.kv_element:
+            return "wgmma reads keys and values from shared memory, and caches of float8 are converted in registers"
         if static.q_copy_bytes < ALIGNMENT and not static.rotary:
             return "rows of q are not aligned to 16 bytes, as the tensor memory accelerator wants them"
         if why := needs_maps(static):

@@ -57,6 +57,8 @@ class ConfigSplitSm80(Config):
 
     Attributes
     ----------
+    kv_element : str
+        Of k and v.
     column_warps : int
         Warps that share rows and split the columns of v.
     stages : int
@@ -71,6 +73,7 @@ class ConfigSplitSm80(Config):
         Whether where a block of keys lies is looked up before the copies of the one before it are waited for.
     """
 
+    kv_element: str
     column_warps: int
     stages: int
     copy_bytes: int
@@ -78,6 +81,14 @@ class ConfigSplitSm80(Config):
     resident: int
     merge_lanes: int
     looks_ahead: bool = False
+
+    @property
+    def block_bytes(self) -> int:
+        """Of k and v of a block of keys."""
+        return self.block_n * (self.head_dim + self.head_dim_v) * SIZEOF[self.kv_element]
+
+    def types(self) -> dict[str, str]:
+        return super().types() | {"kv_element": self.kv_element}
 
 
 class SplitGrid(NamedTuple):
@@ -184,7 +195,8 @@ def members(static: Static, tile: Tile) -> dict[str, Any]:
     """The members of a Config of kernels with this main loop."""
     return {
         **common(static),
-        "tile_head_dim": round_up(static.head_dim, 32),
+        "kv_element": kv_element(static),
+        "tile_head_dim": round_up(static.head_dim, least_columns(static)),
         "tile_head_dim_v": tile_columns(static),
         "block_m": static.few_rows,
         "block_n": tile.block_n,
@@ -219,12 +231,11 @@ def divided(config: ConfigSplitSm80, items: int, rows: int, item_blocks: int, nu
     wait for products, not for keys.
     """
     m_blocks, warps = -(-rows // config.block_m), config.num_threads // 32
-    block_bytes = config.block_n * (config.head_dim + config.head_dim_v) * SIZEOF[config.element]
     total, resident = items * item_blocks, config.resident * num_sms
     whole = SplitGrid(items, m_blocks, item_blocks, item_blocks, 0)
-    if total == 0 or total > MAX_GRID or (m_blocks == 1 and item_blocks * block_bytes <= WHOLE_BYTES):
+    if total == 0 or total > MAX_GRID or (m_blocks == 1 and item_blocks * config.block_bytes <= WHOLE_BYTES):
         return whole
-    blocks = min(resident, max(items, total * block_bytes // LEAST_BYTES))
+    blocks = min(resident, max(items, total * config.block_bytes // LEAST_BYTES))
     quotient, remainder = divmod(total, blocks)
     if remainder == 0 and quotient % item_blocks == 0:
         return whole._replace(num_blocks=blocks, quotient=quotient)  # several whole items for each
@@ -239,9 +250,21 @@ def column_warps(static: Static) -> int:
     return 2 if static.head_dim_v > 128 and static.few_rows <= 32 else 1
 
 
+def kv_element(static: Static) -> str:
+    """Of k and v."""
+    return static.kv_element or static.element
+
+
+def least_columns(static: Static) -> int:
+    """What columns in shared memory are a multiple of: a row has 64 bytes at least, lest a pass over rows copy more of
+    them than lanes look up pages of."""
+    return max(32, 64 // SIZEOF[kv_element(static)])
+
+
 def tile_columns(static: Static) -> int:
     """Columns of v in shared memory: warps that share them have whole panels, of 128 bytes."""
-    return round_up(static.head_dim_v, 128 // SIZEOF[static.element] * 2 if column_warps(static) > 1 else 32)
+    panels = 2 * 128 // SIZEOF[kv_element(static)]
+    return round_up(static.head_dim_v, panels if column_warps(static) > 1 else least_columns(static))
 
 
 class Tile(NamedTuple):
@@ -263,8 +286,8 @@ def tile_of(static: Static, arch: int, own_bytes: int = 0, most_resident: int = 
     `own_bytes` of shared memory a thread block has beside those of the tiles. An SM holds `most_resident` at most.
     """
     size, rows = SIZEOF[static.element], static.few_rows
-    dim, dim_v = round_up(static.head_dim, 32), tile_columns(static)
-    key_bytes, group_warps = size * (dim + dim_v), rows // 16 * column_warps(static)
+    dim, dim_v = round_up(static.head_dim, least_columns(static)), tile_columns(static)
+    key_bytes, group_warps = SIZEOF[kv_element(static)] * (dim + dim_v), rows // 16 * column_warps(static)
     most_keys = 16 if dim_v > 128 else 64 if static.element != "f32" else 32  # what registers the output leaves
     block_n = max(16, min(most_keys, 1 << (BLOCK_BYTES * group_warps // key_bytes).bit_length() - 1))
     most = SHARED_MEMORY[arch] - own_bytes

@@ -21,7 +21,7 @@ from .record import Record
 OLDEST_ARCH = 80
 MAX_GRID = (1 << 31) - 1
 
-SIZEOF = {"f16": 2, "bf16": 2, "f32": 4}
+SIZEOF = {"f16": 2, "bf16": 2, "f32": 4, "e4m3": 1}
 
 SHARED_MEMORY = {
     80: 163 << 10,

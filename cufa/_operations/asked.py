@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {
 }
 """The options that every call has, in the order of `Options`, and what they are where a function does not take them."""
 
-NOT_TAKEN = {**OPTIONS, "rotary_interleaved": True}
+NOT_TAKEN = {**OPTIONS, "rotary_interleaved": True, "cache_dtype": None}
 """The same of all options that some function of an operation does not take."""
 
 

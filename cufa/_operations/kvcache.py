@@ -8,7 +8,7 @@ from typing import Any
 
 from .._call import options as _options
 from .._call.arrays import CPU
-from .._call.kvcache import KVCacheProblem, check_values, facts_of, of_kvcache
+from .._call.kvcache import KVCacheProblem, cache_dtype, check_values, facts_of, of_kvcache
 from .._call.options import Option
 from .._call.problem import Problem
 from .._kernels import Kernel
@@ -36,7 +36,7 @@ ATTENTION_WITH_KVCACHE = Operation(
     arrays=(
         *("q", "k_cache", "v_cache", *(name for term in TERMS for name in term.arrays), "sinks", "out", "k", "v"),
         *("cache_seqlens", "block_table", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q"),
-        *("rotary_cos", "rotary_sin", "plan"),
+        *("rotary_cos", "rotary_sin", "k_descale", "v_descale", "plan"),
     ),
     written=("out",),
     changed=("k_cache", "v_cache"),
@@ -51,6 +51,7 @@ ATTENTION_WITH_KVCACHE = Operation(
         Option("rotary_interleaved", _options.flag),
         Option("num_splits", _options.integer),
         Option("plan", facts_of),
+        Option("cache_dtype", cache_dtype),
     ),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .._call.arrays import ALIGNMENT, Spec, contiguous
+from .._call.kvcache import CACHES
 from .._call.options import Options
 from .._call.problem import GPU_DTYPES, ITEMSIZE, Problem
 from ..errors import UnsupportedError
@@ -34,7 +35,8 @@ INTEGERS: tuple[str, ...] = (
     "cache_batch_idx",
 )
 INTEGERS += ("cache_leftpad", "positions", "offsets", "cu_seqlens", "plan")
-FLOATS = ("lse", "dlse", "lse_a", "lse_b", "sinks", "alibi_slopes", "rotary_cos", "rotary_sin", "cos", "sin")
+FLOATS: tuple[str, ...] = ("lse", "dlse", "lse_a", "lse_b", "sinks", "alibi_slopes", "rotary_cos", "rotary_sin")
+FLOATS += ("cos", "sin", "k_descale", "v_descale")
 """Arrays of int32 and of float32, whatever the dtype of a call is."""
 
 Shape = Sequence[int]
@@ -74,10 +76,13 @@ def sketch(
     elif results is not None:
         known |= {name: shape for name, shape in _written(known).items() if name in written}
     rows = {*operation.tiles, *operation.rows, "dout"}
+    bytes_of = CACHES if dict(options.more).get("cache_dtype") else ()
     specs = {}
     for name in filter(known.__contains__, operation.arrays):
         layout = inputs if name in rows else results if name in written else None
-        specs[name] = (layout or CONTIGUOUS).spec(known[name], _dtype_of(name, dtype), device)
+        specs[name] = (layout or CONTIGUOUS).spec(
+            known[name], "uint8" if name in bytes_of else _dtype_of(name, dtype), device
+        )
     return operation.check(operation, specs, options)
 
 

@@ -132,8 +132,8 @@ class View:
         ----------
         flat : NumPy array, (size,)
         xp : module or callable
-            ``numpy``, ``cupy``, ``torch`` (on the GPU if there is one) or ``jax.numpy`` (which knows no views
-            and gets a contiguous copy); or a function of `flat` and the view.
+            ``numpy``, ``cupy`` (which gets bytes for float8), ``torch`` (on the GPU if there is one) or ``jax.numpy``
+            (which knows no views and gets a contiguous copy); or a function of `flat` and the view.
 
         Examples
         --------
@@ -145,14 +145,16 @@ class View:
         if not isinstance(xp, ModuleType):
             return xp(flat, self)
         if xp.__name__ == "torch":
-            bfloat16 = flat.dtype == ml_dtypes.bfloat16
-            memory = xp.as_tensor(flat.view(np.int16) if bfloat16 else flat)
+            foreign = flat.dtype.name in ("bfloat16", "float8_e4m3fn")  # which NumPy itself does not know
+            memory = xp.as_tensor(flat.view(f"i{flat.itemsize}") if foreign else flat)
             memory = memory.to("cuda" if xp.cuda.is_available() else "cpu", copy=True)
-            memory = memory.view(xp.bfloat16) if bfloat16 else memory
+            memory = memory.view(getattr(xp, flat.dtype.name)) if foreign else memory
             return memory.as_strided(self.shape, self.strides, self.offset)
         if xp.__name__ == "jax.numpy":
             return xp.array(self.on(flat))
         strides = [stride * flat.itemsize for stride in self.strides]
+        if xp.__name__ == "cupy" and flat.dtype.name == "float8_e4m3fn":
+            flat = flat.view(np.uint8)
         return xp.lib.stride_tricks.as_strided(xp.asarray(flat)[self.offset :], self.shape, strides)
 
     def outside(self) -> NDArray[np.bool_]:

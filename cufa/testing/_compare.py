@@ -48,8 +48,9 @@ def to_numpy(x: Any) -> Array:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         x = x.detach().cpu()
-        if x.dtype is torch.bfloat16:  # NumPy itself does not know it, so the bits travel as integers
-            return np.asarray(x.view(torch.int16)).view(ml_dtypes.bfloat16)
+        if x.dtype in (torch.bfloat16, torch.float8_e4m3fn):  # NumPy itself knows neither: bits travel as integers
+            bits = x.view(torch.int16 if x.dtype is torch.bfloat16 else torch.uint8)
+            return np.asarray(bits).view(getattr(ml_dtypes, str(x.dtype).removeprefix("torch.")))
         return np.asarray(x)
     if hasattr(x, "__cuda_array_interface__") and hasattr(x, "get"):  # CuPy
         return np.asarray(x.get())
@@ -244,11 +245,12 @@ def expect(problem: Problem, dtype: DTypeLike | None) -> _Expected:
 
 
 def forward_noise(
-    problem: Problem, out: Array, storage: np.dtype[Any], q_error: Array | None = None
+    problem: Problem, out: Array, storage: np.dtype[Any], q_error: Array | None = None, *, weights: Any = None
 ) -> tuple[Array, Array, Array]:
     """The root mean square error to expect of the out and lse of a dense problem, element by element, and `spread`.
 
-    `q_error`, like q, is by how much q's elements may be others than they are.
+    `q_error`, like q, is by how much q's elements may be others than they are. `weights` is a dtype beside `storage` in
+    which probabilities may be rounded.
     """
     q, k, v, *_, options, terms = problem
     compute = np.dtype(np.float64 if storage == np.float64 else np.float32)
@@ -256,6 +258,8 @@ def forward_noise(
     lse_unit = compute_unit
     # Numbers below this are spaced absolutely, or flushed to zero.
     tiny = max(float(ml_dtypes.finfo(storage).smallest_subnormal), float(ml_dtypes.finfo(compute).tiny))
+    if weights is not None:
+        tiny = max(tiny, float(ml_dtypes.finfo(weights).smallest_subnormal))
     rounding = 0.5  # root mean square of a rounding error in units: 0.29 to 0.58, depending on the mantissa
 
     softmax_scale, softcap = options.get("softmax_scale"), options.get("softcap", 0.0)

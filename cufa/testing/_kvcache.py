@@ -14,6 +14,7 @@ from cufa.reference import Window
 
 from .. import reference
 from .._call import kvcache as _kvcache
+from .._call.problem import CACHE_DTYPES
 from .._terms import TERMS
 from ._cases import DTYPES, HEAD_DIMS, LAYOUTS, SEQLENS, View, drawn, features_of
 from ._compare import Problem, complain, complaint, forward_noise, to_numpy
@@ -58,6 +59,10 @@ class KVCacheCase:
     rotary_dtype : str
     dtype, causal, window_size, softmax_scale, softcap, alibi_ndim, sinks, return_lse, use_out
         As of `Case`.
+    cache_dtype : str
+        Of the caches; empty makes it that of the others.
+    descale_ndim : {None, 0, 1, 2}
+        Of `k_descale` and `v_descale`; None if there are none.
     num_splits : int
     layouts : (str, str, str, str)
         Of q, both caches, new rows and out, see `View.of`. Memory between the elements is NaN.
@@ -97,6 +102,8 @@ class KVCacheCase:
     rotary_interleaved: bool = True
     rotary_dtype: str = "float32"
     dtype: str = "float32"
+    cache_dtype: str = ""
+    descale_ndim: Literal[0, 1, 2] | None = None
     causal: bool = False
     window_size: Window = None
     softmax_scale: float | None = None
@@ -159,13 +166,16 @@ class KVCacheCase:
 
     def flat(self, name: str) -> Array:
         """The flat memory under such an array: values in its view and NaN elsewhere; for out, only NaN."""
-        view, dtype = self.view(name), np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
+        view, named = self.view(name), self.cache_dtype or self.dtype if name.endswith("_cache") else self.dtype
+        dtype = np.dtype(getattr(ml_dtypes, named, named))
+        largest = float(ml_dtypes.finfo(dtype).max)
         flat: Array = np.full(view.size, np.nan, dtype)
         if name == "out":
             return flat
         array, rng = view.on(flat), np.random.default_rng([self.seed, *name.encode()])
         with np.errstate(all="ignore"):  # large numbers are rounded to the dtype, where they fit
-            array[...] = drawn(self.values, name[0], view.shape, self.dtype, rng)
+            values = drawn(self.values, name[0], view.shape, self.dtype, rng)
+            array[...] = np.clip(values, -largest, largest)
         if name.endswith("_cache") and not self.wild:
             live, small = np.zeros(view.shape[:2], np.bool_), self.integers()
             for b, (leftpad, first, _) in enumerate(self.ranges()):
@@ -174,9 +184,9 @@ class KVCacheCase:
                     live[small["block_table"][b, keys // self.page_size], keys % self.page_size] = True
                 else:
                     live[small["cache_batch_idx"][b] if self.use_cache_batch_idx else b, keys] = True
-            largest = float(ml_dtypes.finfo(dtype).max)
             dead = [np.nan, np.inf, -np.inf, largest, -largest]
-            array[~live] = rng.choice(dead, int((~live).sum()))[:, None, None]
+            with np.errstate(all="ignore"):  # where there is no infinity, that is NaN too
+                array[~live] = rng.choice(dead, int((~live).sum()))[:, None, None].astype(dtype)
         return flat
 
     def integers(self) -> dict[str, Array]:
@@ -245,6 +255,9 @@ class KVCacheCase:
             small["alibi_slopes"] = rng.uniform(0, 0.5, shape).astype(np.float32)
         if self.sinks:
             small["sinks"] = (2 * rng.standard_normal(self.num_heads_q)).astype(np.float32)
+        if self.descale_ndim is not None:
+            scaled = (self.batch, self.num_heads_k)[2 - self.descale_ndim :]
+            small |= {name: np.asarray(rng.uniform(0.25, 4, scaled), np.float32) for name in ("k_descale", "v_descale")}
         names = ("q", "k_cache", "v_cache", *(() if self.seqlen_new is None else ("k", "v")))
         arrays = {name: self.view(name).on(self.flat(name), xp) for name in names}
         return arrays | {name: View.of(x.shape).on(x.ravel(), xp) for name, x in small.items()}
@@ -258,6 +271,7 @@ def kvcache_cases(
     *,
     max_seqlen: int = 300,
     dtypes: Sequence[str] = DTYPES,
+    cache_dtypes: Sequence[str] = ("",),
     head_dims: Sequence[int] = HEAD_DIMS,
     layouts: Sequence[str] = LAYOUTS,
     values: Sequence[str] = KVCACHE_VALUES,
@@ -273,6 +287,8 @@ def kvcache_cases(
         Of each cache.
     dtypes, head_dims, layouts
         As for `dense_cases`.
+    cache_dtypes : sequence of str
+        As of `KVCacheCase`: ``float8_e4m3fn``, or empty.
     values : sequence of str
         As of `KVCacheCase`.
     page_sizes : sequence of int
@@ -319,6 +335,8 @@ def kvcache_cases(
         rotary_interleaved=st.booleans(),
         rotary_float32=st.booleans(),
         num_splits=st.sampled_from((0, 0, 1, 3)),
+        cache_dtype=st.sampled_from(cache_dtypes),
+        descale_ndim=st.sampled_from((None, 0, 1, 2)),
         wild=st.booleans() if wild else st.just(False),
         **features,
     )
@@ -336,6 +354,7 @@ def _case(
     use_cache_batch_idx: bool,
     rotary_share: float,
     rotary_float32: bool,
+    descale_ndim: Literal[0, 1, 2] | None,
     heads: tuple[int, int],
     **others: Any,
 ) -> KVCacheCase:
@@ -357,6 +376,7 @@ def _case(
         capacity=capacity,
         leftpad=leftpad,
         use_cache_batch_idx=use_cache_batch_idx and not page_size,
+        descale_ndim=descale_ndim if others["cache_dtype"] else None,
         rotary_dim=rotary_dim,
         rotary_dtype="float32" if rotary_float32 else others["dtype"],
         num_heads_q=heads[0],
@@ -425,13 +445,15 @@ def assert_kvcache_close(
     arrays |= {"q": to_numpy(q), "k_cache": to_numpy(k_cache), "v_cache": to_numpy(v_cache)}
     options: dict[str, Any] = _OPTIONS | {name: x for name, x in call.items() if name not in _ARRAYS}
     plain = _kvcache.check_host("attention_with_kvcache", arrays, options, TERMS)
-    storage = arrays["k_cache"].dtype
+    storage = arrays["q"].dtype
+    scaled = arrays["k_cache"].dtype.name in CACHE_DTYPES
     unit = 2.0**-52 if storage == np.float64 else 2.0**-23  # of the roundings of two products and of their sum
     advances = reference._advances(plain.causal, plain.window_size)
     asked = arrays, plain.own("rotary_interleaved"), advances
     (sequences, k_low, v_after), (higher, k_high, _) = (reference._appended(*asked, error) for error in (-unit, unit))
     exact, _, _ = reference._appended(*asked)
-    after = to_numpy(caches[0]), to_numpy(caches[1])
+    stored = to_numpy(caches[0]), to_numpy(caches[1])
+    after = tuple(x.view(arrays["k_cache"].dtype) if scaled and x.dtype == np.uint8 else x for x in stored)
     new = _new_rows(arrays, plain.own("rotary_interleaved"), advances)
     complaints = [
         _cache_complaint("k_cache", after[0], k_low, k_high, new if arrays["rotary_cos"] is not None else None)
@@ -453,12 +475,15 @@ def assert_kvcache_close(
     for number, (each, low, high) in enumerate(zip(exact, sequences, higher, strict=True)):
         slopes = arrays["alibi_slopes"]
         own = scoring | {"alibi_slopes": slopes[number] if np.ndim(slopes) == 2 else slopes, "sinks": arrays["sinks"]}
-        problem = Problem(each.q[None], after[0][each.keys][None], after[1][each.keys][None], None, None, None, own)
+        k_own, v_own = (
+            reference._descaled(x[each.keys][None], each, arrays, name) for name, x in zip("kv", after, strict=True)
+        )
+        problem = Problem(each.q[None], k_own, v_own, None, None, None, own)
         found, found_lse = reference.attention(*problem[:3], return_lse=True, **own)
         rows, lse_rows = each.rows, (slice(None), each.rows) if len(lse_shape) == 2 else each.rows
         with np.errstate(all="ignore"):  # NaN and Inf are data here
             q_error = np.abs(high.q.astype(np.float64) - low.q.astype(np.float64))[None]
-            own_noise = forward_noise(problem, found, storage, q_error)
+            own_noise = forward_noise(problem, found, storage, q_error, weights="float16" if scaled else None)
         expected[rows], expected_lse[lse_rows] = found[0], found_lse[0]
         noise[rows], lse_noise[lse_rows], spread[rows] = (x[0] for x in own_noise)
     complaints.append(complaint("out", out, expected, noise, spread))
@@ -469,7 +494,7 @@ def assert_kvcache_close(
 
 _ARRAYS = (
     *("q", "k_cache", "v_cache", "k", "v", "cache_seqlens", "block_table", "cache_batch_idx", "cache_leftpad"),
-    *("cu_seqlens_q", "rotary_cos", "rotary_sin", "alibi_slopes", "sinks"),
+    *("cu_seqlens_q", "rotary_cos", "rotary_sin", "k_descale", "v_descale", "alibi_slopes", "sinks"),
 )
 _OPTIONS = {"causal": False, "window_size": None, "softmax_scale": None, "softcap": 0.0, "rotary_interleaved": True}
 

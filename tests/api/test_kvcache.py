@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -179,6 +180,9 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
     return np.zeros(shape, dtype)
 
 
+E4M3 = ml_dtypes.float8_e4m3fn
+EIGHT_BITS = replace(CASE, dtype="float16", cache_dtype="float8_e4m3fn")
+
 TURN = {"rotary_cos": zeros(99, 4), "rotary_sin": zeros(99, 4)}
 
 WRONG: list[tuple[KVCacheCase, dict[str, Any], type[Exception], str]] = [
@@ -224,6 +228,22 @@ WRONG: list[tuple[KVCacheCase, dict[str, Any], type[Exception], str]] = [
     (CASE, {"rotary_interleaved": 1}, TypeError, "rotary_interleaved is a int"),
     (CASE, {"plan": 1}, TypeError, "plan is a int"),
     (CASE, {"out": zeros(2, 2, 4, 15)}, ValueError, "out has shape"),
+    (CASE, {"k_descale": zeros(2)}, ValueError, "k_descale is given, but k_cache has dtype float32; only caches of"),
+    (CASE, {"cache_dtype": "float8_e4m3fn"}, ValueError, "k_cache has dtype float32; it is for caches of uint8"),
+    (CASE, {"k_cache": zeros(2, 16, 2, 16, dtype=np.uint8)}, ValueError, "dtype uint8; say by cache_dtype what"),
+    (
+        CASE,
+        {"k_cache": zeros(2, 16, 2, 16, dtype=E4M3)},
+        ValueError,
+        "v_cache has dtype float32 but k_cache has float8",
+    ),
+    (EIGHT_BITS, {"cache_dtype": "float8_e5m2"}, ValueError, "cache_dtype is 'float8_e5m2'; pass float8_e4m3fn"),
+    (EIGHT_BITS, {"cache_dtype": 8}, TypeError, "cache_dtype is a int"),
+    (EIGHT_BITS, {"k": zeros(2, 2, 2, 16, dtype=E4M3)}, ValueError, "k has dtype float8_e4m3fn but q has float16"),
+    (EIGHT_BITS, {"k_descale": np.ones((2, 4), np.float32)}, ValueError, r"k_descale has shape .* \(\), \(2,\) or"),
+    (EIGHT_BITS, {"v_descale": np.ones(2, np.float16)}, ValueError, "v_descale has dtype float16; pass float32"),
+    (EIGHT_BITS, {"v_descale": zeros(2)}, ValueError, r"v_descale holds 0.0; pass numbers from 2\^-126"),
+    (EIGHT_BITS, {"k_descale": np.full((), np.nan, np.float32)}, ValueError, "k_descale holds nan"),
 ]
 
 

@@ -108,6 +108,12 @@ def without_memory(array: np.ndarray, **_: Any) -> Any:
     return capsule_of(_dlpack._DLTensor(None, 1, 0, 4, 2, 32, 1, shape, None, 0))
 
 
+def of_eight_bits(array: np.ndarray, **_: Any) -> Any:
+    shape = (ctypes.c_int64 * 4)(*SHAPE)
+    LEAKED.extend((shape, array))
+    return capsule_of(_dlpack._DLTensor(array.ctypes.data, 1, 0, 4, 10, 8, 1, shape, None, 0))
+
+
 def used(array: np.ndarray, **_: Any) -> Any:
     class Holder:
         def __dlpack__(self, **_: Any) -> Any:
@@ -147,6 +153,7 @@ def read_only(array: np.ndarray, **options: Any) -> Any:
         (used, "k", TypeError, "k has a __dlpack__ that returned a PyCapsule, and not a capsule that is unused"),
         (unwilling, "k", cufa.UnsupportedError, r"k is not exported by its __dlpack__ \(it is on the moon\)"),
         (without_memory, "v", ValueError, r"v has shape \(1, 8, 2, 16\) but no memory \(its address is 0\)"),
+        (of_eight_bits, "v", ValueError, "v has dtype float8_e4m3fn; pass float16"),
         (copying, "out", ValueError, "out exports a copy of its memory, so that what is written there would be lost"),
         (copying_if_it_may, "out", cufa.UnsupportedError, "out is not exported by its __dlpack__ .it only exports cop"),
         (read_only, "out", ValueError, "out is read-only"),

@@ -26,6 +26,7 @@ def problem_of(plan: PlanFacts | None = None, options: dict[str, Any] | None = N
     arrays |= {"cache_seqlens": OnGpu(4, **INT32)} | changed
     asked: dict[str, Any] = {"causal": True, "window_size": None, "softmax_scale": None, "softcap": 0.0}
     asked |= {"return_lse": False, "deterministic": False, "rotary_interleaved": True, "num_splits": 0, "plan": plan}
+    asked |= {"cache_dtype": None}
     given = tuple(arrays.get(name) for name in OPERATION.arrays)
     for index, array in enumerate(given):
         if array is not None:
@@ -199,6 +200,30 @@ def test_long_caches_are_refused() -> None:
         problem_of(**(PAGES | many))
 
 
+EIGHT_BITS = {name: OnGpu(4, 100, 2, 64, dtype="float8_e4m3fn") for name in ("k_cache", "v_cache")}
+BYTES = {name: OnGpu(4, 100, 2, 64, dtype="uint8") for name in ("k_cache", "v_cache")}
+
+
+def test_facts_of_caches_of_eight_bits() -> None:
+    q = OnGpu(4, 1, 8, 64, dtype="bfloat16")
+    named = {"options": {"cache_dtype": "float8_e4m3fn"}}
+    for own in (EIGHT_BITS, EIGHT_BITS | named, BYTES | named):
+        problem = problem_of(q=q, **own)
+        assert problem.static is not None
+        assert (problem.dtype, problem.cache_dtype) == ("bfloat16", "float8_e4m3fn")
+        assert (problem.static.element, problem.static.kv_element) == ("bf16", "e4m3")
+        assert (problem.static.copy_bytes, problem.static.q_copy_bytes) == (16, 16)
+        assert PlanFacts.of(problem).cache_dtype == "float8_e4m3fn"
+    odd = {name: OnGpu(4, 100, 2, 65, dtype="float8_e4m3fn") for name in ("k_cache", "v_cache")}
+    assert static(q=OnGpu(4, 1, 8, 65), **odd).copy_bytes == 1
+    assert static().kv_element == ""
+
+
+def test_caches_of_eight_bits_want_queries_of_sixteen_on_a_gpu() -> None:
+    with pytest.raises(cufa.UnsupportedError, match="q has dtype float32 and k_cache float8_e4m3fn; pass q of float16"):
+        problem_of(q=OnGpu(4, 1, 8, 64, dtype="float32"), **EIGHT_BITS)
+
+
 class _Splits(Term):
     name = "splits"
     header = type = data = ""
@@ -206,28 +231,28 @@ class _Splits(Term):
 
 
 def test_options_of_operations_and_terms_have_names_of_their_own() -> None:
-    with pytest.raises(ValueError, match="num_splits, plan, num_splits, two have the same name"):
+    with pytest.raises(ValueError, match="num_splits, plan, cache_dtype, num_splits, two have the same name"):
         OPERATION.having(_Splits())
-    asked = (False, None, None, 0.0, False, False, True, 2, None)
+    asked = (False, None, None, 0.0, False, False, True, 2, None, None)
     assert _options.of("f", asked, OPERATION.owned).own("num_splits") == 2
-    with pytest.raises(TypeError, match="f: 2 further options are given; those of it and its score terms are rotary_"):
+    with pytest.raises(TypeError, match="f: 3 further options are given; those of it and its score terms are rotary_"):
         _options.of("f", asked[:-1], OPERATION.owned)
 
 
 def test_options_that_are_remembered_are_told_apart_by_type() -> None:
     asked = (False, None, None, 0.0, False, False)
     for _ in range(2):
-        assert _options.of("f", (*asked, True, 1, None), OPERATION.owned).own("num_splits") == 1
+        assert _options.of("f", (*asked, True, 1, None, None), OPERATION.owned).own("num_splits") == 1
         with pytest.raises(TypeError, match="f: num_splits is a bool"):
-            _options.of("f", (*asked, True, True, None), OPERATION.owned)
+            _options.of("f", (*asked, True, True, None, None), OPERATION.owned)
         with pytest.raises(TypeError, match="f: rotary_interleaved is a int"):
-            _options.of("f", (*asked, 1, 1, None), OPERATION.owned)
+            _options.of("f", (*asked, 1, 1, None, None), OPERATION.owned)
     changing = np.array(2)
     for number in (2, 3):
         changing[...] = number
-        assert _options.of("f", (*asked, True, changing, None), OPERATION.owned).own("num_splits") == number
+        assert _options.of("f", (*asked, True, changing, None, None), OPERATION.owned).own("num_splits") == number
     for number in range(2 * OPERATION.owned.MAX_KNOWN):
-        assert _options.of("f", (*asked, True, number, None), OPERATION.owned).own("num_splits") == number
+        assert _options.of("f", (*asked, True, number, None, None), OPERATION.owned).own("num_splits") == number
 
 
 def test_an_operation_without_kernels_says_so() -> None:

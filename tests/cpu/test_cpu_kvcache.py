@@ -15,9 +15,11 @@ from cufa._cpu import kvcache as _cpu
 from cufa.reference import _rotate
 from cufa.testing import DTYPES, KVCacheCase, assert_kvcache_close, kvcache_cases
 
+ANY = kvcache_cases(max_seqlen=80, dtypes=(*DTYPES, "float64"), cache_dtypes=("", "", "float8_e4m3fn"))
+
 
 @settings(max_examples=200)
-@given(kvcache_cases(max_seqlen=80, dtypes=(*DTYPES, "float64")), blockings)
+@given(ANY, blockings)
 def test_cases_agree_with_the_reference(case: KVCacheCase, blocking: tuple[int, ...]) -> None:
     before, after = case.arrays(), case.arrays()
     out = case.output() if case.use_out else None

@@ -38,7 +38,10 @@ def attend(case: KVCacheCase, order: int | None = None, **gpu: Any) -> Ran:
 def cases(dtype: str, head_dim: int, layouts: tuple[str, ...] = ALIGNED, **options: Any) -> st.SearchStrategy[Any]:
     """Cases of few kernels, each of which takes a second or two to compile."""
     plain = {"softcap": 0.0, "alibi_ndim": 0, "sinks": False, "window_size": None} | options
-    drawn = kvcache_cases(dtypes=(dtype,), head_dims=(head_dim,), layouts=layouts, wild=True)
+    cache_dtype = plain.pop("cache_dtype", "")
+    drawn = kvcache_cases(
+        dtypes=(dtype,), cache_dtypes=(cache_dtype,), head_dims=(head_dim,), layouts=layouts, wild=True
+    )
     return drawn.map(lambda case: dataclasses.replace(case, **plain))
 
 
@@ -48,6 +51,9 @@ KINDS = {
     "float32": cases("float32", 40, window_size=(30, 2)),
     "terms": cases("float16", 32, softcap=5.0, alibi_ndim=2, sinks=True, causal=True),
     "narrow": cases("bfloat16", 33, NARROW),
+    "float8": cases("float16", 64, cache_dtype="float8_e4m3fn"),
+    "float8 beside bfloat16": cases("bfloat16", 128, cache_dtype="float8_e4m3fn", causal=True, softcap=5.0),
+    "float8, narrow": cases("float16", 41, NARROW, cache_dtype="float8_e4m3fn", window_size=(30, 2)),
 }
 
 
@@ -150,7 +156,7 @@ PLANNED += ("cu_seqlens_q",)
 
 
 @settings(max_examples=8)
-@given(case=KINDS["bfloat16"], order=ORDERS)
+@given(case=KINDS["bfloat16"] | KINDS["float8"], order=ORDERS)
 def test_plans_change_nothing(case: KVCacheCase, order: int | None) -> None:
     """Calls with a plan give the bits of those without, one after the other, as the counters are left as they were."""
     expected = attend(case, num_sms=2)

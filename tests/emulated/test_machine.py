@@ -61,6 +61,16 @@ KERNEL(convert) {  // X: a float per thread
   y[3] = __float_as_uint(ptx::cvt_f32_x2<bf16>((blockIdx.x * blockDim.x + threadIdx.x) << 16).y);
 }
 
+KERNEL(convert_e4m3) {  // X: a float per thread
+  const u32 index = threadIdx.x + blockIdx.x * blockDim.x, byte = index & 0xff;
+  const uint2 wide = ptx::cvt_f16_x4(byte | (byte ^ 0x80) << 8 | (byte ^ 1) << 16 | (byte ^ 2) << 24);
+  u32* const y = Y + 4 * index;
+  y[0] = ptx::cvt_rn_satfinite_e4m3(__uint_as_float(X[index])).bits;
+  y[1] = wide.x;
+  y[2] = wide.y;
+  y[3] = __float_as_uint(ptx::cvt_f32(e4m3{u8(byte)}));
+}
+
 // X: 16 x 16 elements of A, then 16 x 8 of B, both by rows; Y: 16 x 8 of D, to which the product is added.
 template <class element>
 inline void multiply(const Arguments& arguments) {
@@ -434,6 +444,27 @@ def test_conversions_round_as_the_hardware_does() -> None:
     for words, dtype in ((found[:, 2], np.float16), (found[:, 3], ml_dtypes.bfloat16)):
         expected = np.arange(1 << 16, dtype=np.uint16).view(dtype).astype(np.float32)
         assert np.array_equal(words.view(np.float32), expected, equal_nan=True)
+
+
+def test_conversions_of_e4m3_are_exact_one_way_and_round_the_other() -> None:
+    e4m3, rng = ml_dtypes.float8_e4m3fn, np.random.default_rng(1)
+    numbers = np.arange(256, dtype=np.uint8).view(e4m3).astype(np.float32)
+    middles = (numbers[:127][1:] + numbers[:127][:-1]) / 2
+    near = np.concatenate([np.nextafter(middles, np.float32(way * np.inf)) for way in (-1, 0, 1)])
+    patterns = rng.integers(0, 2**32, 1 << 14, dtype=np.uint32)
+    edges = np.concatenate([numbers, middles, -middles, near, -near, [448, 464, 465, 1e30, np.inf, -np.inf, np.nan]])
+    patterns[: len(edges)] = edges.astype(np.float32).view(np.uint32)
+    x = patterns.view(np.float32)
+    found = run("convert_e4m3", x, np.zeros(4 << 14, np.uint32), blocks=16, threads=1024).reshape(-1, 4)
+    with np.errstate(all="ignore"):
+        rounded = np.clip(x, -448, 448).astype(e4m3).view(np.uint8)
+    assert np.array_equal(found[:, 0], np.where(np.isnan(x), 0x7F, rounded))
+    bits = np.arange(256, dtype=np.uint8)
+    four = np.stack([bits, bits ^ 0x80, bits ^ 1, bits ^ 2], -1).view(e4m3).astype(np.float32)
+    wide = np.ascontiguousarray(found[:256, 1:3]).view(np.float16).astype(np.float32)
+    assert np.array_equal(wide, four, equal_nan=True)
+    assert np.array_equal(np.signbit(wide) & (wide == 0), np.signbit(four) & (four == 0))
+    assert np.array_equal(np.ascontiguousarray(found[:256, 3]).view(np.float32), numbers, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["f16", "bf16"])

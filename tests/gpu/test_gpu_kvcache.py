@@ -44,8 +44,12 @@ def attend(case: KVCacheCase, xp: Any, planned: bool = False) -> tuple[Any, ...]
     """Run a case: its results and the caches afterwards."""
     arrays = case.arrays(xp)
     options: dict[str, Any] = {**case.options, "num_splits": case.num_splits, "return_lse": case.return_lse}
+    if xp.__name__ == "cupy" and case.cache_dtype:
+        options["cache_dtype"] = case.cache_dtype
     if planned:
-        own = {name: options[name] for name in ("causal", "window_size", "num_splits")}
+        own = {
+            name: options[name] for name in ("causal", "window_size", "num_splits", "cache_dtype") if name in options
+        }
         options["plan"] = plan_of(arrays, **own)
     if case.use_out:
         options["out"] = case.output(xp)
@@ -67,6 +71,18 @@ def test_caches_equal_reference(name: str, data: st.DataObject) -> None:
     check(data.draw(kvcache_cases(layouts=layouts, wild=name == "cupy")), xp, data.draw(st.booleans()))
 
 
+@pytest.mark.parametrize("name", ["cupy", "torch"])
+@settings(max_examples=40)
+@given(data=st.data())
+def test_caches_of_eight_bits_equal_reference(name: str, data: st.DataObject) -> None:
+    xp = framework(name)
+    layouts = tuple(layout for layout in LAYOUTS if name == "cupy" or layout != "reversed")
+    own: dict[str, Any] = {"dtypes": ("float16", "bfloat16"), "cache_dtypes": ("float8_e4m3fn",), "layouts": layouts}
+    check(data.draw(kvcache_cases(**own, wild=name == "cupy")), xp, data.draw(st.booleans()))
+
+
+EIGHT_BITS: dict[str, Any] = {"cache_dtype": "float8_e4m3fn", "descale_ndim": 2}
+
 SERVING: dict[str, Any] = {
     "dtype": "bfloat16",
     "num_heads_q": 8,
@@ -80,7 +96,12 @@ SERVING: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    "changed", [{}, {"page_size": 0}, {"page_size": 7}, {"seqlen_q": 40, "seqlen_new": 40}], ids=str
+    "changed",
+    [
+        *({}, {"page_size": 0}, {"page_size": 7}, {"seqlen_q": 40, "seqlen_new": 40}),
+        *(EIGHT_BITS, EIGHT_BITS | {"page_size": 0, "dtype": "float16", "seqlen_q": 40, "seqlen_new": 40}),
+    ],
+    ids=str,
 )
 def test_long_caches(changed: dict[str, Any], cupy: Any) -> None:
     lengths = (70_000, 3, 9000, 0, 33_000)

@@ -32,6 +32,7 @@ from plans import (
     ARCHS,
     BACKWARD,
     CACHES,
+    EIGHT_BITS,
     FEATURES,
     FEW_ROWS,
     HEAD_DIMS,
@@ -460,6 +461,35 @@ def test_tiles_over_caches_that_have_most_registers(nvrtc: str) -> None:
         ("f32", (128, 128), 64, "packed"),
     ):
         check_with(nvrtc, cached(element, head_dims, rows, CACHES[features], 90))
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("element", ["bf16", "f16"])
+def test_tiles_over_caches_of_eight_bits(element: str, arch: int) -> None:
+    """Without and with an instruction that converts, on each architecture a third of the rows with other features."""
+    for row, head_dims in enumerate(HEAD_DIMS):
+        turn = row + arch + (element == "f16")
+        if turn % 3 == 0:
+            rows = (16, 32, 64)[(turn // 3 + row) % 3]
+            features = list(EIGHT_BITS.values())[(turn + row) % len(EIGHT_BITS)]
+            check_with(NVRTCS[row % 3], cached(element, head_dims, rows, features, arch))
+
+
+@pytest.mark.parametrize("nvrtc", NVRTCS)
+def test_tiles_over_caches_of_eight_bits_that_have_most_registers(nvrtc: str) -> None:
+    for element, head_dims, rows, features in (
+        ("bf16", (128, 128), (16, 32, 64)[NVRTCS.index(nvrtc)], "packed"),
+        ("bf16", (128, 128), 64, "everything"),
+        ("bf16", (256, 256), 64, "paged"),
+        ("f16", (64, 64), 16, "rotary"),
+    ):
+        check_with(nvrtc, cached(element, head_dims, rows, EIGHT_BITS[features], 90))
+
+
+def test_wgmma_leaves_caches_of_eight_bits_to_the_other_kernel() -> None:
+    plan = cached_many("bf16", (128, 128), EIGHT_BITS["plain"] | {"few_rows": 64})
+    assert plan.name == "attention_forward_cache_sm80" and "e4m3 caches" in plan.words()
+    assert "converted in registers" in plan.reason
 
 
 @pytest.mark.parametrize("nvrtc", NVRTCS)

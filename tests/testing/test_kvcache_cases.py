@@ -29,8 +29,11 @@ CASE = KVCacheCase(
 )
 
 
+CACHE_DTYPES = ("", "float8_e4m3fn")
+
+
 @settings(max_examples=100)
-@given(kvcache_cases(max_seqlen=40, wild=True))
+@given(kvcache_cases(max_seqlen=40, wild=True, cache_dtypes=CACHE_DTYPES))
 def test_the_reference_is_close_to_itself(case: KVCacheCase) -> None:
     arrays = case.arrays()
     found = reference.attention_with_kvcache(**arrays, **case.options)
@@ -39,7 +42,7 @@ def test_the_reference_is_close_to_itself(case: KVCacheCase) -> None:
 
 
 @settings(max_examples=100)
-@given(kvcache_cases(max_seqlen=40))
+@given(kvcache_cases(max_seqlen=40, cache_dtypes=CACHE_DTYPES))
 def test_what_is_not_live_is_dead_in_cases(case: KVCacheCase) -> None:
     """Cases are valid: live keys are finite, and neither page nor cache is two sequences' that write."""
     arrays = case.arrays()
@@ -101,6 +104,24 @@ def test_faults_are_seen(fault: Fault) -> None:
     out, lse, *caches = fault(arrays)
     with pytest.raises(AssertionError):
         assert_kvcache_close(out, lse=lse, caches=(caches[0], caches[1]), **arrays, **CASE.options)
+
+
+SCALED = replace(CASE, cache_dtype="float8_e4m3fn", descale_ndim=2)
+SCALED_FAULTS: dict[str, dict[str, Any]] = {
+    "no k_descale": {"k_descale": None},
+    "no v_descale": {"v_descale": None},
+    "the scales of another sequence": {"k_descale": SCALED.arrays()["k_descale"][::-1]},
+}
+
+
+@pytest.mark.parametrize("others", SCALED_FAULTS.values(), ids=SCALED_FAULTS)
+def test_scales_that_are_not_applied_are_seen(others: dict[str, Any]) -> None:
+    arrays = SCALED.arrays()
+    out, lse, *caches = attend(arrays)
+    assert_kvcache_close(out, lse=lse, caches=(caches[0], caches[1]), **arrays, **SCALED.options)
+    unscaled, *_ = attend(arrays | others)
+    with pytest.raises(AssertionError, match="out differs"):
+        assert_kvcache_close(unscaled, caches=(caches[0], caches[1]), **arrays, **SCALED.options)
 
 
 def test_any_other_bit_of_a_cache_is_seen() -> None:

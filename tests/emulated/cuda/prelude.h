@@ -72,6 +72,13 @@ inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
 inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
 inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned places) {
+  const unsigned long long bytes = low | (unsigned long long)high << 32;
+  unsigned chosen = 0;
+  for (int i = 0; i < 4; ++i) chosen |= unsigned(bytes >> 8 * (places >> 4 * i & 7) & 0xff) << 8 * i;
+  return chosen;
+}
+
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
