@@ -82,12 +82,6 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned places) {
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
-  const unsigned long long bytes = (unsigned long long)y << 32 | x;
-  unsigned chosen = 0;
-  for (int i = 0; i < 4; ++i) chosen |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
-  return chosen;
-}
 
 inline void __syncthreads() { ::emulated::sync_threads(::emulated::Join::none, 0); }
 inline int __syncthreads_or(int x) { return ::emulated::sync_threads(::emulated::Join::any, x); }
