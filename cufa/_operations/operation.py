@@ -95,7 +95,7 @@ class Operation:
         _MADE[number] = self
         self.key = f"{self.name} {number}"  # within the process
         if self.of is not None:
-            _GRADIENTS[self.of] = self
+            _GRADIENTS.setdefault(self.of, self)  # a copy with other kernels does not take its place
 
     @cached_property
     def packed(self) -> bool:

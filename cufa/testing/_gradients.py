@@ -307,7 +307,7 @@ def _noise(
     sink_noise = np.where(p_sink > 0, sink_noise + np.finfo(np.float32).tiny * (1 + np.abs(delta)), 0)
 
     def term_variances() -> list[Array]:
-        """Of the gradients of score terms: mean squares of what errors that are drawn at random add up to."""
+        """Of the gradients of score terms: squares of what errors that are drawn at random add up to."""
         after, found = np.ones_like(p), list[Array]()
         for term, before, slope, _ in reversed(of_terms):
             own = p * after
@@ -322,8 +322,9 @@ def _noise(
             summed = term.gradient(np.abs(own * gap), before, at)  # in any order
             floor = float(np.finfo(np.float32).tiny)
             sums = [(walk_q * COMPUTE_UNIT * np.abs(x)) ** 2 + (floor * (x != 0)) ** 2 for x in summed]
-            means = [np.mean(each, axis=0) for each in zip(*squares, strict=True)]
-            found = [*(a + b for a, b in zip(means, sums, strict=True)), *found]
+            # The largest, since errors of what is no sum may cancel in all draws but one.
+            drawn = [np.max(each, axis=0) for each in zip(*squares, strict=True)]
+            found = [*(a + b for a, b in zip(drawn, sums, strict=True)), *found]
             after = after * slope
         return found
 

@@ -9,7 +9,7 @@ from cufa import masks
 q, k, v = normals(3, 2, 64, 4, 32)
 mask = masks.sliding_window(4, 4) | masks.global_tokens(2)
 print(mask.draw(16, 16))
-found = cufa.attention(q, k, v, mask=mask)
+found = cufa.attention(q, k, v, mask=mask.to(q))  # what the mask reads lies where q does
 
 tokens = np.arange(64)
 seen = abs(tokens[:, None] - tokens) <= 4

@@ -10,7 +10,7 @@ q, k, v = normals(3, 1, 64, 4, 32)
 images = np.array([[[4, 20], [30, 46]]], np.int32)  # (batch, images, 2): from, to
 mask = masks.causal() | masks.image_ranges(images)
 print(mask.draw(24, 24))
-found = cufa.attention(q, k, v, mask=mask)
+found = cufa.attention(q, k, v, mask=mask.to(q))  # what the mask reads lies where q does
 
 seen = np.tri(64, dtype=bool)
 for start, end in images[0]:

@@ -87,7 +87,7 @@ def test_parts_of_a_long_prefix(cupy: Any, length: int) -> None:
     before = dict(cufa.stats().launches)
     out = to_numpy(cufa.attention_shared_prefix(*arrays))
     merges = [words for words in cufa.stats().launches if "merge" in words]
-    assert sum(cufa.stats().launches[each] - before.get(each, 0) for each in merges) == 2 + length % 2
+    assert sum(cufa.stats().launches[each] - before.get(each, 0) for each in merges) == 1 + length % 2
     for b in (0, 41, 63):
         whole = (np.concatenate(x)[None] for x in ((k_prefix, k[b]), (v_prefix, v[b])))
         right = reference.attention(q[b : b + 1], *whole)
