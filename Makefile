@@ -69,9 +69,10 @@ test: $(VENV)/.test
 # The tests for a GPU, if there is one, have it to themselves.
 test-frameworks: $(FRAMEWORKS)/.test
 	@$(FRAMEWORKS)/bin/python -m pytest $(if $(CUDA_EXTRA),,-n auto --dist worksteal) $(PYTEST_FLAGS) \
-	  tests/interop/test_torch.py tests/interop/test_sdpa.py tests/interop/test_training.py tests/interop/test_states.py \
-	  tests/interop/test_rotary.py tests/interop/test_torch_kvcache.py tests/api/test_torch_modes.py tests/cli/test_bench.py \
-  tests/cli/test_bench_variants.py tests/pages
+	  tests/interop/test_torch.py tests/interop/test_torch_features.py tests/interop/test_sdpa.py \
+	  tests/interop/test_training.py tests/interop/test_states.py tests/interop/test_rotary.py \
+	  tests/interop/test_torch_kvcache.py tests/api/test_torch_modes.py tests/cli/test_bench.py \
+	  tests/cli/test_bench_variants.py tests/pages
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff check .

@@ -1,0 +1,94 @@
+"""torch differentiates calls with score functions, biases, masks and dropout: with the numbers of NumPy's arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cufa
+from cufa import functions, masks
+
+torch: Any = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+ROWS, KEYS, HEADS, DIM = 40, 70, 4, 32
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = {
+        "q": (2, ROWS, HEADS, DIM),
+        "k": (2, KEYS, 2, DIM),
+        "v": (2, KEYS, 2, DIM),
+        "bias": (2, HEADS, ROWS, KEYS),
+        "rel_bias": (HEADS, 41),
+        "table": (HEADS, 8),
+    }
+    found = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    found["mask"] = rng.random((1, 1, ROWS, KEYS)) < 0.7
+    return found
+
+
+def gated(score: Any, batch: Any, head: Any, query: Any, key: Any, table: Any) -> Any:
+    return score * functions.sigmoid(table[head, key % 8]) + table[head, query % 8]
+
+
+FEATURES: dict[str, Any] = {
+    "bias": lambda of: {"bias": of["bias"]},
+    "rel_bias": lambda of: {"rel_bias": of["rel_bias"], "softcap": 5.0},
+    "score": lambda of: {"score": (gated, of["table"])},
+    "mask": lambda of: {"mask": of["mask"], "causal": True},
+    "mask object": lambda _: {"mask": masks.causal() & masks.dilated(3)},
+    "dropout": lambda _: {"dropout_p": 0.3, "seed": 5},
+    "all": lambda of: {
+        "score": (gated, of["table"]),
+        "bias": of["bias"],
+        "rel_bias": of["rel_bias"],
+        "mask": of["mask"],
+        "dropout_p": 0.3,
+        "seed": 5,
+        "causal": True,
+    },
+}
+LEARNED = ("q", "k", "v", "table", "bias", "rel_bias")  # in the order of their gradients
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_gradients_are_those_of_numpy(name: str, device: str) -> None:
+    host = arrays()
+    options = FEATURES[name](host)
+    out, lse = cufa.attention(host["q"], host["k"], host["v"], return_lse=True, **options)
+    dout = np.random.default_rng(1).standard_normal(out.shape, dtype=np.float32)
+    expected = cufa.attention_backward(dout, host["q"], host["k"], host["v"], out, lse, **options)
+
+    given = {key: torch.as_tensor(x, device=device) for key, x in host.items()}
+    used = {id(x) for value in options.values() for x in (value if isinstance(value, tuple) else (value,))}
+    leaves = [given[key].requires_grad_() for key in LEARNED if key in "qkv" or id(host[key]) in used]
+    found = cufa.attention(given["q"], given["k"], given["v"], **FEATURES[name](given))
+    np.testing.assert_allclose(found.detach().cpu(), out, atol=1e-4)
+    gradients = torch.autograd.grad(found, leaves, torch.as_tensor(dout, device=device))
+    assert len(gradients) == len(expected)
+    for one, other in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(one.cpu(), other, rtol=1e-3, atol=1e-3 * np.abs(other).max())
+
+
+def test_a_compiled_step_has_biases_and_dropout() -> None:
+    host = {name: torch.as_tensor(x) for name, x in arrays().items()}
+    q, k, v, bias = (host[name] for name in ("q", "k", "v", "bias"))
+
+    def step(q: Any, bias: Any) -> Any:
+        return cufa.attention(q, k, v, bias=bias, dropout_p=0.25, seed=3, causal=True).square().sum()
+
+    leaves = q.requires_grad_(), bias.requires_grad_()
+    expected = torch.autograd.grad(step(*leaves), leaves)
+    found = torch.autograd.grad(torch.compile(step, backend="aot_eager", fullgraph=True)(*leaves), leaves)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
