@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._call import arrays as _arrays
 from .._call import options as _options
 from .._operations.call import call
 from .._operations.features import Feature, extended
@@ -28,6 +29,12 @@ def call_featured(
     if score is None and bias is None and rel_bias is None and mask is None and seed is None and dropout_p == 0:
         return call(operation, given, asked)
     mask, asked = without_ranges(operation.name, mask, asked)
+    if _arrays.compiling(given[0]):
+        from ..interop import torch  # which is traced; a cache would not be
+
+        return torch.outside_a_graph(
+            call_featured, operation, given, asked, score, bias, rel_bias, mask, dropout_p, seed
+        )
     features = features_of(operation.name, score, bias, rel_bias, mask, dropout_p, seed)
     return call(*extended(operation, given, asked, features))
 

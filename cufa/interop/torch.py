@@ -489,6 +489,12 @@ def _outside(what: str, operation: Operation, given: tuple[Any, ...], asked: tup
     return _arrays.uncompiled(_call.call, operation, given, asked)
 
 
+def outside_a_graph(function: Callable[..., Any], operation: Operation, *arguments: Any) -> Any:
+    """A call whose operation torch.compile cannot make: it breaks its graph there."""
+    torch._dynamo.graph_break(f"{operation.name}: score functions, biases, masks and dropout cannot be part of a graph")
+    return _arrays.uncompiled(function, operation, *arguments)
+
+
 def sketch(operation: Operation, given: tuple[Any, ...], options: Options) -> Problem:
     """The problem of tensors that may have no memory, as far as results and messages go: that of the CPU."""
     arrays = [(name, x) for name, x in zip(operation.arrays, given, strict=True) if x is not None]
