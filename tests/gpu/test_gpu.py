@@ -76,7 +76,7 @@ def check(case: Case, xp: Any, host: dict[str, Any] | None = None) -> None:
 
 
 @pytest.mark.parametrize("name", ["cupy", "torch"])
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_dense_equals_reference(name: str, data: st.DataObject) -> None:
     xp = framework(name)
@@ -84,14 +84,14 @@ def test_dense_equals_reference(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", ["cupy", "torch"])
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_varlen_equals_reference(name: str, data: st.DataObject) -> None:
     xp = framework(name)
     check(data.draw(varlen_cases(layouts=LAYOUTS if name == "cupy" else TORCH_LAYOUTS)), xp)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(case=st.one_of(dense_cases(layouts=("contiguous",)), varlen_cases(layouts=("contiguous",))))
 def test_jax_equals_reference(case: Case) -> None:
     jnp = framework("jax").numpy
@@ -99,7 +99,7 @@ def test_jax_equals_reference(case: Case) -> None:
     check(case, jnp)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(case=dense_cases(layouts=("contiguous", "transposed", "padded"), dtypes=("float16", "float32")))
 def test_numba_equals_reference(case: Case) -> None:
     cuda = framework("numba.cuda")
@@ -225,7 +225,7 @@ def test_slices_of_one_fused_array(cupy: Any, layout: str, head_dim: int) -> Non
         cufa.attention(q, k, v, out=v)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(case=dense_cases(values=("normal", "large rows", "garbage")))
 def test_memory_around_out_is_not_written(case: Case) -> None:
     cupy = framework("cupy")
@@ -256,7 +256,7 @@ def plain(case: Case) -> Case:
     return replace(case, **PLAIN, return_lse=True)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(case=PROPERTY_CASES)
 def test_future_keys_do_not_change_a_causal_prefix(case: Case) -> None:
     cupy = framework("cupy")
@@ -271,7 +271,7 @@ def test_future_keys_do_not_change_a_causal_prefix(case: Case) -> None:
     assert same(lse[..., :cut], other_lse[..., :cut])
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(case=PROPERTY_CASES)
 def test_grouped_heads_equal_repeated_ones(case: Case) -> None:
     cupy = framework("cupy")
@@ -290,7 +290,7 @@ def test_grouped_heads_equal_repeated_ones(case: Case) -> None:
         assert_close(other, lse=other_lse, **case.arrays(), **case.options)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(case=varlen_cases(layouts=("contiguous",), head_dims=(40, 64, 128, 256), values=STEADY_VALUES))
 def test_packed_sequences_equal_dense_ones(case: Case) -> None:
     cupy = framework("cupy")
@@ -315,7 +315,7 @@ def test_packed_sequences_equal_dense_ones(case: Case) -> None:
             assert_close(one, lse=one_lse, **own, **case.options)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(case=PROPERTY_CASES, seed=st.integers(0, 99))
 def test_batch_and_heads_can_be_permuted(case: Case, seed: int) -> None:
     cupy = framework("cupy")
@@ -337,7 +337,7 @@ def test_batch_and_heads_can_be_permuted(case: Case, seed: int) -> None:
     assert same(lse[batch][:, heads], other_lse)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(case=dense_cases(head_dims=(40, 64, 128, 256)))
 def test_views_equal_contiguous_copies(case: Case) -> None:
     cupy = framework("cupy")
@@ -396,7 +396,7 @@ def test_a_row_does_not_depend_on_its_batch(cupy: Any) -> None:
 EDGES = (1, 63, 64, 65, 79, 80, 81, 127, 128, 129, 175, 176, 177, 191, 192, 193, 256, 351, 352, 353, 385, 448, 512)
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(
     lengths=st.lists(st.tuples(st.sampled_from((0, *EDGES)), st.sampled_from((0, *EDGES))), min_size=1, max_size=8),
     dead=st.lists(st.integers(0, 200), min_size=8, max_size=8),

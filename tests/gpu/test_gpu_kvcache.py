@@ -63,7 +63,7 @@ def check(case: KVCacheCase, xp: Any, planned: bool = False) -> None:
 
 
 @pytest.mark.parametrize("name", ["cupy", "torch"])
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_caches_equal_reference(name: str, data: st.DataObject) -> None:
     xp = framework(name)
@@ -72,7 +72,7 @@ def test_caches_equal_reference(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", ["cupy", "torch"])
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_caches_of_eight_bits_equal_reference(name: str, data: st.DataObject) -> None:
     xp = framework(name)
@@ -144,7 +144,7 @@ def few_fill_tiles() -> Iterator[None]:
 
 
 def test_large_tiles_equal_reference(cupy: Any, few_fill_tiles: None) -> None:
-    @settings(max_examples=40)
+    @settings(max_examples=20)
     @given(kvcache_cases(dtypes=("float16", "bfloat16"), page_sizes=(0, 8, 16, 24, 64), max_queries=100, wild=True))
     def run(case: KVCacheCase) -> None:
         check(case, cupy)

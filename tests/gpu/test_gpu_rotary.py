@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(call=calls(layouts=LAYOUTS))
 def test_kernel_equals_reference(framework: str, call: Call) -> None:
     xp = pytest.importorskip(framework)
