@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..errors import ArgumentError
 from . import drawing
 from .host import copied, to_numpy
-from .mask import Array, At, Mask, integers
+from .mask import Array, At, Mask, check_drawn, integers
 from .shapes import FromFunction
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -367,12 +367,16 @@ class BlockMask:
         Parameters
         ----------
         batch, head : int
+            Whose blocks are drawn: a sequence and a key head.
 
         Returns
         -------
         str
         """
-        return drawing.blocks(self.kinds[batch, head])
+        sizes = self.shape[:2]
+        check_drawn("BlockMask", sizes, batch, head)
+        place = tuple(number if size > 1 else 0 for number, size in zip((batch, head), sizes, strict=True))
+        return drawing.blocks(self.kinds[place])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BlockMask) and self._key() == other._key()
@@ -408,11 +412,7 @@ class _Entries:
         self.lists = ((1,) * 4 + shape)[-4:][:2]
 
     def of(self, sequence: int, head: int, queries: range) -> NDArray[np.bool_]:
-        at = At.grid(1, 1, queries, self.seqlen_k, self.seqlen_k - self.seqlen_q)
-        at = At(at.batch + sequence, at.head + head, at.query, at.key, at.position)
-        found = np.asarray(self.mask.seen(at, *self.mask.arrays), dtype=bool)
-        entries: NDArray[np.bool_] = np.broadcast_to(found, (1, 1, len(queries), self.seqlen_k))[0, 0]
-        return entries
+        return self.mask.entries(sequence, head, queries, self.seqlen_q, self.seqlen_k)
 
 
 def _listed(kinds: NDArray[np.int8]) -> tuple[Array, Array]:

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 SIDE = 24
 """Queries and keys of a mask that is drawn without saying how many."""
 
+LARGEST = 96
+"""The most that a notebook shows by itself of a mask that has a number of them."""
+
 CELL = 12
 """Pixels of an entry of an image."""
 

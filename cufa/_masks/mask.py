@@ -121,6 +121,24 @@ class Mask:
     def check_lengths(self, seqlen_q: int, seqlen_k: int) -> None:
         """Refuse arrays that are of other lengths."""
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many sequences and heads it is for; 1 where it serves all."""
+        return 1, 1
+
+    @property
+    def lengths(self) -> tuple[int | None, int | None]:
+        """How many queries and keys it is for; None where it serves any number."""
+        return None, None
+
+    def entries(self, batch: int, head: int, queries: range, seqlen_q: int, seqlen_k: int) -> NDArray[np.bool_]:
+        """What some queries of one sequence and head see, (queries, seqlen_k)."""
+        at = At.grid(1, 1, queries, seqlen_k, seqlen_k - seqlen_q)
+        at = At(at.batch + batch, at.head + head, at.query, at.key, at.position)
+        found = np.asarray(self.seen(at, *self.arrays), dtype=bool)
+        one: NDArray[np.bool_] = np.broadcast_to(found, (1, 1, len(queries), seqlen_k))[0, 0]
+        return one
+
     def dense(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> NDArray[np.bool_]:
         """The mask as an array.
 
@@ -185,12 +203,15 @@ class Mask:
         """
         return drawing.svg(self._entries(seqlen_q, seqlen_k, batch, head))
 
-    def _repr_svg_(self) -> str:
-        return self.to_svg(drawing.SIDE, drawing.SIDE)
+    def _repr_svg_(self) -> str | None:
+        queries, keys = (drawing.SIDE if length is None else length for length in self.lengths)
+        return self.to_svg(queries, keys) if max(queries, keys) <= drawing.LARGEST else None
 
     def _entries(self, seqlen_q: int, seqlen_k: int, batch: int, head: int) -> NDArray[np.bool_]:
-        found: NDArray[np.bool_] = self.dense(batch + 1, head + 1, seqlen_q, seqlen_k)[batch, head]
-        return found
+        check_drawn("masks", self.sizes, batch, head)
+        self.check(*self.sizes)
+        self.check_lengths(seqlen_q, seqlen_k)
+        return self.entries(batch, head, range(seqlen_q), seqlen_q, seqlen_k)
 
     def __and__(self, other: object) -> Mask:
         return And(self, other) if isinstance(other, Mask) else NotImplemented
@@ -243,6 +264,17 @@ class Combined(Mask):
     def parts(self) -> tuple[Any, ...]:
         return self.first, self.second
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        (sequences, heads), (others, other_heads) = self.first.sizes, self.second.sizes
+        return max(sequences, others), max(heads, other_heads)
+
+    @property
+    def lengths(self) -> tuple[int | None, int | None]:
+        queries, keys = self.first.lengths
+        other_queries, other_keys = self.second.lengths
+        return other_queries if queries is None else queries, other_keys if keys is None else keys
+
     def check(self, batch: int, heads: int) -> None:
         self.first.check(batch, heads)
         self.second.check(batch, heads)
@@ -293,6 +325,14 @@ class Not(Mask):
     def parts(self) -> tuple[Any, ...]:
         return (self.mask,)
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.mask.sizes
+
+    @property
+    def lengths(self) -> tuple[int | None, int | None]:
+        return self.mask.lengths
+
     def check(self, batch: int, heads: int) -> None:
         self.mask.check(batch, heads)
 
@@ -307,6 +347,14 @@ def narrowed(one: Window, other: Window) -> Window:
     """The window of the keys that are in both."""
     left, right = ([side for side in sides if side is not None] for sides in zip(one, other, strict=True))
     return min(left, default=None), min(right, default=None)
+
+
+def check_drawn(room: str, sizes: tuple[int, int], batch: int, head: int) -> None:
+    """Refuse a sequence or head of a mask that is for others."""
+    for name, number, size, what in zip(("batch", "head"), (batch, head), sizes, ("sequences", "heads"), strict=True):
+        if number < 0 or 1 < size <= number:
+            there = f"the mask is for {size} {what}, from 0 on" if size > 1 else f"{what} are counted from 0"
+            raise ArgumentError(f"{room}: {name} is {number}; {there}.")
 
 
 def integers(function: str, name: str, given: Any, *ranks: int, room: str = "masks") -> Array:

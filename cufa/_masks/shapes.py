@@ -103,6 +103,10 @@ class PrefixLm(Mask):
     def parts(self) -> tuple[Any, ...]:
         return self.arrays
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return len(self.arrays[0]), 1
+
     def check(self, batch: int, heads: int) -> None:
         _of_sequences("prefix_lm", "prefix_lengths", self.arrays[0], batch)
 
@@ -122,6 +126,10 @@ class Labelled(Mask):
 
     def parts(self) -> tuple[Any, ...]:
         return self.arrays
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return len(self.arrays[0]), 1
 
     def check(self, batch: int, heads: int) -> None:
         _of_sequences(self.called, self.name, self.arrays[0], batch)
@@ -164,6 +172,16 @@ class FromArray(Mask):
 
     def parts(self) -> tuple[Any, ...]:
         return self.arrays
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        sequences, heads, *_ = self.arrays[0].shape
+        return sequences, heads
+
+    @property
+    def lengths(self) -> tuple[int | None, int | None]:
+        queries, keys = (None if n == 1 else n for n in self.arrays[0].shape[2:])
+        return queries, keys
 
     def check(self, batch: int, heads: int) -> None:
         shape = self.arrays[0].shape

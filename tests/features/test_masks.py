@@ -136,6 +136,31 @@ def test_drawings_show_what_is_seen(name: str) -> None:
     assert sum(map(int, widths)) == 12 * dense.sum() and image.startswith("<svg xmlns=")
 
 
+@pytest.mark.parametrize("name", ["prefixes", "ids", "ranges", "array", "not", "and"])
+def test_masks_of_several_sequences_and_heads_are_drawn(name: str) -> None:
+    mask, _ = MASKS[name]
+    dense = mask.dense(2, 3, 7, 9)
+    for b, h in ((0, 0), (1, 2)):
+        one = masks.from_array(dense[b, h])
+        assert mask.draw(7, 9, b, h) == one.draw(7, 9) and mask.to_svg(7, 9, b, h) == one.to_svg(7, 9)
+    assert mask.draw(7, 9) == mask.draw(7, 9, 0, 0)
+
+
+def test_notebooks_show_masks_at_lengths_that_they_have() -> None:
+    array = masks.from_array(BOOLEANS)
+    assert (~array)._repr_svg_() == (~array).to_svg(7, 9)
+    assert (masks.causal() & masks.from_array(BOOLEANS[:, :, :1]))._repr_svg_().count("<line") == 25 + 10  # type: ignore[union-attr]
+    assert masks.from_array(np.zeros((2, 1000), bool))._repr_svg_() is None
+    assert masks.document(IDS)._repr_svg_() == masks.document(IDS[0]).to_svg(24, 24)
+
+
+def test_blocks_of_one_sequence_and_head_are_drawn() -> None:
+    of_each = cufa.BlockMask.of(lambda batch, head, query, key: key // 64 == batch, 2, 1, 64, 128, 64)
+    assert [of_each.draw(b, head) for b, head in ((0, 0), (1, 0), (1, 5))] == ["# .", ". #", ". #"]
+    of_all = cufa.BlockMask.of(masks.causal(), 1, 1, 64, 128, 64)
+    assert of_all.draw(3, 4) == of_all.draw()
+
+
 def test_drawing_of_many_keys() -> None:
     assert masks.causal().draw(2, 11).splitlines() == [
         "       j  0  1  2  3  4  5  6  7  8  9 10",
@@ -294,6 +319,19 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: masks.from_array(BOOLEANS).dense(2, 3, 7, 10),
         "masks.from_array: the array has shape (2, 3, 7, 9); its last axes are to be 1 or the 7 queries, and 1 or "
         "the 10 keys.",
+    ),
+    "a sequence that is not there": (
+        lambda: (masks.causal() & masks.document(IDS)).draw(4, 4, batch=2),
+        "masks: batch is 2; the mask is for 2 sequences, from 0 on.",
+    ),
+    "a head before 0": (lambda: masks.causal().to_svg(4, 4, head=-1), "masks: head is -1; heads are counted from 0."),
+    "sequences that disagree": (
+        lambda: (masks.prefix_lm([1, 2, 3]) | masks.document(IDS)).draw(4, 4),
+        "masks.document: ids is for 2 sequences, but there are 3; 1 or 3 are expected.",
+    ),
+    "blocks of a sequence that is not there": (
+        lambda: cufa.BlockMask.of(masks.document(IDS), 2, 1, 9, 9).draw(-1),
+        "BlockMask: batch is -1; the mask is for 2 sequences, from 0 on.",
     ),
     "size": (lambda: masks.chunked(0), "masks.chunked: size is 0; it must be at least 1."),
     "floats": (
