@@ -61,7 +61,7 @@ def explain(*arguments: Any, **options: Any) -> Explanation:
     named = arguments_of("explain", function, arguments, options)
     given, asked = asked_by(operation, named)
     if "dropout_p" in named:
-        named["mask"], asked = without_ranges(operation.name, named["mask"], asked)
+        named["mask"], asked = without_ranges(operation, given, named["mask"], asked)
         features = features_of(operation.name, *(named[name] for name in FEATURES))
         operation, given, asked = extended(operation, given, asked, features)
     mask = repr(named["mask"]) if isinstance(named.get("mask"), BlockMask) else ""

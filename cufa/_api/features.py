@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._call import arrays as _arrays
 from .._call import options as _options
 from .._operations.call import call
 from .._operations.features import Feature, extended
 from .._operations.operation import Operation
+from ..errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from .._masks.mask import Mask
 
 FEATURES = ("score", "bias", "rel_bias", "mask", "dropout_p", "seed")
 """The arguments, in the order in which functions here take them."""
@@ -28,30 +32,56 @@ def call_featured(
     """Call an operation, with features if some are asked for."""
     if score is None and bias is None and rel_bias is None and mask is None and seed is None and dropout_p == 0:
         return call(operation, given, asked)
-    mask, asked = without_ranges(operation.name, mask, asked)
     if _arrays.compiling(given[0]):
         from ..interop import torch  # which is traced; a cache would not be
 
         return torch.outside_a_graph(
             call_featured, operation, given, asked, score, bias, rel_bias, mask, dropout_p, seed
         )
+    mask, asked = without_ranges(operation, given, mask, asked)
     features = features_of(operation.name, score, bias, rel_bias, mask, dropout_p, seed)
     return call(*extended(operation, given, asked, features))
 
 
-def without_ranges(function: str, mask: Any, asked: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """What is left of a mask of `cufa.masks` without its windows, which become options: kernels know them."""
+def without_ranges(
+    operation: Operation, given: tuple[Any, ...], mask: Any, asked: tuple[Any, ...]
+) -> tuple[Any, tuple[Any, ...]]:
+    """What is left of a mask of `cufa.masks` without its windows, which become options: kernels know them.
+
+    One that is for other sequences, heads or lengths is refused.
+    """
     from .._masks.mask import Mask, narrowed
 
     if not isinstance(mask, Mask):
         return mask, asked
+    _check_mask(operation, given, mask)
     window, rest = mask.ranges()
     if window == (None, None):
         return rest, asked
-    causal, given, *others = asked
-    _, given, *_ = _options.plain(function, causal, given, *others[:2])
-    left, right = (None if side == -1 else side for side in given or (None, None))
+    causal, sides, *others = asked
+    _, sides, *_ = _options.plain(operation.name, causal, sides, *others[:2])
+    left, right = (None if side == -1 else side for side in sides or (None, None))
     return rest, (causal, narrowed(window, (left, right)), *others)
+
+
+def _check_mask(operation: Operation, given: tuple[Any, ...], mask: Mask) -> None:
+    named = dict(zip(operation.arrays, given, strict=False))
+    packed = "cu_seqlens_q" in operation.arrays
+    q, k = (tuple(getattr(named[name], "shape", ())) for name in "qk")
+    if not len(q) == len(k) == 4 - packed:
+        return  # as the checks of the call itself will say
+    if not packed:
+        mask.check(q[0], q[2])
+        mask.check_lengths(q[1], k[1])
+        return
+    if mask.lengths != (None, None):
+        raise UnsupportedError(
+            f"{operation.name}: masks.from_array serves sequences of one length alone, and not packed ones; pass the "
+            "array itself as mask, of the longest sequence."
+        )
+    offsets = tuple(getattr(named["cu_seqlens_q"], "shape", ()))
+    if len(offsets) == 1:
+        mask.check(offsets[0] - 1, q[1])
 
 
 def features_of(

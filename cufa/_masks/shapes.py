@@ -450,7 +450,7 @@ def global_tokens(tokens: int | Sequence[int]) -> Mask:
 
 
 def from_array(array: Any) -> Mask:
-    """A query sees the keys for which an array holds True.
+    """A query sees the keys for which an array holds True. It is for sequences of one length, and not for packed ones.
 
     Parameters
     ----------

@@ -241,6 +241,7 @@ def test_explain_says_what_a_mask_costs() -> None:
 
 
 X = np.zeros((2, 70, 4, 8), np.float32)
+PACKED = np.array([0, 7, 40, 70], np.int32)
 
 
 def attend(batch: int = 1, heads: int = 1, seqlen_q: int = 70, seqlen_k: int = 70) -> Any:
@@ -319,6 +320,24 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: masks.from_array(BOOLEANS).dense(2, 3, 7, 10),
         "masks.from_array: the array has shape (2, 3, 7, 9); its last axes are to be 1 or the 7 queries, and 1 or "
         "the 10 keys.",
+    ),
+    "a mask of other sequences": (
+        lambda: cufa.attention(X, X, X, mask=masks.causal() & masks.prefix_lm([1, 2, 3])),
+        "masks.prefix_lm: prefix_lengths is for 3 sequences, but there are 2; 1 or 2 are expected.",
+    ),
+    "a mask of other lengths": (
+        lambda: cufa.explain(X, X, X, mask=masks.from_array(BOOLEANS[:, :1])),
+        "masks.from_array: the array has shape (2, 1, 7, 9); its last axes are to be 1 or the 70 queries, and 1 or "
+        "the 70 keys.",
+    ),
+    "a mask of other packed sequences": (
+        lambda: cufa.attention_varlen(X[0], X[0], X[0], PACKED, PACKED, mask=masks.document(IDS)),
+        "masks.document: ids is for 2 sequences, but there are 3; 1 or 3 are expected.",
+    ),
+    "an array's mask of packed sequences": (
+        lambda: cufa.attention_varlen(X[0], X[0], X[0], PACKED, PACKED, mask=~masks.from_array(BOOLEANS[0, 0])),
+        "attention_varlen: masks.from_array serves sequences of one length alone, and not packed ones; pass the array "
+        "itself as mask, of the longest sequence.",
     ),
     "a sequence that is not there": (
         lambda: (masks.causal() & masks.document(IDS)).draw(4, 4, batch=2),
