@@ -32,6 +32,9 @@ class At:
         The key at the query's own position, ``query + seqlen_k - seqlen_q``; it may be negative.
     where : callable
         ``where(condition, a, b)`` of such integers.
+    nearest : callable
+        ``nearest(index, extent)``: an index that is not negative as one into an axis. Arrays of kernels read the
+        nearest element outside anyway, so that no extent is part of a kernel.
     """
 
     batch: Any
@@ -40,6 +43,7 @@ class At:
     key: Any
     position: Any
     where: Callable[[Any, Any, Any], Any] = np.where
+    nearest: Callable[[Any, int], Any] = lambda index, extent: np.minimum(index, extent - 1)
 
     @classmethod
     def grid(cls, batch: int, heads: int, queries: range, keys: int, offset: int) -> At:
@@ -105,7 +109,8 @@ class Mask:
         """The mask as a function for ``mask=``: see `cufa.functions`, of whose queries it asks the position."""
         from .. import functions
 
-        return self.seen(At(batch, head, query, key, query.position, functions.where), *arrays)
+        at = At(batch, head, query, key, query.position, functions.where, lambda index, extent: index)
+        return self.seen(at, *arrays)
 
     def parts(self) -> tuple[Any, ...]:
         """What the mask is made of: numbers, arrays, functions or masks."""

@@ -115,14 +115,14 @@ class Labelled(Mask):
     """A mask by numbers of positions: below 0, or beyond them, a position has none."""
 
     def __init__(self, labels: Array, name: str) -> None:
-        self.arrays = (labels if labels.shape[1] else np.full((len(labels), 1), -1, np.int32),)
+        self.arrays = (np.pad(labels, ((0, 0), (0, 1)), constant_values=-1),)  # whose last is all behind it
         self.name = name
 
     def labels(self, at: At, array: Any, position: Any) -> Any:
         sequences, length = self.arrays[0].shape
-        within = (position >= 0) & (position < length)
         sequence = at.batch if sequences > 1 else 0 * at.batch
-        return at.where(within, array[sequence, at.where(within, position, 0)], -1)
+        label = array[sequence, at.nearest(at.where(position >= 0, position, 0), length)]
+        return at.where(position >= 0, label, -1)
 
     def parts(self) -> tuple[Any, ...]:
         return self.arrays
@@ -150,7 +150,8 @@ class Document(Labelled):
         return self.called, *self.arrays
 
     def __repr__(self) -> str:
-        return f"{self.called}(<{self.name} of {self.arrays[0].shape}>)"
+        sequences, length = self.arrays[0].shape
+        return f"{self.called}(<{self.name} of {(sequences, length - 1)}>)"
 
 
 class GlobalTokens(Labelled):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import cufa
 from cufa import masks
 from cufa._masks.shapes import Document
+from cufa._terms.mask import mask_features
 
 IDS = np.array([[0, 0, 1, 1, 1, 2, -1, 2, 2], [0, 1, 1, 1, 3, 3, 3, 3, 0]])
 RANGES = np.array([[[1, 4], [6, 9]], [[0, 2], [5, 5]]], np.int32)
@@ -77,6 +78,22 @@ def test_masks_are_what_they_are_defined_to_be(name: str) -> None:
         for place in np.ndindex(2, 3, queries, keys):
             b, h, i, j = place
             assert found[place] == bool(definition(b, h, i, j, i + keys - queries)), place
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: masks.document(np.arange(n)),
+        lambda n: masks.document(offsets=[1, n]),
+        lambda n: masks.image_ranges([[2, n], [0, 1]]),
+        lambda n: masks.global_tokens([n]),
+        lambda n: masks.prefix_lm(n),
+        lambda n: masks.from_array(np.ones((n, n), bool)),
+    ],
+)
+def test_lengths_make_no_other_kernel(make: Callable[[int], masks.Mask]) -> None:
+    (one, arrays, *_), (other, *_) = (mask_features("attention", make(n))[0] for n in (5, 9))
+    assert one == other and len(arrays) == 1
 
 
 @pytest.mark.parametrize("size", [64, (128, 64), (64, 192)])
