@@ -7,10 +7,12 @@ import doctest
 import importlib
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
+import cufa
 from cufa._compile import env as _env
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +74,30 @@ def test_the_page_of_serving_runs() -> None:
     run = [block for block in blocks if "import torch" not in block]
     assert len(run) == len(blocks) - 1
     exec(compile("\n".join(run), "docs/serving.md", "exec"), {})
+
+
+def test_the_page_of_masks_runs() -> None:
+    failed, attempted = doctest.testfile(str(ROOT / "docs" / "masks.md"), module_relative=False, encoding="utf-8")
+    assert failed == 0 < attempted
+
+
+def test_pictures_of_masks_are_what_the_objects_draw() -> None:
+    pictures = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
+    files = {path.name: path.read_text() for path in pictures["FOLDER"].iterdir()}
+    assert files == pictures["drawn"](), "python docs/pictures.py draws them anew"
+    page = (ROOT / "docs" / "masks.md").read_text().replace("\\|", "|")
+    for name, mask in pictures["PICTURES"].items():
+        assert f"(pictures/{name}.svg)" in page
+        of = [text for text in re.findall(r"\| `(.*?)` (?=\|)", page) if name in text and masked(text) == mask]
+        assert of, f"docs/masks.md does not say what {name} is made of"
+
+
+def masked(text: str) -> object:
+    """The mask of an expression of functions of `cufa.masks`; None if it is none."""
+    try:
+        return eval(text, {name: getattr(cufa.masks, name) for name in cufa.masks.__all__})
+    except (NameError, SyntaxError, TypeError):
+        return None
 
 
 def test_pages_are_in_the_index() -> None:
