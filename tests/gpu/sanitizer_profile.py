@@ -1,6 +1,6 @@
 """A few calls of every kind, small enough to run under compute-sanitizer; see test_sanitizer.py.
 
-python tests/sanitizer_profile.py forward|backward|caches memcheck|racecheck
+python tests/sanitizer_profile.py forward|backward|caches|features memcheck|racecheck
 """
 
 from __future__ import annotations
@@ -9,11 +9,17 @@ import sys
 from typing import Any
 
 import cupy
+import numpy as np
+import own_functions
+from block_masks import ELEMENTS
+from block_masks import Problem as BlockProblem
 from gradients import Call
+from test_gpu_function import UNITS
 
 import cufa
+from cufa import masks
 from cufa._compile import jit as _jit
-from cufa.testing import Case, KVCacheCase, assert_close, assert_kvcache_close
+from cufa.testing import Case, KVCacheCase, assert_close, assert_kvcache_close, to_numpy
 
 COMMON = {"num_heads_q": 2, "num_heads_k": 1}
 CASES = [
@@ -111,6 +117,35 @@ CACHES: list[dict[str, Any]] = [
 """What problems with caches differ by."""
 
 
+FEATURES: list[dict[str, Any]] = [
+    {"bias": "xxxx"},  # whose gradient is stored
+    {"bias": "x1xx"},  # whose gradient adds up
+    {"rel_bias": 20},
+    {"mask": "xxxx"},
+    {"dropout_p": 0.3},
+]
+"""What calls with features differ by, beside functions and lists of blocks."""
+
+
+def attend_with_features(dtype: str) -> None:
+    """Forward and backward, by the kernels for every GPU in float32, and by those for Hopper in 16 bits."""
+    element, unit = ELEMENTS[dtype]
+    sizes: dict[str, Any] = {**COMMON, "seqlen_q": 130, "seqlen_k": 97, "head_dim": 64, "head_dim_v": 64}
+    for features in FEATURES:
+        case = Case(**sizes, dtype=dtype, **features)
+        attend(case)
+        Call(case=case).right(cupy)
+    score, mask = own_functions.SCORES["tables"], own_functions.MASKS["documents"]
+    functions = own_functions.problem(score, mask, dtype=element, rows=130, keys=97, head_dim=64)
+    own_functions.check([to_numpy(x) for x in functions.on(cupy.asarray).both()], functions.right(), UNITS[element])
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, rows, 1, 64)).astype(element) for rows in (150, 270, 270, 150))
+    arrays = {"q": q, "k": k, "v": v, "dout": dout, "dlse": rng.standard_normal((1, 1, 150)).astype(np.float32)}
+    listed = cufa.BlockMask.of(masks.chunked(140) | masks.global_tokens(3), 1, 1, 150, 270)
+    blocks = BlockProblem(arrays, {}, listed, unit)
+    blocks.check(blocks.run(cupy.asarray))
+
+
 def attend_over_caches(planned: bool, **changed: Any) -> None:
     """With a plan, or without one, as clusters serve, and thread blocks that divide the work for themselves."""
     sizes: dict[str, Any] = {"batch": 3, "lengths": (150, 0, 77), "capacity": 300, "head_dim": 64, "head_dim_v": 64}
@@ -147,6 +182,9 @@ def main() -> None:
                 attend_over_caches(planned, **changed)
         attend(Case(**COMMON, seqlen_q=1, seqlen_k=3000, head_dim=64, head_dim_v=64, dtype="float16"))
         attend(Case(**COMMON, batch=70, seqlen_q=3, seqlen_k=3000, head_dim=64, head_dim_v=64, dtype="float16"))
+    elif direction == "features":
+        for dtype in ("float32", "bfloat16"):
+            attend_with_features(dtype)
     else:
         for call in CALLS:
             call.right(cupy)
