@@ -40,7 +40,7 @@ def attention_backward(
     dk: Array | None = None,
     dv: Array | None = None,
 ) -> Any:
-    """Gradients of `attention` by q, k, v and the sinks.
+    """Gradients of `attention` by q, k, v, the sinks, biases and what `score` reads.
 
     Nothing of size seqlen_q × seqlen_k is stored: scores are computed again, and `lse` makes probabilities of them.
 
@@ -147,7 +147,7 @@ def attention_varlen_backward(
     dk: Array | None = None,
     dv: Array | None = None,
 ) -> Any:
-    """Gradients of `attention_varlen` by q, k, v and the sinks.
+    """Gradients of `attention_varlen` by q, k, v, the sinks, biases and what `score` reads.
 
     Parameters
     ----------
@@ -166,6 +166,8 @@ def attention_varlen_backward(
         Shaped like q, k and v; 0 for rows that are not live.
     dsinks : float32 array, (num_heads_q,)
         Only if `sinks` are given; float64 for float64 arrays.
+    dscore_..., dbias, drel_bias : float32 array
+        As for `attention_backward`.
 
     Raises
     ------
