@@ -43,7 +43,7 @@ def dot_product_attention(
     key, value : array, (B, S, K, H) or (S, K, H)
         N is a multiple of K. The last axis of `value` may have another extent.
     bias, mask : None
-        Not supported.
+        Not supported: `cufa.attention` takes them.
     scale : float, optional
         A number that is known when the program is traced; default ``H ** -0.5``.
     is_causal : bool
@@ -78,7 +78,7 @@ def dot_product_attention(
     """
     for name, given in (("bias", bias), ("mask", mask)):
         if given is not None:
-            _refuse(name, "is not supported; pass None, or call jax.nn.dot_product_attention")
+            _refuse(name, "is not supported here; pass it to cufa.attention, or call jax.nn.dot_product_attention")
     if implementation not in (None, "cufa"):
         _refuse("implementation", f"is {implementation!r}, and here is cufa's own only; leave it out")
     query, key, value = (jnp.asarray(array) for array in (query, key, value))

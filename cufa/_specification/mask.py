@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import ArgumentError
 from .bias import of_points
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ Array = NDArray[Any]
 class Mask:
     """Key j is kept by query i if ``mask[b, h, i, j]``, where an axis of 1 serves all; nothing is beyond the ends.
 
-    A function is asked, with the arrays that it comes with: ``mask(b, h, i, j, *arrays)``. A mask object gives an array
-    for as many queries and keys as a sequence has: ``mask.dense(batch, heads, seqlen_q, seqlen_k)``.
+    A function is asked, with the arrays that it comes with: ``mask(b, h, i, j, *arrays)``. One of `cufa.masks` is asked
+    for the entries of each sequence and head, and a `cufa.BlockMask` for all of those that it is for.
     """
 
     def __init__(self, mask: Any) -> None:
@@ -32,13 +33,33 @@ class Mask:
         return 1.0
 
     def keep(self, at: At) -> Array:
-        if hasattr(self.mask, "dense"):
-            sizes = int(at.batch.max(initial=-1)) + 1, int(at.head.max(initial=-1)) + 1, at.query.size, at.key.size
-            return of_points(np.asarray(self.mask.dense(*sizes)), at, False)
+        if hasattr(self.mask, "entries"):
+            return self._entries(at)
+        if hasattr(self.mask, "block_size"):
+            return self._listed(at)
         function, *arrays = self.mask if isinstance(self.mask, tuple) else (self.mask,)
         if callable(function):
             return np.asarray(function(at.batch, at.head, at.query, at.key, *arrays), bool)
         return of_points(np.asarray(self.mask) != 0, at, False)
+
+    def _entries(self, at: At) -> Array:
+        queries, keys = at.query.size, at.key.size
+        kept = np.zeros((at.batch.size, at.head.size, queries, keys), bool)
+        for (b, h), where in zip(np.ndindex(*kept.shape[:2]), np.broadcast(at.batch, at.head), strict=True):
+            kept[b, h] = self.mask.entries(*map(int, where), range(queries), queries, keys)
+        return kept
+
+    def _listed(self, at: At) -> Array:
+        lists = self.mask.dense()
+        sequences, heads = lists.shape[:2]
+        if lists.shape[2:] != (at.query.size, at.key.size) or sequences not in (1, at.batch.size):
+            raise ArgumentError(
+                f"the mask is for {sequences} sequences of {lists.shape[2]} queries and {lists.shape[3]} keys; there "
+                f"are {at.batch.size} of {at.query.size} and {at.key.size}."
+            )
+        of_head = at.head * heads // max(1, at.head.size)  # heads that share a key head share its lists
+        kept: Array = lists[at.batch % sequences, of_head, at.query, at.key]
+        return kept
 
     def factor(self, at: At) -> float:
         return 1.0

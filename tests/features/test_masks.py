@@ -257,6 +257,25 @@ def test_explain_says_what_a_mask_costs() -> None:
     )
 
 
+def test_the_reference_takes_masks_and_blocks() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 70, heads, 8)) for heads in (4, 2, 2))
+    by_head = masks.from_function(lambda batch, head, query, key: (key + head) % 2 == batch)
+    for mask in (masks.causal() & masks.prefix_lm([3, 40]), cufa.BlockMask.of(by_head, 2, 2, 70, 70, 64)):
+        dense = mask.dense(2, 2, 70, 70) if isinstance(mask, masks.Mask) else mask.dense()
+        expected = cufa.reference.attention(q, k, v, mask=dense.repeat(2, axis=1))
+        assert np.array_equal(cufa.reference.attention(q, k, v, mask=mask), expected)
+    lengths = np.array([0, 30, 70], np.int32)
+    found = cufa.reference.attention_varlen(q[0], k[0], v[0], lengths, lengths, mask=masks.prefix_lm([3, 40]))
+    for begin, end, prefix in ((0, 30, 3), (30, 70, 40)):
+        alone = cufa.reference.attention(*(x[:1, begin:end] for x in (q, k, v)), mask=masks.prefix_lm(prefix))
+        assert np.array_equal(found[begin:end], alone[0])
+    with pytest.raises(
+        ValueError, match="the mask is for 2 sequences of 70 queries and 70 keys; there are 2 of 69 and"
+    ):
+        cufa.reference.attention(q[:, 1:], k, v, mask=cufa.BlockMask.of(by_head, 2, 2, 70, 70, 64))
+
+
 X = np.zeros((2, 70, 4, 8), np.float32)
 PACKED = np.array([0, 7, 40, 70], np.int32)
 
