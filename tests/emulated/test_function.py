@@ -12,6 +12,7 @@ import pytest
 
 import cufa
 import emulated
+from cufa import masks
 from cufa.testing import to_numpy
 from emulated.cases import _word
 
@@ -54,6 +55,23 @@ def test_few_rows(arch: int, kernel: str) -> None:
         found = [to_numpy(x) for x in problem.on(gpu.array).run(False)]
         assert f"attention_forward_{kernel}" in [launched.function.entry for launched in gpu.launches]
     own.check(found, problem.right()[:2], UNITS[np.float16])
+
+
+@pytest.mark.parametrize("rows", [60, 110])
+def test_masks_with_labels(rows: int) -> None:
+    """What lies before the first key and behind the last label is of no document and no range, and no global token."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, 2, 32)).astype(np.float16) for n in (rows, 90, 90))
+    ids = np.stack([np.arange(50) // 9, np.arange(50) // 20])
+    for mask in (masks.document(ids), masks.causal() & masks.image_ranges([[0, 5], [20, 61]]), masks.global_tokens(3)):
+        expected = cufa.reference.attention(q, k, v, mask=mask.dense(2, 2, rows, 90), return_lse=True)
+        _, rest = mask.ranges()
+        assert rest is not None
+        with emulated.Gpu(arch=80, num_sms=3, order=1) as gpu:
+            there = (rest.call, *map(gpu.array, rest.arrays))
+            given = {"mask": there, "causal": rest is not mask, "return_lse": True}
+            found = [to_numpy(x) for x in cufa.attention(*map(gpu.array, (q, k, v)), **given)]
+        own.check(found, [np.asarray(x) for x in expected], UNITS[np.float16])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
