@@ -1,0 +1,24 @@
+"""Every pair of features on the CPU: each row of the cover is one problem, held to the reference."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pairs
+import pytest
+
+
+def test_every_pair_is_covered_or_refused() -> None:
+    covered = set().union(*map(pairs.pairs_of, pairs.ROWS))
+    for one, other in itertools.combinations(pairs.FEATURES, 2):
+        for values in itertools.product(pairs.FEATURES[one], pairs.FEATURES[other]):
+            pair = {one: values[0], other: values[1]}
+            assert (pairs.pairs_of(pair) <= covered) != pairs.refused(pair), pair
+    assert len(pairs.ROWS) <= 40
+
+
+@pytest.mark.parametrize("number", range(len(pairs.ROWS)), ids=lambda number: pairs.name_of(pairs.ROWS[number]))
+def test_the_cpu_equals_the_reference(number: int) -> None:
+    problem = pairs.Problem.of(pairs.ROWS[number], number)
+    problem.check(problem.run())
