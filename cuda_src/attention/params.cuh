@@ -11,7 +11,7 @@ struct Strides {
 };
 
 struct Params {
-  static constexpr int max_term_words = 32;
+  static constexpr int max_term_words = 72;  // as many as all terms of cufa take together
 
   const void* q;
   const void* k;
