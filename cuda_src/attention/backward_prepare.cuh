@@ -128,6 +128,25 @@ inline void clear_sums(const BackwardParams& backward, const RowTile& tile, int 
   for (int i = thread; i < rows * Config::tile_head_dim / 4; i += threads) sums[i] = uint4{0, 0, 0, 0};
 }
 
+// Whether a score term hides a key from a query `row`.
+template <class Config>
+inline bool is_hidden(const Params& params, const Seqlen& seqlen, int batch, int query_head, int row, int key) {
+  if constexpr (!Config::variant::hides) return false;
+  const typename Config::variant variant(params, batch, query_head);
+  return !variant.keeps({batch, query_head, row, key, float(row + seqlen.diagonal() - key), true, seqlen.diagonal()});
+}
+
+// Whether score terms hide keys [first_key, last_key] from a query `row` of a tile's head.
+template <class Config>
+inline bool are_hidden(const Params& params, const RowTile& tile, int row, int first_key, int last_key) {
+  if constexpr (!Config::variant::hides) return false;
+#pragma unroll 1
+  for (int key = first_key; key <= last_key; ++key) {
+    if (!is_hidden<Config>(params, tile.seqlen, tile.batch, tile.head, row, key)) return false;
+  }
+  return true;
+}
+
 template <class Config>
 inline void prepare_rows(const BackwardParams& backward, const RowTile& tile, int thread, int threads) {
   using element = typename Config::element;
@@ -189,9 +208,13 @@ inline void prepare_rows(const BackwardParams& backward, const RowTile& tile, in
       // -infinity, not NaN.
       const bool empty = row_lse[t] == -infinity;
       const int own_row = tile.m_block * Config::block_m + row;
-      if (Mask::first_key(backward.forward, tile.seqlen, own_row) >
-          Mask::last_key(backward.forward, tile.seqlen, own_row)) {
-        delta = 0.0f;  // the row sees no key: whatever its dout holds, only dlse counts, for the sink
+      const int first_key = Mask::first_key(backward.forward, tile.seqlen, own_row);
+      const int last_key = Mask::last_key(backward.forward, tile.seqlen, own_row);
+      // Of a row that sees no key only dlse counts, for the sink, whatever its dout holds. Terms are asked only where
+      // that shows: out is 0 there, so that delta is 0 or NaN.
+      if (first_key > last_key ||
+          (delta != delta && are_hidden<Config>(backward.forward, tile, own_row, first_key, last_key))) {
+        delta = 0.0f;
       }
       if (row < live_rows && dlse) delta -= dlse[row * backward.dlse_strides.seqlen];
       backward.row_lse[tile.row + row] = empty ? infinity : row_lse[t];

@@ -30,15 +30,6 @@ struct RepairedSequence {
   }
 };
 
-// Whether a score term hides a key from a query `row`.
-template <class Config>
-inline bool is_hidden(const Params& params, const RepairedSequence& sequence, int query_head, int row, int key) {
-  if constexpr (!Config::variant::hides) return false;
-  const typename Config::variant variant(params, sequence.batch, query_head);
-  return !variant.keeps({sequence.batch, query_head, row, key, float(row + sequence.seqlen.diagonal() - key), true,
-                         sequence.seqlen.diagonal()});
-}
-
 // An entry of what dout is multiplied by, which is P unless a term scales it, and the same entry of dS.
 struct Entry {
   float weight, ds;
@@ -124,7 +115,7 @@ inline void repair_keys(const BackwardParams& backward, const BackwardWork<Confi
           const int m_block = row / Config::block_m;
           if (!needs_block_of<Config>(params, seqlen, work.batch, work.head, m_block, key)) continue;
         }
-        if (is_hidden<Config>(params, sequence, head, row, key)) continue;
+        if (is_hidden<Config>(params, seqlen, work.batch, head, row, key)) continue;
         const float row_lse = backward.row_lse[rows + row], row_delta = backward.row_delta[rows + row];
         Qk q;
         V dout;
@@ -183,7 +174,7 @@ inline void repair_queries(const BackwardParams& backward, const Seqlen& seqlen,
       if constexpr (!Mask::Blocks::contiguous) {
         if (!needs_block_of<Config>(params, seqlen, batch, head_k, row / Config::block_m, key)) continue;
       }
-      if (is_hidden<Config>(params, sequence, head, row, key)) continue;
+      if (is_hidden<Config>(params, seqlen, batch, head, row, key)) continue;
       Qk k;
       V v;
       k.load(sequence.row(static_cast<const element*>(params.k), params.k_strides, head_k, seqlen.k_first_row + key),
