@@ -302,7 +302,7 @@ struct BackwardMainloopSm90 {
       const auto where = [&] {
         return TransposedPlace<Config>{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
       };
-      LoadedAhead<Variant, 1, block_m> ahead;
+      LoadedAhead<Variant, TransposedPlace<Config>, 1, block_m> ahead;
       if constexpr (Variant::loads) ahead.load(Variant(params, work.batch, head), where());
       turn.take();
       warpgroup::gemm_abt<Config::head_dim>(s, held_k, k(), q(stage), 64 * consumer);
@@ -314,6 +314,7 @@ struct BackwardMainloopSm90 {
       if (early_dp) begin_dp();
       Kept<Config, 1, block_m> kept;
       kept.find(where);  // while the product runs
+      ahead.arrange();
       warpgroup::wait<early_dp>(s);
       Held<Config, block_m> held;
       Operand ds;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/score_array.cuh"
+#include "attention/score_tile.cuh"
 #include "attention/term.cuh"
 #include "core/types.cuh"
 #include "ptx/convert.cuh"
@@ -22,12 +23,14 @@ struct BiasData {
 
 // A score s becomes s + bias[batch][head][query][key]. `alone` is whether an element of the bias belongs to one score
 // only, whose gradient is then stored; over_queries and over_keys are whether all of a kind share an element.
-template <class element, int step, bool paired, bool bounded, bool per_head_, bool alone, bool over_queries,
+template <class element, int step, bool paired, bool wide, bool bounded, bool per_head_, bool alone, bool over_queries,
           bool over_keys>
 struct Bias : Term {
   using Data = BiasData;
-  using Array = ScoreArray<sizeof(element), step, paired, bounded>;
+  using Array = ScoreArray<sizeof(element), step, paired, wide, bounded>;
   using Loaded = typename Array::Bits;
+  template <class Place, int m_tiles, int cols>
+  using Ahead = ScoreTile<Bias, Place, m_tiles, cols>;
   static constexpr bool per_head = per_head_, bends = false, has_gradient = true, loads = true;
   static constexpr bool gathers = over_queries || over_keys;
 

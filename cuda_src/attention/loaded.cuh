@@ -7,28 +7,22 @@
 namespace attention {
 
 // Loaded ahead, for entries whose place says which row and columns they are.
-template <class Variant, int m_tiles, int cols>
+template <class Variant, class Place, int m_tiles, int cols>
 struct LoadedAhead {
-  typename Variant::Loaded x[m_tiles][2][cols / 8];
+  typename Variant::template Ahead<Place, m_tiles, cols> tile;
 
-  template <class Place>
   void load(const Variant& variant, const Place& place) {
-#pragma unroll
-    for (int t = 0; t < m_tiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const typename Place::Row row = place.row(t, i);
-#pragma unroll
-        for (int j = 0; j < cols / 8; ++j) {
-          x[t][i][j] = variant.template load<Place::Row::along_keys>(row.at(8 * j), row.at(8 * j + 1));
-        }
-      }
-    }
+    if constexpr (Variant::loads) tile.load(variant, place);
+  }
+
+  // Called by all lanes together, once what was loaded may be waited for.
+  void arrange() {
+    if constexpr (Variant::loads) tile.arrange();
   }
 
   template <class Row>
-  const typename Variant::Loaded& of(const Variant&, const Row&, int t, int i, int j) const {
-    return x[t][i][j];
+  typename Variant::Loaded of(const Variant&, const Row&, int t, int i, int j) const {
+    return tile.of(t, i, j);
   }
 };
 

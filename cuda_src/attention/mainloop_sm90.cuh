@@ -258,7 +258,7 @@ struct MainloopSm90 {
                            tile.m_block * Config::block_m + warp_row(),
                            blocks.block(position) * Config::block_n};
     };
-    LoadedAhead<typename Config::variant, 1, Scores::cols> ahead;
+    LoadedAhead<typename Config::variant, Place<Config>, 1, Scores::cols> ahead;
     const auto finish_scores = [&](Scores& scores) {
       apply(variant, scores, place(), ahead);
       if (unlikely(blocks.template is_boundary<Config::mask::hides_first>(position))) mask(variant, scores, place());
@@ -273,6 +273,7 @@ struct MainloopSm90 {
       queries.wait_full(at_queries());
       keys().wait_full(at_keys);
       warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage()));
+      ahead.arrange();
       warpgroup::wait<0>(scores);
       release(keys(), at_keys);
       if (threadIdx.x % 128 == 0 && position == blocks.begin) queries.release(at_queries());
@@ -316,6 +317,7 @@ struct MainloopSm90 {
       values().wait_full(at_values);
       warpgroup::gemm_ab(out, p, v(at_values.stage()), !unwritten_out);
       if (!Config::whole_turns && !unwritten_out) turn.pass((warpgroup + 1) % consumers);
+      ahead.arrange();  // while the products run
       warpgroup::wait<1>(scores);
       release(keys(), at_keys);
       if (threadIdx.x % 128 == 0 && position == blocks.begin) queries.release(at_queries());

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/score_array.cuh"
+#include "attention/score_tile.cuh"
 #include "attention/term.cuh"
 #include "core/types.cuh"
 
@@ -13,11 +14,13 @@ struct MaskArrayData {
 };
 
 // Key j is kept if mask[batch][head][query][j]; what lies beyond the array's ends is not.
-template <int step, bool paired, bool bounded, bool per_head_>
+template <int step, bool paired, bool wide, bool bounded, bool per_head_>
 struct MaskArray : Term {
   using Data = MaskArrayData;
-  using Array = ScoreArray<1, step, paired, bounded>;
+  using Array = ScoreArray<1, step, paired, wide, bounded>;
   using Loaded = typename Array::Bits;
+  template <class Place, int m_tiles, int cols>
+  using Ahead = ScoreTile<MaskArray, Place, m_tiles, cols>;
   static constexpr bool per_head = per_head_, bends = false, hides = true, loads = true;
 
   Array array;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/term.cuh"
+#include "core/math.cuh"
 #include "core/types.cuh"
 
 namespace attention {
@@ -55,15 +56,34 @@ struct ScoreWord<4> {
   using Two = uint2;
 };
 
+// x ← words at an aligned address, or zeros if they are not there.
+template <int n>
+inline void load_words(u32 (&x)[n], const char* from, bool there) {
+  static_assert(n == 1 || n == 2 || n == 4, "of one load");
+  if constexpr (n == 4) {
+    const uint4 words = there ? *reinterpret_cast<const uint4*>(from) : uint4{};
+    x[0] = words.x, x[1] = words.y, x[2] = words.z, x[3] = words.w;
+  } else if constexpr (n == 2) {
+    const uint2 words = there ? *reinterpret_cast<const uint2*>(from) : uint2{};
+    x[0] = words.x, x[1] = words.y;
+  } else {
+    x[0] = there ? *reinterpret_cast<const u32*>(from) : 0;
+  }
+}
+
 // The array for a sequence and a query head, whose elements are of so many bytes. `step` is the stride of keys, in
-// elements, if that is 0 or 1, else -1; `paired` is whether two keys, the first an even one, can be read at once;
-// `bounded` whether there may be queries and keys beyond its ends, where its bits count as 0.
-template <int bytes, int step, bool paired, bool bounded>
+// elements, if that is 0 or 1, else -1; `paired` is whether two keys, the first an even one, can be read at once, `wide`
+// whether 16 aligned bytes of keys can; `bounded` whether there may be queries and keys beyond its ends, where its bits
+// count as 0.
+template <int bytes_, int step, bool paired_, bool wide_, bool bounded>
 struct ScoreArray {
+  static constexpr int bytes = bytes_;
+  static constexpr bool paired = paired_, wide = wide_;
   using One = typename ScoreWord<bytes>::One;
   using Two = typename ScoreWord<bytes>::Two;
   using Bits = ScoreBits<bytes>;
   static_assert(!paired || step == 1, "neighbours lie side by side");
+  static_assert(!wide || paired, "what is aligned to 16 bytes is so to less");
 
   const char* origin;
   i32 query_stride, key_stride;
@@ -81,6 +101,15 @@ struct ScoreArray {
   const char* address(const Point& at) const {
     return origin + offset_of(at, query_stride, step == 0 ? 0 : step == 1 ? bytes : key_stride);
   }
+
+  // The same of a paired array, where neither need be there.
+  const char* address(int query, int key) const { return origin + i64(query) * query_stride + i64(key) * bytes; }
+
+  // How many keys, of `live` that the sequence has, it holds from one on, and how many queries; for a query, none if it
+  // does not hold that.
+  int keys_from(int key, int live) const { return (bounded ? min_of(live, keys) : live) - key; }
+  int keys_from(int query, int key, int live) const { return bounded && query >= queries ? 0 : keys_from(key, live); }
+  int queries_from(int query, int live) const { return (bounded ? min_of(live, queries) : live) - query; }
 
   u32 bits(const Point& at) const { return holds(at) ? *reinterpret_cast<const One*>(address(at)) : 0; }
 

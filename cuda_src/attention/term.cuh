@@ -36,7 +36,7 @@ struct Term {
   static constexpr bool gives_slope = false;   // whether it has `score` with a slope, and so needs no `dscore`
   static constexpr bool wild = false;          // whether its slope may be infinite or NaN at a key that is not seen
   static constexpr bool reads_score = false;   // whether `gradient` also takes the score that the term is applied to
-  static constexpr bool loads = false;         // whether it has `load`, and `score` and `keeps` with what that gives
+  static constexpr bool loads = false;         // whether it has `load` and `Ahead`, and `score` and `keeps` with what these give
   static constexpr bool gathers = false;       // whether it has `gather`
 
   // What becomes of a score, and the derivative of that as a function of what `score` returned.
@@ -57,10 +57,18 @@ struct Term {
   void enter(int, int) {}
   bool keeps_within(const Point&) const { return true; }
 
-  // What it reads for two scores side by side, of two keys (`along_keys`) or of two queries. Main loops may ask for it
-  // long before there are scores, which hides how long reading takes; `e` then says which of the two, 0 or 1, is meant.
-  // Where scores come one by one the functions without it are asked, so a term has both.
+  // What it reads for two scores side by side, of two keys (`along_keys`) or of two queries; `e` then says which of the
+  // two, 0 or 1, is meant. Where scores come one by one the functions without it are asked, so a term has both. Main
+  // loops may have all that a warp's tile takes read long before there are scores, which hides how long that takes:
+  // with `Ahead`, as ScoreTile is.
   struct Loaded {};
+  template <class Place, int m_tiles, int cols>
+  struct Ahead {
+    template <class Term>
+    void load(const Term&, const Place&) {}
+    void arrange() {}
+    Loaded of(int, int, int) const { return {}; }
+  };
   template <bool along_keys>
   Loaded load(const Point&, const Point&) const {
     return {};

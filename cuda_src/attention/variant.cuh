@@ -27,6 +27,12 @@ struct Variant<> {
   static constexpr int words = 0;
 
   struct Loaded {};
+  template <class Place, int m_tiles, int cols>
+  struct Ahead {
+    void load(const Variant&, const Place&) {}
+    void arrange() {}
+    Loaded of(int, int, int) const { return {}; }
+  };
 
   Variant(const Params&, int, int) {}
   Variant(const u64*, int, int) {}
@@ -101,6 +107,25 @@ struct Variant<Term, Rest...> {
   struct Loaded {
     typename Term::Loaded own;
     typename Others::Loaded others;
+  };
+
+  // The same for all scores of a warp's tile: loaded, then arranged by all lanes together, then asked for.
+  template <class Place, int m_tiles, int cols>
+  struct Ahead {
+    typename Term::template Ahead<Place, m_tiles, cols> own;
+    typename Others::template Ahead<Place, m_tiles, cols> others;
+
+    void load(const Variant& variant, const Place& place) {
+      own.load(variant.term, place);
+      others.load(variant.others, place);
+    }
+
+    void arrange() {
+      own.arrange();
+      others.arrange();
+    }
+
+    Loaded of(int t, int i, int j) const { return {own.of(t, i, j), others.of(t, i, j)}; }
   };
 
   Variant(const Params& params, int batch, int head) : Variant(params.terms, batch, head) {}

@@ -40,6 +40,8 @@ class Access(NamedTuple):
         Whether it differs from one query head to the next.
     shared : tuple of bool
         Whether all sequences, heads, queries and keys share its elements.
+    wide : bool
+        Whether 16 aligned bytes of keys can be read at once.
     """
 
     bytes: int = 4
@@ -48,6 +50,7 @@ class Access(NamedTuple):
     bounded: bool = False
     per_head: bool = True
     shared: tuple[bool, bool, bool, bool] = (False, False, False, False)
+    wide: bool = False
 
     @classmethod
     def of(cls, name: str, specs: Mapping[str, Spec], packed: bool) -> Access:
@@ -57,19 +60,26 @@ class Access(NamedTuple):
         strides = strides_of(spec)
         # Of packed sequences it is not known whether they have a single query or key; each may have more.
         shared = tuple(n == 1 and extent != 1 for n, extent in zip(spec.shape, extents, strict=True))
-        aligned = all(stride % 2 == 0 for stride in strides[:3]) and spec.misalignment % (2 * size) == 0
+
+        def together(keys: int) -> bool:
+            """Whether so many keys, the first a multiple of them, lie side by side, aligned and all there."""
+            rows = (*strides[:3], spec.shape[3])
+            aligned = all(n % keys == 0 for n in rows) and spec.misalignment % (keys * size) == 0
+            return strides[3] == 1 and aligned
+
         return cls(
             size,
             strides[3] if strides[3] in (0, 1) else -1,
-            strides[3] == 1 and aligned and spec.shape[3] % 2 == 0,
+            together(2),
             packed,
             spec.shape[1] > 1,
             shared,  # type: ignore[arg-type]
+            together(16 // size),
         )
 
     def arguments(self) -> str:
         """Those of ``ScoreArray`` behind the bytes of an element, in C++."""
-        return f"{self.step}, {str(self.paired).lower()}, {str(self.bounded).lower()}"
+        return ", ".join([str(self.step), *(str(flag).lower() for flag in (self.paired, self.wide, self.bounded))])
 
 
 def extents_of(specs: Mapping[str, Spec], packed: bool) -> tuple[int | None, ...]:
