@@ -72,9 +72,9 @@ inline void load_words(u32 (&x)[n], const char* from, bool there) {
 }
 
 // The array for a sequence and a query head, whose elements are of so many bytes. `step` is the stride of keys, in
-// elements, if that is 0 or 1, else -1; `paired` is whether two keys, the first an even one, can be read at once, `wide`
-// whether 16 aligned bytes of keys can; `bounded` whether there may be queries and keys beyond its ends, where its bits
-// count as 0.
+// elements, if that is 0 or 1, else -1; `paired` is whether two keys, the first an even one, can be read at once,
+// `wide` whether 16 aligned bytes of keys can; `bounded` whether there may be queries and keys beyond its ends, where
+// its bits count as 0.
 template <int bytes_, int step, bool paired_, bool wide_, bool bounded>
 struct ScoreArray {
   static constexpr int bytes = bytes_;

@@ -102,7 +102,7 @@ struct ScoreTile<Term, Place, m_tiles, cols, ScoreReads::rows> {
       constexpr int n = together(first);
       const int own = ptx::laneid() % 4 * (4 * n);  // bytes
       const bool there = whole || (16 * first + own) / bytes < keys;
-      load_words(reinterpret_cast<u32 (&)[n]>(row[first]), from + own + 16 * first, there);
+      load_words(reinterpret_cast<u32(&)[n]>(row[first]), from + own + 16 * first, there);
       load_row<whole, first + n>(row, from, keys);
     }
   }
@@ -158,7 +158,7 @@ struct ScoreTile<Term, Place, m_tiles, cols, ScoreReads::turned> {
     for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
       for (int j = 0; j < cols / 8; ++j) {
-        u32 (&words)[bytes] = x[t][j];
+        u32(&words)[bytes] = x[t][j];
         if constexpr (bytes == 2) {
           if constexpr (Array::wide) tile::quad::deal(words[0], words[1]);
           words[1] = ptx::movmatrix_trans(words[1]);
@@ -192,7 +192,7 @@ struct ScoreTile<Term, Place, m_tiles, cols, ScoreReads::turned> {
       } else {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          u32 (&pair)[1] = reinterpret_cast<u32 (&)[1]>(rows[j][i]);
+          u32(&pair)[1] = reinterpret_cast<u32(&)[1]>(rows[j][i]);
           load_words(pair, row + 4 * lane + 16 * i, there && (whole || 2 * lane + 8 * i < keys));
         }
       }

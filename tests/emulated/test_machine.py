@@ -28,6 +28,7 @@ SOURCE = """
 #include "ptx/fma.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
+#include "ptx/movmatrix.cuh"
 #include "ptx/red.cuh"
 #include "ptx/setmaxnreg.cuh"
 #include "ptx/shared.cuh"
@@ -108,6 +109,8 @@ KERNEL(matrices) {  // there and back: Y becomes X
   __syncwarp();
   reinterpret_cast<uint4*>(Y)[lane] = ptx::ld_shared_v4(at);
 }
+
+KERNEL(turned) { Y[ptx::laneid()] = ptx::movmatrix_trans(X[ptx::laneid()]); }
 
 KERNEL(warp) {
   const u32 lane = ptx::laneid(), all = 0xffffffffu, x = X[lane];
@@ -495,6 +498,12 @@ def test_products_of_tf32() -> None:
 def test_matrices_are_loaded_and_stored() -> None:
     x = np.arange(128, dtype=np.uint32)
     assert np.array_equal(run("matrices", x)[:128], x)
+
+
+def test_matrices_are_turned() -> None:
+    x = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    found = run("turned", x.ravel().view(np.uint32))[:32]
+    assert np.array_equal(found.view(np.uint16).reshape(8, 8), x.T)
 
 
 def test_lanes_of_a_warp_exchange_words() -> None:
