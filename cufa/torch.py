@@ -223,7 +223,7 @@ def _compute(
             layout = None if place is None else layouts[place]
             if layout is not None:
                 results[index] = results[index].as_strided(layout[1], layout[2])
-    compute(arrays, problem, results, addresses)
+    compute(arrays, problem, results, addresses, options.late)
     return tuple(results)
 
 

@@ -12,7 +12,7 @@ import operator
 import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from ..errors import ArgumentError
 
@@ -28,6 +28,9 @@ Window = tuple[int | None, int | None]
 
 _PAIRS = {(left, right) for left in (int, type(None)) for right in (int, type(None))}
 
+
+Pairs = tuple[tuple[str, Any], ...]
+"""Names and values of options."""
 
 Plain = tuple[bool, Window | None, float | None, float]
 """causal, window_size, softmax_scale and softcap, as `plain` returns them."""
@@ -48,6 +51,8 @@ class Options(NamedTuple):
         Gradients: whether dq is the same bits in every run.
     more : tuple of (str, object)
         Names and values of those that the operation and its score terms have of their own.
+    late : tuple of (str, object)
+        The same of late options, whose values kernels are given at each launch: a problem is remembered without them.
     """
 
     causal: bool
@@ -56,7 +61,13 @@ class Options(NamedTuple):
     softcap: float
     return_lse: bool
     deterministic: bool
-    more: tuple[tuple[str, Any], ...] = ()
+    more: Pairs = ()
+    late: Pairs = ()
+
+    @property
+    def lasting(self) -> Options:
+        """Those that are not late."""
+        return self._replace(late=()) if self.late else self
 
     def own(self, name: str) -> Any:
         """The value of an option that the operation, or a score term, has of its own."""
@@ -83,10 +94,24 @@ class Owner(Protocol):
 
     @property
     def option_names(self) -> tuple[str, ...]:
-        """Their names."""
+        """Names of those that are not late."""
+
+    @property
+    def late_names(self) -> tuple[str, ...]:
+        """Names of late ones, which come behind the others."""
 
     def plain(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Their values as plain ones, each always of the same type, or TypeError."""
+        """The values of `option_names` as plain ones, each always of the same type, or TypeError."""
+
+
+class LateOwner(Owner, Protocol):
+    """What has late options."""
+
+    def plain_late(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The values of `late_names` as plain ones, or TypeError or ValueError; asked at every call."""
+
+    def late_members(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What kernels are given for the plain values of `late_names`, one for each."""
 
 
 IMMUTABLE: set[type] = {bool, int, float, str, type(None)}
@@ -94,16 +119,40 @@ IMMUTABLE: set[type] = {bool, int, float, str, type(None)}
 
 
 class Owned:
-    """The options that the `owners` have of their own, in their order."""
+    """The options that the `owners` have of their own, in their order.
+
+    Attributes
+    ----------
+    names : tuple of str
+        In the order in which a call is given their values.
+    late_names : tuple of str
+        Of the late ones.
+    """
 
     MAX_KNOWN = 64
 
     def __init__(self, owners: Sequence[Owner]) -> None:
         self.owners = owners
-        self._known: dict[tuple[type, ...], Callable[..., tuple[tuple[str, Any], ...]]] = {}
+        self.names = tuple(name for owner in owners for name in (*owner.option_names, *owner.late_names))
+        self.late_names = tuple(name for owner in owners for name in owner.late_names)
+        self._late: list[tuple[LateOwner, slice]] = []
+        self._lasting: list[int] = []
+        end = 0
+        for owner in owners:
+            start = end + len(owner.option_names)
+            self._lasting += range(end, start)
+            end = start + len(owner.late_names)
+            if start < end:
+                self._late.append((cast(LateOwner, owner), slice(start, end)))
+        self._known: dict[tuple[type, ...], Callable[..., tuple[Pairs, Pairs]]] = {}
 
-    def of(self, function: str, values: tuple[Any, ...]) -> tuple[tuple[str, Any], ...]:
-        """Names and plain values, or TypeError."""
+    def of(self, function: str, values: tuple[Any, ...]) -> tuple[Pairs, Pairs]:
+        """Names and plain values of those that are not late, and of those that are; or TypeError."""
+        if self._late:
+            return self._with_late(function, values)
+        return self._without_late(function, values)
+
+    def _without_late(self, function: str, values: tuple[Any, ...]) -> tuple[Pairs, Pairs]:
         types = tuple(map(type, values))
         known = self._known.get(types)
         if known is None:
@@ -112,26 +161,54 @@ class Owned:
             known = self._known[types] = lru_cache(self.MAX_KNOWN)(self._of)
         return known(function, values)
 
-    def _of(self, function: str, values: tuple[Any, ...]) -> tuple[tuple[str, Any], ...]:
+    def _with_late(self, function: str, values: tuple[Any, ...]) -> tuple[Pairs, Pairs]:
+        self._check_count(function, values, self.names)
+        more, _ = self._without_late(function, tuple(values[place] for place in self._lasting))
+        late: list[tuple[str, Any]] = []
+        for owner, places in self._late:
+            late += zip(owner.late_names, owner.plain_late(function, values[places]), strict=True)
+        return more, tuple(late)
+
+    def _of(self, function: str, values: tuple[Any, ...]) -> tuple[Pairs, Pairs]:
         self.check(function, values)
         found: list[tuple[str, Any]] = []
         for owner in self.owners:
             own = values[len(found) : len(found) + len(owner.option_names)]
             found += zip(owner.option_names, owner.plain(function, own), strict=True)
-        return tuple(found)
+        return tuple(found), ()
 
     def check(self, function: str, values: tuple[Any, ...]) -> None:
-        """Check that there are as many as the owners have."""
-        names = [name for owner in self.owners for name in owner.option_names]
+        """Check that there are as many as the owners have that are not late."""
+        self._check_count(function, values, [name for owner in self.owners for name in owner.option_names])
+
+    @staticmethod
+    def _check_count(function: str, values: tuple[Any, ...], names: Sequence[str]) -> None:
         if len(values) != len(names):
             wanted = f"those of it and its score terms are {', '.join(names)}" if names else "its score terms have none"
             raise TypeError(f"{function}: {len(values)} further options are given; {wanted}.")
+
+    def given(self, options: Options) -> tuple[Any, ...]:
+        """The plain values of all of them, in the order of `names`."""
+        if not self.names:
+            return ()
+        found = dict((*options.more, *options.late))
+        return tuple(found[name] for name in self.names)
+
+    def late_members(self, late: Pairs) -> list[Any]:
+        """What kernels are given for late options, in the order of `late_names`."""
+        values = tuple(value for _, value in late)
+        found: list[Any] = []
+        end = 0
+        for owner, _ in self._late:
+            start, end = end, end + len(owner.late_names)
+            found += owner.late_members(values[start:end])
+        return found
 
 
 NOTHING_OWNED = Owned(())
 """What operations own whose score terms have no options either."""
 
-COMMON = len(Options._fields) - 1
+COMMON = len(Options._fields) - 2
 """Options that every call has."""
 
 _tuple = tuple.__new__
@@ -143,9 +220,11 @@ def of(function: str, asked: tuple[Any, ...], owned: Owned = NOTHING_OWNED) -> O
 
     Behind them come those that are `owned`. Plain values come back as they are, in a fraction of a microsecond.
     """
-    more: tuple[tuple[str, Any], ...] = ()
+    more: Pairs = ()
+    late: Pairs = ()
     if len(asked) > COMMON:
-        asked, more = asked[:COMMON], owned.of(function, asked[COMMON:])
+        more, late = owned.of(function, asked[COMMON:])
+        asked = asked[:COMMON]
     causal, window_size, softmax_scale, softcap, return_lse, deterministic = asked
     if (
         type(causal) is bool
@@ -155,13 +234,14 @@ def of(function: str, asked: tuple[Any, ...], owned: Owned = NOTHING_OWNED) -> O
         and (softmax_scale is None or type(softmax_scale) is float)
         and (window_size is None or (type(window_size) is tuple and tuple(map(type, window_size)) in _PAIRS))
     ):
-        plain_values = causal, window_size, softmax_scale, softcap, return_lse, deterministic, more
+        plain_values = causal, window_size, softmax_scale, softcap, return_lse, deterministic, more, late
         return _tuple(Options, plain_values)
     return Options(
         *plain(function, causal, window_size, softmax_scale, softcap),
         flag(function, "return_lse", return_lse),
         flag(function, "deterministic", deterministic),
         more,
+        late,
     )
 
 

@@ -1,7 +1,8 @@
 """What is asked for: every argument checked, every message about it, and the facts that follow.
 
-A `Problem` depends on the layouts of the arrays and on the options, never on addresses or values, so one that was
-checked is remembered. Its `static` part is what decides the kernel; the rest are run-time facts of the launch.
+A `Problem` depends on the layouts of the arrays and on the options that are not late, never on addresses or values, so
+one that was checked is remembered. Its `static` part is what decides the kernel; the rest are run-time facts of the
+launch.
 """
 
 from __future__ import annotations
@@ -288,7 +289,10 @@ class Problem:
         return (rows, heads, columns) if self.varlen else (self.batch, rows, heads, columns)
 
     def scoring(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """What happens to scores, by the keywords of the functions for the CPU; `arrays` are those of a call."""
+        """What happens to scores, by the keywords of the functions for the CPU.
+
+        `arrays` are those of a call, and its late options, by name.
+        """
         return {
             "softmax_scale": self.softmax_scale,
             "window_left": self.window_left,
@@ -298,8 +302,8 @@ class Problem:
         }
 
     def given_to(self, term: Term, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """What a score term is given on the CPU: its arrays and options, by name."""
-        return {name: arrays[name] for name in term.arrays} | term.options(self)
+        """What a score term is given on the CPU: its arrays and options, by name; `arrays` hold late options too."""
+        return {name: arrays[name] for name in (*term.arrays, *term.late_names)} | term.options(self)
 
     @property
     def strides(self) -> dict[str, tuple[int, ...]]:
@@ -327,7 +331,7 @@ def checked(operation: Operation, arrays: Arrays, options: Options) -> Problem:
     TypeError, ValueError, UnsupportedError
         In the order in which a user would want to hear of it.
     """
-    problem = _checked(operation, arrays.layouts, options)
+    problem = _checked(operation, arrays.layouts, options.lasting if options.late else options)
     if problem.written_indices:
         _check_overlap(operation, arrays, problem)
     if operation.check_values is not None and problem.device == CPU:
@@ -337,7 +341,7 @@ def checked(operation: Operation, arrays: Arrays, options: Options) -> Problem:
 
 def check(operation: Operation, arrays: Arrays, options: Options) -> Problem:
     """`checked` but for what depends on addresses or values of arrays."""
-    return _checked(operation, arrays.layouts, options)
+    return _checked(operation, arrays.layouts, options.lasting if options.late else options)
 
 
 @lru_cache(maxsize=1024)

@@ -50,21 +50,24 @@ class Shape(NamedTuple):
 
 
 class Argument(NamedTuple):
-    """What every launch of a problem shares of a kernel's argument, and where addresses go.
+    """What every launch of a problem shares of a kernel's argument, and where addresses and late options go.
 
     Attributes
     ----------
     content : bytes
-        Addresses are 0.
+        Addresses and late options are 0.
     pointers : tuple of (int, str)
         Offset of each, and the name of what lies there: an array, a result or a part of the scratch memory.
     maps : tuple of (int, str, int)
         Offset of each tensor map, whose first bytes are an address, the array's name, and what is added to it.
+    late : tuple of (int, str, str)
+        Offset of each late option, its format of `struct` and its name.
     """
 
     content: bytes
     pointers: tuple[tuple[int, str], ...]
     maps: tuple[tuple[int, str, int], ...] = ()
+    late: tuple[tuple[int, str, str], ...] = ()
 
 
 class Launch:
@@ -83,8 +86,8 @@ class Launch:
         Of each.
     argument : Argument
     names : sequence of str
-        What lies at the addresses that a call is given; what the argument names and is not here has address 0. Of two
-        of one name the last counts.
+        What lies at the addresses that a call is given, and late options, whose values are given among them; what the
+        argument names and is not here has address 0. Of two of one name the last counts.
     """
 
     __slots__ = (
@@ -119,14 +122,15 @@ class Launch:
         assert len(argument.content) <= ARGUMENT_BYTES
         self._enqueue = _driver.driver().cuLaunchKernelEx
         places = {name: index for index, name in enumerate(names)}
-        known = [(offset, places[name]) for offset, name in argument.pointers if name in places]
+        known = [(offset, "Q", places[name]) for offset, name in argument.pointers if name in places]
+        known += [(offset, form, places[name]) for offset, form, name in argument.late]
         self._pack_into, self._constants, self._chosen = _packing(argument.content, known, len(names))
         self._maps = [(offset, places[name], shift) for offset, name, shift in argument.maps]
         self._configs: dict[int, list[Any]] = {}
         self._counted = (_counts.tally("launches", words) if running else _counts.Tally()).add
 
-    def __call__(self, addresses: Sequence[int], stream: int, current_device: int) -> None:
-        """Enqueue on `stream`; there is an address for each of `names`.
+    def __call__(self, addresses: Sequence[Any], stream: int, current_device: int) -> None:
+        """Enqueue on `stream`; there is an address, or the value of a late option, for each of `names`.
 
         `current_device` is the framework's current GPU, or -1 if that is not known.
         """
@@ -169,23 +173,24 @@ class Launch:
         return configs
 
 
-def _packing(content: bytes, places: Sequence[tuple[int, int]], count: int) -> tuple[Any, list[bytes], Any]:
-    """How an argument is packed at once: the function, the bytes between addresses, and what takes its items.
+def _packing(content: bytes, places: Sequence[tuple[int, str, int]], count: int) -> tuple[Any, list[bytes], Any]:
+    """How an argument is packed at once: the function, the bytes between what varies, and what takes its items.
 
-    `places` are the offset of each address and its index among `count` of them, behind which those bytes come.
+    `places` are the offset of each address or other value, its format, and its index among `count` of them, behind
+    which those bytes come.
     """
     form, end = "@", 0
     indices: list[int] = []
     constants: list[bytes] = []
-    for offset, index in [*sorted(places), (len(content), None)]:
+    for offset, kind, index in [*sorted(places), (len(content), "", None)]:
         if offset > end:
             form += f"{offset - end}s"
             indices.append(count + len(constants))
             constants.append(content[end:offset])
         if index is not None:
-            form += "Q"
+            form += kind
             indices.append(index)
-        end = offset + 8
+        end = offset + struct.calcsize(kind)
     packed = struct.Struct(form)
     assert packed.size == len(content)
     return packed.pack_into, constants, _getter(indices)

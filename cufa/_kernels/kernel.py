@@ -263,6 +263,7 @@ class Kernel:
             record.pack(values),
             tuple((each.offset, each.name) for each in record.pointers()),
             tuple((record.offset_of(each.member), each.name, each.shift) for each in maps),
+            tuple(record.slots(values)),
         )
 
 

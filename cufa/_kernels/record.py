@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from .._terms.term import Late
+
 SCALARS = {"i32": "i", "u32": "I", "i64": "q", "u64": "Q", "u16": "H", "float": "f"}
 """Formats of `struct` by C++ type; pointers are unsigned integers of 8 bytes."""
 
@@ -59,6 +61,14 @@ class Pointer(NamedTuple):
     name: str
 
 
+class Slot(NamedTuple):
+    """Where a late option goes: its offset, its format of `struct`, where ``80s`` is 80 bytes, and its name."""
+
+    offset: int
+    format: str
+    name: str
+
+
 class Record:
     """A struct of the namespace ``attention``, as C++ lays it out.
 
@@ -83,7 +93,8 @@ class Record:
         ----------
         values : mapping
             By member: a number, a sequence of them for an array or for a struct of as many, a mapping for a struct,
-            bytes for what is opaque. Every member has one, but for addresses, which have none.
+            bytes for what is opaque. Every member has one, but for addresses, which have none. Of `Late` ones the bytes
+            are 0.
 
         Raises
         ------
@@ -103,6 +114,8 @@ class Record:
             if member.format == "P":
                 continue
             value, at = values[member.name], offset + member.offset
+            if isinstance(value, Late):
+                continue
             if member.record is not None:
                 if not isinstance(value, Mapping):
                     names = [each.name for each in member.record.members]
@@ -125,6 +138,16 @@ class Record:
                     [member.name] if member.elements == 1 else [f"{member.name} {i}" for i in range(member.elements)]
                 )
                 yield from (Pointer(member.offset + 8 * index, name) for index, name in enumerate(names))
+
+    def slots(self, values: Mapping[str, Any]) -> Iterator[Slot]:
+        """Those of all members whose values, as `pack` takes them, are `Late`: numbers, or arrays of them."""
+        for member in self.members:
+            value = values.get(member.name)
+            if isinstance(value, Late):
+                assert member.format not in ("", "P")
+                yield Slot(member.offset, member.format if member.elements == 1 else f"{member.size}s", value.name)
+            elif member.record is not None and isinstance(value, Mapping):
+                yield from (each._replace(offset=member.offset + each.offset) for each in member.record.slots(value))
 
     def offset_of(self, name: str) -> int:
         """Of a member, in bytes."""

@@ -32,8 +32,8 @@ def asked_by(operation: Operation, arguments: Mapping[str, Any]) -> tuple[tuple[
     """The arrays, in the operation's order, and the options of a call with these arguments of its function, by name."""
     memory, facts = parts_of(operation.name, arguments.get("plan"))
     arrays, options = {**arguments, "plan": memory}, {**NOT_TAKEN, **arguments, "plan": facts}
-    own = (name for owner in operation.owners for name in owner.option_names)
-    return tuple(map(arrays.get, operation.arrays)), tuple(options[name] for name in (*OPTIONS, *own))
+    names = (*OPTIONS, *operation.owned.names)
+    return tuple(map(arrays.get, operation.arrays)), tuple(options[name] for name in names)
 
 
 def problem_of(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Problem:

@@ -12,6 +12,7 @@ from .._call import options as _options
 from .._call import problem as _problem
 from .._call.align import Copies
 from .._call.arrays import CPU, Arrays
+from .._call.options import Pairs
 from .._call.problem import Problem
 from .._driver import counts as _counts
 from .._driver import driver as _driver
@@ -40,7 +41,7 @@ def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -
         return interop_torch().call(operation, given, options)
     problem = _problem.checked(operation, arrays, options)
     results, addresses = allocate(arrays, problem)
-    compute(arrays, problem, results, addresses)
+    compute(arrays, problem, results, addresses, options.late)
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -58,15 +59,18 @@ def allocate(arrays: Arrays, problem: Problem) -> tuple[list[Any], list[int]]:
 
 
 def names_of(problem: Problem, scratch: Scratch) -> tuple[str, ...]:
-    """What lies at the addresses of a call: its arrays, its results and the parts of its scratch memory."""
-    return *problem.operation.arrays, *(result.name for result in problem.results), *scratch.parts
+    """What a launch is given: addresses of arrays and results, late options, addresses of parts of scratch memory."""
+    operation, results = problem.operation, (result.name for result in problem.results)
+    return *operation.arrays, *results, *operation.owned.late_names, *scratch.parts
 
 
-def compute(arrays: Arrays, problem: Problem, results: Sequence[Any], addresses: list[int]) -> None:
-    """Compute the results: on the CPU, or by launches on the caller's stream."""
+def compute(arrays: Arrays, problem: Problem, results: Sequence[Any], addresses: list[Any], late: Pairs) -> None:
+    """Compute the results: on the CPU, or by launches on the caller's stream. `late` are the late options."""
     if problem.device == CPU:
-        compute_on_cpu(arrays, problem, results)
+        compute_on_cpu(arrays, problem, results, late)
         return
+    if late:
+        addresses = [*addresses, *problem.operation.owned.late_members(late)]
     stream = arrays.stream(problem.device)
     if problem.operation.check_values is not None and debugging():
         check_on_gpu(arrays, problem, stream)
@@ -100,10 +104,10 @@ def check_on_gpu(arrays: Arrays, problem: Problem, stream: int) -> None:
     problem.operation.check_values(problem, arrays)
 
 
-def compute_on_cpu(arrays: Arrays, problem: Problem, results: Sequence[Any]) -> None:
+def compute_on_cpu(arrays: Arrays, problem: Problem, results: Sequence[Any], late: Pairs) -> None:
     """Compute the results of arrays in host memory."""
     operation = problem.operation
-    inputs = {name: arrays.numpy(index) for index, name in enumerate(operation.arrays)}
+    inputs = {name: arrays.numpy(index) for index, name in enumerate(operation.arrays)} | dict(late)
     named = zip((result.name for result in problem.results), map(_arrays.as_numpy, results), strict=True)
     operation.on_cpu(problem, inputs, dict(named))
     _counts.tally("launches", f"cpu ({operation.name})").add()
@@ -179,8 +183,11 @@ class Prepared:
         self._copying = copying
         self._parts = [4 * offset for offset in scratch.parts.values()]
 
-    def __call__(self, addresses: list[int], memory: int, stream: int, current_device: int) -> None:
-        """Enqueue on `stream`; addresses are those of `allocate`, and `memory` is the scratch memory's."""
+    def __call__(self, addresses: list[Any], memory: int, stream: int, current_device: int) -> None:
+        """Enqueue on `stream`.
+
+        `addresses` are those of `allocate`, and then what late options give; `memory` is the scratch memory's.
+        """
         if self._copying is not None:
             addresses = self._copying(addresses, memory, stream, current_device)
         if self._parts:
@@ -223,7 +230,7 @@ class Copying:
         self._launch = launch
         self._places = [(names.index(each.name), 4 * (floats + each.offset)) for each in copies.made]
 
-    def __call__(self, addresses: list[int], memory: int, stream: int, current_device: int) -> list[int]:
+    def __call__(self, addresses: list[Any], memory: int, stream: int, current_device: int) -> list[Any]:
         """Enqueue on `stream`; the addresses with those of the copies in place of the arrays'."""
         replaced = [*addresses]
         for index, offset in self._places:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 from .._call.options import Option, Owned
@@ -90,6 +90,9 @@ class Operation:
     gives: tuple[str, ...] = ("out", "lse")
     grouped: bool = True
 
+    late_names: ClassVar[tuple[str, ...]] = ()
+    """Its own options are not late; those of its terms may be."""
+
     def __post_init__(self) -> None:
         number = next(_count)
         _MADE[number] = self
@@ -123,8 +126,8 @@ class Operation:
             raise ValueError(f"{self.name}: gradients, and they alone, are those of an operation with the same terms.")
         arrays, terms = (*self.arrays, *more), (*self.terms, *terms)
         found = replace(self, name=name or self.name, arrays=arrays, terms=terms, of=of)
-        options = [option for owner in found.owners for option in owner.option_names]
-        for names in (found.arrays, options, [term.name for term in found.terms]):
+        handed_on = (*found.arrays, *found.owned.late_names)
+        for names in (handed_on, found.owned.names, [term.name for term in found.terms]):
             if len({*names}) < len(names):
                 raise ValueError(f"{found.name}: of {', '.join(names)}, two have the same name.")
         return found

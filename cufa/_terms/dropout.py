@@ -9,8 +9,8 @@ import numpy as np
 
 from .._call import options as _options
 from ..errors import ArgumentError
-from .philox import philox, round_keys
-from .term import Array, Point, Term
+from .philox import philox, round_key_bytes
+from .term import Array, Late, Point, Term
 
 if TYPE_CHECKING:
     from .._call.problem import Problem
@@ -57,7 +57,8 @@ class Dropout(Term):
     header = "attention/dropout.cuh"
     type = "attention::Dropout"
     data = "DropoutData"
-    option_names = ("dropout_p", "seed")
+    option_names = ("dropout_p",)
+    late_names = ("seed",)
     bends = False
     scales = True
 
@@ -65,12 +66,18 @@ class Dropout(Term):
         return True
 
     def plain(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return plain(function, *values)
+        return (plain_rate(function, *values),)
+
+    def plain_late(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (plain_seed(function, *values),)
+
+    def late_members(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (round_key_bytes(*values),)
 
     def values(self, problem: Problem) -> dict[str, Any]:
         rate = Rate.of(problem.options.own("dropout_p"))
         return {
-            "keys": round_keys(problem.options.own("seed")),
+            "keys": Late("seed"),
             "bound": rate.bound * 0x00010001,
             "flip": 0 if rate.below else 0xFFFFFFFF,
             "gain": rate.gain,
@@ -86,19 +93,28 @@ class Dropout(Term):
 
 def plain(function: str, dropout_p: Any, seed: Any) -> tuple[float, int]:
     """The options as plain values, or an error."""
-    p = _options.number(function, "dropout_p", dropout_p)
-    if not 0.0 <= p < 1.0:
-        raise ArgumentError(f"{function}: dropout_p is {p}; it must be from 0, which is off, to less than 1.")
+    p = plain_rate(function, dropout_p)
     if seed is None:
         if p > 0.0:
             raise ArgumentError(
                 f"{function}: dropout_p is {p}, but there is no seed; pass an integer that int64 holds."
             )
         return p, 0
+    return p, plain_seed(function, seed)
+
+
+def plain_rate(function: str, dropout_p: Any) -> float:
+    p = _options.number(function, "dropout_p", dropout_p)
+    if not 0.0 <= p < 1.0:
+        raise ArgumentError(f"{function}: dropout_p is {p}; it must be from 0, which is off, to less than 1.")
+    return p
+
+
+def plain_seed(function: str, seed: Any) -> int:
     number = _options.integer(function, "seed", seed)
     if not SEEDS[0] <= number < SEEDS[1]:
         raise ArgumentError(f"{function}: seed is {number}; it must be an integer that int64 holds.")
-    return p, number
+    return number
 
 
 def dropout_features(function: str, dropout_p: Any, seed: Any) -> list[Feature]:

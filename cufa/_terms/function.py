@@ -10,7 +10,7 @@ import numpy as np
 
 from .emission import bends, gradients_of, mask_struct, reads_score, score_struct
 from .graph import BOOL, FLOAT, INT, Differential, Graph
-from .term import Array, Point, Term
+from .term import Array, Late, Point, Term
 from .trace import Trace, trace
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class FunctionTerm(Term):
         self.graph = graph
         self.differential = differential
         self.arrays = tuple(name for name, _, _ in graph.arrays)
-        self.option_names = tuple(name for name, _ in graph.scalars)
+        self.late_names = tuple(name for name, _ in graph.scalars)
         self.per_head = graph.uses("head")
         self.foldable = not graph.uses("batch", "head")
         if differential is None:
@@ -53,7 +53,7 @@ class FunctionTerm(Term):
     def __hash__(self) -> int:
         return self._hash
 
-    def plain(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def plain_late(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
         kinds = (kind for _, kind in self.graph.scalars)
         return tuple(int(value) if kind == INT else float(value) for value, kind in zip(values, kinds, strict=True))
 
@@ -69,12 +69,9 @@ class FunctionTerm(Term):
         return {name: (problem.specs[name[1:]].shape, problem.lse_dtype) for name in self.gradients}
 
     def values(self, problem: Problem) -> dict[str, Any]:
-        found = layout_values(problem, self.graph.arrays)
-        found |= {name: problem.options.own(name) for name in self.option_names}
+        found: dict[str, Any] = {**layout_values(problem, self.graph.arrays)}
+        found |= {name: Late(name) for name in self.late_names}
         return found or {"nothing": 0}
-
-    def options(self, problem: Problem) -> dict[str, Any]:
-        return {name: problem.options.own(name) for name in self.option_names}
 
     def score(self, s: Array, at: Point, given: Mapping[str, Any]) -> Array:
         if self.differential is None:

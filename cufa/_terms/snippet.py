@@ -12,7 +12,7 @@ from .capture import KINDS, NUMBERS, dtype_of, scalar_kind
 from .emission import MEMBER_TYPES
 from .function import FunctionTerm, check_arrays, check_size, layout_values
 from .graph import INT
-from .term import Array, Point, Term
+from .term import Array, Late, Point, Term
 from .trace import trace
 from .traced import is_array
 
@@ -118,7 +118,7 @@ class SnippetTerm(Term):
         self.twin, self.twin_names = twin, twin_names
         self.name = "score" if kind == "score" else "mask_function"
         self.arrays = tuple(name for name, _, _ in arrays)
-        self.option_names = tuple(name for name, _ in scalars)
+        self.late_names = tuple(name for name, _ in scalars)
         self.bends = self.gives_slope = kind == "score"
         self.hides = kind == "mask"
         body = self._text()
@@ -209,7 +209,7 @@ class SnippetTerm(Term):
             ]
         return "\n".join([*lines, "};", "", "}  // namespace attention", ""])
 
-    def plain(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def plain_late(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
         kinds = (kind for _, kind in self.scalars)
         return tuple(int(value) if kind == INT else float(value) for value, kind in zip(values, kinds, strict=True))
 
@@ -228,10 +228,8 @@ class SnippetTerm(Term):
         check_size(call, self.kind, self.layouts, len(self.scalars), 0)
 
     def values(self, problem: Problem) -> dict[str, Any]:
-        return layout_values(problem, self.layouts) | self.options(problem) or {"nothing": 0}
-
-    def options(self, problem: Problem) -> dict[str, Any]:
-        return {name: problem.options.own(name) for name in self.option_names}
+        late = {name: Late(name) for name in self.late_names}
+        return {**layout_values(problem, self.layouts), **late} or {"nothing": 0}
 
     def _of_twin(self, given: Mapping[str, Any]) -> tuple[FunctionTerm, dict[str, Any]]:
         """The twin, and what it is given, by its own names."""
@@ -276,7 +274,7 @@ def snippet_feature(function: str, kind: str, value: CudaFunction) -> Feature:
             )
         twin = term_of(found)
         ours = (*arrays, *scalars)
-        names = (*twin.arrays, *twin.option_names)
+        names = (*twin.arrays, *twin.late_names)
         twin_names = tuple((name, ours[place]) for name, place in zip(names, found.places, strict=True))
     term = SnippetTerm(kind, value.source, layouts, kinds, twin, twin_names)
     return Feature(term, tuple(arrays.values()), tuple(scalars.values()))

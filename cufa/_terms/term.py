@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from numpy.typing import NDArray
 
@@ -23,6 +23,12 @@ Array: TypeAlias = NDArray[Any]
 
 FLAGS = ("per_head", "bends", "scales", "hides", "gives_slope", "reads_score", "has_gradient", "loads")
 """What a term and its C++ twin both say of it; every translation unit asserts that they say the same."""
+
+
+class Late(NamedTuple):
+    """In place of a member's value: it is filled in at each launch, by the late option of this name."""
+
+    name: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +78,9 @@ class Term:
         The arguments of an operation that are its own.
     option_names : tuple of str
         The options of an operation that are its own; their values are in `Options.more`.
+    late_names : tuple of str
+        Further ones, behind them, that change from call to call: no more than the argument of a launch depends on
+        their values, which are in `Options.late`.
     gradients : tuple of str
         The results of an operation's gradients that are its own.
     per_head : bool
@@ -106,6 +115,7 @@ class Term:
     headers: Mapping[str, str] = MappingProxyType({})
     arrays: tuple[str, ...] = ()
     option_names: tuple[str, ...] = ()
+    late_names: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
     per_head: bool = True
     bends: bool = True
@@ -156,6 +166,17 @@ class Term:
         """
         return values
 
+    def plain_late(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The values of its `late_names` as plain ones, checked; or TypeError or ValueError. Every call asks."""
+        return values
+
+    def late_members(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What becomes of its members of C++ data that are `Late`, from the plain values of its `late_names`.
+
+        For each name a number or, where the member is an array, its bytes.
+        """
+        return values
+
     def check(self, call: Check) -> None:
         """Refuse arrays of its own that will not do; called whether the term is asked for or not."""
 
@@ -167,11 +188,11 @@ class Term:
         return {}
 
     def values(self, problem: Problem) -> dict[str, Any]:
-        """The members of its C++ data but for addresses."""
+        """The members of its C++ data but for addresses: values, or `Late`."""
         return {}
 
     def options(self, problem: Problem) -> dict[str, Any]:
-        """What it is given on the CPU beside its arrays."""
+        """What it is given on the CPU beside its arrays and late options."""
         return {}
 
     def unit(self, given: Mapping[str, Any]) -> float:

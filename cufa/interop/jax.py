@@ -394,7 +394,8 @@ def _compute(call: Call, context: Any, written: Any, *buffers: Any) -> None:
     inputs = call.given(addresses[: len(buffers)], 0)
     if device == CPU:
         arrays = Arrays(tuple(call.given(buffers)), inputs, tuple(call.given(layouts)))
-        compute_on_cpu(arrays, problem, [np.asarray(result) for result in written[: len(problem.results)]])
+        found = [np.asarray(result) for result in written[: len(problem.results)]]
+        compute_on_cpu(arrays, problem, found, call.options.late)
         return
     there = written[len(problem.results) :]
     floats = int(np.prod(there[0].shape)) if there else 0
@@ -406,7 +407,7 @@ def _compute(call: Call, context: Any, written: Any, *buffers: Any) -> None:
             f"{call.operation.name}: traced for another device than it runs on; make the GPU JAX's default backend."
         )
     results = addresses[len(buffers) : len(buffers) + len(problem.results)]
-    prepared([*inputs, *results], addresses[-1] if there else 0, context.stream, -1)
+    prepared([*inputs, *results, *call.late_members], addresses[-1] if there else 0, context.stream, -1)
 
 
 def _pointer_of(buffer: Any) -> tuple[int, int]:

@@ -102,14 +102,14 @@ class Operator:
     def schema(self) -> str:
         arrays = [f"Tensor{'?' if index else ''} {name}" for index, name in enumerate(self.inputs)]
         options = ["bool causal", "int? window_left", "int? window_right", "float? softmax_scale", "float softcap"]
-        more = [f"Scalar? {name}" for owner in self.operation.owners for name in owner.option_names]
+        more = [f"Scalar? {name}" for name in self.operation.owned.names]
         return f"({', '.join([*arrays, *options, 'bool return_lse', 'bool deterministic', *more])}) -> Tensor[]"
 
     def flat(self, given: tuple[Any, ...], options: Options) -> tuple[Any, ...]:
         """The operator's arguments, from those of `call` with plain options."""
-        causal, window, *others, more = options
+        causal, window, *others, _, _ = options
         left, right = (None, None) if window is None else (_bounded(side) for side in window)
-        return (*self.inputs_of(given), causal, left, right, *others, *(value for _, value in more))
+        return (*self.inputs_of(given), causal, left, right, *others, *self.operation.owned.given(options))
 
     def unflat(self, flat: tuple[Any, ...]) -> tuple[tuple[Any, ...], Options]:
         """The arrays and options of `call`, from the operator's arguments."""
@@ -208,7 +208,7 @@ class Operator:
 
     def ways(self, inputs: Sequence[Any], options: Options) -> tuple[int | None, ...]:
         """Which of the results of the gradients belongs to each input, if any."""
-        key = options, *map(_is_none, inputs)
+        key = options.lasting, *map(_is_none, inputs)
         known = self._ways.get(key)
         if known is None:
             assert self.gradients is not None
@@ -233,9 +233,9 @@ class Operator:
         for index, (name, (shape, dtype)) in enumerate(zip(gives, ctx.given, strict=False)):
             if given[index] is None and name != "lse":
                 given[index] = saved[0].new_zeros(shape, dtype=dtype)
-        causal, window, softmax_scale, softcap, _, _, more = ctx.options
+        causal, window, softmax_scale, softcap, *_ = ctx.options
         deterministic = torch.are_deterministic_algorithms_enabled()
-        asked = causal, window, softmax_scale, softcap, False, deterministic, *(value for _, value in more)
+        asked = causal, window, softmax_scale, softcap, False, deterministic, *self.operation.owned.given(ctx.options)
         found = _call.call(self.gradients, self._backward((*saved, *given, None)), asked)
         found = found if isinstance(found, tuple) else (found,)
         needed = ctx.needs_input_grad[2:]
@@ -448,7 +448,7 @@ def _is_traced_by_modes() -> bool:
 def _computed(operation: Operation, arrays: Arrays, options: Options) -> list[Any]:
     problem = _problem.checked(operation, arrays, options)
     results, addresses = _call.allocate(arrays, problem)
-    _call.compute(arrays, problem, results, addresses)
+    _call.compute(arrays, problem, results, addresses, options.late)
     return results
 
 

@@ -102,6 +102,11 @@ class Call(NamedTuple):
         return _problem.check(self.operation, Arrays((), [], tuple(self.given(layouts))), self.options)
 
     @property
+    def late_members(self) -> list[Any]:
+        """What kernels are given for late options."""
+        return self.operation.owned.late_members(self.options.late)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of the arrays that are given."""
         return tuple(self.operation.arrays[place] for place in self.present)
@@ -318,6 +323,8 @@ class _Ready(NamedTuple):
         Takes the addresses of the buffers and 0, and gives those of the operation's arrays and of the results.
     floats : int
         The float32 numbers of the last result, if that is the memory a call takes while it runs.
+    late : list
+        What kernels are given for late options.
     """
 
     call: Call
@@ -325,6 +332,7 @@ class _Ready(NamedTuple):
     layouts: tuple[Layout, ...]
     chosen: Callable[[list[int]], tuple[int, ...]]
     floats: int
+    late: list[Any]
 
 
 MAX_READY = 4096
@@ -368,21 +376,21 @@ def _make_ready(
         raise ValueError(f"{call.operation.name}: the program wants results {found}, and the call gives {expected}.")
     places = operator.itemgetter(*call.given([*range(given)], len(kinds)), *range(given, end))
     floats = math.prod(kinds[end][1]) if len(kinds) > end else 0
-    return _Ready(call, problem, tuple(layouts), places, floats)
+    return _Ready(call, problem, tuple(layouts), places, floats, call.late_members)
 
 
 def run_on_cpu(frame: Frame) -> None:
     """Compute a call of arrays in host memory."""
     if frame.stage != EXECUTE:
         return
-    (call, problem, layouts, _, _), addresses = _ready(frame, CPU)
+    (call, problem, layouts, *_), addresses = _ready(frame, CPU)
     count = len(layouts)
     held = tuple(call.given([frame] * count))  # whatever is not None
     arrays = Arrays(held, call.given(addresses[:count], 0), tuple(call.given(layouts)))
     results = []
     for address, result in zip(addresses[count:], problem.results, strict=False):
         results.append(borrow(address, ADAPTER.spec(layout_of(result.shape, numpy_dtype(result.dtype), CPU)), frame))
-    compute_on_cpu(arrays, problem, results)
+    compute_on_cpu(arrays, problem, results, call.options.late)
 
 
 def run_on_gpu(frame: Frame) -> None:
@@ -391,10 +399,10 @@ def run_on_gpu(frame: Frame) -> None:
         load_early(frame.description())
     if frame.stage != EXECUTE:
         return
-    (_, problem, _, chosen, floats), addresses = _ready(frame)
+    (_, problem, _, chosen, floats, late), addresses = _ready(frame)
     stream = frame.ask(GET_STREAM, 0)
     prepared = problem.memo.get("prepared") or prepare(problem, stream)
-    named = [*chosen([*addresses, 0])]
+    named = [*chosen([*addresses, 0]), *late]
     # XLA has made the GPU current; where it has not, the launch finds out.
     if prepared.floats <= floats:
         prepared(named, addresses[-1], stream, problem.device)

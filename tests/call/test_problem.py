@@ -1191,16 +1191,32 @@ def test_a_call_makes_copies_and_reads_them(monkeypatch: pytest.MonkeyPatch) -> 
     _problem._checked.cache_clear()
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1), st.binary(min_size=8, max_size=8))
-def test_an_argument_is_packed_with_what_lies_between_its_addresses(words: list[tuple[bool, int]], odd: bytes) -> None:
-    """Each word is an address, and which, or the same bytes for every launch; so may be half a word behind them."""
-    content = b"".join(bytes(8) if is_address else odd for is_address, _ in words) + odd[:4]
-    places = [(8 * index, which) for index, (is_address, which) in enumerate(words) if is_address]
-    addresses = [int.from_bytes(bytes([index + 1]) * 8, "little") for index in range(4)]
-    pack_into, constants, chosen = _launch._packing(content, places[::-1], len(addresses))
+VARYING = {"Q": 8, "f": 4, "i": 4, "12s": 12}
+"""Bytes of what differs from launch to launch, by its format."""
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["", *VARYING]), st.integers(0, 3)), min_size=1),
+    st.binary(min_size=8, max_size=8),
+)
+def test_an_argument_is_packed_with_what_lies_between_its_addresses(words: list[tuple[str, int]], odd: bytes) -> None:
+    """Each part is an address or a late option, and which, up to a word's end; or the same word for every launch."""
+    items: dict[str, list[Any]] = {}
+    for kind, size in VARYING.items():
+        held = [bytes([index + 1]) * size for index in range(4)]
+        items[kind] = held if kind == "12s" else [struct.unpack(kind, each)[0] for each in held]
+    content, expected, places = b"", b"", []
+    for kind, which in words:
+        size = VARYING.get(kind, 0)
+        between = (odd * 2)[: (-size % 8) or (0 if kind else 8)]
+        if kind:
+            places.append((len(content), kind, 4 * [*VARYING].index(kind) + which))
+        content, expected = content + bytes(size) + between, expected + bytes([which + 1]) * size + between
+    content, expected = content + odd[:4], expected + odd[:4]
+    given = [item for kind in VARYING for item in items[kind]]
+    pack_into, constants, chosen = _launch._packing(content, places[::-1], len(given))
     packed = bytearray(len(content) + 8)
-    pack_into(packed, 0, *chosen([*addresses, *constants]))
-    expected = b"".join(bytes([which + 1]) * 8 if is_address else odd for is_address, which in words) + odd[:4]
+    pack_into(packed, 0, *chosen([*given, *constants]))
     assert packed == expected + bytes(8)
 
 

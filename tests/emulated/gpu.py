@@ -435,8 +435,8 @@ def call(
     >>> sorted(emulated.call(ATTENTION, {"q": x, "k": x, "v": x}, return_lse=True))
     ['lse', 'out']
     """
-    known = {name: default for name, default in DEFAULTS._asdict().items() if name != "more"}
-    own = [option for owner in operation.owners for option in owner.option_names]
+    known = {name: default for name, default in DEFAULTS._asdict().items() if name not in ("more", "late")}
+    own = operation.owned.names
     for kind, names, all_names in (("options", options, [*known, *own]), ("arrays", arrays, operation.arrays)):
         if strange := sorted({*names} - {*all_names}):
             raise TypeError(f"{operation.name}: there are no {kind} {', '.join(strange)}.")
