@@ -12,7 +12,7 @@ import operator
 import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 from ..errors import ArgumentError
 
@@ -67,7 +67,7 @@ class Options(NamedTuple):
     @property
     def lasting(self) -> Options:
         """Those that are not late."""
-        return self._replace(late=()) if self.late else self
+        return _tuple(Options, (*self[:-1], ())) if self.late else self
 
     def own(self, name: str) -> Any:
         """The value of an option that the operation, or a score term, has of its own."""
@@ -144,48 +144,48 @@ class Owned:
             end = start + len(owner.late_names)
             if start < end:
                 self._late.append((cast(LateOwner, owner), slice(start, end)))
-        self._known: dict[tuple[type, ...], Callable[..., tuple[Pairs, Pairs]]] = {}
+        self._known: dict[tuple[type, ...], Callable[..., Pairs]] = {}
 
     def of(self, function: str, values: tuple[Any, ...]) -> tuple[Pairs, Pairs]:
         """Names and plain values of those that are not late, and of those that are; or TypeError."""
+        late: Pairs = ()
         if self._late:
-            return self._with_late(function, values)
-        return self._without_late(function, values)
-
-    def _without_late(self, function: str, values: tuple[Any, ...]) -> tuple[Pairs, Pairs]:
+            values, late = self._apart(function, values)
         types = tuple(map(type, values))
         known = self._known.get(types)
         if known is None:
             if not IMMUTABLE.issuperset(types):
-                return self._of(function, values)
+                return self._of(function, values), late
             known = self._known[types] = lru_cache(self.MAX_KNOWN)(self._of)
-        return known(function, values)
+        return known(function, values), late
 
-    def _with_late(self, function: str, values: tuple[Any, ...]) -> tuple[Pairs, Pairs]:
-        self._check_count(function, values, self.names)
-        more, _ = self._without_late(function, tuple(values[place] for place in self._lasting))
+    def _apart(self, function: str, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], Pairs]:
+        """The values of those that are not late; names and plain values of those that are."""
+        if len(values) != len(self.names):
+            self._refuse(function, values, self.names)
         late: list[tuple[str, Any]] = []
         for owner, places in self._late:
             late += zip(owner.late_names, owner.plain_late(function, values[places]), strict=True)
-        return more, tuple(late)
+        return tuple([values[place] for place in self._lasting]), tuple(late)
 
-    def _of(self, function: str, values: tuple[Any, ...]) -> tuple[Pairs, Pairs]:
+    def _of(self, function: str, values: tuple[Any, ...]) -> Pairs:
         self.check(function, values)
         found: list[tuple[str, Any]] = []
         for owner in self.owners:
             own = values[len(found) : len(found) + len(owner.option_names)]
             found += zip(owner.option_names, owner.plain(function, own), strict=True)
-        return tuple(found), ()
+        return tuple(found)
 
     def check(self, function: str, values: tuple[Any, ...]) -> None:
         """Check that there are as many as the owners have that are not late."""
-        self._check_count(function, values, [name for owner in self.owners for name in owner.option_names])
+        names = [name for owner in self.owners for name in owner.option_names]
+        if len(values) != len(names):
+            self._refuse(function, values, names)
 
     @staticmethod
-    def _check_count(function: str, values: tuple[Any, ...], names: Sequence[str]) -> None:
-        if len(values) != len(names):
-            wanted = f"those of it and its score terms are {', '.join(names)}" if names else "its score terms have none"
-            raise TypeError(f"{function}: {len(values)} further options are given; {wanted}.")
+    def _refuse(function: str, values: tuple[Any, ...], names: Sequence[str]) -> NoReturn:
+        wanted = f"those of it and its score terms are {', '.join(names)}" if names else "its score terms have none"
+        raise TypeError(f"{function}: {len(values)} further options are given; {wanted}.")
 
     def given(self, options: Options) -> tuple[Any, ...]:
         """The plain values of all of them, in the order of `names`."""
@@ -196,7 +196,7 @@ class Owned:
 
     def late_members(self, late: Pairs) -> list[Any]:
         """What kernels are given for late options, in the order of `late_names`."""
-        values = tuple(value for _, value in late)
+        values = tuple([value for _, value in late])
         found: list[Any] = []
         end = 0
         for owner, _ in self._late:

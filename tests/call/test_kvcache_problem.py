@@ -14,6 +14,7 @@ from cufa._call import options as _options
 from cufa._call import problem as _problem
 from cufa._call.align import copies_of
 from cufa._call.kvcache import NO_SLOTS, KVCacheProblem, PlanFacts, Slots, slots_of
+from cufa._call.options import Owned
 from cufa._kernels import choose
 from cufa._operations.kvcache import ATTENTION_WITH_KVCACHE as OPERATION
 from cufa._terms import Term
@@ -237,6 +238,32 @@ def test_options_of_operations_and_terms_have_names_of_their_own() -> None:
     assert _options.of("f", asked, OPERATION.owned).own("num_splits") == 2
     with pytest.raises(TypeError, match="f: 3 further options are given; those of it and its score terms are rotary_"):
         _options.of("f", asked[:-1], OPERATION.owned)
+
+
+class _Late(_Splits):
+    option_names = ()
+    late_names = ("num_splits",)
+
+
+class _LateOut(_Late):
+    name = "late_out"
+    option_names = ("bound",)
+    late_names = ("out",)
+
+
+def test_late_options_come_behind_those_of_their_term() -> None:
+    with pytest.raises(ValueError, match="num_splits, plan, cache_dtype, num_splits, two have the same name"):
+        OPERATION.having(_Late())
+    with pytest.raises(ValueError, match="out, two have the same name"):
+        OPERATION.having(_LateOut())
+    owned = Owned((_Late(), _LateOut()))
+    assert owned.names == ("num_splits", "bound", "out")
+    options = _options.of("f", (False, None, None, 0.0, False, False, 1, 2, 3), owned)
+    assert (options.more, options.late) == ((("bound", 2),), (("num_splits", 1), ("out", 3)))
+    assert owned.given(options) == (1, 2, 3) and owned.late_members(options.late) == [1, 3]
+    assert options.lasting == options._replace(late=())
+    with pytest.raises(TypeError, match=r"^f: 2 further options are given; those of it and its score terms are num_"):
+        _options.of("f", (False, None, None, 0.0, False, False, 1, 2), owned)
 
 
 def test_options_that_are_remembered_are_told_apart_by_type() -> None:

@@ -11,6 +11,7 @@ from dropping import problem, telling, told
 
 import cufa
 import emulated
+from cufa._call import problem as _problem
 from cufa._compile import jit as _jit
 from cufa._terms.philox import philox, round_keys
 from cufa.testing import to_numpy
@@ -57,6 +58,26 @@ def test_every_kernel_keeps_what_the_mask_says(served: Served) -> None:
     kept = cufa.dropout_mask((2, 2, served.rows, served.keys), given.dropout_p, given.seed)
     for entries_kept in told(given, found):
         np.testing.assert_array_equal(entries_kept, kept)
+
+
+def test_a_problem_keeps_what_the_mask_of_each_seed_says() -> None:
+    """One that copies arrays first, in both directions."""
+    given = telling("float16", 70, 90, (64, 96))
+    for name in "qk":
+        wide = np.zeros((*given.arrays[name].shape[:-1], 65), np.float16)
+        wide[..., :64] = given.arrays[name]
+        given.arrays[name] = wide[..., :64]
+    with Gpu(arch=80, num_sms=3) as gpu:
+        misses = []
+        for seed in (1, 2, -(2**63)):
+            one = given._replace(seed=seed)
+            found = tuple(map(to_numpy, one.run(gpu.array)))
+            misses.append(_problem._checked.cache_info().misses)
+            kept = cufa.dropout_mask((2, 2, 70, 90), given.dropout_p, seed)
+            for entries_kept in told(one, found):
+                np.testing.assert_array_equal(entries_kept, kept)
+        assert misses == misses[:1] * 3
+        assert {"attention_align"} < {launched.function.entry for launched in gpu.launches}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from dropping import Problem, problem, telling, told
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_problem import Launched, OnGpu, unpacked
+from test_problem import Launched, OnGpu, OnGpuAdapter, pretend, unpacked
 
 import cufa
 from cufa._call import problem as _problem
@@ -277,3 +278,57 @@ def test_rate_and_seed_are_no_part_of_a_kernel(monkeypatch: pytest.MonkeyPatch) 
         expected = {"keys": keys, "bound": 2**13 << 16 | 2**13, "flip": flip, "gain": np.float32(1 / (1 - p))}
         assert found.count(expected) == len(found) // 2 >= 2
     assert round_keys(-1)[:4] == [2**32 - 1, 2**32 - 1, 0x9E3779B8, 0xBB67AE84]
+
+
+SEEDS = (7, 0, -1, 2**63 - 1, -(2**63))
+LATE: dict[str, tuple[int, Any, Any]] = {
+    "aligned": (90, OnGpu(2, 200, 4, 64), OnGpu(2, 200, 4, 64)),
+    "copied": (90, OnGpu(2, 200, 4, 64, pointer=(1 << 44) + 2), OnGpu(2, 200, 4, 64)),
+    "splitting": (80, OnGpu(1, 4, 4, 64), OnGpu(1, 4096, 4, 64)),
+    "copied and splitting": (80, OnGpu(1, 64, 4, 64, pointer=(1 << 44) + 2), OnGpu(1, 4096, 4, 64)),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_many_seeds_are_one_problem(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments differ by their keys alone, wherever addresses of copies and of memory that is shared lie."""
+    arch, q, k = LATE[case]
+    lse = OnGpu(q.shape[0], q.shape[2], q.shape[1], dtype="float32")
+    with monkeypatch.context() as patch:
+        launched = Launched(patch)
+        pretend(patch, arch)
+        patch.setattr(OnGpuAdapter, "empty", lambda _, shape, dtype, like: (OnGpu(*shape, dtype=dtype), 3 << 40))
+        found = []
+        for seed in SEEDS:
+            before = len(launched.kernels)
+            cufa.attention(q, k, k, dropout_p=0.25, seed=seed)
+            cufa.attention_backward(q, q, k, k, q, lse, dropout_p=0.25, seed=seed)
+            found.append(launched.kernels[before:])
+        assert _problem._checked.cache_info().misses == 2
+        cufa.attention(q, k, k, dropout_p=0.5, seed=seed)
+        assert _problem._checked.cache_info().misses == 3
+    _problem._checked.cache_clear()
+    names = [{function.removeprefix("attention_") for function, _ in kernels} for kernels in found]
+    assert names == names[:1] * len(SEEDS) and ("align" in names[0]) == ("copied" in case)
+    assert ("splitting" not in case) or any("split" in name for name in names[0])
+    keys = [struct.pack("<20I", *round_keys(seed)) for seed in SEEDS]
+    for index, (function, first) in enumerate(found[0]):
+        of = next(plan for plan in launched.plans.values() if function in plan.entries)
+        size = units.record_of(of, _jit.headers()).size
+        for its_keys, kernels in zip(keys, found, strict=True):
+            argument = kernels[index][1][:size]
+            assert argument.replace(its_keys, keys[0]) == first[:size]
+            assert argument.count(its_keys) == (0 if function == "attention_align" else 1)
+
+
+def test_many_seeds_are_one_problem_on_the_cpu() -> None:
+    given = problem("float32")
+    _problem._checked.cache_clear()
+    outs = []
+    for seed in SEEDS:
+        one = given._replace(seed=seed)
+        found = one.run()
+        one.check(found)
+        outs.append(found[0])
+    assert _problem._checked.cache_info().misses == 2
+    assert len({out.tobytes() for out in outs}) == len(SEEDS)

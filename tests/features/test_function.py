@@ -13,9 +13,13 @@ import own_functions as own
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_problem import Launched, OnGpu, unpacked
 
 import cufa
 from cufa import functions
+from cufa._call import problem as _problem
+from cufa._compile import jit as _jit
+from cufa._kernels import unit as units
 from cufa._terms.function import mask_feature, score_feature
 from cufa._terms.term import Point
 from cufa._terms.trace import trace
@@ -170,6 +174,34 @@ def test_numbers_are_no_part_of_a_kernel() -> None:
     for factor in (0.5, 4.0):
         found, right = cufa.attention(x, x, x, score=scaled(factor)), cufa.attention(x, x, x, softmax_scale=factor / 2)
         np.testing.assert_allclose(found, right, rtol=1e-5)
+
+
+def test_many_numbers_are_one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie in the arguments of launches as floats and ints, each where its name has it."""
+
+    def score(by: Any, until: Any) -> Any:
+        return lambda s, b, h, q, k: functions.where(k < until, s * by, s)
+
+    def in_cuda(by: Any, until: Any) -> Any:
+        return cufa.cuda_function("key < until ? by * score : score", scalars={"by": by, "until": until})
+
+    def mask(first: Any) -> Any:
+        return lambda b, h, q, k: k >= first
+
+    x = OnGpu(2, 200, 4, 64)
+    numbers = ((0.5, 3, 5), (math.nan, -(2**31), 2**31 - 1), (float(np.finfo(np.float32).max), 7, -1))
+    for function in (score, in_cuda):
+        with monkeypatch.context() as patch:
+            launched = Launched(patch)
+            for by, until, first in numbers:
+                cufa.attention(x, x, x, score=function(by, until), mask=mask(first))
+            assert _problem._checked.cache_info().misses == len(launched.plans) == 1
+        _problem._checked.cache_clear()
+        (plan,) = launched.plans.values()
+        for (by, until, first), (_, argument) in zip(numbers, launched.kernels, strict=True):
+            terms = unpacked(units.record_of(plan, _jit.headers()), argument)["params"]["terms"]
+            assert [*terms["mask_function"].values()] == [first]
+            np.testing.assert_equal({type(x): x for x in terms["score"].values()}, {float: np.float32(by), int: until})
 
 
 def test_what_may_change_is_looked_at_anew() -> None:
