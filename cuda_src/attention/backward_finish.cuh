@@ -7,6 +7,7 @@
 #include "attention/backward_prepare.cuh"
 #include "attention/backward_rows.cuh"
 #include "attention/backward_work.cuh"
+#include "attention/exact_sums.cuh"
 #include "core/math.cuh"
 #include "ptx/math.cuh"
 #include "tile/accumulator.cuh"
@@ -198,6 +199,13 @@ inline void finish(const BackwardParams& backward) {
   const auto written = query_tiles<Config>(backward.forward, tile[0].seqlen, tile[0].batch, head, 0);
   if (written.contains(m_block)) return;
   clear_rows<Config>(backward, tile[0], Threads::thread(), Threads::threads);
+}
+
+// The kernel behind the main ones for score terms whose gradients have to be made of what was added up.
+template <class Config>
+inline void backward_terms(const BackwardArgument& argument) {
+  const i64 threads = i64(gridDim.x) * blockDim.x;
+  Config::variant::finish(argument.params.forward.terms, i64(blockIdx.x) * blockDim.x + threadIdx.x, threads);
 }
 
 }  // namespace attention

@@ -1,12 +1,12 @@
 // attention: the score term that adds an array.
 #pragma once
 
+#include "attention/exact_sums.cuh"
 #include "attention/score_array.cuh"
 #include "attention/score_tile.cuh"
 #include "attention/term.cuh"
 #include "core/types.cuh"
 #include "ptx/convert.cuh"
-#include "ptx/red.cuh"
 #include "ptx/thread.cuh"
 #include "tile/accumulator.cuh"
 
@@ -21,27 +21,44 @@ struct BiasData {
   i32 dquery_stride;
 };
 
+// What it is given where sums of its gradient are to be exact.
+struct OrderedBiasData {
+  BiasData own;
+  u64* dbias_words;
+};
+
+inline const BiasData& own(const BiasData& data) { return data; }
+inline const BiasData& own(const OrderedBiasData& data) { return data.own; }
+inline AtomicSums sums_of(const BiasData&) { return {}; }
+inline ExactSums sums_of(const OrderedBiasData& data) { return {data.own.dbias, data.dbias_words, data.own.zeros}; }
+
 // A score s becomes s + bias[batch][head][query][key]. `alone` is whether an element of the bias belongs to one score
 // only, whose gradient is then stored; over_queries and over_keys are whether all of a kind share an element.
+// With `ordered` sums of gradients are exact.
 template <class element, int step, bool paired, bool wide, bool bounded, bool per_head_, bool alone, bool over_queries,
-          bool over_keys>
+          bool over_keys, bool ordered = false>
 struct Bias : Term {
-  using Data = BiasData;
+  using Data = typename Choice<ordered, OrderedBiasData, BiasData>::Type;
+  using Sums = typename Choice<ordered, ExactSums, AtomicSums>::Type;
   using Array = ScoreArray<sizeof(element), step, paired, wide, bounded>;
   using Loaded = typename Array::Bits;
   template <class Place, int m_tiles, int cols>
   using Ahead = ScoreTile<Bias, Place, m_tiles, cols>;
   static constexpr bool per_head = per_head_, bends = false, has_gradient = true, loads = true;
+  static constexpr bool finishes = ordered;
   static constexpr bool gathers = over_queries || over_keys;
 
   Array array;
   char* dbias;
   i32 dquery_stride;
+  Sums sums;
 
   Bias(const Data& data, int batch, int head)
-      : array(data.bias, data.layout, batch, head),
-        dbias(reinterpret_cast<char*>(data.dbias) + batch * data.dbatch_stride + head * data.dhead_stride),
-        dquery_stride(data.dquery_stride) {}
+      : array(own(data).bias, own(data).layout, batch, head),
+        dbias(reinterpret_cast<char*>(own(data).dbias) + batch * own(data).dbatch_stride +
+              head * own(data).dhead_stride),
+        dquery_stride(own(data).dquery_stride),
+        sums(sums_of(data)) {}
 
   static float number(u32 bits) {
     if constexpr (is_same<element, f32>)
@@ -68,7 +85,7 @@ struct Bias : Term {
     if constexpr (alone)
       *daddress(at) = ds;
     else
-      ptx::red_add_f32(daddress(at), ds);
+      sums.add(daddress(at), ds);
   }
 
   // Sums over the rows or columns that share elements, first of each thread and then of the warp.
@@ -112,11 +129,19 @@ struct Bias : Term {
   void add(float x, int first, int last, const Point& at) const {
 #pragma unroll
     for (int bit = first; bit <= last; bit *= 2) x += __shfl_xor_sync(0xffffffffu, x, bit);
-    if (x != 0.0f && (tile::lane() & (2 * last - first)) == 0) ptx::red_add_f32(daddress(at), x);
+    if (x != 0.0f && (tile::lane() & (2 * last - first)) == 0) sums.add(daddress(at), x);
   }
 
   static void begin(const Data& data, i64 thread, i64 threads) {
-    for (i64 i = thread; i < data.zeros; i += threads) data.dbias[i] = 0.0f;
+    if constexpr (ordered) {
+      sums_of(data).begin(thread, threads);
+    } else {
+      for (i64 i = thread; i < data.zeros; i += threads) data.dbias[i] = 0.0f;
+    }
+  }
+
+  static void finish(const Data& data, i64 thread, i64 threads) {
+    if constexpr (ordered) sums_of(data).finish(thread, threads);
   }
 };
 

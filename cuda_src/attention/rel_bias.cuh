@@ -1,10 +1,10 @@
 // attention: the score term that adds a number for each head and distance.
 #pragma once
 
+#include "attention/exact_sums.cuh"
 #include "attention/term.cuh"
 #include "core/math.cuh"
 #include "core/types.cuh"
-#include "ptx/red.cuh"
 #include "tile/accumulator.cuh"
 
 namespace attention {
@@ -17,20 +17,38 @@ struct RelBiasData {
   i64 size;
 };
 
-// A score s becomes s + rel_bias[head][reach + clip(i + diagonal - j, -reach, reach)].
+// What it is given where sums of its gradient are to be exact.
+struct OrderedRelBiasData {
+  RelBiasData own;
+  u64* drel_bias_words;
+};
+
+inline const RelBiasData& own(const RelBiasData& data) { return data; }
+inline const RelBiasData& own(const OrderedRelBiasData& data) { return data.own; }
+inline AtomicSums sums_of(const RelBiasData&) { return {}; }
+inline ExactSums sums_of(const OrderedRelBiasData& data) {
+  return {data.own.drel_bias, data.drel_bias_words, data.own.size};
+}
+
+// A score s becomes s + rel_bias[head][reach + clip(i + diagonal - j, -reach, reach)]. With `ordered` sums of gradients
+// are exact.
+template <bool ordered>
 struct RelBias : Term {
-  using Data = RelBiasData;
-  static constexpr bool bends = false, has_gradient = true, gathers = true;
+  using Data = typename Choice<ordered, OrderedRelBiasData, RelBiasData>::Type;
+  using Sums = typename Choice<ordered, ExactSums, AtomicSums>::Type;
+  static constexpr bool bends = false, has_gradient = true, gathers = true, finishes = ordered;
 
   const float* row;  // of distance 0
   float* drow;
   i32 stride, reach;
+  Sums sums;
 
   RelBias(const Data& data, int, int head)
-      : row(data.rel_bias + head * data.head_stride + i64(data.reach) * data.distance_stride),
-        drow(data.drel_bias + i64(head) * (2 * data.reach + 1) + data.reach),
-        stride(data.distance_stride),
-        reach(data.reach) {}
+      : row(own(data).rel_bias + head * own(data).head_stride + i64(own(data).reach) * own(data).distance_stride),
+        drow(own(data).drel_bias + i64(head) * (2 * own(data).reach + 1) + own(data).reach),
+        stride(own(data).distance_stride),
+        reach(own(data).reach),
+        sums(sums_of(data)) {}
 
   float score(float s, const Point& at) const { return s + row[i64(clamp(at.steps(), -reach, reach)) * stride]; }
 
@@ -41,13 +59,13 @@ struct RelBias : Term {
     constexpr bool along_keys = Place::Row::along_keys;
     constexpr int above = 2 * Entries::m_tiles - 1, diagonals = Entries::n_tiles + above, sign = along_keys ? -1 : 1;
     constexpr u32 all = 0xffffffffu;
-    float sums[diagonals][2] = {};
+    float shares[diagonals][2] = {};
 #pragma unroll
     for (int t = 0; t < Entries::m_tiles; ++t) {
 #pragma unroll
       for (int j = 0; j < Entries::n_tiles; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[j - 2 * t - i / 2 + above][i % 2] += ds.x[t][j][i];
+        for (int i = 0; i < 4; ++i) shares[j - 2 * t - i / 2 + above][i % 2] += ds.x[t][j][i];
       }
     }
     const int row = tile::lane() / 4, col = 2 * (tile::lane() % 4);
@@ -58,10 +76,10 @@ struct RelBias : Term {
     if (nearest >= reach || farthest <= -reach) {  // all entries have the same number
       float sum = 0.0f;
 #pragma unroll
-      for (int d = 0; d < diagonals; ++d) sum += sums[d][0] + sums[d][1];
+      for (int d = 0; d < diagonals; ++d) sum += shares[d][0] + shares[d][1];
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(all, sum, step);
-      if (tile::lane() == 0 && sum != 0.0f) ptx::red_add_f32(drow + (nearest >= reach ? reach : -reach), sum);
+      if (tile::lane() == 0 && sum != 0.0f) sums.add(drow + (nearest >= reach ? reach : -reach), sum);
       return;
     }
     const bool next = row < 6 && col < 6, after_next = row < 4 && col < 4, first_of_diagonal = row < 2 || col == 0;
@@ -69,20 +87,28 @@ struct RelBias : Term {
     for (int d = 0; d < diagonals; ++d) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float sum = sums[d][e];
+        float sum = shares[d][e];
         const float one_on = __shfl_down_sync(all, sum, 9);
         if (next) sum += one_on;
         const float two_on = __shfl_down_sync(all, sum, 18);
         if (after_next) sum += two_on;
         // What is 0 need not be added, and where no query sees a key there may be no such distance.
         const int distance = clamp(steps + sign * (8 * (d - above) + e), -reach, reach);
-        if (first_of_diagonal && sum != 0.0f) ptx::red_add_f32(drow + distance, sum);
+        if (first_of_diagonal && sum != 0.0f) sums.add(drow + distance, sum);
       }
     }
   }
 
   static void begin(const Data& data, i64 thread, i64 threads) {
-    for (i64 i = thread; i < data.size; i += threads) data.drel_bias[i] = 0.0f;
+    if constexpr (ordered) {
+      sums_of(data).begin(thread, threads);
+    } else {
+      for (i64 i = thread; i < data.size; i += threads) data.drel_bias[i] = 0.0f;
+    }
+  }
+
+  static void finish(const Data& data, i64 thread, i64 threads) {
+    if constexpr (ordered) sums_of(data).finish(thread, threads);
   }
 };
 

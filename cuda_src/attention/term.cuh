@@ -38,7 +38,8 @@ struct Term {
   static constexpr bool reads_score = false;   // whether `gradient` also takes the score that the term is applied to
   static constexpr bool loads =
       false;  // whether it has `load` and `Ahead`, and `score` and `keeps` with what these give
-  static constexpr bool gathers = false;  // whether it has `gather`
+  static constexpr bool gathers = false;   // whether it has `gather`
+  static constexpr bool finishes = false;  // whether it has `finish`
 
   // What becomes of a score, and the derivative of that as a function of what `score` returned.
   float score(float s, const Point&) const { return s; }
@@ -100,6 +101,10 @@ struct Term {
   // Sets to 0 what `gradient` adds to. Every thread of an earlier launch calls this, thread `thread` of `threads`.
   template <class Data>
   static void begin(const Data&, i64, i64) {}
+
+  // Makes its gradients of what was added. Every thread of a later launch calls this, thread `thread` of `threads`.
+  template <class Data>
+  static void finish(const Data&, i64, i64) {}
 };
 
 }  // namespace attention

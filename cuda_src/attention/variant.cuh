@@ -58,6 +58,7 @@ struct Variant<> {
   template <class Entries, class Place>
   void gather(const Entries&, const Place&) const {}
   static void begin(const u64*, i64, i64) {}
+  static void finish(const u64*, i64, i64) {}
 };
 
 template <class Term, class... Rest>
@@ -249,6 +250,12 @@ struct Variant<Term, Rest...> {
   static void begin(const u64* data, i64 thread, i64 threads) {
     Term::begin(of(data), thread, threads);
     Others::begin(data + own_words, thread, threads);
+  }
+
+  // Makes gradients of terms of what was added.
+  static void finish(const u64* data, i64 thread, i64 threads) {
+    Term::finish(of(data), thread, threads);
+    Others::finish(data + own_words, thread, threads);
   }
 
  private:

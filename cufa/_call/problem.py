@@ -738,6 +738,10 @@ class _CallCheck(AttentionCheck):
             self.lse_shape(),
         )
 
+    def asked(self) -> tuple[Term, ...]:
+        terms = super().asked()
+        return tuple(term.in_order() for term in terms) if self.options.deterministic else terms
+
     def static(self, q: Spec, v: Spec, left: int | None, right: int | None) -> Static:
         itemsize = ITEMSIZE[q.dtype]
         backward = self.gradient
@@ -784,6 +788,7 @@ class _CallCheck(AttentionCheck):
                     f"the gradients of {term.name} add up in no fixed order on a GPU, and so are not the same bits in "
                     "every run; pass deterministic=False."
                 )
+            term.check_order(self)
 
     def has_empty_rows(self, right: int | None) -> bool:
         """Whether the first row of a dense q, which sees the least of the first keys, sees none."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .._call.align import WORKSPACE_ALIGNMENT
 from .._call.arrays import contiguous
 from .._call.problem import CHAIN_ROWS, Problem
-from .._terms import Term
+from .._terms import Term, exact_sums
 from ..errors import UnsupportedError
 from . import tensor_map
 from .kernel import MAX_GRID, SIZEOF, Config, Kernel, Map, Scratch, Step, blocks_in, four
@@ -28,6 +28,9 @@ SECTION = 24 << 20
 
 CONTENDING_BLOCKS = 32
 """Blocks of keys of a head that may run at a time and add to the same tiles of dq as they come."""
+
+TERM_BLOCKS = 8
+"""Thread blocks per SM of what makes the gradients of score terms of their sums."""
 
 WAITING_BLOCKS = 16
 """Blocks of keys of a head that may run at a time if they wait for each other."""
@@ -144,6 +147,7 @@ class BackwardKernel(Kernel):
             Step("attention_backward_prepare", ROW_THREADS),
             *(Step(entry, config.num_threads, config.smem_bytes) for entry in self.main_entries),
             Step("attention_backward_finish", self.finish_threads(config)),
+            *((Step("attention_backward_terms", ROW_THREADS),) if finishes_terms(config) else ()),
             Step("attention_backward_repair", ROW_THREADS),
         )
 
@@ -166,7 +170,8 @@ class BackwardKernel(Kernel):
         workspace_rows = m_blocks * config.block_m
         if problem.varlen:
             workspace_rows = blocks_in(problem.seqlen_q, ALIGNED_ROWS, problem) * ALIGNED_ROWS
-        blocks = (*((2,) if problem.varlen else ()), prepare, *main, finish, repair)
+        terms = (num_sms * TERM_BLOCKS,) if finishes_terms(config) else ()
+        blocks = (*((2,) if problem.varlen else ()), prepare, *main, finish, *terms, repair)
         return BackwardGrid(blocks, m_blocks, n_blocks, *self.order(config, problem, num_sms), workspace_rows)
 
     def order(self, config: Any, problem: Problem, num_sms: int) -> tuple[int, bool]:
@@ -234,6 +239,7 @@ class BackwardKernel(Kernel):
             "offsets_k": (0, packed),
             "not_finite": (0, 1),
             "chains": (0, self.chain_floats(config, problem, grid)),
+            **{name: (0, size) for term in config.variant for name, size in term.scratch(problem).items()},
         }
         parts, end = {}, 0
         for name, (before, size) in sizes.items():
@@ -242,7 +248,15 @@ class BackwardKernel(Kernel):
         return Scratch(parts, end)
 
     def asserts(self) -> str:
-        return f"static_assert(tile::chain_rows == {CHAIN_ROWS});\n"
+        return (
+            f"static_assert(tile::chain_rows == {CHAIN_ROWS});\n"
+            f"static_assert(attention::ExactSums::digits == {exact_sums.DIGITS});\n"
+        )
+
+
+def finishes_terms(config: Config) -> bool:
+    """Whether score terms have gradients that are made of sums behind the main kernels."""
+    return any(term.finishes for term in config.variant)
 
 
 def holds_derivatives(terms: tuple[Term, ...]) -> bool:

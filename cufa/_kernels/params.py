@@ -24,6 +24,7 @@ def params_of(
 
     `strides` are those of q, k, v and the other arrays that the kernel reads, if not the problem's.
     """
+    assert problem.static is not None
     strides = problem.strides if strides is None else strides
     lse = contiguous(problem.lse_shape)
     left, right = (MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right))
@@ -49,7 +50,7 @@ def params_of(
         "units_per_block": units_per_block,
         "clear_out": "out" not in strides,
         "exponent_scale": problem.softmax_scale / math.log(2.0),
-        "terms": {term.name: term.values(problem) for term in problem.terms},
+        "terms": {term.name: term.values(problem) for term in problem.static.terms},
     }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._call.arrays import CPU
-from . import score_array
+from . import exact_sums, score_array
 from .score_array import Access, Parts, Specialised
 from .term import Array, Point
 
@@ -30,6 +30,8 @@ class Bias(Specialised):
         How kernels read the array.
     element : str
         The C++ type of its elements.
+    exact : bool
+        Whether sums of its gradient are exact.
     """
 
     name = "bias"
@@ -41,20 +43,27 @@ class Bias(Specialised):
     gradients = ("dbias",)
     bends = False
 
-    def __init__(self, access: Access = Access(), element: str = "f32") -> None:  # noqa: B008
-        self.facts = access, element
+    def __init__(self, access: Access = Access(), element: str = "f32", exact: bool = False) -> None:  # noqa: B008
+        self.facts = access, element, exact
         self.per_head = access.per_head
         self.loaded_bytes = access.bytes
-        self.ordered = not any(access.shared)
+        self.ordered = exact or not any(access.shared)
+        self.finishes = exact
+        if exact:
+            self.data = "OrderedBiasData"
 
     def struct(self, element: str) -> str:
-        access, own = self.facts
+        access, own, exact = self.facts
         *_, queries, keys = access.shared
-        flags = (access.per_head, not any(access.shared), queries, keys)
+        flags = (access.per_head, not any(access.shared), queries, keys, *([True] if exact else []))
         return f"{self.type}<{own}, {access.arguments()}, {', '.join(str(flag).lower() for flag in flags)}>"
 
     def specialised(self, specs: Mapping[str, Spec], packed: bool) -> Bias:
         return Bias(Access.of("bias", specs, packed), ELEMENTS[specs["bias"].dtype])
+
+    def in_order(self) -> Bias:
+        access, element, _ = self.facts
+        return self if self.ordered else Bias(access, element, exact=True)
 
     def check(self, call: Check) -> None:
         spec = call.specs.get("bias")
@@ -66,6 +75,14 @@ class Bias(Specialised):
             call.value_error(f"bias has dtype {spec.dtype}; pass {' or '.join(allowed)}.")
         score_array.check(call, "bias")
 
+    def check_order(self, call: Check) -> None:
+        access, _, exact = self.facts
+        *_, queries, keys = access.shared
+        if exact and queries and keys:
+            q, k = call.specs["q"].shape, call.specs["k"].shape
+            batch = q[0] if len(q) == 4 and access.shared[0] else 1
+            exact_sums.check(call, "bias", batch * (q[-2] if access.shared[1] else 1) * q[-3] * k[-3])
+
     def check_lengths(self, problem: Problem, longest_q: int, longest_k: int) -> None:
         score_array.check_lengths(problem, "bias", longest_q, longest_k)
 
@@ -74,12 +91,18 @@ class Bias(Specialised):
 
     def values(self, problem: Problem) -> dict[str, Any]:
         shape = problem.specs["bias"].shape
+        *_, exact = self.facts
         batch, head, query = (0 if n == 1 else 4 * math.prod(shape[axis + 1 :]) for axis, n in enumerate(shape[:3]))
         sees_all = problem.window_left is None and problem.window_right is None
         every_one = sees_all and not problem.varlen and not any(term.hides for term in problem.terms)
-        stored = self.specialised(problem.specs, problem.varlen).ordered and every_one
+        stored = every_one and self.ordered and not exact
         strides = {"dbatch_stride": batch, "dhead_stride": head, "dquery_stride": query}
-        return {"layout": score_array.layout(problem, "bias"), "zeros": 0 if stored else math.prod(shape), **strides}
+        own = {"layout": score_array.layout(problem, "bias"), "zeros": 0 if stored else math.prod(shape), **strides}
+        return {"own": own} if exact else own
+
+    def scratch(self, problem: Problem) -> dict[str, int]:
+        *_, exact = self.facts
+        return {"dbias_words": exact_sums.floats(math.prod(problem.specs["bias"].shape))} if exact else {}
 
     def fits(self, given: Mapping[str, Any], farthest: int, largest: float) -> bool:
         return float(np.abs(given["bias"]).max(initial=0)) < largest

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .._call.arrays import CPU
-from .score_array import MAX_STRIDE
-from .term import Array, Point, Term
+from . import exact_sums
+from .score_array import MAX_STRIDE, Specialised
+from .term import Array, Point
 
 if TYPE_CHECKING:
     from .._call.problem import Check, Problem
     from .._operations.features import Feature
 
 
-class RelBias(Term):
-    """Its array is (num_heads_q, 2 · reach + 1); distances beyond the reach have what its ends say."""
+class RelBias(Specialised):
+    """Its array is (num_heads_q, 2 · reach + 1); distances beyond the reach have what its ends say.
+
+    Parameters
+    ----------
+    exact : bool
+        Whether sums of its gradient are exact.
+    """
 
     name = "rel_bias"
     header = "attention/rel_bias.cuh"
-    type = "attention::RelBias"
-    data = "RelBiasData"
     foldable = True
     arrays = ("rel_bias",)
     gradients = ("drel_bias",)
     bends = False
+
+    def __init__(self, exact: bool = False) -> None:
+        self.facts = (exact,)
+        self.ordered = self.finishes = exact
+        self.type = f"attention::RelBias<{str(exact).lower()}>"
+        self.data = "OrderedRelBiasData" if exact else "RelBiasData"
+
+    def in_order(self) -> RelBias:
+        return RelBias(exact=True)
+
+    def check_order(self, call: Check) -> None:
+        q, k = call.specs["q"].shape, call.specs["k"].shape
+        exact_sums.check(call, "rel_bias", (q[0] if len(q) == 4 else 1) * q[-3] * k[-3])
 
     def check(self, call: Check) -> None:
         spec, heads = call.specs.get("rel_bias"), call.specs["q"].shape[-2]
@@ -50,7 +69,13 @@ class RelBias(Term):
     def values(self, problem: Problem) -> dict[str, Any]:
         (heads, distances), strides = problem.specs["rel_bias"].shape, problem.strides["rel_bias"]
         numbers = {"reach": distances // 2, "size": heads * distances}
-        return {"head_stride": strides[0], "distance_stride": strides[1], **numbers}
+        own = {"head_stride": strides[0], "distance_stride": strides[1], **numbers}
+        return {"own": own} if self.finishes else own
+
+    def scratch(self, problem: Problem) -> dict[str, int]:
+        if not self.finishes:
+            return {}
+        return {"drel_bias_words": exact_sums.floats(math.prod(problem.specs["rel_bias"].shape))}
 
     def fits(self, given: Mapping[str, Any], farthest: int, largest: float) -> bool:
         return float(np.abs(given["rel_bias"]).max(initial=0)) < largest

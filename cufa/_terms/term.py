@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[Any]
 
-FLAGS = ("per_head", "bends", "scales", "hides", "gives_slope", "reads_score", "has_gradient", "loads")
+FLAGS = ("per_head", "bends", "scales", "hides", "gives_slope", "reads_score", "has_gradient", "loads", "finishes")
 """What a term and its C++ twin both say of it; every translation unit asserts that they say the same."""
 
 
@@ -102,7 +102,9 @@ class Term:
         Of a term that lists the blocks that its kernels go over: queries and keys of each. It keeps all of the blocks
         that are said to be seen whole. ``ListedMask`` in ``cuda_src/attention/block_mask.cuh`` reads its lists.
     ordered : bool
-        Whether its gradients add up in a fixed order on a GPU where that is asked for.
+        Whether its gradients are the same bits in every run on a GPU.
+    finishes : bool
+        Whether its gradients are made of what was added up by a kernel behind the main ones.
     foldable : bool
         Whether the numbers of a sequence and of a head matter to it only as places in its arrays, so that a call may
         become part of a larger one, or parts of it calls of their own.
@@ -126,6 +128,7 @@ class Term:
     loaded_bytes: int = 0
     blocks: tuple[int, int] | None = None
     ordered: bool = False
+    finishes: bool = False
     foldable: bool = False
 
     def __eq__(self, other: object) -> bool:
@@ -153,6 +156,10 @@ class Term:
 
     def specialised(self, specs: Mapping[str, Spec], packed: bool) -> Term:
         """Itself with what decides its kernels of such arrays, which `struct` and the flags may depend on."""
+        return self
+
+    def in_order(self) -> Term:
+        """What takes its place where gradients are to be the same bits in every run: it is `ordered` if it can be."""
         return self
 
     def asked(self, specs: Mapping[str, Spec], options: Options) -> bool:
@@ -183,12 +190,19 @@ class Term:
     def check_lengths(self, problem: Problem, longest_q: int, longest_k: int) -> None:
         """Refuse arrays of its own that do not reach over the longest of packed sequences; asked on the CPU only."""
 
+    def check_order(self, call: Check) -> None:
+        """Refuse a call that is too large for gradients that are the same bits in every run."""
+
     def results(self, problem: Problem) -> Mapping[str, tuple[tuple[int, ...], str]]:
         """Shapes and dtypes of its `gradients`."""
         return {}
 
     def values(self, problem: Problem) -> dict[str, Any]:
         """The members of its C++ data but for addresses: values, or `Late`."""
+        return {}
+
+    def scratch(self, problem: Problem) -> Mapping[str, int]:
+        """The device memory that its gradients take, in float32 numbers, by the name of its data's pointer to it."""
         return {}
 
     def options(self, problem: Problem) -> dict[str, Any]:

@@ -69,3 +69,23 @@ def test_a_gradient_that_is_stored_needs_no_zeros_and_is_deterministic() -> None
         with emulated.Gpu(arch=90, num_sms=3, order=order) as gpu:
             found.append(b"".join(x.tobytes() for x in featured.backward(made, gpu)))
     assert found[0] == found[1] == found[2]
+
+
+IN_ORDER = [
+    pytest.param(90, case(64, bias="11xx", causal=True), "sm90", id="90 dense"),
+    pytest.param(90, case(64, bias="1x1x", **PACKED), "sm90", id="90 packed"),
+    pytest.param(90, case(160, bias="x1x1"), "split_keys_sm90", id="90 wide"),
+    pytest.param(80, case(64, bias="1111", dtype="float32", window_size=(60, 20)), "sm80", id="80 dense"),
+    pytest.param(80, case(40, bias="1xx1", **PACKED), "sm80", id="80 packed"),
+    pytest.param(80, case(32, bias="11xx", seqlen_q=16, seqlen_k=30), "sm80", id="80 short"),
+]
+
+
+@pytest.mark.parametrize(("arch", "case", "family"), IN_ORDER)
+def test_gradients_that_scores_share_are_the_same_bits_in_any_order(arch: int, case: Case, family: str) -> None:
+    found = []
+    for order in (None, 1, 2, 3):
+        with emulated.Gpu(arch=arch, num_sms=3, order=order) as gpu:
+            found.append([x.tobytes() for x in featured.backward(Call(case=case, deterministic=True), gpu)])
+            assert f"attention_backward_{family}" in [each.function.entry for each in gpu.launches]
+    assert found[1:] == found[:1] * 3

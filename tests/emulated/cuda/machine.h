@@ -122,6 +122,7 @@ i32 atomic_inc(i32* address, i32 last);                  // which acquires and r
 i32 atomic_cas(i32* address, i32 expected, i32 value);   // which acquires
 i32 atomic_add_relaxed(i32* address, i32 value);
 void reduce_add(float* address, float value);
+void reduce_add(u64* address, u64 value);
 
 // --- products -------------------------------------------------------------------------------------------
 

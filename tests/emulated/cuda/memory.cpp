@@ -597,6 +597,12 @@ void reduce_add(float* address, float value) {
   if (interleaved) maybe_yield(4 * warp_odds);
 }
 
+void reduce_add(u64* address, u64 value) {
+  check_word(address, writable, "red.add", FRAME);
+  *address += value;
+  if (interleaved) maybe_yield(4 * warp_odds);
+}
+
 }  // namespace emulated
 
 // --- what the compiler calls for every load and store -----------------------------------------------------
