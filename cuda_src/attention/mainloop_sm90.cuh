@@ -60,8 +60,7 @@ struct MainloopSm90 {
   // The tiles on their way through the block: one warp finds a tile, then it is loaded, then computed, and its entry is
   // given back when its output is written.
   using Tiles = tile::Ring<4>;
-  // Where tiles are found late, the warp that loads says of each that the tile's last block of keys comes next. It need
-  // not ask whether that was heard, since it gets no other tile before.
+  // Where tiles are found late, who loads says when one's last keys come next; it gets no other before that is heard.
   using Ends = tile::Ring<1>;
 
   // What is known of a tile. A tile with so many blocks of keys that sums over them would drift (tile/local.cuh) has an
@@ -75,7 +74,6 @@ struct MainloopSm90 {
     void take_chain(int index) { attention::take_chain(work.blocks, ends, index, chain_blocks); }
   };
 
-  struct Nothing {};
   struct Shared {
     typename Q::Storage q[consumers];
     typename K::Storage k[Config::stages];
@@ -85,7 +83,7 @@ struct MainloopSm90 {
     typename Queries::Storage queries[consumers];
     Entry entries[Tiles::stages];
     u32 to_repair;  // whether some output is to be repaired; a warp that looks may miss what others have still to do
-    typename Choose<Source::finds_late, typename Ends::Storage, Nothing>::type ends;
+    typename Choose<Source::finds_late, typename Ends::Storage, u32>::type ends;
   };
   static constexpr int smem_bytes = sizeof(Shared);
 
