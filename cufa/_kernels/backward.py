@@ -30,7 +30,7 @@ CONTENDING_BLOCKS = 32
 """Blocks of keys of a head that may run at a time and add to the same tiles of dq as they come."""
 
 TERM_BLOCKS = 8
-"""Thread blocks per SM of what makes the gradients of score terms of their sums."""
+"""Thread blocks per SM, at most, of what makes the gradients of score terms of their sums."""
 
 WAITING_BLOCKS = 16
 """Blocks of keys of a head that may run at a time if they wait for each other."""
@@ -170,7 +170,10 @@ class BackwardKernel(Kernel):
         workspace_rows = m_blocks * config.block_m
         if problem.varlen:
             workspace_rows = blocks_in(problem.seqlen_q, ALIGNED_ROWS, problem) * ALIGNED_ROWS
-        terms = (num_sms * TERM_BLOCKS,) if finishes_terms(config) else ()
+        terms: tuple[int, ...] = ()
+        if finishes_terms(config):
+            floats = sum(size for term in config.variant for size in term.scratch(problem).values())
+            terms = (max(1, min(-(-floats // ROW_THREADS), num_sms * TERM_BLOCKS)),)
         blocks = (*((2,) if problem.varlen else ()), prepare, *main, finish, *terms, repair)
         return BackwardGrid(blocks, m_blocks, n_blocks, *self.order(config, problem, num_sms), workspace_rows)
 

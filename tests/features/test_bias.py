@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import featured
 import numpy as np
 import pytest
+from featured import MAKERS
 from gradients import Call
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +17,13 @@ from test_problem import OnGpu
 
 import cufa
 from cufa import reference
+from cufa._call import arrays as _arrays
+from cufa._call import options as _options
 from cufa._call import problem as _problem
+from cufa._driver.driver import Device
 from cufa._operations.backward import ATTENTION_BACKWARD
+from cufa._operations.call import Planned, planned_for
+from cufa._operations.features import extended
 from cufa._operations.forward import ATTENTION, ATTENTION_VARLEN
 from cufa._terms.bias import BIAS
 from cufa._terms.mask_array import MASK_ARRAY
@@ -171,15 +178,55 @@ def on_gpu(shape: tuple[int, ...], dtype: str = "float16", **more: Any) -> tuple
     return arrays | {"bias": OnGpu(*shape, dtype=dtype, **more)}, {"causal": False, "softcap": 0.0}
 
 
-def test_shared_gradients_are_not_called_deterministic() -> None:
-    arrays, options = on_gpu((2, 1, 200, 300))
+H200 = Device(90, 132)
+
+
+def planned(arrays: dict[str, Any], deterministic: bool) -> Planned:
+    """What will run for gradients on a GPU."""
+    features = [MAKERS[name]("attention_backward", arrays[name]) for name in MAKERS if name in arrays]
+    given = tuple(arrays.get(name) for name in ATTENTION_BACKWARD.arrays)
+    asked = False, None, None, 0.0, False, deterministic
+    operation, given, asked = extended(ATTENTION_BACKWARD, given, asked, features)
+    view = _arrays.view(operation.name, operation.arrays, given, operation.uncopied_indices)
+    return planned_for(_problem.check(operation, view, _options.of(operation.name, asked, operation.owned)), H200)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 200, 300), (1, 4, 1, 300), (1, 1, 1, 1)], ids=str)
+def test_sums_in_order_take_memory_for_elements_of_the_bias(shape: tuple[int, ...]) -> None:
+    arrays = on_gpu(shape)[0] | {"rel_bias": OnGpu(4, 7, dtype="float32")}
+    ordered, loose = (planned(arrays, deterministic) for deterministic in (True, False))
+    assert [term.ordered for term in ordered.plan.config.variant] == [True, True]
+    assert [term.ordered for term in loose.plan.config.variant] == [False, False]
+    words = [16 * math.prod(each) for each in (shape, (4, 7))]
+    begins = [ordered.scratch.parts[name] for name in ("dbias_words", "drel_bias_words")]
+    assert begins[1] - begins[0] >= words[0] and ordered.scratch.floats - begins[1] >= words[1]
+    assert ordered.scratch.floats - loose.scratch.floats < sum(words) + 128
+    assert {*ordered.plan.entries} - {*loose.plan.entries} == {"attention_backward_terms"}
+    assert "dbias_words" not in loose.scratch.parts
+
+
+def test_a_bias_whose_gradient_is_stored_is_in_order_as_it_is() -> None:
+    arrays, _ = on_gpu((2, 4, 200, 300))
+    assert planned(arrays, True).plan.entries == planned(arrays, False).plan.entries
+
+
+@pytest.mark.parametrize("name", ["bias", "rel_bias"])
+def test_sums_in_order_have_a_largest_number_of_scores(name: str) -> None:
+    rows = 1 << 19
+    x = OnGpu(1, rows, 1, 64, dtype="float16")
+    shape = (1, 1, 1, 1) if name == "bias" else (1, 9)
+    arrays: dict[str, Any] = {"q": x, "out": x, "dout": x, "lse": OnGpu(1, 1, rows, dtype="float32")}
+    arrays |= {name: OnGpu(*shape, dtype="float32")}
+    most = OnGpu(1, 1 << 20, 1, 64, dtype="float16")
+    planned(arrays | {"k": most, "v": most}, True)
+    more = OnGpu(1, (1 << 20) + 1, 1, 64, dtype="float16")
+    planned(arrays | {"k": more, "v": more}, False)
     with pytest.raises(cufa.UnsupportedError) as refusal:
-        featured.run(ATTENTION_BACKWARD, arrays, options, False, True)
+        planned(arrays | {"k": more, "v": more}, True)
     assert str(refusal.value) == (
-        "attention_backward: the gradients of bias add up in no fixed order on a GPU, and so are not the same bits in "
-        "every run; pass deterministic=False."
+        f"attention_backward: up to {rows * ((1 << 20) + 1)} scores share an element of {name}; sums that are the same "
+        f"bits in every run have at most {1 << 39}. Pass deterministic=False."
     )
-    _problem._checked.cache_clear()
 
 
 def test_strides_that_kernels_cannot_multiply_are_refused() -> None:
@@ -216,6 +263,8 @@ def test_terms_are_specialised_by_layout(spec: Spec, arguments: str) -> None:
     shapes: Any = {"q": Spec(2, 20, 4, 8, strides=()), "k": Spec(2, 30, 2, 8, strides=()), "bias": spec, "mask": spec}
     term = BIAS.specialised(shapes, False)
     assert term.struct("f16") == f"attention::Bias<{arguments}>"
+    exact = "" if term.ordered else ", true"
+    assert term.in_order().struct("f16") == f"attention::Bias<{arguments}{exact}>"
     assert term != BIAS or arguments.startswith("f32, -1")
     assert term == BIAS.specialised(shapes, False) and hash(term) == hash(BIAS.specialised(shapes, False))
     assert MASK_ARRAY.specialised(shapes, False) != term

@@ -59,6 +59,13 @@ def test_a_gradient_that_is_stored_is_the_same_in_every_run(cupy: Any) -> None:
     made.check(tuple(map(to_numpy, runs[0])))
 
 
+@pytest.mark.parametrize("name", ["causal", "packed", "keys", "queries", "one", "float32"])
+def test_gradients_that_scores_share_are_the_same_in_every_run(cupy: Any, name: str) -> None:
+    made = Call(case=CASES[name], deterministic=True)
+    bits = [b"".join(x.tobytes() for x in featured.backward(made, cupy)) for _ in range(5)]
+    assert bits[1:] == bits[:1] * 4
+
+
 @pytest.mark.parametrize("axes", ["xxxx", "1xxx", "x11x"])
 def test_torch_differentiates(axes: str) -> None:
     """By the operation's record alone."""
