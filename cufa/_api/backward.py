@@ -60,9 +60,11 @@ def attention_backward(
     causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, score, bias, rel_bias, mask, dropout_p, seed
         What `attention` was called with.
     deterministic : bool
-        dq is the same bits in every run. Without, blocks of keys add to it as they come, which is faster. dk, dv and
-        dsinks always are, and so is dq on the CPU, and on Hopper above head_dim 128. dbias always is where each of its
-        elements is for one score only; where several share it, and for drel_bias, this is refused on a GPU.
+        dq, dbias and drel_bias are the same bits in every run. Without, thread blocks add to them as they come, which
+        is faster. dk, dv and dsinks always are, and so are all on the CPU, dq on Hopper above head_dim 128, and dbias
+        where each of its elements is for one score only. Where several share it, and of drel_bias, sums are exact then,
+        and take 64 bytes of memory for each element while they are computed. A call whose `score` has gradients by
+        arrays is refused on a GPU.
     dq, dk, dv : array, optional
         Shaped like q, k and v, and in their dtype. Written and returned instead of new arrays; must not share memory
         with each other or with the inputs.
