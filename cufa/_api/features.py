@@ -33,11 +33,12 @@ def call_featured(
     if score is None and bias is None and rel_bias is None and mask is None and seed is None and dropout_p == 0:
         return call(operation, given, asked)
     if _arrays.compiling(given[0]):
-        from ..interop import torch  # which is traced; a cache would not be
+        from ..interop import torch
 
-        return torch.outside_a_graph(
-            call_featured, operation, given, asked, score, bias, rel_bias, mask, dropout_p, seed
-        )
+        # An operation with features is made when they are first asked for, which cannot be traced. Values that change
+        # from call to call, as seeds do, then come to torch.compile as variables: it compiles twice, and never again.
+        own = score, bias, rel_bias, mask, dropout_p, seed
+        return torch.outside("score functions, biases, masks and dropout", call_featured, operation, given, asked, *own)
     mask, asked = without_ranges(operation, given, mask, asked)
     features = features_of(operation.name, score, bias, rel_bias, mask, dropout_p, seed)
     return call(*extended(operation, given, asked, features))

@@ -485,13 +485,12 @@ def compiled(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...
 
 
 def _outside(what: str, operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
+    return outside(what, _call.call, operation, given, asked)
+
+
+def outside(what: str, function: Callable[..., Any], operation: Operation, *arguments: Any) -> Any:
+    """Break the graph of torch.compile, and call `function` there."""
     torch._dynamo.graph_break(f"{operation.name}: {what} cannot be part of a graph")
-    return _arrays.uncompiled(_call.call, operation, given, asked)
-
-
-def outside_a_graph(function: Callable[..., Any], operation: Operation, *arguments: Any) -> Any:
-    """A call whose operation torch.compile cannot make: it breaks its graph there."""
-    torch._dynamo.graph_break(f"{operation.name}: score functions, biases, masks and dropout cannot be part of a graph")
     return _arrays.uncompiled(function, operation, *arguments)
 
 

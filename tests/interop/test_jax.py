@@ -17,6 +17,8 @@ import pytest
 from test_problem import Launched
 
 import cufa
+from cufa._call import options as _options
+from cufa._call import problem as _problem
 from cufa._compile import jit as _jit
 from cufa.interop import xla
 
@@ -523,6 +525,8 @@ def test_descriptions_tell_calls_apart() -> None:
     found, arrays = xla.described(xla.description_of(call, layouts).encode())
     assert found == call and arrays == (((1, 4, 2, 8), "float32"),) * 3
     assert [type(x) for _, x in found.options.more] == [float, int]
+    late = call._replace(options=options._replace(late=(("number", 2.0),)))
+    assert xla.described(xla.description_of(late, layouts).encode())[0] == late != call
     text = xla.description_of(call, layouts)
     for cache in (xla.key_of, xla.described):
         cache.cache_clear()
@@ -630,6 +634,30 @@ def test_frames_on_a_gpu(monkeypatch: pytest.MonkeyPatch, traced: bool) -> None:
     monkeypatch.setattr(xla, "_ready", fail)
     assert handler(fake.frame) == 99
     assert fake.asked[-1] == ("error", 3, "no")
+
+
+def test_a_seed_reaches_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of different seeds are of one problem."""
+    from cufa._operations.features import Feature, extended
+    from cufa._operations.forward import ATTENTION
+    from cufa._terms.dropout import Dropout
+    from cufa._terms.philox import round_key_bytes
+
+    launched = Launched(monkeypatch)
+    monkeypatch.setattr(xla, "_current_device", lambda _: 0)
+    monkeypatch.setattr(xla, "_READY", {})
+    shape = (1, 256, 2, 64)
+    layouts = (xla.layout_of(shape, np.dtype(np.float16), 0),) * 3
+    handler = xla.handler(xla.run_on_gpu)
+    for seed in (5, -6):
+        asked = (True, None, None, 0.0, False, False)
+        operation, _, asked = extended(ATTENTION, (), asked, [Feature(Dropout(), options=(0.25, seed))])
+        options = _options.of(operation.name, asked, operation.owned)
+        fake = FakeXla(xla.description_of(xla.Call(operation, (0, 1, 2), options), layouts), [shape] * 4, 3)
+        assert handler(fake.frame) is None, fake.asked
+        _, argument = launched.kernels[-1]
+        assert argument.count(round_key_bytes(seed)) == 1
+    assert len(launched.kernels) == 2 and _problem._checked.cache_info().misses == 1
 
 
 # --- Several devices, other processes ---------------------------------------------------------------

@@ -411,6 +411,21 @@ def test_compiled_gradients_are_deterministic_if_asked(device: str, computed: Co
         assert computed.problems[-1].options.deterministic is wanted
 
 
+def test_a_new_seed_is_not_compiled_anew(device: str) -> None:
+    """But once, when torch learns that it changes; gradients drop what the forward does."""
+
+    def f(given: dict[str, Any], seed: int) -> Any:
+        return attend(given, dropout_p=0.3, seed=seed) * 2.0
+
+    compiled, given = torch.compile(f, backend="aot_eager"), arrays(device=device)
+    for count, seed in enumerate((3, 4, -5, 2**62, 7)):
+        with torch._dynamo.config.patch(error_on_recompile=count > 1):
+            found = compiled(given, seed)
+        expected = f(given, seed)
+        assert equal((found,), (expected,))
+        assert equal(*(torch.autograd.grad(x.sum(), leaves(given)) for x in (found, expected)))
+
+
 def test_options_may_change_between_calls(device: str) -> None:
     def f(q: Any, softcap: float, scale: float, left: int) -> Any:
         return cufa.attention(q, q, q, softcap=softcap, softmax_scale=scale, window_size=(left, q.shape[1] // 2))
