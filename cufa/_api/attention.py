@@ -78,7 +78,8 @@ def attention(
         Probabilities are 0 with this probability, from 0, which is off, to less than 1; the others are divided by
         1 - dropout_p. `lse` does not change.
     seed : int, optional
-        From which what is dropped follows, as `cufa.dropout_mask` gives it; needed with `dropout_p`.
+        From which what is dropped follows, as `cufa.dropout_mask` gives it; needed with `dropout_p`. Another
+        seed takes no more time than the same, but for `jax.jit`, which traces anew.
     return_lse : bool
         Return `lse` too.
     out : array, (batch, seqlen_q, num_heads_q, head_dim_v), optional
