@@ -117,8 +117,9 @@ class Problem(NamedTuple):
     def of(cls, row: Row, seed: int = 0) -> Problem:
         rows, keys = row["lengths"]
         (heads_q, heads_k), (head_dim, head_dim_v) = row["heads"], row["head_dims"]
-        names = "bias", "rel_bias", "alibi_ndim", "sinks", "softcap", "dropout_p", "dtype"
-        same = {name: row[name] for name in names}
+        same = {
+            name: row[name] for name in ("bias", "rel_bias", "alibi_ndim", "sinks", "softcap", "dropout_p", "dtype")
+        }
         case = Case(
             batch=2,
             seqlen_q=(rows, rows // 2) if row["packed"] else rows,
@@ -176,8 +177,11 @@ class Problem(NamedTuple):
             given["mask"] = allowing, allowed
         elif self.row["mask"] == "blocks":
             group = self.case.num_heads_q // self.case.num_heads_k
-            dense = self.blocks.dense(1, self.case.num_heads_k).repeat(group, axis=1)
-            given["mask"] = self.blocks._copied(place) if place else dense
+            given["mask"] = (
+                self.blocks._copied(place)
+                if place
+                else self.blocks.dense(1, self.case.num_heads_k).repeat(group, axis=1)
+            )
         return given
 
     def run(self, xp: Any = np) -> list[Any]:

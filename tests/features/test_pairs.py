@@ -21,3 +21,11 @@ def test_every_pair_is_covered_or_refused() -> None:
 def test_the_cpu_equals_the_reference(number: int) -> None:
     problem = pairs.Problem.of(pairs.ROWS[number], number)
     problem.check(problem.run())
+
+
+@pytest.mark.parametrize("mask", ["array", "function", "blocks"])
+def test_dout_of_rows_that_see_no_key_counts_nowhere(mask: str) -> None:
+    """Though it is NaN, and though the sink gives the row a lse."""
+    row = pairs.PLAIN | {"mask": mask, "sinks": True, "dlse": True, "heads": (4, 2), "dtype": "float32"}
+    problem = pairs.Problem.of(row).spoiled()
+    problem.check(problem.run())
