@@ -314,6 +314,7 @@ def attention(
     """
     given = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sinks": sinks, "bias": bias, "rel_bias": rel_bias}
     options = causal, window_size, softmax_scale, softcap
+    mask = without_lists(mask, q)
     causal, window_size, softmax_scale, softcap = _check("attention", given, options, mask, return_lse)
     out, lse = _attend(
         np.asarray(q),
@@ -474,6 +475,7 @@ def attention_varlen(
     given |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
     given |= {"bias": bias, "rel_bias": rel_bias}
     options = causal, window_size, softmax_scale, softcap
+    mask = without_lists(mask, q)
     causal, window_size, softmax_scale, softcap = _check("attention_varlen", given, options, mask, return_lse)
     out, lse = _attend_packed(
         np.asarray(q),
@@ -791,7 +793,11 @@ def terms_of(
         from ._specification.rel_bias import RelBias
 
         terms.append(RelBias(rel_bias))
-    if mask is not None:
+    if callable(mask) or isinstance(mask, tuple):
+        from ._specification.function import Function
+
+        terms.append(Function.of(mask, "mask"))
+    elif mask is not None:
         from ._specification.mask import Mask
 
         terms.append(Mask(mask))
@@ -811,6 +817,14 @@ def checked_terms() -> tuple[Any, ...]:
     from ._terms.rel_bias import REL_BIAS
 
     return *TERMS, BIAS, REL_BIAS, MASK_ARRAY
+
+
+def without_lists(mask: Any, q: Any) -> Any:
+    """A mask or, of a `cufa.BlockMask`, whose lists are of key heads, the array of what q's heads see."""
+    if not hasattr(mask, "block_size"):
+        return mask
+    seen = mask.dense()
+    return seen if seen.shape[1] == 1 else seen.repeat(np.shape(q)[-2] // seen.shape[1], axis=1)
 
 
 def is_array(mask: Any) -> bool:
@@ -833,8 +847,9 @@ def _check_gradients(function: str, given: dict[str, Any], options: FeaturedOpti
     given |= {name: options.get(name) for name in ("alibi_slopes", "sinks", "bias", "rel_bias")}
     window_size, softmax_scale = options.get("window_size"), options.get("softmax_scale")
     asked = options.get("causal", False), window_size, softmax_scale, options.get("softcap", 0.0)
-    causal, window_size, softmax_scale, softcap = _check(function, given, asked, options.get("mask"))
-    further = {name: value for name, value in options.items() if name not in Options.__optional_keys__}
+    mask = without_lists(options.get("mask"), given["q"])
+    causal, window_size, softmax_scale, softcap = _check(function, given, asked, mask)
+    further = {name: value for name, value in options.items() if name not in Options.__optional_keys__} | {"mask": mask}
     return {
         "causal": causal,
         "window_size": window_size,

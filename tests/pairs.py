@@ -103,7 +103,7 @@ def hiding(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
 
 def allowing(batch: Any, head: Any, query: Any, key: Any, allowed: Any) -> Any:
     """Some queries see no key."""
-    return allowed[head, key % 5] & (query % 16 != 2)
+    return (allowed[head, key % 5] | (query.position == key)) & (query % 16 != 2)
 
 
 class Problem(NamedTuple):
@@ -156,32 +156,22 @@ class Problem(NamedTuple):
     def options(self, place: Callable[[np.ndarray], Any] | None = None) -> dict[str, Any]:
         """The keywords of a call on arrays that a function puts somewhere; those of the reference without one."""
         put = place or (lambda array: array)
-        given: dict[str, Any] = {
-            name: put(x)
-            for name, x in self.arrays.items()
-            if name not in ("table", "allowed", "dout", "dlse")
-        } | self.case.options  # fmt: skip
+        apart = ("table", "allowed", "dout", "dlse")
+        given: dict[str, Any] = {name: put(x) for name, x in self.arrays.items() if name not in apart}
+        given |= self.case.options
         table, allowed = put(self.arrays["table"]), put(self.arrays["allowed"])
 
         def closure(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
             return captured(score, batch, head, query, key, table)
 
-        given["score"] = {
-            None: None,
-            "captured": closure if place else (captured, table),
-            "hiding": hiding,
-        }[self.row["score"]]
+        scores = {None: None, "captured": closure if place else (captured, table), "hiding": hiding}
+        given["score"] = scores[self.row["score"]]
         if self.row["mask"] == "object":
             given["mask"] = masks.dilated(3) | masks.chunked(32)
         elif self.row["mask"] == "function":
             given["mask"] = allowing, allowed
         elif self.row["mask"] == "blocks":
-            group = self.case.num_heads_q // self.case.num_heads_k
-            given["mask"] = (
-                self.blocks._copied(place)
-                if place
-                else self.blocks.dense(1, self.case.num_heads_k).repeat(group, axis=1)
-            )
+            given["mask"] = self.blocks._copied(place) if place else self.blocks
         return given
 
     def run(self, xp: Any = np) -> list[Any]:

@@ -77,7 +77,7 @@ class Function:
         return _difference(lambda factor: self.score(s + factor * step, at), step)
 
     def keep(self, at: Any) -> Array | bool:
-        return self._called(at) if self.is_mask else True
+        return self._called(at).astype(bool) if self.is_mask else True
 
     def factor(self, at: Any) -> float:
         return 1.0

@@ -129,6 +129,8 @@ class Problem(NamedTuple):
         asked_scales = (options.get("softmax_scale"), options.get("softcap", 0.0))
         given = dict(zip(names, host, strict=True)) | (gradients or {})
         further: dict[str, Any] = {name: x for name, x in options.items() if name not in Options.__optional_keys__}
+        if "mask" in further:
+            further["mask"] = reference.without_lists(further["mask"], q)
         for name in ("bias", "rel_bias", "mask"):
             given[name] = None
             if name in further and (name != "mask" or reference.is_array(further[name])):
