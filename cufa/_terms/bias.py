@@ -77,11 +77,10 @@ class Bias(Specialised):
 
     def check_order(self, call: Check) -> None:
         access, _, exact = self.facts
-        *_, queries, keys = access.shared
+        sequences, heads, queries, keys = access.shared
         if exact and queries and keys:
-            q, k = call.specs["q"].shape, call.specs["k"].shape
-            batch = q[0] if len(q) == 4 and access.shared[0] else 1
-            exact_sums.check(call, "bias", batch * (q[-2] if access.shared[1] else 1) * q[-3] * k[-3])
+            times = call.specs["q"].shape[-2] if heads else 1
+            exact_sums.check(call, "bias", times * (call.batch() if sequences and not call.varlen else 1))
 
     def check_lengths(self, problem: Problem, longest_q: int, longest_k: int) -> None:
         score_array.check_lengths(problem, "bias", longest_q, longest_k)

@@ -8,13 +8,16 @@ if TYPE_CHECKING:
     from .._call.problem import Check
 
 DIGITS = 8
-"""Of a sum: ``ExactSums::digits``. Each is a word of 64 bits, in which 2^31 numbers add up."""
+"""Of a sum: ``ExactSums::digits``. Each is a word of 64 bits."""
 
-ADDED_SCORES = 256
-"""Scores at least that a warp has added up before, where queries and keys share an element."""
+ROOM = 1 << 31
+"""Numbers that add up in a word at most."""
 
-MOST_SCORES = ADDED_SCORES << 31
-"""That may share an element."""
+SIDE = 16
+"""Queries and keys at least whose scores a warp adds up before, where these share an element."""
+
+ALONG = 64
+"""Numbers that a warp adds to an element at most where a diagonal passes through a square of that side."""
 
 
 def floats(numbers: int) -> int:
@@ -22,10 +25,19 @@ def floats(numbers: int) -> int:
     return 2 * DIGITS * numbers
 
 
-def check(call: Check, name: str, scores: int) -> None:
-    """Refuse an array of which more scores share an element than a word has room for."""
-    if call.limited and scores > MOST_SCORES:
+def check(call: Check, name: str, times: int, diagonals: bool = False) -> None:
+    """Refuse an array if more numbers may add up in an element than a word has room for.
+
+    All queries and keys share the element, in so many sequences and heads, which of packed ones are heads alone; or
+    those do, with `diagonals`, that are as far apart.
+    """
+    if not call.limited:
+        return
+    ends = call.batch() if call.varlen else 0  # of packed sequences, where squares are not filled
+    rows, columns = (-(-call.specs[each].shape[-3] // SIDE) + ends for each in "qk")
+    numbers = times * (rows * columns + (ALONG * (rows + columns) if diagonals else 0))
+    if numbers > ROOM:
         call.unsupported(
-            f"up to {scores} scores share an element of {name}; sums that are the same bits in every run have at most "
-            f"{MOST_SCORES}. Pass deterministic=False."
+            f"up to {numbers} numbers may add up in an element of the gradient of {name}; sums that are the same bits "
+            f"in every run have room for {ROOM}. Pass deterministic=False."
         )

@@ -210,22 +210,26 @@ def test_a_bias_whose_gradient_is_stored_is_in_order_as_it_is() -> None:
     assert planned(arrays, True).plan.entries == planned(arrays, False).plan.entries
 
 
-@pytest.mark.parametrize("name", ["bias", "rel_bias"])
-def test_sums_in_order_have_a_largest_number_of_scores(name: str) -> None:
-    rows = 1 << 19
-    x = OnGpu(1, rows, 1, 64, dtype="float16")
+@pytest.mark.parametrize(("name", "along"), [("bias", 0), ("rel_bias", 64)])
+def test_sums_in_order_have_room_for_so_many_numbers(name: str, along: int) -> None:
+    rows, most = 1 << 19, 1 << 20
+    squares = rows // 16 - along
+    x = OnGpu(1, 16 * squares, 1, 64, dtype="float16")
     shape = (1, 1, 1, 1) if name == "bias" else (1, 9)
-    arrays: dict[str, Any] = {"q": x, "out": x, "dout": x, "lse": OnGpu(1, 1, rows, dtype="float32")}
+    arrays: dict[str, Any] = {"q": x, "out": x, "dout": x, "lse": OnGpu(1, 1, 16 * squares, dtype="float32")}
     arrays |= {name: OnGpu(*shape, dtype="float32")}
-    most = OnGpu(1, 1 << 20, 1, 64, dtype="float16")
-    planned(arrays | {"k": most, "v": most}, True)
-    more = OnGpu(1, (1 << 20) + 1, 1, 64, dtype="float16")
+    fewer, more = (
+        OnGpu(1, keys, 1, 64, dtype="float16") for keys in (most - 16 * 2 * along, most + 16 * 2 * along + 1)
+    )
+    planned(arrays | {"k": fewer, "v": fewer}, True)
     planned(arrays | {"k": more, "v": more}, False)
+    columns = -(-more.shape[1] // 16)
+    numbers = squares * columns + along * (squares + columns)
     with pytest.raises(cufa.UnsupportedError) as refusal:
         planned(arrays | {"k": more, "v": more}, True)
     assert str(refusal.value) == (
-        f"attention_backward: up to {rows * ((1 << 20) + 1)} scores share an element of {name}; sums that are the same "
-        f"bits in every run have at most {1 << 39}. Pass deterministic=False."
+        f"attention_backward: up to {numbers} numbers may add up in an element of the gradient of {name}; sums that "
+        f"are the same bits in every run have room for {1 << 31}. Pass deterministic=False."
     )
 
 
