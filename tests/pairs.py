@@ -42,9 +42,6 @@ FEATURES: Row = {
 REFUSED: tuple[tuple[Row, str], ...] = (
     ({"mask": "blocks", "packed": True}, "a BlockMask serves sequences of one length alone"),
     ({"score": "captured", "deterministic": True}, "the gradients of score add up in no fixed order on a GPU"),
-    ({"bias": "1x1x", "deterministic": True}, "the gradients of bias add up in no fixed order on a GPU"),
-    ({"bias": "x1x1", "deterministic": True}, "the gradients of bias add up in no fixed order on a GPU"),
-    ({"rel_bias": 20, "deterministic": True}, "the gradients of rel_bias add up in no fixed order on a GPU"),
 )
 """The pairs that kernels refuse, and why."""
 

@@ -58,7 +58,9 @@ constexpr typename Config::mask::Tiles query_tiles(const Params& params, const S
     return query_range<Config>(params, seqlen, n_block);
   } else {
     auto tiles = Mask::template query_tiles<Config>(params, batch, head, n_block);
-    tiles.clip(query_range<Config>(params, seqlen, n_block));
+    BlockRange range{};
+    find_query_range<Config>(params, seqlen, n_block, range);
+    tiles.clip(range);
     return tiles;
   }
 }

@@ -61,7 +61,9 @@ constexpr typename Config::mask::Blocks key_blocks(const Params& params, const S
     return block_range<Config>(params, seqlen, m_block);
   } else {
     auto blocks = Mask::template key_blocks<Config>(params, batch, head, m_block);
-    blocks.clip(block_range<Config>(params, seqlen, m_block));
+    BlockRange range{};  // of constant expressions, too
+    find_block_range<Config>(params, seqlen, m_block, range);
+    blocks.clip(range);
     return blocks;
   }
 }

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .._call.problem import ROTARY, Static
+from .._call.problem import CACHE_DTYPES, ROTARY, Static
 from .._kernels import Plan
 from .._kernels.kernel import MASKS, SIZEOF
 from .._terms import TERMS, Term
@@ -146,6 +146,7 @@ def _static(told: Mapping[str, Any], version: str) -> Static:
         facts["element"] in SIZEOF
         and facts["mask"] in [mask.name for mask in MASKS]
         and facts["rotary"] in ROTARY
+        and facts["kv_element"] in ("", *CACHE_DTYPES.values())
         and all(type(facts[name]) is kind for name, kind in _KINDS.items())
         and all(facts[name] > 0 for name in ("head_dim", "head_dim_v"))
         and all(facts[name] >= 0 for name, kind in _KINDS.items() if kind is int)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import jax
@@ -360,6 +362,15 @@ FOREIGN = _registered()
 # --- Where XLA's interface for foreign functions is not known -----------------------------------------
 
 
+def _frames_of_cufa() -> int:
+    """How many frames, from the caller's on, are of this package."""
+    frame: FrameType | None = sys._getframe(1)
+    count = 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "cufa":
+        frame, count = frame.f_back, count + 1
+    return count
+
+
 @lru_cache(maxsize=1)
 def _callback() -> Any:
     """JAX's own foreign function that calls Python. That it is used is said once."""
@@ -375,7 +386,7 @@ def _callback() -> Any:
         f"cufa: JAX {jax.__version__} does not have XLA's interface for foreign functions in a version {major}.x, so "
         "calls are buffer_callbacks: programs with them cannot be exported, and are divided among devices by "
         "jax.shard_map alone.",
-        stacklevel=5,  # who called cufa's function
+        stacklevel=_frames_of_cufa() + 1,  # who called cufa's function
     )
     return partial(buffer_callback, vmap_method="sequential")
 

@@ -324,7 +324,8 @@ def _noise(
             sums = [(walk_q * COMPUTE_UNIT * np.abs(x)) ** 2 + (floor * (x != 0)) ** 2 for x in summed]
             # The largest, since errors of what is no sum may cancel in all draws but one.
             drawn = [np.max(each, axis=0) for each in zip(*squares, strict=True)]
-            found = [*(a + b for a, b in zip(drawn, sums, strict=True)), *found]
+            # Twice the noise: what a row has in common, as the rounding of out, shows in single entries as it is.
+            found = [*(4 * a + b for a, b in zip(drawn, sums, strict=True)), *found]
             after = after * slope
         return found
 

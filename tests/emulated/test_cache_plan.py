@@ -25,6 +25,7 @@ SOURCE = f"""
 template <class its_mask, bool packed>
 struct Config {{
   using element = f16;
+  using kv_element = f16;
   using mask = its_mask;
   static constexpr int head_dim = 16, head_dim_v = 16, page_rows = 0;
   static constexpr int block_m = {BLOCK_M}, block_n = {BLOCK_N}, prepare_threads = {THREADS};

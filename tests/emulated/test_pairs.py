@@ -31,8 +31,8 @@ def run(problem: pairs.Problem, arch: int) -> set[str]:
         (80, 7, "backward_sm80"),
         (80, 10, "forward_sm80"),
         (80, 8, "forward_split_sm80"),
-        (90, 10, "backward_sm90"),
-        (90, 25, "backward_split_keys_sm90"),
+        (90, 21, "backward_sm90"),
+        (90, 33, "backward_split_keys_sm90"),
         (90, 2, "forward_cluster_sm90"),
     ],
 )

@@ -253,13 +253,15 @@ class Spec:
 @pytest.mark.parametrize(
     ("spec", "arguments"),
     [
-        (Spec(2, 4, 20, 30, strides=(2400, 600, 30, 1)), "bf16, 1, true, false, true, true, false, false"),
-        (Spec(2, 4, 20, 30, strides=(2400, 600, 31, 1)), "bf16, 1, false, false, true, true, false, false"),
-        (Spec(2, 4, 20, 30, strides=(0, 0, 30, 1), misalignment=2), "bf16, 1, false, false, true, true, false, false"),
-        (Spec(1, 1, 1, 30, strides=(7, 7, 7, 1)), "bf16, 1, true, false, false, false, true, false"),
-        (Spec(2, 1, 20, 1, strides=(20, 7, 1, 1)), "bf16, 0, false, false, false, false, false, true"),
-        (Spec(2, 4, 20, 30, strides=(0, 0, 1, 20)), "bf16, -1, false, false, true, true, false, false"),
-        (Spec(2, 4, 20, 30, strides=(0, 0, 30, 1), dtype="float32"), "f32, 1, true, false, true, true, false, false"),
+        (Spec(2, 4, 20, 30, strides=(2400, 600, 30, 1)), "bf16, 1, true, false, false, true, true, false, false"),
+        (Spec(2, 4, 20, 30, strides=(2400, 600, 31, 1)), "bf16, 1, false, false, false, true, true, false, false"),
+        (Spec(2, 4, 20, 30, strides=(0, 0, 30, 1), misalignment=2),
+         "bf16, 1, false, false, false, true, true, false, false"),
+        (Spec(1, 1, 1, 30, strides=(7, 7, 7, 1)), "bf16, 1, true, false, false, false, false, true, false"),
+        (Spec(2, 1, 20, 1, strides=(20, 7, 1, 1)), "bf16, 0, false, false, false, false, false, false, true"),
+        (Spec(2, 4, 20, 30, strides=(0, 0, 1, 20)), "bf16, -1, false, false, false, true, true, false, false"),
+        (Spec(2, 4, 20, 30, strides=(0, 0, 30, 1), dtype="float32"),
+         "f32, 1, true, false, false, true, true, false, false"),
     ],
     ids=str,
 )  # fmt: skip

@@ -65,6 +65,7 @@ constexpr Lists lists;
 
 struct ListMask : FullMask {
   using Blocks = BlockList;
+  using Tiles = BlockList;
 
   template <class Config>
   static constexpr Blocks key_blocks(const Params&, int, int, int m_block) {
@@ -744,7 +745,7 @@ constexpr bool live_lists(const Params& params) {
 }
 
 constexpr BlockList clipped(BlockList blocks, int count, int full_end) {
-  blocks.clip(count, full_end);
+  blocks.clip({0, count, 0, full_end});
   return blocks;
 }
 """

@@ -417,7 +417,9 @@ def test_torch_tensors_come_to_numpy_bfloat16_included(monkeypatch: pytest.Monke
             assert self.dtype != "bfloat16", "NumPy cannot take it"
             return self.data
 
-    torch = types.SimpleNamespace(Tensor=Tensor, bfloat16="bfloat16", int16="int16")
+    torch = types.SimpleNamespace(
+        Tensor=Tensor, bfloat16="bfloat16", int16="int16", float8_e4m3fn="float8_e4m3fn", uint8="uint8"
+    )
     monkeypatch.setitem(sys.modules, "torch", torch)
     np.testing.assert_array_equal(to_numpy(Tensor(X, "float32")), X)
     host = to_numpy(Tensor(X.astype(ml_dtypes.bfloat16), "bfloat16"))
