@@ -271,7 +271,7 @@ def test_the_reference_takes_masks_and_blocks() -> None:
         alone = cufa.reference.attention(*(x[:1, begin:end] for x in (q, k, v)), mask=masks.prefix_lm(prefix))
         assert np.array_equal(found[begin:end], alone[0])
     with pytest.raises(
-        ValueError, match="the mask is for 2 sequences of 70 queries and 70 keys; there are 2 of 69 and"
+        ValueError, match=re.escape("attention: mask has shape (2, 4, 70, 70); (2, 4, 69, 70), that is")
     ):
         cufa.reference.attention(q[:, 1:], k, v, mask=cufa.BlockMask.of(by_head, 2, 2, 70, 70, 64))
 
