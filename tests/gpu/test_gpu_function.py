@@ -15,7 +15,7 @@ from cufa.testing import to_numpy
 
 pytestmark = pytest.mark.gpu
 
-UNITS: dict[Any, float] = {np.float32: 2.0**-14, np.float16: 2.0**-8, ml_dtypes.bfloat16: 2.0**-5}
+UNITS: dict[Any, float] = {np.float32: 2.0**-17, np.float16: 2.0**-8, ml_dtypes.bfloat16: 2.0**-5}
 
 
 @pytest.fixture(scope="module")
