@@ -11,6 +11,7 @@ __all__ = [
     "CompileError",
     "CudaError",
     "DecodePlan",
+    "JitKernel",
     "MissingKernelError",
     "OutOfPagesError",
     "PagedBatch",
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "functions",
     "is_available",
+    "jit",
     "masks",
     "merge_states",
     "merge_states_backward",
@@ -38,6 +40,7 @@ __all__ = [
     "show_config",
     "stats",
     "t5_buckets",
+    "tensor_map",
     "testing",
     "warmup",
 ]
@@ -59,6 +62,8 @@ if TYPE_CHECKING:
     from ._api.t5 import t5_buckets
     from ._api.warmup import warmup
     from ._call.kvcache import DecodePlan
+    from ._jit.kernel import JitKernel, jit
+    from ._jit.tensor_map import tensor_map
     from ._masks.blocks import BlockMask
     from ._pages.batch import PagedBatch
     from ._pages.cache import PagedKVCache
@@ -79,17 +84,20 @@ _HOMES = {
     "dropout_mask": "_api.dropout",
     "explain": "_api.explain",
     "is_available": "_api.config",
+    "jit": "_jit.kernel",
     "merge_states": "_api.states",
     "merge_states_backward": "_api.states",
     "rotary": "_api.rotary",
     "show_config": "_api.config",
     "stats": "_api.stats",
     "t5_buckets": "_api.t5",
+    "tensor_map": "_jit.tensor_map",
     "warmup": "_api.warmup",
     "BlockMask": "_masks.blocks",
     "CompileError": "errors",
     "CudaError": "errors",
     "DecodePlan": "_call.kvcache",
+    "JitKernel": "_jit.kernel",
     "MissingKernelError": "errors",
     "OutOfPagesError": "errors",
     "PagedBatch": "_pages.batch",

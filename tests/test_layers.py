@@ -181,6 +181,7 @@ ROOMS = (
         "_cpu",
         "_operations",
         "_bundles",
+        "_jit",
         "interop",
     ),
     "_pages",
@@ -189,6 +190,7 @@ ROOMS = (
 """Of the package, in their order: a room imports from itself and from those before it."""
 BESIDE = {"reference": ("errors", "_call", "_terms"), "testing": ("errors", "_call", "_terms", "reference")}
 BESIDE["_specification"] = ("errors",)
+BESIDE["learn"] = ("errors", "_call", "_terms", "_jit", "reference", "testing")
 BESIDE["_bench"] = ("errors", "_api", "testing")
 """Rooms that stand by themselves, and what they import from."""
 MODULES = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "cufa").rglob("*.py"))}

@@ -111,7 +111,7 @@ def key_of(unit: Unit) -> str:
     found = nvrtc()
     fields: dict[str, bytes | str | list[str]] = {
         "source": unit.source,
-        "options": options_of(target_of(unit)),
+        "options": [*options_of(target_of(unit)), *unit.options],
         "nvrtc": [*map(str, found.version), found.build],
     }
     for name, text in unit.headers.items():
@@ -136,7 +136,8 @@ def compile_unit(unit: Unit) -> Compiled:
         With NVRTC's log.
     """
     _nvrtc.settle(notes)
-    return compile_source(unit.source, options_of(target_of(unit)), unit.words, unit.headers)
+    options = [*options_of(target_of(unit)), *unit.options]
+    return compile_source(unit.source, options, unit.words, unit.headers)
 
 
 def compile_source(
@@ -350,15 +351,32 @@ def compiled_entry(unit: Unit) -> Entry:
         "seconds": round(compiled.seconds, 3),
         "nvrtc": "{}.{} {:.12}".format(*nvrtc().version, nvrtc().build),
     }
+    if unit.plan is None:  # who wrote it wants to know more of it
+        meta["log"] = compiled.log
     return Entry(compiled.cubin, meta)
 
 
 def _missing(unit: Unit) -> MissingKernelError:
+    if unit.plan is None:
+        return MissingKernelError(
+            f"cufa: {unit.words} is not in the cache, and CUFA_DISABLE_JIT forbids compiling it; compile it once where "
+            "that is allowed, into the same cache."
+        )
     why = why_not_bundled(unit) or f"No bundle is there; {command_for(unit.plan)} makes one that serves."
     return MissingKernelError(
         f"cufa: {unit.words} is not in the cache, and CUFA_DISABLE_JIT forbids compiling it. {why} Run that where "
         "compiling is allowed, and let CUFA_BUNDLE_PATH name the file."
     )
+
+
+def own_entry_of(unit: Unit) -> Entry:
+    """The compiled kernel of the caller's, of which no bundle knows: from the cache or the compiler."""
+    return _entry_of(unit, _cache_key(unit))
+
+
+def own_library_of(unit: Unit) -> Any:
+    """The loaded library of a kernel of the caller's."""
+    return _cached_library(unit)
 
 
 def is_loaded(plan: Plan, device: int) -> bool:

@@ -50,14 +50,23 @@ def compiled(unit: Unit) -> Compiled:
 
 def takes(unit: Unit, compiled: Compiled) -> list[Takes]:
     """What each function takes, in the order of the launches, from what ptxas has logged."""
-    logged: dict[str, str] = {}
-    parts = re.split(r"Compiling entry function '(\w+)'", compiled.log)
-    for name, text in zip(parts[1::2], parts[2::2], strict=True):
-        logged[name] = text
+    assert unit.plan is not None
+    logged = by_function(compiled.log)
     return [
         Takes(step.entry, *_jit.resources_of(logged.get(step.entry, "")), step.threads, step.smem_bytes)
         for step in unit.plan.steps
     ]
+
+
+def by_function(log: str) -> dict[str, str]:
+    """What ptxas has logged of each ``__global__`` function."""
+    parts = re.split(r"Compiling entry function '(\w+)'", log)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def can_disassemble() -> bool:
+    """Whether `sass` finds its programs."""
+    return None not in map(_find_tool, ("cuobjdump", "nvdisasm"))
 
 
 def sass(cubin: bytes) -> str:
@@ -82,7 +91,7 @@ def sass(cubin: bytes) -> str:
     return run.stdout
 
 
-def _tool(name: str) -> str:
+def _find_tool(name: str) -> str | None:
     """Where a program of the CUDA toolkit is: in NVIDIA's wheels, an environment of conda, or an installed toolkit."""
     import shutil
 
@@ -90,7 +99,11 @@ def _tool(name: str) -> str:
 
     find = getattr(pathfinder, "find_nvidia_binary_utility", None)  # older versions have none
     found: str | None = find(name) if find is not None else None
-    found = found or shutil.which(name)
+    return found or shutil.which(name)
+
+
+def _tool(name: str) -> str:
+    found = _find_tool(name)
     if found is None:
         raise CompileError(
             f"cufa: machine code is read by {name}, which is not here; install it with "

@@ -178,7 +178,7 @@ class Bundles:
             with self._lock:
                 bundle = self._usable(place)
             reasons.append(place.trouble if bundle is None else f"{place.path} {_why_not(bundle, unit)}")
-        command = command_for(unit.plan)
+        command = command_for(unit.plan) if unit.plan is not None else ""
         remedy = f"{command} makes one that serves" if command else _NO_COMMAND
         return f"No bundle serves: {'; '.join(reasons)}; {remedy}."
 

@@ -203,11 +203,7 @@ def _getter(indices: list[int]) -> Any:
 
 def _config(shape: Shape, stream: int, overlap: bool = False) -> Any:
     """What the driver is told of the shape of a launch, and whether it may `overlap` with the one before it."""
-    config = _driver.driver().CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = shape.blocks, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
-    config.sharedMemBytes = shape.smem_bytes
-    config.hStream = stream
+    told = config((shape.blocks, 1, 1), (shape.threads, 1, 1), shape.smem_bytes, stream)
     attributes = []
     if overlap:
         attributes.append(_attribute("PROGRAMMATIC_STREAM_SERIALIZATION"))
@@ -223,9 +219,19 @@ def _config(shape: Shape, stream: int, overlap: bool = False) -> Any:
             )
             attributes[-1].value.clusterSchedulingPolicyPreference = policy
     if attributes:
-        config.attrs = attributes
-        config.numAttrs = len(attributes)
-    return config
+        told.attrs = attributes
+        told.numAttrs = len(attributes)
+    return told
+
+
+def config(grid: tuple[int, int, int], block: tuple[int, int, int], smem_bytes: int, stream: int) -> Any:
+    """What the driver is told of a launch: thread blocks, threads of each, dynamic shared memory and the stream."""
+    told = _driver.driver().CUlaunchConfig()
+    told.gridDimX, told.gridDimY, told.gridDimZ = grid
+    told.blockDimX, told.blockDimY, told.blockDimZ = block
+    told.sharedMemBytes = smem_bytes
+    told.hStream = stream
+    return told
 
 
 def _attribute(name: str) -> Any:

@@ -11,7 +11,7 @@ from .kernel import Plan
 
 
 class Unit(NamedTuple):
-    """What is compiled for a plan.
+    """What is compiled for a plan, or for a kernel of the caller's own.
 
     Attributes
     ----------
@@ -27,8 +27,10 @@ class Unit(NamedTuple):
         ``a`` if it has instructions that one architecture alone has.
     words : str
         The kernel in the words of a user.
-    plan : Plan
-        What it was made of.
+    plan : Plan or None
+        What it was made of; None if the source is the caller's.
+    options : tuple of str
+        What the compiler is told beside what it is told of every unit.
     """
 
     name: str
@@ -38,7 +40,8 @@ class Unit(NamedTuple):
     arch: int
     target_suffix: str
     words: str
-    plan: Plan
+    plan: Plan | None
+    options: tuple[str, ...] = ()
 
 
 def unit_of(plan: Plan, headers: Mapping[str, bytes]) -> Unit:

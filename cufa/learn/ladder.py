@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,9 +40,9 @@ class Rung(NamedTuple):
 
 RUNGS = (
     Rung("r01_textbook", "numpy"),
-    Rung("r02_online_softmax", "numpy"),
-    Rung("r03_flash_v1", "numpy"),
-    Rung("r04_flash_v2", "numpy"),
+    Rung("r02_online", "numpy"),
+    Rung("r03_keys_outer", "numpy"),
+    Rung("r04_queries_outer", "numpy"),
     Rung("r05_backward", "numpy"),
     Rung("r06_split_keys", "numpy"),
     Rung("n03_numba_v1", "numba"),

@@ -1,0 +1,1 @@
+"""Kernels of the caller's own: CUDA C++ in, something to launch on arrays out."""

@@ -1,0 +1,183 @@
+"""The parameters of a kernel, read from its declaration, and how arguments become their bytes."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+NUMBERS = {
+    "bool": "?",
+    "char": "b",
+    "signed char": "b",
+    "unsigned char": "B",
+    "u8": "B",
+    "short": "h",
+    "unsigned short": "H",
+    "u16": "H",
+    "int": "i",
+    "i32": "i",
+    "unsigned": "I",
+    "unsigned int": "I",
+    "u32": "I",
+    "long long": "q",
+    "i64": "q",
+    "unsigned long long": "Q",
+    "u64": "Q",
+    "float": "f",
+    "f32": "f",
+    "double": "d",
+}
+"""Types of numbers, those of core/types.cuh among them, and their formats of `struct`."""
+
+DTYPES = {
+    **{name: np.dtype(form).name for name, form in NUMBERS.items()},
+    **dict.fromkeys(("f16", "half", "__half"), "float16"),
+    **dict.fromkeys(("bf16", "nv_bfloat16", "__nv_bfloat16"), "bfloat16"),
+    "e4m3": "float8_e4m3fn",
+}
+"""Dtypes of arrays by what a pointer points to. Whatever is not here takes any."""
+
+MAPS = ("ptx::TensorMap", "TensorMap", "CUtensorMap")
+MAP_BYTES, MAP_ALIGNMENT = 128, 64
+
+_MEANINGLESS = re.compile(r"\b(?:__restrict__|__restrict|__grid_constant__|volatile)\b")
+_COMMENT = re.compile(r'//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*")', re.DOTALL)
+
+
+class Parameter(NamedTuple):
+    """A parameter of a kernel.
+
+    Attributes
+    ----------
+    text, name : str
+        The declaration, and what it declares.
+    kind : {'array', 'number', 'map'}
+    form : str
+        Format of `struct` for what the kernel is given.
+    dtype : str or None
+        Of arrays, or None if it does not matter.
+    written : bool
+        Whether the kernel may write the array.
+    """
+
+    text: str
+    name: str
+    kind: str
+    form: str
+    dtype: str | None = None
+    written: bool = False
+
+    @property
+    def alignment(self) -> int:
+        return MAP_ALIGNMENT if self.kind == "map" else struct.calcsize(self.form)
+
+
+def of_source(source: str, name: str, defines: Mapping[str, str]) -> str:
+    """The parameters of the kernel as its source declares them.
+
+    Raises
+    ------
+    ValueError
+        If it declares no ``extern "C" __global__`` function of that name, or several.
+    """
+    code = _COMMENT.sub(lambda found: found[1] or " ", source)
+    declared = []
+    for found in re.finditer(rf"\b{re.escape(name)}\s*\(", code):
+        before = re.split(r"[;{}]", code[: found.start()])[-1]
+        if not re.search(r"\b__global__\b", before):
+            continue
+        if 'extern "C"' not in before and not re.search(r'extern\s+"C"\s*\{', code[: found.start()]):
+            raise ValueError(f'the kernel {name} has a mangled name; declare it extern "C" __global__ void {name}(...)')
+        declared.append(" ".join(_until_closed(code[found.end() :]).split()))
+    if len(set(declared)) != 1:
+        seen = "several declarations" if declared else "no declaration"
+        raise ValueError(f'the source has {seen} of extern "C" __global__ void {name}(...); say signature=')
+    return declared[0]
+
+
+def _until_closed(code: str) -> str:
+    """What comes before the parenthesis that closes one which is open."""
+    depth = 1
+    for index, character in enumerate(code):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return code[:index]
+    return code
+
+
+def parse(signature: str, defines: Mapping[str, str]) -> tuple[Parameter, ...]:
+    """The parameters of a list of declarations, as ``float* y, const float* x, int n``.
+
+    Raises
+    ------
+    TypeError
+        Of a type that no argument can be converted to.
+    """
+    declared = [each.strip() for each in signature.split(",")] if signature.strip() not in ("", "void") else []
+    found = tuple(_parameter(text, defines) for text in declared)
+    names = [each.name for each in found]
+    if len(set(names)) != len(names):
+        raise TypeError(f"two parameters have the same name in {signature!r}")
+    return found
+
+
+def _parameter(text: str, defines: Mapping[str, str]) -> Parameter:
+    match = re.fullmatch(r"(.*?[\s*&])(\w+)", " ".join(_MEANINGLESS.sub(" ", text).split()))
+    if match is None:
+        raise TypeError(f"the parameter {text!r} is not a type and a name")
+    declared = re.sub(r"\b[A-Za-z_]\w*\b", lambda word: defines.get(word[0], word[0]), match[1])
+    base, star, rest = declared.partition("*")
+    constant = bool(re.search(r"\bconst\b", base))
+    base = " ".join(re.sub(r"\bconst\b", " ", base).split())
+    rest = re.sub(r"\bconst\b", " ", rest).strip()
+    if star and not rest:
+        return Parameter(text, match[2], "array", "Q", DTYPES.get(base), not constant)
+    if not star and base in MAPS:
+        return Parameter(text, match[2], "map", f"{MAP_BYTES}s")
+    if not star and base in NUMBERS:
+        return Parameter(text, match[2], "number", NUMBERS[base])
+    raise TypeError(
+        f"the parameter {text!r} is no pointer to elements, no tensor map ({MAPS[0]}) and no number of a type that is "
+        f"known ({', '.join(NUMBERS)}); say signature= if it is the name of one of these"
+    )
+
+
+def offsets(parameters: tuple[Parameter, ...]) -> tuple[tuple[int, ...], int]:
+    """Where each parameter lies in a struct of them all, and the size of what they take."""
+    found, end = [], 0
+    for each in parameters:
+        begin = -(-end // each.alignment) * each.alignment
+        found.append(begin)
+        end = begin + struct.calcsize(each.form)
+    return tuple(found), end
+
+
+def number(parameter: Parameter, value: Any) -> Any:
+    """A number as `struct` takes it.
+
+    Raises
+    ------
+    TypeError
+        If it is not of the kind that the parameter has: a bool for a bool, an integer for an integer.
+    ValueError
+        If the parameter's type does not hold it.
+    """
+    form = parameter.form
+    if form == "?":
+        right = isinstance(value, (bool, np.bool_))
+    elif form in "fd":
+        right = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    else:
+        right = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not right:
+        raise TypeError(f"is a {type(value).__name__}, but is declared {parameter.text!r}")
+    plain = value.item() if isinstance(value, np.generic) else value
+    try:
+        struct.pack(form, plain)
+    except (struct.error, OverflowError):
+        raise ValueError(f"is {value}, which {parameter.text!r} does not hold") from None
+    return plain
