@@ -6,7 +6,7 @@ import ctypes
 import operator
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -73,7 +73,8 @@ class CompiledKernel:
             return None
         text = _listing.sass(self.cubin)
         parts = re.split(r"^\s*Function : (\S+)\s*$", text, flags=re.MULTILINE)
-        return dict(zip(parts[1::2], parts[2::2], strict=True))[self.name]
+        functions: dict[str, str] = dict(zip(parts[1::2], parts[2::2], strict=True))
+        return functions[self.name]
 
     @cached_property
     def instructions(self) -> int | None:
@@ -81,7 +82,7 @@ class CompiledKernel:
         if self.sass is None:
             return None
         found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", self.sass, re.MULTILINE)
-        return sum(opcode != "NOP" for opcode in found)
+        return len([opcode for opcode in found if opcode != "NOP"])
 
 
 class JitKernel:
@@ -270,7 +271,7 @@ class JitKernel:
         values: list[Any] = [0] * len(arguments)
         for index, (parameter, given) in enumerate(zip(self._parameters, arguments, strict=True)):
             if parameter.kind == "number":
-                values[index] = self._checked(parameter, lambda p=parameter, x=given: _signature.number(p, x))
+                values[index] = self._number(parameter, given)
             elif parameter.kind == "map":
                 if not isinstance(given, TensorMap):
                     text = f"is a {type(given).__name__}, not a tensor map; make one by cufa.tensor_map"
@@ -291,10 +292,9 @@ class JitKernel:
         device = specs[0].device
         return values, device, view.stream(device), view
 
-    def _checked(self, parameter: Parameter, convert: Callable[[], Any]) -> Any:
-        """What `convert` returns; its errors name the parameter."""
+    def _number(self, parameter: Parameter, given: Any) -> Any:
         try:
-            return convert()
+            return _signature.number(parameter, given)
         except TypeError as error:
             raise TypeError(f"{self.name}: {parameter.name} {error}.") from None
         except ValueError as error:
@@ -396,12 +396,8 @@ def jit(
 
     >>> axpy(y, x, 2.0, n, grid=(n + 255) // 256, block=256)  # doctest: +SKIP
     """
-    for what, text in (
-        ("source", source),
-        ("name", name),
-        *([("signature", signature)] if signature is not None else []),
-    ):
-        if not isinstance(text, str):
+    for what, text in (("source", source), ("name", name), ("signature", signature)):
+        if not isinstance(text, str) and not (what == "signature" and text is None):
             raise TypeError(f"jit: {what} is a {type(text).__name__}; it is text.")
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
         raise ArgumentError(f"jit: name is {name!r}, and not the name of a function.")

@@ -124,8 +124,8 @@ def tensor_map(array: Any, box: Sequence[int], *, swizzle: int = 0) -> TensorMap
             raise ArgumentError(f"tensor_map: array {text}.")
     if len(box) != len(spec.shape) or not all(1 <= extent <= MAX_BOX for extent in box) or box[-1] * size % 16:
         raise ArgumentError(
-            f"tensor_map: box is {box}, for an array of shape {spec.shape}; it has an extent of 1 to {MAX_BOX} for each "
-            "axis, and along the last a multiple of 16 bytes."
+            f"tensor_map: box is {box}, for an array of shape {spec.shape}; it has an extent of 1 to {MAX_BOX} for "
+            "each axis, and along the last a multiple of 16 bytes."
         )
     if swizzle not in SWIZZLES or 0 < swizzle < box[-1] * size:
         raise ArgumentError(
