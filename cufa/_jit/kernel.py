@@ -218,7 +218,7 @@ class JitKernel:
         (shared,) = self._integers("shared_bytes", (shared_bytes,))
         values, device, stream, kept = self._values(arguments)
         _driver.enter(device)
-        loaded = self._loaded.get(device) or self._load(device, stream)
+        loaded = self._on(device, stream)
         if threads > loaded.max_threads:
             raise ArgumentError(
                 f"{self.name}: block is {block}, and the kernel's registers, or its __launch_bounds__, allow "
@@ -249,9 +249,13 @@ class JitKernel:
         words = f"the kernel {self.name} for sm_{arch}{suffix}"
         return Unit(self.name, self.source, self._headers, (self.name,), arch, suffix, words, None, self._options)
 
-    def _load(self, device: int, stream: int) -> _loading.Loaded:
-        loaded = _loading.load(self._unit(_driver.device(device).arch), device, stream)
-        return self._loaded.setdefault(device, loaded)
+    def _on(self, device: int, stream: int) -> _loading.Loaded:
+        """The kernel, loaded for a GPU."""
+        found = self._loaded.get(device)
+        if found is None:
+            found = _loading.load(self._unit(_driver.device(device).arch), device, stream)
+            found = self._loaded.setdefault(device, found)
+        return found
 
     def _extents(self, name: str, given: int | Sequence[int], most: tuple[int, int, int]) -> tuple[int, int, int]:
         extents = self._integers(name, given if isinstance(given, Sequence) else (given,))

@@ -43,7 +43,8 @@ inline void unpack(float (&to)[8], const uint4& chunk) {
 extern "C" __global__ __launch_bounds__(threads) void attention(const ELEMENT* q, const ELEMENT* k, const ELEMENT* v,
                                                                 ELEMENT* out, int seqlen_q, int seqlen_k, int heads,
                                                                 float scale, bool causal) {
-  __shared__ Smem smem;
+  extern __shared__ __align__(16) char memory[];  // as much as the launch says
+  Smem& smem = *reinterpret_cast<Smem*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int batch = blockIdx.y / heads, head = blockIdx.y % heads;
   const int first_row = blockIdx.x * rows, offset = seqlen_k - seqlen_q;

@@ -14,6 +14,10 @@ constexpr int chunks = HEAD_DIM / 8;  // of 16 bytes, in a row
 // A row has 16 bytes more than there are, so that eight rows begin in different banks.
 using Tile = element[tile_keys][HEAD_DIM + 8];
 
+struct Smem {
+  Tile k, v;
+};
+
 inline void load_tile(Tile& tile, const element* from, i64 step, int count) {
   const int chunk = threadIdx.x % chunks;
 #pragma unroll
@@ -30,8 +34,8 @@ inline u32 pair_of(element low, element high) { return low.bits | u32(high.bits)
 extern "C" __global__ __launch_bounds__(threads, 3) void attention(const ELEMENT* q, const ELEMENT* k, const ELEMENT* v,
                                                                    ELEMENT* out, int seqlen_q, int seqlen_k, int heads,
                                                                    float scale, bool causal) {
-  __shared__ Tile k_tile;
-  __shared__ Tile v_tile;
+  extern __shared__ __align__(16) char memory[];
+  Smem& smem = *reinterpret_cast<Smem*>(memory);
   // Lane (g, t) of a warp has rows g and g + 8 of its 16, in the columns 2 t and 2 t + 1 of every eight.
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int batch = blockIdx.y / heads, head = blockIdx.y % heads, offset = seqlen_k - seqlen_q;
@@ -55,8 +59,8 @@ extern "C" __global__ __launch_bounds__(threads, 3) void attention(const ELEMENT
   const int block_keys = causal ? min(seqlen_k, first_row + rows + offset) : seqlen_k;
   for (int first = 0; first < block_keys; first += tile_keys) {
     __syncthreads();
-    load_tile(k_tile, k + first * step, step, seqlen_k - first);
-    load_tile(v_tile, v + first * step, step, seqlen_k - first);
+    load_tile(smem.k, k + first * step, step, seqlen_k - first);
+    load_tile(smem.v, v + first * step, step, seqlen_k - first);
     __syncthreads();
 
     float score[tile_keys / 8][4] = {};
@@ -64,7 +68,7 @@ extern "C" __global__ __launch_bounds__(threads, 3) void attention(const ELEMENT
     for (int s = 0; s < HEAD_DIM / 16; ++s) {
 #pragma unroll
       for (int n = 0; n < tile_keys / 8; ++n) {  // the right operand is 16 columns of eight keys
-        const element* const key = &k_tile[8 * n + g][16 * s + 2 * t];
+        const element* const key = &smem.k[8 * n + g][16 * s + 2 * t];
         ptx::mma_m16n8k16<element>(score[n], a[s], pair_of(key), pair_of(key + 8));
       }
     }
@@ -112,7 +116,7 @@ extern "C" __global__ __launch_bounds__(threads, 3) void attention(const ELEMENT
                         ptx::cvt_rn_x2<element>(score[2 * s + 1][2], score[2 * s + 1][3])};
 #pragma unroll
       for (int n = 0; n < HEAD_DIM / 8; ++n) {  // 16 keys of eight columns: pairs run down a column here
-        const element(*const key)[HEAD_DIM + 8] = &v_tile[16 * s + 2 * t];
+        const element(*const key)[HEAD_DIM + 8] = &smem.v[16 * s + 2 * t];
         const int c = 8 * n + g;
         ptx::mma_m16n8k16<element>(o[n], p, pair_of(key[0][c], key[1][c]), pair_of(key[8][c], key[9][c]));
       }

@@ -35,6 +35,11 @@ ROWS = 64
 """Rows of q that share one reading of k and v."""
 
 
+def shared_bytes(head_dim: int) -> int:
+    """A tile of 64 keys and one of values, of which each row is padded."""
+    return 2 * 64 * (head_dim + 8) * 2
+
+
 def attention(q: Any, k: Any, v: Any, *, causal: bool = False, softmax_scale: float | None = None) -> Any:
     """Attention of arrays on a GPU: float16 or bfloat16, (batch, seqlen, heads, 64 or 128), C-contiguous."""
-    return launch(__name__, q, k, v, causal, softmax_scale, rows=ROWS, threads=128)
+    return launch(__name__, q, k, v, causal, softmax_scale, rows=ROWS, threads=128, shared_bytes=shared_bytes)

@@ -39,7 +39,7 @@ inline u32 pair_of(element low, element high) { return low.bits | u32(high.bits)
 extern "C" __global__ __launch_bounds__(threads, 3) void attention(const ELEMENT* q, const ELEMENT* k, const ELEMENT* v,
                                                                    ELEMENT* out, int seqlen_q, int seqlen_k, int heads,
                                                                    float scale, bool causal) {
-  extern __shared__ __align__(16) char memory[];  // more than 48 KB have to be asked for at the launch
+  extern __shared__ __align__(16) char memory[];
   Smem& smem = *reinterpret_cast<Smem*>(memory);
   // Lane (g, t) of a warp has rows g and g + 8 of its 16, in the columns 2 t and 2 t + 1 of every eight.
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;

@@ -12,9 +12,8 @@ With two tiles of k and two of v in shared memory (*double buffering*) a round i
 A copy takes some 500 to 1000 clocks to arrive, whatever is done about it. Rung 10 spends them waiting, and hides them
 only as far as another block on the SM has something to do. Here they pass during the products.
 
-Two more things come with it. Shared memory beyond 48 KB is not declared but asked for at launch (``extern
-__shared__``). And bytes that are not there are filled with zeros by the copy itself, which is told how many of the 16
-to read.
+Bytes that are not there, as keys behind the end, are filled with zeros by the copy itself, which is told how many of
+the 16 to read.
 
 What is left: reading v from shared memory, two bytes at a time.
 """

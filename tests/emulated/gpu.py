@@ -25,6 +25,8 @@ from cufa._call.arrays import Adapter, Spec, contiguous, numpy_dtype
 from cufa._call.options import Options
 from cufa._compile import jit as _jit
 from cufa._driver import driver as _driver
+from cufa._jit.kernel import JitKernel
+from cufa._jit.loading import Loaded
 from cufa._kernels import Plan, tensor_map
 from cufa._kernels.record import MAP_BYTES
 from cufa._kernels.unit import record_of, unit_of
@@ -58,7 +60,10 @@ class Function(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """A launch: the function, thread blocks, threads and shared memory per block, its argument, blocks per cluster."""
+    """A launch: the function, thread blocks, threads and shared memory per block, its argument, blocks per cluster.
+
+    `width` is how many of the thread blocks lie along x, the rest being along y; all if 0.
+    """
 
     function: Function
     blocks: int
@@ -66,6 +71,7 @@ class Launched(NamedTuple):
     smem_bytes: int
     argument: bytes
     cluster: int = 1
+    width: int = 0
 
 
 class Array:
@@ -218,6 +224,7 @@ class Gpu:
             (tensor_map, "_driver_encode", tensor_map._driver_encode.__wrapped__),  # which remembers what drivers gave
             (_jit, "headers", lambda: headers_of(self.changed)),
             (_jit, "load_kernel", lambda plan, *_: load(plan.bare, self.changed)),
+            (JitKernel, "_on", lambda kernel, *_: load_own(kernel, self.arch, self.changed)),
             (_Driver, "gpu", self),
         ):
             self._entered.enter_context(mock.patch.object(module, name, value))
@@ -256,7 +263,8 @@ class Gpu:
         told = struct.pack("<QQ4I", BASE, CAPACITY, seed, resident, len(launches), self.memory.poison)
         for each in launches:
             numbers = each.blocks, each.threads, each.smem_bytes, each.cluster, len(each.argument)
-            told += struct.pack("<64s5I", each.function.entry.encode(), *numbers) + each.argument
+            width = each.width or each.blocks
+            told += struct.pack("<64s6I", each.function.entry.encode(), *numbers, width) + each.argument
         file = self.memory.file
         process = subprocess.Popen(
             [program, str(file)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(file,)
@@ -321,6 +329,23 @@ def load(plan: Plan, changed: Sources) -> tuple[Function, ...]:
     program = Program(unit.source, unit.headers, f"attention::{plan.kernel.record}", unit.entries, unit.arch)
     size = record_of(plan, unit.headers).size
     return tuple(Function(program, entry, size) for entry in unit.entries)
+
+
+@functools.lru_cache(maxsize=256)
+def load_own(kernel: JitKernel, arch: int, changed: Sources) -> Loaded:
+    """A kernel of `cufa.jit`, in place of `JitKernel._on`: one that has all of its parameters in a struct."""
+    unit = kernel._unit(arch)
+    macros = re.findall(r"--define-macro=(\w+)=(.*)", "\n".join(unit.options))
+    defines = "".join(f"#define {name} {value}\n" for name, value in macros)
+    members = "".join(f"  {each.text};\n" for each in kernel._parameters)
+    given = ", ".join(f"arguments.{each.name}" for each in kernel._parameters)
+    source = (
+        f"{defines}#line 1\n{unit.source}\n"
+        f"struct Arguments {{\n{members}}};\n"
+        f"void with_all(const Arguments& arguments) {{ {kernel.name}({given}); }}\n"
+    )
+    program = Program(source, {**headers_of(changed), **unit.headers}, "Arguments", ("with_all",), arch)
+    return Loaded(Function(program, "with_all", kernel._size), 1024, 227 << 10)
 
 
 class _Names:
@@ -389,7 +414,9 @@ class _Driver:
         assert cls.gpu is not None
         argument = ctypes.string_at(ctypes.c_void_p.from_address(arguments).value or 0, function.argument_bytes)
         cluster = next((each.value.clusterDim.x for each in getattr(config, "attrs", ()) if each.id == CLUSTER), 1)
-        cls.gpu.enqueue(Launched(function, config.gridDimX, config.blockDimX, config.sharedMemBytes, argument, cluster))
+        assert config.gridDimZ == config.blockDimY == config.blockDimZ == 1, "the emulator knows no other dimensions"
+        blocks, shape = config.gridDimX * config.gridDimY, (config.blockDimX, config.sharedMemBytes)
+        cls.gpu.enqueue(Launched(function, blocks, *shape, argument, cluster, config.gridDimX))
         return (0,)
 
 

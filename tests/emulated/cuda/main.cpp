@@ -55,15 +55,16 @@ void run_all(int file) {
     char name[64];
     take_bytes(name, sizeof(name));
     const u32 blocks = take<u32>(), threads = take<u32>(), smem_bytes = take<u32>(), cluster = take<u32>();
-    const u32 argument_bytes = take<u32>();
+    const u32 argument_bytes = take<u32>(), width = take<u32>();
     if (argument_bytes > max_argument) FAIL("an argument of %u bytes", argument_bytes);
     if (threads == 0 || threads > max_threads) FAIL("%u threads", threads);
     if (cluster == 0 || cluster > max_resident || blocks % cluster)
       FAIL("%u blocks in clusters of %u", blocks, cluster);
+    if (width == 0 || blocks % width) FAIL("%u blocks, %u of them along x", blocks, width);
     take_bytes(argument, argument_bytes);
     const Entry entry = entry_of(name);
     if (!entry) FAIL("there is no kernel %s", name);
-    run({name, entry, blocks, threads, smem_bytes, cluster}, places);
+    run({name, entry, blocks, threads, smem_bytes, cluster, width}, places);
   }
 }
 

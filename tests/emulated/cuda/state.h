@@ -217,6 +217,7 @@ struct Launch {
   std::string name;
   Entry entry;
   u32 blocks, threads, smem_bytes, cluster;
+  u32 width;  // blocks along x; the rest are along y
 };
 
 extern const Launch* launch;  // the present one

@@ -405,9 +405,9 @@ void fail(Address frame, const char* format, ...) {
 // --- who a thread is ------------------------------------------------------------------------------------
 
 Index thread_index() { return {current->number, 0, 0}; }
-Index block_index() { return {current->block->index, 0, 0}; }
+Index block_index() { return {current->block->index % launch->width, current->block->index / launch->width, 0}; }
 Index block_extent() { return {launch->threads, 1, 1}; }
-Index grid_extent() { return {launch->blocks, 1, 1}; }
+Index grid_extent() { return {launch->width, launch->blocks / launch->width, 1}; }
 u32 lane() { return current->lane; }
 u32 cluster_rank() { return current->block->index % launch->cluster; }
 u32 cluster_extent() { return launch->cluster; }
