@@ -32,8 +32,8 @@ MAX_GRID = (2**31 - 1, 65535, 65535)
 """What no launch may exceed, along x, y and z."""
 
 _REFUSED = re.compile(
-    r"-{1,2}(gpu-architecture|arch|include-path|I|pre-include|include|define-macro|D|relocatable-device-code|rdc|"
-    r"device-c|dc|dlink-time-opt|dlto|pch.*|create-pch|use-pch|ptxas-options=-v)\b.*"
+    r"-[ID].*|--?(gpu-architecture|arch|include-path|pre-include|include|define-macro|relocatable-device-code|rdc|"
+    r"device-c|dc|dlink-time-opt|dlto|pch|pch-dir|create-pch|use-pch)([= ].*)?"
 )
 """Options that are `jit`'s own, that make no machine code, or that let in files which the cache would not know."""
 

@@ -68,11 +68,15 @@ def problem(q: Any, k: Any, v: Any, softmax_scale: float | None) -> Problem:
     return Problem(out, specs[0].dtype, batch, seqlen_q, of_keys[1], heads, head_dim, scale * math.log2(math.e))
 
 
+def source_of(rung: str) -> str:
+    """The kernel of a rung, in CUDA C++."""
+    return importlib.resources.files(__package__).joinpath(f"{rung}.cu").read_text()
+
+
 @lru_cache(maxsize=64)
 def kernel(rung: str, dtype: str, head_dim: int) -> JitKernel:
     """The kernel of a rung for arrays of such a dtype and head_dim."""
-    source = importlib.resources.files(__package__).joinpath(f"{rung}.cu").read_text()
-    return jit(source, "attention", defines={"ELEMENT": ELEMENTS[dtype], "HEAD_DIM": head_dim})
+    return jit(source_of(rung), "attention", defines={"ELEMENT": ELEMENTS[dtype], "HEAD_DIM": head_dim})
 
 
 def launch(

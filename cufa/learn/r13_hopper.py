@@ -36,7 +36,11 @@ ROWS = 128
 """Rows of q that share one reading of k and v."""
 
 TILE_KEYS, STAGES, THREADS = 128, 2, 384
-BARRIERS_BYTES = 8 * (1 + 4 * STAGES)
+
+
+def shared_bytes(head_dim: int) -> int:
+    """q, tiles of keys and of values, and the barriers, of 8 bytes each."""
+    return (ROWS + 2 * STAGES * TILE_KEYS) * head_dim * 2 + 8 * (1 + 4 * STAGES)
 
 
 def attention(q: Any, k: Any, v: Any, *, causal: bool = False, softmax_scale: float | None = None) -> Any:
@@ -47,6 +51,6 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool = False, softmax_scale: fl
         *(*maps, x.out, x.seqlen_q, x.seqlen_k, x.heads, x.scale, causal),
         grid=(-(-x.seqlen_q // ROWS), x.batch * x.heads),
         block=THREADS,
-        shared_bytes=(ROWS + 2 * STAGES * TILE_KEYS) * x.head_dim * 2 + BARRIERS_BYTES,
+        shared_bytes=shared_bytes(x.head_dim),
     )
     return x.out
