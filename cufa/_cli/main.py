@@ -19,6 +19,7 @@ COMMANDS = {
     "dump": "source, PTX, machine code and resources of the kernel for a call",
     "bundle": "files of compiled kernels: build, check, install and ship them",
     "bench": "how fast attention is on this GPU, beside what else is installed",
+    "learn": "flash attention, from ten lines of NumPy to a kernel for Hopper, each step checked and timed",
 }
 """The commands and what each does, in the order of the help. Each is the function of that name in a module of that
 name here."""

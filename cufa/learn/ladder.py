@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -147,3 +149,193 @@ def check(rung: Rung, xp: Any = np, *, max_examples: int = 20, max_seqlen: int =
         check_case(rung, case, xp)
 
     held()
+
+
+class Size(NamedTuple):
+    """What is measured: the sizes of a problem, its dtype, and whether it has a causal mask."""
+
+    batch: int = 1
+    seqlen: int = 4096
+    heads: int = 16
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    causal: bool = False
+
+    @property
+    def pairs(self) -> int:
+        """Queries and keys that see each other, of all heads."""
+        each = self.seqlen * (self.seqlen + 1) // 2 if self.causal else self.seqlen**2
+        return self.batch * self.heads * each
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the two products."""
+        return 4 * self.pairs * self.head_dim
+
+    def bytes_asked_for(self, rows: int) -> int:
+        """Bytes that a kernel asks the global memory for, where so many rows of q share one reading of k and v."""
+        keys = sum(
+            min(self.seqlen, first + rows) if self.causal else self.seqlen for first in range(0, self.seqlen, rows)
+        )
+        return 2 * self.batch * self.heads * self.head_dim * (2 * self.seqlen + 2 * keys)
+
+
+class Measured(NamedTuple):
+    """What came of measuring a rung.
+
+    Attributes
+    ----------
+    name, title : str
+    seconds : float
+        The median of a call.
+    flops : int
+    bytes_asked_for : int or None
+        None if the rung does not say how it reads k and v.
+    error : float
+        The largest of an element beside the float64 reference, in a small problem.
+    """
+
+    name: str
+    title: str
+    seconds: float
+    flops: int
+    bytes_asked_for: int | None
+    error: float
+
+    @property
+    def tflops(self) -> float:
+        """Multiplications and additions in a second, in units of 10^12."""
+        return self.flops / self.seconds / 1e12
+
+
+def why_not(rung: Rung) -> str:
+    """Why a rung cannot run here, in a few words; empty if it can."""
+    if rung.needs == "numpy":
+        return ""
+    from .._api.config import is_available
+    from .._driver import driver as _driver
+
+    if not is_available():
+        return "there is no GPU of compute capability 8.0 or newer"
+    if rung.needs == "sm_90" and _driver.device(_driver.current_ordinal() or 0).arch != 90:
+        return "it needs compute capability 9.0"
+    needed = {"numba": ("numba", "cupy"), "triton": ("triton", "torch")}.get(rung.needs, ())
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        return f"it needs {' and '.join(missing)}"
+    if rung.needs in ("cuda", "sm_90") and not any(map(importlib.util.find_spec, ("cupy", "torch"))):
+        return "it needs CuPy or torch, to hold arrays"
+    return ""
+
+
+def framework_of(rung: Rung) -> Any:
+    """The module whose arrays a rung is measured on."""
+    if rung.needs == "numpy":
+        return np
+    has_cupy = importlib.util.find_spec("cupy") is not None
+    return importlib.import_module("torch" if rung.needs == "triton" or not has_cupy else "cupy")
+
+
+def measure(rung: Rung, size: Size, *, seconds: float = 0.5) -> Measured:
+    """Hold a rung to the reference in a small problem, and measure it in a large one.
+
+    Parameters
+    ----------
+    rung : Rung
+        Of one that has gradients alone these are measured.
+    size : Size
+        Its dtype is another one if the rung does not take it.
+    seconds : float
+        How long to measure, about.
+
+    Raises
+    ------
+    AssertionError
+        If the rung is wrong.
+    """
+    module, xp = rung.load(), framework_of(rung)
+    dtypes = DTYPES[rung.needs]
+    size = size if size.dtype in dtypes else size._replace(dtype=dtypes[0])
+    small, large = _cases(size)
+    check_case(rung, small, xp)
+    call, expected = _call(module, small, xp)
+    error = _largest_difference(call(), expected)
+    call, _ = _call(module, large, xp, exact=False)
+    rows = getattr(module, "ROWS", None)
+    return Measured(
+        rung.name,
+        module.TITLE,
+        _timed(call, large.arrays(xp)["q"], rung.needs, seconds),
+        size.flops if hasattr(module, "attention") else size.flops * 5 // 2,
+        None if rows is None else size.bytes_asked_for(rows),
+        error,
+    )
+
+
+def measure_cufa(size: Size, xp: Any, *, seconds: float = 0.5) -> Measured:
+    """The same of `cufa.attention`, where the ladder leads to."""
+    import cufa
+
+    small, large = _cases(size)
+    call, expected = _call(cufa, small, xp)
+    error = _largest_difference(call(), expected)
+    call, _ = _call(cufa, large, xp, exact=False)
+    time = _timed(call, large.arrays(xp)["q"], "cuda", seconds)
+    return Measured("cufa.attention", "what the ladder leads to", time, size.flops, None, error)
+
+
+def _cases(size: Size) -> tuple[Case, Case]:
+    """A small problem, whose lengths no tile divides, and that to measure."""
+    from ..testing import Case
+
+    def case(batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> Case:
+        return Case(
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            num_heads_q=heads,
+            num_heads_k=heads,
+            head_dim=size.head_dim,
+            head_dim_v=size.head_dim,
+            dtype=size.dtype,
+            causal=size.causal,
+        )
+
+    return case(1, 2, 200, 333), case(size.batch, size.heads, size.seqlen, size.seqlen)
+
+
+def _call(module: Any, case: Case, xp: Any, *, exact: bool = True) -> tuple[Callable[[], Any], Any]:
+    """A call of what a module has, attention or else its gradients, and the right result if `exact`."""
+    from .. import reference
+    from ..testing import to_numpy
+
+    arrays, asked = case.arrays(xp), {"causal": case.causal}
+    specified: Any = reference
+    wide = {name: to_numpy(each).astype(np.float64) for name, each in arrays.items()} if exact else {}
+    if hasattr(module, "attention"):
+        expected = specified.attention(**wide, **case.options) if exact else None
+        return lambda: module.attention(**arrays, **asked), expected
+    out, lse = specified.attention(**arrays, return_lse=True, **case.options)
+    dout = np.random.default_rng(case.seed).standard_normal(out.shape).astype(case.dtype)
+    expected = specified.attention_backward(dout.astype(np.float64), **wide, **case.options) if exact else None
+    return lambda: module.attention_backward(**arrays, out=out, lse=lse, dout=dout, **asked), expected
+
+
+def _largest_difference(found: Any, expected: Any) -> float:
+    from ..testing import to_numpy
+
+    pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
+    return max(float(np.abs(to_numpy(a).astype(np.float64) - b).max()) for a, b in pairs)
+
+
+def _timed(call: Callable[[], Any], like: Any, needs: str, seconds: float) -> float:
+    from ..testing import bench
+
+    if needs != "numba":
+        return bench(call, like=like, seconds=seconds, min_repeats=3).median
+    from numba import cuda
+
+    def finished() -> None:  # Numba launches on a stream of its own, which no event of another framework sees
+        call()
+        cuda.synchronize()
+
+    return bench(finished, seconds=seconds, min_repeats=3).median

@@ -23,7 +23,7 @@ from typing import Any
 
 from .host import launch
 
-TITLE = "One thread per row"
+TITLE = "one thread per row"
 ROWS = 32
 """Rows of q that share one reading of k and v."""
 

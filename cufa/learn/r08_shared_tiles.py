@@ -24,7 +24,7 @@ from typing import Any
 
 from .host import launch
 
-TITLE = "Tiles of keys and values in shared memory"
+TITLE = "tiles of keys and values in shared memory"
 ROWS = 128
 """Rows of q that share one reading of k and v."""
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from .host import launch
 
-TITLE = "A warp shares rows, and reads 16 bytes at a time"
+TITLE = "a warp shares its rows, 16 bytes at a time"
 ROWS = 32
 """Rows of q that share one reading of k and v."""
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from .host import launch
 
-TITLE = "Products on the tensor cores: mma.sync"
+TITLE = "products on the tensor cores (mma.sync)"
 ROWS = 64
 """Rows of q that share one reading of k and v."""
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from .host import launch
 
-TITLE = "Copies beside the products: cp.async"
+TITLE = "copies beside the products (cp.async)"
 ROWS = 64
 """Rows of q that share one reading of k and v."""
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from .host import launch
 
-TITLE = "Swizzled tiles, read by ldmatrix"
+TITLE = "swizzled tiles, read by ldmatrix"
 ROWS = 64
 """Rows of q that share one reading of k and v."""
 

@@ -31,7 +31,7 @@ from typing import Any
 from .._jit.tensor_map import tensor_map
 from .host import kernel, problem
 
-TITLE = "Hopper: wgmma, TMA and specialised warps"
+TITLE = "Hopper: wgmma, TMA, specialised warps"
 ROWS = 128
 """Rows of q that share one reading of k and v."""
 

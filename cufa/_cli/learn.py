@@ -1,0 +1,280 @@
+"""``cufa learn``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..learn.ladder import Measured, Rung, Size
+
+TENSOR_FLOPS = {80: 2048, 90: 4096}
+"""Multiplications and additions of 16-bit elements that an SM's tensor cores do in a clock, by compute capability."""
+
+FLOAT_FLOPS = {80: 128, 90: 256}
+"""The same of its floating-point units, in float32."""
+
+
+@click.command()
+@click.option("--rung", "names", multiple=True, metavar="NAME", help="Only this one, as r07. Can be repeated.")
+@click.option("--head-dim", "head_dims", multiple=True, type=click.Choice(["64", "128"]), help="Both by default.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--seqlen", type=click.IntRange(1), help="By default 4096 on a GPU, and 256 in NumPy.")
+@click.option("--heads", type=click.IntRange(1), help="By default 16 on a GPU, and 2 in NumPy.")
+@click.option("--causal", is_flag=True, help="With a causal mask.")
+@click.option("--seconds", type=click.FloatRange(0.001), default=0.5, show_default=True, help="To measure a rung.")
+@click.option("--arch", default="sm_90", show_default=True, help="What to compile for, where kernels cannot run.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="A directory for ladder.md, and a plot.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def learn(
+    names: tuple[str, ...],
+    head_dims: tuple[str, ...],
+    dtype: str,
+    batch: int,
+    seqlen: int | None,
+    heads: int | None,
+    causal: bool,
+    seconds: float,
+    arch: str,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Run the ladder from ten lines of NumPy to a kernel for Hopper: check every rung, and measure it.
+
+    A rung is the same attention once more, in a file of its own, cufa/learn/r01_textbook.py to r13_hopper.cu, which
+    explains what it does. Those in CUDA that cannot run here are compiled, which says much of them, too.
+
+    \b
+        cufa learn
+        cufa learn --rung r12 --rung r13 --head-dim 128 --causal
+        cufa learn --out ladder/
+    """
+    from ..learn import ladder
+
+    rungs = [ladder.rung(name) for name in names] or list(ladder.RUNGS)
+    sizes = [
+        ladder.Size(batch, seqlen or 4096, heads or 16, int(head_dim), dtype, causal)
+        for head_dim in head_dims or (64, 128)
+    ]
+    running, other, left_out = [], [], []
+    for each in rungs:
+        reason = ladder.why_not(each)
+        if not reason:
+            running.append(each)
+        elif each.needs in ("cuda", "sm_90"):
+            other.append(each)
+        else:
+            left_out.append({"rung": each.name, "why": reason})
+    measured = _on_cpu([each for each in running if each.needs == "numpy"], batch, seqlen, heads, causal, seconds)
+    on_gpu = {
+        size.head_dim: _on_gpu([each for each in running if each.needs != "numpy"], size, seconds) for size in sizes
+    }
+    on_gpu = {head_dim: found for head_dim, found in on_gpu.items() if found}
+    compiled = [_compiled(each, arch, size) for each in other for size in sizes]
+    found: dict[str, Any] = {
+        "cpu": [_row(each) for each in measured],
+        "gpu": {head_dim: [_row(each) for each in rows] for head_dim, rows in on_gpu.items()},
+        "compiled": compiled,
+        "left out": left_out,
+    }
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    text = _text(measured, on_gpu, sizes, compiled, left_out)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        plotted = bool(on_gpu) and _plot(on_gpu, out / "roofline.svg")
+        image = "\n![What each rung does, beside what the GPU could](roofline.svg)\n" if plotted else ""
+        (out / "ladder.md").write_text(f"{text}{image}", encoding="utf-8")
+        (out / "ladder.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        if on_gpu and not plotted:
+            click.echo("cufa: there is no plot, since matplotlib is not installed.", err=True)
+    if not as_json:
+        click.echo(text, nl=False)
+
+
+def _on_cpu(
+    rungs: list[Rung], batch: int, seqlen: int | None, heads: int | None, causal: bool, seconds: float
+) -> list[Measured]:
+    from ..learn import ladder
+
+    size = ladder.Size(batch, seqlen or 256, heads or 2, 64, "float32", causal)
+    return [_said(each, size, seconds) for each in rungs]
+
+
+def _on_gpu(rungs: list[Rung], size: Size, seconds: float) -> list[Measured]:
+    from ..learn import ladder
+
+    found = [_said(each, size, seconds) for each in rungs]
+    cuda = [each for each in rungs if each.needs in ("cuda", "sm_90")]
+    if cuda:
+        click.echo(f"cufa.attention, head_dim {size.head_dim} ...", err=True)
+        found.append(ladder.measure_cufa(size, ladder.framework_of(cuda[0]), seconds=seconds))
+    return found
+
+
+def _said(rung: Rung, size: Size, seconds: float) -> Measured:
+    from ..learn import ladder
+
+    click.echo(f"{rung.name}, head_dim {size.head_dim} ...", err=True)
+    return ladder.measure(rung, size, seconds=seconds)
+
+
+def _compiled(rung: Rung, arch: str, size: Size) -> dict[str, Any]:
+    """What a kernel takes, or why it is not compiled for an architecture."""
+    from ..learn import host
+
+    found: dict[str, Any] = {"rung": rung.name, "title": rung.title, "head_dim": size.head_dim}
+    module = rung.load()
+    target = "sm_90" if rung.needs == "sm_90" else arch
+    taken = host.kernel(rung.name, size.dtype, size.head_dim).compile(target)
+    shared = getattr(module, "shared_bytes", lambda head_dim: 0)(size.head_dim)
+    return found | {
+        "arch": taken.arch,
+        "registers": taken.registers,
+        "shared_bytes": taken.shared_bytes + shared,
+        "spill_bytes": taken.spill_bytes,
+        "instructions": taken.instructions,
+    }
+
+
+def _row(measured: Measured) -> dict[str, Any]:
+    return {**measured._asdict(), "tflops": measured.tflops}
+
+
+def _text(
+    measured: list[Measured],
+    on_gpu: dict[int, list[Measured]],
+    sizes: list[Size],
+    compiled: list[dict[str, Any]],
+    left_out: list[dict[str, str]],
+) -> str:
+    """The tables, in Markdown."""
+    parts = []
+    if measured:
+        parts.append(f"In NumPy, on the CPU:\n\n{_table(measured, 1e3, 'GFLOP/s')}")
+    for size in sizes:
+        if rows := on_gpu.get(size.head_dim):
+            what = f"batch {size.batch}, {size.seqlen} queries and keys, {size.heads} heads, {size.dtype}"
+            mask = ", causal" if size.causal else ""
+            parts.append(f"On {_gpu_name()}, head_dim {size.head_dim}, {what}{mask}:\n\n{_table(rows, 1, 'TFLOP/s')}")
+    if compiled:
+        lines = [
+            (
+                f"{each['rung']}: {each['title']}",
+                str(each["head_dim"]),
+                each["arch"],
+                *("–" if each[name] is None else f"{each[name]:,}" for name in _TAKEN),
+            )
+            for each in compiled
+        ]
+        heads = ("rung", "head_dim", "for", "registers", "shared bytes", "spilled bytes", "instructions")
+        parts.append(f"Compiled, since they cannot run here:\n\n{_markdown(heads, lines)}")
+    for why in dict.fromkeys(each["why"] for each in left_out):
+        names = [each["rung"] for each in left_out if each["why"] == why]
+        parts.append(f"Left out: {', '.join(names)}; {why}.\n")
+    return "\n".join(parts)
+
+
+_TAKEN = ("registers", "shared_bytes", "spill_bytes", "instructions")
+
+
+def _table(rows: list[Measured], factor: float, unit: str) -> str:
+    columns = {
+        "rung": [f"{each.name}: {each.title}" for each in rows],
+        "time, ms": [f"{each.seconds * 1e3:.4g}" for each in rows],
+        "MB asked for": [
+            "–" if each.bytes_asked_for is None else f"{each.bytes_asked_for / 1e6:,.1f}" for each in rows
+        ],
+        unit: [f"{each.tflops * factor:.3g}" for each in rows],
+        "times the one before": ["", *(f"{a.seconds / b.seconds:.2f}" for a, b in pairwise(rows))],
+        "largest error": [f"{each.error:.1e}" for each in rows],
+    }
+    if all(each.bytes_asked_for is None for each in rows):
+        del columns["MB asked for"]
+    return _markdown([*columns], [*zip(*columns.values(), strict=True)])
+
+
+def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose columns are as wide as what they hold; all but the first are numbers."""
+    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "| " + " | ".join([first, *rest]) + " |"
+
+    return "\n".join([line(heads), f"|{rule}|", *map(line, lines)]) + "\n"
+
+
+def _gpu_name() -> str:
+    from .._driver import driver as _driver
+
+    name = _driver.call("cuDeviceGetName", 128, _driver.call("cuDeviceGet", _driver.current_ordinal() or 0))
+    return str(bytes(name).split(b"\0")[0].decode())
+
+
+def roofs() -> dict[str, float]:
+    """What the current GPU could do at most: bytes from memory in a second, and operations, by their units' names."""
+    from .._driver import driver as _driver
+
+    ordinal = _driver.current_ordinal() or 0
+    attribute, handle = _driver.driver().CUdevice_attribute, _driver.call("cuDeviceGet", ordinal)
+    clock, memory_clock, width = (
+        int(_driver.call("cuDeviceGetAttribute", getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle))
+        for name in ("CLOCK_RATE", "MEMORY_CLOCK_RATE", "GLOBAL_MEMORY_BUS_WIDTH")
+    )
+    device = _driver.device(ordinal)
+    found = {"memory": 2 * memory_clock * 1e3 * width / 8}  # twice a clock, in kHz
+    for name, table in (("tensor cores", TENSOR_FLOPS), ("float32", FLOAT_FLOPS)):
+        if device.arch in table:
+            found[name] = table[device.arch] * device.num_sms * clock * 1e3
+    return found
+
+
+def _plot(on_gpu: dict[int, list[Measured]], path: Path) -> bool:
+    """Draw the rungs below the roofs; False if there is no matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    draw(on_gpu, roofs(), path)
+    return True
+
+
+def draw(on_gpu: dict[int, list[Measured]], most: dict[str, float], path: Path) -> None:
+    """A roofline: operations in a second over operations for each byte asked for, by head_dim."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    shown = [each for rows in on_gpu.values() for each in rows if each.bytes_asked_for]
+    intensities = [each.flops / each.bytes_asked_for for each in shown if each.bytes_asked_for] or [1.0]
+    ends = [min(intensities) / 4, max(intensities) * 4]
+    for name, flops in most.items():
+        if name != "memory":
+            reached = [min(flops, most["memory"] * x) / 1e12 for x in (ends[0], flops / most["memory"], ends[1])]
+            axes.plot([ends[0], flops / most["memory"], ends[1]], reached, color="gray", linewidth=1)
+            axes.annotate(name, (ends[1], flops / 1e12), ha="right", va="bottom", color="gray", fontsize=8)
+    for marker, (head_dim, rows) in zip("os", on_gpu.items(), strict=False):
+        points = [(each.flops / each.bytes_asked_for, each) for each in rows if each.bytes_asked_for]
+        axes.plot(
+            [x for x, _ in points], [each.tflops for _, each in points], marker, label=f"head_dim {head_dim}", alpha=0.7
+        )
+        for x, each in points:
+            axes.annotate(each.name[:3], (x, each.tflops), textcoords="offset points", xytext=(6, 2), fontsize=7)
+    axes.set(xscale="log", yscale="log", xlim=ends)
+    axes.set(xlabel="operations for each byte asked for", ylabel="10^12 operations in a second")
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

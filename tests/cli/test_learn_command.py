@@ -1,0 +1,72 @@
+"""``cufa learn``: the tables of what runs here and of what is only compiled, and the roofline of a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cufa._cli import learn
+from cufa._cli.main import cufa as command
+from cufa.learn import ladder
+from cufa.learn.ladder import Measured, Rung, Size
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is run here does not depend on the machine."""
+
+    def why_not(rung: Rung) -> str:
+        return "" if rung.needs == "numpy" else "there is no GPU"
+
+    monkeypatch.setattr(ladder, "why_not", why_not)
+
+
+def test_what_cannot_run_is_compiled(tmp_path: Path) -> None:
+    arguments = ["learn", "--rung", "r01", "--rung", "r12", "--rung", "r13", "--rung", "t04", "--head-dim", "64"]
+    arguments += ["--seqlen", "32", "--seconds", "0.001", "--arch", "sm_80", "--out", str(tmp_path)]
+    done = CliRunner().invoke(command, arguments)
+    assert done.exit_code == 0, done.output
+    table = (tmp_path / "ladder.md").read_text()
+    for line in ("In NumPy, on the CPU:", "| r01_textbook: ", "Left out: t04_triton; there is no GPU."):
+        assert line in table and line in done.output
+    assert "roofline" not in table and not (tmp_path / "roofline.svg").exists()
+    found = json.loads((tmp_path / "ladder.json").read_text())
+    assert [each["name"] for each in found["cpu"]] == ["r01_textbook"] and found["cpu"][0]["error"] < 1e-5
+    compiled = {each["rung"]: each for each in found["compiled"]}
+    assert (compiled["r12_swizzle"]["arch"], compiled["r12_swizzle"]["shared_bytes"]) == ("sm_80", 32768)
+    assert compiled["r13_hopper"]["arch"] == "sm_90a" and compiled["r13_hopper"]["spill_bytes"] == 0
+
+
+def test_wrong_names_are_told() -> None:
+    done = CliRunner().invoke(command, ["learn", "--rung", "r99"])
+    assert isinstance(done.exception, ValueError) and "there is no rung 'r99'" in str(done.exception)
+
+
+ROWS = [
+    Measured("r07_thread_per_row", "slow", 1.0, 10**12, 2 * 10**11, 1e-3),
+    Measured("r08_shared_tiles", "faster", 0.1, 10**12, 10**10, 1e-3),
+    Measured("cufa.attention", "fast", 0.01, 10**12, None, 1e-3),
+]
+
+
+def test_what_ran_on_a_gpu_is_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(learn, "_gpu_name", lambda: "a GPU")
+    text = learn._text([], {128: ROWS}, [Size(causal=True)], [], [])
+    assert "On a GPU, head_dim 128, batch 1, 4096 queries and keys, 16 heads, bfloat16, causal:" in text
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "cufa.attention" in line]
+    assert cells == [["cufa.attention: fast", "10", "–", "100", "10.00", "1.0e-03"]]
+    learn.draw({128: ROWS}, {"memory": 4e12, "tensor cores": 1e15}, tmp_path / "roofline.svg")
+    assert (tmp_path / "roofline.svg").read_text().count("<!-- r0") == 2
+
+
+def test_bytes_are_those_of_every_tile() -> None:
+    size = Size(batch=2, seqlen=100, heads=3, head_dim=64)
+    assert size.flops == 4 * 2 * 3 * 64 * 100 * 100
+    # q and out once, k and v for each of four tiles; under a mask up to the last row of a tile.
+    assert size.bytes_asked_for(32) == 2 * 6 * 64 * (200 + 2 * 400)
+    assert size._replace(causal=True).bytes_asked_for(32) == 2 * 6 * 64 * (200 + 2 * (32 + 64 + 96 + 100))
+    assert size._replace(causal=True).pairs == 6 * 5050
