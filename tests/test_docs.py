@@ -76,6 +76,11 @@ def test_the_page_of_serving_runs() -> None:
     exec(compile("\n".join(run), "docs/serving.md", "exec"), {})
 
 
+def test_the_page_of_own_kernels_runs() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "jit.md").read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile("\n".join(blocks), "docs/jit.md", "exec"), {})
+
+
 def test_the_page_of_masks_runs() -> None:
     failed, attempted = doctest.testfile(str(ROOT / "docs" / "masks.md"), module_relative=False, encoding="utf-8")
     assert failed == 0 < attempted

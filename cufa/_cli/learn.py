@@ -48,8 +48,8 @@ def learn(
 ) -> None:
     """Run the ladder from ten lines of NumPy to a kernel for Hopper: check every rung, and measure it.
 
-    A rung is the same attention once more, in a file of its own, cufa/learn/r01_textbook.py to r13_hopper.cu, which
-    explains what it does. Those in CUDA that cannot run here are compiled, which says much of them, too.
+    A rung is the same attention once more, in a file of its own in cufa/learn that explains it. Those in CUDA that
+    cannot run here are compiled, which says much of them, too.
 
     \b
         cufa learn
