@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from cufa import reference
 from cufa._cli import learn
 from cufa._cli.main import cufa as command
 from cufa.learn import ladder
@@ -24,13 +28,20 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "why_not", why_not)
 
 
-def test_what_cannot_run_is_compiled(tmp_path: Path) -> None:
+def test_what_cannot_run_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    textbook: Any = ModuleType("cufa.learn.r01_textbook")
+    textbook.TITLE, textbook.attention = "the specification", reference.attention
+    monkeypatch.setitem(sys.modules, textbook.__name__, textbook)
     arguments = ["learn", "--rung", "r01", "--rung", "r12", "--rung", "r13", "--rung", "t04", "--head-dim", "64"]
     arguments += ["--seqlen", "32", "--seconds", "0.001", "--arch", "sm_80", "--out", str(tmp_path)]
     done = CliRunner().invoke(command, arguments)
     assert done.exit_code == 0, done.output
     table = (tmp_path / "ladder.md").read_text()
-    for line in ("In NumPy, on the CPU:", "| r01_textbook: ", "Left out: t04_triton; there is no GPU."):
+    for line in (
+        "In NumPy, on the CPU:",
+        "| r01_textbook: the specification ",
+        "Left out: t04_triton; there is no GPU.",
+    ):
         assert line in table and line in done.output
     assert "roofline" not in table and not (tmp_path / "roofline.svg").exists()
     found = json.loads((tmp_path / "ladder.json").read_text())
