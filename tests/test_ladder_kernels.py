@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import emulated
 import numpy as np
 import pytest
@@ -79,6 +81,9 @@ def test_rungs_compile_well(rung: ladder.Rung) -> None:
                 counted = sass.count(code)
                 # A loop and what is before and behind it: scores twice, outputs twice.
                 assert counted["HGMMA"] == 2 * head_dim // 16 + 2 * 8
+                waits = [at for at, each in enumerate(code) if each.opcode.startswith("WARPGROUP.DEPBAR")]
+                beside = [sass.count(code[a:b])["MUFU"] for a, b in pairwise(waits)]
+                assert max(beside) >= 64, "the softmax waits for the output's products"
                 assert counted["WARPGROUP"] <= 10 and not counted["LDL"] and not counted["STL"]
 
 
@@ -92,7 +97,11 @@ def test_launches_ask_for_the_shared_memory_of_the_kernel() -> None:
             kernel.compile("sm_90")
 
 
-def test_the_ladder_is_whole() -> None:
+def test_the_ladder_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cufa._api.config.is_available", lambda: False)
+    reasons = {each.needs: ladder.why_not(each) for each in ladder.RUNGS}
+    assert [*reasons] == ["numpy", "numba", "triton", "cuda", "sm_90"] and not reasons.pop("numpy")
+    assert {*reasons.values()} == {"there is no GPU of compute capability 8.0 or newer"}
     assert [each.name[:3] for each in CUDA] == ["r07", "r08", "r09", "r10", "r11", "r12", "r13"]
     for each in CUDA:
         module = each.load()

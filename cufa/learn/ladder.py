@@ -243,7 +243,7 @@ def measure(rung: Rung, size: Size, *, seconds: float = 0.5) -> Measured:
     rung : Rung
         Of one that has gradients alone these are measured.
     size : Size
-        Its dtype is another one if the rung does not take it.
+        Its dtype is another one if the rung does not take it, and the title says so.
     seconds : float
         How long to measure, about.
 
@@ -254,6 +254,7 @@ def measure(rung: Rung, size: Size, *, seconds: float = 0.5) -> Measured:
     """
     module, xp = rung.load(), framework_of(rung)
     dtypes = DTYPES[rung.needs]
+    title = module.TITLE if size.dtype in dtypes else f"{module.TITLE} ({dtypes[0]})"
     size = size if size.dtype in dtypes else size._replace(dtype=dtypes[0])
     small, large = _cases(size)
     check_case(rung, small, xp)
@@ -263,7 +264,7 @@ def measure(rung: Rung, size: Size, *, seconds: float = 0.5) -> Measured:
     rows = getattr(module, "ROWS", None)
     return Measured(
         rung.name,
-        module.TITLE,
+        title,
         _timed(call, large.arrays(xp)["q"], rung.needs, seconds),
         size.flops if hasattr(module, "attention") else size.flops * 5 // 2,
         None if rows is None else size.bytes_asked_for(rows),
