@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 from .._bundles.selection import arch_of
-from .._call import arrays as _arrays
 from .._call.arrays import CPU, Spec
 from .._compile import jit as _compiler
 from .._compile import listing as _listing
@@ -20,9 +19,10 @@ from .._driver import counts as _counts
 from .._driver import driver as _driver
 from .._driver import launch as _launch
 from .._kernels.unit import Unit
-from ..errors import ArgumentError, CudaError, UnsupportedError
+from ..errors import ArgumentError, CudaError
 from . import loading as _loading
 from . import signature as _signature
+from . import viewing as _viewing
 from .signature import Parameter
 from .tensor_map import TensorMap
 
@@ -288,7 +288,8 @@ class JitKernel:
             raise TypeError(f"{self.name}: no argument is an array, which would say on which GPU to run.")
         given = (*(arguments[index] for index in places), *(arguments[index].array for index in mapped))
         parameters = [self._parameters[index] for index in (*places, *mapped)]
-        view, specs = self._view(parameters, given)
+        written = tuple(index for index, each in enumerate(parameters) if each.written)
+        view, specs = _viewing.view(self.name, tuple(each.name for each in parameters), given, written)
         for parameter, spec in zip(parameters, specs, strict=True):
             self._check_array(parameter, spec, parameters[0], specs[0])
         for index, pointer in zip(places, view.pointers, strict=False):
@@ -303,23 +304,6 @@ class JitKernel:
             raise TypeError(f"{self.name}: {parameter.name} {error}.") from None
         except ValueError as error:
             raise ArgumentError(f"{self.name}: {parameter.name} {error}.") from None
-
-    def _view(self, parameters: list[Parameter], given: tuple[Any, ...]) -> tuple[_arrays.Arrays, list[Spec]]:
-        for parameter, array in zip(parameters, given, strict=True):
-            if _arrays.is_jax(array):
-                raise UnsupportedError(
-                    f"{self.name}: {parameter.name} is a jax array, whose memory XLA alone may hand to a kernel; pass "
-                    "a CuPy, torch or Numba array."
-                )
-        written = tuple(index for index, each in enumerate(parameters) if each.written)
-        try:
-            view = _arrays.view(self.name, tuple(each.name for each in parameters), given, written)
-        except _arrays.Recorded:
-            raise UnsupportedError(
-                f"{self.name}: torch records what becomes of an array, and does not know this kernel; call it under "
-                "torch.no_grad(), or with tensor.detach()."
-            ) from None
-        return view, [layout[0].spec(layout) for layout in view.layouts if layout is not None]
 
     def _check_array(self, parameter: Parameter, spec: Spec, first: Parameter, found: Spec) -> None:
         wrong = f"{self.name}: {parameter.name} is"

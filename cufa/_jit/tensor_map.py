@@ -6,10 +6,10 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-from .._call import arrays as _arrays
 from .._call.arrays import CPU
 from .._driver import driver as _driver
-from ..errors import ArgumentError, UnsupportedError
+from ..errors import ArgumentError
+from . import viewing as _viewing
 from .signature import MAP_BYTES
 
 TYPES = {
@@ -94,15 +94,7 @@ def tensor_map(array: Any, box: Sequence[int], *, swizzle: int = 0) -> TensorMap
     cufa.errors.ArgumentError: tensor_map: array is in host memory; pass one on a GPU.
     """
     box, swizzle = _integers("box", box), _integers("swizzle", (swizzle,))[0]
-    if _arrays.is_jax(array):
-        raise UnsupportedError("tensor_map: jax arrays have no address outside XLA's own calls; pass another array.")
-    try:
-        view = _arrays.view("tensor_map", ("array",), (array,))
-        layout = view.layouts[0]
-        assert layout is not None
-        spec = layout[0].spec(layout)
-    except _arrays.Recorded:
-        raise UnsupportedError("tensor_map: array is recorded by torch; pass array.detach().") from None
+    view, (spec,) = _viewing.view("tensor_map", ("array",), (array,))
     if spec.dtype not in TYPES:
         raise TypeError(f"tensor_map: array is {spec.dtype}; there are maps of {', '.join(TYPES)}.")
     element, size = TYPES[spec.dtype]

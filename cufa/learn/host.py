@@ -12,7 +12,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from .._call import arrays as _arrays
+from .._call.arrays import contiguous
+from .._jit import viewing as _viewing
 from .._jit.kernel import JitKernel, jit
 
 ELEMENTS = {"float16": "f16", "bfloat16": "bf16"}
@@ -48,15 +49,14 @@ def problem(q: Any, k: Any, v: Any, softmax_scale: float | None) -> Problem:
     TypeError, ValueError
         If they are not like that.
     """
-    view = _arrays.view("attention", ("q", "k", "v"), (q, k, v))
-    specs = [layout[0].spec(layout) for layout in view.layouts if layout is not None]
+    view, specs = _viewing.view("attention", ("q", "k", "v"), (q, k, v))
     for name, spec in zip("qkv", specs, strict=True):
         if spec.dtype not in ELEMENTS or spec.dtype != specs[0].dtype:
             raise TypeError(f"attention: {name} is {spec.dtype}; a rung takes three arrays of {' or '.join(ELEMENTS)}.")
         if len(spec.shape) != 4 or spec.shape[3] not in HEAD_DIMS or 0 in spec.shape:
             expected = "(batch, seqlen, heads, 64 or 128), not empty"
             raise ValueError(f"attention: {name} has shape {spec.shape}; a rung takes {expected}.")
-        if spec.strides != _arrays.contiguous(spec.shape):
+        if spec.strides != contiguous(spec.shape):
             raise ValueError(f"attention: {name} is not C-contiguous; pass a copy.")
     (batch, seqlen_q, heads, head_dim), of_keys = specs[0].shape, specs[1].shape
     if specs[2].shape != of_keys or (of_keys[0], *of_keys[2:]) != (batch, heads, head_dim):

@@ -236,3 +236,22 @@ def test_headers_of_the_callers_come_first() -> None:
     own = cufa.jit(source, "f", headers={"core/types.cuh": "using u32 = unsigned; constexpr u32 answer = 42;"})
     assert own.compile("sm_80").registers > 0
     assert len(_compiler.headers()) > len([path for path in own._headers if path == "core/types.cuh"]) == 1
+
+
+def test_arrays_that_no_kernel_may_have(scaled: cufa.JitKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cufa._call import arrays as _arrays
+
+    x = np.zeros(8, np.float16)
+
+    def recorded(*_: Any) -> None:
+        raise _arrays.Recorded
+
+    calls = (
+        lambda: scaled(x, x, 1.0, True, 0, 8, grid=1, block=8),
+        lambda: cufa.tensor_map(x, (8,)),
+    )
+    for name, replacement, text in (("view", recorded, "torch records"), ("is_jax", lambda _: True, "is a jax array")):
+        monkeypatch.setattr(_arrays, name, replacement)
+        for call in calls:
+            with pytest.raises(cufa.UnsupportedError, match=text):
+                call()
