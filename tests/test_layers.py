@@ -74,6 +74,7 @@ def test_every_header_compiles_alone() -> None:
 FRAMEWORKS = {"cupy", "torch", "jax", "numba", "cuda"}
 PARTS = {"torch.py": "torch", "interop/torch.py": "torch", "jax.py": "jax"}
 PARTS |= dict.fromkeys(("interop/jax.py", "interop/folding.py", "interop/dividing.py"), "jax")
+PARTS |= dict.fromkeys(("learn/n03_numba_v1.py", "learn/n04_numba_v2.py"), "numba")
 """A framework's own modules, which nothing else imports as soon as it is imported."""
 
 
