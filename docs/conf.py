@@ -34,13 +34,14 @@ autodoc_typehints = "none"  # docstrings say it in words
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 myst_heading_anchors = 3
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 html_show_copyright = False
 
 
 def unlink(app: object, name: str, source: list[str]) -> None:
     """Keep the text of links to files of the repository that are no pages, and leave out the link."""
-    source[0] = re.sub(r"(?<!!)\[([^]]*)\]\(\.\./[^)]*\)", r"\1", source[0])
+    out = "../" * (name.count("/") + 1)
+    source[0] = re.sub(rf"(?<!!)\[([^]]*)\]\({re.escape(out)}[^)]*\)", r"\1", source[0])
 
 
 def setup(app: object) -> None:
