@@ -81,13 +81,14 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool = False, softmax_scale: fl
     """
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k and v have the shapes {q.shape}, {k.shape} and {v.shape}, which do not go together.")
-    if not 1 <= q.shape[3] <= 128:
-        raise ValueError(f"head_dim is {q.shape[3]}, expected 1 to 128.")
+    if not 1 <= q.shape[3] <= 128 or 0 in q.shape or 0 in k.shape:
+        raise ValueError(
+            f"q and k have the shapes {q.shape} and {k.shape}, expected head_dim 1 to 128, and none empty."
+        )
     batch, seqlen_q, heads, head_dim = q.shape
     scale = np.float32(head_dim**-0.5 if softmax_scale is None else softmax_scale)
     out = cuda.to_device(np.zeros(q.shape, np.float32))
     l = cuda.to_device(np.zeros((batch, heads, seqlen_q), np.float32))
     m = cuda.to_device(np.full((batch, heads, seqlen_q), -np.inf, np.float32))
-    if batch * heads * seqlen_q * k.shape[1]:
-        kernel_of(head_dim)[(heads, batch), BLOCK_M](q, k, v, out, l, m, causal, scale)
+    kernel_of(head_dim)[(heads, batch), BLOCK_M](q, k, v, out, l, m, causal, scale)
     return out

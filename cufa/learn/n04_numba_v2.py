@@ -84,12 +84,13 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool = False, softmax_scale: fl
     """
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k and v have the shapes {q.shape}, {k.shape} and {v.shape}, which do not go together.")
-    if not 1 <= q.shape[3] <= 128:
-        raise ValueError(f"head_dim is {q.shape[3]}, expected 1 to 128.")
+    if not 1 <= q.shape[3] <= 128 or 0 in q.shape or 0 in k.shape:
+        raise ValueError(
+            f"q and k have the shapes {q.shape} and {k.shape}, expected head_dim 1 to 128, and none empty."
+        )
     batch, seqlen_q, heads, head_dim = q.shape
     scale = np.float32(head_dim**-0.5 if softmax_scale is None else softmax_scale)
     out = cuda.device_array(q.shape, np.float32)
-    if batch * heads * seqlen_q:
-        grid = -(-seqlen_q // BLOCK_M), heads, batch
-        kernel_of(head_dim)[grid, BLOCK_M](q, k, v, out, causal, scale)
+    grid = -(-seqlen_q // BLOCK_M), heads, batch
+    kernel_of(head_dim)[grid, BLOCK_M](q, k, v, out, causal, scale)
     return out
