@@ -76,7 +76,7 @@ test-frameworks: $(FRAMEWORKS)/.test
 	  tests/interop/test_torch.py tests/interop/test_torch_features.py tests/interop/test_sdpa.py \
 	  tests/interop/test_training.py tests/interop/test_states.py tests/interop/test_rotary.py \
 	  tests/interop/test_torch_kvcache.py tests/api/test_torch_modes.py tests/cli/test_bench.py \
-	  tests/cli/test_bench_variants.py tests/pages
+	  tests/cli/test_bench_variants.py tests/pages tests/test_ladder.py
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff check .
