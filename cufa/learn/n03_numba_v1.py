@@ -1,8 +1,8 @@
 """Rung 3 in Numba: FlashAttention, version 1, one thread for each row of a block of queries.
 
 A kernel is the program of one thread, launched for a grid of thread blocks: ``blockIdx`` says which block a thread is
-in, and ``threadIdx`` which of its threads it is. The loops are those of `cufa.learn.r03_keys_outer`, now with a name for
-every memory:
+in, and ``threadIdx`` which of its threads it is. The loops are those of `cufa.learn.r03_keys_outer`, now with a name
+for every memory:
 
 - **shared memory** holds the block of keys and values, which all threads of the block read: each of its elements is
   loaded once and used by BLOCK_M rows. ``syncthreads`` keeps it from being read before it is there, and from being

@@ -22,8 +22,14 @@ PAGES = ("index", "theory", "versions", "ladder", "optimise")
 def page(name: str) -> str:
     """The text of a page, with what it includes, and without what only Sphinx reads."""
     text = (FOLDER / f"{name}.md").read_text()
-    text = re.sub(r"^```{include} (\S+)\n```", lambda found: (FOLDER / found[1]).read_text(), text, flags=re.MULTILINE)
+    text = re.sub(r"^```{include} (\S+)\n(?::.*\n)?```", lambda found: included(found[1]), text, flags=re.MULTILINE)
     return re.sub(r"^```{toctree}\n.*?^```\n?", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def included(file: str) -> str:
+    """A file that a page includes; its images are named from where it is."""
+    folder = Path(file).parent.as_posix()
+    return re.sub(r"(!\[[^]]*\])\(", rf"\1({folder}/", (FOLDER / file).read_text())
 
 
 def markdown(text: str) -> list[Any]:
