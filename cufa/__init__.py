@@ -112,13 +112,14 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name in (
+        "flash_attn",
         "functions",
         "jax",
         "masks",
         "reference",
         "testing",
         "torch",
-    ):  # frameworks are not in __all__: a star would hide them
+    ):  # frameworks and flash_attn are not in __all__: a star would hide them
         return importlib.import_module(f"cufa.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'cufa' has no attribute {name!r}")

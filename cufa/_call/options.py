@@ -48,7 +48,8 @@ class Options(NamedTuple):
     return_lse : bool
         Forward: whether lse is a result.
     deterministic : bool
-        Gradients: whether dq is the same bits in every run.
+        Gradients: whether dq is the same bits in every run. Of a forward that a framework differentiates: whether its
+        gradients are.
     more : tuple of (str, object)
         Names and values of those that the operation and its score terms have of their own.
     late : tuple of (str, object)

@@ -44,7 +44,8 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
     _problem.check(operation, arrays, options)
     if not FOREIGN:
         _callback()  # or the lack of it, told where the user's call is
-    program = _program(_call_of(operation, arrays.layouts, options), _device(given[0]), _deterministic())
+    deterministic = options.deterministic or _deterministic()
+    program = _program(_call_of(operation, arrays.layouts, options), _device(given[0]), deterministic)
     results = program(*(array for array in given if array is not None))
     return results[0] if len(results) == 1 else results
 

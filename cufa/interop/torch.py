@@ -234,7 +234,7 @@ class Operator:
             if given[index] is None and name != "lse":
                 given[index] = saved[0].new_zeros(shape, dtype=dtype)
         causal, window, softmax_scale, softcap, *_ = ctx.options
-        deterministic = torch.are_deterministic_algorithms_enabled()
+        deterministic = ctx.options.deterministic or torch.are_deterministic_algorithms_enabled()
         asked = causal, window, softmax_scale, softcap, False, deterministic, *self.operation.owned.given(ctx.options)
         found = _call.call(self.gradients, self._backward((*saved, *given, None)), asked)
         found = found if isinstance(found, tuple) else (found,)

@@ -1,0 +1,1 @@
+"""Losses of flash_attn that cufa has: `cross_entropy`."""

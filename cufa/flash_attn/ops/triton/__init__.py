@@ -1,0 +1,1 @@
+"""Of the operations that are written in Triton in flash_attn: `cross_entropy` and `rotary`."""
