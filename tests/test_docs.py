@@ -16,7 +16,16 @@ import cufa
 from cufa._compile import env as _env
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = ("__init__", "jax", "masks", "reference", "testing/__init__", "torch")
+PUBLIC = (
+    "__init__",
+    "flash_attn/__init__",
+    "flash_attn/flash_attn_3",
+    "jax",
+    "masks",
+    "reference",
+    "testing/__init__",
+    "torch",
+)
 """The modules that users import."""
 SOURCES = {path.relative_to(ROOT).with_suffix(""): path.read_text() for path in sorted((ROOT / "cufa").rglob("*.py"))}
 WITH_EXAMPLES = [".".join(path.parts).removesuffix(".__init__") for path, text in SOURCES.items() if ">>> " in text]
@@ -40,7 +49,8 @@ def test_the_api_page_has_every_public_name(module: str) -> None:
 
 def test_the_api_page_has_nothing_else() -> None:
     page = re.findall(r"^ *\.\. [\w:]+:: (cufa[\w.]+)$", (ROOT / "docs" / "api.rst").read_text(), re.MULTILINE)
-    there = {name for module in PUBLIC for name in names_of(module)} | {"cufa.torch", "cufa.jax"}
+    there = {name for module in PUBLIC for name in names_of(module)} | {"cufa.torch", "cufa.jax", "cufa.flash_attn"}
+    there |= {"cufa.flash_attn.flash_attn_3"}
     methods = {f"cufa.cache.{name}" for name in ("stats", "clear", "prune", "verify")}
     assert len(page) == len(set(page)) and not set(page) - there - methods
 
@@ -61,6 +71,22 @@ def test_examples_in_docstrings_run(name: str) -> None:
     if framework in ("torch", "jax"):
         pytest.importorskip(framework)
     assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.parametrize("module", ["cufa.flash_attn", "cufa.flash_attn.flash_attn_3"])
+def test_the_page_of_flash_attn_has_every_argument(module: str) -> None:
+    home = importlib.import_module(module)
+    functions = [name for name in home.__all__ if name.startswith("flash_attn_")]
+    tables = re.findall(
+        r"^(\| \| `\w+` .*\n)\|[-|]+\n((?:\|.*\n)+)", (ROOT / "docs" / "flash_attn.md").read_text(), re.M
+    )
+    head, body = tables[module.endswith("3")]
+    columns = [f"flash_attn_{name}" for name in re.findall(r"`(\w+)`", head)]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines()]
+    assert sorted(columns) == sorted(functions) and all(row[-1] for row in rows)
+    for place, name in enumerate(columns, 1):
+        parameters = inspect.signature(getattr(home, name)).parameters
+        assert {row[0].strip("`") for row in rows if row[place] == "✓"} == set(parameters), name
 
 
 def test_the_page_of_variables_is_what_the_code_reads() -> None:

@@ -6,9 +6,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
+import runpy
+import subprocess
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -788,3 +792,24 @@ def test_transformers_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with flash_attn.install(flash_attn_3=True):
         assert found() == (True, True)
     assert found() == (False, False)
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "flash_attn_program.py"
+
+
+def test_the_example_generates_what_it_would_read() -> None:
+    with flash_attn.install():
+        program = runpy.run_path(str(EXAMPLE))
+    model = program["Model"]().eval()
+    tokens = program["examples"](3)[0][:, :5]
+    found = model.generate(tokens)
+    for _ in range(found.shape[1]):
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, tokens[:, 5:])
+
+
+def test_a_program_runs_as_it_is() -> None:
+    command = [sys.executable, "-m", "cufa.flash_attn", str(EXAMPLE), "--steps", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert re.fullmatch(r"step 1: loss \d\.\d+\n\d+ of 100 sequences of 4 digits are sorted\n", run.stdout)
+    assert "usage" in subprocess.run(command[:3], capture_output=True, text=True, timeout=300).stderr
