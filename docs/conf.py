@@ -14,11 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cufa
 
-# torch takes gigabytes, and what it computes is not wanted here: without it, its module is read beside a mock. That
+# torch takes gigabytes, and what it computes is not wanted here: without it, its modules are read beside a mock. That
 # has no tensor for `view` to look at.
 if importlib.util.find_spec("torch") is None:
     with mocked_modules(["torch"]), mock.patch("cufa._call.arrays.view"):
         import cufa.torch
+        import cufa.xformers
 
 project = "cufa"
 author = "the authors of cufa"

@@ -25,8 +25,11 @@ PUBLIC = (
     "reference",
     "testing/__init__",
     "torch",
+    "xformers",
 )
 """The modules that users import."""
+NEEDED = {"jax": "jax", "torch": "torch", "xformers": "torch"}
+"""What some of them import."""
 SOURCES = {path.relative_to(ROOT).with_suffix(""): path.read_text() for path in sorted((ROOT / "cufa").rglob("*.py"))}
 WITH_EXAMPLES = [".".join(path.parts).removesuffix(".__init__") for path, text in SOURCES.items() if ">>> " in text]
 
@@ -50,15 +53,15 @@ def test_the_api_page_has_every_public_name(module: str) -> None:
 def test_the_api_page_has_nothing_else() -> None:
     page = re.findall(r"^ *\.\. [\w:]+:: (cufa[\w.]+)$", (ROOT / "docs" / "api.rst").read_text(), re.MULTILINE)
     there = {name for module in PUBLIC for name in names_of(module)} | {"cufa.torch", "cufa.jax", "cufa.flash_attn"}
-    there |= {"cufa.flash_attn.flash_attn_3"}
+    there |= {"cufa.flash_attn.flash_attn_3", "cufa.xformers"}
     methods = {f"cufa.cache.{name}" for name in ("stats", "clear", "prune", "verify")}
     assert len(page) == len(set(page)) and not set(page) - there - methods
 
 
 @pytest.mark.parametrize("module", PUBLIC)
 def test_public_functions_have_examples(module: str) -> None:
-    if module in ("jax", "torch"):
-        pytest.importorskip(module)
+    if module in NEEDED:
+        pytest.importorskip(NEEDED[module])
     for name in names_of(module):
         home, _, last = name.rpartition(".")
         found = getattr(importlib.import_module(home), last)
@@ -68,8 +71,8 @@ def test_public_functions_have_examples(module: str) -> None:
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples_in_docstrings_run(name: str) -> None:
     framework = name.rpartition(".")[2]
-    if framework in ("torch", "jax"):
-        pytest.importorskip(framework)
+    if framework in NEEDED:
+        pytest.importorskip(NEEDED[framework])
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
