@@ -18,6 +18,7 @@ from cufa._compile import env as _env
 ROOT = Path(__file__).parents[1]
 PUBLIC = (
     "__init__",
+    "diffusers",
     "flash_attn/__init__",
     "flash_attn/flash_attn_3",
     "jax",
@@ -53,7 +54,7 @@ def test_the_api_page_has_every_public_name(module: str) -> None:
 def test_the_api_page_has_nothing_else() -> None:
     page = re.findall(r"^ *\.\. [\w:]+:: (cufa[\w.]+)$", (ROOT / "docs" / "api.rst").read_text(), re.MULTILINE)
     there = {name for module in PUBLIC for name in names_of(module)} | {"cufa.torch", "cufa.jax", "cufa.flash_attn"}
-    there |= {"cufa.flash_attn.flash_attn_3", "cufa.xformers"}
+    there |= {"cufa.flash_attn.flash_attn_3", "cufa.xformers", "cufa.diffusers"}
     methods = {f"cufa.cache.{name}" for name in ("stats", "clear", "prune", "verify")}
     assert len(page) == len(set(page)) and not set(page) - there - methods
 

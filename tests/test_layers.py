@@ -73,7 +73,7 @@ def test_every_header_compiles_alone() -> None:
 
 FRAMEWORKS = {"cupy", "torch", "jax", "numba", "cuda"}
 PARTS = {"torch.py": "torch", "interop/torch.py": "torch", "jax.py": "jax"}
-FOR_TORCH = ("_torch", "bert_padding", "layers/rotary", "losses/cross_entropy", "ops/rms_norm")
+FOR_TORCH = ("_states", "_torch", "bert_padding", "layers/rotary", "losses/cross_entropy", "ops/rms_norm")
 FOR_TORCH += ("ops/triton/cross_entropy", "ops/triton/rotary")
 PARTS |= {f"flash_attn/{name}.py": "torch" for name in FOR_TORCH}
 PARTS["xformers.py"] = "torch"
@@ -190,7 +190,7 @@ ROOMS = (
         "interop",
     ),
     "_pages",
-    *("_api", "jax", "torch", "masks", "flash_attn", "xformers", "__init__", "_bench", "_cli", "__main__"),
+    *("_api", "jax", "torch", "masks", "flash_attn", "xformers", "diffusers", "__init__", "_bench", "_cli", "__main__"),
 )
 """Of the package, in their order: a room imports from itself and from those before it."""
 BESIDE = {"reference": ("errors", "_call", "_terms"), "testing": ("errors", "_call", "_terms", "reference")}

@@ -25,6 +25,18 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
+STATES = {f"_flash_attn_{kind}{way}" for kind in ("", "varlen_") for way in ("forward", "backward")}
+"""Functions with an underscore that programs call, for torch alone; ``_wrapped`` before it makes no difference here."""
+
+
+def __getattr__(name: str) -> Any:
+    home = name.removeprefix("_wrapped")
+    if home not in STATES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import _states
+
+    return getattr(_states, home)
+
 
 @unscriptable
 def flash_attn_func(

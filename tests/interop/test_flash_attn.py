@@ -372,6 +372,46 @@ def test_seeds_are_those_of_torch() -> None:
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("varlen", [False, True])
+def test_forward_and_backward_one_by_one(varlen: bool) -> None:
+    """What rings of devices are built of: the parts' gradients follow from out and lse of the whole."""
+    from cufa.flash_attn import flash_attn_interface as interface
+
+    name, kind = ("flash_attn_varlen_func", "varlen_") if varlen else ("flash_attn_func", "")
+    case = case_of(name, torch.float64)
+    q, k, v, *offsets = case.arguments.values()
+    options = (0.25, WIDTH**-0.5, True, -1, -1, 1.5, SLOPES)
+    forward, backward = (getattr(interface, f"_flash_attn_{kind}{way}") for way in ("forward", "backward"))
+    torch.manual_seed(3)
+    out, lse, _, rng_state = forward(q, k, v, *offsets, *options, False)
+    assert out.grad_fn is None
+    torch.manual_seed(3)
+    own = {"dropout_p": 0.25, "causal": True, "softcap": 1.5, "alibi_slopes": SLOPES}
+    wanted = getattr(flash_attn, name)(**case.arguments, **own)
+    torch.testing.assert_close(out, wanted)
+    dout = torch.ones_like(out)
+    gradients = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+    backward(dout, q, k, v, out, lse, *gradients, *offsets, *options, True, rng_state)
+    torch.testing.assert_close(gradients, [*torch.autograd.grad(wanted, (q, k, v), dout)])
+    assert getattr(interface, f"_wrapped_flash_attn_{kind}forward") is forward
+    with pytest.raises(UnsupportedError, match="rng_state"):
+        backward(dout, q, k, v, out, lse, *gradients, *offsets, *options, True)
+    with pytest.raises(UnsupportedError, match="return_softmax"):
+        forward(q, k, v, *offsets, *options, True)
+    with pytest.raises(TypeError, match="torch tensors"):
+        forward(q.detach().numpy(), k, v, *offsets, *options, False)
+    if varlen:
+        used = interface._flash_attn_varlen_forward(
+            q, k, v, *offsets, 0.0, 0.25, True, seqused_k=torch.tensor([2, 6], dtype=torch.int32)
+        )
+        rows = case.sequences[0][0][3:], *(x[:2] for x in case.sequences[0][1:])
+        torch.testing.assert_close(used[0][3:5], eager(*rows, causal=True)[0].detach())
+        assert bool((used[1][:, :3] == torch.inf).all())
+        for refused in ("block_table", "leftpad_k"):
+            with pytest.raises(UnsupportedError, match=refused):
+                forward(q, k, v, *offsets, *options, **{refused: 1})
+
+
 # --- Caches -------------------------------------------------------------------------------------------
 
 
