@@ -827,8 +827,24 @@ def test_transformers_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
         return utils.is_flash_attn_2_available(), utils.is_flash_attn_3_available()
 
     assert found() == (False, False)
+    flash = importlib.import_module("transformers.modeling_flash_attention_utils")
+    for name in vars(flash).keys() & {
+        "_loaded_implementation",
+        "_flash_fn",
+        "_flash_varlen_fn",
+        "_pad_fn",
+        "_unpad_fn",
+    }:
+        monkeypatch.setattr(flash, name, None)
+    q, k, v = random(2, 5, HEADS, WIDTH), random(2, 5, 2, WIDTH, seed=1), random(2, 5, 2, WIDTH, seed=2)
+    tokens = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     with flash_attn.install():
         assert found() == (True, False)
+        options = {"query_length": 5, "is_causal": True, "sliding_window": 3, "softcap": 1.5}
+        out = flash._flash_attention_forward(q, k, v, tokens, **options, attn_implementation="flash_attention_2")
+        for b, start in enumerate((0, 2)):
+            wanted = eager(q[b, start:], k[b, start:], v[b, start:], causal=True, window_size=(2, 0), softcap=1.5)[0]
+            torch.testing.assert_close(out[b, start:], wanted)
     with flash_attn.install(flash_attn_3=True):
         assert found() == (True, True)
     assert found() == (False, False)
