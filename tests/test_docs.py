@@ -21,6 +21,7 @@ PUBLIC = (
     "diffusers",
     "flash_attn/__init__",
     "flash_attn/flash_attn_3",
+    "flax",
     "jax",
     "masks",
     "reference",
@@ -29,7 +30,7 @@ PUBLIC = (
     "xformers",
 )
 """The modules that users import."""
-NEEDED = {"jax": "jax", "torch": "torch", "xformers": "torch"}
+NEEDED = {"flax": "jax", "jax": "jax", "torch": "torch", "xformers": "torch"}
 """What some of them import."""
 SOURCES = {path.relative_to(ROOT).with_suffix(""): path.read_text() for path in sorted((ROOT / "cufa").rglob("*.py"))}
 WITH_EXAMPLES = [".".join(path.parts).removesuffix(".__init__") for path, text in SOURCES.items() if ">>> " in text]
@@ -54,7 +55,7 @@ def test_the_api_page_has_every_public_name(module: str) -> None:
 def test_the_api_page_has_nothing_else() -> None:
     page = re.findall(r"^ *\.\. [\w:]+:: (cufa[\w.]+)$", (ROOT / "docs" / "api.rst").read_text(), re.MULTILINE)
     there = {name for module in PUBLIC for name in names_of(module)} | {"cufa.torch", "cufa.jax", "cufa.flash_attn"}
-    there |= {"cufa.flash_attn.flash_attn_3", "cufa.xformers", "cufa.diffusers"}
+    there |= {"cufa.flash_attn.flash_attn_3", "cufa.xformers", "cufa.diffusers", "cufa.flax"}
     methods = {f"cufa.cache.{name}" for name in ("stats", "clear", "prune", "verify")}
     assert len(page) == len(set(page)) and not set(page) - there - methods
 

@@ -76,7 +76,7 @@ PARTS = {"torch.py": "torch", "interop/torch.py": "torch", "jax.py": "jax"}
 FOR_TORCH = ("_states", "_torch", "bert_padding", "layers/rotary", "losses/cross_entropy", "ops/rms_norm")
 FOR_TORCH += ("ops/triton/cross_entropy", "ops/triton/rotary")
 PARTS |= {f"flash_attn/{name}.py": "torch" for name in FOR_TORCH}
-PARTS["xformers.py"] = "torch"
+PARTS |= {"xformers.py": "torch", "flax.py": "jax"}
 PARTS |= dict.fromkeys(("interop/jax.py", "interop/folding.py", "interop/dividing.py"), "jax")
 PARTS |= dict.fromkeys(("learn/n03_numba_v1.py", "learn/n04_numba_v2.py"), "numba")
 """A framework's own modules, which nothing else imports as soon as it is imported."""
@@ -190,7 +190,20 @@ ROOMS = (
         "interop",
     ),
     "_pages",
-    *("_api", "jax", "torch", "masks", "flash_attn", "xformers", "diffusers", "__init__", "_bench", "_cli", "__main__"),
+    *(
+        "_api",
+        "jax",
+        "torch",
+        "masks",
+        "flash_attn",
+        "xformers",
+        "diffusers",
+        "flax",
+        "__init__",
+        "_bench",
+        "_cli",
+        "__main__",
+    ),
 )
 """Of the package, in their order: a room imports from itself and from those before it."""
 BESIDE = {"reference": ("errors", "_call", "_terms"), "testing": ("errors", "_call", "_terms", "reference")}
