@@ -23,6 +23,10 @@ OLDER_NVRTC := 13.0
 METADATA := setup.cfg pyproject.toml Makefile
 HEADERS = $(shell find cuda_src cufa tests -name '*.cuh' -o -name '*.cu' -o -name '*.h' -o -name '*.cpp')
 comma := ,
+
+# Those with JAX alone are in make test.
+FRAMEWORK_TESTS = $(filter-out %/test_jax.py %/test_divided.py,$(wildcard tests/interop/test_*.py)) tests/pages \
+  tests/api/test_torch_modes.py tests/cli/test_bench.py tests/cli/test_bench_variants.py tests/test_ladder.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The extra for the CUDA version of the driver, if it finds a GPU; otherwise nothing.
@@ -73,10 +77,7 @@ test: $(VENV)/.test
 # The tests for a GPU, if there is one, have it to themselves.
 test-frameworks: $(FRAMEWORKS)/.test
 	@$(FRAMEWORKS)/bin/python -m pytest $(if $(CUDA_EXTRA),,-n auto --dist worksteal) $(PYTEST_FLAGS) \
-	  tests/interop/test_torch.py tests/interop/test_torch_features.py tests/interop/test_sdpa.py \
-	  tests/interop/test_training.py tests/interop/test_states.py tests/interop/test_rotary.py \
-	  tests/interop/test_torch_kvcache.py tests/api/test_torch_modes.py tests/cli/test_bench.py \
-	  tests/cli/test_bench_variants.py tests/pages tests/test_ladder.py
+	  $(FRAMEWORK_TESTS)
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff check .
