@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .._masks.blocks import BlockMask
 from .._masks.mask import Mask
 from .block_mask import BlockMaskTerm
+from .traced import is_array
 
 if TYPE_CHECKING:
     from .._operations.features import Feature
@@ -19,10 +20,14 @@ def mask_features(function: str, mask: Any) -> list[Feature]:
     if isinstance(mask, BlockMask):
         term = BlockMaskTerm(*mask.block_size, by_head=mask.shape[1] > 1)
         return [Feature(term, mask.arrays, (mask.seqlen_q, mask.seqlen_k))]
-    if isinstance(mask, Mask) or callable(mask) or isinstance(mask, tuple):
+    if not is_array(mask):
         from .function import mask_feature
+        from .snippet import CudaFunction
 
-        return [mask_feature(function, (mask.call, *mask.placed) if isinstance(mask, Mask) else mask)]
+        if isinstance(mask, Mask):
+            return [mask_feature(function, (mask.call, *mask.placed))]
+        if isinstance(mask, (CudaFunction, tuple)) or callable(mask):
+            return [mask_feature(function, mask)]
     from .mask_array import mask_array_feature
 
     return [mask_array_feature(function, mask)]

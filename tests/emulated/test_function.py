@@ -93,14 +93,21 @@ def test_functions_in_cuda(dtype: Any) -> None:
     """
     own_slopes = np.array([0.5, 0.25], np.float32)
     score = cufa.cuda_function(source, arrays={"slopes": own_slopes}, scalars={"cap": 2.0}, twin=twin)
+    seen = "key % step != 1 || batch + head == 0 || distance < 2.0f"
+    mask = cufa.cuda_function(
+        seen,
+        scalars={"step": 3},
+        twin=lambda b, h, query, key, step: (key % step != 1) | (b + h == 0) | (query.position - key < 2),
+    )
+    options = {"causal": True, "score": score, "mask": mask}
     wide = [x.astype(np.float32) for x in (q, k, v, dout)]
-    out, lse = cufa.attention(*wide[:3], causal=True, score=score, return_lse=True)
-    right = [out, lse, *cufa.attention_backward(wide[3], *wide[:3], out, lse, causal=True, score=score)]
+    out, lse = cufa.attention(*wide[:3], **options, return_lse=True)
+    right = [out, lse, *cufa.attention_backward(wide[3], *wide[:3], out, lse, **options)]
     with emulated.Gpu(arch=80, num_sms=3, order=1) as gpu:
-        there = dataclasses.replace(score, arrays={"slopes": gpu.array(own_slopes)})
+        options["score"] = dataclasses.replace(score, arrays={"slopes": gpu.array(own_slopes)})
         q, k, v, dout = map(gpu.array, (q, k, v, dout))
-        out, lse = cufa.attention(q, k, v, causal=True, score=there, return_lse=True)
-        found = [out, lse, *cufa.attention_backward(dout, q, k, v, out, lse, causal=True, score=there)]
+        out, lse = cufa.attention(q, k, v, **options, return_lse=True)
+        found = [out, lse, *cufa.attention_backward(dout, q, k, v, out, lse, **options)]
         found = [to_numpy(x) for x in found]
     own.check(found, [x.astype(np.float64) for x in right], UNITS[dtype])
 

@@ -434,14 +434,35 @@ def test_functions_in_cuda_have_twins() -> None:
     assert feature(score).term == feature(again).term and feature(again).options == (7.0,)
 
 
+def test_masks_in_cuda_have_twins() -> None:
+    q, k, v, dout = arrays_of(*[(2, 9, 2, 4)] * 4)
+    until = np.array([4, 9], np.int32)
+
+    def seen(batch: Any, head: Any, query: Any, key: Any, until: Any, step: Any) -> Any:
+        return (key < until[head]) | (key % step == 0)
+
+    source = "key < until(head) || key % step == 0"
+    mask = cufa.cuda_function(source, arrays={"until": until}, scalars={"step": 5}, twin=seen)
+    keys = np.arange(9)
+    options = {"mask": ((keys < until[:, None]) | (keys % 5 == 0))[None, :, None], "causal": True}
+    expected, lse = cufa.attention(q, k, v, return_lse=True, **options)
+    options["mask"] = mask
+    np.testing.assert_array_equal(cufa.attention(q, k, v, **options), expected)
+    found = cufa.attention_backward(dout, q, k, v, expected, lse, **options)
+    right = cufa.attention_backward(dout, q, k, v, expected, lse, mask=(seen, until, 5), causal=True)
+    for one, other in zip(found, right, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_functions_in_cuda_that_will_not_do() -> None:
     x, slopes = np.zeros((1, 3, 2, 4), np.float32), slopes_of_module
-    with pytest.raises(cufa.UnsupportedError) as refusal:
-        cufa.attention(x, x, x, score=cufa.cuda_function("2.0f * score"))
-    assert str(refusal.value) == (
-        "attention: the score function is in C++, and q is on the CPU; give cuda_function a twin in Python, or pass "
-        "arrays on a GPU."
-    )
+    for kind, source in (("score", "2.0f * score"), ("mask", "key < 2")):
+        with pytest.raises(cufa.UnsupportedError) as refusal:
+            cufa.attention(x, x, x, **{kind: cufa.cuda_function(source)})
+        assert str(refusal.value) == (
+            f"attention: the {kind} function is in C++, and q is on the CPU; give cuda_function a twin in Python, or "
+            "pass arrays on a GPU."
+        )
     for name in ("score", "tanh", "2a", "a__b", "head"):
         with pytest.raises(ValueError, match=rf"^cuda_function: '{name}' cannot be the name of an array or a number"):
             cufa.cuda_function("score", scalars={name: 1.0})

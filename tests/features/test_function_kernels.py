@@ -39,11 +39,17 @@ SNIPPET = score_feature(
         scalars={"cap": CAP},
     ),
 ).term
+MASK_SNIPPET = mask_feature(
+    "attention",
+    cufa.cuda_function(
+        "if (key < until(head)) return true;\nreturn distance < 3.0f;", arrays={"until": np.ones(2, np.int32)}
+    ),
+).term
 TERMS_OF_FUNCTIONS = {
     "tables": (term(own.SCORES["tables"]), mask(own.MASKS["documents"])),
     "smooth": (term(own.SCORES["smooth"]),),
     "shifted": (term(own.SCORES["shifted"]), mask(own.MASKS["sliding"])),
-    "cuda": (SNIPPET,),
+    "cuda": (SNIPPET, MASK_SNIPPET),
 }
 
 
