@@ -135,7 +135,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -145,6 +145,8 @@ from ._call import kvcache as _kvcache
 from ._call import options as _options
 from ._call import problem as _problem
 from ._call.problem import CACHE_DTYPES
+from ._specification.term import At as At
+from ._specification.term import Term as Term
 from ._terms import TERMS
 
 __all__ = [
@@ -183,38 +185,6 @@ class FeaturedOptions(Options, total=False):
     mask: Any
     dropout_p: float
     seed: int | None
-
-
-class At(NamedTuple):
-    """Where scores are: arrays of integers that broadcast to (batch, num_heads_q, seqlen_q, seqlen_k)."""
-
-    batch: Array
-    head: Array
-    query: Array
-    key: Array
-    distance: Array
-
-
-class Term(Protocol):
-    """A further score term."""
-
-    def score(self, s: Array, at: At) -> Array:
-        """What becomes of scores."""
-
-    def slope(self, s: Array, at: At) -> ArrayLike:
-        """The derivative of that at the scores before."""
-
-    def keep(self, at: At) -> ArrayLike:
-        """Which keys are kept, as far as the term has a say in it."""
-
-    def factor(self, at: At) -> ArrayLike:
-        """What probabilities are multiplied by behind their sum."""
-
-    def gradient(self, ds: Array, s: Array, at: At) -> tuple[Array, ...]:
-        """The gradients by what it reads, from that by its result, which is 0 for removed keys; `s` are scores before.
-
-        Packed sequences' are added up.
-        """
 
 
 class Precision(NamedTuple):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import cufa
 from cufa import masks, reference
-from cufa._specification.mask import Seen
+from cufa._specification.mask import Mask
 from cufa.testing import to_numpy
 
 ELEMENTS = {
@@ -65,7 +65,7 @@ class Problem(NamedTuple):
         """The same by the reference."""
         beside = self.options | {name: self.arrays[name] for name in ("alibi_slopes", "sinks") if name in self.arrays}
         q, k, v, dout, dlse = (self.arrays[name] for name in ("q", "k", "v", "dout", "dlse"))
-        terms = [Seen(self.seen())]
+        terms = [Mask(self.seen())]
         found = [*reference._attend(q, k, v, terms=terms, **beside)]
         found += [*reference._differentiate(dout, q, k, v, dlse, terms=terms, **beside)]
         return [each for each in found if each is not None]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-if TYPE_CHECKING:
-    from ..reference import At
-
-Array = NDArray[Any]
+from .term import Array, At, Term
 
 
-class Bias:
+class Bias(Term):
     """``s + bias[b, h, i, j]``, where an axis of 1 serves all, and what lies beyond the ends of the others is 0."""
 
     def __init__(self, bias: ArrayLike) -> None:
@@ -22,15 +19,6 @@ class Bias:
     def score(self, s: Array, at: At) -> Array:
         scored: Array = s + of_points(self.bias, at, 0.0).astype(s.dtype)
         return scored
-
-    def slope(self, s: Array, at: At) -> float:
-        return 1.0
-
-    def keep(self, at: At) -> bool:
-        return True
-
-    def factor(self, at: At) -> float:
-        return 1.0
 
     def gradient(self, ds: Array, s: Array, at: At) -> tuple[Array]:
         dbias = np.zeros(self.bias.shape)

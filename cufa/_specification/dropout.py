@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from ..reference import At
-
-Array = NDArray[Any]
+from .term import Array, At, Term
 
 
-class Dropout:
+class Dropout(Term):
     """Probabilities are dropped with probability `dropout_p`, and the others are divided by that of being kept.
 
     Philox 4x32-10, with the key `seed`, gives four words of 32 bits for a counter of four. Of query i and key j of a
@@ -27,22 +23,10 @@ class Dropout:
         self.count = min(round(dropout_p * 2**15), 2**15 - 1)
         self.seed = seed % 2**64
 
-    def score(self, s: Array, at: At) -> Array:
-        return s
-
-    def slope(self, s: Array, at: At) -> float:
-        return 1.0
-
-    def keep(self, at: At) -> bool:
-        return True
-
     def factor(self, at: At) -> Array:
         number = self._number(at)
         dropped = number < self.count if self.count <= 2**14 else number >= 2**15 - self.count
         return np.where(dropped, 0, 2**15 / (2**15 - self.count))
-
-    def gradient(self, ds: Array, s: Array, at: At) -> tuple[()]:
-        return ()
 
     def _number(self, at: At) -> Array:
         points = np.broadcast_arrays(at.query, at.key, at.head, at.batch)

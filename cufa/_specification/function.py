@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from .term import Array, Term
 
 STEP = 2.0**-10
 """Of differences, relative to numbers larger than 1. They err by its fourth power where four derivatives exist, and
@@ -34,7 +33,7 @@ class Clipped:
         return read
 
 
-class Function:
+class Function(Term):
     """What `score` or `mask` is given, with the arrays behind it; `differentiated` are the places of those that have
     gradients."""
 
@@ -78,9 +77,6 @@ class Function:
 
     def keep(self, at: Any) -> Array | bool:
         return self._called(at).astype(bool) if self.is_mask else True
-
-    def factor(self, at: Any) -> float:
-        return 1.0
 
     def gradient(self, ds: Array, s: Array, at: Any) -> tuple[Array, ...]:
         return tuple(self._gradient(place, ds, s, at) for place in self.differentiated)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-if TYPE_CHECKING:
-    from ..reference import At
-
-Array = NDArray[Any]
+from .term import Array, At, Term
 
 
-class RelBias:
+class RelBias(Term):
     """``s + rel_bias[h, reach + d]``, with d the distance ``i + offset - j``, but at least -reach and at most reach."""
 
     def __init__(self, rel_bias: ArrayLike) -> None:
@@ -22,15 +17,6 @@ class RelBias:
     def score(self, s: Array, at: At) -> Array:
         scored: Array = s + self.rel_bias[at.head, self._column(at)].astype(s.dtype)
         return scored
-
-    def slope(self, s: Array, at: At) -> float:
-        return 1.0
-
-    def keep(self, at: At) -> bool:
-        return True
-
-    def factor(self, at: At) -> float:
-        return 1.0
 
     def gradient(self, ds: Array, s: Array, at: At) -> tuple[Array]:
         of_heads, column = ds.sum(axis=0), self._column(at)

@@ -59,7 +59,7 @@ def to_numpy(x: Any) -> Array:
     return np.asarray(x)
 
 
-class Shifted:
+class Shifted(Term):
     """A score term of the reference for a part of a problem, of which it knows where that begins.
 
     Parameters
