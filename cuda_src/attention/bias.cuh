@@ -29,7 +29,7 @@ struct OrderedBiasData {
 
 inline const BiasData& own(const BiasData& data) { return data; }
 inline const BiasData& own(const OrderedBiasData& data) { return data.own; }
-inline AtomicSums sums_of(const BiasData&) { return {}; }
+inline AtomicSums sums_of(const BiasData& data) { return {data.dbias, data.zeros}; }
 inline ExactSums sums_of(const OrderedBiasData& data) { return {data.own.dbias, data.dbias_words, data.own.zeros}; }
 
 // A score s becomes s + bias[batch][head][query][key]. `alone` is whether an element of the bias belongs to one score
@@ -132,17 +132,8 @@ struct Bias : Term {
     if (x != 0.0f && (tile::lane() & (2 * last - first)) == 0) sums.add(daddress(at), x);
   }
 
-  static void begin(const Data& data, i64 thread, i64 threads) {
-    if constexpr (ordered) {
-      sums_of(data).begin(thread, threads);
-    } else {
-      for (i64 i = thread; i < data.zeros; i += threads) data.dbias[i] = 0.0f;
-    }
-  }
-
-  static void finish(const Data& data, i64 thread, i64 threads) {
-    if constexpr (ordered) sums_of(data).finish(thread, threads);
-  }
+  static void begin(const Data& data, i64 thread, i64 threads) { sums_of(data).begin(thread, threads); }
+  static void finish(const Data& data, i64 thread, i64 threads) { sums_of(data).finish(thread, threads); }
 };
 
 }  // namespace attention

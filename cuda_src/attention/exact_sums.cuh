@@ -7,9 +7,18 @@
 
 namespace attention {
 
-// The sums add up where they are wanted.
+// The sums add up where they are wanted, from 0.
 struct AtomicSums {
+  float* sums;
+  i64 count;
+
   void add(float* at, float x) const { ptx::red_add_f32(at, x); }
+
+  void begin(i64 thread, i64 threads) const {
+    for (i64 i = thread; i < count; i += threads) sums[i] = 0.0f;
+  }
+
+  void finish(i64, i64) const {}
 };
 
 // A sum is an integer, a multiple of 2^lowest, in `digits` digits of 32 bits, each of which adds up in a word of 64:

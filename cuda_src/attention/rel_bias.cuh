@@ -25,7 +25,7 @@ struct OrderedRelBiasData {
 
 inline const RelBiasData& own(const RelBiasData& data) { return data; }
 inline const RelBiasData& own(const OrderedRelBiasData& data) { return data.own; }
-inline AtomicSums sums_of(const RelBiasData&) { return {}; }
+inline AtomicSums sums_of(const RelBiasData& data) { return {data.drel_bias, data.size}; }
 inline ExactSums sums_of(const OrderedRelBiasData& data) {
   return {data.own.drel_bias, data.drel_bias_words, data.own.size};
 }
@@ -99,17 +99,8 @@ struct RelBias : Term {
     }
   }
 
-  static void begin(const Data& data, i64 thread, i64 threads) {
-    if constexpr (ordered) {
-      sums_of(data).begin(thread, threads);
-    } else {
-      for (i64 i = thread; i < data.size; i += threads) data.drel_bias[i] = 0.0f;
-    }
-  }
-
-  static void finish(const Data& data, i64 thread, i64 threads) {
-    if constexpr (ordered) sums_of(data).finish(thread, threads);
-  }
+  static void begin(const Data& data, i64 thread, i64 threads) { sums_of(data).begin(thread, threads); }
+  static void finish(const Data& data, i64 thread, i64 threads) { sums_of(data).finish(thread, threads); }
 };
 
 }  // namespace attention

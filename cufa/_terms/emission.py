@@ -56,6 +56,53 @@ class Struct(NamedTuple):
     text: str
 
 
+def struct_of(kind: str, words: str, include: str, data: Iterable[str], bases: str, lines: Iterable[str]) -> Struct:
+    """The struct of a function that has such lines, in which @ stands for its name: that is a digest of the text."""
+    text = "\n".join(
+        [
+            f"// attention: a {kind} function{words}.",
+            "#pragma once",
+            "",
+            '#include "attention/functions.cuh"',
+            '#include "attention/term.cuh"',
+            f'#include "{include}"',
+            '#include "core/types.cuh"',
+            "",
+            "namespace attention {",
+            "",
+            "struct @Data {",
+            *data,
+            "};",
+            "",
+            "template <class element>",
+            f"struct @ : {bases} {{",
+            "  using Data = @Data;",
+            *lines,
+            "};",
+            "",
+            "}  // namespace attention",
+            "",
+        ]
+    )
+    name = f"{kind.title()}{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    path = f"attention/{name.lower()}.cuh"
+    return Struct(f"attention::{name}<{{element}}>", f"{name}Data", path, text.replace("@", name))
+
+
+def data_members(
+    arrays: Iterable[tuple[str, str, int]], gradients: Iterable[str], scalars: Iterable[tuple[str, str]]
+) -> list[str]:
+    """What a function's kernels are given: arrays and their gradients, strides and extents, and numbers."""
+    arrays = tuple(arrays)
+    found = [f"  const {MEMBER_TYPES[kind]}* {name};" for name, kind, _ in arrays]
+    found += [f"  float* d{name};" for name in gradients]
+    for what, type_name in (("stride", "i64"), ("extent", "i32")):
+        for place, (_, _, ndim) in enumerate(arrays):
+            found += [f"  {type_name} {what}{place}_{axis};" for axis in range(ndim)]
+    found += [f"  {MEMBER_TYPES[kind]} {name};" for name, kind in scalars]
+    return found or ["  i32 nothing;"]
+
+
 def score_struct(differential: Differential) -> Struct:
     """That of a score function."""
     return _Emission(differential.graph, differential).struct("score")
@@ -108,30 +155,7 @@ class _Emission:
         self.gradients = () if differential is None else gradients_of(differential)
 
     def struct(self, kind: str) -> Struct:
-        body = self._text(kind)
-        name = f"{kind.title()}{hashlib.sha256(body.encode()).hexdigest()[:12]}"
-        text = body.replace("@", name)
-        return Struct(f"attention::{name}<{{element}}>", f"{name}Data", f"attention/{name.lower()}.cuh", text)
-
-    def _text(self, kind: str) -> str:
         lines = [
-            f"// attention: a {kind} function, traced.",
-            "#pragma once",
-            "",
-            '#include "attention/functions.cuh"',
-            '#include "attention/term.cuh"',
-            '#include "core/math.cuh"',
-            '#include "core/types.cuh"',
-            "",
-            "namespace attention {",
-            "",
-            "struct @Data {",
-            *self._data(),
-            "};",
-            "",
-            "template <class element>",
-            "struct @ : Term {",
-            "  using Data = @Data;",
             "  using F = Functions<element>;",
             *self._flags(),
             "",
@@ -141,27 +165,9 @@ class _Emission:
             *self._constructor(),
             "",
             *(self._keeps() if self.differential is None else self._scores(self.differential)),
-            "};",
-            "",
-            "}  // namespace attention",
-            "",
         ]
-        return "\n".join(lines)
-
-    def _data(self) -> Iterator[str]:
-        graph = self.graph
-        for name, kind, _ in graph.arrays:
-            yield f"  const {MEMBER_TYPES[kind]}* {name};"
-        for name in self.gradients:
-            yield f"  float* d{name};"
-        for what, type_name in (("stride", "i64"), ("extent", "i32")):
-            for place, (_, _, ndim) in enumerate(graph.arrays):
-                for axis in range(ndim):
-                    yield f"  {type_name} {what}{place}_{axis};"
-        for name, kind in graph.scalars:
-            yield f"  {MEMBER_TYPES[kind]} {name};"
-        if not graph.arrays and not graph.scalars:
-            yield "  i32 nothing;"
+        data = data_members(self.graph.arrays, self.gradients, self.graph.scalars)
+        return struct_of(kind, ", traced", "core/math.cuh", data, "Term", lines)
 
     def _flags(self) -> Iterator[str]:
         flags = {"per_head": self.graph.uses("head")}

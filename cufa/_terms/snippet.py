@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .capture import KINDS, NUMBERS, dtype_of, scalar_kind
-from .emission import MEMBER_TYPES
+from .emission import Struct, data_members, struct_of
 from .function import FunctionTerm, check_arrays, check_size, layout_values
 from .graph import INT
 from .term import Array, Late, Point, Term
@@ -121,11 +120,9 @@ class SnippetTerm(Term):
         self.late_names = tuple(name for name, _ in scalars)
         self.bends = self.gives_slope = kind == "score"
         self.hides = kind == "mask"
-        body = self._text()
-        struct = f"{kind.title()}{hashlib.sha256(body.encode()).hexdigest()[:12]}"
-        self.type, self.data = f"attention::{struct}<{{element}}>", f"{struct}Data"
-        self.header = f"attention/{struct.lower()}.cuh"
-        self.headers = {self.header: body.replace("@", struct)}
+        struct = self._struct()
+        self.type, self.data, self.header = struct.type, struct.data, struct.path
+        self.headers = {struct.path: struct.text}
         self._key = kind, source, arrays, scalars, twin, twin_names
 
     def __eq__(self, other: object) -> bool:
@@ -134,17 +131,8 @@ class SnippetTerm(Term):
     def __hash__(self) -> int:
         return hash(self._key)
 
-    def _text(self) -> str:
-        """The header, in which @ stands for the struct's name."""
+    def _struct(self) -> Struct:
         is_score = self.kind == "score"
-        members = [f"  const {MEMBER_TYPES[kind]}* {name};" for name, kind, _ in self.layouts]
-        for what, type_name in (("stride", "i64"), ("extent", "i32")):
-            members += [
-                f"  {type_name} {what}{place}_{axis};"
-                for place, (_, _, ndim) in enumerate(self.layouts)
-                for axis in range(ndim)
-            ]
-        members += [f"  {MEMBER_TYPES[kind]} {name};" for name, kind in self.scalars]
         returned = "Real" if is_score else "bool"
         body = self.source if re.search(r"\breturn\b", self.source) else f"return {returned}({self.source});"
         using = [f"  using DualFunctions<element>::{name};" for name in CALLS]
@@ -163,23 +151,6 @@ class SnippetTerm(Term):
             found.append(f"    const {'int' if kind == INT else 'float'} {own} = data->{name};")
         header = "template <class Real>\n  Real apply(Real score, const Point& at) const" if is_score else ""
         lines = [
-            f"// attention: a {self.kind} function of the caller's.",
-            "#pragma once",
-            "",
-            '#include "attention/functions.cuh"',
-            '#include "attention/term.cuh"',
-            '#include "core/dual.cuh"',
-            '#include "core/types.cuh"',
-            "",
-            "namespace attention {",
-            "",
-            "struct @Data {",
-            *(members or ["  i32 nothing;"]),
-            "};",
-            "",
-            "template <class element>",
-            "struct @ : Term, DualFunctions<element> {",
-            "  using Data = @Data;",
             *using,
             f"  static constexpr bool bends = {str(is_score).lower()}, gives_slope = bends, wild = bends;",
             f"  static constexpr bool hides = {str(not is_score).lower()};",
@@ -207,7 +178,8 @@ class SnippetTerm(Term):
                 "    return scored.value;",
                 "  }",
             ]
-        return "\n".join([*lines, "};", "", "}  // namespace attention", ""])
+        data = data_members(self.layouts, (), self.scalars)
+        return struct_of(self.kind, " of the caller's", "core/dual.cuh", data, "Term, DualFunctions<element>", lines)
 
     def plain_late(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
         kinds = (kind for _, kind in self.scalars)
