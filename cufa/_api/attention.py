@@ -67,7 +67,7 @@ def attention(
         What becomes of a score behind the softcap and ALiBi: see `cufa.functions`.
     bias : array, (batch, num_heads_q, seqlen_q, seqlen_k), optional
         Added to scores behind those and `score`. Any axis may be 1, which serves all; any strides; of q's dtype or
-        float32.
+        float32, on the CPU also float64.
     rel_bias : float32 array, (num_heads_q, 2 · reach + 1), optional
         Added like `bias`: ``rel_bias[h, reach + d]``, where ``d = i + seqlen_k - seqlen_q - j`` is how far the key lies
         before the query's own position, clipped to -reach and reach.

@@ -81,7 +81,12 @@ def test_the_public_functions_take_them() -> None:
     arrays = made.arrays()
     out, lse = cufa.attention(**case.arrays(), return_lse=True)
     np.testing.assert_array_equal(out, featured.forward(case)[0])
-    made.check(cufa.attention_backward(**arrays | {"out": out, "lse": lse}))
+    gradients = cufa.attention_backward(**arrays | {"out": out, "lse": lse})
+    made.check(gradients)
+    wide = {name: arrays[name].astype(np.float64) for name in ("bias", "rel_bias")}  # NumPy's own, beside float32
+    for one, other in zip(gradients, cufa.attention_backward(**arrays | wide | {"out": out, "lse": lse}), strict=True):
+        assert one.dtype == other.dtype == np.float32
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["bias", "mask"])
