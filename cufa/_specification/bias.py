@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,27 @@ class Bias(Term):
         return scored
 
     def gradient(self, ds: Array, s: Array, at: At) -> tuple[Array]:
-        dbias = np.zeros(self.bias.shape)
+        return (self._sums(ds, at),)
+
+    def spread(self, alone: Array, shared: Sequence[Array], s: Array, at: At) -> tuple[tuple[Array, Array]]:
+        if self.bias.shape[3] == 1:
+            shared = [evenly(errors, np.True_) for errors in shared]
+        return ((self._sums(alone, at), self._sums(sum(errors**2 for errors in shared), at)),)
+
+    def _sums(self, x: Any, at: At) -> Array:
+        """Of numbers of scores, by the elements that these read."""
+        found = np.zeros(self.bias.shape)
         index, inside = places(self.bias, at)
-        np.add.at(dbias, np.broadcast_arrays(*index, ds)[:4], np.where(inside, ds, 0))
-        return (dbias,)
+        np.add.at(found, np.broadcast_arrays(*index, x)[:4], np.where(inside, x, 0))
+        return found
+
+
+def evenly(errors: Array, together: Any) -> Array:
+    """Errors that entries of a row share, with those of some entries made such that their squares add up to the square
+    of their sum."""
+    there = np.broadcast_to(together, errors.shape)
+    total, count = (np.where(there, x, 0).sum(axis=3, keepdims=True) for x in (errors, 1.0))
+    return np.where(there, np.abs(total) / np.sqrt(np.maximum(count, 1)), errors)
 
 
 def places(array: Array, at: At) -> tuple[list[Array], Any]:

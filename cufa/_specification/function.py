@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,11 +79,28 @@ class Function(Term):
         return self._called(at).astype(bool) if self.is_mask else True
 
     def gradient(self, ds: Array, s: Array, at: Any) -> tuple[Array, ...]:
-        return tuple(self._gradient(place, ds, s, at) for place in self.differentiated)
+        return tuple(
+            self._by_elements(place, [np.where(ds != 0, ds * by, 0).sum() for by in self._derivatives(place, s, at)])
+            for place in self.differentiated
+        )
 
-    def _gradient(self, place: int, ds: Array, s: Array, at: Any) -> Array:
-        found = np.zeros(self.arrays[place].shape)
-        for index in np.ndindex(found.shape):
+    def spread(self, alone: Array, shared: Sequence[Array], s: Array, at: Any) -> tuple[tuple[Array, Array], ...]:
+        found = []
+        for place in self.differentiated:
+            single, together = [], []
+            for by in self._derivatives(place, s, at):
+                single.append(np.where(alone != 0, alone * by**2, 0).sum())
+                rows = (np.where(errors != 0, errors * by, 0).sum(axis=3) for errors in shared)
+                together.append(sum((row**2).sum() for row in rows))
+            found.append((self._by_elements(place, single), self._by_elements(place, together)))
+        return tuple(found)
+
+    def _by_elements(self, place: int, found: Sequence[Any]) -> Array:
+        return np.array(found, float).reshape(self.arrays[place].shape)
+
+    def _derivatives(self, place: int, s: Array, at: Any) -> Iterator[Array]:
+        """Of scores, by each element of an array."""
+        for index in np.ndindex(self.arrays[place].shape):
             step = STEP * max(1.0, abs(float(self.arrays[place][index])))
 
             def moved(factor: float, index: tuple[int, ...] = index, step: float = step) -> Array:
@@ -91,8 +108,7 @@ class Function(Term):
                 arrays[place][index] += factor * step
                 return self._called(at, s, arrays=arrays)
 
-            found[index] = np.where(ds != 0, ds * _difference(moved, step), 0).sum()
-        return found
+            yield _difference(moved, step)
 
 
 def _difference(function: Callable[[float], Array], step: Any) -> Array:

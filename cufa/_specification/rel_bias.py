@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .bias import evenly
 from .term import Array, At, Term
 
 
@@ -19,11 +23,21 @@ class RelBias(Term):
         return scored
 
     def gradient(self, ds: Array, s: Array, at: At) -> tuple[Array]:
-        of_heads, column = ds.sum(axis=0), self._column(at)
-        drel_bias = np.zeros(self.rel_bias.shape)
+        return (self._sums(ds, at),)
+
+    def spread(self, alone: Array, shared: Sequence[Array], s: Array, at: At) -> tuple[tuple[Array, Array]]:
+        column = self._column(at)
+        for end in (0, self.rel_bias.shape[1] - 1):  # only there a row has several entries of one number
+            shared = [evenly(errors, column == end) for errors in shared]
+        return ((self._sums(alone, at), self._sums(sum(errors**2 for errors in shared), at)),)
+
+    def _sums(self, x: Any, at: At) -> Array:
+        """Of numbers of scores, by the elements that these read."""
+        of_heads, column = x.sum(axis=0), self._column(at)
+        found = np.zeros(self.rel_bias.shape)
         for each in np.unique(column):
-            drel_bias[at.head.ravel(), each] = of_heads[:, column == each].sum(axis=1)
-        return (drel_bias,)
+            found[at.head.ravel(), each] = of_heads[:, column == each].sum(axis=1)
+        return found
 
     def _column(self, at: At) -> Array:
         reach = (self.rel_bias.shape[1] - 1) // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from numpy.typing import ArrayLike, NDArray
@@ -42,5 +43,13 @@ class Term:
         """The gradients by what it reads, from that by its result, which is 0 for removed keys; `s` are scores before.
 
         Packed sequences' are added up.
+        """
+        return ()
+
+    def spread(self, alone: Array, shared: Sequence[Array], s: Array, at: At) -> tuple[tuple[Array, Array], ...]:
+        """Mean squares of what errors of ds make of each gradient: of those alone, and of those that rows share.
+
+        `alone` are mean squares of what single entries of ds err by. Each of `shared` is what entries err by if their
+        row's random number is 1.
         """
         return ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import ml_dtypes
@@ -92,6 +92,9 @@ class Shifted(Term):
 
     def gradient(self, ds: Array, s: Array, at: At) -> tuple[Array, ...]:
         return self._term.gradient(ds, s, self._at(at))
+
+    def spread(self, alone: Array, shared: Sequence[Array], s: Array, at: At) -> tuple[tuple[Array, Array], ...]:
+        return self._term.spread(alone, shared, s, self._at(at))
 
 
 class Problem(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import ml_dtypes
@@ -11,14 +12,11 @@ from numpy.typing import DTypeLike, NDArray
 from cufa.reference import At, FeaturedOptions, Options, Term
 
 from .. import reference
-from ._compare import Problem, complain, complaint, forward_noise, to_numpy
+from ._compare import Problem, complain, complaint, forward_noise, limit_of, to_numpy
 
 Array: TypeAlias = NDArray[Any]
 
 NAMES = ("dq", "dk", "dv", "dsinks")
-
-DRAWS = 16
-"""How often errors are drawn to tell how far sums of them that score terms make err."""
 
 COMPUTE_UNIT = 2.0**-22
 """Of a float32 product by three of tf32, and of the exponential."""
@@ -307,25 +305,19 @@ def _noise(
     sink_noise = np.where(p_sink > 0, sink_noise + np.finfo(np.float32).tiny * (1 + np.abs(delta)), 0)
 
     def term_variances() -> list[Array]:
-        """Of the gradients of score terms: squares of what errors that are drawn at random add up to."""
+        """Squares of the noise of score terms' gradients, which kernels make of ds in float32."""
         after, found = np.ones_like(p), list[Array]()
         for term, before, slope, _ in reversed(of_terms):
             own = p * after
             alone = COMPUTE_UNIT * own * (dp_size + np.abs(gap) * s_size) + half * (unit * own + least) * np.abs(gap)
-            in_row = row_noise * own * gap, delta_noise * own
-            rng, squares = np.random.default_rng(0), list[list[Array]]()
-            for _ in range(DRAWS):
-                errors = alone * rng.choice((-1, 1), alone.shape)
-                for common in in_row:
-                    errors = errors + common * rng.choice((-1, 1), (*common.shape[:3], 1))
-                squares.append([x**2 for x in term.gradient(np.where(keep, errors, 0), before, at)])
+            shared = [np.where(keep, errors, 0) for errors in (row_noise * own * gap, delta_noise * own)]
+            spreads = term.spread(np.where(keep, alone, 0) ** 2, shared, before, at)
             summed = term.gradient(np.abs(own * gap), before, at)  # in any order
-            floor = float(np.finfo(np.float32).tiny)
-            sums = [(walk_q * COMPUTE_UNIT * np.abs(x)) ** 2 + (floor * (x != 0)) ** 2 for x in summed]
-            # The largest, since errors of what is no sum may cancel in all draws but one.
-            drawn = [np.max(each, axis=0) for each in zip(*squares, strict=True)]
-            # Twice the noise: what a row has in common, as the rounding of out, shows in single entries as it is.
-            found = [*(4 * a + b for a, b in zip(drawn, sums, strict=True)), *found]
+            sums = [
+                (walk_q * COMPUTE_UNIT * np.abs(x)) ** 2 + (np.finfo(np.float32).tiny * (x != 0)) ** 2 for x in summed
+            ]
+            parts = zip(spreads, sums, strict=True)
+            found = [*(single + _wider(x.shape) ** 2 * common + x for (single, common), x in parts), *found]
             after = after * slope
         return found
 
@@ -336,6 +328,12 @@ def _noise(
         (sink_noise**2).sum(axis=(0, 2, 3)),
         *term_variances(),
     )
+
+
+def _wider(shape: tuple[int, ...]) -> float:
+    """How much wider the bound of a whole result is where errors may be as few as its rows, and not its elements."""
+    size = max(math.prod(shape), 1)
+    return limit_of(size // max(*shape[-1:], 1)) / limit_of(size)
 
 
 class _Applied(NamedTuple):

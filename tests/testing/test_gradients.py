@@ -61,6 +61,31 @@ def test_the_noise_is_the_error_of_rounded_mathematics(dtype: str, options: dict
         assert (0.01 if dtype == "float32" else 0.4) < ratio < 1.1
 
 
+def gated(s: Any, batch: Any, head: Any, query: Any, key: Any, gate: Any) -> Any:
+    return s * gate[head, key // 60]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("axes", ["xxxx", "1xx1"])
+def test_the_noise_of_terms_tells_two_per_cent(dtype: str, axes: str) -> None:
+    """Of a rounded out and of rounded probabilities; gradients that are two per cent off, or 0, are far beyond it."""
+    case = Case(**SIZES | {"seqlen_q": 60}, dtype=dtype, bias=axes, rel_bias=20, causal=True)
+    gate = np.random.default_rng(0).uniform(0.5, 2, (4, 2)).astype(np.float32)
+    arrays = arrays_of(case) | {"score": (gated, gate)}
+    given = {name: x for name, x in arrays.items() if name not in ("score", "bias", "rel_bias")}
+    terms = reference.terms_of(*(arrays[name] for name in ("score", "bias", "rel_bias")))
+    precision = Precision(np.float32, arrays["q"].dtype)
+    dq, dk, dv, _, *found = reference._differentiate(**given, **case.options, terms=terms, precision=precision)
+    exact, noise = _gradients.expect(**arrays, **case.options)
+    assert_gradients_close([dq, dk, dv, *found], **arrays, **case.options)
+    for name, one, *beside in zip(("dscore 0", "dbias", "drel_bias"), found, exact[4:], noise[4:], strict=True):
+        right, error = (x[beside[1] > 0] for x in beside)
+        assert 0.15 < np.sqrt(np.mean((one[beside[1] > 0] - right) ** 2 / error**2)) < 1.1
+        for factor in (0.0, 1.02)[: 1 if (name, dtype) == ("dscore 0", "bfloat16") else 2]:  # a sum that cancels
+            wrong = _gradients.gradient_complaint(name, factor * one, *beside)
+            assert wrong is not None and wrong.startswith(f"{name} differs")
+
+
 def test_query_heads_that_are_the_same_err_as_one() -> None:
     case = Case(**SIZES | {"num_heads_q": 32}, dtype="bfloat16", layouts=("broadcast", *["contiguous"] * 3))
     arrays = Call(case=case, dlse=False, dout="broadcast").arrays() | {"dlse": None}
