@@ -106,4 +106,21 @@ struct Term {
   static void finish(const Data&, i64, i64) {}
 };
 
+// A term without its gradient, for calls that do not want that.
+template <class Own>
+struct Constant : Own {
+  using Own::Own;
+  static constexpr bool has_gradient = false, reads_score = false, gathers = false, finishes = false;
+
+  void gradient(float, const Point&) const {}
+  void gradient(float, const Point&, float) const {}
+  void flush() const {}
+  template <class Entries, class Place>
+  void gather(const Entries&, const Place&) const {}
+  template <class Data>
+  static void begin(const Data&, i64, i64) {}
+  template <class Data>
+  static void finish(const Data&, i64, i64) {}
+};
+
 }  // namespace attention

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,13 @@ def extended(
     arrays = (array for feature in features for array in feature.arrays)
     options = (option for feature in features for option in feature.options)
     return having(operation, *(feature.term for feature in features)), (*given, *arrays), (*asked, *options)
+
+
+@cache
+def wanting(gradients: Operation, names: frozenset[str]) -> Operation:
+    """The operation of gradients without those of score terms that are not among the names."""
+    terms = tuple(term.wanting(names) for term in gradients.terms)
+    return gradients if terms == gradients.terms else replace(gradients, terms=terms)
 
 
 @cache  # problems are remembered by operation

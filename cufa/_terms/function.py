@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class FunctionTerm(Term):
             self.gradients = tuple(f"d{name}" for name in gradients_of(differential))
         self.type, self.data, self.header = struct.type, struct.data, struct.path
         self.headers = {struct.path: struct.text}
-        self._key = graph, differential is None
+        self._key = graph, None if differential is None else differential.reads
         self._hash = hash(self._key)
 
     def __eq__(self, other: object) -> bool:
@@ -52,6 +52,15 @@ class FunctionTerm(Term):
 
     def __hash__(self) -> int:
         return self._hash
+
+    def wanting(self, gradients: Collection[str]) -> Term:
+        if all(name in gradients for name in self.gradients):
+            return self
+        assert self.differential is not None
+        arrays = [f"d{name}" for name, _, _ in self.graph.arrays]
+        nodes = self.graph.nodes
+        reads = tuple(read for read in self.differential.reads if arrays[nodes[read[0]].value] in gradients)
+        return FunctionTerm(self.graph, self.differential._replace(reads=reads))
 
     def plain_late(self, function: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
         kinds = (kind for _, kind in self.graph.scalars)

@@ -6,7 +6,7 @@ it reads may have gradients. Its C++ twin is told of in ``cuda_src/attention/ter
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -161,6 +161,14 @@ class Term:
     def in_order(self) -> Term:
         """What takes its place where gradients are to be the same bits in every run: it is `ordered` if it can be."""
         return self
+
+    def wanting(self, gradients: Collection[str]) -> Term:
+        """What takes its place where only these gradients are wanted; itself, if it cannot compute fewer."""
+        if not self.gradients or any(name in gradients for name in self.gradients):
+            return self
+        from .constant import Constant
+
+        return Constant(self)
 
     def asked(self, specs: Mapping[str, Spec], options: Options) -> bool:
         """Whether a call with these arrays and options has the term."""

@@ -25,6 +25,7 @@ from .._call import problem as _problem
 from .._call.arrays import CPU, Arrays, Layout
 from .._call.options import Options
 from .._operations.call import compute_on_cpu, planned, prepare
+from .._operations.features import wanting
 from .._operations.operation import Operation, gradients_of
 from ..errors import UnsupportedError
 from . import dividing as _dividing
@@ -135,10 +136,10 @@ def _program(call: Call, device: int, deterministic: bool) -> Any:
 
 
 def _differentiable(call: Call, device: int, deterministic: bool) -> Any:
-    gradients = gradients_of(call.operation)
-    if gradients is None:
+    all_gradients = gradients_of(call.operation)
+    if all_gradients is None:
         return _once(call, device)
-    gives, reads_lse = call.operation.gives, "lse" in gradients.arrays
+    gives, reads_lse = call.operation.gives, "lse" in all_gradients.arrays
     whole_options = call.options._replace(return_lse=call.options.return_lse or reads_lse)
     whole = _once(call._replace(options=whole_options), device)
     options = call.options._replace(return_lse=False, deterministic=deterministic)
@@ -147,10 +148,14 @@ def _differentiable(call: Call, device: int, deterministic: bool) -> Any:
         arrays = tuple(primal.value for primal in primals)
         results = whole(*arrays)
         asked_for = results if whole_options == call.options else results[:-1]
-        return asked_for, (arrays, results)
+        # What is differentiated is told by the structure of what is kept, since that is no number of the program.
+        differentiated = tuple(() if primal.perturbed else None for primal in primals)
+        return asked_for, (arrays, results, differentiated)
 
     def backward(saved: Any, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
-        arrays, results = saved
+        arrays, results, differentiated = saved
+        wanted = (f"d{name}" for name, each in zip(call.names, differentiated, strict=True) if each is not None)
+        gradients = wanting(all_gradients, frozenset(wanted))
         named = dict(zip(call.names, arrays, strict=True)) | dict(zip(gives, results, strict=False))
         for name, result, cotangent in zip(gives, results, map(_known, cotangents), strict=False):
             named[f"d{name}"] = jax.numpy.zeros_like(result) if cotangent is None and name != "lse" else cotangent
@@ -164,7 +169,7 @@ def _differentiable(call: Call, device: int, deterministic: bool) -> Any:
     raw = _raw(call, device)
     program = jax.custom_vjp(lambda *arrays: raw(*arrays))
     program.defvjp(forward, backward, symbolic_zeros=True)
-    return lambda *arrays: program(*_guarded(call, gradients, device, arrays))
+    return lambda *arrays: program(*_guarded(call, all_gradients, device, arrays))
 
 
 def _guarded(call: Call, gradients: Operation, device: int, arrays: tuple[Any, ...]) -> list[Any]:

@@ -26,6 +26,7 @@ from .._call.arrays import CPU, Arrays, Spec, contiguous
 from .._call.options import MAX_SEQLEN, Options
 from .._call.problem import Problem
 from .._operations import call as _call
+from .._operations.features import wanting
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
 from .._operations.operation import Operation, by_key, gradients_of
 from .._operations.rotary import ROTARY
@@ -85,6 +86,7 @@ class Operator:
             self._kept = [index for index, name in enumerate(known) if name in read]
             kept = (known[index] for index in self._kept)
             self._backward = _picked(read, (*kept, *(f"d{name}" for name in gives)))
+            self._of_terms = any(term.has_gradient for term in self.gradients.terms)
         self._ways: dict[Any, tuple[int | None, ...]] = {}
         self.name = name = _free_name(operation)
         LIBRARY.define(name + self.schema(), tags=(torch.Tag.pt2_compliant_tag,))
@@ -198,7 +200,8 @@ class Operator:
         known = *inputs, *results, *[None] * (len(self.operation.gives) - len(results))
         ctx.save_for_backward(*(known[index] for index in self._kept))
         ctx.given = [(result.shape, result.dtype) for result in results]
-        ctx.options, ctx.ways = options, self.ways(inputs, options)
+        ctx.options, ctx.gradients = options, self.wanted(ctx.needs_input_grad[2:])
+        ctx.ways = self.ways(ctx.gradients, inputs, options)
         if True in compress(ctx.needs_input_grad[2:], map(_is_none, ctx.ways)):
             needed = zip(self.inputs, ctx.ways, ctx.needs_input_grad[2:], strict=True)
             name = next(name for name, way, need in needed if need and way is None)
@@ -206,14 +209,20 @@ class Operator:
                 f"{self.operation.name}: {name} requires grad, but has no gradient; pass {name}.detach()."
             )
 
-    def ways(self, inputs: Sequence[Any], options: Options) -> tuple[int | None, ...]:
+    def wanted(self, needed: Sequence[bool]) -> Operation:
+        """The gradients without those of score terms that no input needs."""
+        assert self.gradients is not None
+        if not self._of_terms:
+            return self.gradients
+        return wanting(self.gradients, frozenset(f"d{name}" for name in compress(self.inputs, needed)))
+
+    def ways(self, gradients: Operation, inputs: Sequence[Any], options: Options) -> tuple[int | None, ...]:
         """Which of the results of the gradients belongs to each input, if any."""
-        key = options.lasting, *map(_is_none, inputs)
+        key = gradients, options.lasting, *map(_is_none, inputs)
         known = self._ways.get(key)
         if known is None:
-            assert self.gradients is not None
             problem = sketch(self.operation, self.given_of(tuple(inputs)), options)
-            results = self.gradients.results(replace(problem, operation=self.gradients, memo={}))
+            results = gradients.results(replace(problem, operation=gradients, memo={}))
             names = [result.name for result in results]
             known = tuple(names.index(f"d{name}") if f"d{name}" in names else None for name in self.inputs)
             if len(self._ways) >= MAX_KNOWN:
@@ -236,7 +245,7 @@ class Operator:
         causal, window, softmax_scale, softcap, *_ = ctx.options
         deterministic = ctx.options.deterministic or torch.are_deterministic_algorithms_enabled()
         asked = causal, window, softmax_scale, softcap, False, deterministic, *self.operation.owned.given(ctx.options)
-        found = _call.call(self.gradients, self._backward((*saved, *given, None)), asked)
+        found = _call.call(ctx.gradients, self._backward((*saved, *given, None)), asked)
         found = found if isinstance(found, tuple) else (found,)
         needed = ctx.needs_input_grad[2:]
         ways = zip(ctx.ways, needed, strict=True)

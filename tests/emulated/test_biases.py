@@ -9,7 +9,7 @@ import pytest
 from gradients import Call
 
 import emulated
-from cufa.testing import Case
+from cufa.testing import Case, to_numpy
 
 pytestmark = pytest.mark.skipif(bool(emulated.why_not()), reason=emulated.why_not())
 
@@ -69,6 +69,18 @@ def test_a_gradient_that_is_stored_needs_no_zeros_and_is_deterministic() -> None
         with emulated.Gpu(arch=90, num_sms=3, order=order) as gpu:
             found.append(b"".join(x.tobytes() for x in featured.backward(made, gpu)))
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(("arch", "wanted"), [(80, ()), (80, ("drel_bias",)), (90, ("dbias",))])
+def test_constants_get_no_gradients(arch: int, wanted: tuple[str, ...]) -> None:
+    """Nor have gradients of the others to wait for sums of theirs that are exact."""
+    made = Call(case=case(64, bias="11xx", causal=True), deterministic=not wanted)
+    with emulated.Gpu(arch=arch, num_sms=3, order=1) as gpu:
+        found = [*map(to_numpy, featured.run_backward(made, gpu, wanted))]
+        assert "attention_backward_terms" not in [each.function.entry for each in gpu.launches]
+    assert len(found) == 4 + len(wanted)
+    behind = iter(found[4:])
+    made.check((*found[:4], *(next(behind) if name in wanted else None for name in ("dbias", "drel_bias"))))
 
 
 IN_ORDER = [

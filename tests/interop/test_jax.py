@@ -636,6 +636,33 @@ def test_frames_on_a_gpu(monkeypatch: pytest.MonkeyPatch, traced: bool) -> None:
     assert fake.asked[-1] == ("error", 3, "no")
 
 
+def test_what_is_not_differentiated_has_no_gradient_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, *_ = arrays()
+    rng = np.random.default_rng(0)
+    shape = (1, q.shape[2], q.shape[1], k.shape[1])
+    bias, rel_bias = (jnp.asarray(rng.standard_normal(x, dtype=np.float32)) for x in (shape, (q.shape[2], 9)))
+    computed: list[list[str]] = []
+    compute = xla.compute_on_cpu
+
+    def told(arrays: Any, problem: Any, *others: Any) -> None:
+        computed.append([result.name for result in problem.results])
+        compute(arrays, problem, *others)
+
+    monkeypatch.setattr(xla, "compute_on_cpu", told)
+
+    def loss(q: Any, bias: Any, rel_bias: Any) -> Any:
+        return (cufa.attention(q, k, v, bias=bias, rel_bias=rel_bias) ** 2).sum()
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        whole = jax.grad(loss, (0, 1, 2))(q, bias, rel_bias)
+        for places in ((0,), (0, 2), (1,)):
+            for differentiated in (jax.grad(loss, places), jax.jit(jax.grad(loss, places))):
+                computed.clear()
+                close(differentiated(q, bias, rel_bias), [whole[place] for place in places])
+                names = [name for place, name in ((1, "dbias"), (2, "drel_bias")) if place in places]
+                assert computed == [["out", "lse"], ["dq", "dk", "dv", *names]]
+
+
 def test_a_seed_reaches_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of different seeds are of one problem."""
     from cufa._operations.features import Feature, extended

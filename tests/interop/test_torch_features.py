@@ -9,6 +9,7 @@ import pytest
 
 import cufa
 from cufa import functions, masks
+from cufa._operations import call as _call
 
 torch: Any = pytest.importorskip("torch")
 
@@ -78,6 +79,39 @@ def test_gradients_are_those_of_numpy(name: str, device: str) -> None:
     assert len(gradients) == len(expected)
     for one, other in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(one.cpu(), other, rtol=1e-3, atol=1e-3 * np.abs(other).max())
+
+
+def test_what_needs_no_gradient_has_none_computed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two biases and two arrays of a function, those that are constants."""
+
+    def scaled(score: Any, batch: Any, head: Any, query: Any, key: Any, factors: Any, shifts: Any) -> Any:
+        return score * factors[head] + shifts[head]
+
+    def results(*wanted: str) -> dict[str, Any]:
+        of = {name: torch.from_numpy(x).to(device) for name, x in arrays().items()}
+        of |= {"factors": of["table"][:, 0].contiguous(), "shifts": of["table"][:, 1].contiguous()}
+        for name in ("q", *wanted):
+            of[name].requires_grad_()
+        more = {name: of[name] for name in ("bias", "rel_bias")}
+        out = cufa.attention(*(of[name] for name in "qkv"), score=(scaled, of["factors"], of["shifts"]), **more)
+        out.square().sum().backward()
+        return {name: of[name].grad for name in ("q", *wanted)}
+
+    whole = results("bias", "rel_bias", "factors", "shifts")
+    computed: list[list[str]] = []
+    allocate = _call.allocate
+
+    def told(arrays: Any, problem: Any) -> Any:
+        computed.append([result.name for result in problem.results])
+        return allocate(arrays, problem)
+
+    monkeypatch.setattr(_call, "allocate", told)
+    for wanted in ((), ("bias",), ("factors", "rel_bias")):
+        for name, each in results(*wanted).items():
+            torch.testing.assert_close(each, whole[name])
+        names = [f"d{'score_' * (name == 'factors')}{name}" for name in wanted]
+        assert computed == [["out", "lse"], ["dq", "dk", "dv", *names]]
+        computed.clear()
 
 
 def test_a_compiled_step_has_biases_and_dropout() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import plans
 import pytest
+import sass
 
 from cufa._terms.bias import Bias
 from cufa._terms.mask_array import MaskArray
@@ -45,6 +46,17 @@ def test_kernels_for_hopper_hold_what_they_load(way: Any, terms: str) -> None:
     """But for some words of the gradients with all of them at once."""
     most = 32 if terms == "all" and way is plans.backward else 0
     assert max(compiled(way, terms, 128, 90, mask="causal").values()) <= most
+
+
+def test_nothing_is_added_up_for_gradients_that_nobody_wants() -> None:
+    """A constant bias takes no more atomic additions than none, and fewer instructions than one with a gradient."""
+    reduced, sizes = [], []
+    for terms in ((), tuple(term.wanting(()) for term in TERMS["shared bias"]), TERMS["shared bias"]):
+        plan = plans.backward(plans.static("bf16", 128, 128)._replace(terms=terms), 90)
+        kernels = sass.disassemble(plans.compile_plan(plan).cubin).values()
+        reduced.append(sum(each.opcode.startswith("RED") for kernel in kernels for each in kernel))
+        sizes.append(sum(map(len, kernels)))
+    assert reduced[0] == reduced[1] < reduced[2] and sizes[0] < sizes[1] < sizes[2]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
