@@ -135,7 +135,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, SupportsInt, TypeAlias, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -184,7 +184,7 @@ class FeaturedOptions(Options, total=False):
     rel_bias: ArrayLike | None
     mask: Any
     dropout_p: float
-    seed: int | None
+    seed: SupportsInt | None
 
 
 class Precision(NamedTuple):
@@ -231,7 +231,7 @@ def attention(
     rel_bias: ArrayLike | None = None,
     mask: Any = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: SupportsInt | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Attention of a batch of equally long sequences.
@@ -396,7 +396,7 @@ def attention_varlen(
     rel_bias: ArrayLike | None = None,
     mask: Any = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: SupportsInt | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Attention of sequences of different lengths, laid end to end: a loop over `attention`.
@@ -747,7 +747,7 @@ def terms_of(
     rel_bias: ArrayLike | None = None,
     mask: Any = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: SupportsInt | None = None,
 ) -> list[Term]:
     """The further score terms that the keywords of these names ask for, in their order."""
     terms: list[Term] = []

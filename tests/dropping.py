@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     dtype: str
     options: dict[str, Any]
     dropout_p: float
-    seed: int
+    seed: Any  # an array of NumPy's is put where the others are
 
     @property
     def packed(self) -> bool:
@@ -36,7 +36,8 @@ class Problem(NamedTuple):
     def run(self, to: Callable[[Any], Any] = lambda x: x) -> tuple[Any, ...]:
         """Forward, and from what that gives backward, of arrays put somewhere: out, lse, dq, dk, dv and dsinks."""
         arrays = {name: to(x) for name, x in self.arrays.items()}
-        options: dict[str, Any] = {**self.options, "dropout_p": self.dropout_p, "seed": self.seed}
+        seed = to(self.seed) if isinstance(self.seed, np.ndarray) else self.seed
+        options: dict[str, Any] = {**self.options, "dropout_p": self.dropout_p, "seed": seed}
         options |= {name: arrays[name] for name in ("alibi_slopes", "sinks") if name in arrays}
         qkv = [arrays[name] for name in "qkv"]
         offsets = [arrays[name] for name in OFFSETS] if self.packed else []

@@ -206,7 +206,10 @@ ROOMS = (
     ),
 )
 """Of the package, in their order: a room imports from itself and from those before it."""
-BESIDE = {"reference": ("errors", "_call", "_terms"), "testing": ("errors", "_call", "_terms", "reference")}
+BESIDE = {
+    "reference": ("errors", "_call", "_specification", "_terms"),
+    "testing": ("errors", "_call", "_terms", "reference"),
+}
 BESIDE["_specification"] = ("errors",)
 BESIDE["learn"] = ("errors", "_call", "_terms", "_jit", "reference", "testing")
 BESIDE["_bench"] = ("errors", "_api", "testing")

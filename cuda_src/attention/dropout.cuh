@@ -21,15 +21,42 @@ struct DropoutData {
   float gain;    // 1 / the probability of being kept
 };
 
-struct Dropout : Term {
+// The same where an array holds the key of Philox.
+struct SeededDropoutData {
+  const void* seed;
+  u32 bound, flip;
+  float gain;
+};
+
+// Round keys of the host's. They are not copied: instructions read parameters where they are.
+struct GivenKeys {
   using Data = DropoutData;
   static_assert(sizeof(Data::keys) == 2 * philox_rounds * sizeof(u32), "each round has two words");
+  const u32* words;
+
+  explicit GivenKeys(const Data& data) : words(data.keys) {}
+  u32 operator[](int i) const { return words[i]; }
+};
+
+// Those of an integer in memory, which is as wide as it may be.
+template <class Seed>
+struct LoadedKeys : PhiloxKey {
+  using Data = SeededDropoutData;
+
+  explicit LoadedKeys(const Data& data) : LoadedKeys(i64(*static_cast<const Seed*>(data.seed))) {}
+  explicit LoadedKeys(i64 seed) : PhiloxKey{u32(seed), u32(u64(seed) >> 32)} {}
+};
+
+template <class Keys>
+struct DropoutBy : Term {
+  using Data = typename Keys::Data;
   static constexpr bool shapes = false, bends = false, scales = true, drops = true;
 
-  const Data* data;  // not copied: instructions read parameters where they are
+  const Data* data;
+  Keys keys;
   u32 batch, head;
 
-  Dropout(const Data& data, int batch, int head) : data(&data), batch(batch), head(head) {}
+  DropoutBy(const Data& data, int batch, int head) : data(&data), keys(data), batch(batch), head(head) {}
 
   static float gain(const Data& data) { return data.gain; }
 
@@ -79,10 +106,14 @@ struct Dropout : Term {
     masks[1] = key >> 4 << 2 | key >> 1 & 3;
     masks[2] = head;
     masks[3] = batch;
-    philox(masks, data->keys);
+    philox(masks, keys);
 #pragma unroll
     for (int i = 0; i < 4; ++i) masks[i] = ptx::set_abs_lt_f16x2(masks[i], data->bound) ^ data->flip;
   }
 };
+
+using Dropout = DropoutBy<GivenKeys>;
+template <class Seed>
+using SeededDropout = DropoutBy<LoadedKeys<Seed>>;
 
 }  // namespace attention

@@ -30,7 +30,7 @@ def attention(
     rel_bias: Array | None = None,
     mask: Any = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Array | None = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
@@ -77,9 +77,11 @@ def attention(
     dropout_p : float
         Probabilities are 0 with this probability, from 0, which is off, to less than 1; the others are divided by
         1 - dropout_p. `lse` does not change.
-    seed : int, optional
-        From which what is dropped follows, as `cufa.dropout_mask` gives it; needed with `dropout_p`. Another
-        seed takes no more time than the same, but for `jax.jit`, which traces anew.
+    seed : int or array, optional
+        From which what is dropped follows, as `cufa.dropout_mask` gives it; needed with `dropout_p`. An integer that
+        int64 holds, or an array of no dimensions, of int32, uint32 or int64 and of q's framework and device, which
+        kernels read: under `jax.jit` and in CUDA graphs it may change. Another seed takes no more time than the same,
+        but for an integer under `jax.jit`, which traces anew.
     return_lse : bool
         Return `lse` too.
     out : array, (batch, seqlen_q, num_heads_q, head_dim_v), optional
@@ -155,7 +157,7 @@ def attention_varlen(
     rel_bias: Array | None = None,
     mask: Any = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Array | None = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:

@@ -14,7 +14,7 @@ from .._terms.term import Point
 from ..errors import ArgumentError
 
 
-def dropout_mask(shape: Sequence[int], dropout_p: float, seed: int | None) -> NDArray[np.bool_]:
+def dropout_mask(shape: Sequence[int], dropout_p: float, seed: Any) -> NDArray[np.bool_]:
     """Which probabilities attention keeps, of those of all queries and keys, whether a mask hides keys or not.
 
     Computed on the CPU. On a GPU attention drops the same, whichever kernel serves the call.
@@ -26,8 +26,8 @@ def dropout_mask(shape: Sequence[int], dropout_p: float, seed: int | None) -> ND
         may be those of the longest: what is kept does not depend on lengths.
     dropout_p : float
         As in `cufa.attention`.
-    seed : int or None
-        As there: an integer that int64 holds; may be None if `dropout_p` is 0.
+    seed : int, array of no dimensions, or None
+        As there; may be None if `dropout_p` is 0. The host waits for the value of an array.
 
     Returns
     -------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsInt
 
 import numpy as np
 
@@ -19,9 +19,9 @@ class Dropout(Term):
     or, for n above ``2**14``, at least ``2**15 - n``.
     """
 
-    def __init__(self, dropout_p: float, seed: int) -> None:
+    def __init__(self, dropout_p: float, seed: SupportsInt) -> None:
         self.count = min(round(dropout_p * 2**15), 2**15 - 1)
-        self.seed = seed % 2**64
+        self.seed = int(seed) % 2**64
 
     def factor(self, at: At) -> Array:
         number = self._number(at)

@@ -10,14 +10,20 @@ import numpy as np
 from .._call import options as _options
 from ..errors import ArgumentError
 from .philox import philox, round_key_bytes
+from .score_array import Specialised
 from .term import Array, Late, Point, Term
+from .traced import is_array
 
 if TYPE_CHECKING:
-    from .._call.problem import Problem
+    from .._call.arrays import Spec
+    from .._call.problem import Check, Problem
     from .._operations.features import Feature
 
 SEEDS = -(2**63), 2**63
 """The integers that int64 holds."""
+
+SEED_DTYPES = {"int32": "i32", "uint32": "u32", "int64": "i64"}
+"""Of seeds that are arrays, and their types in C++."""
 
 BITS = 15
 """Of the number by which an entry is kept or not."""
@@ -58,7 +64,7 @@ class Dropout(Term):
     type = "attention::Dropout"
     data = "DropoutData"
     option_names = ("dropout_p",)
-    late_names = ("seed",)
+    late_names: tuple[str, ...] = ("seed",)
     bends = False
     scales = True
 
@@ -91,6 +97,47 @@ class Dropout(Term):
         return rate.gain * rate.keeps(numbers(at, given["seed"]))
 
 
+class SeededDropout(Specialised, Dropout):
+    """The same with a seed that is an array of no dimensions, whose value only kernels read.
+
+    Parameters
+    ----------
+    dtype : str
+        Of the seed.
+    """
+
+    type = "attention::SeededDropout"
+    data = "SeededDropoutData"
+    arrays = ("seed",)
+    late_names = ()
+
+    def __init__(self, dtype: str = "int64") -> None:
+        self.facts = (dtype,)
+
+    def struct(self, element: str) -> str:
+        (dtype,) = self.facts
+        return f"{self.type}<{SEED_DTYPES[dtype]}>"
+
+    def specialised(self, specs: Mapping[str, Spec], packed: bool) -> SeededDropout:
+        return SeededDropout(specs["seed"].dtype)
+
+    def check(self, call: Check) -> None:
+        spec = call.specs.get("seed")
+        if spec is None:
+            call.type_error("seed is None; pass an integer.")
+        if spec.dtype not in SEED_DTYPES or spec.shape:
+            call.value_error(
+                f"seed has dtype {spec.dtype} and shape {spec.shape}; pass an integer, or an array of no dimensions of "
+                f"{' or '.join(SEED_DTYPES)}."
+            )
+
+    def values(self, problem: Problem) -> dict[str, Any]:
+        return {name: value for name, value in super().values(problem).items() if name != "keys"}
+
+    def factor(self, at: Point, given: Mapping[str, Any]) -> Array:
+        return super().factor(at, {**given, "seed": int(given["seed"])})
+
+
 def plain(function: str, dropout_p: Any, seed: Any) -> tuple[float, int]:
     """The options as plain values, or an error."""
     p = plain_rate(function, dropout_p)
@@ -121,6 +168,9 @@ def dropout_features(function: str, dropout_p: Any, seed: Any) -> list[Feature]:
     """What the arguments `dropout_p` and `seed` of a call ask for."""
     from .._operations.features import Feature
 
+    if is_array(seed) and not isinstance(seed, np.ndarray):  # NumPy's is as good as an integer
+        p = plain_rate(function, dropout_p)
+        return [Feature(SeededDropout(), (seed,), (p,))] if p > 0.0 else []
     values = plain(function, dropout_p, seed)
     return [Feature(Dropout(), options=values)] if values[0] > 0.0 else []
 

@@ -60,6 +60,18 @@ def test_every_kernel_keeps_what_the_mask_says(served: Served) -> None:
         np.testing.assert_array_equal(entries_kept, kept)
 
 
+@pytest.mark.parametrize(
+    ("served", "dtype", "seed"),
+    [(SERVED[0], np.int64, -(2**62) - 3), (SERVED[3], np.int32, -5), (SERVED[5], np.uint32, 2**32 - 7)],
+)
+def test_a_seed_may_lie_in_memory(served: Served, dtype: Any, seed: int) -> None:
+    """Kernels read it there, and give the same bits as if they were told."""
+    given = problem(served.dtype, rows=served.rows, keys=served.keys, heads=(2, 1), head_dims=(64, 64), batch=1)
+    told_it, reads_it = (given._replace(seed=each) for each in (seed, np.array(seed, dtype)))
+    for one, other in zip(*(run(each, served.arch, order=1)[0] for each in (told_it, reads_it)), strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
 def test_a_problem_keeps_what_the_mask_of_each_seed_says() -> None:
     """One that copies arrays first, in both directions."""
     given = telling("float16", 70, 90, (64, 96))

@@ -20,7 +20,7 @@ from cufa._cpu import forward as _cpu
 from cufa._kernels import unit as units
 from cufa._specification.dropout import Dropout as Twin
 from cufa._terms import TERMS
-from cufa._terms.dropout import Dropout, Rate
+from cufa._terms.dropout import Dropout, Rate, SeededDropout
 from cufa._terms.philox import philox, round_keys
 from cufa.reference import At
 
@@ -224,6 +224,56 @@ def test_what_will_not_do_is_refused(dropout_p: Any, seed: Any, error: type[Exce
     assert str(refusal.value) == f"dropout_mask: {words}"
 
 
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_a_seed_may_be_an_array(name: str) -> None:
+    """Of no dimensions; other arrays are refused, and nothing is dropped at 0."""
+    given = problem("float32", causal=True)
+    xp = pytest.importorskip(name if name == "torch" else "jax.numpy")
+    for dtype, seed in (("int32", -5), ("uint32", 2**32 - 7), ("int64", 11)):
+        if dtype == "int64" and name == "jax":  # which has them if asked for
+            continue
+        expected = given._replace(seed=seed).run()
+        for one, other in zip(expected, given._replace(seed=np.array(seed, dtype)).run(xp.asarray), strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert np.array_equal(cufa.dropout_mask((1, 2, 3, 4), 0.5, xp.asarray(np.array(seed, dtype))),
+                              cufa.dropout_mask((1, 2, 3, 4), 0.5, seed))  # fmt: skip
+    q = xp.asarray(given.arrays["q"])
+    for wrong in (np.zeros(1, np.int32), np.float32(1), np.int8(1)):
+        with pytest.raises(
+            ValueError, match=r"^attention: seed has dtype \w+ and shape .*; pass an integer, or an array"
+        ):
+            cufa.attention(q, q, q, dropout_p=0.5, seed=xp.asarray(wrong))
+    with pytest.raises(TypeError, match=rf"^attention: seed is a {name} array but q is (a numpy|not) one; pass"):
+        cufa.attention(*[given.arrays["q"]] * 3, dropout_p=0.5, seed=xp.asarray(5))
+    np.testing.assert_array_equal(cufa.attention(q, q, q, dropout_p=0, seed=xp.asarray(5)), cufa.attention(q, q, q))
+
+
+def test_a_seed_that_is_traced_makes_one_program() -> None:
+    """And is mapped by `vmap`, as torch's is."""
+    jax, given = pytest.importorskip("jax"), problem("float32", causal=True)
+    q, k, v, dout = (jax.numpy.asarray(given.arrays[name]) for name in ("q", "k", "v", "dout"))
+    traced = []
+
+    @jax.jit
+    def step(q: Any, seed: Any) -> Any:
+        traced.append(seed)
+
+        def loss(q: Any) -> Any:
+            return (dout * cufa.attention(q, k, v, dropout_p=0.3, seed=seed)).sum()
+
+        return jax.grad(loss)(q)
+
+    found = [step(q, jax.numpy.int32(seed)) for seed in (3, 4)]
+    assert len(traced) == 1
+    host = [np.asarray(x) for x in (q, k, v, dout)]
+    for seed, gradient in zip((3, 4), found, strict=True):
+        out, lse = cufa.attention(*host[:3], dropout_p=0.3, seed=seed, return_lse=True)
+        right, *_ = cufa.attention_backward(host[3], *host[:3], out, lse, dropout_p=0.3, seed=seed)
+        np.testing.assert_allclose(gradient, right, rtol=1e-5, atol=1e-6)
+    for one, other in zip(jax.vmap(step, (None, 0))(q, jax.numpy.arange(3, 5)), found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("shape", "error", "words"),
     [
@@ -253,7 +303,8 @@ def test_kernels_compile(arch: int, dtype: str, head_dim: int, of: Any) -> None:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_kernels_compile_beside_other_terms(arch: int) -> None:
-    facts = plans.static("bf16", 128, 128, mask="window", varlen=True, sinks=True)._replace(terms=(*TERMS, Dropout()))
+    dropout = SeededDropout("int32") if arch == 90 else Dropout()
+    facts = plans.static("bf16", 128, 128, mask="window", varlen=True, sinks=True)._replace(terms=(*TERMS, dropout))
     for of in (plans.forward, plans.backward):
         assert plans.compile_plan(of(facts, arch)).cubin[:4] == b"\x7fELF"
 

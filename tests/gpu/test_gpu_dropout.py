@@ -94,3 +94,29 @@ def test_frameworks_differentiate(name: str) -> None:
     out, lse = cufa.attention(q, k, v, return_lse=True, **options)
     for one, other in zip(found, cufa.attention_backward(dout, q, k, v, out, lse, **options), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=2.0**-16 * float(np.abs(other).max()))
+
+
+def test_a_graph_draws_anew_where_its_seed_has_changed() -> None:
+    framework("torch")
+    import torch
+
+    given = problem("bfloat16", rows=200, keys=300, head_dims=(64, 64), causal=True)
+    q, k, v, dout = (torch.tensor(given.arrays[name].astype(np.float32), device="cuda").bfloat16()
+                     for name in ("q", "k", "v", "dout"))  # fmt: skip
+    seed = torch.tensor(3, device="cuda")
+
+    def step(seed: Any) -> Any:
+        options = {"causal": True, "dropout_p": 0.3, "seed": seed}
+        out, lse = cufa.attention(q, k, v, return_lse=True, **options)
+        return out, *cufa.attention_backward(dout, q, k, v, out, lse, **options, deterministic=True)
+
+    step(seed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(seed)
+        seed += 1
+    for number in (3, 4):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert int(seed) == number + 1
+        assert all(map(torch.equal, found, step(number)))
