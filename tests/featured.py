@@ -31,7 +31,7 @@ def run(operation: Operation, arrays: dict[str, Any], options: Any, *more: bool,
     given = tuple(arrays.get(name) for name in operation.arrays)
     asked = tuple(options.get(name) for name in ("causal", "window_size", "softmax_scale", "softcap"))
     operation, *others = extended(operation, given, (*asked, *more), features)
-    return call(operation if wanted is None else wanting(operation, frozenset(wanted)), *others)
+    return call(operation if wanted is None else wanting(operation, wanted), *others)
 
 
 def forward(case: Case, xp: Any = np) -> tuple[Any, Any]:

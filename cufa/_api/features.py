@@ -35,10 +35,8 @@ def call_featured(
     if _arrays.compiling(given[0]):
         from ..interop import torch
 
-        # An operation with features is made when they are first asked for, which cannot be traced. Values that change
-        # from call to call, as seeds do, then come to torch.compile as variables: it compiles twice, and never again.
         own = score, bias, rel_bias, mask, dropout_p, seed
-        return torch.outside("score functions, biases, masks and dropout", call_featured, operation, given, asked, *own)
+        return torch.compiled_with_features(call_featured, operation, given, asked, *own)
     mask, asked = without_ranges(operation, given, mask, asked)
     features = features_of(operation.name, score, bias, rel_bias, mask, dropout_p, seed)
     return call(*extended(operation, given, asked, features))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,9 +32,14 @@ def extended(
     return having(operation, *(feature.term for feature in features)), (*given, *arrays), (*asked, *options)
 
 
-@cache
-def wanting(gradients: Operation, names: frozenset[str]) -> Operation:
+def wanting(gradients: Operation, names: Collection[str]) -> Operation:
     """The operation of gradients without those of score terms that are not among the names."""
+    own = (name for term in gradients.terms for name in term.gradients)
+    return _wanting(gradients, frozenset(name for name in own if name in names))
+
+
+@cache
+def _wanting(gradients: Operation, names: frozenset[str]) -> Operation:
     terms = tuple(term.wanting(names) for term in gradients.terms)
     return gradients if terms == gradients.terms else replace(gradients, terms=terms)
 

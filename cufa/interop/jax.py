@@ -155,7 +155,7 @@ def _differentiable(call: Call, device: int, deterministic: bool) -> Any:
     def backward(saved: Any, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
         arrays, results, differentiated = saved
         wanted = (f"d{name}" for name, each in zip(call.names, differentiated, strict=True) if each is not None)
-        gradients = wanting(all_gradients, frozenset(wanted))
+        gradients = wanting(all_gradients, [*wanted])
         named = dict(zip(call.names, arrays, strict=True)) | dict(zip(gives, results, strict=False))
         for name, result, cotangent in zip(gives, results, map(_known, cotangents), strict=False):
             named[f"d{name}"] = jax.numpy.zeros_like(result) if cotangent is None and name != "lse" else cotangent

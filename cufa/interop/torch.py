@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import compress
+from itertools import chain, combinations, compress
 from typing import Any, NoReturn
 
 import torch
@@ -26,12 +26,18 @@ from .._call.arrays import CPU, Arrays, Spec, contiguous
 from .._call.options import MAX_SEQLEN, Options
 from .._call.problem import Problem
 from .._operations import call as _call
-from .._operations.features import wanting
+from .._operations.features import having, wanting
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
 from .._operations.operation import Operation, by_key, gradients_of
 from .._operations.rotary import ROTARY
 from .._operations.states import MERGE_STATES
 from .._terms import TERMS
+from .._terms.bias import BIAS
+from .._terms.constant import Constant
+from .._terms.dropout import SeededDropout
+from .._terms.mask_array import MASK_ARRAY
+from .._terms.rel_bias import REL_BIAS
+from .._terms.term import Term
 from ..errors import UnsupportedError
 
 LIBRARY = torch.library.Library("cufa", "FRAGMENT")
@@ -40,6 +46,9 @@ PLAIN = (bool, int, float, type(None))
 
 MEMORY = {torch.Tensor, torch.nn.Parameter, type(None)}
 """Types of which there is no more to know."""
+
+OF_TENSORS = {"bias": BIAS, "rel_bias": REL_BIAS, "mask": MASK_ARRAY, "dropout": SeededDropout()}
+"""Terms that follow from what a tensor is for, in the order in which they are applied."""
 
 MAX_KNOWN = 256
 """Calls of an operator of which it is remembered what gradients they have."""
@@ -214,7 +223,7 @@ class Operator:
         assert self.gradients is not None
         if not self._of_terms:
             return self.gradients
-        return wanting(self.gradients, frozenset(f"d{name}" for name in compress(self.inputs, needed)))
+        return wanting(self.gradients, [f"d{name}" for name in compress(self.inputs, needed)])
 
     def ways(self, gradients: Operation, inputs: Sequence[Any], options: Options) -> tuple[int | None, ...]:
         """Which of the results of the gradients belongs to each input, if any."""
@@ -321,13 +330,18 @@ _LOCK = threading.RLock()
 
 def _free_name(operation: Operation) -> str:
     """The name of an operator. Compiled programs are kept by it, so it says which score terms there are."""
-    found = base = "_".join([operation.name, *(term.name for term in operation.terms if term not in TERMS)])
+    found = base = "_".join([operation.name, *(_told(term) for term in operation.terms if term not in TERMS)])
     count = 1
     while found in _NAMES:
         count += 1
         found = f"{base}_{count}"
     _NAMES.add(found)
     return found
+
+
+def _told(term: Term) -> str:
+    """A term's name, and which of those that have it the term is."""
+    return f"{term.name}{'_constant' * isinstance(term, Constant)}{'_seeded' * isinstance(term, SeededDropout)}"
 
 
 def operator_of(operation: Operation) -> Operator:
@@ -470,31 +484,81 @@ def _name(key: str) -> str:
     return operator_of(by_key(key)).name
 
 
-_name._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch.compiler would say, which imports much
+def _featured_name(key: str, names: str) -> str:
+    """The same with features of these names, which are made here, with all gradients that may be wanted."""
+    operation = having(by_key(key), *(OF_TENSORS[name] for name in names.split()))
+    gradients = operation if operation.gradient else gradients_of(operation)
+    assert gradients is not None
+    own = [name for term in gradients.terms for name in term.gradients]
+    for wanted in chain.from_iterable(combinations(own, count) for count in range(len(own) + 1)):
+        operator_of(wanting(gradients, wanted))  # which a program that was compiled before asks for by name
+    return operator_of(operation).name
+
+
+_told_by_texts: tuple[Any, ...] = (_name, _featured_name)
+for _function in _told_by_texts:
+    _function._dynamo_marked_constant = True  # what torch.compiler would say, which imports much
 
 
 def compiled(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
     """`call` where torch.compile traces it: a node of its graph, but for what only a break in it can serve."""
-    causal, window, *others = asked
-    left, right = (None, None) if window is None else window
-    numbers = (causal, left, right, *others)
+    why = _unfit(operation, given, asked)
+    if why is not None:
+        return outside(why, _call.call, operation, given, asked)
+    return _node(_name(operation.key), operation, given, asked)
+
+
+def compiled_with_features(
+    function: Callable[..., Any], operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...], *features: Any
+) -> Any:
+    """The same of a call with features, `function` of the arguments behind it: with those that are tensors alone."""
+    score, bias, rel_bias, mask, dropout_p, seed = features
+    drops = isinstance(dropout_p, float) and 0.0 < dropout_p < 1.0
+    tensors = [("bias", bias), ("rel_bias", rel_bias), ("mask", mask)]
+    found = [(name, x) for name, x in tensors if x is not None] + ([("dropout", seed)] if drops else [])
+    fit = score is None and (drops or (dropout_p == 0 and seed is None))
+    if not fit or not all(isinstance(x, torch.Tensor) for _, x in found):
+        # An operation with other features is made when they are first asked for, which cannot be traced.
+        what = "score functions, masks that are no tensors, and dropout whose seed is no tensor,"
+        return outside(what, function, operation, given, asked, *features)
+    why = _unfit(operation, given, asked)
+    if why is not None:
+        return outside(why, function, operation, given, asked, *features)
+    name = _featured_name(operation.key, " ".join([name for name, _ in found]))
+    return _node(name, operation, given, (*asked, dropout_p) if drops else asked, [x for _, x in found])
+
+
+def _unfit(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> str | None:
+    """What of a call cannot be part of a graph, if anything."""
     arrays = list(zip(operation.arrays, given, strict=True))
     inputs = [x for name, x in arrays if name not in operation.written]
     if operation.changed:
-        return _outside("arrays that change in place", operation, given, asked)
+        return "arrays that change in place"
     if not isinstance(inputs[0], torch.Tensor) or not all(x is None or isinstance(x, torch.Tensor) for x in inputs):
-        return _outside("arrays that are no torch tensors", operation, given, asked)
+        return "arrays that are no torch tensors"
     if any(x is not None for name, x in arrays if name in operation.written):
-        return _outside("a given array that is written", operation, given, asked)
-    flags = causal, others[2], others[3]
+        return "a given array that is written"
+    numbers = _numbers(asked)
+    flags = numbers[0], numbers[5], numbers[6]
     if not all(isinstance(x, bool) for x in flags) or not all(isinstance(x, PLAIN) for x in numbers):
-        return _outside("options that are no plain numbers", operation, given, asked)
-    results = getattr(torch.ops.cufa, _name(operation.key)).default(*inputs, *numbers)
+        return "options that are no plain numbers"
+    return None
+
+
+def _numbers(asked: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Options, with the sides of the window one by one."""
+    causal, window, *others = asked
+    left, right = (None, None) if window is None else window
+    return causal, left, right, *others
+
+
+def _node(
+    name: str, operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...], more: Sequence[Any] = ()
+) -> Any:
+    """The results of an operator; `more` are arrays of features."""
+    inputs = [x for name, x in zip(operation.arrays, given, strict=True) if name not in operation.written]
+    results = getattr(torch.ops.cufa, name).default(*inputs, *more, *_numbers(asked))
     return results[0] if len(results) == 1 else tuple(results)
-
-
-def _outside(what: str, operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
-    return outside(what, _call.call, operation, given, asked)
 
 
 def outside(what: str, function: Callable[..., Any], operation: Operation, *arguments: Any) -> Any:

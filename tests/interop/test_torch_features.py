@@ -12,6 +12,7 @@ from cufa import functions, masks
 from cufa._operations import call as _call
 
 torch: Any = pytest.importorskip("torch")
+from torch._dynamo.backends.debugging import aot_eager  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -114,7 +115,35 @@ def test_what_needs_no_gradient_has_none_computed(device: str, monkeypatch: pyte
         computed.clear()
 
 
-def test_a_compiled_step_has_biases_and_dropout() -> None:
+@pytest.mark.parametrize("learned", [(), ("bias",), ("bias", "rel_bias")], ids=str)
+def test_features_that_are_tensors_are_part_of_a_graph(learned: tuple[str, ...]) -> None:
+    """With lengths and seeds that change; gradients of constants are not computed there either."""
+    graphs: list[str] = []
+
+    def step(q: Any, k: Any, v: Any, bias: Any, rel_bias: Any, mask: Any, seed: Any) -> Any:
+        more = {"rel_bias": rel_bias, "mask": mask, "dropout_p": 0.25, "seed": seed, "causal": True}
+        return cufa.attention(q, k, v, bias=bias, **more).square().sum()
+
+    def backend(graph: Any, given: Any) -> Any:
+        graphs.append(str(graph.graph))
+        return aot_eager(graph, given)
+
+    compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)
+    for rows, seed in ((ROWS, 3), (ROWS, 4), (30, 4)):
+        host = arrays()
+        host |= {"q": host["q"][:, :rows]} | {name: host[name][:, :, :rows] for name in ("bias", "mask")}
+        names = ("q", "k", "v", "bias", "rel_bias", "mask")
+        given = {name: torch.from_numpy(host[name].copy()) for name in names} | {"seed": torch.tensor(seed)}
+        leaves = [given[name].requires_grad_() for name in ("q", *learned)]
+        expected = torch.autograd.grad(step(**given), leaves)
+        for one, other in zip(torch.autograd.grad(compiled(**given), leaves), expected, strict=True):
+            torch.testing.assert_close(one, other)
+        if rows == ROWS:
+            made = len(graphs)
+    assert len(graphs) == made and graphs[-1].count("cufa.attention_bias_rel_bias_mask_dropout_seeded") == 1
+
+
+def test_a_compiled_step_has_other_features() -> None:
     """Beside the graph."""
     host = {name: torch.as_tensor(x) for name, x in arrays().items()}
     q, k, v, bias = (host[name] for name in ("q", "k", "v", "bias"))
