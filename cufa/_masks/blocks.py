@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 from . import drawing
+from .bounds import Blocks
 from .host import copied, to_numpy
 from .mask import Array, At, Mask, check_drawn, integers
 from .shapes import FromFunction
@@ -91,7 +92,9 @@ class BlockMask:
         *,
         like: Any = None,
     ) -> BlockMask:
-        """The blocks of a mask. All of its entries are computed, in NumPy.
+        """The blocks of a mask. Entries are computed, in NumPy, of blocks that are not known to be full or empty.
+
+        Of functions that are all blocks; of the others of `cufa.masks` those at edges, and of an array as many.
 
         Parameters
         ----------
@@ -126,7 +129,7 @@ class BlockMask:
         size = _sides(block_size)
         mask.check(batch, heads)
         mask.check_lengths(seqlen_q, seqlen_k)
-        return cls._made(_Entries(mask, batch, heads, seqlen_q, seqlen_k), None, size).to(like)
+        return cls._made(_Entries(mask, batch, heads, seqlen_q, seqlen_k, size), None).to(like)
 
     @classmethod
     def from_csr(
@@ -281,36 +284,24 @@ class BlockMask:
         batch, heads = listed.shape[:2]
         mask.check(batch, heads)
         mask.check_lengths(seqlen_q, seqlen_k)
-        return cls._made(_Entries(mask, batch, heads, seqlen_q, seqlen_k), listed, size).to(like)
+        return cls._made(_Entries(mask, batch, heads, seqlen_q, seqlen_k, size), listed).to(like)
 
     @classmethod
-    def _made(cls, entries: _Entries, listed: NDArray[np.bool_] | None, size: tuple[int, int]) -> BlockMask:
+    def _made(cls, entries: _Entries, listed: NDArray[np.bool_] | None) -> BlockMask:
         """Classify all blocks, or those that are listed; the others are empty."""
-        rows, columns = size
+        rows, columns = size = entries.size
         query_blocks, key_blocks = -(-entries.seqlen_q // rows), -(-entries.seqlen_k // columns)
         batch, heads = entries.lists if listed is None else np.maximum(entries.lists, listed.shape[:2]).tolist()
         kinds = np.zeros((batch, heads, query_blocks, key_blocks), np.int8)
         tiles = np.full(kinds.shape, -2, np.int32)
         known: dict[bytes, int] = {}
-        for block in range(query_blocks):
-            queries = range(block * rows, min((block + 1) * rows, entries.seqlen_q))
-            for sequence in range(batch):
-                for head in range(heads):
-                    seen = entries.of(sequence, head, queries)
-                    padded = np.zeros((rows, key_blocks * columns), bool)
-                    padded[: len(queries), : entries.seqlen_k] = seen
-                    blocks = padded.reshape(rows, key_blocks, columns).swapaxes(0, 1)
-                    counts = np.count_nonzero(blocks, axis=(1, 2))
-                    lengths = np.minimum(columns, entries.seqlen_k - columns * np.arange(key_blocks))
-                    kind = np.where(counts == 0, EMPTY, np.where(counts == len(queries) * lengths, FULL, PARTIAL))
-                    if listed is not None:
-                        kind[~listed[sequence % len(listed), head % listed.shape[1], block]] = EMPTY
-                    kinds[sequence, head, block] = kind
-                    tiles[sequence, head, block] = np.where(kind == FULL, -1, -2)
-                    padded[len(queries) :] = True  # rows that hide all would be computed more carefully
-                    for key_block in np.flatnonzero(kind == PARTIAL).tolist():
-                        words = np.packbits(blocks[key_block], axis=1, bitorder="little").tobytes()
-                        tiles[sequence, head, block, key_block] = known.setdefault(words, len(known))
+        for block, sequence, head in np.ndindex(query_blocks, batch, heads):
+            wanted = None if listed is None else listed[sequence % len(listed), head % listed.shape[1], block]
+            kind, partial = entries.row(sequence, head, block, wanted)
+            kinds[sequence, head, block] = kind
+            tiles[sequence, head, block] = np.where(kind == FULL, -1, -2)
+            for key_block, words in partial:
+                tiles[sequence, head, block, key_block] = known.setdefault(words, len(known))
         bits = np.frombuffer(b"".join(known), "<i4").reshape(-1, rows, columns // WORD)
         bits = bits if len(bits) else np.zeros((1, rows, columns // WORD), np.int32)
         return cls(kinds, tiles, np.ascontiguousarray(bits, np.int32), entries.seqlen_q, entries.seqlen_k, size)
@@ -400,19 +391,88 @@ class BlockMask:
 
 
 class _Entries:
-    """What a mask says of some queries. Axes that it does not depend on are computed once.
+    """What a mask says of rows of blocks. Only of blocks that its bounds leave open entries are computed, and of those
+    that look alike once.
 
     `lists` are the sequences and heads that differ.
     """
 
-    def __init__(self, mask: Mask, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
-        self.mask, self.seqlen_q, self.seqlen_k = mask, seqlen_q, seqlen_k
+    def __init__(self, mask: Mask, batch: int, heads: int, seqlen_q: int, seqlen_k: int, size: tuple[int, int]) -> None:
+        self.mask, self.seqlen_q, self.seqlen_k, self.size = mask, seqlen_q, seqlen_k, size
         one = At.grid(batch, heads, range(1), 1, seqlen_k - seqlen_q)
         shape = np.shape(mask.seen(one, *mask.arrays)) if seqlen_q and seqlen_k else ()
         self.lists = ((1,) * 4 + shape)[-4:][:2]
+        self._bounds: dict[int, tuple[NDArray[np.int8], NDArray[np.int64] | None]] = {}
+        self._known: dict[tuple[int, int], tuple[int, bytes]] = {}
 
-    def of(self, sequence: int, head: int, queries: range) -> NDArray[np.bool_]:
-        return self.mask.entries(sequence, head, queries, self.seqlen_q, self.seqlen_k)
+    def row(
+        self, sequence: int, head: int, block: int, wanted: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.int8], list[tuple[int, bytes]]]:
+        """The kinds of a row's blocks, and the bits of those that are partial; what is not wanted is empty."""
+        if sequence not in self._bounds:
+            self._bounds[sequence] = self._bounds_of(sequence)
+        kinds, alike = self._bounds[sequence]
+        kind = kinds[block].copy()
+        if wanted is not None:
+            kind[~wanted] = EMPTY
+        opened = np.flatnonzero(kind == PARTIAL)
+        if alike is None:
+            found = self._computed(sequence, head, block, opened)
+        else:
+            keys = [(sequence, each) for each in alike[block, opened].tolist()]
+            new = {key: place for place, key in enumerate(keys) if key not in self._known}
+            computed = self._computed(sequence, head, block, opened[list(new.values())])
+            self._known.update(zip(new, computed, strict=True))
+            found = [self._known[key] for key in keys]
+        kind[opened] = [each for each, _ in found]
+        return kind, [
+            (place, bits) for place, (each, bits) in zip(opened.tolist(), found, strict=True) if each == PARTIAL
+        ]
+
+    def _bounds_of(self, sequence: int) -> tuple[NDArray[np.int8], NDArray[np.int64] | None]:
+        """The kinds of all blocks, partial where entries must tell, and numbers of these, equal if they look alike."""
+        rows, columns = self.size
+        shape = -(-self.seqlen_q // rows), -(-self.seqlen_k // columns)
+        kinds = np.full(shape, PARTIAL, np.int8)
+        if 0 in shape:
+            return kinds, None
+        blocks = Blocks(sequence, self.seqlen_q, self.seqlen_k, rows, columns)
+        whole, some = self.mask.bounds(blocks)
+        kinds[np.broadcast_to(np.logical_not(some), shape)] = EMPTY
+        kinds[np.broadcast_to(whole, shape)] = FULL
+        numbers = self.mask.alike(blocks)
+        if numbers is None:
+            return kinds, None
+        opened, alike = kinds == PARTIAL, np.zeros(shape, np.int64)
+        live = self.seqlen_q - blocks.first_query, self.seqlen_k - blocks.first_key
+        for each in (*numbers, *(np.minimum(x, side) for x, side in zip(live, self.size, strict=True))):
+            _, own = np.unique(np.broadcast_to(each, shape)[opened], return_inverse=True)
+            _, alike[opened] = np.unique(alike[opened] * (own.max(initial=0) + 1) + own, return_inverse=True)
+        return kinds, alike
+
+    def _computed(self, sequence: int, head: int, block: int, key_blocks: Array) -> list[tuple[int, bytes]]:
+        """The kinds and bits of some of a row's blocks, from their entries."""
+        if not len(key_blocks):
+            return []
+        rows, columns = self.size
+        queries = range(block * rows, min((block + 1) * rows, self.seqlen_q))
+        keys = (columns * key_blocks[:, None] + np.arange(columns)).ravel()
+        last = self.seqlen_k - 1
+        seen = self.mask.entries(
+            sequence, head, queries, self.seqlen_q, self.seqlen_k, np.minimum(keys, last) if keys[-1] > last else keys
+        )
+        tiles = np.zeros((rows, len(key_blocks), columns), bool)
+        tiles[: len(queries)] = seen.reshape(len(queries), -1, columns)
+        lengths = np.minimum(columns, self.seqlen_k - columns * key_blocks)
+        for place in np.flatnonzero(lengths < columns).tolist():
+            tiles[:, place, lengths[place] :] = False
+        counts = np.count_nonzero(tiles, axis=(0, 2))
+        kinds = np.where(counts == 0, EMPTY, np.where(counts == len(queries) * lengths, FULL, PARTIAL)).tolist()
+        tiles[len(queries) :] = True  # rows that hide all would be computed more carefully
+        return [
+            (kind, np.packbits(tiles[:, place], axis=1, bitorder="little").tobytes() if kind == PARTIAL else b"")
+            for place, kind in enumerate(kinds)
+        ]
 
 
 def _listed(kinds: NDArray[np.int8]) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 from . import drawing
+from .bounds import UNKNOWN, Blocks, Bounds
 from .host import copied, to_numpy
 
 Array: TypeAlias = NDArray[Any]
@@ -120,6 +121,17 @@ class Mask:
         """The window that it is, as of `window_size`, and the mask that has to be met besides."""
         return (None, None), self
 
+    def bounds(self, blocks: Blocks) -> Bounds:
+        """What is certain of the blocks of a sequence, whatever the head."""
+        return UNKNOWN
+
+    def alike(self, blocks: Blocks) -> tuple[Array, ...] | None:
+        """Numbers of the blocks: where they are the same, blocks of the same size look alike. None if there are none.
+
+        They need not tell blocks apart that `bounds` decides. Arrays broadcast to (query_blocks, key_blocks).
+        """
+        return None
+
     def check(self, batch: int, heads: int) -> None:
         """Refuse arrays that are of another number of sequences or heads."""
 
@@ -136,12 +148,14 @@ class Mask:
         """How many queries and keys it is for; None where it serves any number."""
         return None, None
 
-    def entries(self, batch: int, head: int, queries: range, seqlen_q: int, seqlen_k: int) -> NDArray[np.bool_]:
-        """What some queries of one sequence and head see, (queries, seqlen_k)."""
+    def entries(
+        self, batch: int, head: int, queries: range, seqlen_q: int, seqlen_k: int, keys: Array | None = None
+    ) -> NDArray[np.bool_]:
+        """What some queries of one sequence and head see of some keys, or of all, (queries, keys)."""
         at = At.grid(1, 1, queries, seqlen_k, seqlen_k - seqlen_q)
-        at = At(at.batch + batch, at.head + head, at.query, at.key, at.position)
+        at = At(at.batch + batch, at.head + head, at.query, at.key if keys is None else keys, at.position)
         found = np.asarray(self.seen(at, *self.arrays), dtype=bool)
-        one: NDArray[np.bool_] = np.broadcast_to(found, (1, 1, len(queries), seqlen_k))[0, 0]
+        one: NDArray[np.bool_] = np.broadcast_to(found, (1, 1, len(queries), len(at.key)))[0, 0]
         return one
 
     def dense(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> NDArray[np.bool_]:
@@ -259,6 +273,10 @@ class Combined(Mask):
         count = len(self.first.arrays)
         return self.first.seen(at, *arrays[:count]), self.second.seen(at, *arrays[count:])
 
+    def alike(self, blocks: Blocks) -> tuple[Array, ...] | None:
+        one, other = self.first.alike(blocks), self.second.alike(blocks)
+        return None if one is None or other is None else one + other
+
     @property
     def placed(self) -> tuple[Any, ...]:
         return self.first.placed + self.second.placed
@@ -299,6 +317,9 @@ class And(Combined):
         first, second = self.both(at, arrays)
         return first & second
 
+    def bounds(self, blocks: Blocks) -> Bounds:
+        return self.first.bounds(blocks) & self.second.bounds(blocks)
+
     def ranges(self) -> tuple[Window, Mask | None]:
         (one, first), (other, second) = self.first.ranges(), self.second.ranges()
         rest = second if first is None else first if second is None else And(first, second)
@@ -312,6 +333,9 @@ class Or(Combined):
         first, second = self.both(at, arrays)
         return first | second
 
+    def bounds(self, blocks: Blocks) -> Bounds:
+        return self.first.bounds(blocks) | self.second.bounds(blocks)
+
 
 class Not(Mask):
     def __init__(self, mask: Mask) -> None:
@@ -319,6 +343,12 @@ class Not(Mask):
 
     def seen(self, at: At, *arrays: Any) -> Any:
         return ~self.mask.seen(at, *arrays)
+
+    def bounds(self, blocks: Blocks) -> Bounds:
+        return ~self.mask.bounds(blocks)
+
+    def alike(self, blocks: Blocks) -> tuple[Array, ...] | None:
+        return self.mask.alike(blocks)
 
     @property
     def placed(self) -> tuple[Any, ...]:

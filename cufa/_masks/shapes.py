@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError
+from .bounds import Blocks, Bounds
 from .host import to_numpy
 from .mask import Array, At, Mask, Window, integers, narrowed
 
@@ -37,6 +38,12 @@ class Causal(Mask):
     def seen(self, at: At, *arrays: Any) -> Any:
         return at.key <= at.position
 
+    def bounds(self, blocks: Blocks) -> Bounds:
+        return blocks.before(0)
+
+    def alike(self, blocks: Blocks) -> tuple[Array, ...]:
+        return (blocks.distance,)
+
     def ranges(self) -> tuple[Window, Mask | None]:
         return (None, 0), None
 
@@ -56,6 +63,18 @@ class SlidingWindow(Mask):
             found = found & (at.key <= at.position + right)
         return found
 
+    def bounds(self, blocks: Blocks) -> Bounds:
+        left, right = self.window
+        found = Bounds(True, True)
+        if left is not None:
+            found = found & blocks.after(left)
+        if right is not None:
+            found = found & blocks.before(right)
+        return found
+
+    def alike(self, blocks: Blocks) -> tuple[Array, ...]:
+        return (blocks.first_position - blocks.first_key,)
+
     def parts(self) -> tuple[Any, ...]:
         return self.window
 
@@ -72,6 +91,15 @@ class Chunked(Mask):
     def seen(self, at: At, *arrays: Any) -> Any:
         return at.key // self.size == at.position // self.size
 
+    def bounds(self, blocks: Blocks) -> Bounds:
+        first, last = blocks.first_position // self.size, blocks.last_position // self.size
+        first_key, last_key = blocks.first_key // self.size, blocks.last_key // self.size
+        return Bounds((first == last_key) & (last == first_key), (first <= last_key) & (first_key <= last))
+
+    def alike(self, blocks: Blocks) -> tuple[Array, ...]:
+        first, key = blocks.first_position, blocks.first_key
+        return first // self.size - key // self.size, first % self.size, key % self.size
+
     def parts(self) -> tuple[Any, ...]:
         return (self.size,)
 
@@ -84,6 +112,12 @@ class Dilated(Mask):
 
     def seen(self, at: At, *arrays: Any) -> Any:
         return (at.key - at.position) % self.step == 0
+
+    def bounds(self, blocks: Blocks) -> Bounds:
+        return Bounds(self.step == 1, True)
+
+    def alike(self, blocks: Blocks) -> tuple[Array, ...]:
+        return ((blocks.first_key - blocks.first_position) % self.step,)
 
     def parts(self) -> tuple[Any, ...]:
         return (self.step,)
@@ -99,6 +133,17 @@ class PrefixLm(Mask):
         (lengths,) = arrays
         own = lengths[at.batch if self.arrays[0].shape[0] > 1 else 0 * at.batch]
         return (at.key <= at.position) | (at.key < own)
+
+    def _length(self, blocks: Blocks) -> int:
+        (lengths,) = self.arrays
+        return int(lengths[blocks.sequence % len(lengths)])
+
+    def bounds(self, blocks: Blocks) -> Bounds:
+        length = self._length(blocks)
+        return blocks.before(0) | Bounds(blocks.last_key < length, blocks.first_key < length)
+
+    def alike(self, blocks: Blocks) -> tuple[Array, ...]:
+        return blocks.distance, np.clip(self._length(blocks) - blocks.first_key, 0, blocks.columns)
 
     def parts(self) -> tuple[Any, ...]:
         return self.arrays
@@ -124,6 +169,20 @@ class Labelled(Mask):
         label = array[sequence, at.nearest(at.where(position >= 0, position, 0), length)]
         return at.where(position >= 0, label, -1)
 
+    def of_blocks(self, blocks: Blocks) -> tuple[Array, Array]:
+        """The numbers of each block's queries, and of its keys."""
+        (labels,) = self.arrays
+        return blocks.labels(labels[blocks.sequence % len(labels)])
+
+    def ends(self, blocks: Blocks) -> tuple[Array, Array, Array, Array]:
+        """The least and largest number of each block's queries, and of its keys."""
+        queries, keys = self.of_blocks(blocks)
+        return queries.min(axis=1)[:, None], queries.max(axis=1)[:, None], keys.min(axis=1), keys.max(axis=1)
+
+    def alike(self, blocks: Blocks) -> tuple[Array, ...]:
+        queries, keys = (np.unique(x, axis=0, return_inverse=True)[1].ravel() for x in self.of_blocks(blocks))
+        return queries[:, None], keys
+
     def parts(self) -> tuple[Any, ...]:
         return self.arrays
 
@@ -146,6 +205,11 @@ class Document(Labelled):
         own = self.labels(at, arrays[0], at.position)
         return (own >= 0) & (own == self.labels(at, arrays[0], at.key))
 
+    def bounds(self, blocks: Blocks) -> Bounds:
+        least, largest, least_key, largest_key = self.ends(blocks)
+        whole = (least >= 0) & (least == largest_key) & (largest == least_key)
+        return Bounds(whole, (np.maximum(least, 0) <= largest_key) & (np.maximum(least_key, 0) <= largest))
+
     def parts(self) -> tuple[Any, ...]:
         return self.called, *self.arrays
 
@@ -159,6 +223,10 @@ class GlobalTokens(Labelled):
 
     def seen(self, at: At, *arrays: Any) -> Any:
         return (self.labels(at, arrays[0], at.key) >= 0) | (self.labels(at, arrays[0], at.position) >= 0)
+
+    def bounds(self, blocks: Blocks) -> Bounds:
+        least, largest, least_key, largest_key = self.ends(blocks)
+        return Bounds((least >= 0) | (least_key >= 0), (largest >= 0) | (largest_key >= 0))
 
 
 class FromArray(Mask):

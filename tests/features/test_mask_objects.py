@@ -113,6 +113,62 @@ def test_blocks_are_of_their_mask(name: str, size: Any) -> None:
                 assert kind == int(part.any()) + int(part.all())
 
 
+NUMBERS = st.lists(st.integers(-1, 3), min_size=1, max_size=6)
+LEAVES = st.one_of(
+    st.just(masks.causal()),
+    st.builds(masks.sliding_window, *[st.one_of(st.none(), st.integers(0, 200))] * 2),
+    st.builds(masks.chunked, st.sampled_from((1, 7, 64, 100, 500))),
+    st.builds(masks.dilated, st.sampled_from((1, 2, 3, 64))),
+    st.builds(masks.prefix_lm, st.lists(st.integers(0, 250), min_size=2, max_size=2)),
+    st.builds(lambda ids, times: masks.document(np.repeat(ids, times)), NUMBERS, st.sampled_from((1, 40, 64))),
+    st.builds(masks.global_tokens, st.lists(st.integers(0, 250), min_size=1, max_size=3)),
+    st.builds(lambda start: masks.image_ranges([[start, start + 70], [250, 255]]), st.integers(0, 170)),
+    st.just(masks.from_function(lambda batch, head, query, key: (query + key) % 300 < 150)),
+)
+TREES = st.recursive(
+    LEAVES,
+    lambda some: st.one_of(
+        st.builds(lambda x, y: x & y, some, some),
+        st.builds(lambda x, y: x | y, some, some),
+        st.builds(lambda x: ~x, some),
+    ),
+    max_leaves=4,
+)
+
+
+@given(
+    mask=TREES,
+    lengths=st.tuples(*[st.sampled_from((1, 63, 64, 129, 200, 260))] * 2),
+    size=st.sampled_from((64, (64, 128))),
+)
+@settings(max_examples=150)
+def test_bounds_of_blocks_change_nothing(mask: masks.Mask, lengths: tuple[int, int], size: Any) -> None:
+    """Beside the same mask as an array, of which all entries are looked at: lists, tiles and bits are the same."""
+    blocks = cufa.BlockMask.of(mask, 2, 1, *lengths, size)
+    dense = mask.dense(2, 1, *lengths)[: blocks.shape[0]]
+    assert blocks == cufa.BlockMask.of(masks.from_array(dense), len(dense), 1, *lengths, size)
+
+
+def test_blocks_that_are_certain_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of long sequences a few of all entries are, whatever masks are joined."""
+    n, looked = 4096, [0]
+    entries = masks.Mask.entries
+
+    def told(*arguments: Any) -> Any:
+        found = entries(*arguments)
+        looked[0] += found.size
+        return found
+
+    monkeypatch.setattr(masks.Mask, "entries", told)
+    ids = np.arange(n) // 700
+    joined = masks.prefix_lm(900) & ~masks.sliding_window(50, 9), masks.global_tokens(2) | masks.sliding_window(300, 0)
+    single = masks.causal(), masks.dilated(3), masks.chunked(300)
+    for mask in (*single, *joined, masks.document(ids) & masks.causal()):
+        looked[0] = 0
+        cufa.BlockMask.of(mask, 1, 1, n, n)
+        assert 0 < looked[0] <= n * n // 8
+
+
 @given(data=st.data())
 @settings(max_examples=40)
 def test_rows_and_pairs_are_the_same_lists(data: st.DataObject) -> None:
