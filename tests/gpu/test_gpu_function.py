@@ -67,6 +67,18 @@ def test_functions_are_what_terms_are(cupy: Any, head_dim: int) -> None:
         own.check(found, right, 2.0**-11)
 
 
+def test_masks_in_cuda_hide_what_their_twins_do(cupy: Any) -> None:
+    x = cupy.asarray(np.random.default_rng(0).standard_normal((1, 300, 2, 64)).astype(np.float16))
+    until = cupy.asarray(np.array([70, 250], np.int32))
+
+    def in_python(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (key < until[head]) | (query.position - key < 3)
+
+    in_cuda = cufa.cuda_function("key < until(head) || distance < 3.0f", arrays={"until": until})
+    found, right = (to_numpy(cufa.attention(x, x, x, mask=mask)).astype(np.float64) for mask in (in_cuda, in_python))
+    own.check([found], [right], 2.0**-11)
+
+
 def test_sums_of_many_gradients(cupy: Any) -> None:
     """Of numbers that all scores share, which add up over rows, warps and thread blocks."""
     problem = own.problem(own.SCORES["smooth"], dtype=np.float32, rows=700, keys=900, head_dim=64, dlse=False)
