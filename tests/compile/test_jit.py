@@ -414,7 +414,7 @@ def test_the_wheel_is_small_and_whole(tmp_path: Path) -> None:
         pytest.skip("needs an index to build from")
     assert run.returncode == 0, run.stderr
     (wheel,) = tmp_path.glob("cufa-*.whl")
-    assert wheel.stat().st_size <= 960 << 10  # a quarter is CUDA sources, the ladder and other libraries' interfaces are 50 KB each
+    assert wheel.stat().st_size <= 960 << 10  # a quarter is CUDA sources; the ladder has 50 KB
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"cufa/cuda_src/{name}" for name in _jit.headers()} <= names
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "cufa").rglob("*.py")}
