@@ -106,11 +106,7 @@ def attention_forward(
     for name, given in kwargs.items():
         if name not in OF_THE_MODEL and given is not None and given is not False:
             _refuse(name)
-    if deterministic and not torch.are_deterministic_algorithms_enabled():
-        raise UnsupportedError(
-            "cufa.transformers: deterministic gradients are asked for; call torch.use_deterministic_algorithms(True), "
-            "which cufa follows."
-        )
+    check_deterministic(deterministic)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if query.shape[0] == 1 < key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)
@@ -142,6 +138,15 @@ for _name in ("indices", "block_indices"):
     _REASONS[_name] = 'keys that are chosen for each query are not served; take attn_implementation="sdpa"'
 
 
+def check_deterministic(asked: bool | None) -> None:
+    """Refuse to promise what torch is not set to."""
+    if asked and not torch.are_deterministic_algorithms_enabled():
+        raise UnsupportedError(
+            "cufa.transformers: deterministic gradients are asked for; call torch.use_deterministic_algorithms(True), "
+            "which cufa follows."
+        )
+
+
 def _refuse(name: str) -> None:
     reason = _REASONS.get(name, "it is not known whether it concerns attention, so it is not left out silently")
     raise UnsupportedError(f"cufa.transformers: the argument {name} is not served: {reason}.")
@@ -163,8 +168,9 @@ def _packed(
     if position_bias is not None:
         raise UnsupportedError("cufa.transformers: position_bias is not served beside cu_seq_lens_q.")
     pending = pending_of(mask)
-    if pending is not None and pending.offsets is not None:  # the same sequences, found from their positions
-        window = pending.pattern.window
+    if pending is not None and pending.start is None and pending.end == arrays[1].shape[1]:
+        # No padding: what is left is a window, and the same sequences, if positions told of them too.
+        causal, window = pending.pattern.causal, pending.pattern.window
     elif mask is not None:
         raise ValueError(
             "cufa.transformers: cu_seq_lens_q says what of the keys is whose, and so does attention_mask; pass one."

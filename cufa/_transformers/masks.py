@@ -57,19 +57,28 @@ def _both(one: Any, other: Any) -> Any:
     return min(one, other)
 
 
-_CODES = {
-    "and": _utils.and_masks(_utils.causal_mask_function).__code__,
-    "window": _utils.sliding_window_overlay(1).__code__,
-    "two-sided window": _utils.sliding_window_bidirectional_overlay(1).__code__,
-    "chunk": _utils.chunked_overlay(1, torch.zeros(1)).__code__,
-    "positions": _utils.remap_positions_for_packed_sequence(_utils.causal_mask_function, torch.zeros(1)).__code__,
-    "sequences": _utils.packed_sequence_mask_function(torch.zeros(1)).__code__,
+_COMPOSED = {
+    "and_masks": (_utils.causal_mask_function,),
+    "sliding_window_overlay": (1,),
+    "sliding_window_bidirectional_overlay": (1,),
+    "chunked_overlay": (1, torch.zeros(1)),
+    "packed_sequence_mask_function": (torch.zeros(1),),
+    "remap_positions_for_packed_sequence": (_utils.causal_mask_function, torch.zeros(1)),  # from 5.23 on
 }
-"""By which the closures that transformers composes masks of are known; what they close over says the rest."""
+"""Functions that transformers composes masks by, with arguments to call them by."""
+
+_KINDS = {
+    getattr(_utils, name)(*arguments).__code__: name for name, arguments in _COMPOSED.items() if hasattr(_utils, name)
+}
+"""By their code the closures are known that these return; what they close over says the rest."""
+
+
+def _kind(function: MaskFunction) -> str | None:
+    return _KINDS.get(getattr(function, "__code__", None))
 
 
 def _parts(function: MaskFunction) -> Iterator[MaskFunction]:
-    if getattr(function, "__code__", None) is _CODES["and"]:
+    if _kind(function) == "and_masks":
         for part in _held(function, "mask_functions"):
             yield from _parts(part)
     else:
@@ -84,23 +93,24 @@ def pattern_of(function: MaskFunction) -> Pattern | None:
     """What a mask function shows; None for those that are not composed of transformers' own alone."""
     found = Pattern()
     for part in _parts(function):
-        code = getattr(part, "__code__", None)
+        kind = _kind(part)
         if part is _utils.causal_mask_function:
             found &= Pattern(right=0)
         elif part is _utils.bidirectional_mask_function:
             continue
-        elif code is _CODES["window"]:
+        elif kind == "sliding_window_overlay":
             found &= Pattern(left=_held(part, "sliding_window") - 1)
-        elif code is _CODES["two-sided window"]:
+        elif kind == "sliding_window_bidirectional_overlay":
             found &= Pattern(*[_held(part, "sliding_window")] * 2)
-        elif code is _CODES["chunk"]:
+        elif kind == "chunked_overlay":
             found &= Pattern(chunk=_held(part, "chunk_size"))
-        elif code is _CODES["positions"]:  # which follow each other within a sequence, so that distances are the same
+        elif kind == "remap_positions_for_packed_sequence":
+            # Positions follow each other within a sequence, so that distances are the same.
             inner = pattern_of(_held(part, "mask_function"))
             if inner is None or inner.chunk is not None:
                 return None
             found &= inner
-        elif code is _CODES["sequences"]:
+        elif kind == "packed_sequence_mask_function":
             found &= Pattern(sequences=_held(part, "packed_sequence_mask"))
         else:
             return None
@@ -197,10 +207,13 @@ class PendingMask(torch.Tensor):
 
 
 _ASKED = {
-    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
-    *(getattr(torch.Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_leaf", "grad_fn")),
-    *(torch.Tensor.dim, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.is_floating_point),
-    *(torch.Tensor.get_device, torch.Tensor.is_complex, torch.is_floating_point),
+    *(torch.Tensor.dim, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.stride),
+    *(torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.get_device, torch.Tensor.is_inference),
+    *(torch.Tensor.storage_offset, torch.Tensor.untyped_storage, torch.Tensor._is_view, torch.Tensor.is_contiguous),
+    *(torch.Tensor.is_conj, torch.Tensor.is_neg, torch.is_floating_point, torch.is_complex, torch.is_inference),
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "_version")),
+    *(getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad_fn", "_base", "is_nested")),
+    *(getattr(torch.Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
 }
 """What does not look at the booleans."""
 
