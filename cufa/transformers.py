@@ -23,8 +23,8 @@ NAME = "cufa"
 KERNELS = ("cufa/flash-attn", "cufa/flash-attn2")
 """Names of `kernels_path` as a repository of kernels.
 
-Both are the same functions. By the digit transformers knows a flash attention that takes block tables, so that continuous
-batching decodes from its pages in place.
+Both are the same functions. By the digit transformers knows a flash attention that takes block tables, so that
+continuous batching decodes from its pages in place.
 """
 
 
@@ -98,7 +98,9 @@ def _entries() -> str:
     """``LOCAL_KERNELS``, with `KERNELS`."""
     path = str(kernels_path())
     if ":" in path:
-        raise ValueError(f"cufa.transformers: {path} has a colon, which ends a path in LOCAL_KERNELS; pass kernels=False.")
+        raise ValueError(
+            f"cufa.transformers: {path} has a colon, which ends a path in LOCAL_KERNELS; pass kernels=False."
+        )
     given = os.environ.get("LOCAL_KERNELS", "")
     others = [entry for entry in given.split(":") if entry and entry.partition("=")[0] not in KERNELS]
     return ":".join([*others, *(f"{name}={path}" for name in KERNELS)])

@@ -1,1 +1,1 @@
-"""What `cufa.transformers` registers: an attention function, its mask function, and a folder for the kernels package."""
+"""What `cufa.transformers` registers: an attention function and its mask function, and a folder of kernels."""

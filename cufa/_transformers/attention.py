@@ -119,7 +119,12 @@ def attention_forward(
     elif attention_mask is None and position_bias is None and dropout == 0.0:
         out = attention(*arrays, causal=causal, window_size=window, **options.common())
     elif torch.compiler.is_compiling():
-        out = _outside(arrays, attention_mask, position_bias, causal, window, options)
+        given = [each for each in (*arrays, position_bias, sinks) if each is not None]
+        if dropout == 0.0 and not _recorded(given):
+            numbers = causal, *(window or (None, None)), options.softmax_scale, options.softcap
+            out = torch.ops.cufa.transformers_masked(*arrays, attention_mask, position_bias, sinks, *numbers)
+        else:
+            out = _outside(arrays, attention_mask, position_bias, causal, window, options)
     else:
         out = _masked(arrays, attention_mask, position_bias, causal, window, options)
     return out, None
@@ -127,7 +132,7 @@ def attention_forward(
 
 _REASONS = {
     "output_attentions": 'probabilities are never kept; take attn_implementation="eager" for them',
-    "head_mask": "probabilities are never kept, to be multiplied by it; take attn_implementation=\"eager\"",
+    "head_mask": 'probabilities are never kept, to be multiplied by it; take attn_implementation="eager"',
     "block_table": 'pages are served under the name "cufa/flash-attn2", as continuous batching wants them',
 }
 for _name in ("layer_head_mask", "cross_attn_head_mask"):
@@ -227,24 +232,61 @@ def _masked(
 
 
 _outside = torch.compiler.disable(_masked)
-"""The same, which breaks the graph of torch.compile: masks, biases and dropout cannot be part of it."""
+"""The same, which breaks the graph of torch.compile: gradients beside masks, biases or dropout cannot be part of it."""
+
+
+@torch.library.custom_op("cufa::transformers_masked", mutates_args=())  # type: ignore[untyped-decorator, unused-ignore]
+def _operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    causal: bool,
+    left: int | None,
+    right: int | None,
+    softmax_scale: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    """The same without gradients, as a node of a graph of torch.compile, such as that of a step of decoding."""
+    options = Options(softmax_scale, softcap, sinks, 0.0)
+    return _masked((q, k, v), mask, position_bias, causal, (left, right), options)
+
+
+@_operator.register_fake  # type: ignore[untyped-decorator, unused-ignore]
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def _recorded(tensors: list[Tensor]) -> bool:
+    """Whether autograd is to differentiate by one of them."""
+    return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+
+
+def _is_within(batch: Any, head: Any, query: Any, key: Any, first: Any, last: Any) -> Any:
+    return (first[batch] <= key) & (key < last[batch])
 
 
 def _by_lengths(arrays: tuple[Tensor, ...], mask: PendingMask, options: Options) -> Tensor | None:
     """Without an array of booleans; None if there is no other way.
 
-    A past without padding is a slice of the keys. Otherwise caches serve where nothing is differentiated: they know
-    lengths and padding on the left, and copy nothing, whatever strides keys have. Packed sequences serve the rest.
+    A past without padding is a slice of the keys, and what is within lengths a mask function. Otherwise caches serve
+    where nothing is differentiated: they know lengths and padding on the left, and copy nothing, whatever strides keys
+    have. Packed sequences serve the rest.
     """
     q, k, v = arrays
-    asked = {"causal": mask.pattern.causal, "window_size": mask.pattern.window}
+    asked: dict[str, Any] = {"causal": mask.pattern.causal, "window_size": mask.pattern.window}
+    if mask.within is not None:
+        assert isinstance(mask.end, int)
+        asked["mask"] = (_is_within, *mask.within)
+        return attention(q, k[:, : mask.end], v[:, : mask.end], **asked, **options.all())
     if mask.offsets is None:
         if mask.start is None and isinstance(mask.end, int):
             return attention(q, k[:, : mask.end], v[:, : mask.end], **asked, **options.all())
         given = [each for each in (*arrays, options.sinks) if each is not None]
-        recorded = torch.is_grad_enabled() and any(each.requires_grad for each in given)
         aligned = mask.pattern.window is None or mask.pattern.causal
-        if aligned and not recorded and options.dropout_p == 0.0:
+        if aligned and not _recorded(given) and options.dropout_p == 0.0:
             if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
                 q, k, v = (each.to(torch.get_autocast_dtype(q.device.type)) for each in arrays)
             return attention_with_kvcache(

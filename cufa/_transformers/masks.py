@@ -125,7 +125,7 @@ class Segments(NamedTuple):
     seqused_k: Tensor | None
 
 
-class PendingMask(torch.Tensor):
+class PendingMask(torch.Tensor):  # type: ignore[misc, unused-ignore]
     """A boolean mask (batch, 1, seqlen_q, seqlen_k) that is not computed before something looks at it.
 
     torch sees a tensor of this shape. Every operation on it, but those that ask for its shape and the like, is told of
@@ -141,12 +141,15 @@ class PendingMask(torch.Tensor):
         The key behind the last one. Where there is a window, the last query is at the last key.
     offsets : int32 tensor, (sequences + 1,), or None
         Where sequences begin that are packed into the rows of all batch entries.
+    within : (int32 tensor, int32 tensor), each (batch,), or None
+        The first key that is no padding and the key behind the last one, where the last query is at neither's end.
     """
 
     pattern: Pattern
     start: Tensor | None
     end: int | Tensor
     offsets: Tensor | None
+    within: tuple[Tensor, Tensor] | None
     _compute: Callable[[], Tensor]
 
     @staticmethod
@@ -158,10 +161,12 @@ class PendingMask(torch.Tensor):
         end: int | Tensor,
         start: Tensor | None = None,
         offsets: Tensor | None = None,
+        within: tuple[Tensor, Tensor] | None = None,
     ) -> PendingMask:
         one = torch.empty((1, 1, 1, 1), dtype=torch.bool, device=device)
         made: PendingMask = torch.Tensor._make_subclass(PendingMask, one.expand(shape))
-        made.pattern, made.start, made.end, made.offsets, made._compute = pattern, start, end, offsets, compute
+        made.pattern, made.start, made.end, made.offsets, made.within = pattern, start, end, offsets, within
+        made._compute = compute
         return made
 
     @cached_property
@@ -255,9 +260,8 @@ def attention_mask(
     Returns
     -------
     mask : None, PendingMask or bool tensor, (batch_size, 1, q_length, kv_length)
-        None where the attention function knows all by ``is_causal`` and the arrays, as it may where one of the skips is
-        allowed: without padding, or under a causal mask without a past with padding on the right alone, which no
-        token before it sees.
+        None where one of the skips is allowed and ``is_causal`` says all: without padding, or, where gradients are
+        recorded, with padding on the right of causal sequences, which no token sees that is none.
     """
     if isinstance(q_offset, torch.Tensor) and not is_tracing(q_offset):
         q_offset = q_offset.clone()  # a static cache counts up in place, and booleans may be computed later
@@ -279,7 +283,8 @@ def attention_mask(
         )
 
     frontier = q_offset + q_length - kv_offset  # the key behind that of the last query
-    if torch.compiler.is_compiling() or any(isinstance(x, torch.Tensor) and is_tracing(x) for x in (q_offset, attention_mask)):
+    values = [each for each in (q_offset, attention_mask) if isinstance(each, torch.Tensor)]
+    if torch.compiler.is_compiling() or any(map(is_tracing, values)):
         # Nothing can be asked of values here; lengths alone say when a mask is nothing but causal.
         return compute(skip=allow_is_bidirectional_skip or (isinstance(frontier, int) and frontier == kv_length))
     pattern = None if use_vmap else pattern_of(mask_function)
@@ -306,38 +311,41 @@ def attention_mask(
         pattern = _narrowed(pattern, max(frontier, kv_length))
     end: int | Tensor = frontier if windowed else kv_length
     padding = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
-    start = None
+    start = within = None
+    if windowed and not pattern.causal and not (isinstance(frontier, int) and frontier == kv_length):
+        return compute()  # queries see keys behind the last query's, by distances from places that no end tells
     if padding is not None:
-        found = _live_range(padding, kv_length, frontier if windowed else kv_length)
+        found = _live_range(padding, kv_length, end)
         if found is None:
             return compute()
-        start, last, padded_left, padded_right = found
-        if not padded_left:
-            start = None
-        if pattern.causal:
-            # Padding behind a sequence is seen by its own rows alone, since each row sees what is before it.
-            pass
-        elif padded_right and windowed:
-            if q_length != kv_length:
+        first, last, padded_left, padded_right = found
+        start = first if padded_left else None
+        if padded_right and not pattern.causal:
+            if windowed and q_length != kv_length:
                 return compute()
             end = last
-        elif padded_right:
-            end = last
+        elif padded_right and not torch.is_grad_enabled():
+            if not isinstance(end, int):
+                return compute()
+            within = first, last
+        # Of causal masks padding on the right hides keys from its own rows alone. Where something is differentiated
+        # nothing follows from these, and a mask that says more than when keys begin would only take time.
     if isinstance(end, int):
         if not 0 < end <= kv_length:
             return compute()  # queries that lie beyond the keys have no place that an end could tell
         skip = allow_is_causal_skip if pattern.causal else allow_is_bidirectional_skip
-        if skip and start is None and end == kv_length and pattern.window in (None, (None, 0)):
+        whole = start is None and within is None and end == kv_length
+        if skip and whole and pattern.window in (None, (None, 0)):
             return None
     elif end.ndim == 0:
         end = end.to(torch.int32).expand(batch_size).contiguous()
-    return pending(pattern, end, start=start)
+    return pending(pattern, end, start=start, within=within)
 
 
 def _narrowed(pattern: Pattern, keys: int) -> Pattern:
     """Without sides of a window beyond which there is no key."""
     left = None if pattern.left is not None and pattern.left >= keys - 1 else pattern.left
-    right = None if pattern.right is not None and 0 < pattern.right and pattern.right >= keys - 1 else pattern.right
+    right = None if pattern.right is not None and pattern.right > 0 and pattern.right >= keys - 1 else pattern.right
     return pattern._replace(left=left, right=right)
 
 
