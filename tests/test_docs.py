@@ -27,6 +27,7 @@ PUBLIC = (
     "reference",
     "testing/__init__",
     "torch",
+    "transformers",
     "xformers",
 )
 """The modules that users import."""
@@ -55,7 +56,7 @@ def test_the_api_page_has_every_public_name(module: str) -> None:
 def test_the_api_page_has_nothing_else() -> None:
     page = re.findall(r"^ *\.\. [\w:]+:: (cufa[\w.]+)$", (ROOT / "docs" / "api.rst").read_text(), re.MULTILINE)
     there = {name for module in PUBLIC for name in names_of(module)} | {"cufa.torch", "cufa.jax", "cufa.flash_attn"}
-    there |= {"cufa.flash_attn.flash_attn_3", "cufa.xformers", "cufa.diffusers", "cufa.flax"}
+    there |= {"cufa.flash_attn.flash_attn_3", "cufa.xformers", "cufa.diffusers", "cufa.flax", "cufa.transformers"}
     methods = {f"cufa.cache.{name}" for name in ("stats", "clear", "prune", "verify")}
     assert len(page) == len(set(page)) and not set(page) - there - methods
 

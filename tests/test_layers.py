@@ -77,6 +77,7 @@ FOR_TORCH = ("_states", "_torch", "bert_padding", "layers/rotary", "losses/cross
 FOR_TORCH += ("ops/triton/cross_entropy", "ops/triton/rotary")
 PARTS |= {f"flash_attn/{name}.py": "torch" for name in FOR_TORCH}
 PARTS |= {"xformers.py": "torch", "flax.py": "jax"}
+PARTS |= dict.fromkeys(("_transformers/attention.py", "_transformers/masks.py"), "torch")
 PARTS |= dict.fromkeys(("interop/jax.py", "interop/folding.py", "interop/dividing.py"), "jax")
 PARTS |= dict.fromkeys(("learn/n03_numba_v1.py", "learn/n04_numba_v2.py"), "numba")
 """A framework's own modules, which nothing else imports as soon as it is imported."""
@@ -199,6 +200,8 @@ ROOMS = (
         "xformers",
         "diffusers",
         "flax",
+        "_transformers",
+        "transformers",
         "__init__",
         "_bench",
         "_cli",
