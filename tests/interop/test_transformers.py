@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,9 +23,11 @@ from transformers_models import (  # noqa: E402
     LAYERS,
     PADDING,
     Models,
+    check_continuous_batching,
     close,
     counted,
     decoder,
+    found_kernels,
     padding,
     tokens,
 )
@@ -436,18 +437,11 @@ def test_what_is_not_served_is_refused() -> None:
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The kernels package, where transformers looks for flash attention."""
-    package = pytest.importorskip("kernels")
     pytest.importorskip("cufa.flash_attn")
-    from transformers.integrations import hub_kernels
-
     monkeypatch.setenv("LOCAL_KERNELS", "some/other=/nowhere")
-    cufa.transformers.register()
-    if not hub_kernels.is_kernels_available():  # for its version: transformers 5.24 wants 0.18.2
-        monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
-        monkeypatch.setattr(hub_kernels, "get_kernel_hub", package.get_kernel, raising=False)
-    yield package
+    return found_kernels(monkeypatch)
 
 
 def test_kernels_are_found(kernels: Any) -> None:
@@ -466,20 +460,7 @@ def test_flash_attention_and_continuous_batching(kernels: Any) -> None:
     for kind in ("none", "left"):
         mask = padding(kind)
         models.check(lambda model, mask=mask: model(tokens(), attention_mask=mask).logits, mask)
-    prompts = [tokens()[0].tolist(), tokens()[1, :7].tolist(), tokens()[1].tolist()]
-    asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    out = models.cufa.generate_batch(
-        prompts,
-        generation_config=transformers.GenerationConfig(**asked, eos_token_id=-1),
-        continuous_batching_config=transformers.ContinuousBatchingConfig(
-            page_size=16, num_blocks=16, max_batch_tokens=32
-        ),
-        progress_bar=False,
-    )
-    found = [out[key].generated_tokens for key in sorted(out, key=lambda key: int(key.rpartition("_")[2]))]
-    for prompt, mine in zip(prompts, found, strict=True):
-        alone = models.eager.generate(torch.tensor([prompt]), **asked, eos_token_id=None)
-        assert alone[0, len(prompt) :].tolist() == mine
+    check_continuous_batching(models)
 
 
 @pytest.mark.parametrize("sinks", [False, True])

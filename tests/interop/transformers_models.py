@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import transformers
 
@@ -130,3 +131,33 @@ def counted() -> Iterator[dict[str, int]]:
     names = ("attention", "attention_varlen", "attention_with_kvcache")
     with mock.patch.multiple(_attention, **{name: count(name) for name in names}):
         yield counts
+
+
+def found_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The kernels package, if it is there, with cufa's folder, and whatever its version in transformers' eyes."""
+    package = pytest.importorskip("kernels")
+    from transformers.integrations import hub_kernels
+
+    cufa.transformers.register()
+    if not hub_kernels.is_kernels_available():  # 5.24 wants 0.18.2, and would load the folder by the same call
+        monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+        monkeypatch.setattr(hub_kernels, "get_kernel_hub", package.get_kernel, raising=False)
+    return package
+
+
+def check_continuous_batching(models: Models, device: str = "cpu", **config: Any) -> None:
+    """Prompts of several lengths, some with a common beginning, are answered as each is alone."""
+    ids = tokens(3, 40).tolist()
+    prompts = [ids[0], ids[1][:7], ids[1], ids[0][:17] + ids[2]]
+    asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    config = {"page_size": 16, "num_blocks": 32, "max_batch_tokens": 64} | config
+    out = models.cufa.generate_batch(
+        prompts,
+        generation_config=transformers.GenerationConfig(**asked, eos_token_id=-1),
+        continuous_batching_config=transformers.ContinuousBatchingConfig(**config),
+        progress_bar=False,
+    )
+    found = [out[key].generated_tokens for key in sorted(out, key=lambda key: int(key.rpartition("_")[2]))]
+    for prompt, mine in zip(prompts, found, strict=True):
+        alone = models.eager.generate(torch.tensor([prompt], device=device), **asked, eos_token_id=None)
+        assert alone[0, len(prompt) :].tolist() == mine
