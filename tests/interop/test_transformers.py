@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -504,3 +507,17 @@ def test_importing_imports_no_transformers(tmp_path: Any) -> None:
     code = "import cufa.transformers, sys; assert not {'transformers', 'torch', 'kernels'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
     assert importlib.util.find_spec("transformers").origin != cufa.transformers.__file__
+
+
+def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a model whose times say nothing, it holds both implementations to each other."""
+    folder = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("LOCAL_KERNELS", "")
+    benchmark = runpy.run_path(str(folder / "transformers_models.py"))
+    benchmark["main"](["--tiny", "--only", "prefill|backward|static"])
+    rows = re.findall(r"^\| .*tokens.* \| [\d.]+ \| [\d.e-]* \|$", capsys.readouterr().out, re.MULTILINE)
+    assert len(rows) == 4
+    case = benchmark["Case"]("two", 1, {"one": lambda: torch.ones(3), "other": lambda: -torch.ones(3)}, True)
+    with pytest.raises(AssertionError, match="two: results differ by 2"):
+        benchmark["measure"](case, 1, lambda: None)
