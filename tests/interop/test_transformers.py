@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 import runpy
@@ -35,6 +36,7 @@ from transformers_models import (  # noqa: E402
     tokens,
 )
 
+from cufa._transformers import attention as _attention  # noqa: E402
 from cufa._transformers import masks as _masks  # noqa: E402
 from cufa._transformers.attention import attention_forward  # noqa: E402
 
@@ -436,6 +438,16 @@ def test_what_is_not_served_is_refused() -> None:
         decoder("Llama").cufa(tokens(), output_attentions=True)
 
 
+def test_the_page_has_every_argument() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
+    _, _, table = page.partition("| argument | how it is served |\n")
+    rows = table.partition("\n\n")[0].splitlines()[1:]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    parameters = set(inspect.signature(attention_forward).parameters) - {"kwargs"}
+    assert len(named) == len(set(named))
+    assert set(named) == parameters | _attention.OF_THE_MODEL | set(_attention._REASONS)
+
+
 # --- The folder for the kernels package -------------------------------------------------------------
 
 
@@ -521,3 +533,28 @@ def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     case = benchmark["Case"]("two", 1, {"one": lambda: torch.ones(3), "other": lambda: -torch.ones(3)}, True)
     with pytest.raises(AssertionError, match="two: results differ by 2"):
         benchmark["measure"](case, 1, lambda: None)
+
+
+def test_the_example_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that it trains itself, and one of a folder."""
+    tokenizers = pytest.importorskip("tokenizers")
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "generate_transformers.py"))
+    example["main"](["--steps", "30", "--tokens", "6"])
+    shown = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", shown)]
+    assert losses[-1] < losses[0] - 0.5 and "\nShe had been |" in shown
+    assert "cufa: 18 tokens in " in shown and shown.endswith("with eager attention the first [6, 6, 6]\n")
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *"abcdefgh"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    kept = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    kept.save_pretrained(tmp_path)
+    decoder("Llama", vocab_size=len(words), bos_token_id=None, eos_token_id=None).eager.save_pretrained(tmp_path)
+    example["main"](["--model", str(tmp_path), "--prompt", "a b c", "--prompt", "d", "--tokens", "5"])
+    assert re.search(
+        r"cufa: 10 tokens in [\d.]+ s; as with eager attention the first \[5, 5\]$", capsys.readouterr().out
+    )
+    for wrong in (["--tokens", "0"], ["--steps", "1", "--prompt", "☃"]):
+        with pytest.raises(SystemExit):
+            example["main"](wrong)
+    assert "the model has not read these characters: ☃" in capsys.readouterr().err
