@@ -226,6 +226,7 @@ def test_encoders_beside_decoders(name: str) -> None:
         if name != "ViT":
             asked = {key: value for key, value in asked.items() if key != "decoder_input_ids"}
             asked |= {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
+            asked |= {"cache_implementation": "static"} if name == "T5" else {}
             expected, found = models.both(lambda model, asked=asked: model.generate(**asked))
             assert (expected == found).all()
 
@@ -337,8 +338,9 @@ def test_masks_are_what_they_stand_for(function: str, place: str) -> None:
         if found is not None:  # and what else looks at it sees the booleans
             assert found.shape == dense.shape and found.dtype == torch.bool
             assert (found & True == dense).all() and (found[..., 1:] == dense[..., 1:]).all()
-            out, _ = attention_forward(layer, q, k, v, found, position_bias=torch.zeros(1, 4, rows, keys))
-            close(out[seen], expected[seen], 2e-6, kind)
+            bias = torch.randn((1, 4, rows, keys), generator=torch.Generator().manual_seed(5))
+            out, _ = attention_forward(layer, q, k, v, found, position_bias=bias)
+            close(out[seen], plain(q, k, v, dense, bias)[seen], 2e-6, kind)
 
 
 def test_which_masks_are_arrays() -> None:
@@ -356,6 +358,11 @@ def test_which_masks_are_arrays() -> None:
     step = {"batch_size": 3, "q_length": 1, "kv_length": 11, "q_offset": 10}
     for_graphs = _masks.attention_mask(**step, allow_is_causal_skip=False)
     assert type(for_graphs) is torch.Tensor and _masks.pending_of(for_graphs) is not None
+    places = {"batch_size": 1, "q_length": 3, "kv_length": 16, "q_offset": torch.tensor(8)}
+    expected = masking_utils.sdpa_mask(**places, allow_is_causal_skip=False)
+    mask = _masks.attention_mask(**places)
+    places["q_offset"] += 3  # as the first layer does, by writing to its static cache
+    assert (mask[:] == expected).all()
 
 
 @pytest.mark.parametrize("dtype", ["bool", "float32", "float64", "two axes"])
