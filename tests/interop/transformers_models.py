@@ -36,6 +36,7 @@ ROWS = 13
 """Tokens of a sequence; windows are shorter."""
 
 WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 
 DECODERS: dict[str, Callable[..., Any]] = {
     "Llama": transformers.LlamaConfig,
@@ -43,9 +44,7 @@ DECODERS: dict[str, Callable[..., Any]] = {
     "Mistral": lambda **small: transformers.MistralConfig(**small, sliding_window=5),
     "Gemma2": lambda **small: transformers.Gemma2Config(**small, **WINDOWS, query_pre_attn_scalar=8),
     "Gemma3": lambda **small: transformers.Gemma3TextConfig(**small, **WINDOWS, query_pre_attn_scalar=8),
-    "GptOss": lambda **small: transformers.GptOssConfig(
-        **small, **WINDOWS, num_local_experts=2, num_experts_per_tok=1, rope_parameters=None
-    ),
+    "GptOss": lambda **small: transformers.GptOssConfig(**WINDOWS | EXPERTS | small),
 }
 """Softcap and windows in Gemma 2, windows in Mistral and Gemma 3, sinks and windows in GPT-OSS."""
 
