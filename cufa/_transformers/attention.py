@@ -39,11 +39,11 @@ class Options(NamedTuple):
     def common(self) -> dict[str, Any]:
         return {"softmax_scale": self.softmax_scale, "softcap": self.softcap, "sinks": self.sinks}
 
-    def all(self) -> dict[str, Any]:
+    def all(self, like: Tensor) -> dict[str, Any]:
+        """With dropout, whose seed is drawn where an array lies, so that nothing waits and graphs draw anew."""
         if self.dropout_p == 0.0:
             return self.common()
-        # From the generator of the CPU, which torch.manual_seed seeds and checkpoints set back, without a wait.
-        seed = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
+        seed = torch.randint(2**62, (), dtype=torch.int64, device=like.device)
         return self.common() | {"dropout_p": self.dropout_p, "seed": seed}
 
 
@@ -118,15 +118,12 @@ def attention_forward(
         out = _packed(arrays, attention_mask, position_bias, cu_seq_lens_q, cu_seq_lens_k, causal, window, options)
     elif attention_mask is None and position_bias is None and dropout == 0.0:
         out = attention(*arrays, causal=causal, window_size=window, **options.common())
-    elif torch.compiler.is_compiling():
-        given = [each for each in (*arrays, position_bias, sinks) if each is not None]
-        if dropout == 0.0 and not _recorded(given):
-            numbers = causal, *(window or (None, None)), options.softmax_scale, options.softcap
-            out = torch.ops.cufa.transformers_masked(*arrays, attention_mask, position_bias, sinks, *numbers)
-        else:
-            out = _outside(arrays, attention_mask, position_bias, causal, window, options)
-    else:
+    elif not torch.compiler.is_compiling():
         out = _masked(arrays, attention_mask, position_bias, causal, window, options)
+    elif isinstance(attention_mask, PendingMask):
+        out = _outside(arrays, attention_mask, position_bias, causal, window, options)
+    else:
+        out = _by_arrays(arrays, attention_mask, position_bias, causal, window, options)
     return out, None
 
 
@@ -173,7 +170,7 @@ def _packed(
     if position_bias is not None:
         raise UnsupportedError("cufa.transformers: position_bias is not served beside cu_seq_lens_q.")
     pending = pending_of(mask)
-    if pending is not None and pending.start is None and pending.end == arrays[1].shape[1]:
+    if pending is not None and pending.covers(arrays[1].shape[1]):
         # No padding: what is left is a window, and the same sequences, if positions told of them too.
         causal, window = pending.pattern.causal, pending.pattern.window
     elif mask is not None:
@@ -187,7 +184,7 @@ def _packed(
 def _varlen(arrays: tuple[Tensor, ...], offsets: tuple[Tensor, ...], more: dict[str, Any], options: Options) -> Tensor:
     """Of dense arrays, of which all rows lie behind each other."""
     q, k, v = (each.reshape(-1, *each.shape[2:]) for each in arrays)
-    out = attention_varlen(q, k, v, *offsets, **more, **options.all())
+    out = attention_varlen(q, k, v, *offsets, **more, **options.all(q))
     return out.reshape(*arrays[0].shape[:-1], v.shape[-1])
 
 
@@ -202,11 +199,26 @@ def _masked(
     """With a mask, a bias or dropout."""
     pending = pending_of(mask)
     if pending is not None:
-        if position_bias is None:
-            out = _by_lengths(arrays, pending, options)
-            if out is not None:
-                return out
+        out = _by_lengths(arrays, pending, options) if position_bias is None else None
+        if out is not None:
+            return out
         mask = pending.dense
+    return _by_arrays(arrays, mask, position_bias, causal, window, options)
+
+
+_outside = torch.compiler.disable(_masked)
+"""The same, which breaks the graph of torch.compile: what of a mask is pending cannot be part of it."""
+
+
+def _by_arrays(
+    arrays: tuple[Tensor, ...],
+    mask: Tensor | None,
+    position_bias: Tensor | None,
+    causal: bool,
+    window: Any,
+    options: Options,
+) -> Tensor:
+    """With a mask that is an ordinary tensor, or none."""
     q = arrays[0]
     asked: dict[str, Any] = {}
     if mask is None:
@@ -228,35 +240,7 @@ def _masked(
         asked["bias"] = position_bias if "bias" not in asked else position_bias + asked["bias"]
     if "bias" in asked and asked["bias"].dtype not in (q.dtype, torch.float32):
         asked["bias"] = asked["bias"].to(torch.promote_types(q.dtype, torch.float32))
-    return attention(*arrays, **asked, **options.all())
-
-
-_outside = torch.compiler.disable(_masked)
-"""The same, which breaks the graph of torch.compile: gradients beside masks, biases or dropout cannot be part of it."""
-
-
-@torch.library.custom_op("cufa::transformers_masked", mutates_args=())  # type: ignore[untyped-decorator, unused-ignore]
-def _operator(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    position_bias: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    causal: bool,
-    left: int | None,
-    right: int | None,
-    softmax_scale: float | None,
-    softcap: float,
-) -> torch.Tensor:
-    """The same without gradients, as a node of a graph of torch.compile, such as that of a step of decoding."""
-    options = Options(softmax_scale, softcap, sinks, 0.0)
-    return _masked((q, k, v), mask, position_bias, causal, (left, right), options)
-
-
-@_operator.register_fake  # type: ignore[untyped-decorator, unused-ignore]
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    return q.new_empty((*q.shape[:3], v.shape[3]))
+    return attention(*arrays, **asked, **options.all(q))
 
 
 def _recorded(tensors: list[Tensor]) -> bool:
@@ -280,10 +264,10 @@ def _by_lengths(arrays: tuple[Tensor, ...], mask: PendingMask, options: Options)
     if mask.within is not None:
         assert isinstance(mask.end, int)
         asked["mask"] = (_is_within, *mask.within)
-        return attention(q, k[:, : mask.end], v[:, : mask.end], **asked, **options.all())
+        return attention(q, k[:, : mask.end], v[:, : mask.end], **asked, **options.all(q))
     if mask.offsets is None:
         if mask.start is None and isinstance(mask.end, int):
-            return attention(q, k[:, : mask.end], v[:, : mask.end], **asked, **options.all())
+            return attention(q, k[:, : mask.end], v[:, : mask.end], **asked, **options.all(q))
         given = [each for each in (*arrays, options.sinks) if each is not None]
         aligned = mask.pattern.window is None or mask.pattern.causal
         if aligned and not _recorded(given) and options.dropout_p == 0.0:

@@ -33,7 +33,7 @@ def flash_attn_func(
     if s_aux is None:
         asked = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         return _flash.flash_attn_func(q, k, v, *asked)
-    options = _options(softmax_scale, softcap, s_aux, dropout_p, deterministic, return_attn_probs)
+    options = _options(q, softmax_scale, softcap, s_aux, dropout_p, deterministic, return_attn_probs)
     return attention(q, k, v, causal=causal, window_size=window_size, alibi_slopes=alibi_slopes, **options)
 
 
@@ -63,7 +63,7 @@ def flash_attn_varlen_func(
         return _flash.flash_attn_varlen_func(q, k, v, *offsets, max_seqlen_q, max_seqlen_k, *asked, block_table)
     if block_table is not None:
         raise UnsupportedError("flash_attn_varlen_func: s_aux is not served beside block_table; leave one out.")
-    options = _options(softmax_scale, softcap, s_aux, dropout_p, deterministic, return_attn_probs)
+    options = _options(q, softmax_scale, softcap, s_aux, dropout_p, deterministic, return_attn_probs)
     more = {"causal": causal, "window_size": window_size, "alibi_slopes": alibi_slopes}
     return attention_varlen(q, k, v, *offsets, **more, **options)
 
@@ -91,10 +91,16 @@ def flash_attn_with_kvcache(
 
 
 def _options(
-    softmax_scale: float | None, softcap: float, s_aux: Any, dropout_p: float, deterministic: bool, probs: bool
+    q: Array,
+    softmax_scale: float | None,
+    softcap: float,
+    s_aux: Any,
+    dropout_p: float,
+    deterministic: bool,
+    probs: bool,
 ) -> dict[str, Any]:
     """The arguments of cufa's functions where there are sinks."""
     if probs:
         raise UnsupportedError("cufa.transformers: return_attn_probs is not served beside s_aux; leave one out.")
     check_deterministic(deterministic)
-    return Options(softmax_scale, softcap, s_aux.float(), dropout_p).all()
+    return Options(softmax_scale, softcap, s_aux.float(), dropout_p).all(q)

@@ -169,6 +169,10 @@ class PendingMask(torch.Tensor):  # type: ignore[misc, unused-ignore]
         made._compute = compute
         return made
 
+    def covers(self, keys: int) -> bool:
+        """Whether none of so many keys is padding, or not there yet."""
+        return self.start is None and self.within is None and isinstance(self.end, int) and self.end == keys
+
     @cached_property
     def dense(self) -> Tensor:
         return self._compute()

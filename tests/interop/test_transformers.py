@@ -92,12 +92,21 @@ def test_generation_writes_the_same(name: str, cache: str) -> None:
 
 
 def test_compiled_programs() -> None:
-    """A step of training is one graph; one of decoding too, with padding, windows and a static cache."""
+    """A step of training is one graph, masks and dropout included; so is one of decoding from a static cache."""
     from torch._dynamo.utils import counters
 
     llama = decoder("Llama")
     step = torch.compile(llama.cufa, backend="aot_eager", fullgraph=True)
-    llama.check(lambda model: (step if model is llama.cufa else model)(tokens()).logits)
+    for mask in (None, padding("holes")):
+        llama.check(lambda model, mask=mask: (step if model is llama.cufa else model)(tokens(), mask).logits, mask)
+    llama.cufa.train()
+    for layer in llama.cufa.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    torch.manual_seed(3)
+    first, second = (step(tokens(), padding("holes")).logits for _ in range(2))
+    torch.manual_seed(3)
+    assert (first == step(tokens(), padding("holes")).logits).all() and not (first == second).all()
+    llama.cufa.eval()
     llama.cufa.model.layers[0].compile(backend="eager")  # of which the mask is an argument
     llama.check(lambda model: model(tokens(), attention_mask=padding("left")).logits, padding("left"))
 
