@@ -36,6 +36,7 @@ struct BackwardMainloopSm90 {
   static_assert(block_n == 64 * consumers, "a consumer owns 64 keys");
   using K = tile::SharedTile<element, block_n, Config::tile_head_dim>;
   using V = tile::SharedTile<element, block_n, Config::tile_head_dim_v>;
+  static constexpr int key_box = Config::bias_chunks > 0 ? 64 : block_n;  // rows of the boxes of the maps of k and v
   using Q = tile::SharedTile<element, block_m, Config::tile_head_dim>;
   using Dout = tile::SharedTile<element, block_m, Config::tile_head_dim_v>;
   using Ds = tile::SharedTile<element, block_n, block_m>;

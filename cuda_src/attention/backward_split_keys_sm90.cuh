@@ -27,6 +27,7 @@ struct BackwardKeysSm90 {
   static_assert(block_m == 64 && block_n == 64, "a warpgroup's accumulators have 64 rows");
   using K = tile::SharedTile<element, block_n, Config::tile_head_dim>;
   using V = tile::SharedTile<element, block_n, Config::tile_head_dim_v>;
+  static constexpr int key_box = block_n;
   using Q = tile::SharedTile<element, block_m, Config::tile_head_dim>;
   using Dout = tile::SharedTile<element, block_m, Config::tile_head_dim_v>;
 

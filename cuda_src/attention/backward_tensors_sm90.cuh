@@ -53,7 +53,7 @@ struct TileLoader {
                  const BackwardWork<Config>& work) {
     ring.wait_empty(progress.second());
     ring.expect(progress.second(), Tile::bytes);
-    load_rows<Config>(to, map, ring.full(0), work.n_block * Config::block_n, work.keys());
+    load_rows<Config, Tile, Loop::key_box>(to, map, ring.full(0), work.n_block * Config::block_n, work.keys());
     progress.advance_second();
   }
 

@@ -34,9 +34,9 @@ inline ExactSums sums_of(const OrderedBiasData& data) { return {data.own.dbias, 
 
 // A score s becomes s + bias[batch][head][query][key]. `alone` is whether an element of the bias belongs to one score
 // only, whose gradient is then stored; over_queries and over_keys are whether all of a kind share an element.
-// With `ordered` sums of gradients are exact.
+// With `ordered` sums of gradients are exact; with `apart_` this has none, since a kernel of its own makes it.
 template <class element, int step, bool paired, bool wide, bool bounded, bool per_head_, bool alone, bool over_queries,
-          bool over_keys, bool ordered = false>
+          bool over_keys, bool ordered = false, bool apart_ = false>
 struct Bias : Term {
   using Data = typename Choice<ordered, OrderedBiasData, BiasData>::Type;
   using Sums = typename Choice<ordered, ExactSums, AtomicSums>::Type;
@@ -44,9 +44,10 @@ struct Bias : Term {
   using Loaded = typename Array::Bits;
   template <class Place, int m_tiles, int cols>
   using Ahead = ScoreTile<Bias, Place, m_tiles, cols>;
-  static constexpr bool per_head = per_head_, bends = false, has_gradient = true, loads = true;
-  static constexpr bool finishes = ordered;
+  static constexpr bool per_head = per_head_, bends = false, has_gradient = !apart_, loads = true;
+  static constexpr bool finishes = ordered, apart = apart_;
   static constexpr bool gathers = over_queries || over_keys;
+  static_assert(!apart || !(gathers || ordered || bounded), "a tile of such a gradient is not a tile of scores");
 
   Array array;
   char* dbias;

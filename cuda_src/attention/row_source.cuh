@@ -24,9 +24,12 @@ struct MappedRows {
 // has, that only live rows come before their end: the rest of the box is zero-filled. One row at least must be live: a
 // box that is clipped as a whole faults where the map's address, which lies before the array if sequences are packed,
 // is not mapped.
-template <class Config, class Tile>
+template <class Config, class Tile, int box_rows = Tile::rows>
 inline void load_rows(const Tile& to, const ptx::TensorMap& map, u32 barrier, int row, const MappedRows& from) {
-  if constexpr (Config::varlen) {
+  if constexpr (box_rows < Tile::rows) {
+    static_assert(!Config::varlen, "a packed sequence ends within one box");
+    tile::load_boxes<box_rows>(to, map, barrier, row, from.head, from.batch);
+  } else if constexpr (Config::varlen) {
     const int live = min_of(from.length - row, Tile::rows);
     tile::load(to, map, barrier, Tile::rows - live, from.head, from.first_row + row + live);
   } else {

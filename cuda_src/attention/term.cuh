@@ -38,6 +38,7 @@ struct Term {
   static constexpr bool reads_score = false;   // whether `gradient` also takes the score that the term is applied to
   static constexpr bool loads = false;     // whether it has `load`, `Ahead`, and functions that take what these give
   static constexpr bool gathers = false;   // whether it has `gather`
+  static constexpr bool apart = false;     // whether a kernel of its own makes its gradient (backward_bias_sm90.cuh)
   static constexpr bool finishes = false;  // whether it has `finish`
 
   // What becomes of a score, and the derivative of that as a function of what `score` returned.

@@ -140,12 +140,15 @@ class BackwardKernel(Kernel):
         """Blocks of the kernel before the main ones, of these, and of what comes after them."""
         raise NotImplementedError
 
+    def main_steps(self, config: Any) -> tuple[Step, ...]:
+        return tuple(Step(entry, config.num_threads, config.smem_bytes) for entry in self.main_entries)
+
     def steps(self, config: Any) -> tuple[Step, ...]:
         before = (Step("attention_backward_offsets", ROW_THREADS),) if config.varlen else ()
         return (
             *before,
             Step("attention_backward_prepare", ROW_THREADS),
-            *(Step(entry, config.num_threads, config.smem_bytes) for entry in self.main_entries),
+            *self.main_steps(config),
             Step("attention_backward_finish", self.finish_threads(config)),
             *((Step("attention_backward_terms", ROW_THREADS),) if finishes_terms(config) else ()),
             Step("attention_backward_repair", ROW_THREADS),
@@ -207,7 +210,8 @@ class BackwardKernel(Kernel):
         for name in ("lse", "dlse"):  # of batch, heads and rows
             *batch, head, row = strides.get(name, (0, 0, 0))
             params[f"{name}_strides"] = (batch[0] if batch else 0, row, head, 0)
-        forward = params_of(problem, m_blocks=grid.m_blocks, heads_per_section=grid.heads_per_section)
+        section, terms = grid.heads_per_section, config.variant
+        forward = params_of(problem, m_blocks=grid.m_blocks, heads_per_section=section, terms=terms)
         params |= {"forward": forward, "workspace_rows": grid.workspace_rows, "n_blocks": grid.n_blocks}
         return {"params": params | {"reversed": grid.reversed}}
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .._call.problem import CHAIN_ROWS, Problem, Static
+from . import tensor_map
 from .backward import BackwardGrid, BackwardKernel, ConfigBackward, Counts
 from .forward_sm90 import REGISTERS, STAGES
-from .kernel import SIZEOF, WARPGROUP_ROWS, common, listed_blocks, needs_maps, refuses_blocks, round_up
+from .kernel import SIZEOF, WARPGROUP_ROWS, Map, Step, common, listed_blocks, needs_maps, refuses_blocks, round_up
 
 SUMMED_ROWS = 16
 """Rows of an average packed sequence from which on sums of dq are worth their memory, a tile of them at least: the
@@ -15,6 +16,9 @@ kernel that needs none is slower."""
 
 WIDEST = 128
 """The largest head dim whose dk and dv, with dq's products, fit the registers of a thread block."""
+
+BIAS_QUERIES, BIAS_THREADS = 128, 384
+"""Of a tile of a bias's gradient, and of a thread block that makes it."""
 
 LONGEST_SUM = 2 * CHAIN_ROWS
 """Rows over which the tensor cores add up by themselves: ``take_chain`` in attention/backward_work.cuh."""
@@ -30,10 +34,25 @@ class ConfigBackwardSm90(ConfigBackward):
     ----------
     producer_registers, consumer_registers : int
         Registers per thread of the warpgroup that loads, and of the others.
+    bias_chunks : int
+        Chunks of `WARPGROUP_ROWS` keys in the tiles of the kernel that makes the gradient of a bias apart; 0: there is
+        no such kernel. Boxes of the maps of k and v then have a chunk's rows.
+    bias_smem_bytes : int
+        Shared memory of that kernel.
     """
 
     producer_registers: int
     consumer_registers: int
+    bias_chunks: int = 0
+    bias_smem_bytes: int = 0
+
+    @property
+    def key_box(self) -> int:
+        """Rows of the boxes of the maps of k and v."""
+        return WARPGROUP_ROWS if self.bias_chunks else self.block_n
+
+    def includes(self) -> list[str]:
+        return super().includes() + (["attention/backward_bias_sm90.cuh"] if self.bias_chunks else [])
 
 
 class BackwardSm90(BackwardKernel):
@@ -56,13 +75,17 @@ class BackwardSm90(BackwardKernel):
         return ""
 
     def config(self, static: Static, arch: int) -> ConfigBackwardSm90:
+        listed = listed_blocks(static.terms) is not None  # to find work in lists takes registers
+        if not listed:
+            static = static._replace(terms=tuple(term.set_apart() for term in static.terms))
         block_m, block_n = tile(static)
         size = SIZEOF[static.element]
         tile_head_dim, tile_head_dim_v = round_up(static.head_dim, 64), round_up(static.head_dim_v, 64)
         tiles = size * ((block_n + STAGES * block_m) * (tile_head_dim + tile_head_dim_v) + STAGES * block_m * block_n)
         sums_stages = 1 if block_m == 128 else 2
         rows = 4 * block_m * (sums_stages * tile_head_dim + 2 * STAGES)  # sums of dq, row_lse and row_delta
-        listed = listed_blocks(static.terms) is not None  # to find work in lists takes registers
+        chunks = bias_chunks(static)
+        bias_tiles = size * STAGES * WARPGROUP_ROWS * 3 * (tile_head_dim + tile_head_dim_v)
         registers = (40, 232) if static.deterministic or listed else REGISTERS[block_n // WARPGROUP_ROWS]
         return ConfigBackwardSm90(
             **common(static),
@@ -79,7 +102,13 @@ class BackwardSm90(BackwardKernel):
             finishes=not static.varlen,
             producer_registers=registers[0],
             consumer_registers=registers[1],
+            bias_chunks=chunks,
+            bias_smem_bytes=bias_tiles + barriers_bytes(*[STAGES] * 4) if chunks else 0,
         )
+
+    def main_steps(self, config: ConfigBackwardSm90) -> tuple[Step, ...]:
+        apart = (Step("attention_backward_bias_sm90", BIAS_THREADS, config.bias_smem_bytes),)
+        return super().main_steps(config) + (apart if config.bias_chunks else ())
 
     def main_blocks(
         self, config: ConfigBackwardSm90, problem: Problem, counts: Counts, num_sms: int
@@ -87,7 +116,11 @@ class BackwardSm90(BackwardKernel):
         # One block per SM takes one unit after the other, counted from where the first kernel sets 0.
         main = min(max(counts.units, counts.tiles if config.finishes else 0), num_sms)
         finish = counts.sinks if config.finishes else max(counts.least, counts.tiles + counts.sinks)
-        return max(counts.tiles, min(main, 1)), (main,), finish
+        apart = (min(bias_tiles(config, problem), num_sms),) if config.bias_chunks else ()
+        return max(counts.tiles, min(main, 1)), (main, *apart), finish
+
+    def maps(self, config: ConfigBackwardSm90, problem: Problem) -> tuple[Map, ...]:
+        return tensor_map.of_backward(problem, config, config.key_box)
 
     def chain_floats(self, config: ConfigBackwardSm90, problem: Problem, grid: BackwardGrid) -> int:
         steps = -(-problem.seqlen_q // config.block_m) * (problem.num_heads_q // max(1, problem.num_heads_k))
@@ -98,11 +131,24 @@ class BackwardSm90(BackwardKernel):
         return main * config.block_n * columns
 
 
+def bias_chunks(static: Static) -> int:
+    """Chunks of keys in a tile of a bias's gradient: what registers hold beside scores and what terms load."""
+    if not any(term.apart for term in static.terms):
+        return 0
+    return 3 if [term.loaded_bytes for term in static.terms] == [2] else 2
+
+
+def bias_tiles(config: ConfigBackwardSm90, problem: Problem) -> int:
+    """Tiles of a bias's gradient: ``BiasTile`` in attention/backward_bias_sm90.cuh."""
+    batch, heads, queries, keys = problem.specs["bias"].shape
+    return batch * heads * -(-queries // BIAS_QUERIES) * -(-keys // (config.bias_chunks * WARPGROUP_ROWS))
+
+
 def tile(static: Static) -> tuple[int, int]:
     """The table of tiles: (block_m, block_n). What was tried is in docs/backward.md."""
     widest = max(static.head_dim, static.head_dim_v)
     # What is held of scores beside P takes registers.
-    holds = any(term.bends or term.scales or term.has_gradient for term in static.terms)
+    holds = any(term.bends or term.scales or term.has_gradient or term.apart for term in static.terms)
     wide = widest <= 64 and static.average_rows > 64 and not holds
     return 128 if wide and listed_blocks(static.terms) is None else 64, 128
 

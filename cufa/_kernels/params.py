@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._call.arrays import contiguous
 from .._call.problem import MAX_SEQLEN, Problem
+from .._terms import Term
 from .kernel import four
 
 
@@ -19,12 +20,15 @@ def params_of(
     m_units: int | None = None,
     units_per_block: int = 1,
     strides: Mapping[str, tuple[int, ...]] | None = None,
+    terms: Sequence[Term] | None = None,
 ) -> dict[str, Any]:
     """All of them but the addresses; `m_units` are `m_blocks` where tiles are dealt out one by one.
 
-    `strides` are those of q, k, v and the other arrays that the kernel reads, if not the problem's.
+    `strides` are those of q, k, v and the other arrays that the kernel reads, and `terms` are its score terms, if not the
+    problem's.
     """
     assert problem.static is not None
+    terms = problem.static.terms if terms is None else terms
     strides = problem.strides if strides is None else strides
     lse = contiguous(problem.lse_shape)
     left, right = (MAX_SEQLEN if side is None else side for side in (problem.window_left, problem.window_right))
@@ -50,7 +54,7 @@ def params_of(
         "units_per_block": units_per_block,
         "clear_out": "out" not in strides,
         "exponent_scale": problem.softmax_scale / math.log(2.0),
-        "terms": {term.name: term.values(problem) for term in problem.static.terms},
+        "terms": {term.name: term.values(problem) for term in terms},
     }
 
 

@@ -46,9 +46,13 @@ def of_caches(problem: Problem, config: Config, q: tuple[str, Sequence[int]], bo
     return tuple(each._replace(member=member) for each, member in zip(maps, "qkv", strict=True))
 
 
-def of_backward(problem: Problem, config: Config) -> tuple[Map, ...]:
-    """The maps of q, k, v and dout, all with the axes that those of k and v have in the forward."""
-    rows = {"q": config.block_m, "k": config.block_n, "v": config.block_n, "dout": config.block_m}
+def of_backward(problem: Problem, config: Config, key_box: int | None = None) -> tuple[Map, ...]:
+    """The maps of q, k, v and dout, all with the axes that those of k and v have in the forward.
+
+    Boxes of keys have `key_box` rows, by default those of a block.
+    """
+    keys = key_box or config.block_n
+    rows = {"q": config.block_m, "k": keys, "v": keys, "dout": config.block_m}
     return _encoded(problem.device, {name: _rows(problem, config, name, box) for name, box in rows.items()})
 
 

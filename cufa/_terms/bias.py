@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from .._call.problem import Check, Problem
     from .._operations.features import Feature
 
+TILE = 128
+"""Queries and keys of a tile of a gradient, about."""
+
+APART_TILES = 64
+"""Tiles of a gradient that keep enough of a GPU busy for a kernel that goes over these: to compute scores once more
+takes an SM about 40 times as long as all of them take to add to as many numbers in memory. Reckoned, not measured."""
+
 ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
 
@@ -32,6 +39,10 @@ class Bias(Specialised):
         The C++ type of its elements.
     exact : bool
         Whether sums of its gradient are exact.
+    tiled : bool
+        Whether it pays to make its gradient tile by tile, each for all sequences and heads that share it.
+    apart : bool
+        Whether a kernel of its own does so.
     """
 
     name = "bias"
@@ -43,27 +54,44 @@ class Bias(Specialised):
     gradients = ("dbias",)
     bends = False
 
-    def __init__(self, access: Access = Access(), element: str = "f32", exact: bool = False) -> None:  # noqa: B008
-        self.facts = access, element, exact
+    def __init__(
+        self,
+        access: Access = Access(),  # noqa: B008
+        element: str = "f32",
+        exact: bool = False,
+        tiled: bool = False,
+        apart: bool = False,
+    ) -> None:
+        self.facts = access, element, exact, tiled, apart
         self.per_head = access.per_head
         self.loaded_bytes = access.bytes
-        self.ordered = exact or not any(access.shared)
+        self.apart = apart
+        self.ordered = exact or apart or not any(access.shared)
         self.finishes = exact
         if exact:
             self.data = "OrderedBiasData"
 
     def struct(self, element: str) -> str:
-        access, own, exact = self.facts
+        access, own, exact, _, apart = self.facts
         *_, queries, keys = access.shared
-        flags = (access.per_head, not any(access.shared), queries, keys, *([True] if exact else []))
+        last = [False, True] if apart else [True] if exact else []
+        flags = (access.per_head, not any(access.shared), queries, keys, *last)
         return f"{self.type}<{own}, {access.arguments()}, {', '.join(str(flag).lower() for flag in flags)}>"
 
     def specialised(self, specs: Mapping[str, Spec], packed: bool) -> Bias:
-        return Bias(Access.of("bias", specs, packed), ELEMENTS[specs["bias"].dtype])
+        spec, access = specs["bias"], Access.of("bias", specs, packed)
+        sequences, heads, queries, keys = access.shared
+        tiles = math.prod(spec.shape[:2]) * math.prod(-(-n // TILE) for n in spec.shape[2:])
+        tiled = not packed and (sequences or heads) and not (queries or keys) and tiles >= APART_TILES
+        return Bias(access, ELEMENTS[spec.dtype], tiled=tiled)
 
     def in_order(self) -> Bias:
-        access, element, _ = self.facts
-        return self if self.ordered else Bias(access, element, exact=True)
+        access, element, _, tiled, _ = self.facts
+        return self if self.ordered else Bias(access, element, exact=True, tiled=tiled)
+
+    def set_apart(self) -> Bias:
+        access, element, _, tiled, _ = self.facts
+        return Bias(access, element, tiled=True, apart=True) if tiled else self
 
     def check(self, call: Check) -> None:
         spec = call.specs.get("bias")
@@ -76,7 +104,7 @@ class Bias(Specialised):
         score_array.check(call, "bias")
 
     def check_order(self, call: Check) -> None:
-        access, _, exact = self.facts
+        access, _, exact, *_ = self.facts
         sequences, heads, queries, keys = access.shared
         if exact and queries and keys:
             times = call.specs["q"].shape[-2] if heads else 1
@@ -90,17 +118,17 @@ class Bias(Specialised):
 
     def values(self, problem: Problem) -> dict[str, Any]:
         shape = problem.specs["bias"].shape
-        *_, exact = self.facts
+        _, _, exact, _, apart = self.facts
         batch, head, query = (0 if n == 1 else 4 * math.prod(shape[axis + 1 :]) for axis, n in enumerate(shape[:3]))
         sees_all = problem.window_left is None and problem.window_right is None
         every_one = sees_all and not problem.varlen and not any(term.hides for term in problem.terms)
-        stored = every_one and self.ordered and not exact
+        stored = apart or (every_one and self.ordered and not exact)
         strides = {"dbatch_stride": batch, "dhead_stride": head, "dquery_stride": query}
         own = {"layout": score_array.layout(problem, "bias"), "zeros": 0 if stored else math.prod(shape), **strides}
         return {"own": own} if exact else own
 
     def scratch(self, problem: Problem) -> dict[str, int]:
-        *_, exact = self.facts
+        _, _, exact, *_ = self.facts
         return {"dbias_words": exact_sums.floats(math.prod(problem.specs["bias"].shape))} if exact else {}
 
     def fits(self, given: Mapping[str, Any], farthest: int, largest: float) -> bool:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[Any]
 
-FLAGS = ("per_head", "bends", "scales", "hides", "gives_slope", "reads_score", "has_gradient", "loads", "finishes")
+FLAGS = (
+    *("per_head", "bends", "scales", "hides", "gives_slope", "reads_score", "has_gradient", "loads", "finishes"),
+    "apart",
+)
 """What a term and its C++ twin both say of it; every translation unit asserts that they say the same."""
 
 
@@ -105,6 +108,8 @@ class Term:
         Whether its gradients are the same bits in every run on a GPU.
     finishes : bool
         Whether its gradients are made of what was added up by a kernel behind the main ones.
+    apart : bool
+        Whether its gradient is made by a kernel of its own, so that to the others it has none: see `set_apart`.
     foldable : bool
         Whether the numbers of a sequence and of a head matter to it only as places in its arrays, so that a call may
         become part of a larger one, or parts of it calls of their own.
@@ -129,6 +134,7 @@ class Term:
     blocks: tuple[int, int] | None = None
     ordered: bool = False
     finishes: bool = False
+    apart: bool = False
     foldable: bool = False
 
     def __eq__(self, other: object) -> bool:
@@ -146,8 +152,8 @@ class Term:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether it has `gradients`."""
-        return bool(self.gradients)
+        """Whether it has `gradients` of which kernels tell it."""
+        return bool(self.gradients) and not self.apart
 
     @property
     def loads(self) -> bool:
@@ -169,6 +175,10 @@ class Term:
         from .constant import Constant
 
         return Constant(self)
+
+    def set_apart(self) -> Term:
+        """What takes its place beside a kernel that makes its gradient tile by tile, if one pays; else itself."""
+        return self
 
     def asked(self, specs: Mapping[str, Spec], options: Options) -> bool:
         """Whether a call with these arrays and options has the term."""

@@ -1,0 +1,388 @@
+// attention: the gradient of a bias that sequences or heads share, with wgmma, for sm_90. A thread block keeps a tile
+// of it in registers, 128 queries by some chunks of 64 keys, while it goes over all that share the tile, whose scores,
+// and gradients of these, it computes once more. So nothing is added up in memory, and each element is stored once,
+// whether it is seen or not: the gradient is the same bits in every run, and need not be 0 first.
+//
+// The main kernel, whose dS differs by what is multiplied to it behind the bias, knows nothing of it.
+#pragma once
+
+#include "attention/backward_params.cuh"
+#include "attention/block_range.cuh"
+#include "attention/scoring.cuh"
+#include "core/math.cuh"
+#include "ptx/setmaxnreg.cuh"
+#include "ptx/shared.cuh"
+#include "tile/accumulator.cuh"
+#include "tile/gemm_sm90.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/shared.cuh"
+#include "tile/tensor_sm90.cuh"
+#include "tile/turn.cuh"
+
+namespace attention {
+
+// A score term without its gradient.
+template <class Of>
+struct Untold : Of {
+  using Of::Of;
+  static constexpr bool has_gradient = false, gathers = false, reads_score = false, finishes = false;
+};
+
+// The same without its derivative, by which a bias behind it is not to be multiplied.
+template <class Of>
+struct Underived : Untold<Of> {
+  using Untold<Of>::Untold;
+  static constexpr bool bends = false, gives_slope = false, wild = false;
+
+  float dscore(float, const Point&) const { return 1.0f; }
+};
+
+template <class Term, class Rest>
+struct Prepended;
+template <class Term, class... Rest>
+struct Prepended<Term, Variant<Rest...>> {
+  using type = Variant<Term, Rest...>;
+};
+
+// Of a variant that has a bias apart: the bias; the variant where the derivatives of the terms behind the bias, and no
+// others, are multiplied to P; and whether other terms load, too.
+template <class Of>
+struct Apart;
+template <bool first, class First, class... Rest>
+struct ApartFrom;
+template <class First, class... Rest>
+struct Apart<Variant<First, Rest...>> : ApartFrom<First::apart, First, Rest...> {};
+
+template <class First, class... Rest>
+struct ApartFrom<false, First, Rest...> {
+  using Behind = Apart<Variant<Rest...>>;
+  using Bias = typename Behind::Bias;
+  using type = typename Prepended<Underived<First>, typename Behind::type>::type;
+  static constexpr bool others_load = First::loads || Behind::others_load;
+
+  static const Bias& bias_of(const type& variant) { return Behind::bias_of(variant.others); }
+};
+
+template <class First, class... Rest>
+struct ApartFrom<true, First, Rest...> {
+  using Bias = First;
+  using type = Variant<First, Untold<Rest>...>;
+  static constexpr bool others_load = Variant<Rest...>::loads;
+
+  static const Bias& bias_of(const type& variant) { return variant.term; }
+};
+
+// The main kernel's Config with the tiles and the variant of this one.
+template <class Main>
+struct BiasConfig : Main {
+  static constexpr int block_m = 128, block_n = 64 * Main::bias_chunks;
+  using variant = typename Apart<typename Main::variant>::type;
+};
+
+// A tile of the gradient, and who shares it.
+template <class Config>
+struct BiasTile {
+  int m_block, n_block;
+  int head, head_end, batch, batch_end;
+  bool seen, boundary;  // whether some query sees a key of the tile, and whether not all see all
+
+  // Tiles of a head follow each other, so that the blocks that run side by side read the same rows.
+  static BiasTile find(const Params& params, const BiasData& data, int unit) {
+    const int m_blocks = ceil_div(params.seqlen_q, Config::block_m);
+    const int n_blocks = ceil_div(params.seqlen_k, Config::block_n);
+    BiasTile tile;
+    tile.m_block = unit % m_blocks;
+    tile.n_block = unit / m_blocks % n_blocks;
+    const int outer = unit / m_blocks / n_blocks;
+    const int heads = data.dhead_stride == 0 ? 1 : params.num_heads_q;
+    tile.head = outer % heads;
+    tile.batch = outer / heads;
+    tile.head_end = heads == 1 ? params.num_heads_q : tile.head + 1;
+    tile.batch_end = data.dbatch_stride == 0 ? params.batch : tile.batch + 1;
+    const BlockRange range = block_range<Config>(params, dense_seqlen(params), tile.m_block);
+    tile.seen = range.contains(tile.n_block);
+    tile.boundary = range.is_boundary(tile.n_block);
+    return tile;
+  }
+
+  // How many tiles there are.
+  static int count(const Params& params, const BiasData& data) {
+    const int heads = data.dhead_stride == 0 ? 1 : params.num_heads_q;
+    const int sequences = data.dbatch_stride == 0 ? 1 : params.batch;
+    return ceil_div(params.seqlen_q, Config::block_m) * ceil_div(params.seqlen_k, Config::block_n) * heads * sequences;
+  }
+
+  // Calls step(batch, head) for each that shares the tile.
+  template <class Step>
+  void for_each(Step&& step) const {
+#pragma unroll 1
+    for (int b = batch; b < batch_end; ++b) {
+#pragma unroll 1
+      for (int h = head; h < head_end; ++h) step(b, h);
+    }
+  }
+};
+
+template <class Main>
+struct BiasGradientSm90 {
+  using Config = BiasConfig<Main>;
+  static constexpr int consumers = 2, chunks = Main::bias_chunks, chunk = 64;
+  static_assert(Config::block_m == 64 * consumers && Main::block_m == 64, "a box of q's map is what a consumer owns");
+  static_assert(!Config::varlen, "packed sequences share no tiles");
+
+  using element = typename Config::element;
+  using Variant = typename Config::variant;
+  using Q = tile::SharedTile<element, 64, Config::tile_head_dim>;  // one for each consumer
+  using Dout = tile::SharedTile<element, 64, Config::tile_head_dim_v>;
+  using K = tile::SharedTile<element, chunk, Config::tile_head_dim>;
+  using V = tile::SharedTile<element, chunk, Config::tile_head_dim_v>;
+
+  using Scores = tile::Accumulator<1, chunk>;
+  // Consumers take turns in giving the tensor cores S and dP to do.
+  using Turn = tile::Turn<consumers>;
+
+  // What the variant loads is the same for all that share the tile, if the bias alone loads: it is loaded once.
+  static constexpr bool loads_once = !Apart<typename Main::variant>::others_load;
+
+  static constexpr int stages = 2;
+  using Ring = tile::Ring<stages>;
+
+  struct Shared {
+    typename Q::Storage q[stages][consumers];
+    typename Dout::Storage dout[stages][consumers];
+    typename K::Storage k[stages];
+    typename V::Storage v[stages];
+    typename Ring::Storage queries, gradients, keys, values;
+  };
+  static constexpr int smem_bytes = sizeof(Shared);
+
+  u32 smem;
+
+  Q q(u32 stage, int consumer) const {
+    return {smem + tile::offset<&Shared::q> + (stage * consumers + consumer) * Q::bytes};
+  }
+  Dout dout(u32 stage, int consumer) const {
+    return {smem + tile::offset<&Shared::dout> + (stage * consumers + consumer) * Dout::bytes};
+  }
+  K k(u32 stage) const { return {smem + tile::offset<&Shared::k> + stage * K::bytes}; }
+  V v(u32 stage) const { return {smem + tile::offset<&Shared::v> + stage * V::bytes}; }
+  Ring queries() const { return {smem + tile::offset<&Shared::queries>}; }
+  Ring gradients() const { return {smem + tile::offset<&Shared::gradients>}; }
+  Ring keys() const { return {smem + tile::offset<&Shared::keys>}; }
+  Ring values() const { return {smem + tile::offset<&Shared::values>}; }
+
+  void init() const {
+    constexpr int arrivals = 4 * consumers * tile::warp_arrivals;
+    queries().init(arrivals);
+    gradients().init(arrivals);
+    keys().init(arrivals);
+    values().init(arrivals);
+    ptx::fence_mbarrier_init();
+  }
+
+  static const BiasData& data(const Params& params) {
+    return Main::variant::template data_of<typename Apart<typename Main::variant>::Bias>(params.terms);
+  }
+
+  // Calls step(tile) for every tile of the block.
+  template <class Step>
+  static void for_each_tile(const Params& params, Step&& step) {
+    const int units = BiasTile<Config>::count(params, data(params));
+#pragma unroll 1
+    for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+      step(BiasTile<Config>::find(params, data(params), unit));
+    }
+  }
+
+  // Called by one thread, which loads for each that shares a tile its queries, once, and chunk after chunk of keys.
+  void load(const BackwardArgument& argument) const {
+    const Params& params = argument.params.forward;
+    typename Ring::Cursor at_queries, at_keys;
+    for_each_tile(params, [&](const BiasTile<Config>& tile) {
+      if (!tile.seen) return;
+      tile.for_each([&](int batch, int head) {
+        const int row = tile.m_block * Config::block_m, head_k = head / params.qheads_per_khead;
+        load_queries(
+            queries(), at_queries, [&](int w) { return q(at_queries.stage(), w); }, argument.q, row, head, batch);
+#pragma unroll 1
+        for (int c = 0; c < chunks; ++c) {
+          const int key = tile.n_block * Config::block_n + c * chunk;
+          load_keys(keys(), at_keys, k(at_keys.stage()), argument.k, key, head_k, batch);
+          if (c == 0) {
+            load_queries(
+                gradients(), at_queries, [&](int w) { return dout(at_queries.stage(), w); }, argument.dout, row, head,
+                batch);
+          }
+          load_keys(values(), at_keys, v(at_keys.stage()), argument.v, key, head_k, batch);
+          at_keys.advance();
+        }
+        at_queries.advance();
+      });
+    });
+  }
+
+  // Rows past the end become zeros.
+  template <class Tile>
+  static void load_keys(const Ring& ring, const typename Ring::Cursor& at, const Tile& to, const ptx::TensorMap& map,
+                        int row, int head, int batch) {
+    ring.wait_empty(at);
+    ring.expect(at, Tile::bytes);
+    tile::load(to, map, ring.full(at.stage()), row, head, batch);
+  }
+
+  template <class Tiles>
+  static void load_queries(const Ring& ring, const typename Ring::Cursor& at, Tiles&& tiles, const ptx::TensorMap& map,
+                           int row, int head, int batch) {
+    ring.wait_empty(at);
+    ring.expect(at, consumers * decltype(tiles(0))::bytes);
+#pragma unroll
+    for (int w = 0; w < consumers; ++w) tile::load(tiles(w), map, ring.full(at.stage()), row + 64 * w, head, batch);
+  }
+
+  // Called by warpgroup `consumer` of the consumers, which computes 64 rows of each tile.
+  void consume(const BackwardParams& backward, int consumer) const {
+    const Params& params = backward.forward;
+    const Turn turn(consumer);
+    typename Ring::Cursor at_queries, at_keys;
+    for_each_tile(params, [&](const BiasTile<Config>& tile) {
+      const int first_row = tile.m_block * Config::block_m + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
+      const int first_key = tile.n_block * Config::block_n;
+      const Seqlen seqlen = dense_seqlen(params);
+      const auto place = [&](int batch, int head, int c) {
+        return Place<Config>{params, seqlen, batch, head, first_row, first_key + c * chunk};
+      };
+      Scores sums[chunks];
+      LoadedAhead<Variant, Place<Config>, 1, chunk> ahead[loads_once ? chunks : 1];
+#pragma unroll
+      for (int c = 0; c < chunks; ++c) {
+        sums[c].zero();
+        if (loads_once && tile.seen) {
+          ahead[c].load(Variant(params, tile.batch, tile.head), place(tile.batch, tile.head, c));
+          ahead[c].arrange();
+        }
+      }
+      if (tile.seen) {
+        tile.for_each([&](int batch, int head) {
+          RowNumbers<1> lse, delta;
+          const i64 workspace_row = (i64(batch) * params.num_heads_q + head) * backward.workspace_rows;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int row = first_row + tile::fragment_row(0, i);
+            lse.x[0][i] = row < seqlen.q ? backward.row_lse[workspace_row + row] : infinity;
+            delta.x[0][i] = row < seqlen.q ? backward.row_delta[workspace_row + row] : 0.0f;
+          }
+          queries().wait_full(at_queries);
+#pragma unroll
+          for (int c = 0; c < chunks; ++c) {
+            auto& loaded = ahead[loads_once ? c : 0];
+            const auto where = [&] { return place(batch, head, c); };
+            if constexpr (!loads_once) loaded.load(Variant(params, batch, head), where());
+            Scores s, dp;
+            keys().wait_full(at_keys);
+            turn.take();
+            warpgroup::gemm_abt<Config::head_dim>(s, q(at_queries.stage(), consumer), k(at_keys.stage()));
+            if (c == 0) gradients().wait_full(at_queries);
+            values().wait_full(at_keys);
+            warpgroup::gemm_abt<Config::head_dim_v>(dp, dout(at_queries.stage(), consumer), v(at_keys.stage()));
+            turn.pass(1 - consumer);
+            Kept<Config, 1, chunk> kept;
+            kept.find(where);  // while the products run
+            if constexpr (!loads_once) loaded.arrange();
+            warpgroup::wait<1>(s);
+            keys().release_warp(at_keys);
+            if (c == chunks - 1) queries().release_warp(at_queries);
+            const Place<Config> at = where();
+            probabilities<Config>(
+                s, at, kept, lse, tile.boundary,
+                [&](int, int i, int j, const ScorePair& pair) {
+                  s.x[0][j][2 * i] = pair.ds_factor[0];
+                  s.x[0][j][2 * i + 1] = pair.ds_factor[1];
+                },
+                loaded);
+            if (Variant::hides || tile.boundary) clear_unseen(s, Variant(params, batch, head), at, loaded);
+            warpgroup::wait<0>(dp);
+            values().release_warp(at_keys);
+            if (c == chunks - 1) gradients().release_warp(at_queries);
+            add_gradients(sums[c], s, dp, at, kept, delta);
+            at_keys.advance();
+          }
+          at_queries.advance();
+        });
+      }
+      const Variant variant(params, tile.batch, tile.head);
+#pragma unroll
+      for (int c = 0; c < chunks; ++c) {
+        store(sums[c], Apart<typename Main::variant>::bias_of(variant), seqlen, first_row, first_key + c * chunk);
+      }
+    });
+  }
+
+  // What is of keys that a query does not see ← 0, though lse be NaN.
+  template <class Loads>
+  static void clear_unseen(Scores& ds_factors, const Variant& variant, const Place<Config>& place, const Loads& loads) {
+    for_each_pair<true, 1, chunk>(place, [&](const auto& row, int t, int i, int j) {
+      const auto& loaded = loads.of(variant, row, t, i, j);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const Point at = row.at(8 * j + e);
+        const bool seen = at.live && row.sees(8 * j + e) && variant.keeps(at, loaded, e);
+        if (!seen) ds_factors.x[t][j][2 * i + e] = 0.0f;
+      }
+    });
+  }
+
+  // sums += dS. Where a probability is 0 dP does not matter: of a key that is not seen it may be NaN.
+  static void add_gradients(Scores& sums, const Scores& ds_factors, const Scores& dp, const Place<Config>& place,
+                            const Kept<Config, 1, chunk>& kept, const RowNumbers<1>& delta) {
+    attention::gradients<Config, false>(
+        dp, place, kept, delta, [](int, int, int) { return float2{}; },
+        [&](int, int i, int j) { return float2{ds_factors.x[0][j][2 * i], ds_factors.x[0][j][2 * i + 1]}; },
+        [](int, int, int) { return float2{1.0f, 1.0f}; },
+        [&](int, int i, int j, float low, float high) {
+          sums.x[0][j][2 * i] += ds_factors.x[0][j][2 * i] != 0.0f ? low : 0.0f;
+          sums.x[0][j][2 * i + 1] += ds_factors.x[0][j][2 * i + 1] != 0.0f ? high : 0.0f;
+        });
+  }
+
+  // Rows of the gradient from first_row on and keys from first_key on ← a warp's sums.
+  template <class Bias>
+  static void store(const Scores& sums, const Bias& bias, const Seqlen& seqlen, int first_row, int first_key) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int query = first_row + tile::fragment_row(0, i), key = first_key + tile::fragment_col();
+      if (query >= seqlen.q) continue;
+      float* const row = reinterpret_cast<float*>(bias.dbias + i64(query) * bias.dquery_stride) + key;
+#pragma unroll
+      for (int j = 0; j < Scores::n_tiles; ++j) {
+        const float low = sums.x[0][j][2 * i], high = sums.x[0][j][2 * i + 1];
+        if constexpr (Bias::Array::paired) {  // then there is an even number of keys
+          if (key + 8 * j < seqlen.k) *reinterpret_cast<float2*>(row + 8 * j) = {low, high};
+        } else {
+          if (key + 8 * j < seqlen.k) row[8 * j] = low;
+          if (key + 8 * j + 1 < seqlen.k) row[8 * j + 1] = high;
+        }
+      }
+    }
+  }
+};
+
+template <class Config>
+inline void backward_bias_sm90(const BackwardArgument& argument) {
+  using Mainloop = BiasGradientSm90<Config>;
+  static_assert(Config::bias_smem_bytes == Mainloop::smem_bytes, "Config and the tiles disagree on shared memory");
+  extern __shared__ __align__(1024) char dynamic_smem[];
+  const Mainloop mainloop{ptx::shared_address(dynamic_smem)};
+
+  if (threadIdx.x == 0) mainloop.init();
+  __syncthreads();
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    ptx::setmaxnreg_dec<24>();
+    if (threadIdx.x == 0) mainloop.load(argument);
+  } else {
+    ptx::setmaxnreg_inc<240>();
+    mainloop.consume(argument.params, warpgroup - 1);
+  }
+}
+
+}  // namespace attention
