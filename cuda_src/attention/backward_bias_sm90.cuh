@@ -79,6 +79,16 @@ struct BiasConfig : Main {
   using variant = typename Apart<typename Main::variant>::type;
 };
 
+// Scores of which none is masked, since dS is, where a tile is not seen whole.
+template <class Config>
+struct UnmaskedPlace : Place<Config> {
+  struct Row : QueryRow<Config> {
+    bool sees(int) const { return true; }
+  };
+
+  Row row(int t, int i) const { return {Place<Config>::row(t, i)}; }
+};
+
 // A tile of the gradient, and who shares it.
 template <class Config>
 struct BiasTile {
@@ -184,22 +194,17 @@ struct BiasGradientSm90 {
     return Main::variant::template data_of<typename Apart<typename Main::variant>::Bias>(params.terms);
   }
 
-  // Calls step(tile) for every tile of the block.
-  template <class Step>
-  static void for_each_tile(const Params& params, Step&& step) {
-    const int units = BiasTile<Config>::count(params, data(params));
-#pragma unroll 1
-    for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
-      step(BiasTile<Config>::find(params, data(params), unit));
-    }
-  }
+  using Tile = BiasTile<Config>;
 
   // Called by one thread, which loads for each that shares a tile its queries, once, and chunk after chunk of keys.
   void load(const BackwardArgument& argument) const {
     const Params& params = argument.params.forward;
     typename Ring::Cursor at_queries, at_keys;
-    for_each_tile(params, [&](const BiasTile<Config>& tile) {
-      if (!tile.seen) return;
+    const int units = Tile::count(params, data(params));
+#pragma unroll 1
+    for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+      const Tile tile = Tile::find(params, data(params), unit);
+      if (!tile.seen) continue;
       tile.for_each([&](int batch, int head) {
         const int row = tile.m_block * Config::block_m, head_k = head / params.qheads_per_khead;
         load_queries(
@@ -218,7 +223,7 @@ struct BiasGradientSm90 {
         }
         at_queries.advance();
       });
-    });
+    }
   }
 
   // Rows past the end become zeros.
@@ -239,12 +244,18 @@ struct BiasGradientSm90 {
     for (int w = 0; w < consumers; ++w) tile::load(tiles(w), map, ring.full(at.stage()), row + 64 * w, head, batch);
   }
 
-  // Called by warpgroup `consumer` of the consumers, which computes 64 rows of each tile.
-  void consume(const BackwardParams& backward, int consumer) const {
+  // Called by warpgroup `consumer` of the consumers, which computes 64 rows of each tile. What a warp has to know of
+  // the tile is in `tile`, in shared memory, and read where it is needed, since sums leave no registers.
+  void consume(const BackwardParams& backward, Tile& tile, int consumer) const {
     const Params& params = backward.forward;
     const Turn turn(consumer);
     typename Ring::Cursor at_queries, at_keys;
-    for_each_tile(params, [&](const BiasTile<Config>& tile) {
+    const int units = Tile::count(params, data(params));
+#pragma unroll 1
+    for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+      __syncwarp();  // all lanes have read what the tile before was
+      if (tile::lane() == 0) tile = Tile::find(params, data(params), unit);
+      __syncwarp();
       const int first_row = tile.m_block * Config::block_m + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
       const int first_key = tile.n_block * Config::block_n;
       const Seqlen seqlen = dense_seqlen(params);
@@ -291,7 +302,7 @@ struct BiasGradientSm90 {
             warpgroup::wait<1>(s);
             keys().release_warp(at_keys);
             if (c == chunks - 1) queries().release_warp(at_queries);
-            const Place<Config> at = where();
+            const UnmaskedPlace<Config> at{where()};
             probabilities<Config>(
                 s, at, kept, lse, tile.boundary,
                 [&](int, int i, int j, const ScorePair& pair) {
@@ -299,11 +310,19 @@ struct BiasGradientSm90 {
                   s.x[0][j][2 * i + 1] = pair.ds_factor[1];
                 },
                 loaded);
-            if (Variant::hides || tile.boundary) clear_unseen(s, Variant(params, batch, head), at, loaded);
             warpgroup::wait<0>(dp);
             values().release_warp(at_keys);
             if (c == chunks - 1) gradients().release_warp(at_queries);
-            add_gradients(sums[c], s, dp, at, kept, delta);
+            attention::gradients<Config, false>(
+                dp, at, kept, delta, [](int, int, int) { return float2{}; },
+                [&](int, int i, int j) { return float2{s.x[0][j][2 * i], s.x[0][j][2 * i + 1]}; },
+                [](int, int, int) { return float2{1.0f, 1.0f}; },
+                [&](int, int i, int j, float low, float high) {
+                  s.x[0][j][2 * i] = low;
+                  s.x[0][j][2 * i + 1] = high;
+                });
+            if (Variant::hides || tile.boundary) clear_unseen(s, Variant(params, batch, head), where(), loaded);
+            sums[c].add(s);
             at_keys.advance();
           }
           at_queries.advance();
@@ -314,34 +333,20 @@ struct BiasGradientSm90 {
       for (int c = 0; c < chunks; ++c) {
         store(sums[c], Apart<typename Main::variant>::bias_of(variant), seqlen, first_row, first_key + c * chunk);
       }
-    });
+    }
   }
 
-  // What is of keys that a query does not see ← 0, though lse be NaN.
+  // dS of keys that a query does not see ← 0, whatever it is.
   template <class Loads>
-  static void clear_unseen(Scores& ds_factors, const Variant& variant, const Place<Config>& place, const Loads& loads) {
+  static void clear_unseen(Scores& ds, const Variant& variant, const Place<Config>& place, const Loads& loads) {
     for_each_pair<true, 1, chunk>(place, [&](const auto& row, int t, int i, int j) {
       const auto& loaded = loads.of(variant, row, t, i, j);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const Point at = row.at(8 * j + e);
-        const bool seen = at.live && row.sees(8 * j + e) && variant.keeps(at, loaded, e);
-        if (!seen) ds_factors.x[t][j][2 * i + e] = 0.0f;
+        if (!(at.live && row.sees(8 * j + e) && variant.keeps(at, loaded, e))) ds.x[t][j][2 * i + e] = 0.0f;
       }
     });
-  }
-
-  // sums += dS. Where a probability is 0 dP does not matter: of a key that is not seen it may be NaN.
-  static void add_gradients(Scores& sums, const Scores& ds_factors, const Scores& dp, const Place<Config>& place,
-                            const Kept<Config, 1, chunk>& kept, const RowNumbers<1>& delta) {
-    attention::gradients<Config, false>(
-        dp, place, kept, delta, [](int, int, int) { return float2{}; },
-        [&](int, int i, int j) { return float2{ds_factors.x[0][j][2 * i], ds_factors.x[0][j][2 * i + 1]}; },
-        [](int, int, int) { return float2{1.0f, 1.0f}; },
-        [&](int, int i, int j, float low, float high) {
-          sums.x[0][j][2 * i] += ds_factors.x[0][j][2 * i] != 0.0f ? low : 0.0f;
-          sums.x[0][j][2 * i + 1] += ds_factors.x[0][j][2 * i + 1] != 0.0f ? high : 0.0f;
-        });
   }
 
   // Rows of the gradient from first_row on and keys from first_key on ← a warp's sums.
@@ -371,6 +376,7 @@ inline void backward_bias_sm90(const BackwardArgument& argument) {
   using Mainloop = BiasGradientSm90<Config>;
   static_assert(Config::bias_smem_bytes == Mainloop::smem_bytes, "Config and the tiles disagree on shared memory");
   extern __shared__ __align__(1024) char dynamic_smem[];
+  __shared__ typename Mainloop::Tile tiles[4 * Mainloop::consumers];
   const Mainloop mainloop{ptx::shared_address(dynamic_smem)};
 
   if (threadIdx.x == 0) mainloop.init();
@@ -381,7 +387,7 @@ inline void backward_bias_sm90(const BackwardArgument& argument) {
     if (threadIdx.x == 0) mainloop.load(argument);
   } else {
     ptx::setmaxnreg_inc<240>();
-    mainloop.consume(argument.params, warpgroup - 1);
+    mainloop.consume(argument.params, tiles[threadIdx.x / 32 - 4], warpgroup - 1);
   }
 }
 

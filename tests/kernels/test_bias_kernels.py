@@ -17,6 +17,7 @@ from cufa._terms.score_array import Access
 PAIRED = Bias(Access(2, 1, True), "bf16")
 TERMS: dict[str, tuple[Any, ...]] = {
     "bias": (PAIRED,),
+    "bias apart": (Bias(Access(2, 1, True, False, True, (True, False, False, False), True), "bf16", tiled=True),),
     "float32 bias": (Bias(Access(4, 1, True), "f32"),),
     "shared bias": (Bias(Access(2, 1, True, False, False, (True, True, True, False)), "bf16"),),
     "relative bias": (RelBias(),),
