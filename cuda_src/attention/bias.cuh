@@ -5,9 +5,12 @@
 #include "attention/score_array.cuh"
 #include "attention/score_tile.cuh"
 #include "attention/term.cuh"
+#include "core/math.cuh"
 #include "core/types.cuh"
 #include "ptx/convert.cuh"
+#include "ptx/shared.cuh"
 #include "ptx/thread.cuh"
+#include "ptx/tma.cuh"
 #include "tile/accumulator.cuh"
 
 namespace attention {
@@ -75,6 +78,52 @@ struct Bias : Term {
 
   float score(float s, const Point& at) const { return s + number(array.bits(at)); }
   float score(float s, const Point&, const Loaded& loaded, int e) const { return s + number(loaded.of(e)); }
+
+  static constexpr bool stages = wide && !bounded && !over_queries;
+
+  // Rows lie so far apart that the lanes that read eight of them, or four of float32, meet in no bank.
+  template <int rows, int cols>
+  struct Staged {
+    static constexpr int unit = 8 * sizeof(element), row_bytes = (cols * int(sizeof(element)) / unit | 1) * unit;
+    static_assert(cols * sizeof(element) % unit == 0, "a row is whole units");
+    static constexpr int bytes = rows * row_bytes;
+
+    u32 from;
+
+    Staged(u32 from, int row, int col) : from(from + row * row_bytes + col * sizeof(element)) {}
+
+    Loaded of(int i, int j) const {
+      const u32 address = from + 8 * i * row_bytes + 8 * j * sizeof(element);
+      if constexpr (sizeof(element) == 4) {
+        const uint2 words = ptx::ld_shared_v2(address);
+        return {words.x, words.y};
+      } else {
+        return {ptx::ld_shared_u32(address)};
+      }
+    }
+  };
+
+  template <int rows, int cols>
+  static int row_bytes(const TilePoint& at) {
+    return min_of(cols, at.keys) * int(sizeof(element));
+  }
+
+  template <int rows, int cols>
+  int copied_bytes(const TilePoint& at) const {
+    return rows * row_bytes<rows, cols>(at);
+  }
+
+  // Rows past the end are the last one again, so that nothing odd is made of them.
+  template <int rows, int cols>
+  void copy(u32 to, u32 barrier, const TilePoint& at) const {
+    static_assert(rows % 32 == 0, "each lane copies as many");
+    const int lane = tile::lane(), bytes = row_bytes<rows, cols>(at);
+#pragma unroll 1
+    for (int row = lane; row < rows; row += 32) {
+      const char* const from = array.address(at.query + min_of(row, at.queries - 1), at.key);
+      ptx::cp_async_bulk(to + row * Staged<rows, cols>::row_bytes, from, bytes, barrier);
+    }
+  }
 
   float* daddress(const Point& at) const {
     const i32 query_stride = over_queries ? 0 : dquery_stride, key_stride = over_keys ? 0 : sizeof(float);

@@ -34,12 +34,18 @@ inline void forward_tiles(const typename Source::Argument& argument) {
     } else {
       mainloop.find_tiles(argument, scan);
     }
-    const int idle_warp = ptx::tid_x() / 32 - 2;
+    constexpr int first_idle = Config::stages_terms ? 3 : 2;
+    if constexpr (Config::stages_terms) {
+      if (warp == 2) mainloop.stage_terms(argument);
+    }
+    const int idle_warp = ptx::tid_x() / 32 - first_idle;
     if constexpr (Config::varlen) {
-      if (warp >= 2) clear_outside<Config>(params_of(argument), idle_warp, 2);
+      if (warp >= first_idle) clear_outside<Config>(params_of(argument), idle_warp, 4 - first_idle);
     } else if constexpr (Config::empty_rows) {
       __shared__ Work<Config> works[2];
-      if (warp >= 2) write_empty_tiles<Config>(params_of(argument), works[idle_warp], idle_warp, 2);
+      if (warp >= first_idle) {
+        write_empty_tiles<Config>(params_of(argument), works[idle_warp], idle_warp, 4 - first_idle);
+      }
     }
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();

@@ -26,6 +26,17 @@ struct LoadedAhead {
   }
 };
 
+// Brought to shared memory.
+template <class Variant, int rows, int cols>
+struct LoadedStaged {
+  typename Variant::template Staged<rows, cols> tile;
+
+  template <class Row>
+  typename Variant::Loaded of(const Variant&, const Row&, int, int i, int j) const {
+    return tile.of(i, j);
+  }
+};
+
 // Loaded pair by pair.
 struct LoadedNow {
   template <class Variant, class Row>

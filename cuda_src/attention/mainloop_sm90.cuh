@@ -85,7 +85,13 @@ struct MainloopSm90 {
     u32 to_repair;  // whether some output is to be repaired; a warp that looks may miss what others have still to do
     typename Choose<Source::finds_late, typename Ends::Storage, u32>::type ends;
   };
-  static constexpr int smem_bytes = sizeof(Shared);
+
+  // Behind that, where a warp brings what score terms read to shared memory: the barriers, and a tile for each stage.
+  using StagedVariant = typename Choose<Config::stages_terms, typename Config::variant, Variant<>>::type;
+  using Staged = typename StagedVariant::template Staged<Config::block_m, Config::block_n>;
+  static constexpr int staged_offset = round_up(int(sizeof(Shared)), 16), staged_tiles = staged_offset + Keys::bytes;
+  static constexpr int smem_bytes =
+      Config::stages_terms ? staged_tiles + Config::stages * Staged::bytes : int(sizeof(Shared));
 
   u32 smem;
   Entry* entries;
@@ -100,6 +106,8 @@ struct MainloopSm90 {
   Keys values() const { return {smem + tile::offset<&Shared::values>}; }
   Tiles tiles() const { return {smem + tile::offset<&Shared::tiles>}; }
   Queries queries(int warpgroup) const { return {smem + tile::offset<&Shared::queries> + warpgroup * Queries::bytes}; }
+  Keys staged() const { return {smem + staged_offset}; }
+  u32 staged(u32 stage) const { return smem + staged_tiles + stage * Staged::bytes; }
   Ends ends() const { return {smem + tile::offset<&Shared::ends>}; }
   u32 to_repair() const { return smem + tile::offset<&Shared::to_repair>; }
 
@@ -109,6 +117,7 @@ struct MainloopSm90 {
     tiles().init(4 * consumers);
     for (int w = 0; w < consumers; ++w) queries(w).init(1);
     if constexpr (Source::finds_late) ends().init(1);
+    if constexpr (Config::stages_terms) staged().init(4 * consumers * tile::warp_arrivals);
     ptx::st_shared_u32(to_repair(), 0);
     ptx::fence_mbarrier_init();
   }
@@ -178,6 +187,34 @@ struct MainloopSm90 {
     if (v_work) loader.load_values(*v_work, v_block);
   }
 
+  // Called by one warp, which brings what score terms read for each block to shared memory.
+  void stage_terms(const Argument& argument) const {
+    const Params& params = params_of(argument);
+    typename Tiles::Cursor at_tiles;
+    for (typename Keys::Cursor at;; at_tiles.advance()) {
+      tiles().wait_full(at_tiles);
+      const Entry& entry = entries[at_tiles.stage()];
+      if (entry.end) break;
+      const Work& work = entry.work;
+      const typename Config::variant variant(params, work.tile.batch, work.tile.head);
+      const int query = work.tile.m_block * Config::block_m;
+#pragma unroll 1
+      for (int position = work.blocks.end - 1; position >= work.blocks.begin; --position) {
+        const int key = work.blocks.block(position) * Config::block_n;
+        const TilePoint where{query, key, work.seqlen.q - query, work.seqlen.k - key, work.seqlen.diagonal()};
+        staged().wait_empty(at);
+        variant.template put<Config::block_m, Config::block_n>(staged(at.stage()), where);
+        __syncwarp();
+        if (tile::lane() == 0) {
+          staged().expect(at, variant.template copied_bytes<Config::block_m, Config::block_n>(where));
+        }
+        __syncwarp();
+        variant.template copy<Config::block_m, Config::block_n>(staged(at.stage()), staged().full(at.stage()), where);
+        at.advance();
+      }
+    }
+  }
+
   struct Loader {
     const MainloopSm90& loop;
     const Argument& argument;
@@ -234,6 +271,7 @@ struct MainloopSm90 {
   // Called by warpgroup `warpgroup` of the consumers, which computes its rows of all of the block's tiles.
   void consume(const Params& params, int warpgroup) const {
     constexpr int early_steps = Config::early_steps, steps = Config::block_n / 16;
+    constexpr bool loads_ahead = Config::variant::loads && !Config::stages_terms;
     const Queries queries = this->queries(warpgroup);
     const Turn turn(warpgroup);
     const float scale = exponent_scale<typename Config::variant>(params);
@@ -258,7 +296,17 @@ struct MainloopSm90 {
     };
     LoadedAhead<typename Config::variant, Place<Config>, 1, Scores::cols> ahead;
     const auto finish_scores = [&](Scores& scores) {
-      apply(variant, scores, place(), ahead);
+      if constexpr (Config::stages_terms) {
+        const typename Keys::Cursor at = at_keys.previous();  // the block's
+        staged().wait_full(at);
+        const int row = warp_row() + int(tile::lane()) / 4;
+        apply(variant, scores, place(),
+              LoadedStaged<typename Config::variant, Config::block_m, Config::block_n>{
+                  {staged(at.stage()), row, tile::fragment_col()}});
+        staged().release_warp(at);
+      } else {
+        apply(variant, scores, place(), ahead);
+      }
       if (unlikely(blocks.template is_boundary<Config::mask::hides_first>(position))) mask(variant, scores, place());
     };
     Probabilities p;
@@ -267,11 +315,11 @@ struct MainloopSm90 {
     Chains<Config::chains, element, 1, Out::cols> chains;
     {
       Scores scores;
-      if constexpr (Config::variant::loads) ahead.load(variant, place());
+      if constexpr (loads_ahead) ahead.load(variant, place());
       queries.wait_full(at_queries());
       keys().wait_full(at_keys);
       warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage()));
-      ahead.arrange();
+      if constexpr (loads_ahead) ahead.arrange();
       warpgroup::wait<0>(scores);
       release(keys(), at_keys);
       if (threadIdx.x % 128 == 0 && position == blocks.begin) queries.release(at_queries());
@@ -304,7 +352,7 @@ struct MainloopSm90 {
       }
       --position;
       Scores scores;
-      if constexpr (Config::variant::loads) ahead.load(variant, place());
+      if constexpr (loads_ahead) ahead.load(variant, place());
       turn.take();
       const int own = Config::head_dim > 160 ? ptx::opaque(warpgroup) : warpgroup;  // lest descriptors take registers
       warpgroup::gemm_abt<Config::head_dim>(scores, q(own), k(at_keys.stage()));
@@ -315,7 +363,7 @@ struct MainloopSm90 {
       values().wait_full(at_values);
       warpgroup::gemm_ab(out, p, v(at_values.stage()), !unwritten_out);
       if (!Config::whole_turns && !unwritten_out) turn.pass((warpgroup + 1) % consumers);
-      ahead.arrange();  // while the products run
+      if constexpr (loads_ahead) ahead.arrange();  // while the products run
       warpgroup::wait<1>(scores);
       release(keys(), at_keys);
       if (threadIdx.x % 128 == 0 && position == blocks.begin) queries.release(at_queries());

@@ -5,6 +5,7 @@
 #include "attention/term.cuh"
 #include "core/math.cuh"
 #include "core/types.cuh"
+#include "ptx/shared.cuh"
 #include "tile/accumulator.cuh"
 
 namespace attention {
@@ -37,6 +38,11 @@ struct RelBias : Term {
   using Data = typename Choice<ordered, OrderedRelBiasData, RelBiasData>::Type;
   using Sums = typename Choice<ordered, ExactSums, AtomicSums>::Type;
   static constexpr bool bends = false, has_gradient = true, gathers = true, finishes = ordered;
+  static constexpr bool loads = true, stages = true;
+
+  struct Loaded {
+    float x[2];
+  };
 
   const float* row;  // of distance 0
   float* drow;
@@ -50,7 +56,69 @@ struct RelBias : Term {
         reach(own(data).reach),
         sums(sums_of(data)) {}
 
-  float score(float s, const Point& at) const { return s + row[i64(clamp(at.steps(), -reach, reach)) * stride]; }
+  float number(int steps) const { return row[i64(clamp(steps, -reach, reach)) * stride]; }
+
+  float score(float s, const Point& at) const { return s + number(at.steps()); }
+  float score(float s, const Point&, const Loaded& loaded, int e) const { return s + loaded.x[e]; }
+
+  template <bool along_keys>
+  Loaded load(const Point& low, const Point& high) const {
+    return {number(low.steps()), number(high.steps())};
+  }
+
+  // A thread's two rows of an m-tile are 8 apart, as its pairs of columns are, so that they have most numbers in
+  // common.
+  template <class Place, int m_tiles, int cols>
+  struct Ahead {
+    static constexpr int above = 2 * m_tiles - 1, diagonals = cols / 8 + above;
+    float x[diagonals][2];
+
+    void load(const RelBias& term, const Place& place) {
+      constexpr int sign = Place::Row::along_keys ? -1 : 1;
+      const int steps = place.row(0, 0).at(0).steps();
+#pragma unroll
+      for (int d = 0; d < diagonals; ++d) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) x[d][e] = term.number(steps + sign * (8 * (d - above) + e));
+      }
+    }
+
+    void arrange() {}
+
+    Loaded of(int t, int i, int j) const {
+      const float (&both)[2] = x[j - 2 * t - i + above];
+      return {both[0], both[1]};
+    }
+  };
+
+  // Of a tile's numbers, from that of its last query and first key on, there are two copies, so that the pairs of even
+  // and of odd rows are aligned.
+  template <int rows, int cols>
+  struct Staged {
+    static constexpr int numbers = rows + cols, bytes = 2 * numbers * sizeof(float);
+
+    u32 from;
+
+    Staged(u32 from, int row, int col)
+        : from(from + (row % 2 == 0 ? numbers : 0) * sizeof(float) + (rows - 1 - row + col + (row % 2 == 0)) * 4) {}
+
+    Loaded of(int i, int j) const {
+      const float2 both = ptx::ld_shared_f32x2(from + 8 * (j - i) * sizeof(float));
+      return {both.x, both.y};
+    }
+  };
+
+  template <int rows, int cols>
+  void put(u32 to, const TilePoint& at) const {
+    constexpr int numbers = Staged<rows, cols>::numbers;
+    const int first = at.query + rows - 1 + at.diagonal - at.key;  // the distance of the first number
+#pragma unroll 1
+    for (int k = tile::lane(); k < numbers - 1; k += 32) {
+      const u32 bits = __float_as_uint(number(first - k));
+      ptx::st_shared_u32(to + k * sizeof(float), bits);
+      ptx::st_shared_u32(to + (numbers + k + 1) * sizeof(float), bits);
+    }
+  }
 
   // Entries of a diagonal have the same distance. Their sums are made first in each thread, whose entries lie in steps
   // of 8, and then over the up to four lanes of a diagonal: the lane two rows and two columns on is 9 lanes on.

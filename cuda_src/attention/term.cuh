@@ -23,6 +23,12 @@ struct Point {
   int steps() const { return query + diagonal - key; }
 };
 
+// Where a tile of scores is: its first query and key, and how many of either the sequence has from there on.
+struct TilePoint {
+  int query, key, queries, keys;
+  int diagonal;
+};
+
 // A term is a closure over its data for a sequence and a query head: Term(const Data&, int batch, int head).
 struct Term {
   static constexpr bool shapes = true;         // whether it has `score`, or `keeps` and is not `keeps_full`
@@ -37,6 +43,7 @@ struct Term {
   static constexpr bool wild = false;          // whether its slope may be infinite or NaN at a key that is not seen
   static constexpr bool reads_score = false;   // whether `gradient` also takes the score that the term is applied to
   static constexpr bool loads = false;     // whether it has `load`, `Ahead`, and functions that take what these give
+  static constexpr bool stages = false;    // whether it has `Staged`, `put` and `copy`
   static constexpr bool gathers = false;   // whether it has `gather`
   static constexpr bool apart = false;     // whether a kernel of its own makes its gradient (backward_bias_sm90.cuh)
   static constexpr bool finishes = false;  // whether it has `finish`
@@ -75,6 +82,26 @@ struct Term {
   Loaded load(const Point&, const Point&) const {
     return {};
   }
+
+  // What it reads for a tile of `rows` queries by `cols` keys may also be brought to shared memory, by a warp that does
+  // nothing else, blocks ahead of who asks for it. That calls `put`, of all lanes, and then `copy`, which complete so
+  // many bytes on a barrier. `Staged` finds what the pair (0, j, 2 i) is given of it, by the thread's first row and
+  // column of the tile.
+  template <int rows, int cols>
+  struct Staged {
+    static constexpr int bytes = 0;  // a multiple of 16
+    Staged(u32, int, int) {}
+    Loaded of(int, int) const { return {}; }
+  };
+  template <int rows, int cols>
+  void put(u32, const TilePoint&) const {}
+  template <int rows, int cols>
+  int copied_bytes(const TilePoint&) const {
+    return 0;
+  }
+  template <int rows, int cols>
+  void copy(u32, u32, const TilePoint&) const {}
+
   float score(float s, const Point&, const Loaded&, int) const { return s; }
   bool keeps(const Point&, const Loaded&, int) const { return true; }
 

@@ -33,6 +33,12 @@ struct Variant<> {
     void arrange() {}
     Loaded of(int, int, int) const { return {}; }
   };
+  template <int rows, int cols>
+  struct Staged {
+    static constexpr int bytes = 0;
+    Staged(u32, int, int) {}
+    Loaded of(int, int) const { return {}; }
+  };
 
   Variant(const Params&, int, int) {}
   Variant(const u64*, int, int) {}
@@ -57,6 +63,14 @@ struct Variant<> {
   }
   template <class Entries, class Place>
   void gather(const Entries&, const Place&) const {}
+  template <int rows, int cols>
+  void put(u32, const TilePoint&) const {}
+  template <int rows, int cols>
+  int copied_bytes(const TilePoint&) const {
+    return 0;
+  }
+  template <int rows, int cols>
+  void copy(u32, u32, const TilePoint&) const {}
   static void begin(const u64*, i64, i64) {}
   static void finish(const u64*, i64, i64) {}
 };
@@ -128,6 +142,38 @@ struct Variant<Term, Rest...> {
 
     Loaded of(int t, int i, int j) const { return {own.of(t, i, j), others.of(t, i, j)}; }
   };
+
+  // The same where it was brought to shared memory, of one term behind that of another.
+  template <int rows, int cols>
+  struct Staged {
+    using Own = typename Term::template Staged<rows, cols>;
+    static constexpr int bytes = Own::bytes + Others::template Staged<rows, cols>::bytes;
+    static_assert(Term::stages || !Term::loads, "what one term reads is staged only where all that terms read is");
+
+    Own own;
+    typename Others::template Staged<rows, cols> others;
+
+    Staged(u32 from, int row, int col) : own(from, row, col), others(from + Own::bytes, row, col) {}
+
+    Loaded of(int i, int j) const { return {own.of(i, j), others.of(i, j)}; }
+  };
+
+  template <int rows, int cols>
+  void put(u32 to, const TilePoint& at) const {
+    term.template put<rows, cols>(to, at);
+    others.template put<rows, cols>(to + Term::template Staged<rows, cols>::bytes, at);
+  }
+
+  template <int rows, int cols>
+  int copied_bytes(const TilePoint& at) const {
+    return term.template copied_bytes<rows, cols>(at) + others.template copied_bytes<rows, cols>(at);
+  }
+
+  template <int rows, int cols>
+  void copy(u32 to, u32 barrier, const TilePoint& at) const {
+    term.template copy<rows, cols>(to, barrier, at);
+    others.template copy<rows, cols>(to + Term::template Staged<rows, cols>::bytes, barrier, at);
+  }
 
   Variant(const Params& params, int batch, int head) : Variant(params.terms, batch, head) {}
   Variant(const u64* data, int batch, int head) : term(of(data), batch, head), others(data + own_words, batch, head) {}

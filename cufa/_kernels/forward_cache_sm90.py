@@ -94,6 +94,7 @@ class ForwardCacheSm90(ForwardSm90):
     """The forward over caches, for 16-bit arrays on Hopper where queries are many."""
 
     name = "attention_forward_cache_sm90"
+    may_stage = False  # the warp that would do so loads pages
     record = "CacheTmaParams"
     prologue = "  ptx::grid_begin();\n"
 

@@ -43,6 +43,9 @@ STAGES = 2
 CONTROL_BYTES = 1 << 10
 """Shared memory for barriers and for what the kernel knows of its tiles and rows."""
 
+BARRIERS = 16
+"""Bytes of the two barriers of a stage."""
+
 REGISTERS = {2: (24, 240), 3: (32, 160)}
 """(producer, consumer) registers per thread by number of consumers: with what a block starts with, all there are."""
 
@@ -66,6 +69,8 @@ class ConfigSm90(Config):
         Whether a warpgroup's turn on the tensor cores ends with its products, and not already when they have begun.
     empty_rows : bool
         Whether rows of dense arrays may see no key.
+    stages_terms : bool
+        Whether a warp brings what score terms read to shared memory, and consumers do not load it ahead themselves.
     """
 
     stages: int
@@ -74,14 +79,23 @@ class ConfigSm90(Config):
     early_steps: int
     whole_turns: bool
     empty_rows: bool
+    stages_terms: bool = False
 
 
 class ForwardSm90(Kernel):
-    """The forward for 16-bit arrays on Hopper."""
+    """The forward for 16-bit arrays on Hopper.
+
+    Attributes
+    ----------
+    may_stage : bool
+        Whether what score terms read may be brought to shared memory. False is how it was before: docs/forward_sm90.md,
+        *Biases*, says how the two are compared.
+    """
 
     name = "attention_forward_sm90"
     record = "TmaParams"
     target_suffix = "a"
+    may_stage = True
 
     def runs_on(self, arch: int) -> bool:
         return arch // 10 == 9
@@ -93,16 +107,23 @@ class ForwardSm90(Kernel):
 
     def tile(self, static: Static) -> tuple[int, int, int, bool]:
         """The row of the table of tiles."""
-        return tile(static)
+        return tile(static, self.stages_terms(static))
+
+    def stages_terms(self, static: Static) -> bool:
+        """Whether what score terms read is brought to shared memory: all of it, of rows that heads do not share."""
+        loading = [term for term in static.terms if term.loads]
+        return self.may_stage and static.pack == 1 and bool(loading) and all(term.stages for term in loading)
 
     def config(self, static: Static, arch: int) -> ConfigSm90:
         block_m, block_n, early_steps, whole_turns = self.tile(static)
+        stages_terms = self.stages_terms(static)
         blocks = listed_blocks(static.terms)
         if blocks:
             block_m, block_n = 2 * WARPGROUP_ROWS, dividing(block_n, blocks[1])
         size = SIZEOF[static.element]
         tile_head_dim, tile_head_dim_v = round_up(static.head_dim, 32), round_up(static.head_dim_v, 32)
         tiles = block_m * tile_head_dim + STAGES * block_n * (tile_head_dim + tile_head_dim_v)
+        staged = STAGES * (BARRIERS + staged_bytes(static, block_m, block_n)) if stages_terms else 0
         consumers = block_m // WARPGROUP_ROWS
         # Tiles this narrow leave registers to what finds them; to read lists takes some.
         narrow = consumers == 2 and max(tile_head_dim, tile_head_dim_v) <= 64
@@ -120,8 +141,9 @@ class ForwardSm90(Kernel):
             early_steps=early_steps,
             whole_turns=whole_turns,
             empty_rows=static.empty_rows,
+            stages_terms=stages_terms,
             pack=static.pack,
-            smem_bytes=size * tiles + CONTROL_BYTES,
+            smem_bytes=size * tiles + CONTROL_BYTES + staged,
         )
 
     def grid(self, config: ConfigSm90, problem: Problem, num_sms: int) -> Grid:
@@ -172,7 +194,12 @@ def deal_of(grid: Grid) -> dict[str, Any]:
     return {"round_units": grid.round_units, "begin": begin, "tiles": tiles}
 
 
-def tile(static: Static) -> tuple[int, int, int, bool]:
+def staged_bytes(static: Static, block_m: int, block_n: int) -> int:
+    """What score terms take of shared memory for a stage."""
+    return sum(term.staged_bytes(block_m, block_n) for term in static.terms if term.loads)
+
+
+def tile(static: Static, staged: bool = False) -> tuple[int, int, int, bool]:
     """The table of tiles: (block_m, block_n, early_steps, whole_turns).
 
     Where scores, P and output share a thread's registers with Q and the stages of K and V in shared memory, block_n is
@@ -181,19 +208,27 @@ def tile(static: Static) -> tuple[int, int, int, bool]:
     dim, dim_v = round_up(static.head_dim, 32), round_up(static.head_dim_v, 32)
     widest = max(dim, dim_v)
     plain, window = not static.terms, static.mask == "window"
-    loaded = sum(term.loaded_bytes for term in static.terms)
+    loaded = 0 if staged else sum(term.loaded_bytes for term in static.terms)
+    room = SHARED_MEMORY[90] - CONTROL_BYTES - (STAGES * BARRIERS if staged else 0)
+    size = SIZEOF[static.element]
+
+    def fits(block_m: int, block_n: int) -> bool:
+        """In shared memory, stages included."""
+        terms = staged_bytes(static, block_m, block_n) if staged else 0
+        return size * block_m * dim + STAGES * (size * block_n * (dim + dim_v) + terms) <= room
+
     if widest <= 64:
         if window and plain:
             return 128, 128, 4, False
-        narrow = window or loaded or (static.short and static.mask == "causal")
+        narrow = window or loaded or (static.short and static.mask == "causal") or not fits(192, 128)
         return 128 if narrow else 192, 128, 0, True
     ragged = widest > 96 and (dim, dim_v) != (static.head_dim, static.head_dim_v)  # which columns there are takes some
     registers = 196 if plain and not ragged else 184
-    size = SIZEOF[static.element]
-    by_smem = (SHARED_MEMORY[90] - CONTROL_BYTES - size * 128 * dim) // (size * STAGES * (dim + dim_v))
     longest = 64 if widest > 192 else 128 if window or static.short else 176
     # A thread holds half a row's block of scores and P, and of what terms load ahead of them.
-    block_n = min((registers - dim_v // 2) * 8 // (6 + loaded), by_smem, longest) // 16 * 16
+    block_n = min((registers - dim_v // 2) * 8 // (6 + loaded), longest) // 16 * 16
+    while not fits(128, block_n):
+        block_n -= 16
     early_steps = 4 if widest <= 128 else 1 if widest <= 160 else 2 if widest <= 192 else 0
     if ragged:
         early_steps = (early_steps + 1) // 2

@@ -66,6 +66,7 @@ class Bias(Specialised):
         self.per_head = access.per_head
         self.loaded_bytes = access.bytes
         self.apart = apart
+        self.stages = access.wide and not access.bounded and not access.shared[2]
         self.ordered = exact or apart or not any(access.shared)
         self.finishes = exact
         if exact:
@@ -88,6 +89,10 @@ class Bias(Specialised):
     def in_order(self) -> Bias:
         access, element, _, tiled, _ = self.facts
         return self if self.ordered else Bias(access, element, exact=True, tiled=tiled)
+
+    def staged_bytes(self, rows: int, columns: int) -> int:
+        size, *_ = self.facts[0]
+        return rows * (columns // 8 | 1) * 8 * int(size)
 
     def set_apart(self) -> Bias:
         access, element, _, tiled, _ = self.facts

@@ -33,12 +33,17 @@ class RelBias(Specialised):
     arrays = ("rel_bias",)
     gradients = ("drel_bias",)
     bends = False
+    loaded_bytes = 2  # a register for two scores: most of what a thread loads is for two rows
+    stages = True
 
     def __init__(self, exact: bool = False) -> None:
         self.facts = (exact,)
         self.ordered = self.finishes = exact
         self.type = f"attention::RelBias<{str(exact).lower()}>"
         self.data = "OrderedRelBiasData" if exact else "RelBiasData"
+
+    def staged_bytes(self, rows: int, columns: int) -> int:
+        return 2 * 4 * (rows + columns)
 
     def in_order(self) -> RelBias:
         return RelBias(exact=True)

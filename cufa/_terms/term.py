@@ -23,7 +23,7 @@ Array: TypeAlias = NDArray[Any]
 
 FLAGS = (
     *("per_head", "bends", "scales", "hides", "gives_slope", "reads_score", "has_gradient", "loads", "finishes"),
-    "apart",
+    *("apart", "stages"),
 )
 """What a term and its C++ twin both say of it; every translation unit asserts that they say the same."""
 
@@ -108,6 +108,8 @@ class Term:
         Whether its gradients are the same bits in every run on a GPU.
     finishes : bool
         Whether its gradients are made of what was added up by a kernel behind the main ones.
+    stages : bool
+        Whether what its C++ twin loads may be brought to shared memory before, in `staged_bytes`.
     apart : bool
         Whether its gradient is made by a kernel of its own, so that to the others it has none: see `set_apart`.
     foldable : bool
@@ -134,6 +136,7 @@ class Term:
     blocks: tuple[int, int] | None = None
     ordered: bool = False
     finishes: bool = False
+    stages: bool = False
     apart: bool = False
     foldable: bool = False
 
@@ -175,6 +178,10 @@ class Term:
         from .constant import Constant
 
         return Constant(self)
+
+    def staged_bytes(self, rows: int, columns: int) -> int:
+        """Shared memory that it takes for a tile of so many queries and keys: ``Staged::bytes`` of its C++ twin."""
+        return 0
 
     def set_apart(self) -> Term:
         """What takes its place beside a kernel that makes its gradient tile by tile, if one pays; else itself."""
