@@ -30,13 +30,19 @@ constexpr UnitIndex unit_of(int unit, int units_per_head, int heads, int heads_p
 }
 
 // The tile of a unit of dense arrays. Tiles of a head go from last to first, so that under a causal mask the longest
-// start first. The tile in the middle of a head has no partner, so the second tile of its unit is one past the end.
+// start first. Where sequences share what a score term reads for a head, that head of all sequences comes before the
+// next, so that the term finds in the L2 what it has read for another sequence. The tile in the middle of a head has no
+// partner, so the second tile of its unit is one past the end.
 template <class Config>
 constexpr TileIndex dense_tile(const Params& params, int unit, bool second) {
   const int heads = params.num_heads_q / Config::pack;
   const UnitIndex index = unit_of(unit, params.m_units, params.batch * heads, params.heads_per_section);
   const int first_tile = index.place, last_tile = params.m_blocks - 1 - first_tile;
   const int m_block = !second ? last_tile : first_tile < last_tile ? first_tile : params.m_blocks;
+  if constexpr (Config::variant::sequences_share) {
+    const int ratio = params.qheads_per_khead, group = index.head / ratio;
+    return {m_block, group / params.batch * ratio + index.head % ratio, group % params.batch};
+  }
   return {m_block, index.head % heads, index.head / heads};
 }
 

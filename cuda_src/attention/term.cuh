@@ -42,9 +42,10 @@ struct Term {
   static constexpr bool gives_slope = false;   // whether it has `score` with a slope, and so needs no `dscore`
   static constexpr bool wild = false;          // whether its slope may be infinite or NaN at a key that is not seen
   static constexpr bool reads_score = false;   // whether `gradient` also takes the score that the term is applied to
-  static constexpr bool loads = false;     // whether it has `load`, `Ahead`, and functions that take what these give
-  static constexpr bool stages = false;    // whether it has `Staged`, `put` and `copy`
-  static constexpr bool gathers = false;   // whether it has `gather`
+  static constexpr bool loads = false;    // whether it has `load`, `Ahead`, and functions that take what these give
+  static constexpr bool stages = false;   // whether it has `Staged`, `put` and `copy`
+  static constexpr bool gathers = false;  // whether it has `gather`
+  static constexpr bool sequences_share = false;  // whether all sequences share large arrays that heads do not share
   static constexpr bool apart = false;     // whether a kernel of its own makes its gradient (backward_bias_sm90.cuh)
   static constexpr bool finishes = false;  // whether it has `finish`
 

@@ -23,6 +23,7 @@ template <>
 struct Variant<> {
   static constexpr bool empty = true, per_head = false, bends = false, scales = false, has_gradient = false;
   static constexpr bool hides = false, hides_in_full = false, holds = false, reads_score = false, wild = false;
+  static constexpr bool sequences_share = false;
   static constexpr bool drops = false, weighs = false, shapes = false, loads = false, gathers = false;
   static constexpr int words = 0;
 
@@ -84,6 +85,7 @@ struct Variant<Term, Rest...> {
   static constexpr bool has_gradient = Term::has_gradient || Others::has_gradient;
   static constexpr bool hides = Term::hides || Others::hides, shapes = Term::shapes || Others::shapes;
   static constexpr bool reads_score = Term::reads_score || Others::reads_score, wild = Term::wild || Others::wild;
+  static constexpr bool sequences_share = Term::sequences_share || Others::sequences_share;
   static constexpr bool drops = Term::drops || Others::drops;
   static_assert(!(Term::drops && Others::drops), "masks of several terms that drop would have to be combined");
 

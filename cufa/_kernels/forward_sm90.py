@@ -125,9 +125,10 @@ class ForwardSm90(Kernel):
         tiles = block_m * tile_head_dim + STAGES * block_n * (tile_head_dim + tile_head_dim_v)
         staged = STAGES * (BARRIERS + staged_bytes(static, block_m, block_n)) if stages_terms else 0
         consumers = block_m // WARPGROUP_ROWS
-        # Tiles this narrow leave registers to what finds them; to read lists takes some.
+        # Tiles this narrow leave registers to what finds them; to read lists takes some, and so do several terms' arrays.
         narrow = consumers == 2 and max(tile_head_dim, tile_head_dim_v) <= 64
-        producer_registers, consumer_registers = (40, 232) if narrow or blocks else REGISTERS[consumers]
+        several = stages_terms and consumers == 2 and sum(term.loads for term in static.terms) > 1
+        producer_registers, consumer_registers = (40, 232) if narrow or blocks or several else REGISTERS[consumers]
         return ConfigSm90(
             **common(static),
             tile_head_dim=tile_head_dim,
@@ -220,7 +221,9 @@ def tile(static: Static, staged: bool = False) -> tuple[int, int, int, bool]:
     if widest <= 64:
         if window and plain:
             return 128, 128, 4, False
-        narrow = window or loaded or (static.short and static.mask == "causal") or not fits(192, 128)
+        narrow = window or loaded or (static.short and static.mask == "causal")
+        if staged:  # with other terms 160 registers are too few
+            narrow = narrow or len(static.terms) > 1 or not fits(192, 128)
         return 128 if narrow else 192, 128, 0, True
     ragged = widest > 96 and (dim, dim_v) != (static.head_dim, static.head_dim_v)  # which columns there are takes some
     registers = 196 if plain and not ragged else 184
@@ -232,4 +235,4 @@ def tile(static: Static, staged: bool = False) -> tuple[int, int, int, bool]:
     early_steps = 4 if widest <= 128 else 1 if widest <= 160 else 2 if widest <= 192 else 0
     if ragged:
         early_steps = (early_steps + 1) // 2
-    return 128, block_n, early_steps if plain else 0, False
+    return 128, block_n, early_steps if plain or (staged and widest <= 128) else 0, False

@@ -68,6 +68,15 @@ def test_the_widest_heads_compile(way: Any, arch: int) -> None:
     assert way is plans.backward or max(spilt.values()) <= 8
 
 
+@pytest.mark.parametrize("terms", ["bias apart", "relative bias"])
+def test_nothing_touches_what_runs(terms: str) -> None:
+    """The kernels that compute beside products: the forward's first steps, and the gradient of a bias."""
+    for way in (plans.forward, plans.backward):
+        plan = way(plans.static("bf16", 128, 128)._replace(terms=TERMS[terms]), 90)
+        for entry, code in sass.disassemble(plans.compile_plan(plan).cubin).items():
+            assert not sass.wgmma_hazards(code), entry
+
+
 def test_tiles_leave_registers_to_what_is_loaded() -> None:
     """Beside 128 columns of out and half as many scores, P and numbers of the bias."""
     facts = plans.static("bf16", 128, 128)

@@ -33,8 +33,11 @@ PRELUDE = """
 
 using namespace attention;
 
-template <int rows, int keys, class its_mask = FullMask, int heads = 1>
+template <int rows, int keys, class its_mask = FullMask, int heads = 1, bool shares = false>
 struct Config {
+  struct variant {
+    static constexpr bool sequences_share = shares;
+  };
   static constexpr int block_m = rows, block_n = keys, pack = heads;
   using element = f16;
   using mask = its_mask;
@@ -153,7 +156,8 @@ def braces(numbers: Any) -> str:
 
 TILES = """
 // Every tile is visited once. In each head the first tiles of units go from last to first and the second ones from
-// first to last, and where a unit has no second tile, that one is past the end. Sections follow each other.
+// first to last, and where a unit has no second tile, that one is past the end. Sections follow each other. Where
+// sequences share what is read, a key head's query heads, of all sequences, come before the next's.
 template <class Config>
 constexpr bool dense_tiles(const Params& params) {
   Met<room> tiles;
@@ -164,7 +168,11 @@ constexpr bool dense_tiles(const Params& params) {
     for (int second = 0; second < 1 + in_pairs(params); ++second) {
       const TileIndex tile = dense_tile<Config>(params, unit, second);
       if (tile.head < 0 || tile.head >= heads || tile.batch < 0 || tile.batch >= params.batch) return false;
-      const int head = tile.batch * heads + tile.head, section = head / params.heads_per_section;
+      const int ratio = max_of(1, params.qheads_per_khead), group = tile.head / ratio;
+      const int head = Config::variant::sequences_share
+                           ? (group * params.batch + tile.batch) * ratio + tile.head % ratio
+                           : tile.batch * heads + tile.head;
+      const int section = head / params.heads_per_section;
       if (section < last_section) return false;
       last_section = section;
       if (second && tile.m_block == blocks) continue;
@@ -310,6 +318,8 @@ def test_dense_tiles_are_visited_once() -> None:
             claims.append(f"dense_tiles<Config<64, 64>>({record('Params', **fields, heads_per_section=section)})")
             claims.append(f"heads_run_fastest({m_units}, {batch * heads}, {section})")
     shared = record("Params", batch=2, num_heads_q=12, m_blocks=3, m_units=3, heads_per_section=2)
+    grouped = record("Params", batch=3, num_heads_q=6, qheads_per_khead=2, m_blocks=3, m_units=2, heads_per_section=4)
+    claims.append(f"dense_tiles<Config<64, 64, FullMask, 1, true>>({grouped})")
     run(*claims, f"dense_tiles<Config<64, 64, FullMask, 4>>({shared})", prelude=TILES)
 
 
