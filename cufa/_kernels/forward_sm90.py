@@ -125,10 +125,10 @@ class ForwardSm90(Kernel):
         tiles = block_m * tile_head_dim + STAGES * block_n * (tile_head_dim + tile_head_dim_v)
         staged = STAGES * (BARRIERS + staged_bytes(static, block_m, block_n)) if stages_terms else 0
         consumers = block_m // WARPGROUP_ROWS
-        # Tiles this narrow leave registers to what finds them; to read lists takes some, and so do several terms' arrays.
-        narrow = consumers == 2 and max(tile_head_dim, tile_head_dim_v) <= 64
-        several = stages_terms and consumers == 2 and sum(term.loads for term in static.terms) > 1
-        producer_registers, consumer_registers = (40, 232) if narrow or blocks or several else REGISTERS[consumers]
+        # Tiles this narrow leave registers to what finds them; to read lists, or what terms read, takes some.
+        narrow = max(tile_head_dim, tile_head_dim_v) <= 64
+        roomy = consumers == 2 and (narrow or blocks is not None or stages_terms)
+        producer_registers, consumer_registers = (40, 232) if roomy else REGISTERS[consumers]
         return ConfigSm90(
             **common(static),
             tile_head_dim=tile_head_dim,
@@ -227,7 +227,7 @@ def tile(static: Static, staged: bool = False) -> tuple[int, int, int, bool]:
         return 128 if narrow else 192, 128, 0, True
     ragged = widest > 96 and (dim, dim_v) != (static.head_dim, static.head_dim_v)  # which columns there are takes some
     registers = 196 if plain and not ragged else 184
-    longest = 64 if widest > 192 else 128 if window or static.short else 176
+    longest = 64 - 16 * staged if widest > 192 else 128 if window or static.short else 176
     # A thread holds half a row's block of scores and P, and of what terms load ahead of them.
     block_n = min((registers - dim_v // 2) * 8 // (6 + loaded), longest) // 16 * 16
     while not fits(128, block_n):
