@@ -7,6 +7,7 @@
 #include "core/types.cuh"
 #include "ptx/shared.cuh"
 #include "tile/accumulator.cuh"
+#include "tile/diagonals.cuh"
 
 namespace attention {
 
@@ -121,7 +122,7 @@ struct RelBias : Term {
   }
 
   // Entries of a diagonal have the same distance. Their sums are made first in each thread, whose entries lie in steps
-  // of 8, and then over the up to four lanes of a diagonal: the lane two rows and two columns on is 9 lanes on.
+  // of 8, and then over the warp.
   template <class Entries, class Place>
   void gather(const Entries& ds, const Place& place) const {
     constexpr bool along_keys = Place::Row::along_keys;
@@ -150,20 +151,12 @@ struct RelBias : Term {
       if (tile::lane() == 0 && sum != 0.0f) sums.add(drow + (nearest >= reach ? reach : -reach), sum);
       return;
     }
-    const bool next = row < 6 && col < 6, after_next = row < 4 && col < 4, first_of_diagonal = row < 2 || col == 0;
+    const warp::Diagonals<diagonals> found(shares);
 #pragma unroll
-    for (int d = 0; d < diagonals; ++d) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float sum = shares[d][e];
-        const float one_on = __shfl_down_sync(all, sum, 9);
-        if (next) sum += one_on;
-        const float two_on = __shfl_down_sync(all, sum, 18);
-        if (after_next) sum += two_on;
-        // What is 0 need not be added, and where no query sees a key there may be no such distance.
-        const int distance = clamp(steps + sign * (8 * (d - above) + e), -reach, reach);
-        if (first_of_diagonal && sum != 0.0f) sums.add(drow + distance, sum);
-      }
+    for (int s = 0; s < found.slots; ++s) {
+      // What is 0 need not be added, and where no query sees a key there may be no such distance.
+      const int distance = clamp(first + sign * (found.diagonal(s) - 8 * above), -reach, reach);
+      if (found.sums[s] != 0.0f) sums.add(drow + distance, found.sums[s]);
     }
   }
 
