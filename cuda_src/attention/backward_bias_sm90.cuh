@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention/backward_params.cuh"
+#include "attention/bias.cuh"
 #include "attention/block_range.cuh"
 #include "attention/scoring.cuh"
 #include "core/math.cuh"

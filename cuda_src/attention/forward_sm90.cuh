@@ -36,7 +36,7 @@ inline void forward_tiles(const typename Source::Argument& argument) {
     }
     constexpr int first_idle = Config::stages_terms ? 3 : 2;
     if constexpr (Config::stages_terms) {
-      if (warp == 2) mainloop.stage_terms(argument);
+      if (warp == 2) stage_terms(mainloop, argument);
     }
     const int idle_warp = ptx::tid_x() / 32 - first_idle;
     if constexpr (Config::varlen) {

@@ -12,12 +12,14 @@
 #include "attention/chains.cuh"
 #include "attention/epilogue_direct.cuh"
 #include "attention/epilogue_empty.cuh"
+#include "attention/forward_loader_sm90.cuh"
 #include "attention/given_tiles_sm90.cuh"
 #include "attention/params.cuh"
 #include "attention/repair.cuh"
 #include "attention/row_source.cuh"
 #include "attention/scoring.cuh"
 #include "attention/softmax.cuh"
+#include "attention/staged_terms.cuh"
 #include "attention/work.cuh"
 #include "core/math.cuh"
 #include "ptx/opaque.cuh"
@@ -37,6 +39,9 @@ struct MainloopSm90 {
   static_assert(Config::pack == 1 || !(Config::variant::per_head || Config::sinks),
                 "a tile that heads share knows only their key head, so no score term or sink may differ by query head");
 
+  using Configuration = Config;
+  using TileSource = Source;
+  using Loader = ForwardLoader<MainloopSm90>;
   using Argument = typename Source::Argument;
   using Work = typename Source::Work;
   using element = typename Config::element;
@@ -86,12 +91,9 @@ struct MainloopSm90 {
     typename Choose<Source::finds_late, typename Ends::Storage, u32>::type ends;
   };
 
-  // Behind that, where a warp brings what score terms read to shared memory: the barriers, and a tile for each stage.
-  using StagedVariant = typename Choose<Config::stages_terms, typename Config::variant, Variant<>>::type;
-  using Staged = typename StagedVariant::template Staged<Config::block_m, Config::block_n>;
-  static constexpr int staged_offset = round_up(int(sizeof(Shared)), 16), staged_tiles = staged_offset + Keys::bytes;
-  static constexpr int smem_bytes =
-      Config::stages_terms ? staged_tiles + Config::stages * Staged::bytes : int(sizeof(Shared));
+  using Staged = StagedTerms<Config>;  // behind that
+  static constexpr int staged_offset = round_up(int(sizeof(Shared)), 16);
+  static constexpr int smem_bytes = Config::stages_terms ? staged_offset + Staged::bytes : int(sizeof(Shared));
 
   u32 smem;
   Entry* entries;
@@ -106,8 +108,7 @@ struct MainloopSm90 {
   Keys values() const { return {smem + tile::offset<&Shared::values>}; }
   Tiles tiles() const { return {smem + tile::offset<&Shared::tiles>}; }
   Queries queries(int warpgroup) const { return {smem + tile::offset<&Shared::queries> + warpgroup * Queries::bytes}; }
-  Keys staged() const { return {smem + staged_offset}; }
-  u32 staged(u32 stage) const { return smem + staged_tiles + stage * Staged::bytes; }
+  Staged staged() const { return {smem + staged_offset}; }
   Ends ends() const { return {smem + tile::offset<&Shared::ends>}; }
   u32 to_repair() const { return smem + tile::offset<&Shared::to_repair>; }
 
@@ -117,7 +118,7 @@ struct MainloopSm90 {
     tiles().init(4 * consumers);
     for (int w = 0; w < consumers; ++w) queries(w).init(1);
     if constexpr (Source::finds_late) ends().init(1);
-    if constexpr (Config::stages_terms) staged().init(4 * consumers * tile::warp_arrivals);
+    staged().init(4 * consumers);
     ptx::st_shared_u32(to_repair(), 0);
     ptx::fence_mbarrier_init();
   }
@@ -187,87 +188,6 @@ struct MainloopSm90 {
     if (v_work) loader.load_values(*v_work, v_block);
   }
 
-  // Called by one warp, which brings what score terms read for each block to shared memory.
-  void stage_terms(const Argument& argument) const {
-    const Params& params = params_of(argument);
-    typename Tiles::Cursor at_tiles;
-    for (typename Keys::Cursor at;; at_tiles.advance()) {
-      tiles().wait_full(at_tiles);
-      const Entry& entry = entries[at_tiles.stage()];
-      if (entry.end) break;
-      const Work& work = entry.work;
-      const typename Config::variant variant(params, work.tile.batch, work.tile.head);
-      const int query = work.tile.m_block * Config::block_m;
-#pragma unroll 1
-      for (int position = work.blocks.end - 1; position >= work.blocks.begin; --position) {
-        const int key = work.blocks.block(position) * Config::block_n;
-        const TilePoint where{query, key, work.seqlen.q - query, work.seqlen.k - key, work.seqlen.diagonal()};
-        staged().wait_empty(at);
-        variant.template put<Config::block_m, Config::block_n>(staged(at.stage()), where);
-        __syncwarp();
-        if (tile::lane() == 0) {
-          staged().expect(at, variant.template copied_bytes<Config::block_m, Config::block_n>(where));
-        }
-        __syncwarp();
-        variant.template copy<Config::block_m, Config::block_n>(staged(at.stage()), staged().full(at.stage()), where);
-        at.advance();
-      }
-    }
-  }
-
-  struct Loader {
-    const MainloopSm90& loop;
-    const Argument& argument;
-    Queries::Cursor at_queries;
-    typename Keys::Cursor at_keys, at_values;
-
-    void load_keys(const Work& work, int n_block) {
-      load_block(loop.keys(), at_keys, loop.k(at_keys.stage()), argument.k, work, n_block);
-    }
-
-    void load_values(const Work& work, int n_block) {
-      load_block(loop.values(), at_values, loop.v(at_values.stage()), argument.v, work, n_block);
-    }
-
-    // Whether this lane does what one has to do for all that load.
-    static bool speaks() { return Source::load_lanes == 1 || tile::lane() == 0; }
-
-    void load_queries(const Work& work) {
-#pragma unroll 1
-      for (int w = 0; w < consumers && speaks(); ++w) {
-        const Queries queries = loop.queries(w);
-        queries.wait_empty(at_queries);
-        queries.expect(at_queries, Q::bytes);
-        const int row = work.seqlen.q_first_row + (work.tile.m_block * Config::block_m + 64 * w) / Config::pack;
-        const int batch = Config::varlen ? 0 : work.tile.batch;
-        if constexpr (Config::pack == 1) {
-          tile::load(loop.q(w), argument.q, queries.full(0), row, work.tile.head, batch);
-        } else {
-          tile::load_heads(loop.q(w), argument.q, queries.full(0), row, work.tile.head, batch);
-        }
-      }
-      at_queries.advance();
-    }
-
-    template <class Tile>
-    void load_block(const Keys& ring, typename Keys::Cursor& at, const Tile& to, const ptx::TensorMap& map,
-                    const Work& work, int n_block) const {
-      if constexpr (Source::load_lanes == 1) {
-        ring.wait_empty(at);
-        ring.expect(at, Tile::bytes);
-        load_rows<Config>(to, map, ring.full(at.stage()), n_block * Config::block_n, work.keys(params_of(argument)));
-      } else {
-        // This looks at memory, which takes a while, and so comes before the wait.
-        const auto box = work.keys(params_of(argument)).template find<Tile>(n_block * Config::block_n);
-        ring.wait_empty(at);
-        if (speaks()) ring.expect(at, Tile::bytes);
-        __syncwarp();
-        box.load(to, map, ring.full(at.stage()));
-      }
-      at.advance();
-    }
-  };
-
   // Called by warpgroup `warpgroup` of the consumers, which computes its rows of all of the block's tiles.
   void consume(const Params& params, int warpgroup) const {
     constexpr int early_steps = Config::early_steps, steps = Config::block_n / 16;
@@ -297,13 +217,7 @@ struct MainloopSm90 {
     LoadedAhead<typename Config::variant, Place<Config>, 1, Scores::cols> ahead;
     const auto finish_scores = [&](Scores& scores) {
       if constexpr (Config::stages_terms) {
-        const typename Keys::Cursor at = at_keys.previous();  // the block's
-        staged().wait_full(at);
-        const int row = warp_row() + int(tile::lane()) / 4;
-        apply(variant, scores, place(),
-              LoadedStaged<typename Config::variant, Config::block_m, Config::block_n>{
-                  {staged(at.stage()), row, tile::fragment_col()}});
-        staged().release_warp(at);
+        staged().apply(variant, scores, place(), at_keys.previous(), warp_row());
       } else {
         apply(variant, scores, place(), ahead);
       }

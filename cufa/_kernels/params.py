@@ -24,8 +24,8 @@ def params_of(
 ) -> dict[str, Any]:
     """All of them but the addresses; `m_units` are `m_blocks` where tiles are dealt out one by one.
 
-    `strides` are those of q, k, v and the other arrays that the kernel reads, and `terms` its score terms, if not those of
-    the problem.
+    `strides` are those of q, k, v and the other arrays that the kernel reads, and `terms` its score terms, if not those
+    of the problem.
     """
     assert problem.static is not None
     terms = problem.static.terms if terms is None else terms

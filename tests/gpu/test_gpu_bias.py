@@ -36,7 +36,17 @@ CASES = {
     "wide": case(256, bias="xxxx", rel_bias=30, mask="xxxx", causal=True),
     "float32": case(80, bias="1x1x", rel_bias=64, mask="x1x1", dtype="float32"),
     "short": case(64, bias="xxxx", rel_bias=9, mask="1xxx", seqlen_q=20, seqlen_k=40),
+    "staged": case(128, bias="1xxx", seqlen_k=424, causal=True, alibi_ndim=1),
+    "staged in float32": case(96, bias="x1xx", rel_bias=100, seqlen_k=424, seed=2, window_size=(200, 30)),
+    "relative": case(64, rel_bias=90, seqlen_q=(70, 300), seqlen_k=(300, 101), dtype="float16"),
 }
+
+APART = {
+    "sequences": case(128, bias="1xxx", seqlen_q=600, seqlen_k=712, batch=3, causal=True, softcap=5.0),
+    "heads": case(64, bias="x1xx", seqlen_q=1000, seqlen_k=901, rel_bias=60, window_size=(400, 100), dtype="float16"),
+    "both": case(128, bias="11xx", seqlen_q=1024, seqlen_k=1032, mask="x1xx", seed=2, values="garbage"),
+}
+"""Biases that sequences or heads share, of 64 tiles of 128 × 128 at least."""
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -64,6 +74,16 @@ def test_gradients_that_scores_share_are_the_same_in_every_run(cupy: Any, name: 
     made = Call(case=CASES[name], deterministic=True)
     bits = [b"".join(x.tobytes() for x in featured.backward(made, cupy)) for _ in range(5)]
     assert bits[1:] == bits[:1] * 4
+
+
+@pytest.mark.parametrize("name", APART)
+def test_gradients_apart_equal_reference_and_are_the_same_in_every_run(cupy: Any, name: str) -> None:
+    """Whether runs are to be so or not; dbias comes behind dq, dk, dv and dsinks."""
+    runs = [featured.backward(Call(case=APART[name], deterministic=each), cupy) for each in (False, False, True)]
+    bits = [run[4].tobytes() for run in runs]
+    device = cupy.cuda.Device()
+    if device.compute_capability == "90":
+        assert bits[1:] == bits[:1] * 2
 
 
 @pytest.mark.parametrize("axes", ["xxxx", "1xxx", "x11x"])
