@@ -22,17 +22,10 @@
 
 namespace attention {
 
-// A score term without its gradient.
-template <class Of>
-struct Untold : Of {
-  using Of::Of;
-  static constexpr bool has_gradient = false, gathers = false, reads_score = false, finishes = false;
-};
-
-// The same without its derivative, by which a bias behind it is not to be multiplied.
-template <class Of>
-struct Underived : Untold<Of> {
-  using Untold<Of>::Untold;
+// A score term without its derivative, by which a bias behind it is not to be multiplied, and without its gradient.
+template <class Own>
+struct Underived : Constant<Own> {
+  using Constant<Own>::Constant;
   static constexpr bool bends = false, gives_slope = false, wild = false;
 
   float dscore(float, const Point&) const { return 1.0f; }
@@ -67,7 +60,7 @@ struct ApartFrom<false, First, Rest...> {
 template <class First, class... Rest>
 struct ApartFrom<true, First, Rest...> {
   using Bias = First;
-  using type = Variant<First, Untold<Rest>...>;
+  using type = Variant<First, Constant<Rest>...>;
   static constexpr bool others_load = Variant<Rest...>::loads;
 
   static const Bias& bias_of(const type& variant) { return variant.term; }

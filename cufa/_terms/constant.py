@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .._call.problem import Check, Problem
 
 ALIKE = ("name", "header", "data", "headers", "arrays", "option_names", "late_names", "loaded_bytes", "blocks")
-FLAGS_ALIKE = ("per_head", "bends", "scales", "hides", "gives_slope", "foldable")
+FLAGS_ALIKE = ("per_head", "bends", "scales", "hides", "gives_slope", "stages", "foldable")
 
 
 class Constant(Term):
@@ -44,6 +44,9 @@ class Constant(Term):
 
     def specialised(self, specs: Mapping[str, Spec], packed: bool) -> Constant:
         return Constant(self.term.specialised(specs, packed))
+
+    def staged_bytes(self, rows: int, columns: int) -> int:
+        return self.term.staged_bytes(rows, columns)
 
     def asked(self, specs: Mapping[str, Spec], options: Options) -> bool:
         return self.term.asked(specs, options)
