@@ -8,9 +8,9 @@
 #include "core/math.cuh"
 #include "core/types.cuh"
 #include "ptx/convert.cuh"
+#include "ptx/cp_async.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/thread.cuh"
-#include "ptx/tma.cuh"
 #include "tile/accumulator.cuh"
 
 namespace attention {
@@ -104,25 +104,21 @@ struct Bias : Term {
     }
   };
 
+  // In chunks of 16 bytes, by so many lanes of each row. Rows past the end are the last one again, so that nothing odd
+  // is made of them.
   template <int rows, int cols>
-  static int row_bytes(const TilePoint& at) {
-    return min_of(cols, at.keys) * int(sizeof(element));
-  }
-
-  template <int rows, int cols>
-  int copied_bytes(const TilePoint& at) const {
-    return rows * row_bytes<rows, cols>(at);
-  }
-
-  // Rows past the end are the last one again, so that nothing odd is made of them.
-  template <int rows, int cols>
-  void copy(u32 to, u32 barrier, const TilePoint& at) const {
-    static_assert(rows % 32 == 0, "each lane copies as many");
-    const int lane = tile::lane(), bytes = row_bytes<rows, cols>(at);
-#pragma unroll 1
-    for (int row = lane; row < rows; row += 32) {
-      const char* const from = array.address(at.query + min_of(row, at.queries - 1), at.key);
-      ptx::cp_async_bulk(to + row * Staged<rows, cols>::row_bytes, from, bytes, barrier);
+  void put(u32 to, const TilePoint& at) const {
+    constexpr int chunks = ceil_div(cols * int(sizeof(element)), 16), lanes = chunks > 16 ? 32 : chunks > 8 ? 16 : 8;
+    static_assert(chunks <= 32, "a lane has one chunk of a row");
+    const int lane = tile::lane(), chunk = lane % lanes, key = chunk * 16 / int(sizeof(element));
+    if (chunk >= chunks) return;
+    const char* const from = array.address(at.query, at.key + key);
+    const int bytes = key < at.keys ? 16 : 0;
+    to += chunk * 16;
+#pragma unroll 4
+    for (int row = lane / lanes; row < rows; row += 32 / lanes) {
+      const char* const its = from + i64(min_of(row, at.queries - 1)) * array.query_stride;
+      ptx::cp_async<16>(to + row * Staged<rows, cols>::row_bytes, its, bytes);
     }
   }
 

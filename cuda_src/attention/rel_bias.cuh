@@ -113,11 +113,16 @@ struct RelBias : Term {
   void put(u32 to, const TilePoint& at) const {
     constexpr int numbers = Staged<rows, cols>::numbers;
     const int first = at.query + rows - 1 + at.diagonal - at.key;  // the distance of the first number
-#pragma unroll 1
-    for (int k = tile::lane(); k < numbers - 1; k += 32) {
-      const u32 bits = __float_as_uint(number(first - k));
-      ptx::st_shared_u32(to + k * sizeof(float), bits);
-      ptx::st_shared_u32(to + (numbers + k + 1) * sizeof(float), bits);
+    constexpr int each = ceil_div(numbers - 1, 32);
+    float x[each];
+#pragma unroll
+    for (int i = 0; i < each; ++i) x[i] = number(first - (int(tile::lane()) + 32 * i));
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+      const int k = int(tile::lane()) + 32 * i;
+      if (k >= numbers - 1) continue;
+      ptx::st_shared_u32(to + k * sizeof(float), __float_as_uint(x[i]));
+      ptx::st_shared_u32(to + (numbers + k + 1) * sizeof(float), __float_as_uint(x[i]));
     }
   }
 

@@ -8,6 +8,7 @@
 #include "attention/scoring.cuh"
 #include "attention/variant.cuh"
 #include "core/types.cuh"
+#include "ptx/cp_async.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/pipeline.cuh"
 
@@ -29,17 +30,16 @@ struct StagedTerms {
 
   // `warps` ask for it.
   void init(int warps) const {
-    if constexpr (Config::stages_terms) ring().init(warps * tile::warp_arrivals);
+    if constexpr (Config::stages_terms) ring().init(warps * tile::warp_arrivals, tile::warp_arrivals);
   }
 
   // Called by all lanes of the warp that brings it, for the next block.
   void bring(const typename Ring::Cursor& at, const Variant& variant, const TilePoint& where) const {
     ring().wait_empty(at);
     variant.template put<Config::block_m, Config::block_n>(tile(at.stage()), where);
-    __syncwarp();
-    if (tile::lane() == 0) ring().expect(at, variant.template copied_bytes<Config::block_m, Config::block_n>(where));
-    __syncwarp();
-    variant.template copy<Config::block_m, Config::block_n>(tile(at.stage()), ring().full(at.stage()), where);
+    ptx::cp_async_commit_group();
+    ptx::cp_async_wait_group<0>();
+    ring().fill_warp(at);
   }
 
   // Scores ← what terms make of them, as `apply` says, by what was brought for their block. The warp's first row in the

@@ -43,7 +43,7 @@ struct Term {
   static constexpr bool wild = false;          // whether its slope may be infinite or NaN at a key that is not seen
   static constexpr bool reads_score = false;   // whether `gradient` also takes the score that the term is applied to
   static constexpr bool loads = false;    // whether it has `load`, `Ahead`, and functions that take what these give
-  static constexpr bool stages = false;   // whether it has `Staged`, `put` and `copy`
+  static constexpr bool stages = false;   // whether it has `Staged` and `put`
   static constexpr bool gathers = false;  // whether it has `gather`
   static constexpr bool sequences_share = false;  // whether all sequences share large arrays that heads do not share
   static constexpr bool apart = false;     // whether a kernel of its own makes its gradient (backward_bias_sm90.cuh)
@@ -85,9 +85,8 @@ struct Term {
   }
 
   // What it reads for a tile of `rows` queries by `cols` keys may also be brought to shared memory, by a warp that does
-  // nothing else, blocks ahead of who asks for it. That calls `put`, of all lanes, and then `copy`, which complete so
-  // many bytes on a barrier. `Staged` finds what the pair (0, j, 2 i) is given of it, by the thread's first row and
-  // column of the tile.
+  // nothing else, blocks ahead of who asks for it: all lanes call `put`, which may begin asynchronous copies. `Staged`
+  // finds what the pair (0, j, 2 i) is given of it, by the thread's first row and column of the tile.
   template <int rows, int cols>
   struct Staged {
     static constexpr int bytes = 0;  // a multiple of 16
@@ -96,12 +95,6 @@ struct Term {
   };
   template <int rows, int cols>
   void put(u32, const TilePoint&) const {}
-  template <int rows, int cols>
-  int copied_bytes(const TilePoint&) const {
-    return 0;
-  }
-  template <int rows, int cols>
-  void copy(u32, u32, const TilePoint&) const {}
 
   float score(float s, const Point&, const Loaded&, int) const { return s; }
   bool keeps(const Point&, const Loaded&, int) const { return true; }

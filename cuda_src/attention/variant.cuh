@@ -66,12 +66,6 @@ struct Variant<> {
   void gather(const Entries&, const Place&) const {}
   template <int rows, int cols>
   void put(u32, const TilePoint&) const {}
-  template <int rows, int cols>
-  int copied_bytes(const TilePoint&) const {
-    return 0;
-  }
-  template <int rows, int cols>
-  void copy(u32, u32, const TilePoint&) const {}
   static void begin(const u64*, i64, i64) {}
   static void finish(const u64*, i64, i64) {}
 };
@@ -164,17 +158,6 @@ struct Variant<Term, Rest...> {
   void put(u32 to, const TilePoint& at) const {
     term.template put<rows, cols>(to, at);
     others.template put<rows, cols>(to + Term::template Staged<rows, cols>::bytes, at);
-  }
-
-  template <int rows, int cols>
-  int copied_bytes(const TilePoint& at) const {
-    return term.template copied_bytes<rows, cols>(at) + others.template copied_bytes<rows, cols>(at);
-  }
-
-  template <int rows, int cols>
-  void copy(u32 to, u32 barrier, const TilePoint& at) const {
-    term.template copy<rows, cols>(to, barrier, at);
-    others.template copy<rows, cols>(to + Term::template Staged<rows, cols>::bytes, barrier, at);
   }
 
   Variant(const Params& params, int batch, int head) : Variant(params.terms, batch, head) {}
