@@ -3,7 +3,8 @@
     python benchmarks/biases.py [--only REGEX] [--repeats 30]
 
 Each way is the sources with something changed: what is staged, the tiles of the forward, whether heads of all sequences
-follow each other, whether a kernel of its own makes the gradient of a bias, and its tiles. What loses is to go.
+follow each other, whether a kernel of its own makes the gradient of a bias, its tiles, and when dP begins. What loses
+is to go.
 """
 
 from __future__ import annotations
@@ -41,14 +42,12 @@ def tile_of(*tile: Any) -> list[Change]:
     return [(ForwardSm90, "tile", lambda self, static: tile)]
 
 
-def without_order() -> list[Change]:
-    """Heads of a sequence follow each other, as they do without a bias."""
+def without(header: str, condition: str) -> list[Change]:
+    """A header of ``cuda_src`` where a condition never holds."""
     headers = dict(_jit.headers())
-    source = headers["attention/scheduler.cuh"]
-    headers["attention/scheduler.cuh"] = source.replace(
-        b"if constexpr (Config::variant::sequences_share)", b"if (false)"
-    )
-    assert headers["attention/scheduler.cuh"] != source
+    source = headers[header].decode()
+    assert source.count(condition) == 1
+    headers[header] = source.replace(condition, "false").encode()
     return [(_jit, "headers", lambda: headers)]
 
 
@@ -60,10 +59,11 @@ FORWARD: dict[str, list[Change]] = {
     ],
     "128×96": tile_of(128, 96, 4, False),
     "192×80": tile_of(192, 80, 0, False),
-    "heads in order": without_order(),
+    "heads in order": without("attention/scheduler.cuh", "Config::variant::sequences_share"),
 }
 BACKWARD: dict[str, list[Change]] = {
     "as it is": [],
+    "dP late": without("attention/backward_mainloop_sm90.cuh", "Config::bias_chunks > 0 && !Variant::bends"),
     "added in memory": [(_bias, "APART_TILES", 1 << 62)],
     "two chunks": [(backward_sm90, "bias_chunks", lambda static: 2 * any(term.apart for term in static.terms))],
 }

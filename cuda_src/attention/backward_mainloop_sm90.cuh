@@ -311,7 +311,9 @@ struct BackwardMainloopSm90 {
         gradients().wait_full(at);
         warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(stage), 64 * consumer);
       };
-      constexpr bool early_dp = !Variant::shapes && !Variant::hides;  // else derivatives, or masks, need the registers
+      // Derivatives, masks and gradients of terms need the registers of dP.
+      constexpr bool early_dp = !Variant::hides && (!Variant::shapes || (Config::bias_chunks > 0 && !Variant::bends &&
+                                                                         !Variant::scales && !Variant::has_gradient));
       if (early_dp) begin_dp();
       Kept<Config, 1, block_m> kept;
       kept.find(where);  // while the product runs
