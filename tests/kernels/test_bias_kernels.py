@@ -9,11 +9,14 @@ import plans
 import pytest
 import sass
 
+from cufa._call.arrays import Spec, contiguous
+from cufa._terms import bias as bias_module
 from cufa._terms.bias import Bias
 from cufa._terms.mask_array import MaskArray
 from cufa._terms.rel_bias import RelBias
 from cufa._terms.score_array import Access
 
+ENTRY = "attention_backward_bias_sm90"
 PAIRED = Bias(Access(2, 1, True), "bf16")
 TERMS: dict[str, tuple[Any, ...]] = {
     "bias": (PAIRED,),
@@ -75,6 +78,41 @@ def test_nothing_touches_what_runs(terms: str) -> None:
         plan = way(plans.static("bf16", 128, 128)._replace(terms=TERMS[terms]), 90)
         for entry, code in sass.disassemble(plans.compile_plan(plan).cubin).items():
             assert not sass.wgmma_hazards(code), entry
+
+
+def specialised(*shape: int) -> Bias:
+    """The bias of 8 sequences of 1024 with 16 heads."""
+    shapes = {"bias": shape, "q": (8, 1024, 16, 128), "k": (8, 1024, 16, 128)}
+    specs = {name: Spec("torch", each, contiguous(each), "bfloat16", 0, 0, True) for name, each in shapes.items()}
+    return Bias().specialised(specs, False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "apart"),
+    [
+        ((1, 16, 1024, 1024), True),
+        ((8, 1, 1024, 1024), True),
+        ((1, 1, 1024, 1024), True),
+        ((8, 16, 1024, 1024), False),
+        ((1, 16, 1, 1024), False),
+        ((1, 16, 1024, 1), False),
+    ],
+)
+def test_gradients_that_sequences_or_heads_share_are_made_apart(shape: tuple[int, ...], apart: bool) -> None:
+    bias = specialised(*shape)
+    for deterministic in (False, True):
+        term = bias.in_order() if deterministic else bias
+        facts = plans.static("bf16", 128, 128)._replace(terms=(term,))
+        plan = plans.backward(facts, 90, deterministic)
+        assert (ENTRY in plan.entries) is apart
+        assert not (apart and plan.config.variant[0].finishes)  # there are no exact sums
+        assert ENTRY not in plans.backward(facts, 80, deterministic).entries
+
+
+def test_few_tiles_of_a_gradient_are_not_made_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    for least, apart in ((64, True), (65, False)):
+        monkeypatch.setattr(bias_module, "APART_TILES", least)
+        assert specialised(1, 1, 1024, 1024).set_apart().apart is apart
 
 
 def test_tiles_leave_registers_to_what_is_loaded() -> None:
