@@ -19,6 +19,7 @@ from test_gpu_function import UNITS
 import cufa
 from cufa import masks
 from cufa._compile import jit as _jit
+from cufa._terms import bias as _bias
 from cufa.testing import Case, KVCacheCase, assert_close, assert_kvcache_close, to_numpy
 
 COMMON = {"num_heads_q": 2, "num_heads_k": 1}
@@ -119,7 +120,8 @@ CACHES: list[dict[str, Any]] = [
 
 FEATURES: list[dict[str, Any]] = [
     {"bias": "xxxx"},  # whose gradient is stored
-    {"bias": "x1xx"},  # whose gradient adds up
+    {"bias": "x1x1"},  # whose gradient adds up
+    {"bias": "x1xx", "seqlen_k": 104},  # which Hopper stages, and whose gradient it makes apart
     {"rel_bias": 20},
     {"mask": "xxxx"},
     {"dropout_p": 0.3},
@@ -131,8 +133,9 @@ def attend_with_features(dtype: str) -> None:
     """Forward and backward, by the kernels for every GPU in float32, and by those for Hopper in 16 bits."""
     element, unit = ELEMENTS[dtype]
     sizes: dict[str, Any] = {**COMMON, "seqlen_q": 130, "seqlen_k": 97, "head_dim": 64, "head_dim_v": 64}
+    _bias.APART_TILES = 1
     for features in FEATURES:
-        case = Case(**sizes, dtype=dtype, **features)
+        case = Case(**sizes | {"dtype": dtype} | features)
         attend(case)
         Call(case=case).right(cupy)
     score, mask = own_functions.SCORES["tables"], own_functions.MASKS["documents"]
