@@ -63,7 +63,7 @@ FORWARD: dict[str, list[Change]] = {
 }
 BACKWARD: dict[str, list[Change]] = {
     "as it is": [],
-    "dP late": without("attention/backward_mainloop_sm90.cuh", "Config::bias_chunks > 0 && !Variant::bends"),
+    "dP late": without("attention/backward_mainloop_sm90.cuh", "Variant::loading == 1 && Variant::light"),
     "added in memory": [(_bias, "APART_TILES", 1 << 62)],
     "two chunks": [(backward_sm90, "bias_chunks", lambda static: 2 * any(term.apart for term in static.terms))],
 }

@@ -311,9 +311,9 @@ struct BackwardMainloopSm90 {
         gradients().wait_full(at);
         warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(stage), 64 * consumer);
       };
-      // Derivatives, masks and gradients of terms need the registers of dP.
-      constexpr bool early_dp = !Variant::hides && (!Variant::shapes || (Config::bias_chunks > 0 && !Variant::bends &&
-                                                                         !Variant::scales && !Variant::has_gradient));
+      // Derivatives and masks, and most gradients of terms, need the registers of dP.
+      constexpr bool light = Variant::loading == 1 && Variant::light && !Variant::bends && !Variant::scales && !by_rows;
+      constexpr bool early_dp = (!Variant::shapes || light) && !Variant::hides;
       if (early_dp) begin_dp();
       Kept<Config, 1, block_m> kept;
       kept.find(where);  // while the product runs

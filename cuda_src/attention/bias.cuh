@@ -49,7 +49,7 @@ struct Bias : Term {
   using Ahead = ScoreTile<Bias, Place, m_tiles, cols>;
   static constexpr bool per_head = per_head_, bends = false, has_gradient = !apart_, loads = true;
   static constexpr bool sequences_share = per_head && !(alone || over_queries || over_keys);
-  static constexpr bool finishes = ordered, apart = apart_;
+  static constexpr bool finishes = ordered, apart = apart_, light = apart;
   static constexpr bool gathers = over_queries || over_keys;
   static_assert(!apart || !(gathers || ordered || bounded), "a tile of such a gradient is not a tile of scores");
 

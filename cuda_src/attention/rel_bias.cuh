@@ -39,7 +39,7 @@ struct RelBias : Term {
   using Data = typename Choice<ordered, OrderedRelBiasData, RelBiasData>::Type;
   using Sums = typename Choice<ordered, ExactSums, AtomicSums>::Type;
   static constexpr bool bends = false, has_gradient = true, gathers = true, finishes = ordered;
-  static constexpr bool loads = true, stages = true;
+  static constexpr bool loads = true, stages = true, light = true;
 
   struct Loaded {
     float x[2];

@@ -43,6 +43,7 @@ struct Term {
   static constexpr bool wild = false;          // whether its slope may be infinite or NaN at a key that is not seen
   static constexpr bool reads_score = false;   // whether `gradient` also takes the score that the term is applied to
   static constexpr bool loads = false;    // whether it has `load`, `Ahead`, and functions that take what these give
+  static constexpr bool light = false;    // whether its gradient, if it has one, takes few registers
   static constexpr bool stages = false;   // whether it has `Staged` and `put`
   static constexpr bool gathers = false;  // whether it has `gather`
   static constexpr bool sequences_share = false;  // whether all sequences share large arrays that heads do not share
@@ -132,7 +133,7 @@ struct Term {
 template <class Own>
 struct Constant : Own {
   using Own::Own;
-  static constexpr bool has_gradient = false, reads_score = false, gathers = false, finishes = false;
+  static constexpr bool has_gradient = false, reads_score = false, gathers = false, finishes = false, light = true;
 
   void gradient(float, const Point&) const {}
   void gradient(float, const Point&, float) const {}

@@ -24,6 +24,8 @@ struct Variant<> {
   static constexpr bool empty = true, per_head = false, bends = false, scales = false, has_gradient = false;
   static constexpr bool hides = false, hides_in_full = false, holds = false, reads_score = false, wild = false;
   static constexpr bool sequences_share = false;
+  static constexpr int loading = 0;
+  static constexpr bool light = true;
   static constexpr bool drops = false, weighs = false, shapes = false, loads = false, gathers = false;
   static constexpr int words = 0;
 
@@ -86,6 +88,8 @@ struct Variant<Term, Rest...> {
   // Whether a term scales that does not drop.
   static constexpr bool weighs = (Term::scales && !Term::drops) || Others::weighs;
   static constexpr bool loads = Term::loads || Others::loads;
+  static constexpr int loading = Term::loads + Others::loading;                  // how many terms do
+  static constexpr bool light = (!Term::loads || Term::light) && Others::light;  // whether those are light
   static constexpr bool gathers = Term::gathers || Others::gathers;
   static_assert(!(Term::gives_slope && Term::loads), "a score with a slope is asked for without what was loaded");
   // Whether keys may be hidden in blocks that the mask says are seen whole.
