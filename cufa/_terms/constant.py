@@ -39,6 +39,9 @@ class Constant(Term):
     def __hash__(self) -> int:
         return hash((Constant, self.term))
 
+    def __reduce__(self) -> tuple[type[Constant], tuple[Term]]:
+        return Constant, (self.term,)  # headers may be a view of a mapping, which goes to no other process
+
     def struct(self, element: str) -> str:
         return f"attention::Constant<{self.term.struct(element)}>"
 

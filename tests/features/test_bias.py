@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 from typing import Any
 
 import featured
@@ -311,3 +312,9 @@ def test_jax_differentiates_and_maps() -> None:
         return cufa.attention(q, k, v, bias=bias, causal=True).astype(jax.numpy.float32).sum()
 
     assert jax.grad(loss)(bias).dtype == jax.numpy.bfloat16
+
+
+def test_terms_go_to_other_processes() -> None:
+    """As plans do, of which they are a part."""
+    for term in (BIAS, BIAS.in_order(), BIAS.wanting(()), MASK_ARRAY):
+        assert pickle.loads(pickle.dumps(term)) == term
