@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import operator
 import re
 import struct
@@ -10,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from .._bundles.selection import arch_of
 from .._call.arrays import CPU, Spec
@@ -32,10 +35,14 @@ MAX_GRID = (2**31 - 1, 65535, 65535)
 """What no launch may exceed, along x, y and z."""
 
 _REFUSED = re.compile(
-    r"-[ID].*|--?(gpu-architecture|arch|include-path|pre-include|include|define-macro|relocatable-device-code|rdc|"
-    r"device-c|dc|dlink-time-opt|dlto|pch|pch-dir|create-pch|use-pch)([= ].*)?"
+    r"-[IDU].*|--?(gpu-architecture|arch|include-path|pre-include|include|define-macro|undefine-macro|"
+    r"relocatable-device-code|rdc|device-c|dc|dlink-time-opt|dlto|optix-ir|pch|pch-dir|create-pch|use-pch)([= ].*)?"
 )
 """Options that are `jit`'s own, that make no machine code, or that let in files which the cache would not know."""
+
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_INCLUDE = re.compile(r"^\s*(?:#|%:)\s*include\s*(\S[^\n]*)", re.MULTILINE)
+_FILE = re.compile(r"""[<"]((?:[/\\]|[A-Za-z]:)[^>"]*)""")
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,7 @@ class JitKernel:
         name: str,
         signature: str,
         parameters: tuple[Parameter, ...],
+        behind: str,
         headers: Mapping[str, bytes],
         options: tuple[str, ...],
     ) -> None:
@@ -135,10 +143,16 @@ class JitKernel:
         self._parameters = parameters
         self._offsets, self._size = _signature.offsets(parameters)
         self._arrays = tuple(index for index, each in enumerate(parameters) if each.kind == "array")
+        self._behind = behind
         self._headers = headers
         self._options = options
         self._loaded: dict[int, _loading.Loaded] = {}
         self._counted = _counts.tally("launches", name).add
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is loaded is the process's own: a copy loads it again.
+        given = self.source, self.name, self.signature, self._parameters, self._behind, self._headers, self._options
+        return JitKernel, given
 
     def __repr__(self) -> str:
         return f"<cufa.JitKernel {self.name}({self.signature})>"
@@ -247,7 +261,8 @@ class JitKernel:
         # What one architecture alone has may be there where it is compiled for, and not for an older one of its family.
         suffix = "a" if arch >= 90 and arch in _compiler.nvrtc().archs else ""
         words = f"the kernel {self.name} for sm_{arch}{suffix}"
-        return Unit(self.name, self.source, self._headers, (self.name,), arch, suffix, words, None, self._options)
+        source = self.source + self._behind
+        return Unit(self.name, source, self._headers, (self.name,), arch, suffix, words, None, self._options)
 
     def _on(self, device: int, stream: int) -> _loading.Loaded:
         """The kernel, loaded for a GPU."""
@@ -268,7 +283,7 @@ class JitKernel:
         try:
             return tuple(map(operator.index, values))
         except TypeError:
-            raise TypeError(f"{self.name}: {name} has to be made of integers.") from None
+            raise TypeError(f"{self.name}: {name} has to be made of integers, as 4 or (4, 2).") from None
 
     def _values(self, arguments: tuple[Any, ...]) -> tuple[list[Any], int, int, Any]:
         """What the kernel is given, the GPU, the stream, and what has to be kept until the launch is enqueued."""
@@ -345,9 +360,10 @@ def jit(
         source. Types are those of CUDA and of ``core/types.cuh``: a pointer to a known type takes arrays of its dtype,
         and any other pointer arrays of any dtype; an array behind a pointer that is not to ``const`` is written.
     defines : mapping of str to (str, int or float), optional
-        Macros, in the signature, too; so a type may be one.
+        Macros without parameters, in the signature, too; so a type may be one.
     headers : mapping of str to str, optional
-        Texts that the source may include, by path. They come before cufa's own.
+        Texts that the source may include, by path. They come before cufa's own. No file is included from the disk:
+        neither the CUDA toolkit's headers nor those of the working directory.
     options : sequence of str, optional
         Of NVRTC's, as ``"--use_fast_math"``. Those that name files or an architecture are refused.
 
@@ -360,7 +376,7 @@ def jit(
     TypeError
         If a parameter is of a type that no argument can be converted to, or the arguments of `jit` are of wrong types.
     ValueError
-        If the source does not declare the kernel, or an option is refused.
+        If the source does not declare the kernel or names a file to include, or an option is refused.
 
     See Also
     --------
@@ -387,27 +403,79 @@ def jit(
     for what, text in (("source", source), ("name", name), ("signature", signature)):
         if not isinstance(text, str) and not (what == "signature" and text is None):
             raise TypeError(f"jit: {what} is a {type(text).__name__}; it is text.")
-    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+    if not _NAME.fullmatch(name):
         raise ArgumentError(f"jit: name is {name!r}, and not the name of a function.")
-    macros = {macro: str(value) for macro, value in (defines or {}).items()}
-    if isinstance(options, str):
-        raise TypeError("jit: options is one text; pass a sequence of them.")
+    macros = _macros({} if defines is None else defines)
+    texts = _texts({} if headers is None else headers)
+    _check_text("source", source)
+    for text in (source, *texts.values()):
+        _check_includes(text, macros, texts)
+    if not isinstance(options, (list, tuple)) or not all(isinstance(each, str) for each in options):
+        raise TypeError(f"jit: options is {options!r}; pass a list of texts.")
     if refused := [each for each in options if _REFUSED.fullmatch(each)]:
         raise ArgumentError(
             f"jit: the option {refused[0]} is refused: architectures and macros have arguments of their own, and the "
             "cache would not know the content of files; pass headers= or defines=."
         )
     try:
-        declared = _signature.of_source(source, name, macros) if signature is None else signature
+        declared = _signature.of_source(source, name) if signature is None else _signature.plain(signature).strip()
         parameters = _signature.parse(declared, macros)
     except TypeError as error:
         raise TypeError(f"jit: {error}.") from None
     except ValueError as error:
         raise ArgumentError(f"jit: {error}.") from None
-    if signature is not None:  # the compiler compares it with what the source declares
-        source = f'{source}\nextern "C" __global__ void {name}({signature});\n'
-    included = {**_compiler.headers(), **{path: text.encode() for path, text in (headers or {}).items()}}
-    if "#include" not in source:  # its key in the cache need not change with cufa's headers
+    # Of a source that includes nothing the key in the cache need not change with cufa's headers.
+    included = {**_compiler.headers(), **{path: text.encode() for path, text in texts.items()}}
+    if "include" not in source:
         included = {}
-    macro_options = tuple(f"--define-macro={macro}={value}" for macro, value in macros.items())
-    return JitKernel(source, name, declared, parameters, included, (*macro_options, *options))
+    # The compiler compares what was read, or told, with what the source declares, behind macros and typedefs.
+    if signature is None:
+        behind = _signature.redeclared(name, parameters)
+    else:
+        behind = f'\n#line 1 "signature"\nextern "C" __global__ void {name}({declared});\n'
+    # Else files of the working directory could be included, and the cache would not notice when they change.
+    own = ("--no-source-include", *(f"--define-macro={macro}={value}" for macro, value in macros.items()))
+    return JitKernel(source, name, declared, parameters, behind, included, (*own, *options))
+
+
+def _macros(defines: Any) -> dict[str, str]:
+    """Macros and what they stand for, as text."""
+    if not isinstance(defines, Mapping):
+        raise TypeError(f"jit: defines is a {type(defines).__name__}; it is a mapping of names to texts and numbers.")
+    for macro, value in defines.items():
+        if not isinstance(macro, str) or not _NAME.fullmatch(macro):
+            raise ArgumentError(f"jit: defines has {macro!r}, which is not the name of a macro without parameters.")
+        if not isinstance(value, (str, int, float, np.integer, np.floating)):
+            raise TypeError(f"jit: {macro} is defined as a {type(value).__name__}; pass a text or a number.")
+        if isinstance(value, (float, np.floating)) and not math.isfinite(value):
+            raise ArgumentError(f"jit: {macro} is defined as {value}, which C++ has no number for; pass an expression.")
+        _check_text(f"the macro {macro}", str(value))
+    return {macro: str(int(value) if isinstance(value, bool) else value) for macro, value in defines.items()}
+
+
+def _texts(headers: Any) -> Mapping[str, str]:
+    """Headers by path, if they are text."""
+    if not isinstance(headers, Mapping):
+        raise TypeError(f"jit: headers is a {type(headers).__name__}; it is a mapping of paths to texts.")
+    for path, text in headers.items():
+        if not isinstance(path, str) or not isinstance(text, str):
+            raise TypeError(f"jit: headers has {path!r}, a {type(text).__name__}; both paths and headers are text.")
+        _check_text(f"the header {path}", text)
+    return headers
+
+
+def _check_text(what: str, text: str) -> None:
+    try:
+        if b"\0" not in text.encode():
+            return
+    except UnicodeEncodeError:
+        pass
+    raise ArgumentError(f"jit: {what} has characters that a compiler does not read, such as a 0 or half a surrogate.")
+
+
+def _check_includes(text: str, macros: Mapping[str, str], headers: Mapping[str, str]) -> None:
+    """See that it names no file of the disk, since the cache would not notice when that changes."""
+    for found in _INCLUDE.finditer(text):
+        file = _FILE.match(macros.get(found[1].strip(), found[1]))
+        if file and file[1] not in headers:
+            raise ArgumentError(f"jit: the source includes the file {file[1]}; pass its text by headers= instead.")

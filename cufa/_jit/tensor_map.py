@@ -47,6 +47,9 @@ class TensorMap:
         self.array = array
         self.content = content
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a tensor map has an address, and cannot be copied or pickled; make one of the array's copy.")
+
 
 def tensor_map(array: Any, box: Sequence[int], *, swizzle: int = 0) -> TensorMap:
     """Describe an array to the tensor memory accelerator (TMA) of sm_90 and newer.

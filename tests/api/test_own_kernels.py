@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,10 @@ def test_parameters_are_those_of_the_declaration(scaled: cufa.JitKernel) -> None
 def test_parameters_of_other_kinds() -> None:
     parsed = _signature.parse("void* a, const Pair* b, const __grid_constant__ ptx::TensorMap c, unsigned int d", {})
     assert [each.kind for each in parsed] == ["array", "array", "map", "number"]
+    words = "long long unsigned int a, short int* b, signed c, size_t d, volatile i64 const* e"
+    assert [each.spelled for each in _signature.parse(words, {})] == [
+        *("unsigned long long", "short*", "int", "size_t", "const volatile long long*"),
+    ]
     assert [each.dtype for each in parsed[:2]] == [None, None] and [each.written for each in parsed[:2]] == [
         True,
         False,
@@ -74,7 +81,21 @@ def test_parameters_of_other_kinds() -> None:
         ('extern "C" __global__ void f(size n) {}', {}, TypeError, "'size n' is no pointer"),
         ('extern "C" __global__ void f(int n) {}', {"options": ["-arch=sm_80"]}, ValueError, "-arch=sm_80 is refused"),
         ('extern "C" __global__ void f(int n) {}', {"options": ["-Iinclude"]}, ValueError, "-Iinclude is refused"),
-        ('extern "C" __global__ void f(int n) {}', {"options": "-G"}, TypeError, "one text"),
+        ('extern "C" __global__ void f(int n) {}', {"options": "-G"}, TypeError, "pass a list of texts"),
+        ('extern "C" __global__ void f(int n) {}', {"options": ["-Uint"]}, ValueError, "-Uint is refused"),
+        ('extern "C" __global__ void f(int n = 1) {}', {}, TypeError, "'int n = 1' has a default"),
+        ('extern "C" __global__ void f(const CUtensorMap m) {}', {}, TypeError, "__grid_constant__ CUtensorMap m"),
+        ("\0", {}, ValueError, "source has characters that a compiler does not read"),
+        ("// \ud800", {}, ValueError, "source has characters that a compiler does not read"),
+        ('  # include "/home/mine.h"', {}, ValueError, "includes the file /home/mine.h; pass its text"),
+        ("#include MINE", {"defines": {"MINE": "<C:mine.h>"}}, ValueError, "includes the file C:mine.h"),
+        ("", {"headers": {"a.h": '#include "/b.h"'}}, ValueError, "includes the file /b.h"),
+        ("", {"headers": {"a.h": b""}}, TypeError, "headers has 'a.h', a bytes"),
+        ("", {"headers": ["a.h"]}, TypeError, "headers is a list"),
+        ("", {"defines": {"A=3": 1}}, ValueError, "defines has 'A=3'"),
+        ("", {"defines": {"A": None}}, TypeError, "A is defined as a NoneType"),
+        ("", {"defines": {"A": float("nan")}}, ValueError, "A is defined as nan"),
+        ("", {"defines": "A"}, TypeError, "defines is a str"),
         (b"", {}, TypeError, "source is a bytes"),
     ],
 )
@@ -94,6 +115,10 @@ def test_launches_compute(dtype: str) -> None:
         kernel(y, gpu.array(x), np.float32(2), np.True_, np.uint8(255), 999, grid=(2, 4), block=(128,))
         np.testing.assert_array_equal(y.numpy()[:999], 255 - 2 * x.astype(np.float32)[:999])
         assert np.isnan(y.numpy()[999])
+        kernel._loaded[7] = threading.Lock()  # type: ignore[assignment]  # is the process's own, like all that is loaded
+        again = pickle.loads(pickle.dumps(kernel))
+        again(y, gpu.array(x), 1, False, 0, 1000, grid=8, block=128)
+        np.testing.assert_array_equal(y.numpy(), x.astype(np.float32))
 
 
 def _compiler_dtype(name: str) -> Any:
@@ -133,6 +158,8 @@ def test_a_tensor_map_is_an_argument() -> None:
         )
         found = y.numpy().view(np.float16)
         given = gpu.array(x)
+        with pytest.raises(TypeError, match="a tensor map has an address"):
+            copy.deepcopy(cufa.tensor_map(given, (1, 1, 8, 64), swizzle=128))
         for wrong, text in (
             (((1, 1, 8), 128), "box is (1, 1, 8)"),
             (((1, 1, 8, 65), 128), "box is (1, 1, 8, 65)"),
@@ -163,6 +190,7 @@ def test_what_is_wrong_with_a_launch_is_said_before_it(scaled: cufa.JitKernel) -
             ({"x": x}, ValueError, "x is in host memory"),
             ({"x": 7}, TypeError, "x is a int, not an array"),
             ({"by": "2"}, TypeError, "by is a str"),
+            ({"by": 10**400}, ValueError, "which 'double by' does not hold"),
             ({"negate": 1}, TypeError, "negate is a int, but is declared 'bool negate'"),
             ({"plus": 256}, ValueError, "plus is 256, which 'u8 plus' does not hold"),
             ({"plus": 1.0}, TypeError, "plus is a float"),
@@ -181,6 +209,9 @@ def test_what_is_wrong_with_a_launch_is_said_before_it(scaled: cufa.JitKernel) -
             with pytest.raises(kind, match="scaled: ") as raised:
                 scaled(*arguments, **given)
             assert text in str(raised.value)
+        single = cufa.jit('extern "C" __global__ void f(float* y, float a) { *y = a; }', "f")
+        with pytest.raises(ValueError, match=r"a is 1e\+39, which 'float a' does not hold"):
+            single(y, 1e39, **shape)
         with pytest.raises(TypeError, match="5 arguments are given, and the kernel has 6"):
             scaled(*[*right.values()][:5], **shape)
         assert gpu.launches == []
@@ -229,6 +260,46 @@ def test_errors_of_the_compiler_show_the_line() -> None:
     absent = cufa.jit('extern "C" __global__ void f(int n) {}', "g", signature="int n")
     with pytest.raises(cufa.CompileError, match="the kernel g for sm_80 is not in what was compiled"):
         absent.compile("sm_80")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'typedef long long i32; extern "C" __global__ void f(float* y, i32 n) { *y = n; }',
+        '#define float double\nextern "C" __global__ void f(float* y, float n) { *y = n; }',
+        '#if 0\nextern "C" __global__ void f(float* y)\n#endif\n#define KERNEL(name) extern "C" __global__ void name\n'
+        "KERNEL(f)(float* y, int n) { *y = n; }",
+    ],
+)
+def test_types_that_are_not_what_they_are_called_are_found(source: str) -> None:
+    with pytest.raises(cufa.CompileError, match=r'signature\(1\): error: .*"C" linkage'):
+        cufa.jit(source, "f").compile("sm_80")
+
+
+def test_declarations_of_all_kinds_compile() -> None:
+    """Comments, lines of Windows, and names that the source alone knows are no reason for an error."""
+    source = (
+        "// käse\r\nnamespace own {\r\nstruct Pair { int a; };\r\n"
+        'extern "C" __global__ void f(volatile float* y, \\\r\n  const Pair* x /* ) */, size_t n) '
+        "{ y[n] = x->a + ONE; }\r\n}"
+    )
+    assert cufa.jit(source, "f", defines={"ONE": True}).compile("sm_80").registers > 0
+    source = (
+        '%:  include NAMED\nextern "C" { __global__ void f(const u32* x, float const* const y, u32* z) { *z = *x; } }'
+    )
+    kernel = cufa.jit(
+        source, "f", defines={"NAMED": "<core/types.cuh>"}, signature="const u32* x, const f32* y, u32* z"
+    )
+    assert kernel.compile("sm_80").registers > 0
+    assert cufa.jit(source, "f", defines={"NAMED": "<core/types.cuh>"}).compile("sm_80").registers > 0
+
+
+def test_files_of_the_working_directory_are_not_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache would not notice when they change."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.h").write_text("")
+    with pytest.raises(cufa.CompileError, match="could not open source file"):
+        cufa.jit('#include "mine.h"\nextern "C" __global__ void f(int n) {}', "f").compile("sm_80")
 
 
 def test_headers_of_the_callers_come_first() -> None:
