@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from .._bundles.selection import arch_of
+from ..errors import CompileError
 
 if TYPE_CHECKING:
     from ..learn.ladder import Measured, Rung, Size
@@ -23,14 +28,31 @@ FLOAT_FLOPS = {80: 128, 90: 256}
 
 @click.command()
 @click.option("--rung", "names", multiple=True, metavar="NAME", help="Only this one, as r07. Can be repeated.")
-@click.option("--head-dim", "head_dims", multiple=True, type=click.Choice(["64", "128"]), help="Both by default.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option(
+    "--head-dim",
+    "head_dims",
+    multiple=True,
+    type=click.Choice(["64", "128"]),
+    help="By default both, and 64 in NumPy.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the CUDA rungs; those in NumPy take float32.",
+)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--seqlen", type=click.IntRange(1), help="By default 4096 on a GPU, and 256 in NumPy.")
 @click.option("--heads", type=click.IntRange(1), help="By default 16 on a GPU, and 2 in NumPy.")
 @click.option("--causal", is_flag=True, help="With a causal mask.")
-@click.option("--seconds", type=click.FloatRange(0.001), default=0.5, show_default=True, help="To measure a rung.")
-@click.option("--arch", default="sm_90", show_default=True, help="What to compile for, where kernels cannot run.")
+@click.option("--seconds", type=click.FloatRange(0.001, 600), default=0.5, show_default=True, help="To measure a rung.")
+@click.option(
+    "--arch",
+    default="sm_90",
+    show_default=True,
+    help="What to compile for, where kernels cannot run, but for r13, which is for sm_90 alone.",
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="A directory for ladder.md, and a plot.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def learn(
@@ -58,11 +80,18 @@ def learn(
     """
     from ..learn import ladder
 
-    rungs = [ladder.rung(name) for name in names] or list(ladder.RUNGS)
-    sizes = [
-        ladder.Size(batch, seqlen or 4096, heads or 16, int(head_dim), dtype, causal)
-        for head_dim in head_dims or (64, 128)
-    ]
+    rungs = list(dict.fromkeys(ladder.rung(name) for name in names)) or list(ladder.RUNGS)
+    widths = [*dict.fromkeys(map(int, head_dims))]
+    sizes = [ladder.Size(batch, seqlen or 4096, heads or 16, width, dtype, causal) for width in widths or (64, 128)]
+    cpu_sizes = [ladder.Size(batch, seqlen or 256, heads or 2, width, "float32", causal) for width in widths or (64,)]
+    if math.isnan(seconds):
+        raise click.BadParameter("it is not a number.", param_hint="--seconds")
+    if (arch_of(arch) or 0) < 80:
+        raise click.BadParameter(f"{arch!r} is not sm_80, or newer.", param_hint="--arch")
+    if out is not None:  # before anything is measured that could not be written
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
     running, other, left_out = [], [], []
     for each in rungs:
         reason = ladder.why_not(each)
@@ -72,23 +101,24 @@ def learn(
             other.append(each)
         else:
             left_out.append({"rung": each.name, "why": reason})
-    measured = _on_cpu([each for each in running if each.needs == "numpy"], batch, seqlen, heads, causal, seconds)
-    on_gpu = {
-        size.head_dim: _on_gpu([each for each in running if each.needs != "numpy"], size, seconds) for size in sizes
-    }
-    on_gpu = {head_dim: found for head_dim, found in on_gpu.items() if found}
+    if other and (reason := _why_not_compiled()):
+        left_out += [{"rung": each.name, "why": reason} for each in other]
+        other = []
     compiled = [_compiled(each, arch, size) for each in other for size in sizes]
+    in_numpy = [each for each in running if each.needs == "numpy"]
+    on_cpu = {size: [_said(each, size, seconds) for each in in_numpy] for size in cpu_sizes if in_numpy}
+    of_gpu = [each for each in running if each.needs != "numpy"]
+    on_gpu = {size: _on_gpu(of_gpu, size, seconds) for size in sizes if of_gpu}
     found: dict[str, Any] = {
-        "cpu": [_row(each) for each in measured],
-        "gpu": {head_dim: [_row(each) for each in rows] for head_dim, rows in on_gpu.items()},
+        "cpu": [_row(each, size) for size, rows in on_cpu.items() for each in rows],
+        "gpu": [_row(each, size) for size, rows in on_gpu.items() for each in rows],
         "compiled": compiled,
         "left out": left_out,
     }
     if as_json:
         click.echo(json.dumps(found, indent=2))
-    text = _text(measured, on_gpu, sizes, compiled, left_out)
+    text = _text(on_cpu, on_gpu, compiled, left_out)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         plotted = bool(on_gpu) and _plot(on_gpu, out / "roofline.svg")
         image = "\n![What each rung does, beside what the GPU could](roofline.svg)\n" if plotted else ""
         (out / "ladder.md").write_text(f"{text}{image}", encoding="utf-8")
@@ -99,13 +129,15 @@ def learn(
         click.echo(text, nl=False)
 
 
-def _on_cpu(
-    rungs: list[Rung], batch: int, seqlen: int | None, heads: int | None, causal: bool, seconds: float
-) -> list[Measured]:
-    from ..learn import ladder
+def _why_not_compiled() -> str:
+    """Why kernels cannot be compiled here; empty if they can."""
+    from .._compile import jit as _compiler
 
-    size = ladder.Size(batch, seqlen or 256, heads or 2, 64, "float32", causal)
-    return [_said(each, size, seconds) for each in rungs]
+    try:
+        _compiler.nvrtc()
+    except CompileError as error:
+        return str(error).removeprefix("cufa: ").removesuffix(".")
+    return ""
 
 
 def _on_gpu(rungs: list[Rung], size: Size, seconds: float) -> list[Measured]:
@@ -123,7 +155,11 @@ def _said(rung: Rung, size: Size, seconds: float) -> Measured:
     from ..learn import ladder
 
     click.echo(f"{rung.name}, head_dim {size.head_dim} ...", err=True)
-    return ladder.measure(rung, size, seconds=seconds)
+    try:
+        return ladder.measure(rung, size, seconds=seconds)
+    except (AssertionError, MemoryError) as error:  # a kernel that was changed, or sizes that are too large
+        wrong = "is wrong" if isinstance(error, AssertionError) else "does not fit the memory"
+        raise click.ClickException(f"{rung.name} {wrong}: {error}") from error
 
 
 def _compiled(rung: Rung, arch: str, size: Size) -> dict[str, Any]:
@@ -144,26 +180,22 @@ def _compiled(rung: Rung, arch: str, size: Size) -> dict[str, Any]:
     }
 
 
-def _row(measured: Measured) -> dict[str, Any]:
-    return {**measured._asdict(), "tflops": measured.tflops}
+def _row(measured: Measured, size: Size) -> dict[str, Any]:
+    return {**measured._asdict(), "tflops": measured.tflops, "size": size._asdict()}
 
 
 def _text(
-    measured: list[Measured],
-    on_gpu: dict[int, list[Measured]],
-    sizes: list[Size],
+    on_cpu: dict[Size, list[Measured]],
+    on_gpu: dict[Size, list[Measured]],
     compiled: list[dict[str, Any]],
     left_out: list[dict[str, str]],
 ) -> str:
     """The tables, in Markdown."""
     parts = []
-    if measured:
-        parts.append(f"In NumPy, on the CPU:\n\n{_table(measured, 1e3, 'GFLOP/s')}")
-    for size in sizes:
-        if rows := on_gpu.get(size.head_dim):
-            what = f"batch {size.batch}, {size.seqlen} queries and keys, {size.heads} heads, {size.dtype}"
-            mask = ", causal" if size.causal else ""
-            parts.append(f"On {_gpu_name()}, head_dim {size.head_dim}, {what}{mask}:\n\n{_table(rows, 1, 'TFLOP/s')}")
+    for size, rows in on_cpu.items():
+        parts.append(f"In NumPy, on the CPU, {_described(size)}:\n\n{_table(rows, 1e3, 'GFLOP/s')}")
+    for size, rows in on_gpu.items():
+        parts.append(f"On {_gpu_name()}, {_described(size)}:\n\n{_table(rows, 1, 'TFLOP/s')}")
     if compiled:
         lines = [
             (
@@ -182,6 +214,11 @@ def _text(
     return "\n".join(parts)
 
 
+def _described(size: Size) -> str:
+    what = f"head_dim {size.head_dim}, batch {size.batch}, {size.seqlen} queries and keys, {size.heads} heads"
+    return f"{what}, {size.dtype}{', causal' if size.causal else ''}"
+
+
 _TAKEN = ("registers", "shared_bytes", "spill_bytes", "instructions")
 
 
@@ -193,7 +230,7 @@ def _table(rows: list[Measured], factor: float, unit: str) -> str:
             "–" if each.bytes_asked_for is None else f"{each.bytes_asked_for / 1e6:,.1f}" for each in rows
         ],
         unit: [f"{each.tflops * factor:.3g}" for each in rows],
-        "times the one before": ["", *(f"{a.seconds / b.seconds:.2f}" for a, b in pairwise(rows))],
+        "times the one before": ["", *(f"{b.tflops / a.tflops:.2f}" for a, b in pairwise(rows))],
         "largest error": [f"{each.error:.1e}" for each in rows],
     }
     if all(each.bytes_asked_for is None for each in rows):
@@ -241,7 +278,7 @@ def roofs() -> dict[str, float]:
     return found
 
 
-def _plot(on_gpu: dict[int, list[Measured]], path: Path) -> bool:
+def _plot(on_gpu: dict[Size, list[Measured]], path: Path) -> bool:
     """Draw the rungs below the roofs; False if there is no matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
@@ -249,7 +286,7 @@ def _plot(on_gpu: dict[int, list[Measured]], path: Path) -> bool:
     return True
 
 
-def draw(on_gpu: dict[int, list[Measured]], most: dict[str, float], path: Path) -> None:
+def draw(on_gpu: dict[Size, list[Measured]], most: dict[str, float], path: Path) -> None:
     """A roofline: operations in a second over operations for each byte asked for, by head_dim."""
     import matplotlib
 
@@ -265,10 +302,14 @@ def draw(on_gpu: dict[int, list[Measured]], most: dict[str, float], path: Path) 
             reached = [min(flops, most["memory"] * x) / 1e12 for x in (ends[0], flops / most["memory"], ends[1])]
             axes.plot([ends[0], flops / most["memory"], ends[1]], reached, color="gray", linewidth=1)
             axes.annotate(name, (ends[1], flops / 1e12), ha="right", va="bottom", color="gray", fontsize=8)
-    for marker, (head_dim, rows) in zip("os", on_gpu.items(), strict=False):
+    for marker, (size, rows) in zip("os", on_gpu.items(), strict=False):
         points = [(each.flops / each.bytes_asked_for, each) for each in rows if each.bytes_asked_for]
         axes.plot(
-            [x for x, _ in points], [each.tflops for _, each in points], marker, label=f"head_dim {head_dim}", alpha=0.7
+            [x for x, _ in points],
+            [each.tflops for _, each in points],
+            marker,
+            label=f"head_dim {size.head_dim}",
+            alpha=0.7,
         )
         for x, each in points:
             axes.annotate(each.name[:3], (x, each.tflops), textcoords="offset points", xytext=(6, 2), fontsize=7)

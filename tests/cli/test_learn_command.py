@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from cufa import reference
 from cufa._cli import learn
 from cufa._cli.main import cufa as command
+from cufa.errors import CompileError
 from cufa.learn import ladder
 from cufa.learn.ladder import Measured, Rung, Size
 
@@ -38,7 +39,7 @@ def test_what_cannot_run_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert done.exit_code == 0, done.output
     table = (tmp_path / "ladder.md").read_text()
     for line in (
-        "In NumPy, on the CPU:",
+        "In NumPy, on the CPU, head_dim 64, batch 1, 32 queries and keys, 2 heads, float32:",
         "| r01_textbook: the specification ",
         "Left out: t04_triton; there is no GPU.",
     ):
@@ -46,14 +47,49 @@ def test_what_cannot_run_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "roofline" not in table and not (tmp_path / "roofline.svg").exists()
     found = json.loads((tmp_path / "ladder.json").read_text())
     assert [each["name"] for each in found["cpu"]] == ["r01_textbook"] and found["cpu"][0]["error"] < 1e-5
+    assert (found["cpu"][0]["size"]["seqlen"], found["cpu"][0]["size"]["head_dim"]) == (32, 64)
     compiled = {each["rung"]: each for each in found["compiled"]}
     assert (compiled["r12_swizzle"]["arch"], compiled["r12_swizzle"]["shared_bytes"]) == ("sm_80", 32768)
     assert compiled["r13_hopper"]["arch"] == "sm_90a" and compiled["r13_hopper"]["spill_bytes"] == 0
 
 
-def test_wrong_names_are_told() -> None:
-    done = CliRunner().invoke(command, ["learn", "--rung", "r99"])
-    assert isinstance(done.exception, ValueError) and "there is no rung 'r99'" in str(done.exception)
+def test_wrong_options_are_told_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "measure", lambda *_, **__: pytest.fail("it measures"))
+    (tmp_path / "file").touch()
+    for wrong, text in (
+        (["--rung", "r99"], "there is no rung 'r99'"),
+        (["--seconds", "nan"], "--seconds: it is not a number"),
+        (["--seconds", "inf"], "--seconds"),
+        (["--arch", "volta"], "'volta' is not sm_80, or newer"),
+        (["--arch", "sm_75"], "'sm_75' is not sm_80, or newer"),
+        (["--rung", "r12", "--arch", "sm_999"], "does not compile for compute capability 99.9"),
+        (["--out", str(tmp_path / "file" / "below")], "Not a directory"),
+    ):
+        done = CliRunner().invoke(command, ["learn", "--rung", "r01", *wrong])
+        assert done.exit_code != 0 and text in f"{done.output}{done.exception}", (wrong, done.output)
+
+
+def test_what_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rung that somebody changed, and is wrong now; without the compiler the rungs in NumPy run all the same."""
+    asked = []
+
+    def measure(rung: Rung, size: Size, *, seconds: float) -> Measured:
+        asked.append((rung.name, size.head_dim, size.dtype))
+        if rung.name == "r02_online":
+            raise AssertionError("0.5 is far from 0.25")
+        return ROWS[0]
+
+    def missing() -> None:
+        raise CompileError("cufa: NVRTC cannot be loaded.")
+
+    monkeypatch.setattr(ladder, "measure", measure)
+    done = CliRunner().invoke(command, ["learn", "--rung", "r02"])
+    assert done.exit_code == 1 and "r02_online is wrong: 0.5 is far from 0.25" in done.output
+    monkeypatch.setattr("cufa._compile.jit.nvrtc", missing)
+    widths = ["--head-dim", "64", "--head-dim", "128", "--head-dim", "64"]
+    done = CliRunner().invoke(command, ["learn", "--rung", "r13", "--rung", "r01", "--rung", "r01", *widths])
+    assert done.exit_code == 0 and "Left out: r13_hopper; NVRTC cannot be loaded." in done.output
+    assert asked[1:] == [("r01_textbook", 64, "float32"), ("r01_textbook", 128, "float32")]
 
 
 ROWS = [
@@ -66,11 +102,11 @@ ROWS = [
 def test_what_ran_on_a_gpu_is_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(learn, "_gpu_name", lambda: "a GPU")
-    text = learn._text([], {128: ROWS}, [Size(causal=True)], [], [])
+    text = learn._text({}, {Size(causal=True): ROWS}, [], [])
     assert "On a GPU, head_dim 128, batch 1, 4096 queries and keys, 16 heads, bfloat16, causal:" in text
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "cufa.attention" in line]
     assert cells == [["cufa.attention: fast", "10", "–", "100", "10.00", "1.0e-03"]]
-    learn.draw({128: ROWS}, {"memory": 4e12, "tensor cores": 1e15}, tmp_path / "roofline.svg")
+    learn.draw({Size(): ROWS}, {"memory": 4e12, "tensor cores": 1e15}, tmp_path / "roofline.svg")
     assert (tmp_path / "roofline.svg").read_text().count("<!-- r0") == 2
 
 
