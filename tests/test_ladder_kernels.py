@@ -75,6 +75,11 @@ def test_rungs_compile_well(rung: ladder.Rung) -> None:
             found = host.kernel(rung.name, "bfloat16", head_dim).compile(arch)
             assert found.spill_bytes == 0, found
             assert "C75" not in found.log and "warning" not in found.log, found.log
+            if rung.name == "r09_warp_rows" and (functions := sass.disassemble(found.cubin)):
+                (code,) = functions.values()
+                counted = sass.count(code)
+                # Else shared memory would be what it waits for: a read of 16 bytes for all lanes takes four clocks.
+                assert counted["FFMA"] >= 16 * counted["LDS"]
             if rung.needs == "sm_90" and (functions := sass.disassemble(found.cubin)):
                 (code,) = functions.values()
                 assert not sass.wgmma_hazards(code)

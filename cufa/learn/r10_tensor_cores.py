@@ -21,7 +21,9 @@ two bytes and an instruction to join them.
 - **Masks** are for tiles on an edge alone. All others take no comparison.
 - **Keys behind the end are zeros**, and not whatever lies there: 0 · NaN is NaN.
 
-What is left: copies and products wait for each other, at two barriers for each tile.
+What is left: copies and products wait for each other, at two barriers for each tile. And a copy is a load and a store
+that waits for it. Whether a key is there is a branch between them, over which the compiler takes no load: a thread has
+eight copies for each tile, or 16 of 128 columns, and each begins when the one before has arrived.
 """
 
 from __future__ import annotations

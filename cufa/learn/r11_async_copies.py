@@ -9,8 +9,9 @@ With two tiles of k and two of v in shared memory (*double buffering*) a round i
     scores, softmax, output                     the copies run beside them
     barrier                                     all have read the tile: the next round may overwrite it
 
-A copy takes some 500 to 1000 clocks to arrive, whatever is done about it. Rung 10 spends them waiting, and hides them
-only as far as another block on the SM has something to do. Here they pass during the products.
+A copy takes some 500 to 1000 clocks to arrive, whatever is done about it. Rung 10 spends them waiting, for one copy
+after the other, and hides them only as far as another block on the SM has something to do. Here all copies of a tile
+are under way at a time, and their clocks pass during the products.
 
 Bytes that are not there, as keys behind the end, are filled with zeros by the copy itself, which is told how many of
 the 16 to read.
