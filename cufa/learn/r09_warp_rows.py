@@ -9,7 +9,7 @@ A warp has 16 rows, and a tile 64 keys. The lanes are a matrix of 4 x 8, which d
   four rows.
 
 To use each number that is read several times over, and to hold it in registers meanwhile, is *register blocking*: what
-is left is nearly the multiply-adds alone. The maximum of a row is that of eight lanes, three shuffles, once for 64 keys.
+is left is nearly the multiply-adds alone. The maximum of a row is that of eight lanes, three shuffles for 64 keys.
 
 **Banks.** Shared memory has 32 banks of 4 bytes. Reads of 16 bytes go through in four parts of eight lanes; eight lanes
 read the same chunk of eight keys, and if a row is 128 or 256 bytes long, all eight chunks are in the same four banks,

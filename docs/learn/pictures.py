@@ -38,12 +38,26 @@ class Drawing:
             self.text(x + width / 2, y + height / 2 + 4, text, color="#1d1f22" if pale else "#ffffff")
 
     def text(
-        self, x: float, y: float, text: str, *, anchor: str = "middle", size: int = 12, color: str = "#1d1f22"
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        anchor: str = "middle",
+        size: int = 12,
+        color: str = "#1d1f22",
+        backed: bool = False,
     ) -> None:
+        """Lines of text, which `backed` ones keep clear of what was drawn before."""
         lines = text.split("\n")
         for number, line in enumerate(lines):
             escaped = line.replace("&", "&amp;").replace("<", "&lt;")
             at = y + (number - (len(lines) - 1) / 2) * (size + 3)
+            if backed:
+                width = 0.58 * size * len(line)
+                left = x - width * {"start": 0, "middle": 0.5, "end": 1}[anchor]
+                place = f'x="{left - 2:.1f}" y="{at - size:.1f}" width="{width + 4:.1f}" height="{size + 4}"'
+                self.shapes.append(f'<rect {place} fill="#ffffff"/>')
             place = f'x="{x:.1f}" y="{at:.1f}" text-anchor="{anchor}"'
             self.shapes.append(f'<text {place} font-size="{size}" fill="{color}">{escaped}</text>')
 
@@ -53,10 +67,11 @@ class Drawing:
         self.shapes.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"{dash}/>')
 
     def arrow(self, *points: tuple[float, float], color: str = GRAY, width: float = 1.5) -> None:
-        self.line(*points, color=color, width=width)
         (x0, y0), (x, y) = points[-2:]
-        angle = math.atan2(y - y0, x - x0)
-        tips = [(x - 8 * math.cos(angle + turn), y - 8 * math.sin(angle + turn)) for turn in (0.4, -0.4)]
+        angle, head = math.atan2(y - y0, x - x0), 8 if width < 3 else 16
+        end = (x - head / 2 * math.cos(angle), y - head / 2 * math.sin(angle))  # lest the line is wider than the tip
+        self.line(*points[:-1], end, color=color, width=width)
+        tips = [(x - head * math.cos(angle + turn), y - head * math.sin(angle + turn)) for turn in (0.4, -0.4)]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in ((x, y), *tips))
         self.shapes.append(f'<polygon points="{path}" fill="{color}"/>')
 
@@ -100,8 +115,8 @@ def passes() -> str:
         heavy = {"S": 5.0, "P": 5.0}
         d.arrow((x + 22, 250), (x + 22, 106), color=RED, width=heavy.get(read[0], 1.5))
         d.arrow((x + 73, 104), (x + 73, 248), color=RED, width=heavy.get(written, 1.5))
-        d.text(x + 22, 178, f" {read}", anchor="start", size=13)
-        d.text(x + 77, 178, f" {written}", anchor="start", size=13)
+        d.text(x + 28, 178, read, anchor="start", size=13)
+        d.text(x + 79, 178, written, anchor="start", size=13)
     d.text(570, 24, "FlashAttention: tile by tile", size=14)
     d.rect(400, 250, 340, 50, RED, "slow memory (HBM)")
     d.rect(410, 50, 320, 110, VIOLET)
@@ -357,20 +372,22 @@ def roofline() -> str:
     d.line((x_of(low), y_of(low * HBM)), (x_of(ridge), y_of(PRODUCTS)), (right, y_of(PRODUCTS)), color=RED, width=2.5)
     d.text(x_of(1100), y_of(PRODUCTS) - 8, "a large product, measured: 794 TFLOP/s", size=11, color=RED)
     d.text(x_of(24), y_of(60 * HBM), "HBM, measured: 4.45 TB/s", size=11, color=RED)
-    for number, (label, intensity) in enumerate(marks()):
+    for _, intensity in marks():
         roof = min(PRODUCTS, intensity * HBM)
         d.line((x_of(intensity), bottom), (x_of(intensity), y_of(roof)), color=BLUE, dashed=True)
         d.rect(x_of(intensity) - 4, y_of(roof) - 4, 8, 8, BLUE, pale=False)
+    for number, (label, intensity) in enumerate(marks()):  # behind all lines, which would run through them
+        roof = min(PRODUCTS, intensity * HBM)
         y = bottom - 14 - 28 * number if intensity < high / 4 else y_of(roof) + 40
         anchor, beside = ("start", 6) if intensity < high / 4 else ("end", -6)
-        d.text(x_of(intensity) + beside, y, f"{label}: {intensity:.0f}", anchor=anchor, size=11)
+        d.text(x_of(intensity) + beside, y, f"{label}: {intensity:.0f}", anchor=anchor, size=11, backed=True)
     return d.svg()
 
 
 def swizzle() -> str:
     """Sixteen-byte chunks of eight rows, and the banks that they lie in, with and without the exclusive or."""
     colors = (BLUE, RED, GREEN, YELLOW, VIOLET, GRAY, "#2aa198", "#d33682")
-    d = Drawing(760, 300)
+    d = Drawing(760, 316)
     for x0, title, place in (
         (60, "plain: chunk c of row r at c", lambda r, c: c),
         (430, "swizzled: at c xor r", lambda r, c: c ^ r),
@@ -393,7 +410,7 @@ def swizzle() -> str:
         d.text(x0 + 136, 280, "banks", size=10)
     d.text(
         380,
-        294,
+        304,
         "A column of chunks (2, framed), as ldmatrix reads it: 8 accesses to 4 banks, or one to each of all 32.",
         size=11,
     )
