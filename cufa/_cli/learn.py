@@ -136,7 +136,7 @@ def _why_not_compiled() -> str:
     try:
         _compiler.nvrtc()
     except CompileError as error:
-        return str(error).removeprefix("cufa: ").removesuffix(".")
+        return " ".join(str(error).split()).removeprefix("cufa: ").removesuffix(".")
     return ""
 
 
@@ -208,6 +208,9 @@ def _text(
         ]
         heads = ("rung", "head_dim", "for", "registers", "shared bytes", "spilled bytes", "instructions")
         parts.append(f"Compiled, since they cannot run here:\n\n{_markdown(heads, lines)}")
+        if any(each["instructions"] is None for each in compiled):
+            tools = "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+            parts.append(f"Instructions are counted where cuobjdump and nvdisasm are: {tools}\n")
     for why in dict.fromkeys(each["why"] for each in left_out):
         names = [each["rung"] for each in left_out if each["why"] == why]
         parts.append(f"Left out: {', '.join(names)}; {why}.\n")
@@ -302,19 +305,22 @@ def draw(on_gpu: dict[Size, list[Measured]], most: dict[str, float], path: Path)
             reached = [min(flops, most["memory"] * x) / 1e12 for x in (ends[0], flops / most["memory"], ends[1])]
             axes.plot([ends[0], flops / most["memory"], ends[1]], reached, color="gray", linewidth=1)
             axes.annotate(name, (ends[1], flops / 1e12), ha="right", va="bottom", color="gray", fontsize=8)
-    for marker, (size, rows) in zip("os", on_gpu.items(), strict=False):
+    beside = {"textcoords": "offset points", "color": "gray", "fontsize": 8}
+    axes.annotate("memory; caches give more", (ends[0], most["memory"] * ends[0] / 1e12), xytext=(14, -6), **beside)
+    for (marker, side), (size, rows) in zip((("o", "right"), ("s", "left")), on_gpu.items(), strict=False):
         points = [(each.flops / each.bytes_asked_for, each) for each in rows if each.bytes_asked_for]
-        axes.plot(
-            [x for x, _ in points],
-            [each.tflops for _, each in points],
-            marker,
-            label=f"head_dim {size.head_dim}",
-            alpha=0.7,
+        (series,) = axes.plot(
+            [x for x, _ in points], [each.tflops for _, each in points], marker, label=f"head_dim {size.head_dim}"
         )
         for x, each in points:
-            axes.annotate(each.name[:3], (x, each.tflops), textcoords="offset points", xytext=(6, 2), fontsize=7)
+            place = {"xytext": (-6 if side == "right" else 6, -3), "ha": side}
+            axes.annotate(each.name[:3], (x, each.tflops), textcoords="offset points", fontsize=8, **place)
+        for each in rows:
+            if not each.bytes_asked_for:  # cufa's own, whose bytes depend on the tile that it takes
+                axes.axhline(each.tflops, color=series.get_color(), linestyle=":", linewidth=1)
+                axes.annotate(each.name, (ends[0], each.tflops), xytext=(4, 2), **beside)
     axes.set(xscale="log", yscale="log", xlim=ends)
-    axes.set(xlabel="operations for each byte asked for", ylabel="10^12 operations in a second")
+    axes.set(xlabel="FLOP per byte asked for", ylabel="TFLOP/s")
     axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path)

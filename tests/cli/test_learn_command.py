@@ -80,7 +80,7 @@ def test_what_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         return ROWS[0]
 
     def missing() -> None:
-        raise CompileError("cufa: NVRTC cannot be loaded.")
+        raise CompileError("cufa: NVRTC\ncannot be loaded.")
 
     monkeypatch.setattr(ladder, "measure", measure)
     done = CliRunner().invoke(command, ["learn", "--rung", "r02"])
@@ -106,8 +106,13 @@ def test_what_ran_on_a_gpu_is_a_table_and_a_plot(tmp_path: Path, monkeypatch: py
     assert "On a GPU, head_dim 128, batch 1, 4096 queries and keys, 16 heads, bfloat16, causal:" in text
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "cufa.attention" in line]
     assert cells == [["cufa.attention: fast", "10", "–", "100", "10.00", "1.0e-03"]]
+    taken = {"rung": "r12", "title": "", "head_dim": 64, "arch": "sm_80", **dict.fromkeys(learn._TAKEN, 1)}
+    for count, told in ((1234, False), (None, True)):
+        text = learn._text({}, {}, [taken | {"instructions": count}], [])
+        assert (" 1,234 |" in text) is not told and ("pip install nvidia-cuda" in text) is told
     learn.draw({Size(): ROWS}, {"memory": 4e12, "tensor cores": 1e15}, tmp_path / "roofline.svg")
-    assert (tmp_path / "roofline.svg").read_text().count("<!-- r0") == 2
+    drawn = (tmp_path / "roofline.svg").read_text()
+    assert drawn.count("<!-- r0") == 2 and drawn.count("<!-- cufa.attention") == 1 and "<!-- TFLOP/s" in drawn
 
 
 def test_bytes_are_those_of_every_tile() -> None:
