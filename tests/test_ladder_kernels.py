@@ -102,6 +102,15 @@ def test_launches_ask_for_the_shared_memory_of_the_kernel() -> None:
             kernel.compile("sm_90")
 
 
+def test_a_file_that_was_changed_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same process, too: who learns changes a kernel and calls it again."""
+    before = host.kernel("r07_thread_per_row", "float16", 64)
+    assert host.kernel("r07_thread_per_row", "float16", 64) is before
+    changed = before.source.replace("extern", "// changed\nextern", 1)
+    monkeypatch.setattr(host, "source_of", lambda rung: changed)
+    assert host.kernel("r07_thread_per_row", "float16", 64).source == changed
+
+
 def test_the_ladder_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cufa._api.config.is_available", lambda: False)
     reasons = {each.needs: ladder.why_not(each) for each in ladder.RUNGS}

@@ -73,10 +73,14 @@ def source_of(rung: str) -> str:
     return importlib.resources.files(__package__).joinpath(f"{rung}.cu").read_text()
 
 
-@lru_cache(maxsize=64)
 def kernel(rung: str, dtype: str, head_dim: int) -> JitKernel:
-    """The kernel of a rung for arrays of such a dtype and head_dim."""
-    return jit(source_of(rung), "attention", defines={"ELEMENT": ELEMENTS[dtype], "HEAD_DIM": head_dim})
+    """The kernel of a rung, as its file is now, for arrays of such a dtype and head_dim."""
+    return _kernel(source_of(rung), dtype, head_dim)
+
+
+@lru_cache(maxsize=64)
+def _kernel(source: str, dtype: str, head_dim: int) -> JitKernel:
+    return jit(source, "attention", defines={"ELEMENT": ELEMENTS[dtype], "HEAD_DIM": head_dim})
 
 
 def launch(
