@@ -233,12 +233,18 @@ def _table(rows: list[Measured], factor: float, unit: str) -> str:
             "–" if each.bytes_asked_for is None else f"{each.bytes_asked_for / 1e6:,.1f}" for each in rows
         ],
         unit: [f"{each.tflops * factor:.3g}" for each in rows],
-        "times the one before": ["", *(f"{b.tflops / a.tflops:.2f}" for a, b in pairwise(rows))],
+        "times the one before": ["", *(_factor(a, b) for a, b in pairwise(rows))],
         "largest error": [f"{each.error:.1e}" for each in rows],
     }
     if all(each.bytes_asked_for is None for each in rows):
         del columns["MB asked for"]
     return _markdown([*columns], [*zip(*columns.values(), strict=True)])
+
+
+def _factor(before: Measured, after: Measured) -> str:
+    """How much faster a rung is than the one before, if they are of one ladder: Triton's is not below CUDA's first."""
+    same = before.name[0] == after.name[0] or after.name == "cufa.attention"
+    return f"{after.tflops / before.tflops:.2f}" if same else ""
 
 
 def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

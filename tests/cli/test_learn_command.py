@@ -102,10 +102,13 @@ ROWS = [
 def test_what_ran_on_a_gpu_is_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(learn, "_gpu_name", lambda: "a GPU")
-    text = learn._text({}, {Size(causal=True): ROWS}, [], [])
+    triton = Measured("t04_triton", "of blocks", 0.02, 10**12, None, 1e-3)
+    text = learn._text({}, {Size(causal=True): [triton, *ROWS]}, [], [])
     assert "On a GPU, head_dim 128, batch 1, 4096 queries and keys, 16 heads, bfloat16, causal:" in text
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "cufa.attention" in line]
     assert cells == [["cufa.attention: fast", "10", "–", "100", "10.00", "1.0e-03"]]
+    factors = [line.split("|")[5].strip() for line in text.splitlines() if line.startswith(("| t0", "| r0"))]
+    assert factors == ["", "", "10.00"], "no rung of CUDA's follows Triton's"
     taken = {"rung": "r12", "title": "", "head_dim": 64, "arch": "sm_80", **dict.fromkeys(learn._TAKEN, 1)}
     for count, told in ((1234, False), (None, True)):
         text = learn._text({}, {}, [taken | {"instructions": count}], [])

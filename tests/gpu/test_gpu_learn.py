@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -72,6 +74,24 @@ def test_torch_tensors_are_launched_on(axpy: cufa.JitKernel) -> None:
     assert torch.equal(y[:1000], -2.0 * x[:1000].float()) and not y[1000:].any()
     with pytest.raises(cufa.UnsupportedError, match="torch records what becomes of an array"):
         run(axpy, y, x.clone().requires_grad_())
+
+
+def test_views_copies_and_threads_launch(cupy: Any, axpy: cufa.JitKernel) -> None:
+    x, y = cupy.arange(1025).astype(cupy.float16), cupy.zeros(1025, cupy.float32)
+    run(axpy, y[1:], x[1:])
+    run(pickle.loads(pickle.dumps(axpy)), y[1:], x[1:])  # what is loaded stays behind, and is loaded again
+    axpy(y[:0], x, 2.0, True, 0, grid=1, block=128, shared_bytes=512)
+    expected = np.where(np.arange(1024) < 1000, -4.0 * np.arange(1, 1025), 0).astype(np.float32)
+    np.testing.assert_array_equal(y.get()[1:], expected)
+    assert y[0] == 0
+    fresh = cufa.jit(SOURCE, "axpy", defines={"ELEMENT": "f16", "threads": 1})
+    results = [cupy.zeros(1024, cupy.float32) for _ in range(4)]
+    cupy.cuda.Device().synchronize()
+    with ThreadPoolExecutor(4) as pool:  # all of which find it neither compiled nor loaded
+        list(pool.map(lambda each: run(fresh, each, x[1:]), results))
+    cupy.cuda.Device().synchronize()
+    for each in results:
+        np.testing.assert_array_equal(each.get(), expected / 2)
 
 
 def test_what_the_gpu_does_not_allow_is_refused(cupy: Any, axpy: cufa.JitKernel) -> None:
