@@ -57,7 +57,7 @@ MAPS = ("ptx::TensorMap", "TensorMap", "CUtensorMap")
 MAP_BYTES, MAP_ALIGNMENT = 128, 64
 
 _MEANINGLESS = re.compile(r"\b(?:__restrict__|__restrict|__grid_constant__|volatile)\b")
-_COMMENT = re.compile(r'//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*")', re.DOTALL)
+_COMMENT = re.compile(r"""//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])')""", re.DOTALL)
 _WORDS = {"signed", "unsigned", "char", "short", "int", "long"}
 _TYPES = {"bool", "float", "double", "void"}
 

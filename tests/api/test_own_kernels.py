@@ -279,7 +279,8 @@ def test_types_that_are_not_what_they_are_called_are_found(source: str) -> None:
 def test_declarations_of_all_kinds_compile() -> None:
     """Comments, lines of Windows, and names that the source alone knows are no reason for an error."""
     source = (
-        "// käse\r\nnamespace own {\r\nstruct Pair { int a; };\r\n"
+        '// käse\r\nconstexpr char quote = \'"\'; // extern "C" __global__ void f(int old)\r\n'
+        "namespace own {\r\nstruct Pair { int a; };\r\n"
         'extern "C" __global__ void f(volatile float* y, \\\r\n  const Pair* x /* ) */, size_t n) '
         "{ y[n] = x->a + ONE; }\r\n}"
     )
