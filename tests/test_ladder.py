@@ -53,6 +53,16 @@ def test_rungs_equal_the_reference(case: Case) -> None:
         assert_gradients_close(found, dout, **arrays, **case.options)
 
 
+def test_integers_are_refused() -> None:
+    """Their means would be cut off to integers."""
+    x = np.arange(16).reshape(1, 4, 1, 4)
+    for name in FORWARD:
+        with pytest.raises(TypeError, match="q is int64"):
+            importlib.import_module(f"cufa.learn.{name}").attention(x, x, x)
+    with pytest.raises(TypeError, match="q is int64"):
+        r05_backward.attention_backward(x, x, x, x, x[:, 0], x)
+
+
 SIZES = st.builds(
     Size,
     seqlen_q=st.integers(1, 40),

@@ -182,7 +182,10 @@ class JitKernel:
             Without `arch`, if there is no GPU.
         """
         if arch is None:
-            found: int | None = _driver.device(_driver.current_ordinal() or 0).arch
+            try:
+                found: int | None = _driver.device(_driver.current_ordinal() or 0).arch
+            except CudaError as error:
+                raise CudaError(f"{error} Without a GPU say what to compile for, as compile('sm_90').") from None
         else:
             found = arch_of(str(arch))
         if found is None:

@@ -48,6 +48,8 @@ def attention(
     """Attention of arrays (batch, seqlen, heads, head_dim), in their own dtype, as `cufa.attention` has it."""
     if q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
         raise ValueError(f"q, k and v have the shapes {q.shape}, {k.shape} and {v.shape}, which do not go together.")
+    if q.dtype.kind != "f":  # means of integers would be cut off
+        raise TypeError(f"q is {q.dtype}; pass float16, float32 or float64.")
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     out = np.empty_like(q, shape=(*q.shape[:3], v.shape[3]))
     for b, h in np.ndindex(q.shape[0], q.shape[2]):  # independent of each other: on a GPU they run side by side

@@ -76,6 +76,8 @@ def attention_and_lse(
     """Attention and lse (batch, heads, seqlen_q) of arrays (batch, seqlen, heads, head_dim), in their own dtype."""
     if q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
         raise ValueError(f"q, k and v have the shapes {q.shape}, {k.shape} and {v.shape}, which do not go together.")
+    if q.dtype.kind != "f":  # means of integers would be cut off
+        raise TypeError(f"q is {q.dtype}; pass float16, float32 or float64.")
     batch, seqlen_q, heads, head_dim = q.shape
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     out = np.empty_like(q, shape=(batch, seqlen_q, heads, v.shape[3]))

@@ -101,6 +101,8 @@ def attention_backward(
     """
     if q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
         raise ValueError(f"q, k and v have the shapes {q.shape}, {k.shape} and {v.shape}, which do not go together.")
+    if q.dtype.kind != "f":  # means of integers would be cut off
+        raise TypeError(f"q is {q.dtype}; pass float16, float32 or float64.")
     batch, seqlen_q, heads, head_dim = q.shape
     if not out.shape == dout.shape == (batch, seqlen_q, heads, v.shape[3]) or lse.shape != (batch, heads, seqlen_q):
         raise ValueError(f"out, dout and lse have the shapes {out.shape}, {dout.shape} and {lse.shape}, not q's.")

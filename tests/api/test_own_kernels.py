@@ -244,6 +244,13 @@ def test_compiling_says_what_it_takes(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="arch is 'volta'"):
         again.compile("volta")
 
+    def no_gpu() -> int:
+        raise cufa.CudaError("cufa: there is no GPU.")
+
+    monkeypatch.setattr("cufa._driver.driver.current_ordinal", no_gpu)
+    with pytest.raises(cufa.CudaError, match=r"there is no GPU. Without a GPU say .* compile\('sm_90'\)"):
+        again.compile()
+
 
 def test_errors_of_the_compiler_show_the_line() -> None:
     kernel = cufa.jit(
