@@ -194,6 +194,11 @@ def _text(
     parts = []
     for size, rows in on_cpu.items():
         parts.append(f"In NumPy, on the CPU, {_described(size)}:\n\n{_table(rows, 1e3, 'GFLOP/s')}")
+    if on_cpu:
+        parts.append(
+            "NumPy multiplies whole matrices best, and at this size they stay in a CPU's caches.\n"
+            "What the rungs save is memory traffic, which cufa.learn.counting counts.\n"
+        )
     for size, rows in on_gpu.items():
         parts.append(f"On {_gpu_name()}, {_described(size)}:\n\n{_table(rows, 1, 'TFLOP/s')}")
     if compiled:

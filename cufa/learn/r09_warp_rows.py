@@ -31,7 +31,7 @@ from typing import Any
 
 from .host import launch
 
-TITLE = "a warp shares its rows, 16 bytes at a time"
+TITLE = "a warp shares its rows, in registers"
 ROWS = 64
 """Rows of q that share one reading of k and v."""
 
