@@ -435,7 +435,7 @@ def jit(
     if signature is None:
         behind = _signature.redeclared(name, parameters)
     else:
-        behind = f'\n#line 1 "signature"\nextern "C" __global__ void {name}({declared});\n'
+        behind = "\n" + _signature.declaration(name, " ".join(declared.split()), "what signature= says")
     # Else files of the working directory could be included, and the cache would not notice when they change.
     own = ("--no-source-include", *(f"--define-macro={macro}={value}" for macro, value in macros.items()))
     return JitKernel(source, name, declared, parameters, behind, included, (*own, *options))

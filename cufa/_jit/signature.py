@@ -199,7 +199,12 @@ def redeclared(name: str, parameters: tuple[Parameter, ...]) -> str:
     # Macros may hide what types mean, too, and are not needed any more.
     hidden = sorted({word for each in types for word in re.findall(r"[a-z]\w+", each or "")} & (_WORDS | _TYPES))
     undefined = "".join(f"#undef {word}\n" for word in hidden)
-    return f'\n{undefined}#line 1 "signature"\nextern "C" __global__ void {name}({", ".join(map(str, types))});\n'
+    return f"\n{undefined}" + declaration(name, ", ".join(map(str, types)), "what cufa.jit reads; else say signature=")
+
+
+def declaration(name: str, parameters: str, comment: str) -> str:
+    """Lines that declare the kernel, with a comment that the compiler shows if that is not what the source has."""
+    return f'#line 1 "signature"\nextern "C" __global__ void {name}({parameters});  // {comment}\n'
 
 
 def offsets(parameters: tuple[Parameter, ...]) -> tuple[tuple[int, ...], int]:

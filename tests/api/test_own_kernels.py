@@ -279,8 +279,9 @@ def test_errors_of_the_compiler_show_the_line() -> None:
     ],
 )
 def test_types_that_are_not_what_they_are_called_are_found(source: str) -> None:
-    with pytest.raises(cufa.CompileError, match=r'signature\(1\): error: .*"C" linkage'):
+    with pytest.raises(cufa.CompileError, match=r'signature\(1\): error: .*"C" linkage') as raised:
         cufa.jit(source, "f").compile("sm_80")
+    assert re.search(r"void f\(.*\);  // what cufa.jit reads; else say signature=", str(raised.value))
 
 
 def test_declarations_of_all_kinds_compile() -> None:
