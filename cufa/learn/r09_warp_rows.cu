@@ -55,7 +55,6 @@ extern "C" __global__ __launch_bounds__(threads, 3) void attention(const ELEMENT
 
   float max_score[lane_rows], sum[lane_rows] = {}, o[lane_rows][lane_chunks][8] = {};
   for (float& each : max_score) each = -infinity;
-  const int last_key = causal ? first_row + warp_row + offset : seqlen_k;  // that the first row of a lane sees
   const int block_keys = causal ? min(seqlen_k, first_row + rows + offset) : seqlen_k;
   for (int first = 0; first < block_keys; first += tile_keys) {
     __syncthreads();
@@ -87,11 +86,11 @@ extern "C" __global__ __launch_bounds__(threads, 3) void attention(const ELEMENT
     }
 #pragma unroll
     for (int r = 0; r < lane_rows; ++r) {
+      const int last = min(seqlen_k - 1, causal ? first_row + warp_row + 4 * r + offset : seqlen_k);
       float larger = max_score[r];
 #pragma unroll
       for (int n = 0; n < lane_keys; ++n) {
-        const int key = first + t + 8 * n;
-        if (key >= seqlen_k || key > last_key + 4 * r) score[r][n] = -infinity;
+        if (first + t + 8 * n > last) score[r][n] = -infinity;
         larger = max(larger, score[r][n]);
       }
       for (int lanes = 4; lanes > 0; lanes /= 2) larger = max(larger, __shfl_xor_sync(0xffffffff, larger, lanes));
