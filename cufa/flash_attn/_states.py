@@ -33,7 +33,7 @@ def _flash_attn_forward(
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, None, Tensor]:
     """out, softmax_lse, None and rng_state, from which `_flash_attn_backward` knows what was dropped."""
-    window = window_size_left, window_size_right
+    window = _common.window((window_size_left, window_size_right))
     return _forward(
         attention, (q, k, v), dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, return_softmax
     )
@@ -68,7 +68,7 @@ def _flash_attn_varlen_forward(
         if given is not None:
             raise UnsupportedError(f"_flash_attn_varlen_forward: {name} is not supported; leave it out.")
     given = q, k, v, cu_seqlens_q, cu_seqlens_k
-    window = window_size_left, window_size_right
+    window = _common.window((window_size_left, window_size_right))
     asked = dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, return_softmax
     return _forward(attention_varlen, given, *asked, seqused_k=seqused_k)
 
@@ -94,7 +94,7 @@ def _flash_attn_backward(
     rng_state: Tensor | None = None,
 ) -> None:
     """Write the gradients into dq, dk and dv; those that are None are computed for nobody."""
-    window = window_size_left, window_size_right
+    window = _common.window((window_size_left, window_size_right))
     own = softmax_scale, causal, window, softcap, alibi_slopes, deterministic
     _backward(attention_backward, (dout, q, k, v, out, softmax_lse), (dq, dk, dv), dropout_p, rng_state, *own)
 
@@ -126,7 +126,7 @@ def _flash_attn_varlen_backward(
 ) -> None:
     """`_flash_attn_backward` of packed sequences; zero_tensors has nothing to do here either."""
     given = dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k
-    window = window_size_left, window_size_right
+    window = _common.window((window_size_left, window_size_right))
     own = softmax_scale, causal, window, softcap, alibi_slopes, deterministic
     _backward(attention_varlen_backward, given, (dq, dk, dv), dropout_p, rng_state, *own)
 

@@ -20,7 +20,7 @@ from .._operations.call import call
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
 from ..errors import ArgumentError, UnsupportedError
 from . import _common
-from ._common import Array
+from ._common import Array, window
 
 __all__ = [
     "flash_attn_combine",
@@ -91,7 +91,7 @@ def flash_attn_func(
     """
     _refuse("flash_attn_func", qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, pack_gqa=pack_gqa)
     _refuse_numbers("flash_attn_func", num_splits, sm_margin)
-    asked = causal, window_size, softmax_scale, softcap, return_attn_probs, deterministic
+    asked = causal, window(window_size), softmax_scale, softcap, return_attn_probs, deterministic
     return _attend(ATTENTION, (q, k, v, None, None, None), asked, attention_chunk)
 
 
@@ -151,7 +151,7 @@ def flash_attn_qkvpacked_func(
         _common.check_packed(function, "qkv", qkv, 5, 3)
         if num_heads_q is not None and num_heads_q != qkv.shape[3]:
             raise ArgumentError(f"{function}: num_heads_q is {num_heads_q} but qkv has {qkv.shape[3]} heads.")
-    asked = causal, window_size, softmax_scale, softcap, return_attn_probs, deterministic
+    asked = causal, window(window_size), softmax_scale, softcap, return_attn_probs, deterministic
     if attention_chunk == 0 and _common.records(qkv, None):
         out, lse = _torch().Packed.apply(None, qkv, (), None, asked, (0.0, None), heads)
         return (out, lse) if return_attn_probs else out
@@ -224,7 +224,7 @@ def flash_attn_varlen_func(
     _refuse(function, seqused_q=seqused_q, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     _refuse(function, pack_gqa=pack_gqa)
     _refuse_numbers(function, num_splits, sm_margin)
-    asked = causal, window_size, softmax_scale, softcap, return_attn_probs, deterministic
+    asked = causal, window(window_size), softmax_scale, softcap, return_attn_probs, deterministic
     given = q, k, v, None, None, None, cu_seqlens_q, cu_seqlens_k, seqused_k
     return _attend(ATTENTION_VARLEN, given, asked, attention_chunk)
 
@@ -319,6 +319,7 @@ def flash_attn_with_kvcache(
     batch = q if cu_seqlens_q is None else cu_seqlens_q[1:]
     if page_table is None and cache_batch_idx is None:
         k_cache, v_cache = _common.first_caches(batch, k_cache, v_cache)
+    window_size = window(window_size)
     if rotary_cos is not None:
         window_size = _common.without_far_sides(window_size, k_cache, page_table)
     found = attention_with_kvcache(

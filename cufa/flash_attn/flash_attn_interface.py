@@ -13,7 +13,7 @@ from .._operations.call import call
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
 from ..errors import UnsupportedError
 from . import _common
-from ._common import Array
+from ._common import Array, window
 
 __all__ = [
     "flash_attn_func",
@@ -68,7 +68,7 @@ def flash_attn_func(
     causal : bool
         The last query sees the last key: query i sees key j if ``j <= i + seqlen_k - seqlen_q``.
     window_size : (int, int)
-        Keys that a query sees to the left and to the right of its position; -1 is unbounded.
+        Keys that a query sees to the left and to the right of its position; a negative side, or None, is unbounded.
     softcap : float
         Scores become ``softcap * tanh(scores / softcap)``; 0.0 is off. It may be combined with dropout.
     alibi_slopes : float32 array, (nheads,) or (batch_size, nheads), optional
@@ -104,7 +104,7 @@ def flash_attn_func(
     >>> out.shape, softmax_lse.shape
     ((2, 128, 4, 64), (2, 4, 128))
     """
-    asked = causal, window_size, softmax_scale, softcap, return_attn_probs, deterministic
+    asked = causal, window(window_size), softmax_scale, softcap, return_attn_probs, deterministic
     if dropout_p == 0.0 and return_attn_probs is False:
         return call(ATTENTION, (q, k, v, alibi_slopes, None, None), asked)
     return _attend(ATTENTION, (q, k, v), (), alibi_slopes, asked, dropout_p)
@@ -152,7 +152,7 @@ def flash_attn_kvpacked_func(
     (2, 9, 4, 64)
     """
     _common.check_packed("flash_attn_kvpacked_func", "kv", kv, 5, 2)
-    asked = causal, window_size, softmax_scale, softcap, return_attn_probs, deterministic
+    asked = causal, window(window_size), softmax_scale, softcap, return_attn_probs, deterministic
     return _attend_packed(ATTENTION, q, kv, (), alibi_slopes, asked, dropout_p)
 
 
@@ -197,7 +197,7 @@ def flash_attn_qkvpacked_func(
     (2, 128, 4, 64)
     """
     _common.check_packed("flash_attn_qkvpacked_func", "qkv", qkv, 5, 3)
-    asked = causal, window_size, softmax_scale, softcap, return_attn_probs, deterministic
+    asked = causal, window(window_size), softmax_scale, softcap, return_attn_probs, deterministic
     return _attend_packed(ATTENTION, None, qkv, (), alibi_slopes, asked, dropout_p)
 
 
@@ -259,7 +259,7 @@ def flash_attn_varlen_func(
     >>> flash_attn_varlen_func(q, k, v, offsets, offsets, 7, 7, causal=True).shape
     (12, 4, 32)
     """
-    asked = causal, window_size, softmax_scale, softcap, return_attn_probs, deterministic
+    asked = causal, window(window_size), softmax_scale, softcap, return_attn_probs, deterministic
     if block_table is not None:
         return _attend_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, asked, dropout_p, block_table)
     if dropout_p == 0.0 and return_attn_probs is False:
@@ -316,7 +316,7 @@ def flash_attn_varlen_kvpacked_func(
     (12, 4, 32)
     """
     _common.check_packed("flash_attn_varlen_kvpacked_func", "kv", kv, 4, 2)
-    asked = causal, window_size, softmax_scale, softcap, return_attn_probs, deterministic
+    asked = causal, window(window_size), softmax_scale, softcap, return_attn_probs, deterministic
     offsets = cu_seqlens_q, cu_seqlens_k, None
     return _attend_packed(ATTENTION_VARLEN, q, kv, offsets, alibi_slopes, asked, dropout_p)
 
@@ -365,7 +365,7 @@ def flash_attn_varlen_qkvpacked_func(
     (12, 4, 32)
     """
     _common.check_packed("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 4, 3)
-    asked = causal, window_size, softmax_scale, softcap, return_attn_probs, deterministic
+    asked = causal, window(window_size), softmax_scale, softcap, return_attn_probs, deterministic
     return _attend_packed(ATTENTION_VARLEN, None, qkv, (cu_seqlens, cu_seqlens, None), alibi_slopes, asked, dropout_p)
 
 
@@ -447,6 +447,7 @@ def flash_attn_with_kvcache(
     """
     if block_table is None and cache_batch_idx is None:
         k_cache, v_cache = _common.first_caches(q, k_cache, v_cache)
+    window_size = window(window_size)
     if rotary_cos is not None:
         window_size = _common.without_far_sides(window_size, k_cache, block_table)
     found = attention_with_kvcache(

@@ -21,7 +21,7 @@ import pytest
 import cufa
 import cufa.flash_attn as flash_attn
 from cufa import UnsupportedError, reference
-from cufa.flash_attn import flash_attn_3
+from cufa.flash_attn import flash_attn_3, flash_attn_interface
 
 torch: Any = pytest.importorskip("torch")
 
@@ -321,6 +321,24 @@ def test_combining_parts() -> None:
         flash_attn_3.flash_attn_combine(outs, lses, half, torch.float32)
     with pytest.raises(UnsupportedError, match="out_dtype"):
         flash_attn_3.flash_attn_combine(outs.numpy(), lses.numpy(), out_dtype=np.float32)
+
+
+@pytest.mark.parametrize(("given", "meant"), [((-2, -7), WINDOW), ([-3, 1], (-1, 1)), ((np.int64(-4), None), WINDOW)])
+def test_any_negative_side_of_a_window_is_unbounded(given: Any, meant: tuple[int, int]) -> None:
+    """As flash_attn has it, and in caches, where it decides what q is turned for."""
+    for module, name in ((flash_attn, name) for name in FUNCTIONS):
+        arguments = case_of(name, torch.float64).arguments
+        found, wanted = (getattr(module, name)(**arguments, window_size=window) for window in (given, meant))
+        assert torch.equal(found, wanted), name
+    for module in (flash_attn, flash_attn_3):
+        found, wanted = (
+            module.flash_attn_with_kvcache(**caches(), **TURNED, window_size=window) for window in (given, meant)
+        )
+        assert torch.equal(found, wanted)
+    q, k, v = case_of("flash_attn_func", torch.float64).arguments.values()
+    sides = (-1 if side is None else side for side in given)
+    parts = flash_attn_interface._flash_attn_forward(q, k, v, 0.0, 0.25, False, *sides, 0.0, None, False)
+    torch.testing.assert_close(parts[0], flash_attn_3.flash_attn_func(q, k, v, window_size=meant).detach())
 
 
 def test_rows_without_keys() -> None:
