@@ -48,6 +48,11 @@ def next_seed(tensor: Any) -> int:
 
     So it follows from ``torch.manual_seed``, and is the same again where a checkpoint restores the generator's state.
     """
+    if _transforms() and _draws_apart():
+        raise UnsupportedError(
+            "flash_attn: dropout_p is given under torch.func.vmap, which asks for other randomness in each call, and "
+            "all would drop the same; pass randomness='same', or call cufa.attention with a tensor of seeds."
+        )
     if not tensor.is_cuda:
         return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
     if torch.cuda.is_current_stream_capturing():
@@ -61,6 +66,17 @@ def next_seed(tensor: Any) -> int:
     # An odd factor takes different offsets of a seed to different numbers, far apart.
     mixed: int = generator.initial_seed() + 0x9E3779B97F4A7C15 * offset
     return (mixed + 2**63) % 2**64 - 2**63
+
+
+def _draws_apart() -> bool:
+    """Whether a vmap is active that wants other random numbers in each of its calls, or none."""
+    functorch: Any = torch._C._functorch
+    levels = functorch.get_interpreter_stack() or ()
+    return any(
+        functorch.CVmapInterpreterPtr(level).randomness() != functorch.RandomnessType.Same
+        for level in levels
+        if level.key() == functorch.TransformType.Vmap
+    )
 
 
 class Packed(torch.autograd.Function):  # type: ignore[misc, unused-ignore]

@@ -152,9 +152,11 @@ def flash_attn_qkvpacked_func(
         if num_heads_q is not None and num_heads_q != qkv.shape[3]:
             raise ArgumentError(f"{function}: num_heads_q is {num_heads_q} but qkv has {qkv.shape[3]} heads.")
     asked = causal, window(window_size), softmax_scale, softcap, return_attn_probs, deterministic
+    attention_chunk = _options.integer(function, "attention_chunk", attention_chunk)
     if attention_chunk == 0 and _common.records(qkv, None):
+        asked = _options.of(ATTENTION.name, asked)[:-2]  # as plain values, as in flash_attn_interface
         out, lse = _torch().Packed.apply(None, qkv, (), None, asked, (0.0, None), heads)
-        return (out, lse) if return_attn_probs else out
+        return (out, lse) if asked[4] else out
     q, k, v = _common.parts(qkv) if heads is None else _common.split(qkv, heads)
     return _attend(ATTENTION, (q, k, v, None, None, None), asked, attention_chunk)
 
@@ -310,7 +312,8 @@ def flash_attn_with_kvcache(
     """
     function = "flash_attn_with_kvcache"
     _refuse(function, qv=qv, rotary_seqlens=rotary_seqlens, q_descale=q_descale, pack_gqa=pack_gqa)
-    _refuse(function, attention_chunk=attention_chunk or None)
+    if _options.integer(function, "attention_chunk", attention_chunk) != 0:
+        raise UnsupportedError(f"{function}: attention_chunk is {attention_chunk}; caches have no chunks, so pass 0.")
     _refuse_numbers(function, 0, sm_margin)
     if cu_seqlens_k_new is not None and cu_seqlens_k_new is not cu_seqlens_q:
         raise UnsupportedError(
@@ -382,6 +385,9 @@ def flash_attn_combine(
     >>> out.shape, lse.shape
     ((2, 9, 4, 64), (2, 9, 4))
     """
+    function = "flash_attn_combine"
+    if not hasattr(lse_partial, "swapaxes"):
+        raise TypeError(f"{function}: lse_partial is a {type(lse_partial).__name__}; pass an array.")
     dtype = getattr(out_partial, "dtype", None)
     other = next((given for given in (out_dtype, getattr(out, "dtype", None)) if given not in (None, dtype)), None)
     if other is None:
@@ -389,11 +395,21 @@ def flash_attn_combine(
         return found, _swapped(lse)
     if not _common.is_torch(out_partial):
         raise UnsupportedError(
-            f"flash_attn_combine: out_dtype is {other} but out_partial has {dtype}; for arrays that are no torch "
-            "tensors they must be the same."
+            f"{function}: out_dtype is {other} but out_partial has {dtype}; for arrays that are no torch tensors they "
+            "must be the same."
         )
-    if out is not None and out_dtype not in (None, out.dtype):
-        raise ArgumentError(f"flash_attn_combine: out has dtype {out.dtype} but out_dtype is {out_dtype}.")
+    if out is not None and not _common.is_torch(out):
+        raise TypeError(f"{function}: out is a {type(out).__name__} but out_partial is a torch tensor; pass another.")
+    if not getattr(other, "is_floating_point", False):
+        raise TypeError(f"{function}: out_dtype is {other!r}; pass a dtype of torch for floating point numbers.")
+    if out is not None:
+        if out_dtype not in (None, out.dtype):
+            raise ArgumentError(f"{function}: out has dtype {out.dtype} but out_dtype is {out_dtype}.")
+        if out.shape != out_partial.shape[1:] or out.device != out_partial.device:
+            raise ArgumentError(
+                f"{function}: out has shape {tuple(out.shape)} on {out.device}; {tuple(out_partial.shape[1:])} on "
+                f"{out_partial.device} is expected."
+            )
     found, lse = merge_states(out_partial, _swapped(lse_partial))
     return found.to(other) if out is None else out.copy_(found), _swapped(lse)
 
@@ -404,15 +420,17 @@ def _swapped(array: Array) -> Array:
 
 
 def _attend(operation: Any, given: tuple[Any, ...], asked: tuple[Any, ...], attention_chunk: int) -> Any:
-    if attention_chunk == 0:
+    size = _options.integer("flash_attn_func", "attention_chunk", attention_chunk)
+    if size == 0:
         return call(operation, given, asked)
     from ..masks import chunked
 
-    size = _options.integer("flash_attn_func", "attention_chunk", attention_chunk)
     return call_featured(operation, given, asked, None, None, None, chunked(size), 0.0, None)
 
 
 def _heads(function: str, total: int, num_heads_q: int | None) -> tuple[int, int]:
+    if num_heads_q is not None:
+        num_heads_q = _options.integer(function, "num_heads_q", num_heads_q)
     if num_heads_q is None or (total - num_heads_q) % 2 or not 0 < num_heads_q < total:
         raise ArgumentError(
             f"{function}: num_heads_q is {num_heads_q} but qkv has {total} heads; those of q, and twice those of k, "
@@ -428,9 +446,9 @@ def _refuse(function: str, **given: Any) -> None:
 
 
 def _refuse_numbers(function: str, num_splits: int, sm_margin: int) -> None:
-    if num_splits not in (0, 1):
+    if _options.integer(function, "num_splits", num_splits) not in (0, 1):
         raise UnsupportedError(f"{function}: num_splits is {num_splits}; how keys are divided is cufa's to decide.")
-    if sm_margin != 0:
+    if _options.integer(function, "sm_margin", sm_margin) != 0:
         raise UnsupportedError(f"{function}: sm_margin is {sm_margin}; cufa leaves no SMs to others, so pass 0.")
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from .._api.features import call_featured
 from .._api.kvcache import attention_with_kvcache
+from .._call import options as _options
 from .._call.arrays import unscriptable
 from .._operations.call import call
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
+from .._terms.dropout import plain_rate
 from ..errors import UnsupportedError
 from . import _common
 from ._common import Array, window
@@ -486,7 +488,7 @@ def _attend(
     if dropout_p != 0.0 and _common.compiling(qkv[0]):
         return _common.outside("dropout", _attend, operation, qkv, offsets, alibi_slopes, asked, dropout_p)
     with_probs = asked[4]
-    seed = None if dropout_p == 0.0 else _seed(qkv[0], bool(offsets) and with_probs)
+    dropout_p, seed = _dropout(operation, qkv[0], dropout_p, bool(offsets) and with_probs)
     given = *qkv, alibi_slopes, None, None, *offsets
     found = call_featured(operation, given, asked, None, None, None, None, dropout_p, seed)
     return _with_probs(found, qkv, offsets, alibi_slopes, asked, dropout_p, seed) if with_probs else found
@@ -505,8 +507,10 @@ def _attend_packed(
     if not _common.records(packed, q, alibi_slopes):
         parts = _common.parts(packed)
         return _attend(operation, parts if q is None else (q, *parts), offsets, alibi_slopes, asked, dropout_p)
+    # As plain values: no backward is to meet what is none, and torch sees only tensors that are arguments themselves.
+    asked = _options.of(operation.name, asked)[:-2]
     with_probs = asked[4]
-    seed = None if dropout_p == 0.0 else _seed(packed, bool(offsets) and with_probs)
+    dropout_p, seed = _dropout(operation, packed, dropout_p, bool(offsets) and with_probs)
     out, lse = _torch().Packed.apply(q, packed, offsets, alibi_slopes, asked, (dropout_p, seed), None)
     if not with_probs:
         return out
@@ -547,7 +551,10 @@ def _attend_pages(
             "flash_attn_varlen_func: dropout_p is given together with block_table; keys in pages are served without "
             "dropout."
         )
-    causal, window_size, softmax_scale, softcap, return_lse, _ = asked  # there are no gradients to be deterministic
+    causal, window_size, softmax_scale, softcap, return_lse, deterministic = asked
+    _options.flag("flash_attn_varlen_func", "deterministic", deterministic)  # of no gradients
+    if not hasattr(cu_seqlens_k, "dtype"):
+        raise TypeError(f"flash_attn_varlen_func: cu_seqlens_k is a {type(cu_seqlens_k).__name__}; pass an array.")
     found = attention_with_kvcache(
         q,
         k,
@@ -565,8 +572,11 @@ def _attend_pages(
     return (found[0], _without_keys(found[1]), _common.nothing(found[0])) if return_lse else found
 
 
-def _seed(array: Array, refused: bool) -> int:
-    """The seed of a call with dropout; `refused` is whether S_dmask of packed sequences is asked for."""
+def _dropout(operation: Any, array: Array, dropout_p: float, refused: bool) -> tuple[float, int | None]:
+    """The rate, and a seed if it is not 0; `refused` is whether S_dmask of packed sequences is asked for."""
+    if dropout_p == 0.0:
+        return 0.0, None
+    rate = plain_rate(operation.name, dropout_p)  # before a seed is drawn
     function = "flash_attn"
     if refused:
         raise UnsupportedError(
@@ -578,8 +588,7 @@ def _seed(array: Array, refused: bool) -> int:
             f"{function}: dropout_p is given, and only torch has a default generator for the seed; call cufa.attention "
             "or cufa.attention_varlen with dropout_p and seed."
         )
-    seed: int = _torch().next_seed(array)
-    return seed
+    return rate, _torch().next_seed(array)
 
 
 def _without_keys(lse: Array) -> Array:

@@ -300,9 +300,12 @@ def test_heads_side_by_side_are_packed_too() -> None:
     torch.testing.assert_close(out, wanted)
     found, right = (torch.autograd.grad(each.square().sum(), qkv)[0] for each in (out, wanted))
     torch.testing.assert_close(found, right)
-    for heads in (None, 3):
-        with pytest.raises(ValueError, match="num_heads_q"):
+    for heads, error in ((None, ValueError), (3, ValueError), (4.0, TypeError)):
+        with pytest.raises(error, match="num_heads_q"):
             flash_attn_3.flash_attn_qkvpacked_func(qkv, num_heads_q=heads)
+    for number in ("attention_chunk", "sm_margin"):  # False is 0, but no number
+        with pytest.raises(TypeError, match=number):
+            flash_attn_3.flash_attn_qkvpacked_func(qkv, num_heads_q=4, **{number: False})
 
 
 def test_combining_parts() -> None:
@@ -321,6 +324,11 @@ def test_combining_parts() -> None:
         flash_attn_3.flash_attn_combine(outs, lses, half, torch.float32)
     with pytest.raises(UnsupportedError, match="out_dtype"):
         flash_attn_3.flash_attn_combine(outs.numpy(), lses.numpy(), out_dtype=np.float32)
+    with pytest.raises(ValueError, match="out has shape"):  # into which the result would broadcast
+        flash_attn_3.flash_attn_combine(outs, lses, half.new_empty(5, *half.shape)[..., :1, :, :])
+    for wrong, what in (("out", half.float().numpy()), ("out_dtype", torch.int32), ("lse_partial", [1])):
+        with pytest.raises(TypeError, match=wrong):
+            flash_attn_3.flash_attn_combine(**{"out_partial": outs, "lse_partial": lses, wrong: what})
 
 
 @pytest.mark.parametrize(("given", "meant"), [((-2, -7), WINDOW), ([-3, 1], (-1, 1)), ((np.int64(-4), None), WINDOW)])
@@ -388,6 +396,20 @@ def test_seeds_are_those_of_torch() -> None:
     assert torch.equal(first, again) and not torch.equal(first, second)
     one, other = (torch.autograd.grad(each.square().sum(), qkv)[0] for each in (first, again))
     assert torch.equal(one, other)
+
+
+def test_mapped_calls_drop_the_same_only_if_asked_to() -> None:
+    """A seed is one for all calls, on a GPU without a word of torch's."""
+    qkv = random(1, 8, 3, 2, WIDTH).expand(2, 1, 8, 3, 2, WIDTH)
+
+    def mapped(randomness: str) -> Any:
+        return torch.func.vmap(lambda x: flash_attn.flash_attn_qkvpacked_func(x, 0.5), randomness=randomness)(qkv)
+
+    for randomness in ("error", "different"):
+        with pytest.raises(UnsupportedError, match="vmap"):
+            mapped(randomness)
+    same = mapped("same")
+    assert torch.equal(same[0], same[1])
 
 
 @pytest.mark.parametrize("varlen", [False, True])
@@ -507,6 +529,9 @@ def test_lengths_of_caches_may_be_a_number_and_caches_more_than_sequences() -> N
         flash_attn.flash_attn_with_kvcache(**caches(), **TURNED, window_size=window) for window in (WINDOW, (12, -1))
     ]
     torch.testing.assert_close(*turned)
+    for module in (flash_attn, flash_attn_3):
+        with pytest.raises(TypeError, match="cache_seqlens is a bool"):
+            module.flash_attn_with_kvcache(**given, cache_seqlens=True)
     with pytest.raises(UnsupportedError, match="requires grad"):
         flash_attn.flash_attn_with_kvcache(given["q"].requires_grad_(), given["k_cache"], given["v_cache"])
 
@@ -556,8 +581,13 @@ def test_packed_queries_over_pages() -> None:
     found = flash_attn.flash_attn_varlen_func(q, k, v, offsets, keys, 4, 9, **pages, return_attn_probs=True)
     wanted = attended({"q": q, "k_cache": k, "v_cache": v}, {**pages, **PAGES, "cu_seqlens_q": offsets})
     torch.testing.assert_close(found[:2], (torch.as_tensor(wanted.out), torch.as_tensor(wanted.lse)))
+    pages = {"block_table": PAGES["block_table"]}
     with pytest.raises(UnsupportedError, match="dropout_p"):
-        flash_attn.flash_attn_varlen_func(q, k, v, offsets, keys, 4, 9, 0.1, block_table=PAGES["block_table"])
+        flash_attn.flash_attn_varlen_func(q, k, v, offsets, keys, 4, 9, 0.1, **pages)
+    with pytest.raises(TypeError, match="deterministic"):
+        flash_attn.flash_attn_varlen_func(q, k, v, offsets, keys, 4, 9, deterministic="yes", **pages)
+    with pytest.raises(TypeError, match="cu_seqlens_k is a NoneType"):
+        flash_attn.flash_attn_varlen_func(q, k, v, offsets, None, 4, 9, **pages)
 
 
 # --- Frameworks ---------------------------------------------------------------------------------------
@@ -658,6 +688,37 @@ def test_gradients_hear_of_deterministic(deterministic: bool, monkeypatch: pytes
     q = jax.numpy.ones((1, 4, 2, 8))
     flash_attn.flash_attn_func(q, q, q, deterministic=deterministic)
     assert heard[-1] is deterministic
+
+
+WRONG: dict[str, Any] = {
+    "causal": 1,
+    "deterministic": "yes",
+    "return_attn_probs": 1,
+    "softmax_scale": torch.tensor(0.5, requires_grad=True),
+    "softcap": torch.tensor(1.5, requires_grad=True),
+    "dropout_p": "much",
+    "window_size": (1.0, 0),
+}
+
+
+@pytest.mark.parametrize("argument", WRONG)
+def test_wrong_options_are_refused(argument: str) -> None:
+    """Of packed tensors too, which autograd records with options that only backward reads."""
+    named = "return_lse" if argument == "return_attn_probs" else argument
+    calls = [(flash_attn, name) for name in FUNCTIONS]
+    if argument != "dropout_p":
+        calls.append((flash_attn_3, "flash_attn_qkvpacked_func"))
+    for module, name in calls:
+        with pytest.raises(TypeError, match=named):
+            getattr(module, name)(**case_of(name, torch.float64).arguments, **{argument: WRONG[argument]})
+
+
+def test_no_seed_is_drawn_for_a_wrong_rate() -> None:
+    state = torch.get_rng_state()
+    for name in FUNCTIONS:
+        with pytest.raises(ValueError, match=r"dropout_p is 1\.0"):
+            getattr(flash_attn, name)(**case_of(name, torch.float64).arguments, dropout_p=1.0)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("name", [name for name in SIGNATURES if "packed" in name])
