@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..errors import ArgumentError
+
 __all__ = [
     "index_first_axis",
     "index_first_axis_residual",
@@ -88,11 +90,15 @@ def unpad_input(
     seqused : int32 tensor, (batch,)
         Tokens of `attention_mask` alone.
     """
-    kept = attention_mask if unused_mask is None else attention_mask + unused_mask
+    _check_mask("unpad_input", "attention_mask", hidden_states, attention_mask)
+    tokens = kept = attention_mask != 0  # which may number sequences, as masks of packed ones do
+    if unused_mask is not None:
+        _check_mask("unpad_input", "unused_mask", hidden_states, unused_mask)
+        kept = tokens | (unused_mask != 0)
     cu_seqlens, longest = _offsets(kept.sum(-1, dtype=torch.int32))
     indices = kept.flatten().nonzero().flatten()
     packed = hidden_states.flatten(0, 1)[indices]
-    return packed, indices, cu_seqlens, longest, attention_mask.sum(-1, dtype=torch.int32)
+    return packed, indices, cu_seqlens, longest, tokens.sum(-1, dtype=torch.int32)
 
 
 def unpad_input_for_concatenated_sequences(
@@ -113,6 +119,9 @@ def unpad_input_for_concatenated_sequences(
     cu_seqlens : int32 tensor, (sequences + 1,)
     max_seqlen_in_batch : int
     """
+    _check_mask(
+        "unpad_input_for_concatenated_sequences", "attention_mask_in_length", hidden_states, attention_mask_in_length
+    )
     lengths = attention_mask_in_length.flatten()
     cu_seqlens, longest = _offsets(lengths[lengths.nonzero().flatten()])
     columns = torch.arange(attention_mask_in_length.shape[1], device=lengths.device)
@@ -134,6 +143,15 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     tensor, (batch, seqlen, ...)
     """
     return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
+
+
+def _check_mask(function: str, name: str, hidden_states: Tensor, mask: Tensor) -> None:
+    rows = hidden_states.shape[:2]
+    if mask.shape != rows:
+        raise ArgumentError(
+            f"{function}: {name} has shape {tuple(mask.shape)} but hidden_states has {tuple(rows)} tokens; they must "
+            "agree."
+        )
 
 
 def _offsets(lengths: Tensor) -> tuple[Tensor, int]:

@@ -753,6 +753,14 @@ def test_padding() -> None:
     room = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0]])
     _, indices, offsets, longest, used = unpad_input(x, mask, room)
     assert (offsets.tolist(), longest, used.tolist()) == ([0, 3, 6], 3, [2, 3])
+    numbered, *more = unpad_input(x, torch.tensor([[3, 7, 0, 0], [0, 1, 2, 2]]), 2 * mask)
+    assert torch.equal(numbered, packed)  # tokens are where a mask is not 0, and count once
+    assert [each.tolist() for each in (more[1], more[3])] == [[0, 2, 5], [2, 3]]
+    for masks in ((mask[:, :3],), (mask, room[:1])):
+        with pytest.raises(ValueError, match="mask has shape"):
+            unpad_input(x, *masks)
+    with pytest.raises(ValueError, match="attention_mask_in_length has shape"):
+        unpad_input_for_concatenated_sequences(x, mask[:1])
     lengths = torch.tensor([[2, 1, 0, 0], [3, 0, 0, 0]])
     packed, indices, offsets, longest = unpad_input_for_concatenated_sequences(x, lengths)
     assert (indices.tolist(), offsets.tolist(), longest) == ([0, 1, 2, 4, 5, 6], [0, 2, 3, 6], 3)
@@ -807,6 +815,32 @@ def test_rotary_embeddings(interleaved: bool) -> None:
         "bihd,bjhd->bhij", *rotary.RotaryEmbedding(8, interleaved=interleaved)(qkv * 1.0).unbind(2)[:2]
     )
     torch.testing.assert_close(products.diagonal(0, -2, -1), plain.diagonal(0, -2, -1), **close)  # at distance 0
+
+
+def test_wrong_rotary_embeddings_are_refused_and_write_nothing() -> None:
+    from cufa.flash_attn.layers import rotary
+
+    cos, sin = random(9, 4), random(9, 4, seed=1)
+    x = random(1, 3, 2, WIDTH)
+    for offset, error in ((-8, ValueError), (2.0, TypeError), (None, TypeError), (torch.tensor([1.5]), ValueError)):
+        with pytest.raises(error, match="seqlen_offsets"):  # of -8 the tables would be rows 1 to 9
+            rotary.apply_rotary_emb(x, cos, sin, seqlen_offsets=offset)
+    found = rotary.apply_rotary_emb(x, cos, sin, seqlen_offsets=np.int64(2))
+    torch.testing.assert_close(found, rotary.apply_rotary_emb(x, cos[2:], sin[2:]))
+    before = random(1, 3, 3, 2, WIDTH)
+    qkv, kv = before.clone(), before[:, :, :2].clone()
+    with pytest.raises(ValueError, match="cos"):  # those of k, when q could be turned
+        rotary.apply_rotary_emb_qkv_(qkv, cos, sin, cos[:2], sin[:2])
+    heads = before.flatten(2, 3)
+    for wrong, count in ((kv, None), (heads, None), (heads, 3), (heads, 6), (heads[0], 2)):
+        with pytest.raises(ValueError, match=r"qkv has shape \(.*num_heads_q is"):
+            rotary.apply_rotary_emb_qkv_(wrong, cos, sin, num_heads_q=count)
+    with pytest.raises(ValueError, match="kv has shape"):
+        rotary.apply_rotary_emb_kv_(qkv, cos, sin)
+    q = x.clone()
+    with pytest.raises(ValueError, match="kv has shape"):
+        rotary.RotaryEmbedding(8)(q, qkv)
+    assert torch.equal(q, x) and torch.equal(qkv, before) and torch.equal(kv, before[:, :, :2])
 
 
 def test_losses_and_norms() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..._call import options as _options
 from ...errors import ArgumentError
 from ..ops.triton.rotary import apply_rotary
 
@@ -86,16 +87,26 @@ def apply_rotary_emb_qkv_(
     tensor
         `qkv`.
     """
-    if qkv.ndim == 5:
+    shape = tuple(qkv.shape)
+    if len(shape) == 5 and shape[2] == 3:
         q, k = qkv[:, :, 0], qkv[:, :, 1]
-    else:
-        if num_heads_q is None:
-            raise ArgumentError("apply_rotary_emb_qkv_: qkv has 4 dimensions; pass num_heads_q.")
-        end = (qkv.shape[2] + num_heads_q) // 2
+    elif (
+        len(shape) == 4 and num_heads_q is not None and 0 < num_heads_q < shape[2] and (shape[2] - num_heads_q) % 2 == 0
+    ):
+        end = (shape[2] + num_heads_q) // 2
         q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q:end]
+    else:
+        raise ArgumentError(
+            f"apply_rotary_emb_qkv_: qkv has shape {shape} and num_heads_q is {num_heads_q}; (batch, seqlen, 3, "
+            "nheads, headdim) or, with num_heads_q, (batch, seqlen, num_heads_q + 2 * num_heads_k, headdim) is "
+            "expected."
+        )
     own = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
-    apply_rotary(q, cos, sin, seqlen_offsets, interleaved=interleaved, inplace=True)
-    apply_rotary(k, *own, seqlen_offsets, interleaved=interleaved, inplace=True)
+    turned = [
+        apply_rotary(x, *tables, seqlen_offsets, interleaved=interleaved) for x, tables in ((q, (cos, sin)), (k, own))
+    ]
+    for x, each in zip((q, k), turned, strict=True):  # neither is written before both were found right
+        x.copy_(each)
     return qkv
 
 
@@ -116,8 +127,16 @@ def apply_rotary_emb_kv_(
     tensor
         `kv`.
     """
+    _check_kv("apply_rotary_emb_kv_", kv)
     apply_rotary(kv[:, :, 0], cos, sin, seqlen_offsets, interleaved=interleaved, inplace=True)
     return kv
+
+
+def _check_kv(function: str, kv: Tensor) -> None:
+    if kv.ndim != 5 or kv.shape[2] != 2:
+        raise ArgumentError(
+            f"{function}: kv has shape {tuple(kv.shape)}; (batch, seqlen, 2, nheads, headdim) is expected."
+        )
 
 
 class RotaryEmbedding(torch.nn.Module):  # type: ignore[misc, unused-ignore]
@@ -200,13 +219,14 @@ class RotaryEmbedding(torch.nn.Module):  # type: ignore[misc, unused-ignore]
         qkv, or q and kv : tensor
         """
         if max_seqlen is None:
-            if not isinstance(seqlen_offset, int):
+            if isinstance(seqlen_offset, torch.Tensor):
                 raise ArgumentError("RotaryEmbedding: seqlen_offset is a tensor; pass max_seqlen too.")
-            max_seqlen = qkv.shape[1] + seqlen_offset
+            max_seqlen = qkv.shape[1] + _options.integer("RotaryEmbedding", "seqlen_offset", seqlen_offset)
         self._update_cos_sin_cache(max_seqlen, qkv.device, qkv.dtype)
         tables = self._cos_cached, self._sin_cached
         of_k = tables if self.scale_base is None else (self._cos_k_cached, self._sin_k_cached)
         if kv is None:
             return apply_rotary_emb_qkv_(qkv, *tables, *of_k, self.interleaved, seqlen_offset, num_heads_q)
+        _check_kv("RotaryEmbedding", kv)
         q = apply_rotary_emb(qkv, *tables, self.interleaved, inplace=True, seqlen_offsets=seqlen_offset)
         return q, apply_rotary_emb_kv_(kv, *of_k, self.interleaved, seqlen_offset)

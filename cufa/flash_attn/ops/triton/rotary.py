@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from ...._api.rotary import rotary
+from ...._call import options as _options
+from ....errors import ArgumentError
 
 __all__ = ["apply_rotary"]
 
@@ -45,12 +47,24 @@ def apply_rotary(
     Returns
     -------
     tensor, shaped like `x`
+
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedError
+        As for `cufa.rotary`, and if `seqlen_offsets` is negative or of another dtype.
     """
     offsets = None
-    if isinstance(seqlen_offsets, int):
-        cos, sin = cos[seqlen_offsets:], sin[seqlen_offsets:]
-    else:
+    if isinstance(seqlen_offsets, torch.Tensor):
+        if seqlen_offsets.dtype not in (torch.int32, torch.int64):
+            raise ArgumentError(
+                f"apply_rotary: seqlen_offsets has dtype {seqlen_offsets.dtype}; pass int32 or int64, or a number."
+            )
         offsets = seqlen_offsets.to(torch.int32)
+    else:
+        start = _options.integer("apply_rotary", "seqlen_offsets", seqlen_offsets, "an integer or a torch tensor")
+        if start < 0:
+            raise ArgumentError(f"apply_rotary: seqlen_offsets is {start}; it must not be negative.")
+        cos, sin = cos[start:], sin[start:]
     turned = rotary(
         x, None, cos, sin, offsets=offsets, cu_seqlens=cu_seqlens, interleaved=interleaved, inverse=conjugate
     )
