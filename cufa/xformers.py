@@ -41,6 +41,12 @@ __all__ = [
 
 Tensor = Any
 
+
+def _check_number(name: str, given: int, least: int) -> None:
+    if given < least:
+        raise ArgumentError(f"cufa.xformers: {name} is {given}; it must be at least {least}.")
+
+
 MASKS: dict[str, tuple[bool, str, str]] = {
     "LowerTriangularMask": (True, "", "0"),
     "LowerTriangularMaskWithTensorBias": (True, "", "0"),
@@ -90,6 +96,9 @@ class LowerTriangularFromBottomRightLocalAttentionMask(LowerTriangularFromBottom
 
     _window_size: int
 
+    def __post_init__(self) -> None:
+        _check_number("window_size", self._window_size, 1)
+
 
 @dataclass
 class LocalAttentionFromBottomRightMask:
@@ -97,6 +106,10 @@ class LocalAttentionFromBottomRightMask:
 
     window_left: int
     window_right: int
+
+    def __post_init__(self) -> None:
+        _check_number("window_left", self.window_left, 0)
+        _check_number("window_right", self.window_right, 0)
 
 
 @dataclass
@@ -116,6 +129,8 @@ class SeqLenInfo:
     @classmethod
     def of(cls, lengths: Sequence[int]) -> SeqLenInfo:
         """Of sequences one behind the other."""
+        for length in lengths:
+            _check_number("a length", length, 0)
         return cls([0, *itertools.accumulate(lengths)])
 
 
@@ -131,6 +146,8 @@ class BlockDiagonalMask:
     def from_seqlens(cls, q_seqlen: Sequence[int], kv_seqlen: Sequence[int] | None = None) -> Any:
         """Of sequences of these lengths."""
         q_seqinfo = SeqLenInfo.of(q_seqlen)
+        if kv_seqlen is not None and len(q_seqlen) != len(kv_seqlen):
+            raise ArgumentError(f"{cls.__name__}: q_seqlen has {len(q_seqlen)} lengths but kv_seqlen {len(kv_seqlen)}.")
         return cls(q_seqinfo, q_seqinfo if kv_seqlen is None else SeqLenInfo.of(kv_seqlen))
 
     @classmethod
@@ -178,12 +195,18 @@ class BlockDiagonalCausalLocalAttentionMask(BlockDiagonalCausalMask):
 
     _window_size: int = 0
 
+    def __post_init__(self) -> None:
+        _check_number("window_size", self._window_size, 1)
+
 
 @dataclass
 class BlockDiagonalCausalLocalAttentionFromBottomRightMask(BlockDiagonalCausalFromBottomRightMask):
     """What `BlockDiagonalMask.make_local_attention_from_bottomright` gives."""
 
     _window_size: int = 0
+
+    def __post_init__(self) -> None:
+        _check_number("window_size", self._window_size, 1)
 
 
 @dataclass
@@ -196,6 +219,12 @@ class BlockDiagonalPaddedKeysMask:
     @classmethod
     def from_seqlens(cls, q_seqlen: Sequence[int], kv_padding: int, kv_seqlen: Sequence[int]) -> Any:
         """Of so many queries, and so many live keys."""
+        if len(q_seqlen) != len(kv_seqlen):
+            raise ArgumentError(f"{cls.__name__}: q_seqlen has {len(q_seqlen)} lengths but kv_seqlen {len(kv_seqlen)}.")
+        for length in kv_seqlen:
+            _check_number("a length", length, 0)
+            if length > kv_padding:
+                raise ArgumentError(f"{cls.__name__}: kv_seqlen holds {length}, but kv_padding is {kv_padding}.")
         starts = [kv_padding * index for index in range(len(kv_seqlen) + 1)]
         return cls(SeqLenInfo.of(q_seqlen), SeqLenInfo(starts, list(kv_seqlen)))
 
@@ -259,6 +288,8 @@ def memory_efficient_attention(
     shape = query.shape
     if not 3 <= query.ndim == key.ndim == value.ndim <= 5:
         raise ArgumentError(f"{_NAME}: query, key and value have {query.ndim}, {key.ndim} and {value.ndim} dimensions.")
+    if query.ndim == 5 and key.shape[3] > 1 and key.stride(3) == value.stride(3) == 0:  # heads that are one key head
+        key, value = key[:, :, :, :1], value[:, :, :, :1]
     query, key, value = (_heads(x) for x in (query, key, value))
     bias = attn_bias if isinstance(attn_bias, torch.Tensor) else getattr(attn_bias, "_bias", None)
     if bias is not None:
@@ -290,10 +321,8 @@ def _seed(query: Tensor) -> int:
 
 
 def _heads(x: Tensor) -> Tensor:
-    """A tensor as (batch, rows, heads, columns); heads that are the same memory are one."""
-    if x.ndim == 3:
-        return x.unsqueeze(2)
-    return x if x.ndim == 4 else x[:, :, :, 0] if x.stride(3) == 0 else x.flatten(2, 3)
+    """A tensor as (batch, rows, heads, columns)."""
+    return x.unsqueeze(2) if x.ndim == 3 else x.flatten(2, 3) if x.ndim == 5 else x
 
 
 def _sides(bias: Any) -> tuple[bool, int | None, int | None]:
@@ -310,6 +339,11 @@ def _of_blocks(query: Tensor, key: Tensor, value: Tensor, bias: Any, options: di
     top_left, left, right = _sides(bias)
     if query.shape[0] != 1:
         raise ArgumentError(f"{_NAME}: the batch size is {query.shape[0]}; a {type(bias).__name__} is for 1.")
+    for name, x, info in (("query", query, bias.q_seqinfo), ("key", key, bias.k_seqinfo)):
+        if x.shape[1] != info.seqstart_py[-1]:
+            raise ArgumentError(
+                f"{_NAME}: {name} has {x.shape[1]} rows; a {type(bias).__name__} of {info.seqstart_py[-1]} is given."
+            )
     starts = [info.seqstart.to(query.device) for info in (bias.q_seqinfo, bias.k_seqinfo)]
     used = getattr(bias.k_seqinfo, "seqlen", None)
     more: dict[str, Any] = {"window_size": (left, right)}

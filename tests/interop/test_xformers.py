@@ -131,6 +131,32 @@ def test_lists_of_tensors(classes: Any) -> None:
         attend(*[tensors[1]] * 3, bias)
 
 
+def test_wrong_lengths_and_windows_are_refused() -> None:
+    """Kernels on a GPU look at no lengths, and a window of no keys would be none."""
+    mask = own.BlockDiagonalMask.from_seqlens([2, 3], [2, 4])
+    for wrong in (
+        lambda: mask.make_local_attention(0),
+        lambda: mask.make_local_attention_from_bottomright(-1),
+        lambda: own.LowerTriangularFromBottomRightMask().make_local_attention(0),
+        lambda: own.LocalAttentionFromBottomRightMask(-1, 2),
+        lambda: own.LocalAttentionFromBottomRightMask(2, -1),
+        lambda: own.BlockDiagonalMask.from_seqlens([2, -1, 3]),
+        lambda: own.BlockDiagonalPaddedKeysMask.from_seqlens([1, 1], 6, [-1, 3]),
+    ):
+        with pytest.raises(ValueError, match="must be at least"):
+            wrong()
+    with pytest.raises(ValueError, match="2 lengths but kv_seqlen 1"):
+        own.BlockDiagonalMask.from_seqlens([2, 3], [5])
+    with pytest.raises(ValueError, match="2 lengths but kv_seqlen 1"):
+        own.BlockDiagonalPaddedKeysMask.from_seqlens([1, 1], 6, [3])
+    with pytest.raises(ValueError, match="kv_padding is 6"):
+        own.BlockDiagonalPaddedKeysMask.from_seqlens([1, 1], 6, [7, 3])
+    x = random(1, 9, 2, 16)
+    for rows, keys, name in ((6, 6, "query"), (4, 6, "query"), (5, 7, "key"), (5, 5, "key")):
+        with pytest.raises(ValueError, match=f"{name} has"):
+            attend(x[:, :rows], x[:, :keys], x[:, :keys], mask)
+
+
 def test_the_other_arguments() -> None:
     q, k, v = (random(2, 6, 4, 16, seed=seed) for seed in range(3))
     torch.testing.assert_close(attend(q, k, v, scale=0.5), eager(q * 2, k, v))
@@ -146,6 +172,11 @@ def test_the_other_arguments() -> None:
     copied = grouped[0], *(x.contiguous() for x in grouped[1:])
     found = attend(*copied, added.unflatten(1, (2, 2))).flatten(2, 3)
     torch.testing.assert_close(found, eager(q, k[:, :, :2], v[:, :, :2], added))
+    for expanded in ((1,), (2,), (0, 1, 2), (0, 2)):  # of which only keys and values together are fewer heads
+        given = [grouped[i] if i and i in expanded else copied[i] for i in range(3)]
+        given[0] = q[:, :, :2, None].expand(2, 6, 2, 2, 16) if 0 in expanded else given[0]
+        wanted = eager(given[0].flatten(2, 3), k[:, :, :2], v[:, :, :2])
+        torch.testing.assert_close(attend(*given).flatten(2, 3), wanted)
     torch.manual_seed(1)
     first = attend(q, k, v, p=0.5)
     torch.manual_seed(1)
