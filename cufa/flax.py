@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ._api.attention import attention
-from .errors import UnsupportedError
+from .errors import ArgumentError, UnsupportedError
 
 __all__ = ["dot_product_attention"]
 
@@ -71,6 +71,8 @@ def dot_product_attention(
 
     Raises
     ------
+    TypeError, ValueError
+        As for `cufa.attention`, and if batch axes disagree.
     UnsupportedError
         For what is not supported; the message names the argument.
 
@@ -93,6 +95,11 @@ def dot_product_attention(
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
     common = dtype or jnp.result_type(query, key, value)
     batch = query.shape[:-3]
+    if not batch == key.shape[:-3] == value.shape[:-3]:
+        raise ArgumentError(
+            f"{_NAME}: query, key and value have shapes {query.shape}, {key.shape} and {value.shape}; their axes "
+            "before the last three must agree."
+        )
     q, k, v = (jnp.asarray(x, common).reshape(-1, *x.shape[-3:]) for x in (query, key, value))
     options = {"causal": is_causal}
     for name, array in (("bias", bias), ("mask", mask)):

@@ -57,6 +57,10 @@ def test_the_other_arguments() -> None:
     assert half.dtype == jnp.float16
     plain = attend(q, k, k, dropout_rate=0.5, deterministic=True, broadcast_dropout=False, force_fp32_for_softmax=True)
     np.testing.assert_array_equal(plain, attend(q, k, k))
+    many = random(2, 3, 6, 2, 8)
+    for other in (many.swapaxes(0, 1), many.reshape(6, 6, 2, 8), many[:1]):  # as many sequences, or some
+        with pytest.raises(ValueError, match="axes before the last three"):
+            attend(many, other, other)
     for refused in (
         {"dropout_rate": 0.5},
         {"precision": "highest"},
