@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._call.options import MAX_SEQLEN, integer
 from ..errors import ArgumentError
 from . import drawing
 from .bounds import Blocks
@@ -127,6 +128,8 @@ class BlockMask:
                 )
             mask = FromFunction(mask, ())
         size = _sides(block_size)
+        batch, heads = (_extent("of", name, n, 1) for name, n in (("batch", batch), ("heads", heads)))
+        seqlen_q, seqlen_k = _lengths("of", seqlen_q, seqlen_k)
         mask.check(batch, heads)
         mask.check_lengths(seqlen_q, seqlen_k)
         return cls._made(_Entries(mask, batch, heads, seqlen_q, seqlen_k, size), None).to(like)
@@ -176,6 +179,7 @@ class BlockMask:
         # . #
         """
         size = _sides(block_size)
+        seqlen_q, seqlen_k = _lengths("from_csr", seqlen_q, seqlen_k)
         starts, columns = integers("from_csr", "offsets", offsets, 1, 3, room="BlockMask"), _flat("blocks", blocks)
         starts = starts.reshape((1,) * (3 - starts.ndim) + starts.shape)
         query_blocks, key_blocks = -(-seqlen_q // size[0]), -(-seqlen_k // size[1])
@@ -251,6 +255,7 @@ class BlockMask:
         # . #
         """
         size = _sides(block_size)
+        seqlen_q, seqlen_k = _lengths("from_coo", seqlen_q, seqlen_k)
         rows, columns = _flat("query_blocks", query_blocks), _flat("key_blocks", key_blocks)
         if len(rows) != len(columns):
             raise ArgumentError(
@@ -501,6 +506,17 @@ def _sides(block_size: int | Sequence[int]) -> tuple[int, int]:
     if len(found) != 2 or any(side < UNIT or side % UNIT for side in found):
         raise ArgumentError(f"BlockMask: block_size is {block_size!r}; pass a multiple of {UNIT}, or two of them.")
     return found[0], found[1]
+
+
+def _lengths(function: str, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+    return _extent(function, "seqlen_q", seqlen_q, 0), _extent(function, "seqlen_k", seqlen_k, 0)
+
+
+def _extent(function: str, name: str, given: int, least: int) -> int:
+    value = integer(f"BlockMask.{function}", name, given)
+    if not least <= value <= MAX_SEQLEN:
+        raise ArgumentError(f"BlockMask.{function}: {name} is {value}; it must be from {least} to {MAX_SEQLEN}.")
+    return value
 
 
 def _flat(name: str, given: Any) -> Array:

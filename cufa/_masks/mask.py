@@ -395,13 +395,21 @@ def check_drawn(room: str, sizes: tuple[int, int], batch: int, head: int) -> Non
 def integers(function: str, name: str, given: Any, *ranks: int, room: str = "masks") -> Array:
     """An array of integers of any framework, as NumPy's int32; its values are read, for which the host may wait."""
     found = to_numpy(given)
-    if found.dtype.kind not in "iu" or found.ndim not in ranks:
+    if (found.size and found.dtype.kind not in "iu") or found.ndim not in ranks:
         wanted = " or ".join(map(str, ranks))
         raise ArgumentError(
             f"{room}.{function}: {name} has dtype {found.dtype} and {found.ndim} dimensions; integers of {wanted} are "
             "expected."
         )
-    return found.astype(np.int32)
+    return as_int32(function, name, found, room)
+
+
+def as_int32(function: str, name: str, given: Array, room: str = "masks") -> Array:
+    """Integers as int32, as kernels read them, or an error where it does not hold one."""
+    found = given.astype(np.int32)
+    if (found != given).any():
+        raise ArgumentError(f"{room}.{function}: {name} holds {given[found != given][0]}, which int32 does not hold.")
+    return found
 
 
 def _comparable(part: Any) -> Any:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from .._call.options import MAX_SEQLEN, integer
 from ..errors import ArgumentError
 from .bounds import Blocks, Bounds
 from .host import to_numpy
-from .mask import Array, At, Mask, Window, integers, narrowed
+from .mask import Array, At, Mask, Window, as_int32, integers, narrowed
 
 
 def _size(function: str, name: str, given: Any, least: int = 1) -> int:
-    try:
-        value = operator.index(given)
-    except TypeError:
-        raise TypeError(f"masks.{function}: {name} is a {type(given).__name__}; pass an integer.") from None
+    value = integer(f"masks.{function}", name, given)
     if value < least:
         raise ArgumentError(f"masks.{function}: {name} is {value}; it must be at least {least}.")
-    return value
+    return min(value, MAX_SEQLEN)  # no two positions are farther apart, and kernels compute with 32 bits
 
 
 def _of_sequences(function: str, name: str, array: Array, batch: int) -> None:
@@ -573,5 +570,7 @@ def from_function(function: Callable[..., Any], *arrays: Any) -> Mask:
     """
     if not callable(function):
         raise TypeError(f"masks.from_function: function is a {type(function).__name__}; pass a function.")
-    found = map(to_numpy, arrays)
-    return FromFunction(function, tuple(x.astype(np.int32) if x.dtype.kind in "iu" else x for x in found))
+    found = [to_numpy(array) for array in arrays]
+    return FromFunction(
+        function, tuple(as_int32("from_function", "an array", x) if x.dtype.kind in "iu" else x for x in found)
+    )

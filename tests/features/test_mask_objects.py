@@ -449,6 +449,30 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: masks.prefix_lm(np.zeros(2)),
         "masks.prefix_lm: prefix_lengths has dtype float64 and 1 dimensions; integers of 0 or 1 are expected.",
     ),
+    "documents beyond 32 bits": (
+        lambda: masks.document(np.array([0, 1 << 32])),
+        "masks.document: ids holds 4294967296, which int32 does not hold.",
+    ),
+    "a prefix beyond 32 bits": (
+        lambda: masks.prefix_lm((1 << 32) + 1),
+        "masks.prefix_lm: prefix_lengths holds 4294967297, which int32 does not hold.",
+    ),
+    "an array beyond 32 bits": (
+        lambda: masks.from_function(lambda b, h, q, k, x: x[k] > 0, np.array([1 << 31], np.uint32)),
+        "masks.from_function: an array holds 2147483648, which int32 does not hold.",
+    ),
+    "no sequences": (
+        lambda: cufa.BlockMask.of(masks.causal(), 0, 1, 70, 70),
+        "BlockMask.of: batch is 0; it must be from 1 to 1073741823.",
+    ),
+    "queries before 0": (
+        lambda: cufa.BlockMask.from_csr([0], [], -1, 70),
+        "BlockMask.from_csr: seqlen_q is -1; it must be from 0 to 1073741823.",
+    ),
+    "keys beyond all": (
+        lambda: cufa.BlockMask.from_coo([], [], 70, 1 << 40),
+        "BlockMask.from_coo: seqlen_k is 1099511627776; it must be from 0 to 1073741823.",
+    ),
 }
 
 
@@ -460,8 +484,23 @@ def test_what_will_not_do_is_refused(name: str) -> None:
     assert str(refusal.value) == text
 
 
+def test_sizes_beyond_all_lengths_are_as_good_as_the_longest() -> None:
+    """In kernels too, whose numbers have 32 bits; and there may be no tokens."""
+    q = np.random.default_rng(0).standard_normal((1, 5, 4, 8), dtype=np.float32)
+    for mask in (masks.chunked(1 << 40), ~masks.sliding_window(1 << 40, 0) | masks.causal(), ~masks.dilated(1 << 40)):
+        out = cufa.attention(q, q, q, mask=mask)
+        np.testing.assert_allclose(out, cufa.attention(q, q, q, mask=masks.from_array(mask.dense(1, 4, 5, 5))))
+    assert not masks.global_tokens([]).dense(1, 1, 3, 3).any()
+
+
 def test_types_that_will_not_do_are_refused() -> None:
-    for wrong in (lambda: masks.chunked(2.5), lambda: masks.document(), lambda: cufa.BlockMask.of(3, 1, 1, 2, 2)):  # type: ignore[arg-type]
+    for wrong in (
+        lambda: masks.chunked(2.5),  # type: ignore[arg-type]
+        lambda: masks.chunked(True),
+        lambda: masks.document(),
+        lambda: cufa.BlockMask.of(3, 1, 1, 2, 2),  # type: ignore[arg-type]
+        lambda: cufa.BlockMask.of(masks.causal(), 1, 1, 2.0, 2),  # type: ignore[arg-type]
+    ):
         with pytest.raises(
             TypeError, match=r"pass (an integer|either ids or offsets|one of cufa\.masks, or a function)"
         ):
