@@ -23,6 +23,18 @@ PLACES = ("batch", "head", "query", "key", "distance")
 RESERVED = ("score", "Real", "data", "at", "element", *PLACES)
 """Names that a snippet finds beside those of its arrays and numbers."""
 
+_WORDS = (
+    "alignas alignof and and_eq asm auto bitand bitor bool break case catch char char8_t char16_t char32_t class compl "
+    "concept const consteval constexpr constinit const_cast continue co_await co_return co_yield decltype default "
+    "delete do double dynamic_cast else enum explicit export extern false float for friend goto if inline int long "
+    "mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected public register "
+    "reinterpret_cast requires return short signed sizeof static static_assert static_cast struct switch template this "
+    "thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor "
+    "xor_eq"
+)
+KEYWORDS = frozenset(_WORDS.split())
+"""Of C++20."""
+
 CALLS = ("exp", "exp2", "log", "log2", "tanh", "sigmoid", "sqrt", "abs", "floor", "ceil", "minimum", "maximum", "where")
 """Functions of ``DualFunctions`` in cuda_src/attention/functions.cuh."""
 
@@ -85,9 +97,13 @@ def cuda_function(
     """
     if not isinstance(source, str):
         raise TypeError(f"cuda_function: source is a {type(source).__name__}; pass C++ as a str.")
+    if not source.strip():
+        raise ValueError("cuda_function: source is empty; pass an expression, or statements that return.")
     arrays, scalars = dict(arrays or {}), dict(scalars or {})
     for name in (*arrays, *scalars):
-        known = name in RESERVED or name in CALLS or (name in arrays and name in scalars)
+        if not isinstance(name, str):
+            raise TypeError(f"cuda_function: {name!r} is a {type(name).__name__}; the names of arrays are texts.")
+        known = name in {*RESERVED, *CALLS, *KEYWORDS} or (name in arrays and name in scalars)
         if known or not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or "__" in name:
             raise ValueError(f"cuda_function: {name!r} cannot be the name of an array or a number; choose another.")
     for name, value in arrays.items():
@@ -134,7 +150,7 @@ class SnippetTerm(Term):
     def _struct(self) -> Struct:
         is_score = self.kind == "score"
         returned = "Real" if is_score else "bool"
-        body = self.source if re.search(r"\breturn\b", self.source) else f"return {returned}({self.source});"
+        body = self.source if re.search(r"\breturn\b", self.source) else f"return {returned}({self.source}\n    );"
         using = [f"  using DualFunctions<element>::{name};" for name in CALLS]
         found = []
         for place, (name, _, ndim) in enumerate(self.layouts):

@@ -463,7 +463,7 @@ def test_functions_in_cuda_that_will_not_do() -> None:
             f"attention: the {kind} function is in C++, and q is on the CPU; give cuda_function a twin in Python, or "
             "pass arrays on a GPU."
         )
-    for name in ("score", "tanh", "2a", "a__b", "head"):
+    for name in ("score", "tanh", "2a", "a__b", "head", "int", "and", "this"):
         with pytest.raises(ValueError, match=rf"^cuda_function: '{name}' cannot be the name of an array or a number"):
             cufa.cuda_function("score", scalars={name: 1.0})
     with pytest.raises(TypeError, match=r"^cuda_function: table has dtype float16; pass an array of float32, int32 or"):
@@ -472,6 +472,11 @@ def test_functions_in_cuda_that_will_not_do() -> None:
         cufa.cuda_function("score", scalars={"a": "b"})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match=r"^cuda_function: source is a int; pass C\+\+ as a str\.$"):
         cufa.cuda_function(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^cuda_function: 3 is a int; the names of arrays are texts"):
+        cufa.cuda_function("score", arrays={3: np.ones(2, np.float32)})  # type: ignore[dict-item]
+    for source in ("", " \n"):  # which would hide all keys
+        with pytest.raises(ValueError, match=r"^cuda_function: source is empty"):
+            cufa.cuda_function(source)
     outside = cufa.cuda_function("score", twin=lambda s, b, h, q, k: s + slopes[h])
     with pytest.raises(TypeError, match=r"^attention: the twin of score finds slopes around itself; name all arrays"):
         cufa.attention(x, x, x, score=outside)

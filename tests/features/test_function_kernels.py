@@ -34,7 +34,7 @@ def mask(example: own.Example) -> Any:
 SNIPPET = score_feature(
     "attention",
     cufa.cuda_function(
-        "cap * tanh(score / cap) + table(head, key)",
+        "cap * tanh(score / cap) + table(head, key)  // as text may end",
         arrays={"table": np.ones((2, 9), np.float32)},
         scalars={"cap": CAP},
     ),
