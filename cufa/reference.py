@@ -808,7 +808,9 @@ def _check(
     """Refuse what the function of that name in cufa refuses, in its words; the options as plain values."""
     _options.flag(function, "return_lse", return_lse)
     arrays = {name: None if x is None else np.asarray(x) for name, x in given.items()}
-    arrays["mask"] = np.asarray(mask) if is_array(mask) else None
+    if is_array(mask):
+        seen = np.asarray(mask)
+        arrays["mask"] = seen != 0 if seen.dtype == np.uint8 else seen
     return _problem.check_host(function, arrays, options, checked_terms())
 
 

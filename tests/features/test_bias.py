@@ -90,6 +90,19 @@ def test_the_public_functions_take_them() -> None:
         np.testing.assert_array_equal(one, other)
 
 
+def test_masks_may_be_bytes() -> None:
+    """Any but 0 is true, in the specification too."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 9, 2, 8))
+    mask = rng.choice(np.array([0, 1, 2, 255], np.uint8), (2, 2, 9, 9))
+    out, lse = cufa.attention(q, k, v, mask=mask, return_lse=True)
+    np.testing.assert_array_equal(out, cufa.attention(q, k, v, mask=mask != 0))
+    np.testing.assert_allclose(reference.attention(q, k, v, mask=mask), out, atol=1e-12)
+    found = reference.attention_backward(q, q, k, v, mask=mask)
+    for one, other in zip(found, cufa.attention_backward(q, q, k, v, out, lse, mask=mask), strict=False):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["bias", "mask"])
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 def test_what_is_hidden_does_not_show(name: str, number: float) -> None:
