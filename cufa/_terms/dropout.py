@@ -9,6 +9,7 @@ import numpy as np
 
 from .._call import options as _options
 from ..errors import ArgumentError
+from .capture import dtype_of
 from .philox import philox, round_key_bytes
 from .score_array import Specialised
 from .term import Array, Late, Point, Term
@@ -125,11 +126,7 @@ class SeededDropout(Specialised, Dropout):
         spec = call.specs.get("seed")
         if spec is None:
             call.type_error("seed is None; pass an integer.")
-        if spec.dtype not in SEED_DTYPES or spec.shape:
-            call.value_error(
-                f"seed has dtype {spec.dtype} and shape {spec.shape}; pass an integer, or an array of no dimensions of "
-                f"{' or '.join(SEED_DTYPES)}."
-            )
+        check_seed(call.function, spec.dtype, spec.shape)
 
     def values(self, problem: Problem) -> dict[str, Any]:
         return {name: value for name, value in super().values(problem).items() if name != "keys"}
@@ -164,13 +161,25 @@ def plain_seed(function: str, seed: Any) -> int:
     return number
 
 
+def check_seed(function: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """Refuse an array that is no seed."""
+    if dtype not in SEED_DTYPES or shape:
+        raise ArgumentError(
+            f"{function}: seed has dtype {dtype} and shape {shape}; pass an integer, or an array of no dimensions of "
+            f"{' or '.join(SEED_DTYPES)}."
+        )
+
+
 def dropout_features(function: str, dropout_p: Any, seed: Any) -> list[Feature]:
     """What the arguments `dropout_p` and `seed` of a call ask for."""
     from .._operations.features import Feature
 
     if is_array(seed) and not isinstance(seed, np.ndarray):  # NumPy's is as good as an integer
         p = plain_rate(function, dropout_p)
-        return [Feature(SeededDropout(), (seed,), (p,))] if p > 0.0 else []
+        if p > 0.0:
+            return [Feature(SeededDropout(), (seed,), (p,))]
+        check_seed(function, dtype_of(seed), tuple(seed.shape))  # of which nothing else hears
+        return []
     values = plain(function, dropout_p, seed)
     return [Feature(Dropout(), options=values)] if values[0] > 0.0 else []
 

@@ -516,16 +516,24 @@ def compiled_with_features(
     drops = isinstance(dropout_p, float) and 0.0 < dropout_p < 1.0
     tensors = [("bias", bias), ("rel_bias", rel_bias), ("mask", mask)]
     found = [(name, x) for name, x in tensors if x is not None] + ([("dropout", seed)] if drops else [])
-    fit = score is None and (drops or (dropout_p == 0 and seed is None))
+    off = not drops and dropout_p == 0 and (seed is None or _is_seed(seed))  # as in models that do not train
+    fit = score is None and (drops or off)
     if not fit or not all(isinstance(x, torch.Tensor) for _, x in found):
         # An operation with other features is made when they are first asked for, which cannot be traced.
         what = "score functions, masks that are no tensors, and dropout whose seed is no tensor,"
         return outside(what, function, operation, given, asked, *features)
+    if not found:
+        return compiled(operation, given, asked)
     why = _unfit(operation, given, asked)
     if why is not None:
         return outside(why, function, operation, given, asked, *features)
     name = _featured_name(operation.key, " ".join([name for name, _ in found]))
     return _node(name, operation, given, (*asked, dropout_p) if drops else asked, [x for _, x in found])
+
+
+def _is_seed(seed: Any) -> bool:
+    dtypes = torch.int32, torch.uint32, torch.int64
+    return isinstance(seed, torch.Tensor) and seed.ndim == 0 and seed.dtype in dtypes
 
 
 def _unfit(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> str | None:

@@ -143,6 +143,24 @@ def test_features_that_are_tensors_are_part_of_a_graph(learned: tuple[str, ...])
     assert len(graphs) == made and graphs[-1].count("cufa.attention_bias_rel_bias_mask_dropout_seeded") == 1
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_seed_without_dropout_breaks_no_graph(biased: bool) -> None:
+    """As models that do not train have it; what is no seed is refused nevertheless."""
+    host = {name: torch.as_tensor(x) for name, x in arrays().items()}
+    q, k, v = (host[name] for name in "qkv")
+    bias = host["bias"] if biased else None
+
+    def step(seed: Any) -> Any:
+        return cufa.attention(q, k, v, bias=bias, dropout_p=0.0, seed=seed)
+
+    expected = cufa.attention(q, k, v, bias=bias)
+    assert torch.equal(torch.compile(step, backend="eager", fullgraph=True)(torch.tensor(3)), expected)
+    for call in (step, torch.compile(step, backend="eager")):
+        for wrong in (torch.tensor([3]), torch.tensor(3.0)):
+            with pytest.raises(ValueError, match="seed has dtype"):
+                call(wrong)
+
+
 def test_a_compiled_step_has_other_features() -> None:
     """Beside the graph."""
     host = {name: torch.as_tensor(x) for name, x in arrays().items()}
