@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import re
 import runpy
 import subprocess
@@ -977,8 +978,35 @@ def test_the_example_generates_what_it_would_read() -> None:
     assert torch.equal(found, tokens[:, 5:])
 
 
-def test_a_program_runs_as_it_is() -> None:
+SPAWNING = """
+import multiprocessing, sys
+from flash_attn import __version__
+
+def told(depth):
+    if depth == 0:
+        return __version__, sys.argv[1:], __file__
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(told, (depth - 1,))
+
+if __name__ == "__main__":
+    print(told(0) == told(1), told(1))
+"""
+
+
+def test_a_program_is_found_by_what_it_spawns(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(SPAWNING)
+    command = [sys.executable, "-m", "cufa.flash_attn", program.name, "more"]
+    places = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(Path(cufa.__file__).parents[1])}}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, **places)
+    assert run.stdout == f"True ('2.8.3', ['more'], {str(program)!r})\n"
+    assert [each.name for each in tmp_path.iterdir()] == [program.name]  # and no bytecode is left
+
+
+def test_a_program_runs_as_it_is(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cufa.flash_attn", str(EXAMPLE), "--steps", "1"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert re.fullmatch(r"step 1: loss \d\.\d+\n\d+ of 100 sequences of 4 digits are sorted\n", run.stdout)
+    with pytest.raises(subprocess.CalledProcessError):
+        subprocess.run([*command[:3], str(tmp_path / "none.py")], capture_output=True, timeout=300, check=True)
     assert "usage" in subprocess.run(command[:3], capture_output=True, text=True, timeout=300).stderr
