@@ -93,6 +93,18 @@ def test_seeds_move_on_with_the_generator_of_the_gpu(torch: Any) -> None:
     assert not torch.equal(second, attend())
 
 
+def test_mapped_calls_drop_the_same_only_if_asked_to(torch: Any) -> None:
+    """Here a seed is drawn without a word of torch's, and is one for all calls."""
+    q = random(torch, 1, 64, 2, 64).expand(2, 1, 64, 2, 64)
+
+    def mapped(randomness: str) -> Any:
+        return torch.func.vmap(lambda x: flash_attn.flash_attn_func(x, x, x, 0.5), randomness=randomness)(q)
+
+    with pytest.raises(UnsupportedError, match="vmap"):
+        mapped("different")
+    assert torch.equal(*mapped("same"))
+
+
 def test_graphs(torch: Any) -> None:
     q, cache = random(torch, 2, 1, 4, 64), random(torch, 2, 2, 64, 2, 64)
     lengths = torch.tensor([5, 40], dtype=torch.int32, device="cuda")
