@@ -460,7 +460,7 @@ def attention_varlen(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
-        terms=terms_of(score, bias, rel_bias, mask, dropout_p, seed),
+        terms=terms_of(score, bias, rel_bias, mask, dropout_p, seed, function="attention_varlen"),
     )
     return (out, lse) if return_lse else out
 
@@ -748,8 +748,13 @@ def terms_of(
     mask: Any = None,
     dropout_p: float = 0.0,
     seed: SupportsInt | None = None,
+    *,
+    function: str = "attention",
 ) -> list[Term]:
-    """The further score terms that the keywords of these names ask for, in their order."""
+    """The further score terms that the keywords of these names ask for, in their order.
+
+    Rates and seeds are refused as `function` in cufa refuses them.
+    """
     terms: list[Term] = []
     if score is not None:
         from ._specification.function import Function
@@ -771,12 +776,13 @@ def terms_of(
         from ._specification.mask import Mask
 
         terms.append(Mask(mask))
-    if dropout_p != 0:
+    if dropout_p != 0 or seed is not None:
         from ._specification.dropout import Dropout
+        from ._terms.dropout import plain
 
-        if seed is None:
-            raise TypeError("seed is None; pass an integer with dropout_p.")
-        terms.append(Dropout(dropout_p, seed))
+        dropout_p, seed = plain(function, dropout_p, seed)
+        if dropout_p != 0:
+            terms.append(Dropout(dropout_p, seed))
     return terms
 
 
@@ -829,7 +835,7 @@ def _check_gradients(function: str, given: dict[str, Any], options: FeaturedOpti
         "softcap": softcap,
         "alibi_slopes": options.get("alibi_slopes"),
         "sinks": options.get("sinks"),
-        "terms": terms_of(**further),  # type: ignore[arg-type]
+        "terms": terms_of(**further, function=function),  # type: ignore[arg-type]
     }
 
 

@@ -199,6 +199,8 @@ ERRORS: tuple[tuple[Any, Any, type[Exception], str], ...] = (
     (0.0, -(2**63) - 1, ValueError, f"seed is {-(2**63) - 1}; it must be an integer that int64 holds."),
     (0.5, 1.0, TypeError, "seed is a float; pass an integer."),
     (0.5, True, TypeError, "seed is a bool; pass an integer."),
+    (0.5, np.array([3]), TypeError, "seed is a ndarray; pass an integer."),
+    (0.0, np.array(3.0), TypeError, "seed is a ndarray; pass an integer."),
     (True, 1, TypeError, "dropout_p is a bool; pass a number."),
     ("0.5", 1, TypeError, "dropout_p is a str; pass a number."),
     (None, 1, TypeError, "dropout_p is a NoneType; pass a number."),
@@ -218,6 +220,10 @@ def test_what_will_not_do_is_refused(dropout_p: Any, seed: Any, error: type[Exce
     for name, arrays in calls.items():
         with pytest.raises(error) as refusal:
             getattr(cufa, name)(*arrays, dropout_p=dropout_p, seed=seed)
+        assert str(refusal.value) == f"{name}: {words}"
+        given = (*arrays[:4], *arrays[6:]) if name.endswith("backward") else arrays  # out and lse are its own
+        with pytest.raises(error) as refusal:
+            getattr(cufa.reference, name)(*given, dropout_p=dropout_p, seed=seed)
         assert str(refusal.value) == f"{name}: {words}"
     with pytest.raises(error) as refusal:
         cufa.dropout_mask((1, 2, 3, 4), dropout_p, seed)
