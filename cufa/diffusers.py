@@ -91,5 +91,5 @@ def attend(
     if dropout_p:
         from .flash_attn._torch import next_seed
 
-        options |= {"dropout_p": dropout_p, "seed": next_seed(query)}
+        options |= {"dropout_p": dropout_p, "seed": next_seed(query, "cufa.diffusers")}
     return attention(query, key, value, **options)

@@ -317,7 +317,7 @@ _NAME = "memory_efficient_attention"
 def _seed(query: Tensor) -> int:
     from .flash_attn._torch import next_seed  # which most calls do without
 
-    return next_seed(query)
+    return next_seed(query, _NAME, "p")
 
 
 def _heads(x: Tensor) -> Tensor:

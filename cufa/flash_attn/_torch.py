@@ -43,22 +43,23 @@ def records(packed: Any, others: tuple[Any, ...]) -> bool:
     )
 
 
-def next_seed(tensor: Any) -> int:
+def next_seed(tensor: Any, function: str = "flash_attn", name: str = "dropout_p") -> int:
     """A seed from the default generator of the tensor's device, which moves on; the host waits for nothing.
 
     So it follows from ``torch.manual_seed``, and is the same again where a checkpoint restores the generator's state.
+    `function` and `name` are what was called, and its argument that asks for dropout.
     """
     if _transforms() and _draws_apart():
         raise UnsupportedError(
-            "flash_attn: dropout_p is given under torch.func.vmap, which asks for other randomness in each call, and "
+            f"{function}: {name} is given under torch.func.vmap, which asks for other randomness in each call, and "
             "all would drop the same; pass randomness='same', or call cufa.attention with a tensor of seeds."
         )
     if not tensor.is_cuda:
         return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
     if torch.cuda.is_current_stream_capturing():
         raise UnsupportedError(
-            "flash_attn: dropout_p is given in the capture of a CUDA graph, which would drop the same at every replay; "
-            "capture without dropout, or call cufa.attention with a seed of your own."
+            f"{function}: {name} is given in the capture of a CUDA graph, which would drop the same at every replay; "
+            "capture without dropout, or call cufa.attention with a tensor as seed."
         )
     generator = torch.cuda.default_generators[tensor.device.index]
     offset = generator.get_offset()

@@ -181,6 +181,8 @@ def test_the_other_arguments() -> None:
     first = attend(q, k, v, p=0.5)
     torch.manual_seed(1)
     assert torch.equal(first, attend(q, k, v, p=0.5)) and not torch.equal(first, attend(q, k, v))
+    with pytest.raises(UnsupportedError, match=r"^memory_efficient_attention: p is given under torch\.func\.vmap"):
+        torch.func.vmap(lambda x: attend(x, x, x, p=0.5), randomness="different")(q[None])
     with pytest.raises(UnsupportedError, match="op is not supported"):
         attend(q, k, v, op=object())
     with pytest.raises(UnsupportedError, match="attn_bias is a object"):
