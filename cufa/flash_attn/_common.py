@@ -16,8 +16,7 @@ from ..errors import ArgumentError, UnsupportedError
 Array = Any
 """An array of CuPy, torch, JAX or NumPy, or any that `cufa.attention` takes."""
 
-UNBOUNDED = (-1, -1)
-"""flash_attn's default of `window_size`."""
+INTEGERS = int, np.integer
 
 compiling = _arrays.compiling
 
@@ -96,14 +95,16 @@ def first_caches(q: Array, *caches: Array) -> tuple[Array, ...]:
 
 def window(given: Any) -> Any:
     """A window whose negative sides are -1: flash_attn takes any for unbounded, where cufa asks for that one."""
-    if type(given) not in (tuple, list) or given == UNBOUNDED:
-        return given  # what is no window, the checks of the call refuse
-    return tuple([-1 if isinstance(side, (int, np.integer)) and side < 0 else side for side in given])
+    if isinstance(given, (tuple, list)):
+        for side in given:
+            if isinstance(side, INTEGERS) and side < -1:
+                return tuple([-1 if isinstance(each, INTEGERS) and each < 0 else each for each in given])
+    return given  # what is no window, the checks of the call refuse
 
 
 def lengths(given: Array | int | None, q: Array, like: Array) -> Array | None:
     """The lengths of caches as an array; a number is that of each."""
-    number = isinstance(given, (int, np.integer)) and not isinstance(given, bool)
+    number = isinstance(given, INTEGERS) and not isinstance(given, bool)
     if not number or _arrays.is_jax(like):  # both are as the checks of the call want them, or refused there
         return given
     made, _ = _arrays.view("flash_attn_with_kvcache", ("k_cache",), (like,)).empty(shape_of(q)[:1], "int32")

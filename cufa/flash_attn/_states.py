@@ -157,6 +157,13 @@ def _forward(
     return out, _common.replaced(lse, -float("inf"), float("inf")), None, torch.tensor([seed, 0], dtype=torch.int64)
 
 
+def _is_made(rng_state: Any) -> bool:
+    """Whether it is what `_forward` returns."""
+    if not isinstance(rng_state, torch.Tensor) or rng_state.is_cuda:
+        return False
+    return bool(rng_state.dtype == torch.int64 and rng_state.shape == (2,))
+
+
 def _backward(
     function: Any,
     given: tuple[Tensor, ...],
@@ -172,9 +179,9 @@ def _backward(
 ) -> None:
     seed = None
     if dropout_p != 0.0:
-        if rng_state is None or rng_state.is_cuda:
+        if not _is_made(rng_state):
             raise UnsupportedError("_flash_attn_backward: rng_state is not what the forward has returned; pass that.")
-        seed = int(rng_state[0])
+        seed = int(rng_state[0])  # type: ignore[index]
     options = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window, "softcap": softcap}
     options |= {"dropout_p": dropout_p, "seed": seed, "alibi_slopes": alibi_slopes, "deterministic": deterministic}
     with torch.no_grad():

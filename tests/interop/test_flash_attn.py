@@ -348,6 +348,8 @@ def test_any_negative_side_of_a_window_is_unbounded(given: Any, meant: tuple[int
     sides = (-1 if side is None else side for side in given)
     parts = flash_attn_interface._flash_attn_forward(q, k, v, 0.0, 0.25, False, *sides, 0.0, None, False)
     torch.testing.assert_close(parts[0], flash_attn_3.flash_attn_func(q, k, v, window_size=meant).detach())
+    with pytest.raises(TypeError, match="side of window_size is a ndarray"):  # which is compared with no number
+        flash_attn.flash_attn_func(q, k, v, window_size=(np.array([1, 2]), 0))
 
 
 def test_rows_without_keys() -> None:
@@ -435,8 +437,9 @@ def test_forward_and_backward_one_by_one(varlen: bool) -> None:
     backward(dout, q, k, v, out, lse, *gradients, *offsets, *options, True, rng_state)
     torch.testing.assert_close(gradients, [*torch.autograd.grad(wanted, (q, k, v), dout)])
     assert getattr(interface, f"_wrapped_flash_attn_{kind}forward") is forward
-    with pytest.raises(UnsupportedError, match="rng_state"):
-        backward(dout, q, k, v, out, lse, *gradients, *offsets, *options, True)
+    for wrong in ((), (None,), ([3, 0],), (rng_state[:1],), (rng_state.double(),)):
+        with pytest.raises(UnsupportedError, match="rng_state"):
+            backward(dout, q, k, v, out, lse, *gradients, *offsets, *options, True, *wrong)
     with pytest.raises(UnsupportedError, match="return_softmax"):
         forward(q, k, v, *offsets, *options, True)
     with pytest.raises(TypeError, match="torch tensors"):
