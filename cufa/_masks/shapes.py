@@ -273,7 +273,17 @@ class FromFunction(Mask):
         self.function, self.arrays = function, arrays
 
     def seen(self, at: At, *arrays: Any) -> Any:
-        return self.function(at.batch, at.head, at.query, at.key, *arrays)
+        found = self.function(at.batch, at.head, at.query, at.key, *arrays)
+        if isinstance(found, bool):  # of which ~ would make a number
+            return at.key == at.key if found else at.key != at.key
+        if found is None or (
+            isinstance(found, (int, float, np.generic, np.ndarray)) and np.asarray(found).dtype != bool
+        ):
+            what = "None" if found is None else "a number"
+            raise TypeError(
+                f"masks: the function returns {what}; it must return a bool, whether the query sees the key."
+            )
+        return found
 
     def parts(self) -> tuple[Any, ...]:
         return self.function, *self.arrays

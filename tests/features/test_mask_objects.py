@@ -493,6 +493,20 @@ def test_sizes_beyond_all_lengths_are_as_good_as_the_longest() -> None:
     assert not masks.global_tokens([]).dense(1, 1, 3, 3).any()
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_function_may_give_the_same_for_all(seen: bool) -> None:
+    mask = masks.from_function(lambda batch, head, query, key: seen)
+    q = np.ones((1, 5, 4, 8), np.float32)
+    for each, expected in ((mask, seen), (~mask, not seen), (mask & masks.causal() | ~mask, True)):
+        dense = each.dense(1, 4, 5, 5)
+        assert dense[..., 0].all() == dense[..., 0].any() == expected
+        np.testing.assert_array_equal(cufa.BlockMask.of(each, 1, 4, 5, 5, 64).dense(1, 4), dense)
+        np.testing.assert_array_equal(cufa.attention(q, q, q, mask=each), cufa.attention(q, q, q, mask=dense))
+    for wrong in (None, 1, 0.5):
+        with pytest.raises(TypeError, match="it must return a bool"):
+            cufa.BlockMask.of(lambda batch, head, query, key, wrong=wrong: wrong, 1, 1, 5, 5)
+
+
 def test_types_that_will_not_do_are_refused() -> None:
     for wrong in (
         lambda: masks.chunked(2.5),  # type: ignore[arg-type]
