@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -87,12 +88,12 @@ class Adapter:
 
     name: str
 
-    def view_plain(self, given: tuple[Any, ...], pointers: list[int], layouts: list[Layout | None]) -> int:
-        """View arrays in their places as far as there is nothing unusual about them; return where that ends.
+    def view_plain(self, given: tuple[Any, ...]) -> Arrays | None:
+        """View arrays of which none is unusual; None if one is, or raise `Recorded`.
 
         An adapter may have it for speed: `view` and `view_written` do the same for one array, whatever it is.
         """
-        return 0
+        return None
 
     def view(self, array: Any) -> tuple[int, Layout]:
         """Address and layout of `array`."""
@@ -187,12 +188,14 @@ def view(function: str, names: tuple[str, ...], given: tuple[Any, ...], written:
 
     `written` are the indices of results.
     """
+    first = _ADAPTERS.get(type(given[0]))
+    plain = None if first is None else first.view_plain(given)
+    if plain is not None:
+        return plain
     pointers = [0] * len(given)
     layouts: list[Layout | None] = [None] * len(given)
-    first = _ADAPTERS.get(type(given[0]))
-    plain = 0 if first is None else first.view_plain(given, pointers, layouts)
     try:
-        for index, array in enumerate(given[plain:], plain):
+        for index, array in enumerate(given):
             if array is None and index:
                 continue
             adapter = _ADAPTERS.get(type(array)) or _find_adapter(function, names[index], array, names[0])
@@ -279,6 +282,7 @@ class _HostMemory:
     __array_interface__: dict[str, Any]
 
 
+@cache  # of the dtypes that cufa knows; NumPy takes as long as a call takes for the rest of a result
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """NumPy's dtype of that name; bfloat16 and float8_e4m3fn come from ml_dtypes."""
     if name in ("bfloat16", "float8_e4m3fn"):
@@ -342,10 +346,26 @@ class CupyAdapter(Adapter):
 
     def __init__(self) -> None:
         cupy = sys.modules["cupy"]
-        self._empty = cupy.empty
+        self._array = cupy.ndarray
         self._current_stream = cupy.cuda.get_current_stream
         self._device = cupy.cuda.Device
         self._current_device = cupy.cuda.runtime.getDevice
+
+    def view_plain(self, given: tuple[Any, ...]) -> Arrays | None:
+        pointers = [0] * len(given)
+        layouts: list[Layout | None] = [None] * len(given)
+        for index, array in enumerate(given):
+            if array is None:
+                continue
+            if type(array) is not self._array:
+                return None
+            data = array.data
+            pointer = data.ptr
+            if not pointer:
+                return None
+            pointers[index] = pointer
+            layouts[index] = self, array.shape, array.strides, array.dtype, data.device_id, pointer & 15, True
+        return Arrays(given, pointers, tuple(layouts))
 
     def view(self, array: Any) -> tuple[int, Layout]:
         data = array.data
@@ -358,13 +378,12 @@ class CupyAdapter(Adapter):
         return Spec(self.name, shape, strides, dtype.name, device, misalignment, writable)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
-        own = like.dtype
-        wanted = own if own.name == dtype else numpy_dtype(dtype)
-        if like.data.device_id == self._current_device():
-            array = self._empty(shape, wanted)
+        device = like.data.device_id
+        if device == self._current_device():
+            array = self._array(shape, numpy_dtype(dtype))  # what empty() makes, too, a frame later
         else:
-            with self._device(like.data.device_id):
-                array = self._empty(shape, wanted)
+            with self._device(device):
+                array = self._array(shape, numpy_dtype(dtype))
         return array, array.data.ptr
 
     def stream(self, array: Any, device: int) -> int:
@@ -379,10 +398,13 @@ class TorchAdapter(Adapter):
 
     def __init__(self) -> None:
         torch = sys.modules["torch"]
-        self._torch, self._tensor = torch, torch.Tensor
+        self._torch = torch
+        self._types = {torch.Tensor, torch.nn.Parameter}
         self._empty = torch.empty
+        self._records = torch.is_grad_enabled
         self._dtypes = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "int32")}
         self._stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or self._public_stream
+        self._current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
         self._forward_ad = torch.autograd.forward_ad
         self._tracing_state = torch._C._get_tracing_state
         self._dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -393,25 +415,31 @@ class TorchAdapter(Adapter):
     def _public_stream(self, device: int) -> int:
         return self._torch.cuda.current_stream(device).cuda_stream  # type: ignore[no-any-return]
 
-    def view_plain(self, given: tuple[Any, ...], pointers: list[int], layouts: list[Layout | None]) -> int:
-        tensor = self._tensor
-        for index, array in enumerate(given):
-            if array is None:
-                continue
-            if type(array) is not tensor or array.requires_grad or array.is_neg():
-                return index
-            try:
+    def view_plain(self, given: tuple[Any, ...]) -> Arrays | None:
+        types = self._types
+        pointers = [0] * len(given)
+        layouts: list[Layout | None] = [None] * len(given)
+        try:
+            for index, array in enumerate(given):
+                if array is None:
+                    continue
+                if type(array) not in types:
+                    return None
+                if array.requires_grad and self._records():
+                    raise Recorded
+                if array.is_neg():
+                    return None
                 pointer = array.data_ptr()
-                layout = self, array.shape, array.stride(), array.dtype, array.device, pointer & 15, True
-            except RuntimeError:
-                return index
-            if not pointer:
-                return index
-            pointers[index], layouts[index] = pointer, layout
-        return len(given)
+                if not pointer:
+                    return None
+                pointers[index] = pointer
+                layouts[index] = self, array.shape, array.stride(), array.dtype, array.device, pointer & 15, True
+        except RuntimeError:
+            return None
+        return Arrays(given, pointers, tuple(layouts))
 
     def view(self, array: Any) -> tuple[int, Layout]:
-        if array.requires_grad and self._torch.is_grad_enabled():
+        if array.requires_grad and self._records():
             raise Recorded
         if array.is_neg():
             raise UnsupportedError("cufa: a torch tensor has its negative bit set; pass tensor.resolve_neg().")
@@ -472,7 +500,7 @@ class TorchAdapter(Adapter):
         return self._stream(device)
 
     def current_device(self) -> int:
-        return self._torch._C._cuda_getDevice()  # type: ignore[no-any-return]
+        return self._current_device()  # type: ignore[no-any-return]
 
 
 class NumbaAdapter(Adapter):

@@ -39,20 +39,26 @@ def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -
         arrays.adapter.check_call()
     except _arrays.Recorded:
         return interop_torch().call(operation, given, options)
-    problem = _problem.checked(operation, arrays, options)
-    results, addresses = allocate(arrays, problem)
-    compute(arrays, problem, results, addresses, options.late)
+    results = computed(arrays, _problem.checked(operation, arrays, options), options.late)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def computed(arrays: Arrays, problem: Problem, late: Pairs) -> list[Any]:
+    """The results of a problem. `late` are the late options."""
+    results, addresses = allocate(arrays, problem)
+    compute(arrays, problem, results, addresses, late)
+    return results
 
 
 def allocate(arrays: Arrays, problem: Problem) -> tuple[list[Any], list[int]]:
     """The results, given or new in the caller's framework; and all addresses, in the order of `names_of`."""
     results, addresses = [], [*arrays.pointers]
+    empty, like = arrays.adapter.empty, arrays.given[0]
     for _, shape, dtype, place in problem.results:
         if place is not None and arrays.layouts[place] is not None:
             array, address = arrays.given[place], arrays.pointers[place]
         else:
-            array, address = arrays.empty(shape, dtype)
+            array, address = empty(shape, dtype, like)
         results.append(array)
         addresses.append(address)
     return results, addresses
@@ -71,16 +77,17 @@ def compute(arrays: Arrays, problem: Problem, results: Sequence[Any], addresses:
         return
     if late:
         addresses = [*addresses, *problem.operation.owned.late_members(late)]
-    stream = arrays.stream(problem.device)
+    adapter = arrays.adapter
+    stream = adapter.stream(arrays.given[0], problem.device)
     if problem.operation.check_values is not None and debugging():
         check_on_gpu(arrays, problem, stream)
     prepared = problem.memo.get("prepared") or prepare(problem, stream)
     if prepared.floats == 0:
-        prepared.launch(addresses, stream, arrays.adapter.current_device())
+        prepared.launch(addresses, stream, adapter.current_device())
         return
     # Freed when this returns: the framework hands it out again only to what comes later on the stream.
     _memory, address = arrays.empty((prepared.floats,), "float32")
-    prepared(addresses, address, stream, arrays.adapter.current_device())
+    prepared(addresses, address, stream, adapter.current_device())
 
 
 @cache  # reading the environment takes a microsecond each time

@@ -12,8 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import compress
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
@@ -81,11 +80,10 @@ class Operator:
         self._inputs = _picked(self.inputs, operation.arrays)
         if self.gradients is not None:
             read, gives = self.gradients.arrays, operation.gives
-            known = (*self.inputs, *gives)
-            self._kept = [index for index, name in enumerate(known) if name in read]
-            kept = (known[index] for index in self._kept)
+            kept = tuple(name for name in (*self.inputs, *gives) if name in read)
+            self._kept = _picked(kept, (*self.inputs, *gives))
             self._backward = _picked(read, (*kept, *(f"d{name}" for name in gives)))
-        self._ways: dict[Any, tuple[int | None, ...]] = {}
+        self._ways: dict[Any, Ways] = {}
         self.name = name = _free_name(operation)
         LIBRARY.define(name + self.schema(), tags=(torch.Tag.pt2_compliant_tag,))
         qualified = f"cufa::{name}"
@@ -98,6 +96,12 @@ class Operator:
             LIBRARY.impl(name, self.autocast(device), f"Autocast{device.upper()}")
         self.overload = getattr(torch.ops.cufa, name).default
         self.function = _function_of(self)
+        # The base class's, since that of their own binds arguments to a signature on every call, and looks for
+        # transforms and wrappers, which are not there.
+        self._apply, self._apply_in_memory = (
+            super(torch.autograd.Function, each).apply  # type: ignore[misc]
+            for each in (self.function, _function_in_memory_of(self))
+        )
 
     def schema(self) -> str:
         arrays = [f"Tensor{'?' if index else ''} {name}" for index, name in enumerate(self.inputs)]
@@ -172,16 +176,16 @@ class Operator:
         """The results, with a history; `keyset` is where to go on, or None for tensors in memory."""
         whole = options
         if self.gradients is not None and "lse" in self.gradients.arrays and not options.return_lse:
-            whole = Options._make((*options[:4], True, *options[5:]))
-        # The base class's, since that of its own binds arguments to a signature on every call.
-        results = super(torch.autograd.Function, self.function).apply(keyset, whole, *self.inputs_of(given))  # type: ignore[misc]
-        return [*results] if whole.return_lse == options.return_lse else [*results[:-1]]
+            whole = options.with_lse()
+        inputs = self.inputs_of(given)
+        if keyset is None:
+            results = self._apply_in_memory(whole, *inputs)
+        else:
+            results = self._apply(keyset, whole, *inputs)
+        return [*results] if whole is options else [*results[:-1]]
 
     def forward(self, keyset: Any, options: Options, *inputs: Any) -> tuple[Any, ...]:
-        given = self.given_of(inputs)
-        if keyset is None:
-            return tuple(_computed(self.operation, _viewed(self.operation, given), options))
-        flat = self.flat(given, options)
+        flat = self.flat(self.given_of(inputs), options)
         if not _transforms():
             with _below_autograd():
                 return tuple(self.overload.redispatch(keyset & _after_autograd, *flat))
@@ -190,23 +194,47 @@ class Operator:
             return tuple(self.overload.redispatch(keyset & _after_autograd, *flat))
 
     def setup_context(self, ctx: Any, arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
-        """Keep what the gradients read; refuse what has none."""
-        if self.gradients is None:
-            return
         _, options, *inputs = arguments
-        ctx.set_materialize_grads(False)
-        known = *inputs, *results, *[None] * (len(self.operation.gives) - len(results))
-        ctx.save_for_backward(*(known[index] for index in self._kept))
-        ctx.given = [(result.shape, result.dtype) for result in results]
-        ctx.options, ctx.ways = options, self.ways(inputs, options)
-        if True in compress(ctx.needs_input_grad[2:], map(_is_none, ctx.ways)):
-            needed = zip(self.inputs, ctx.ways, ctx.needs_input_grad[2:], strict=True)
-            name = next(name for name, way, need in needed if need and way is None)
-            raise UnsupportedError(
-                f"{self.operation.name}: {name} requires grad, but has no gradient; pass {name}.detach()."
-            )
+        if self.gradients is not None:
+            given = [(result.shape, result.dtype) for result in results]
+            self.keep(ctx, ctx.needs_input_grad[2:], options, inputs, results, given, self.ways(inputs, options))
 
-    def ways(self, inputs: Sequence[Any], options: Options) -> tuple[int | None, ...]:
+    def forward_in_memory(self, ctx: Any, options: Options, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """`forward` and `setup_context` of tensors in memory, whose problem remembers what the gradients ask for."""
+        arrays = _viewed(self.operation, self.given_of(inputs))
+        problem = _problem.checked(self.operation, arrays, options)
+        results = tuple(_call.computed(arrays, problem, options.late))
+        if self.gradients is not None:
+            known = problem.memo.get("gradients")
+            if known is None:
+                given = [(result.shape, result.dtype) for result in results]
+                known = problem.memo["gradients"] = given, self.ways(inputs, options)
+            self.keep(ctx, ctx.needs_input_grad[1:], options, inputs, results, *known)
+        return results
+
+    def keep(
+        self,
+        ctx: Any,
+        needed: tuple[bool, ...],
+        options: Options,
+        inputs: Sequence[Any],
+        results: tuple[Any, ...],
+        given: list[tuple[Any, Any]],
+        ways: Ways,
+    ) -> None:
+        """Keep what the gradients read; refuse what has none. `given` are the shapes and dtypes of results."""
+        for index in ways.without:
+            if needed[index]:
+                name = self.inputs[index]
+                raise UnsupportedError(
+                    f"{self.operation.name}: {name} requires grad, but has no gradient; pass {name}.detach()."
+                )
+        ctx.set_materialize_grads(False)
+        missing = [None] * (len(self.operation.gives) - len(results))
+        ctx.save_for_backward(*self._kept((*inputs, *results, *missing)))
+        ctx.call = options, given, ways
+
+    def ways(self, inputs: Sequence[Any], options: Options) -> Ways:
         """Which of the results of the gradients belongs to each input, if any."""
         key = options.lasting, *map(_is_none, inputs)
         known = self._ways.get(key)
@@ -214,33 +242,35 @@ class Operator:
             assert self.gradients is not None
             problem = sketch(self.operation, self.given_of(tuple(inputs)), options)
             results = self.gradients.results(replace(problem, operation=self.gradients, memo={}))
-            names = [result.name for result in results]
-            known = tuple(names.index(f"d{name}") if f"d{name}" in names else None for name in self.inputs)
+            names = tuple(result.name for result in results)
+            wanted = tuple(f"d{name}" for name in self.inputs)
+            pairs = enumerate(zip(wanted, inputs, strict=True))
+            without = tuple(index for index, (name, x) in pairs if x is not None and name not in names)
+            known = Ways(_picked(wanted, names), without)
             if len(self._ways) >= MAX_KNOWN:
                 self._ways.clear()
             self._ways[key] = known
         return known
 
     def backward(self, ctx: Any, dresults: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The gradients by the arguments of `function`."""
+        """The gradients by the inputs."""
         if self.gradients is None:
             raise UnsupportedError(
                 f"{self.operation.name}: a result is differentiated, and there are no gradients of it: those of "
                 "attention are not differentiated again. Pass tensor.detach()."
             )
         saved, gives = ctx.saved_tensors, self.operation.gives
+        options, results, ways = ctx.call
         given = [*dresults, *[None] * (len(gives) - len(dresults))]
-        for index, (name, (shape, dtype)) in enumerate(zip(gives, ctx.given, strict=False)):
-            if given[index] is None and name != "lse":
+        for index, (shape, dtype) in enumerate(results):
+            if given[index] is None and gives[index] != "lse":
                 given[index] = saved[0].new_zeros(shape, dtype=dtype)
-        causal, window, softmax_scale, softcap, *_ = ctx.options
-        deterministic = ctx.options.deterministic or torch.are_deterministic_algorithms_enabled()
-        asked = causal, window, softmax_scale, softcap, False, deterministic, *self.operation.owned.given(ctx.options)
+        causal, window, softmax_scale, softcap, _, deterministic, _, _ = options
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        asked = causal, window, softmax_scale, softcap, False, deterministic, *self.operation.owned.given(options)
         found = _call.call(self.gradients, self._backward((*saved, *given, None)), asked)
-        found = found if isinstance(found, tuple) else (found,)
-        needed = ctx.needs_input_grad[2:]
-        ways = zip(ctx.ways, needed, strict=True)
-        return None, None, *[found[way] if need and way is not None else None for way, need in ways]
+        gradients: tuple[Any, ...] = ways.pick((*found, None) if isinstance(found, tuple) else (found, None))
+        return gradients
 
     def vmap(self, info: Any, in_dims: tuple[Any, ...], *flat: Any) -> tuple[list[Any], list[int]]:
         """Of many calls at once: one call with a larger batch, or one after the other if that would not be the same."""
@@ -287,7 +317,16 @@ class Operator:
         return tuple(arrays) if same and size > 1 else None
 
 
+class Ways(NamedTuple):
+    """Which gradients inputs have: what takes them from all and None behind them, and places of given ones without."""
+
+    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    without: tuple[int, ...]
+
+
 def _function_of(made: Operator) -> Any:
+    """That of calls that torch sees through, which its transforms want in two parts."""
+
     class Differentiable(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         @staticmethod
         def forward(keyset: Any, options: Options, *inputs: Any) -> tuple[Any, ...]:
@@ -299,7 +338,23 @@ def _function_of(made: Operator) -> Any:
 
         @staticmethod
         def backward(ctx: Any, *dresults: Any) -> tuple[Any, ...]:
-            return made.backward(ctx, dresults)
+            return None, None, *made.backward(ctx, dresults)
+
+    Differentiable.__name__ = made.operation.name
+    return Differentiable
+
+
+def _function_in_memory_of(made: Operator) -> Any:
+    """That of tensors in memory: the same in one part, which takes less time."""
+
+    class Differentiable(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+        @staticmethod
+        def forward(ctx: Any, options: Options, *inputs: Any) -> tuple[Any, ...]:
+            return made.forward_in_memory(ctx, options, inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *dresults: Any) -> tuple[Any, ...]:
+            return None, *made.backward(ctx, dresults)
 
     Differentiable.__name__ = made.operation.name
     return Differentiable
@@ -446,10 +501,7 @@ def _is_traced_by_modes() -> bool:
 
 
 def _computed(operation: Operation, arrays: Arrays, options: Options) -> list[Any]:
-    problem = _problem.checked(operation, arrays, options)
-    results, addresses = _call.allocate(arrays, problem)
-    _call.compute(arrays, problem, results, addresses, options.late)
-    return results
+    return _call.computed(arrays, _problem.checked(operation, arrays, options), options.late)
 
 
 def _viewed(operation: Operation, given: tuple[Any, ...]) -> Arrays:
@@ -537,6 +589,8 @@ def _refuse_tangent(function: str) -> NoReturn:
 def _picked(names: tuple[str, ...], known: tuple[str, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """From what `known` stand for, and None behind it: what `names` stand for, which is None for all others."""
     places = [known.index(name) if name in known else len(known) for name in names]
+    if len(places) < 2:  # of which an itemgetter makes no tuple
+        return lambda given: tuple(given[place] for place in places)
     return operator.itemgetter(*places)
 
 
