@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache
+from itertools import islice
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -59,6 +60,20 @@ class Spec(NamedTuple):
 
 Layout: TypeAlias = tuple["Adapter", Any, Any, Any, Any, int, Any]
 """(adapter, shape, strides, dtype, device, misalignment, writable), all but the sixth in the framework's own terms."""
+
+
+Key: TypeAlias = tuple[Any, ...]
+"""A Layout or None for each array; or an adapter that all have in common, and what else is in a layout, one array's
+behind the other's, without `writable`, which is True, and with a single None for an array that is None."""
+
+
+def layouts_of(key: Key) -> tuple[Layout | None, ...]:
+    """What a key says of each array."""
+    if type(key[0]) is tuple:
+        return key
+    adapter, *others = key
+    facts = iter(others)
+    return tuple(None if shape is None else (adapter, shape, *islice(facts, 4), True) for shape in facts)  # type: ignore[misc]
 
 
 class Refused(Exception):
@@ -134,19 +149,25 @@ class Arrays:
     pointers : list of int
         Addresses, in the order given; 0 for an array that is None. What is borrowed is given back when they go, which
         must be after the work is enqueued, and on the CPU after it is done.
-    layouts : tuple of (Layout or None)
-        The rest, hashable.
+    key : tuple
+        The rest, hashable: the `layouts`, or the same written flat, which is faster made and looked up.
     given : tuple
         The arrays themselves.
     """
 
-    __slots__ = ("adapter", "given", "layouts", "pointers")
+    __slots__ = ("adapter", "given", "key", "pointers")
 
-    def __init__(self, given: tuple[Any, ...], pointers: list[int], layouts: tuple[Layout | None, ...]) -> None:
+    def __init__(self, given: tuple[Any, ...], pointers: list[int], key: Key) -> None:
         self.given = given
         self.pointers = pointers
-        self.layouts = layouts
-        self.adapter = layouts[0][0]  # type: ignore[index]  # the first array is never optional
+        self.key = key
+        first = key[0]  # the first array is never optional
+        self.adapter: Adapter = first[0] if type(first) is tuple else first
+
+    @property
+    def layouts(self) -> tuple[Layout | None, ...]:
+        """Those of the arrays, or None."""
+        return layouts_of(self.key)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
         """New array like the first, and its address."""
@@ -188,13 +209,14 @@ def view(function: str, names: tuple[str, ...], given: tuple[Any, ...], written:
 
     `written` are the indices of results.
     """
-    first = _ADAPTERS.get(type(given[0]))
-    plain = None if first is None else first.view_plain(given)
-    if plain is not None:
-        return plain
-    pointers = [0] * len(given)
-    layouts: list[Layout | None] = [None] * len(given)
+    index = 0
     try:
+        first = _ADAPTERS.get(type(given[0])) or _find_adapter(function, names[0], given[0], names[0])
+        plain = first.view_plain(given)
+        if plain is not None:
+            return plain
+        pointers = [0] * len(given)
+        layouts: list[Layout | None] = [None] * len(given)
         for index, array in enumerate(given):
             if array is None and index:
                 continue
@@ -352,20 +374,23 @@ class CupyAdapter(Adapter):
         self._current_device = cupy.cuda.runtime.getDevice
 
     def view_plain(self, given: tuple[Any, ...]) -> Arrays | None:
-        pointers = [0] * len(given)
-        layouts: list[Layout | None] = [None] * len(given)
-        for index, array in enumerate(given):
+        own = self._array
+        pointers: list[int] = []
+        key: list[Any] = [self]
+        for array in given:
             if array is None:
+                pointers.append(0)
+                key.append(None)
                 continue
-            if type(array) is not self._array:
+            if type(array) is not own:
                 return None
             data = array.data
             pointer = data.ptr
             if not pointer:
                 return None
-            pointers[index] = pointer
-            layouts[index] = self, array.shape, array.strides, array.dtype, data.device_id, pointer & 15, True
-        return Arrays(given, pointers, tuple(layouts))
+            pointers.append(pointer)
+            key += array.shape, array.strides, array.dtype, data.device_id, pointer & 15
+        return Arrays(given, pointers, tuple(key))
 
     def view(self, array: Any) -> tuple[int, Layout]:
         data = array.data
@@ -417,26 +442,26 @@ class TorchAdapter(Adapter):
 
     def view_plain(self, given: tuple[Any, ...]) -> Arrays | None:
         types = self._types
-        pointers = [0] * len(given)
-        layouts: list[Layout | None] = [None] * len(given)
+        pointers: list[int] = []
+        key: list[Any] = [self]
         try:
-            for index, array in enumerate(given):
+            for array in given:
                 if array is None:
+                    pointers.append(0)
+                    key.append(None)
                     continue
                 if type(array) not in types:
                     return None
                 if array.requires_grad and self._records():
                     raise Recorded
-                if array.is_neg():
-                    return None
                 pointer = array.data_ptr()
-                if not pointer:
+                if not pointer or array.is_neg():
                     return None
-                pointers[index] = pointer
-                layouts[index] = self, array.shape, array.stride(), array.dtype, array.device, pointer & 15, True
-        except RuntimeError:
+                pointers.append(pointer)
+                key += array.shape, array.stride(), array.dtype, array.device, pointer & 15
+        except RuntimeError:  # torch's word for a tensor that is not a strided one in memory
             return None
-        return Arrays(given, pointers, tuple(layouts))
+        return Arrays(given, pointers, tuple(key))
 
     def view(self, array: Any) -> tuple[int, Layout]:
         if array.requires_grad and self._records():

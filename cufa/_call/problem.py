@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import ArgumentError, UnsupportedError
 from . import options as _options
 from . import overlap as _overlap
-from .arrays import ALIGNMENT, CPU, Arrays, Layout, Spec
+from .arrays import ALIGNMENT, CPU, Arrays, Key, Layout, Spec, layouts_of
 from .options import MAX_SEQLEN as MAX_SEQLEN
 from .options import Options, Plain
 
@@ -331,7 +331,7 @@ def checked(operation: Operation, arrays: Arrays, options: Options) -> Problem:
     TypeError, ValueError, UnsupportedError
         In the order in which a user would want to hear of it.
     """
-    problem = _checked(operation, arrays.layouts, options.lasting if options.late else options)
+    problem = _checked(operation, arrays.key, options.lasting if options.late else options)
     if problem.written_indices:
         _check_overlap(operation, arrays, problem)
     if operation.check_values is not None and problem.device == CPU:
@@ -341,13 +341,13 @@ def checked(operation: Operation, arrays: Arrays, options: Options) -> Problem:
 
 def check(operation: Operation, arrays: Arrays, options: Options) -> Problem:
     """`checked` but for what depends on addresses or values of arrays."""
-    return _checked(operation, arrays.layouts, options.lasting if options.late else options)
+    return _checked(operation, arrays.key, options.lasting if options.late else options)
 
 
 @lru_cache(maxsize=1024)
-def _checked(operation: Operation, layouts: tuple[Layout | None, ...], options: Options) -> Problem:
+def _checked(operation: Operation, key: Key, options: Options) -> Problem:
     specs: dict[str, Spec] = {}
-    for name, layout in zip(operation.arrays, layouts, strict=True):
+    for name, layout in zip(operation.arrays, layouts_of(key), strict=True):
         if layout is not None:
             try:
                 specs[name] = layout[0].spec(layout)

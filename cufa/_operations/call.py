@@ -53,12 +53,12 @@ def computed(arrays: Arrays, problem: Problem, late: Pairs) -> list[Any]:
 def allocate(arrays: Arrays, problem: Problem) -> tuple[list[Any], list[int]]:
     """The results, given or new in the caller's framework; and all addresses, in the order of `names_of`."""
     results, addresses = [], [*arrays.pointers]
-    empty, like = arrays.adapter.empty, arrays.given[0]
+    given, empty = arrays.given, arrays.adapter.empty
     for _, shape, dtype, place in problem.results:
-        if place is not None and arrays.layouts[place] is not None:
-            array, address = arrays.given[place], arrays.pointers[place]
+        if place is not None and given[place] is not None:
+            array, address = given[place], arrays.pointers[place]
         else:
-            array, address = empty(shape, dtype, like)
+            array, address = empty(shape, dtype, given[0])
         results.append(array)
         addresses.append(address)
     return results, addresses
