@@ -73,7 +73,7 @@ def layouts_of(key: Key) -> tuple[Layout | None, ...]:
         return key
     adapter, *others = key
     facts = iter(others)
-    return tuple(None if shape is None else (adapter, shape, *islice(facts, 4), True) for shape in facts)  # type: ignore[misc]
+    return tuple(None if shape is None else (adapter, shape, *islice(facts, 4), True) for shape in facts)
 
 
 class Refused(Exception):
@@ -90,6 +90,13 @@ class Refused(Exception):
 
 class Recorded(Exception):
     """The framework has to be told of a call: it records, differentiates or transforms it."""
+
+
+class Differentiated(Recorded):
+    """The framework's autograd has to be told of a call, and has no unusual array to look at; the arrays are viewed."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self.arrays = arrays
 
 
 class Address(int):
@@ -125,6 +132,10 @@ class Adapter:
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
         """New C-contiguous array on the device of `like`, and its address."""
         raise NotImplementedError
+
+    def empty_like(self, array: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
+        """`empty` of the shape and dtype of an array that is C-contiguous; an adapter may have it for speed."""
+        return self.empty(shape, dtype, array)
 
     def stream(self, array: Any, device: int) -> int:
         """Handle of the caller's current stream on `device`; 0 is CUDA's default stream."""
@@ -425,7 +436,7 @@ class TorchAdapter(Adapter):
         torch = sys.modules["torch"]
         self._torch = torch
         self._types = {torch.Tensor, torch.nn.Parameter}
-        self._empty = torch.empty
+        self._empty, self._empty_like = torch.empty, torch.empty_like
         self._records = torch.is_grad_enabled
         self._dtypes = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "int32")}
         self._stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or self._public_stream
@@ -442,6 +453,7 @@ class TorchAdapter(Adapter):
 
     def view_plain(self, given: tuple[Any, ...]) -> Arrays | None:
         types = self._types
+        requires_grad = False
         pointers: list[int] = []
         key: list[Any] = [self]
         try:
@@ -452,16 +464,19 @@ class TorchAdapter(Adapter):
                     continue
                 if type(array) not in types:
                     return None
-                if array.requires_grad and self._records():
-                    raise Recorded
                 pointer = array.data_ptr()
                 if not pointer or array.is_neg():
                     return None
+                if array.requires_grad:
+                    requires_grad = True
                 pointers.append(pointer)
                 key += array.shape, array.stride(), array.dtype, array.device, pointer & 15
         except RuntimeError:  # torch's word for a tensor that is not a strided one in memory
             return None
-        return Arrays(given, pointers, tuple(key))
+        arrays = Arrays(given, pointers, tuple(key))
+        if requires_grad and self._records():
+            raise Differentiated(arrays)
+        return arrays
 
     def view(self, array: Any) -> tuple[int, Layout]:
         if array.requires_grad and self._records():
@@ -520,6 +535,12 @@ class TorchAdapter(Adapter):
         # Numbers take torch two thirds of the time of a tuple; none would be a call without arguments.
         array = self._empty(*shape or ((),), dtype=self._dtypes[dtype], device=like.device)
         return array, array.data_ptr()
+
+    def empty_like(self, array: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
+        if type(array) not in self._types:  # a subclass would make one of its own
+            return self.empty(shape, dtype, array)
+        found = self._empty_like(array)  # three quarters of the time of empty(), which is told more
+        return found, found.data_ptr()
 
     def stream(self, array: Any, device: int) -> int:
         return self._stream(device)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import ArgumentError, UnsupportedError
 from . import options as _options
 from . import overlap as _overlap
-from .arrays import ALIGNMENT, CPU, Arrays, Key, Layout, Spec, layouts_of
+from .arrays import ALIGNMENT, CPU, Arrays, Key, Layout, Spec, contiguous, layouts_of
 from .options import MAX_SEQLEN as MAX_SEQLEN
 from .options import Options, Plain
 
@@ -203,6 +203,15 @@ class Static(NamedTuple):
     kv_element: str = ""
 
 
+class Made(NamedTuple):
+    """A result: shape and dtype, its place among the arrays if it is given, and that of a contiguous array like it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    given: int | None
+    alike: int | None
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A checked call.
@@ -276,6 +285,18 @@ class Problem:
     def results(self) -> tuple[Result, ...]:
         """What a call gives."""
         return self.operation.results(self)
+
+    @cached_property
+    def made(self) -> tuple[Made, ...]:
+        """Where its results come from."""
+        names, found = self.operation.arrays, []
+        for _, shape, dtype, place in self.results:
+            given = place if place is not None and names[place] in self.specs else None
+            facts = shape, contiguous(shape), dtype
+            alike = (name for name, spec in self.specs.items() if (spec.shape, spec.strides, spec.dtype) == facts)
+            name = next(alike, None)
+            found.append(Made(shape, dtype, given, None if name is None else names.index(name)))
+        return tuple(found)
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:

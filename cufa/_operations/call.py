@@ -37,6 +37,8 @@ def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -
     try:
         arrays = _arrays.view(operation.name, operation.arrays, given, operation.uncopied_indices)
         arrays.adapter.check_call()
+    except _arrays.Differentiated as seen:
+        return interop_torch().differentiated(operation, seen.arrays, options)
     except _arrays.Recorded:
         return interop_torch().call(operation, given, options)
     results = computed(arrays, _problem.checked(operation, arrays, options), options.late)
@@ -53,12 +55,14 @@ def computed(arrays: Arrays, problem: Problem, late: Pairs) -> list[Any]:
 def allocate(arrays: Arrays, problem: Problem) -> tuple[list[Any], list[int]]:
     """The results, given or new in the caller's framework; and all addresses, in the order of `names_of`."""
     results, addresses = [], [*arrays.pointers]
-    given, empty = arrays.given, arrays.adapter.empty
-    for _, shape, dtype, place in problem.results:
-        if place is not None and given[place] is not None:
+    given, adapter = arrays.given, arrays.adapter
+    for shape, dtype, place, alike in problem.made:
+        if place is not None:
             array, address = given[place], arrays.pointers[place]
+        elif alike is not None:
+            array, address = adapter.empty_like(given[alike], shape, dtype)
         else:
-            array, address = empty(shape, dtype, given[0])
+            array, address = adapter.empty(shape, dtype, given[0])
         results.append(array)
         addresses.append(address)
     return results, addresses

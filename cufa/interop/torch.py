@@ -98,7 +98,7 @@ class Operator:
         self.function = _function_of(self)
         # The base class's, since that of their own binds arguments to a signature on every call, and looks for
         # transforms and wrappers, which are not there.
-        self._apply, self._apply_in_memory = (
+        self._apply, self.apply_in_memory = (
             super(torch.autograd.Function, each).apply  # type: ignore[misc]
             for each in (self.function, _function_in_memory_of(self))
         )
@@ -174,15 +174,17 @@ class Operator:
 
     def recorded(self, keyset: Any, given: tuple[Any, ...], options: Options) -> list[Any]:
         """The results, with a history; `keyset` is where to go on, or None for tensors in memory."""
-        whole = options
-        if self.gradients is not None and "lse" in self.gradients.arrays and not options.return_lse:
-            whole = options.with_lse()
-        inputs = self.inputs_of(given)
         if keyset is None:
-            results = self._apply_in_memory(whole, *inputs)
-        else:
-            results = self._apply(keyset, whole, *inputs)
+            return [*self.apply_in_memory(None, options, *self.inputs_of(given))]
+        whole = self.whole(options)
+        results = self._apply(keyset, whole, *self.inputs_of(given))
         return [*results] if whole is options else [*results[:-1]]
+
+    def whole(self, options: Options) -> Options:
+        """The options of a call that has all results which the gradients read."""
+        if options.return_lse or self.gradients is None or "lse" not in self.gradients.arrays:
+            return options
+        return options.with_lse()
 
     def forward(self, keyset: Any, options: Options, *inputs: Any) -> tuple[Any, ...]:
         flat = self.flat(self.given_of(inputs), options)
@@ -197,34 +199,40 @@ class Operator:
         _, options, *inputs = arguments
         if self.gradients is not None:
             given = [(result.shape, result.dtype) for result in results]
-            self.keep(ctx, ctx.needs_input_grad[2:], options, inputs, results, given, self.ways(inputs, options))
+            self.keep(ctx, options, inputs, results, given, self.ways(inputs, options))
 
-    def forward_in_memory(self, ctx: Any, options: Options, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """`forward` and `setup_context` of tensors in memory, whose problem remembers what the gradients ask for."""
-        arrays = _viewed(self.operation, self.given_of(inputs))
-        problem = _problem.checked(self.operation, arrays, options)
-        results = tuple(_call.computed(arrays, problem, options.late))
+    def forward_in_memory(
+        self, ctx: Any, arrays: Arrays | None, options: Options, inputs: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        """`forward` and `setup_context` of tensors in memory, whose problem remembers what the gradients ask for.
+
+        An lse that nobody asked for is kept, but is no result, of which torch would make more.
+        """
+        whole = self.whole(options)
+        if arrays is None:
+            arrays = _viewed(self.operation, self.given_of(inputs))
+        problem = _problem.checked(self.operation, arrays, whole)
+        results = _call.computed(arrays, problem, options.late)
         if self.gradients is not None:
             known = problem.memo.get("gradients")
             if known is None:
                 given = [(result.shape, result.dtype) for result in results]
-                known = problem.memo["gradients"] = given, self.ways(inputs, options)
-            self.keep(ctx, ctx.needs_input_grad[1:], options, inputs, results, *known)
-        return results
+                known = problem.memo["gradients"] = given, self.ways(inputs, whole)
+            self.keep(ctx, options, inputs, results, *known)
+        return tuple(results if whole is options else results[:-1])
 
     def keep(
         self,
         ctx: Any,
-        needed: tuple[bool, ...],
         options: Options,
         inputs: Sequence[Any],
-        results: tuple[Any, ...],
+        results: Sequence[Any],
         given: list[tuple[Any, Any]],
         ways: Ways,
     ) -> None:
         """Keep what the gradients read; refuse what has none. `given` are the shapes and dtypes of results."""
         for index in ways.without:
-            if needed[index]:
+            if ctx.needs_input_grad[index - len(self.inputs)]:
                 name = self.inputs[index]
                 raise UnsupportedError(
                     f"{self.operation.name}: {name} requires grad, but has no gradient; pass {name}.detach()."
@@ -262,8 +270,9 @@ class Operator:
         saved, gives = ctx.saved_tensors, self.operation.gives
         options, results, ways = ctx.call
         given = [*dresults, *[None] * (len(gives) - len(dresults))]
-        for index, (shape, dtype) in enumerate(results):
-            if given[index] is None and gives[index] != "lse":
+        for index, dresult in enumerate(dresults):
+            if dresult is None and gives[index] != "lse":
+                shape, dtype = results[index]
                 given[index] = saved[0].new_zeros(shape, dtype=dtype)
         causal, window, softmax_scale, softcap, _, deterministic, _, _ = options
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -349,12 +358,12 @@ def _function_in_memory_of(made: Operator) -> Any:
 
     class Differentiable(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         @staticmethod
-        def forward(ctx: Any, options: Options, *inputs: Any) -> tuple[Any, ...]:
-            return made.forward_in_memory(ctx, options, inputs)
+        def forward(ctx: Any, arrays: Arrays | None, options: Options, *inputs: Any) -> tuple[Any, ...]:
+            return made.forward_in_memory(ctx, arrays, options, inputs)
 
         @staticmethod
         def backward(ctx: Any, *dresults: Any) -> tuple[Any, ...]:
-            return None, *made.backward(ctx, dresults)
+            return None, None, *made.backward(ctx, dresults)
 
     Differentiable.__name__ = made.operation.name
     return Differentiable
@@ -416,6 +425,23 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
         with torch._C._DisableAutocast():
             results = _recorded(operation, given, options, seen)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def differentiated(operation: Operation, arrays: Arrays, options: Options) -> Any:
+    """`call` with plain tensors in memory of which some require grad, and that are viewed already."""
+    given = arrays.given
+    try:
+        arrays.adapter.check_call()
+    except _arrays.Recorded:
+        return call(operation, given, options)
+    if operation.changed or _transforms():
+        return call(operation, given, options)
+    for index in operation.written_indices:
+        if given[index] is not None:
+            return call(operation, given, options)
+    found = operator_of(operation)
+    results = found.apply_in_memory(arrays, options, *found.inputs_of(given))
+    return results[0] if len(results) == 1 else results
 
 
 def _in_place(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
