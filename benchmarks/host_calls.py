@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -68,30 +68,32 @@ class Memory:
 
 
 class Array:
-    """An array with CuPy's interface, in memory that is not there."""
+    """An array with CuPy's interface, in memory that is not there; that of a shape and dtype is made but once."""
 
     __slots__ = ("data", "dtype", "shape", "strides")
-    _addresses = itertools.count(1 << 40, 1 << 30)
+    _made: ClassVar[dict[Any, Array]] = {}
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
-        self.shape, self.dtype = shape, np.dtype(dtype)
-        steps = itertools.accumulate(shape[:0:-1], lambda a, b: a * b, initial=self.dtype.itemsize)
-        self.strides = tuple(steps)[::-1]
-        self.data = Memory(next(self._addresses))
+    def __new__(cls, shape: tuple[int, ...], dtype: Any) -> Array:
+        known = cls._made.get((shape, dtype))
+        if known is None:
+            known = cls._made[shape, dtype] = super().__new__(cls)
+            known.shape, known.dtype = shape, np.dtype(dtype)
+            steps = itertools.accumulate(shape[:0:-1], lambda a, b: a * b, initial=known.dtype.itemsize)
+            known.strides = tuple(steps)[::-1]
+            known.data = Memory(len(cls._made) << 40)
+        return known
 
 
 def pretended_cupy() -> ModuleType:
-    """A module of which cufa takes arrays for CuPy's; its `empty` gives what was made before."""
-    made: dict[Any, Array] = {}
-
-    def empty(shape: tuple[int, ...], dtype: Any) -> Array:
-        known = made.get((shape, dtype))
-        return known if known is not None else made.setdefault((shape, dtype), Array(shape, dtype))
-
+    """A module of which cufa takes arrays for CuPy's."""
     cupy = ModuleType("cupy")
     stream = SimpleNamespace(ptr=7)
     runtime = SimpleNamespace(getDevice=int)  # which without an argument is 0
     cuda = SimpleNamespace(get_current_stream={0: stream}.get, Device=None, runtime=runtime)
+
+    def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+        return Array(shape, dtype)
+
     for name, value in {"ndarray": Array, "empty": empty, "cuda": cuda}.items():
         setattr(cupy, name, value)
     return cupy
@@ -127,7 +129,7 @@ def pretend() -> None:
 def cupy_calls() -> dict[str, Callable[[], Any]]:
     import cufa
 
-    q, k, v, cache = (Array(SHAPE, np.float16) for _ in range(4))
+    q, k, v, cache = (Array(SHAPE, np.float16),) * 4
     step, lengths = Array((*SHAPE[:1], 1, *SHAPE[2:]), np.float16), Array((1,), np.int32)
     return {
         "CuPy: attention": lambda: cufa.attention(q, k, v, causal=True),
