@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from itertools import islice
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -92,13 +92,6 @@ class Recorded(Exception):
     """The framework has to be told of a call: it records, differentiates or transforms it."""
 
 
-class Differentiated(Recorded):
-    """The framework's autograd has to be told of a call, and has no unusual array to look at; the arrays are viewed."""
-
-    def __init__(self, arrays: Arrays) -> None:
-        self.arrays = arrays
-
-
 class Address(int):
     """An address that keeps alive what lies there, for as long as it is itself."""
 
@@ -111,7 +104,7 @@ class Adapter:
     name: str
 
     def view_plain(self, given: tuple[Any, ...]) -> Arrays | None:
-        """View arrays of which none is unusual; None if one is, or raise `Recorded`.
+        """View arrays of which none is unusual; None if one is.
 
         An adapter may have it for speed: `view` and `view_written` do the same for one array, whatever it is.
         """
@@ -164,9 +157,12 @@ class Arrays:
         The rest, hashable: the `layouts`, or the same written flat, which is faster made and looked up.
     given : tuple
         The arrays themselves.
+    recorded : bool
+        Whether the framework's autograd has to be told of the call.
     """
 
     __slots__ = ("adapter", "given", "key", "pointers")
+    recorded: ClassVar[bool] = False
 
     def __init__(self, given: tuple[Any, ...], pointers: list[int], key: Key) -> None:
         self.given = given
@@ -215,11 +211,28 @@ class Arrays:
         return np.ndarray(spec.shape, dtype, flat, before * dtype.itemsize, strides)
 
 
+class RecordedArrays(Arrays):
+    """Those of a call of which autograd has to be told."""
+
+    __slots__ = ()
+    recorded = True
+
+
 def view(function: str, names: tuple[str, ...], given: tuple[Any, ...], written: tuple[int, ...] = ()) -> Arrays:
     """View the arguments `names` of `function`; those that are None stay out. `given[0]` must not be None.
 
-    `written` are the indices of results.
+    `written` are the indices of results. If autograd has to be told of the call, `Recorded` is raised.
     """
+    arrays = view_recorded(function, names, given, written)
+    if arrays.recorded:
+        raise Recorded
+    return arrays
+
+
+def view_recorded(
+    function: str, names: tuple[str, ...], given: tuple[Any, ...], written: tuple[int, ...] = ()
+) -> Arrays:
+    """`view` also where nothing but autograd has to be told of the call, and all arrays are plain ones."""
     index = 0
     try:
         first = _ADAPTERS.get(type(given[0])) or _find_adapter(function, names[0], given[0], names[0])
@@ -473,10 +486,8 @@ class TorchAdapter(Adapter):
                 key += array.shape, array.stride(), array.dtype, array.device, pointer & 15
         except RuntimeError:  # torch's word for a tensor that is not a strided one in memory
             return None
-        arrays = Arrays(given, pointers, tuple(key))
-        if requires_grad and self._records():
-            raise Differentiated(arrays)
-        return arrays
+        kind = RecordedArrays if requires_grad and self._records() else Arrays
+        return kind(given, pointers, tuple(key))
 
     def view(self, array: Any) -> tuple[int, Layout]:
         if array.requires_grad and self._records():

@@ -35,12 +35,12 @@ def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -
     if _arrays.is_jax(given[0]):  # its runtime owns streams and results
         return interop_jax().call(operation, given, options)
     try:
-        arrays = _arrays.view(operation.name, operation.arrays, given, operation.uncopied_indices)
+        arrays = _arrays.view_recorded(operation.name, operation.arrays, given, operation.uncopied_indices)
         arrays.adapter.check_call()
-    except _arrays.Differentiated as seen:
-        return interop_torch().differentiated(operation, seen.arrays, options)
     except _arrays.Recorded:
         return interop_torch().call(operation, given, options)
+    if arrays.recorded:
+        return interop_torch().differentiated(operation, arrays, options)
     results = computed(arrays, _problem.checked(operation, arrays, options), options.late)
     return results[0] if len(results) == 1 else tuple(results)
 

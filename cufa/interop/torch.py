@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
@@ -208,18 +208,25 @@ class Operator:
 
         An lse that nobody asked for is kept, but is no result, of which torch would make more.
         """
-        whole = self.whole(options)
         if arrays is None:
             arrays = _viewed(self.operation, self.given_of(inputs))
-        problem = _problem.checked(self.operation, arrays, whole)
-        results = _call.computed(arrays, problem, options.late)
-        if self.gradients is not None:
-            known = problem.memo.get("gradients")
-            if known is None:
-                given = [(result.shape, result.dtype) for result in results]
-                known = problem.memo["gradients"] = given, self.ways(inputs, whole)
-            self.keep(ctx, options, inputs, results, *known)
-        return tuple(results if whole is options else results[:-1])
+        problem = _problem.checked(self.operation, arrays, options)
+        known = problem.memo.get("recorded")
+        if known is None:
+            known = problem.memo["recorded"] = self._known(problem, arrays, options, inputs)
+        whole, given, ways = known
+        results = _call.computed(arrays, whole, options.late)
+        if ways is not None:
+            self.keep(ctx, options, inputs, results, given, ways)
+        return tuple(results if whole is problem else results[:-1])
+
+    def _known(self, problem: Problem, arrays: Arrays, options: Options, inputs: tuple[Any, ...]) -> Known:
+        if self.gradients is None:
+            return problem, [], None
+        asked = self.whole(options)
+        whole = problem if asked is options else _problem.check(self.operation, arrays, asked)
+        given = [(result.shape, getattr(torch, result.dtype)) for result in whole.results]
+        return whole, given, self.ways(inputs, asked)
 
     def keep(
         self,
@@ -227,7 +234,7 @@ class Operator:
         options: Options,
         inputs: Sequence[Any],
         results: Sequence[Any],
-        given: list[tuple[Any, Any]],
+        given: Given,
         ways: Ways,
     ) -> None:
         """Keep what the gradients read; refuse what has none. `given` are the shapes and dtypes of results."""
@@ -333,6 +340,14 @@ class Ways(NamedTuple):
     without: tuple[int, ...]
 
 
+Given: TypeAlias = list[tuple[tuple[int, ...], torch.dtype]]
+"""Shapes and dtypes of results."""
+
+Known: TypeAlias = tuple[Problem, Given, Ways | None]
+"""Of a problem that autograd records: that of all results which its gradients read, those results, and the gradients;
+None if there are none."""
+
+
 def _function_of(made: Operator) -> Any:
     """That of calls that torch sees through, which its transforms want in two parts."""
 
@@ -428,17 +443,11 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
 
 
 def differentiated(operation: Operation, arrays: Arrays, options: Options) -> Any:
-    """`call` with plain tensors in memory of which some require grad, and that are viewed already."""
+    """`call` where autograd alone has to be told, and the arrays are viewed."""
     given = arrays.given
-    try:
-        arrays.adapter.check_call()
-    except _arrays.Recorded:
+    written = [index for index in operation.written_indices if given[index] is not None]
+    if written or operation.changed or _transforms():
         return call(operation, given, options)
-    if operation.changed or _transforms():
-        return call(operation, given, options)
-    for index in operation.written_indices:
-        if given[index] is not None:
-            return call(operation, given, options)
     found = operator_of(operation)
     results = found.apply_in_memory(arrays, options, *found.inputs_of(given))
     return results[0] if len(results) == 1 else results
