@@ -12,7 +12,7 @@ from .._call import options as _options
 from .._call import problem as _problem
 from .._call.align import Copies
 from .._call.arrays import CPU, Arrays
-from .._call.options import Pairs
+from .._call.options import Options, Pairs
 from .._call.problem import Problem
 from .._driver import counts as _counts
 from .._driver import driver as _driver
@@ -31,7 +31,11 @@ def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -
         from ..interop import torch  # which is traced; a cache would not be
 
         return torch.compiled(operation, given, asked)
-    options = _options.of(operation.name, asked, operation.owned)
+    return call_plain(operation, given, _options.of(operation.name, asked, operation.owned))
+
+
+def call_plain(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
+    """`call` with plain options, where torch.compile does not trace it."""
     if _arrays.is_jax(given[0]):  # its runtime owns streams and results
         return interop_jax().call(operation, given, options)
     try:

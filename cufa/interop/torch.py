@@ -76,6 +76,7 @@ class Operator:
         self.operation = operation
         self.gradients = gradients_of(operation)
         self.inputs = tuple(name for name in operation.arrays if name not in operation.written)
+        self._nones = (None,) * (len(operation.gives) + 1)  # behind what there is, for all that there may be
         self._given = _picked(operation.arrays, self.inputs)
         self._inputs = _picked(self.inputs, operation.arrays)
         if self.gradients is not None:
@@ -245,8 +246,7 @@ class Operator:
                     f"{self.operation.name}: {name} requires grad, but has no gradient; pass {name}.detach()."
                 )
         ctx.set_materialize_grads(False)
-        missing = [None] * (len(self.operation.gives) - len(results))
-        ctx.save_for_backward(*self._kept((*inputs, *results, *missing)))
+        ctx.save_for_backward(*self._kept((*inputs, *results, *self._nones)))
         ctx.call = options, given, ways
 
     def ways(self, inputs: Sequence[Any], options: Options) -> Ways:
@@ -274,17 +274,18 @@ class Operator:
                 f"{self.operation.name}: a result is differentiated, and there are no gradients of it: those of "
                 "attention are not differentiated again. Pass tensor.detach()."
             )
-        saved, gives = ctx.saved_tensors, self.operation.gives
+        saved = ctx.saved_tensors
         options, results, ways = ctx.call
-        given = [*dresults, *[None] * (len(gives) - len(dresults))]
         for index, dresult in enumerate(dresults):
-            if dresult is None and gives[index] != "lse":
+            if dresult is None and self.operation.gives[index] != "lse":
                 shape, dtype = results[index]
-                given[index] = saved[0].new_zeros(shape, dtype=dtype)
-        causal, window, softmax_scale, softcap, _, deterministic, _, _ = options
-        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-        asked = causal, window, softmax_scale, softcap, False, deterministic, *self.operation.owned.given(options)
-        found = _call.call(self.gradients, self._backward((*saved, *given, None)), asked)
+                dresults = *dresults[:index], saved[0].new_zeros(shape, dtype=dtype), *dresults[index + 1 :]
+        given = self._backward((*saved, *dresults, *self._nones))
+        options = options.of_gradients(torch.are_deterministic_algorithms_enabled())
+        if _arrays.compiling(given[0]):
+            found = _call.call(self.gradients, given, (*options[:6], *self.operation.owned.given(options)))
+        else:
+            found = _call.call_plain(self.gradients, given, options)
         gradients: tuple[Any, ...] = ways.pick((*found, None) if isinstance(found, tuple) else (found, None))
         return gradients
 
