@@ -222,6 +222,7 @@ class Operator:
         return tuple(results if whole is problem else results[:-1])
 
     def _known(self, problem: Problem, arrays: Arrays, options: Options, inputs: tuple[Any, ...]) -> Known:
+        """What is known of a problem as soon as autograd has recorded it once."""
         if self.gradients is None:
             return problem, [], None
         asked = self.whole(options)

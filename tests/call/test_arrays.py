@@ -374,6 +374,17 @@ def test_plain_subclasses_of_tensors_are_read() -> None:
     assert Named not in _arrays._ADAPTERS and torch.nn.Parameter in _arrays._ADAPTERS
 
 
+def test_results_are_contiguous_whatever_they_are_like() -> None:
+    torch = pytest.importorskip("torch")
+    rows, other = torch.randn(SHAPE), torch.randn(SHAPE).transpose(1, 2).contiguous().transpose(1, 2)
+    for q, k in itertools.product((rows, other, rows.expand(3, -1, -1, -1)), (rows, other)):
+        k = k.expand(q.shape)
+        out, lse = cufa.attention(q, k, k, return_lse=True)
+        gradients = cufa.attention_backward(out, q, k, k, out, lse)
+        results, like = (out, *gradients), (q, q, k, k)
+        assert all(result.is_contiguous() and result.shape == x.shape for result, x in zip(results, like, strict=True))
+
+
 def test_tensors_are_viewed_together_as_one_by_one() -> None:
     torch = pytest.importorskip("torch")
     tensors = torch.randn(SHAPE), torch.randn(SHAPE)[:, 1:], torch.zeros(3, dtype=torch.int32), torch.empty(0, 2)
