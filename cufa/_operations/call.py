@@ -60,10 +60,11 @@ def allocate(arrays: Arrays, problem: Problem) -> tuple[list[Any], list[int]]:
     """The results, given or new in the caller's framework; and all addresses, in the order of `names_of`."""
     results, addresses = [], [*arrays.pointers]
     given, adapter = arrays.given, arrays.adapter
+    plain = arrays.key[0] is adapter  # else layouts may be those of other views than the arrays themselves
     for shape, dtype, place, alike in problem.made:
         if place is not None:
             array, address = given[place], arrays.pointers[place]
-        elif alike is not None:
+        elif plain and alike is not None:
             array, address = adapter.empty_like(given[alike], shape, dtype)
         else:
             array, address = adapter.empty(shape, dtype, given[0])
