@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from cufa._bench import reports
+from cufa._call.arrays import CupyAdapter
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
@@ -25,7 +27,7 @@ def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     known = set(sys.modules)
     yield
     for name in set(sys.modules) - known:
-        if name.split(".")[0] in ("reports", "common", "compare", "cufa_base", "cufa_new"):
+        if name.split(".")[0] in ("reports", "common", "compare", "host_calls", "cufa_base", "cufa_new"):
             del sys.modules[name]
 
 
@@ -49,6 +51,25 @@ def test_a_peer_has_one_color_in_every_panel_and_is_in_the_legend(path: Path) ->
             assert name == reports.CEILING or same_color(line.get_color(), reports.COLORS[name])
             assert list(line.get_xdata()) == sorted(line.get_xdata())
     assert drawn == shown.keys()
+
+
+def test_what_calls_take_of_pythons_time_is_measured_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import host_calls
+
+    command = [sys.executable, host_calls.__file__, "--rounds", "1", "--only", "^CuPy", str(ROOT)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kinds = [line.partition("  ")[0] for line in shown.splitlines()[1:]]
+    assert kinds == [*host_calls.cupy_calls()]
+    monkeypatch.setitem(sys.modules, "cupy", host_calls.pretended_cupy())
+    adapter = CupyAdapter()
+    first, second = host_calls.Array((2, 3), "float16"), host_calls.Array((5,), "int32")
+    arrays = adapter.view_plain((first, None, second))
+    assert arrays is not None
+    views = adapter.view(first), (0, None), adapter.view(second)
+    assert [*zip(arrays.pointers, arrays.layouts, strict=True)] == [*views]
+    assert adapter.view_plain((first, np.zeros(3))) is None
+    made, address = adapter.empty((5,), "int32", first)
+    assert (made.shape, made.dtype, address) == ((5,), np.int32, made.data.ptr)
 
 
 def test_colors_tell_peers_apart() -> None:

@@ -70,6 +70,16 @@ class Options(NamedTuple):
         """Those that are not late."""
         return _tuple(Options, (*self[:-1], ())) if self.late else self
 
+    def with_lse(self) -> Options:
+        """The same, where lse is a result."""
+        return _tuple(Options, (*self[:4], True, *self[5:]))
+
+    def of_gradients(self, deterministic: bool) -> Options:
+        """Those of the gradients, which are `deterministic` at least if that is asked for."""
+        if not self.return_lse and self.deterministic >= deterministic:
+            return self
+        return _tuple(Options, (*self[:4], False, self.deterministic or deterministic, *self[6:]))
+
     def own(self, name: str) -> Any:
         """The value of an option that the operation, or a score term, has of its own."""
         return dict(self.more)[name]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import ArgumentError, UnsupportedError
 from . import options as _options
 from . import overlap as _overlap
-from .arrays import ALIGNMENT, CPU, Arrays, Layout, Spec
+from .arrays import ALIGNMENT, CPU, Arrays, Key, Layout, Spec, contiguous, layouts_of
 from .options import MAX_SEQLEN as MAX_SEQLEN
 from .options import Options, Plain
 
@@ -203,6 +203,15 @@ class Static(NamedTuple):
     kv_element: str = ""
 
 
+class Made(NamedTuple):
+    """A result: shape and dtype, its place among the arrays if it is given, and that of a contiguous array like it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    given: int | None
+    alike: int | None
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A checked call.
@@ -278,6 +287,18 @@ class Problem:
         return self.operation.results(self)
 
     @cached_property
+    def made(self) -> tuple[Made, ...]:
+        """Where its results come from."""
+        names, found = self.operation.arrays, []
+        for _, shape, dtype, place in self.results:
+            given = place if place is not None and names[place] in self.specs else None
+            facts = shape, contiguous(shape), dtype
+            alike = (name for name, spec in self.specs.items() if (spec.shape, spec.strides, spec.dtype) == facts)
+            name = next(alike, None)
+            found.append(Made(shape, dtype, given, None if name is None else names.index(name)))
+        return tuple(found)
+
+    @cached_property
     def terms(self) -> tuple[Term, ...]:
         """Its score terms, in the order in which they are applied."""
         return tuple(term for term in self.operation.terms if term.asked(self.specs, self.options))
@@ -331,7 +352,7 @@ def checked(operation: Operation, arrays: Arrays, options: Options) -> Problem:
     TypeError, ValueError, UnsupportedError
         In the order in which a user would want to hear of it.
     """
-    problem = _checked(operation, arrays.layouts, options.lasting if options.late else options)
+    problem = _checked(operation, arrays.key, options.lasting if options.late else options)
     if problem.written_indices:
         _check_overlap(operation, arrays, problem)
     if operation.check_values is not None and problem.device == CPU:
@@ -341,13 +362,13 @@ def checked(operation: Operation, arrays: Arrays, options: Options) -> Problem:
 
 def check(operation: Operation, arrays: Arrays, options: Options) -> Problem:
     """`checked` but for what depends on addresses or values of arrays."""
-    return _checked(operation, arrays.layouts, options.lasting if options.late else options)
+    return _checked(operation, arrays.key, options.lasting if options.late else options)
 
 
 @lru_cache(maxsize=1024)
-def _checked(operation: Operation, layouts: tuple[Layout | None, ...], options: Options) -> Problem:
+def _checked(operation: Operation, key: Key, options: Options) -> Problem:
     specs: dict[str, Spec] = {}
-    for name, layout in zip(operation.arrays, layouts, strict=True):
+    for name, layout in zip(operation.arrays, layouts_of(key), strict=True):
         if layout is not None:
             try:
                 specs[name] = layout[0].spec(layout)

@@ -18,7 +18,6 @@ MAX_STREAMS = 64
 
 pack_address = struct.Struct("@Q").pack_into
 
-
 ARGUMENT_BYTES = 4096
 """What the argument of a kernel may take on every GPU."""
 
@@ -33,8 +32,9 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         memory = ctypes.create_string_buffer(ARGUMENT_BYTES)
         self._array = (ctypes.c_void_p * 1)(ctypes.addressof(memory))
-        self.arguments = ctypes.addressof(self._array)
         self.argument = memoryview(memory).cast("B")  # a fifth of the time of ctypes' own copies
+        # Looking at a thread's own attribute takes several times as long as at another.
+        self.both = self.argument, ctypes.addressof(self._array)
 
 
 _scratch = _Scratch()
@@ -96,9 +96,9 @@ class Launch:
         "_constants",
         "_counted",
         "_enqueue",
-        "_maps",
         "_pack_into",
         "_shapes",
+        "_shifted",
         "device",
         "functions",
         "words",
@@ -124,8 +124,9 @@ class Launch:
         places = {name: index for index, name in enumerate(names)}
         known = [(offset, "Q", places[name]) for offset, name in argument.pointers if name in places]
         known += [(offset, form, places[name]) for offset, form, name in argument.late]
+        known += [(offset, "Q", places[name]) for offset, name, shift in argument.maps if not shift]
         self._pack_into, self._constants, self._chosen = _packing(argument.content, known, len(names))
-        self._maps = [(offset, places[name], shift) for offset, name, shift in argument.maps]
+        self._shifted = [(offset, places[name], shift) for offset, name, shift in argument.maps if shift]
         self._configs: dict[int, list[Any]] = {}
         self._counted = (_counts.tally("launches", words) if running else _counts.Tally()).add
 
@@ -134,9 +135,10 @@ class Launch:
 
         `current_device` is the framework's current GPU, or -1 if that is not known.
         """
-        argument, arguments, enqueue = _scratch.argument, _scratch.arguments, self._enqueue
+        argument, arguments = _scratch.both
+        enqueue = self._enqueue
         self._pack_into(argument, 0, *self._chosen([*addresses, *self._constants]))
-        for offset, index, shift in self._maps:
+        for offset, index, shift in self._shifted:
             pack_address(argument, offset, addresses[index] + shift)
         configs = self._configs.get(stream) or self._make_configs(stream)
         done = 0

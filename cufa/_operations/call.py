@@ -12,7 +12,7 @@ from .._call import options as _options
 from .._call import problem as _problem
 from .._call.align import Copies
 from .._call.arrays import CPU, Arrays
-from .._call.options import Pairs
+from .._call.options import Options, Pairs
 from .._call.problem import Problem
 from .._driver import counts as _counts
 from .._driver import driver as _driver
@@ -31,28 +31,43 @@ def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -
         from ..interop import torch  # which is traced; a cache would not be
 
         return torch.compiled(operation, given, asked)
-    options = _options.of(operation.name, asked, operation.owned)
+    return call_plain(operation, given, _options.of(operation.name, asked, operation.owned))
+
+
+def call_plain(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
+    """`call` with plain options, where torch.compile does not trace it."""
     if _arrays.is_jax(given[0]):  # its runtime owns streams and results
         return interop_jax().call(operation, given, options)
     try:
-        arrays = _arrays.view(operation.name, operation.arrays, given, operation.uncopied_indices)
+        arrays = _arrays.view_recorded(operation.name, operation.arrays, given, operation.uncopied_indices)
         arrays.adapter.check_call()
     except _arrays.Recorded:
         return interop_torch().call(operation, given, options)
-    problem = _problem.checked(operation, arrays, options)
-    results, addresses = allocate(arrays, problem)
-    compute(arrays, problem, results, addresses, options.late)
+    if arrays.recorded:
+        return interop_torch().differentiated(operation, arrays, options)
+    results = computed(arrays, _problem.checked(operation, arrays, options), options.late)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def computed(arrays: Arrays, problem: Problem, late: Pairs) -> list[Any]:
+    """The results of a problem. `late` are the late options."""
+    results, addresses = allocate(arrays, problem)
+    compute(arrays, problem, results, addresses, late)
+    return results
 
 
 def allocate(arrays: Arrays, problem: Problem) -> tuple[list[Any], list[int]]:
     """The results, given or new in the caller's framework; and all addresses, in the order of `names_of`."""
     results, addresses = [], [*arrays.pointers]
-    for _, shape, dtype, place in problem.results:
-        if place is not None and arrays.layouts[place] is not None:
-            array, address = arrays.given[place], arrays.pointers[place]
+    given, adapter = arrays.given, arrays.adapter
+    plain = arrays.key[0] is adapter  # else layouts may be those of other views than the arrays themselves
+    for shape, dtype, place, alike in problem.made:
+        if place is not None:
+            array, address = given[place], arrays.pointers[place]
+        elif plain and alike is not None:
+            array, address = adapter.empty_like(given[alike], shape, dtype)
         else:
-            array, address = arrays.empty(shape, dtype)
+            array, address = adapter.empty(shape, dtype, given[0])
         results.append(array)
         addresses.append(address)
     return results, addresses
@@ -71,16 +86,17 @@ def compute(arrays: Arrays, problem: Problem, results: Sequence[Any], addresses:
         return
     if late:
         addresses = [*addresses, *problem.operation.owned.late_members(late)]
-    stream = arrays.stream(problem.device)
+    adapter = arrays.adapter
+    stream = adapter.stream(arrays.given[0], problem.device)
     if problem.operation.check_values is not None and debugging():
         check_on_gpu(arrays, problem, stream)
     prepared = problem.memo.get("prepared") or prepare(problem, stream)
     if prepared.floats == 0:
-        prepared.launch(addresses, stream, arrays.adapter.current_device())
+        prepared.launch(addresses, stream, adapter.current_device())
         return
     # Freed when this returns: the framework hands it out again only to what comes later on the stream.
     _memory, address = arrays.empty((prepared.floats,), "float32")
-    prepared(addresses, address, stream, arrays.adapter.current_device())
+    prepared(addresses, address, stream, adapter.current_device())
 
 
 @cache  # reading the environment takes a microsecond each time

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, combinations, compress
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
@@ -87,16 +87,16 @@ class Operator:
         self.operation = operation
         self.gradients = gradients_of(operation)
         self.inputs = tuple(name for name in operation.arrays if name not in operation.written)
+        self._nones = (None,) * (len(operation.gives) + 1)  # behind what there is, for all that there may be
         self._given = _picked(operation.arrays, self.inputs)
         self._inputs = _picked(self.inputs, operation.arrays)
         if self.gradients is not None:
             read, gives = self.gradients.arrays, operation.gives
-            known = (*self.inputs, *gives)
-            self._kept = [index for index, name in enumerate(known) if name in read]
-            kept = (known[index] for index in self._kept)
+            kept = tuple(name for name in (*self.inputs, *gives) if name in read)
+            self._kept = _picked(kept, (*self.inputs, *gives))
             self._backward = _picked(read, (*kept, *(f"d{name}" for name in gives)))
             self._of_terms = any(term.has_gradient for term in self.gradients.terms)
-        self._ways: dict[Any, tuple[int | None, ...]] = {}
+        self._ways: dict[Any, Ways] = {}
         self.name = name = _free_name(operation)
         LIBRARY.define(name + self.schema(), tags=(torch.Tag.pt2_compliant_tag,))
         qualified = f"cufa::{name}"
@@ -109,6 +109,12 @@ class Operator:
             LIBRARY.impl(name, self.autocast(device), f"Autocast{device.upper()}")
         self.overload = getattr(torch.ops.cufa, name).default
         self.function = _function_of(self)
+        # The base class's, since that of their own binds arguments to a signature on every call, and looks for
+        # transforms and wrappers, which are not there.
+        self._apply, self.apply_in_memory = (
+            super(torch.autograd.Function, each).apply  # type: ignore[misc]
+            for each in (self.function, _function_in_memory_of(self))
+        )
 
     def schema(self) -> str:
         arrays = [f"Tensor{'?' if index else ''} {name}" for index, name in enumerate(self.inputs)]
@@ -181,18 +187,20 @@ class Operator:
 
     def recorded(self, keyset: Any, given: tuple[Any, ...], options: Options) -> list[Any]:
         """The results, with a history; `keyset` is where to go on, or None for tensors in memory."""
-        whole = options
-        if self.gradients is not None and "lse" in self.gradients.arrays and not options.return_lse:
-            whole = Options._make((*options[:4], True, *options[5:]))
-        # The base class's, since that of its own binds arguments to a signature on every call.
-        results = super(torch.autograd.Function, self.function).apply(keyset, whole, *self.inputs_of(given))  # type: ignore[misc]
-        return [*results] if whole.return_lse == options.return_lse else [*results[:-1]]
+        if keyset is None:
+            return [*self.apply_in_memory(None, options, *self.inputs_of(given))]
+        whole = self.whole(options)
+        results = self._apply(keyset, whole, *self.inputs_of(given))
+        return [*results] if whole is options else [*results[:-1]]
+
+    def whole(self, options: Options) -> Options:
+        """The options of a call that has all results which the gradients read."""
+        if options.return_lse or self.gradients is None or "lse" not in self.gradients.arrays:
+            return options
+        return options.with_lse()
 
     def forward(self, keyset: Any, options: Options, *inputs: Any) -> tuple[Any, ...]:
-        given = self.given_of(inputs)
-        if keyset is None:
-            return tuple(_computed(self.operation, _viewed(self.operation, given), options))
-        flat = self.flat(given, options)
+        flat = self.flat(self.given_of(inputs), options)
         if not _transforms():
             with _below_autograd():
                 return tuple(self.overload.redispatch(keyset & _after_autograd, *flat))
@@ -201,64 +209,106 @@ class Operator:
             return tuple(self.overload.redispatch(keyset & _after_autograd, *flat))
 
     def setup_context(self, ctx: Any, arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
-        """Keep what the gradients read; refuse what has none."""
-        if self.gradients is None:
-            return
         _, options, *inputs = arguments
+        if self.gradients is not None:
+            given = [(result.shape, result.dtype) for result in results]
+            self.keep(ctx, options, inputs, results, given, self.ways_of(ctx, inputs, options))
+
+    def forward_in_memory(
+        self, ctx: Any, arrays: Arrays | None, options: Options, inputs: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        """`forward` and `setup_context` of tensors in memory, whose problem remembers what the gradients ask for.
+
+        An lse that nobody asked for is kept, but is no result, of which torch would make more.
+        """
+        if arrays is None:
+            arrays = _viewed(self.operation, self.given_of(inputs))
+        problem = _problem.checked(self.operation, arrays, options)
+        known = problem.memo.get("recorded")
+        if known is None:
+            known = problem.memo["recorded"] = self._known(problem, arrays, options, inputs)
+        whole, given, ways = known
+        results = _call.computed(arrays, whole, options.late)
+        if self.gradients is not None:
+            self.keep(ctx, options, inputs, results, given, ways or self.ways_of(ctx, inputs, whole.options))
+        return tuple(results if whole is problem else results[:-1])
+
+    def _known(self, problem: Problem, arrays: Arrays, options: Options, inputs: tuple[Any, ...]) -> Known:
+        """What is known of a problem as soon as autograd has recorded it once."""
+        if self.gradients is None:
+            return problem, [], None
+        asked = self.whole(options)
+        whole = problem if asked is options else _problem.check(self.operation, arrays, asked)
+        given = [(result.shape, getattr(torch, result.dtype)) for result in whole.results]
+        return whole, given, None if self._of_terms else self.ways(self.gradients, inputs, asked)
+
+    def keep(
+        self,
+        ctx: Any,
+        options: Options,
+        inputs: Sequence[Any],
+        results: Sequence[Any],
+        given: Given,
+        ways: Ways,
+    ) -> None:
+        """Keep what the gradients read; refuse what has none. `given` are the shapes and dtypes of results."""
+        for index in ways.without:
+            if ctx.needs_input_grad[index - len(self.inputs)]:
+                name = self.inputs[index]
+                raise UnsupportedError(
+                    f"{self.operation.name}: {name} requires grad, but has no gradient; pass {name}.detach()."
+                )
         ctx.set_materialize_grads(False)
-        known = *inputs, *results, *[None] * (len(self.operation.gives) - len(results))
-        ctx.save_for_backward(*(known[index] for index in self._kept))
-        ctx.given = [(result.shape, result.dtype) for result in results]
-        ctx.options, ctx.gradients = options, self.wanted(ctx.needs_input_grad[2:])
-        ctx.ways = self.ways(ctx.gradients, inputs, options)
-        if True in compress(ctx.needs_input_grad[2:], map(_is_none, ctx.ways)):
-            needed = zip(self.inputs, ctx.ways, ctx.needs_input_grad[2:], strict=True)
-            name = next(name for name, way, need in needed if need and way is None)
-            raise UnsupportedError(
-                f"{self.operation.name}: {name} requires grad, but has no gradient; pass {name}.detach()."
-            )
+        ctx.save_for_backward(*self._kept((*inputs, *results, *self._nones)))
+        ctx.call = options, given, ways
 
-    def wanted(self, needed: Sequence[bool]) -> Operation:
-        """The gradients without those of score terms that no input needs."""
+    def ways_of(self, ctx: Any, inputs: Sequence[Any], options: Options) -> Ways:
+        """`ways` of the gradients without those of score terms that no input needs."""
         assert self.gradients is not None
-        if not self._of_terms:
-            return self.gradients
-        return wanting(self.gradients, [f"d{name}" for name in compress(self.inputs, needed)])
+        gradients = self.gradients
+        if self._of_terms:
+            needed = compress(self.inputs, ctx.needs_input_grad[-len(self.inputs) :])
+            gradients = wanting(gradients, [f"d{name}" for name in needed])
+        return self.ways(gradients, inputs, options)
 
-    def ways(self, gradients: Operation, inputs: Sequence[Any], options: Options) -> tuple[int | None, ...]:
+    def ways(self, gradients: Operation, inputs: Sequence[Any], options: Options) -> Ways:
         """Which of the results of the gradients belongs to each input, if any."""
         key = gradients, options.lasting, *map(_is_none, inputs)
         known = self._ways.get(key)
         if known is None:
             problem = sketch(self.operation, self.given_of(tuple(inputs)), options)
             results = gradients.results(replace(problem, operation=gradients, memo={}))
-            names = [result.name for result in results]
-            known = tuple(names.index(f"d{name}") if f"d{name}" in names else None for name in self.inputs)
+            names = tuple(result.name for result in results)
+            wanted = tuple(f"d{name}" for name in self.inputs)
+            pairs = enumerate(zip(wanted, inputs, strict=True))
+            without = tuple(index for index, (name, x) in pairs if x is not None and name not in names)
+            known = Ways(gradients, _picked(wanted, names), without)
             if len(self._ways) >= MAX_KNOWN:
                 self._ways.clear()
             self._ways[key] = known
         return known
 
     def backward(self, ctx: Any, dresults: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The gradients by the arguments of `function`."""
+        """The gradients by the inputs."""
         if self.gradients is None:
             raise UnsupportedError(
                 f"{self.operation.name}: a result is differentiated, and there are no gradients of it: those of "
                 "attention are not differentiated again. Pass tensor.detach()."
             )
-        saved, gives = ctx.saved_tensors, self.operation.gives
-        given = [*dresults, *[None] * (len(gives) - len(dresults))]
-        for index, (name, (shape, dtype)) in enumerate(zip(gives, ctx.given, strict=False)):
-            if given[index] is None and name != "lse":
-                given[index] = saved[0].new_zeros(shape, dtype=dtype)
-        causal, window, softmax_scale, softcap, *_ = ctx.options
-        deterministic = ctx.options.deterministic or torch.are_deterministic_algorithms_enabled()
-        asked = causal, window, softmax_scale, softcap, False, deterministic, *self.operation.owned.given(ctx.options)
-        found = _call.call(ctx.gradients, self._backward((*saved, *given, None)), asked)
-        found = found if isinstance(found, tuple) else (found,)
-        needed = ctx.needs_input_grad[2:]
-        ways = zip(ctx.ways, needed, strict=True)
-        return None, None, *[found[way] if need and way is not None else None for way, need in ways]
+        saved = ctx.saved_tensors
+        options, results, ways = ctx.call
+        for index, dresult in enumerate(dresults):
+            if dresult is None and self.operation.gives[index] != "lse":
+                shape, dtype = results[index]
+                dresults = *dresults[:index], saved[0].new_zeros(shape, dtype=dtype), *dresults[index + 1 :]
+        given = self._backward((*saved, *dresults, *self._nones))
+        options = options.of_gradients(torch.are_deterministic_algorithms_enabled())
+        if _arrays.compiling(given[0]):
+            found = _call.call(ways.gradients, given, (*options[:6], *self.operation.owned.given(options)))
+        else:
+            found = _call.call_plain(ways.gradients, given, options)
+        gradients: tuple[Any, ...] = ways.pick((*found, None) if isinstance(found, tuple) else (found, None))
+        return gradients
 
     def vmap(self, info: Any, in_dims: tuple[Any, ...], *flat: Any) -> tuple[list[Any], list[int]]:
         """Of many calls at once: one call with a larger batch, or one after the other if that would not be the same."""
@@ -305,7 +355,25 @@ class Operator:
         return tuple(arrays) if same and size > 1 else None
 
 
+class Ways(NamedTuple):
+    """Which gradients inputs have: what takes them from all and None behind them, and places of given ones without."""
+
+    gradients: Operation
+    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    without: tuple[int, ...]
+
+
+Given: TypeAlias = list[tuple[tuple[int, ...], torch.dtype]]
+"""Shapes and dtypes of results."""
+
+Known: TypeAlias = tuple[Problem, Given, Ways | None]
+"""Of a problem that autograd records: that of all results which its gradients read, those results, and the gradients;
+None if there are none, or if they depend on which inputs need one."""
+
+
 def _function_of(made: Operator) -> Any:
+    """That of calls that torch sees through, which its transforms want in two parts."""
+
     class Differentiable(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         @staticmethod
         def forward(keyset: Any, options: Options, *inputs: Any) -> tuple[Any, ...]:
@@ -317,7 +385,23 @@ def _function_of(made: Operator) -> Any:
 
         @staticmethod
         def backward(ctx: Any, *dresults: Any) -> tuple[Any, ...]:
-            return made.backward(ctx, dresults)
+            return None, None, *made.backward(ctx, dresults)
+
+    Differentiable.__name__ = made.operation.name
+    return Differentiable
+
+
+def _function_in_memory_of(made: Operator) -> Any:
+    """That of tensors in memory: the same in one part, which takes less time."""
+
+    class Differentiable(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+        @staticmethod
+        def forward(ctx: Any, arrays: Arrays | None, options: Options, *inputs: Any) -> tuple[Any, ...]:
+            return made.forward_in_memory(ctx, arrays, options, inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *dresults: Any) -> tuple[Any, ...]:
+            return None, None, *made.backward(ctx, dresults)
 
     Differentiable.__name__ = made.operation.name
     return Differentiable
@@ -384,6 +468,17 @@ def call(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
         with torch._C._DisableAutocast():
             results = _recorded(operation, given, options, seen)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def differentiated(operation: Operation, arrays: Arrays, options: Options) -> Any:
+    """`call` where autograd alone has to be told, and the arrays are viewed."""
+    given = arrays.given
+    written = [index for index in operation.written_indices if given[index] is not None]
+    if written or operation.changed or _transforms():
+        return call(operation, given, options)
+    found = operator_of(operation)
+    results = found.apply_in_memory(arrays, options, *found.inputs_of(given))
+    return results[0] if len(results) == 1 else results
 
 
 def _in_place(operation: Operation, given: tuple[Any, ...], options: Options) -> Any:
@@ -469,10 +564,7 @@ def _is_traced_by_modes() -> bool:
 
 
 def _computed(operation: Operation, arrays: Arrays, options: Options) -> list[Any]:
-    problem = _problem.checked(operation, arrays, options)
-    results, addresses = _call.allocate(arrays, problem)
-    _call.compute(arrays, problem, results, addresses, options.late)
-    return results
+    return _call.computed(arrays, _problem.checked(operation, arrays, options), options.late)
 
 
 def _viewed(operation: Operation, given: tuple[Any, ...]) -> Arrays:
@@ -618,6 +710,8 @@ def _refuse_tangent(function: str) -> NoReturn:
 def _picked(names: tuple[str, ...], known: tuple[str, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """From what `known` stand for, and None behind it: what `names` stand for, which is None for all others."""
     places = [known.index(name) if name in known else len(known) for name in names]
+    if len(places) < 2:  # of which an itemgetter makes no tuple
+        return lambda given: tuple(given[place] for place in places)
     return operator.itemgetter(*places)
 
 

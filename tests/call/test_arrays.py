@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -366,10 +367,22 @@ def test_plain_subclasses_of_tensors_are_read() -> None:
 
     q = torch.randn(SHAPE)
     expected = cufa.attention(q, q, q)
-    assert torch.equal(cufa.attention(q.as_subclass(Named), q, q), expected)
+    found = cufa.attention(q.as_subclass(Named), q, q)
+    assert torch.equal(found, expected) and type(found) is torch.Tensor
     with torch.no_grad():
         assert torch.equal(cufa.attention(torch.nn.Parameter(q), q, q), expected)
     assert Named not in _arrays._ADAPTERS and torch.nn.Parameter in _arrays._ADAPTERS
+
+
+def test_results_are_contiguous_whatever_they_are_like() -> None:
+    torch = pytest.importorskip("torch")
+    rows, other = torch.randn(SHAPE), torch.randn(SHAPE).transpose(1, 2).contiguous().transpose(1, 2)
+    for q, k in itertools.product((rows, other, rows.expand(3, -1, -1, -1)), (rows, other)):
+        k = k.expand(q.shape)
+        out, lse = cufa.attention(q, k, k, return_lse=True)
+        gradients = cufa.attention_backward(out, q, k, k, out, lse)
+        results, like = (out, *gradients), (q, q, k, k)
+        assert all(result.is_contiguous() and result.shape == x.shape for result, x in zip(results, like, strict=True))
 
 
 def test_tensors_are_viewed_together_as_one_by_one() -> None:
@@ -378,10 +391,11 @@ def test_tensors_are_viewed_together_as_one_by_one() -> None:
     learned = torch.nn.Parameter(torch.randn(4))
     names = tuple("abcdef")
     with torch.no_grad():
-        for shift in range(len(tensors)):
-            given: list[Any] = [*tensors[shift:], *tensors[:shift]]
+        for shift, count in itertools.product(range(len(tensors)), (3, 4)):
+            given: list[Any] = [*tensors[shift:count], *tensors[:shift]]
             given[1:1] = [None, learned]
-            arrays = _arrays.view("f", names, tuple(given), (2, 4))
+            arrays = _arrays.view("f", names, tuple(given), (2,))
+            assert (arrays.key[0] is arrays.adapter) == all(array is None or array.numel() for array in given)
             for array, pointer, layout in zip(given, arrays.pointers, arrays.layouts, strict=True):
                 alone = (0, None) if array is None else arrays.adapter.view(array)
                 assert (pointer, layout) == alone and pointer == (0 if array is None else array.data_ptr())

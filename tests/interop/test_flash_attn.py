@@ -671,16 +671,14 @@ def test_what_torch_sees_of_packed_tensors() -> None:
 def test_gradients_hear_of_deterministic(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which changes nothing on the CPU, whose sums have an order anyway."""
     heard = []
-    for home in ("interop.torch", "flash_attn._torch"):
-        module = importlib.import_module(f"cufa.{home}")
-        holder = module._call if home == "interop.torch" else module
-        before = holder.call
+    module = importlib.import_module("cufa._operations.call")
+    before = module.call_plain
 
-        def call(operation: Any, given: Any, asked: Any, before: Any = before) -> Any:
-            heard.append(asked[5] if operation.gradient else None)
-            return before(operation, given, asked)
+    def call_plain(operation: Any, given: Any, options: Any) -> Any:
+        heard.append(options.deterministic if operation.gradient else None)
+        return before(operation, given, options)
 
-        monkeypatch.setattr(holder, "call", call)
+    monkeypatch.setattr(module, "call_plain", call_plain)
     qkv = random(2, 8, 3, 2, WIDTH).requires_grad_()
     flash_attn.flash_attn_func(*qkv.unbind(2), deterministic=deterministic).sum().backward()
     flash_attn.flash_attn_qkvpacked_func(qkv, deterministic=deterministic).sum().backward()

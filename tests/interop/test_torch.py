@@ -217,6 +217,14 @@ def test_what_was_saved_must_not_change(name: str, device: str) -> None:
         named["out"].sum().backward()
 
 
+def test_what_was_saved_may_lie_elsewhere(device: str, deterministic: None) -> None:
+    given = arrays(device=device)
+    expected = torch.autograd.grad(attend(given).sum(), leaves(given))
+    out = attend(given)
+    given["k"].data = given["k"].detach().transpose(1, 2).contiguous().transpose(1, 2)
+    assert equal(torch.autograd.grad(out.sum(), leaves(given)), expected)
+
+
 def test_gradients_of_gradients_are_refused(device: str, deterministic: None) -> None:
     given = arrays(device=device)
     (dq,) = torch.autograd.grad(attend(given).sin().sum(), given["q"], create_graph=True)
