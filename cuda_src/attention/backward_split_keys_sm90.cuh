@@ -115,7 +115,7 @@ struct BackwardKeysSm90 {
       Kept<Config, 1, block_m> kept;
       kept.find(where);  // while the product runs
       warpgroup::wait<0>(s);
-      Held<Config, block_m> held;
+      Held<Config, block_m, false> held;
       const TransposedPlace<Config> place = where();
       hold_probabilities(held, s, place, kept, numbers, boundary);
       p = held.weights;
@@ -161,7 +161,7 @@ struct BackwardKeysSm90 {
       kept.find(where);
       warpgroup::wait<0>(dp);
       Operand its_factors;
-      typename Held<Config, block_m>::Rests its_rests;
+      typename Held<Config, block_m, false>::Rests its_rests;
       exchange().wait_full(at);
       take(its_factors, ds_factors(at.stage()));
       if constexpr (Variant::holds) take(its_rests, rests(at.stage()));

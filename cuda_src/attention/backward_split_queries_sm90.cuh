@@ -174,7 +174,7 @@ struct BackwardQueriesSm90 {
       kept.find(where);  // while the products run
       warpgroup::wait<1>(s);
       const Place<Config> place = where();
-      Held<Config, block_n> held;
+      Held<Config, block_n, true> held;
       hold_probabilities(held, s, place, kept, lse, boundary);
       warpgroup::wait<0>(dp);
       values().release_warp(at_values);

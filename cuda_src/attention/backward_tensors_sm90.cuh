@@ -77,44 +77,54 @@ struct TileLoader {
   }
 };
 
-// What is held of a warpgroup's scores until dS is made of it: operands, packed as those of products.
-template <class Config, int cols>
+// What is held of a warpgroup's scores until dS is made of it. Operands of products are packed. What dP - delta is
+// multiplied by is float32 if `exact`, since it would be rounded a second time as dS; else it is packed, too.
+template <class Config, int cols, bool exact>
 struct Held {
   using Variant = typename Config::variant;
-  // Whether what dP - delta is multiplied by differs from what dout is.
-  static constexpr bool own_factors = Variant::bends || Variant::scales;
+  using element = typename Config::element;
+  // Whether packed factors of dP - delta are something else than weights.
+  static constexpr bool own_factors = !exact && (Variant::bends || Variant::scales);
   using Operand = tile::Operand<cols>;
+  using Factors = typename Choose<exact, tile::Accumulator<1, cols>, Operand>::type;
   using Rests = tile::Operand<Variant::holds ? cols : 0>;
 
-  Operand weights;                            // what dout is multiplied by: P, unless a term scales it
-  tile::Operand<own_factors ? cols : 0> own;  // what dP - delta is multiplied by, if it is something else
-  Rests rests;                                // what is multiplied to dS once terms have had their gradients
+  Operand weights;  // what dout is multiplied by: P, unless a term scales it
+  typename Choose<exact || own_factors, Factors, tile::Operand<0>>::type own;  // what dP - delta is multiplied by
+  Rests rests;  // what is multiplied to dS once terms have had their gradients
 
-  const Operand& ds_factors() const {
-    if constexpr (own_factors)
+  const Factors& ds_factors() const {
+    if constexpr (exact || own_factors)
       return own;
     else
       return weights;
   }
 
   void put(int, int i, int j, const ScorePair& pair) {
-    using element = typename Config::element;
     const int s = j / 2, x = 2 * (j % 2) + i;
     weights.x[s][x] = ptx::cvt_rn_x2<element>(pair.weight[0], pair.weight[1]);
+    if constexpr (exact) {
+      own.x[0][j][2 * i] = pair.ds_factor[0];
+      own.x[0][j][2 * i + 1] = pair.ds_factor[1];
+    }
     if constexpr (own_factors) own.x[s][x] = ptx::cvt_rn_x2<element>(pair.ds_factor[0], pair.ds_factor[1]);
     if constexpr (Variant::holds) rests.x[s][x] = ptx::cvt_rn_x2<element>(pair.rest[0], pair.rest[1]);
   }
 };
 
-// The pair (i, j) of an operand.
+// The pair (i, j) of what is held, packed or not.
 template <class element, int cols>
 inline float2 pair_of(const tile::Operand<cols>& operand, int i, int j) {
   return ptx::cvt_f32_x2<element>(operand.x[j / 2][2 * (j % 2) + i]);
 }
+template <class, int cols>
+inline float2 pair_of(const tile::Accumulator<1, cols>& held, int i, int j) {
+  return {held.x[0][j][2 * i], held.x[0][j][2 * i + 1]};
+}
 
 // held ← what is held of scores. In a `boundary` tile not every query sees every key.
-template <class Config, class Place, int cols, class Numbers, class Loads = LoadedNow>
-inline void hold_probabilities(Held<Config, cols>& held, tile::Accumulator<1, cols>& s, const Place& place,
+template <class Config, bool exact, class Place, int cols, class Numbers, class Loads = LoadedNow>
+inline void hold_probabilities(Held<Config, cols, exact>& held, tile::Accumulator<1, cols>& s, const Place& place,
                                const Kept<Config, 1, cols>& kept, const Numbers& lse, bool boundary,
                                const Loads& loads = {}) {
   mask_unshaped<Config>(s, place, boundary);
@@ -125,14 +135,13 @@ inline void hold_probabilities(Held<Config, cols>& held, tile::Accumulator<1, co
 
 // ds ← the gradients of scores, of which `ds_factors` and `rests` are held. `s` are the scores that these were made of,
 // or, where no term reads them, any numbers.
-template <class Config, bool for_terms, class Place, int cols, class Numbers>
-inline void gradients_of_scores(tile::Operand<cols>& ds, const tile::Operand<cols>& ds_factors,
-                                const typename Held<Config, cols>::Rests& rests, const tile::Accumulator<1, cols>& s,
-                                const tile::Accumulator<1, cols>& dp, const Place& place,
-                                const Kept<Config, 1, cols>& kept, const Numbers& delta) {
+template <class Config, bool for_terms, class Factors, class Rests, class Place, int cols, class Numbers>
+inline void gradients_of_scores(tile::Operand<cols>& ds, const Factors& ds_factors, const Rests& rests,
+                                const tile::Accumulator<1, cols>& s, const tile::Accumulator<1, cols>& dp,
+                                const Place& place, const Kept<Config, 1, cols>& kept, const Numbers& delta) {
   using element = typename Config::element;
   gradients<Config, for_terms>(
-      dp, place, kept, delta, [&](int, int i, int j) { return float2{s.x[0][j][2 * i], s.x[0][j][2 * i + 1]}; },
+      dp, place, kept, delta, [&](int, int i, int j) { return pair_of<element>(s, i, j); },
       [&](int, int i, int j) { return pair_of<element>(ds_factors, i, j); },
       [&](int, int i, int j) { return pair_of<element>(rests, i, j); },
       [&](int, int i, int j, float low, float high) {
