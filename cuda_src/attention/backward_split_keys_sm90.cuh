@@ -44,15 +44,19 @@ struct BackwardKeysSm90 {
   using Ring = tile::Ring<stages>;
   using KeyRing = tile::Ring<1>;
   static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
-  static constexpr int exchanged = Variant::holds ? 2 : 1;    // operands that go from one warpgroup to the other
-  static constexpr int operand_bytes = 128 * sizeof(Operand);
+
+  // What goes from one warpgroup to the other takes two operands: either factors in float32, or factors and rests.
+  using Handed = Held<Config, block_m, !Variant::holds>;
+  using Factors = typename Handed::Factors;
+  static constexpr int operand_bytes = 128 * sizeof(Operand), exchanged_bytes = 2 * operand_bytes;
+  static_assert(sizeof(Factors) == (Variant::holds ? 1 : 2) * sizeof(Operand));
 
   struct Shared {
     typename K::Storage k;
     typename V::Storage v;
     typename Q::Storage q[stages];
     typename Dout::Storage dout[stages];
-    Operand ds_factors[stages][exchanged][128];  // one for each thread of a warpgroup
+    Operand ds_factors[stages][2][128];  // one for each thread of a warpgroup
     float lse[stages][block_m], delta[stages][block_m];
     typename Ring::Storage queries, gradients;
     typename Ring::Storage exchange;  // of ds_factors
@@ -66,9 +70,7 @@ struct BackwardKeysSm90 {
   V v() const { return {smem + tile::offset<&Shared::v>}; }
   Q q(u32 stage) const { return {smem + tile::offset<&Shared::q> + stage * Q::bytes}; }
   Dout dout(u32 stage) const { return {smem + tile::offset<&Shared::dout> + stage * Dout::bytes}; }
-  u32 ds_factors(u32 stage) const {
-    return smem + tile::offset<&Shared::ds_factors> + stage * (exchanged * operand_bytes);
-  }
+  u32 ds_factors(u32 stage) const { return smem + tile::offset<&Shared::ds_factors> + stage * exchanged_bytes; }
   u32 rests(u32 stage) const { return ds_factors(stage) + operand_bytes; }
   u32 lse(u32 stage) const { return smem + tile::offset<&Shared::lse> + stage * rows_bytes; }
   u32 delta(u32 stage) const { return smem + tile::offset<&Shared::delta> + stage * rows_bytes; }
@@ -115,7 +117,7 @@ struct BackwardKeysSm90 {
       Kept<Config, 1, block_m> kept;
       kept.find(where);  // while the product runs
       warpgroup::wait<0>(s);
-      Held<Config, block_m, false> held;
+      Handed held;
       const TransposedPlace<Config> place = where();
       hold_probabilities(held, s, place, kept, numbers, boundary);
       p = held.weights;
@@ -160,8 +162,8 @@ struct BackwardKeysSm90 {
       Kept<Config, 1, block_m> kept;  // drawn once more, rather than handed over
       kept.find(where);
       warpgroup::wait<0>(dp);
-      Operand its_factors;
-      typename Held<Config, block_m, false>::Rests its_rests;
+      Factors its_factors;
+      typename Handed::Rests its_rests;
       exchange().wait_full(at);
       take(its_factors, ds_factors(at.stage()));
       if constexpr (Variant::holds) take(its_rests, rests(at.stage()));
@@ -185,20 +187,42 @@ struct BackwardKeysSm90 {
 #pragma unroll
     for (int step = 0; step < block_m / 16; ++step) {
       const u32(&x)[4] = from.x[step];
-      ptx::st_shared_v4(to + (step * 128 + threadIdx.x % 128) * 16, uint4{x[0], x[1], x[2], x[3]});
+      ptx::st_shared_v4(place_of(to, step), uint4{x[0], x[1], x[2], x[3]});
+    }
+  }
+
+  static void give(const Scores& from, u32 to) {
+#pragma unroll
+    for (int j = 0; j < block_m / 8; ++j) {
+      const float (&x)[4] = from.x[0][j];
+      ptx::st_shared_v4(place_of(to, j), uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
+                                               __float_as_uint(x[3])});
     }
   }
 
   static void take(Operand& to, u32 from) {
 #pragma unroll
     for (int step = 0; step < block_m / 16; ++step) {
-      const uint4 x = ptx::ld_shared_v4(from + (step * 128 + threadIdx.x % 128) * 16);
+      const uint4 x = ptx::ld_shared_v4(place_of(from, step));
       to.x[step][0] = x.x;
       to.x[step][1] = x.y;
       to.x[step][2] = x.z;
       to.x[step][3] = x.w;
     }
   }
+
+  static void take(Scores& to, u32 from) {
+#pragma unroll
+    for (int j = 0; j < block_m / 8; ++j) {
+      const uint4 x = ptx::ld_shared_v4(place_of(from, j));
+      to.x[0][j][0] = __uint_as_float(x.x);
+      to.x[0][j][1] = __uint_as_float(x.y);
+      to.x[0][j][2] = __uint_as_float(x.z);
+      to.x[0][j][3] = __uint_as_float(x.w);
+    }
+  }
+
+  static u32 place_of(u32 exchanged, int chunk) { return exchanged + (chunk * 128 + threadIdx.x % 128) * 16; }
 };
 
 }  // namespace attention

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .._call.align import WORKSPACE_ALIGNMENT
 from .._call.arrays import contiguous
 from .._call.problem import CHAIN_ROWS, Problem
-from .._terms import Term, exact_sums
+from .._terms import exact_sums
 from ..errors import UnsupportedError
 from . import tensor_map
 from .kernel import MAX_GRID, SIZEOF, Config, Kernel, Map, Scratch, Step, blocks_in, four
@@ -264,12 +264,6 @@ class BackwardKernel(Kernel):
 def finishes_terms(config: Config) -> bool:
     """Whether score terms have gradients that are made of sums behind the main kernels."""
     return any(term.finishes for term in config.variant)
-
-
-def holds_derivatives(terms: tuple[Term, ...]) -> bool:
-    """Whether derivatives are held until score terms have had their gradients: ``Variant::holds``."""
-    first = next((index for index, term in enumerate(terms) if term.has_gradient), None)
-    return first is not None and any(term.bends for term in terms[: first + 1])
 
 
 def turns(config: ConfigBackward, varlen: bool, seqlen_q: int, seqlen_k: int) -> tuple[int, bool]:

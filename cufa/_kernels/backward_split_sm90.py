@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .._call.problem import Problem, Static
-from .backward import ROW_THREADS, BackwardKernel, Counts, holds_derivatives
+from .backward import ROW_THREADS, BackwardKernel, Counts
 from .backward_sm90 import ConfigBackwardSm90, barriers_bytes
 from .forward_sm90 import REGISTERS, STAGES
 from .kernel import SIZEOF, WARPGROUP_ROWS, blocks_in, common, needs_maps, refuses_blocks, round_up
@@ -33,8 +33,8 @@ class BackwardSplitSm90(BackwardKernel):
         size = SIZEOF[static.element]
         tile_head_dim, tile_head_dim_v = round_up(static.head_dim, 64), round_up(static.head_dim_v, 64)
         both = tile_head_dim + tile_head_dim_v
-        exchanged = 1 + holds_derivatives(static.terms)  # operands that one warpgroup hands to the other
-        weights, rows = exchanged * size * STAGES * block * block, 2 * 4 * STAGES * block
+        # One warpgroup hands two operands to the other: factors of dS in float32, or packed with derivatives.
+        weights, rows = 2 * size * STAGES * block * block, 2 * 4 * STAGES * block
         keys = size * (1 + STAGES) * block * both + weights + rows + barriers_bytes(*[STAGES] * 3, 1, 1)
         queries = size * block * (2 * both + STAGES * tile_head_dim + tile_head_dim_v) + barriers_bytes(STAGES, 1) + 16
         producer_registers, consumer_registers = REGISTERS[2]
