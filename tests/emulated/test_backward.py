@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from gradients import VALUES, Call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cufa
 import emulated
+from cufa import reference
 from cufa._call.problem import CHAIN_ROWS
 from cufa.testing import Case
 from emulated.cases import LAYOUTS, ORDERS, Kind, backward, dense, packed
@@ -121,6 +124,22 @@ def test_in_turn_gradients_on_hopper_are_the_same_bits_in_every_order(cases: Any
     ran = backward(call, arch=90)
     for order in data.draw(st.tuples(*[st.integers(0, 999)] * 2)):
         assert backward(call, order, arch=90).bits == ran.bits
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 64), ("float16", 128), ("bfloat16", 256)])
+def test_errors_on_hopper_are_those_of_the_same_mathematics(dtype: str, head_dim: int) -> None:
+    """P and dS are rounded once each. A dS that is made of rounded P would err by 1.2 times that."""
+    case = Case(seqlen_q=192, seqlen_k=192, head_dim=head_dim, head_dim_v=head_dim, dtype=dtype, values="normal")
+    host = Call(case=case, dlse=False).arrays()
+    given = {name: host[name] for name in ("dout", "q", "k", "v")} | {"dlse": None}
+    exact = reference._differentiate(**given)
+    rounded = reference._differentiate(**given, precision=reference.Precision(np.float32, host["q"].dtype))
+    with emulated.Gpu(arch=90) as gpu:
+        dout, *arrays = (gpu.array(host[name]) for name in ("dout", "q", "k", "v"))
+        out, lse = cufa.attention(*arrays, return_lse=True)
+        found = [each.numpy().astype(np.float64) for each in cufa.attention_backward(dout, *arrays, out, lse)]
+    for gradient, true, other in zip(found, exact, rounded, strict=False):
+        assert np.linalg.norm(gradient - true) <= 1.05 * np.linalg.norm(other - true)
 
 
 SHORT = {"head_dim": 64, "head_dim_v": 64, "dtype": "bfloat16"}

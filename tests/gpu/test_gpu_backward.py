@@ -195,8 +195,9 @@ def test_jax_gradients_equal_the_reference(kind: Kind, packed: bool, data: st.Da
 @pytest.mark.parametrize(
     ("dtype", "head_dim"), [("float16", 128), ("bfloat16", 64), ("bfloat16", 256), ("float32", 64), ("float32", 128)]
 )
-def test_errors_are_at_most_twice_those_of_the_same_mathematics(dtype: str, head_dim: int) -> None:
-    """In the storage dtype, and after a forward of the GPU's own."""
+def test_errors_are_those_of_the_same_mathematics(dtype: str, head_dim: int) -> None:
+    """In the storage dtype, and after a forward of the GPU's own; in float32 at most twice those."""
+    most = 2.0 if dtype == "float32" else 1.1
     cupy = framework("cupy")
     sizes = {"seqlen_q": 700, "seqlen_k": 700, "num_heads_q": 2, "num_heads_k": 1, "head_dim": head_dim}
     call = Call(case=Case(**sizes, head_dim_v=head_dim, dtype=dtype, causal=True), dlse=False)
@@ -208,7 +209,7 @@ def test_errors_are_at_most_twice_those_of_the_same_mathematics(dtype: str, head
     rounded = reference._differentiate(**given, precision=reference.Precision(np.float32, host["q"].dtype))
     for name, gradient, true, other in zip(NAMES, found, exact, rounded, strict=False):
         error, bound = (np.linalg.norm(to_numpy(x).astype(np.float64) - true) for x in (gradient, other))
-        assert 0 < error <= 2 * bound, f"the error of {name} is {error / bound:.2f} times that"
+        assert 0 < error <= most * bound, f"the error of {name} is {error / bound:.2f} times that"
 
 
 def nearly_same(some: Any, others: Any) -> bool:
