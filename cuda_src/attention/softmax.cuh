@@ -51,7 +51,8 @@ struct Totals {
 
 // State of the rows that a thread holds. `scale` takes scores to exponents of 2, which are relative to `base`: the
 // exponent of the maximum of the row, or so little less that no probability comes near an overflow. Following only
-// large steps of the maximum leaves `out` and the sums as they are in almost every block, and costs no precision.
+// large steps of the maximum leaves `out` and the sums as they are in almost every block. It costs float32 no
+// precision. Probabilities of 16 bits are rounded, but for a 1, which each new maximum gets where the base follows it.
 //
 // An exponent is one multiply-add, fma(score, scale, -base). The rounding of the base is the same in every exponent of
 // the row and cancels, as long as it is small against 1. Where scores are too large for that, a row is steep: its base
@@ -60,6 +61,9 @@ struct Totals {
 template <class element, int m_tiles>
 struct Softmax {
   static constexpr float slack = 8.0f, steep = 1 << 22;
+
+  // By how much maxima may exceed the base without `update` following them.
+  static constexpr float lag = is_same<element, f32> ? slack : 0.0f;
 
   // The base is higher by `shift`, so that 2^16 keys do not overflow `out`, whatever finite numbers v holds.
   // Probabilities in float16 have no room for a shift, and float16 numbers no need of one; float32 needs every bit of
@@ -101,11 +105,11 @@ struct Softmax {
   }
 
   // Takes in a block of scores, which become exponentials. The maxima of m-tile t follow where they exceed the old ones
-  // by more than `slack`; then `out` is rescaled.
+  // by more than `lag`; then `out` is rescaled.
   template <int block_n, int out_cols>
   void update(tile::Accumulator<m_tiles, block_n>& scores, tile::Accumulator<m_tiles, out_cols>& out, float scale,
               int t) {
-    const float over[2] = {slack, slack};
+    const float over[2] = {lag, lag};
     const bool stepped = follow(scores, scale, over, t);
     exponentiate(scores, scale, t);
     if (__any_sync(0xffffffffu, stepped)) rescale(out, t);
