@@ -60,9 +60,6 @@ struct BackwardMainloopSm90 {
   static constexpr bool roomy = Variant::empty && !by_rows;
   using HeldK = tile::Operand<roomy ? 32 : 0>;
   static constexpr int lse_ahead = roomy ? 8 : 4;
-  // P in float32 takes registers, which what terms load ahead needs, and, in tiles of 128 rows, any term and, in
-  // deterministic kernels, the thread that adds up dq.
-  static constexpr bool exact_factors = by_rows ? Variant::empty && !Config::deterministic : !Variant::loads;
 
   static constexpr int chain_floats = dq_threads * (Dk::cols + Dv::cols) / 2;  // of a block: dk and dv, taken over
   static constexpr bool first_stores = true;  // dq_sum begins with the first numbers stored there, not with zeros
@@ -322,7 +319,7 @@ struct BackwardMainloopSm90 {
       kept.find(where);  // while the product runs
       ahead.arrange();
       warpgroup::wait<early_dp>(s);
-      Held<Config, block_m, exact_factors> held;
+      Held<Config, block_m, one_pass_exact<Config>> held;
       Operand ds;
       numbers.load(lse(stage), lse_ahead);
       const TransposedPlace<Config> place = where();

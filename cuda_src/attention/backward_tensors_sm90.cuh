@@ -112,6 +112,12 @@ struct Held {
   }
 };
 
+// Whether the one-pass kernel holds exact factors. They take registers, which what terms load ahead needs, and, in
+// tiles of 128 queries, any term and, in deterministic kernels, the thread that adds up dq.
+template <class Config>
+constexpr bool one_pass_exact =
+    Config::block_m == 128 ? Config::variant::empty && !Config::deterministic : !Config::variant::loads;
+
 // The pair (i, j) of what is held, packed or not.
 template <class element, int cols>
 inline float2 pair_of(const tile::Operand<cols>& operand, int i, int j) {
