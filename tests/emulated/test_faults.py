@@ -210,9 +210,9 @@ FAULTS |= {
         "no wgmma.fence",
     ),
     "too few bytes": Fault(
-        "mainloop_sm90.cuh",
-        "queries.expect(at_queries, Q::bytes);",
-        "queries.expect(at_queries, Q::bytes - 16);",
+        "forward_loader_sm90.cuh",
+        "queries.expect(at_queries, Loop::Q::bytes);",
+        "queries.expect(at_queries, Loop::Q::bytes - 16);",
         ON_HOPPER,
         "waiting for an mbarrier",
     ),

@@ -1,6 +1,7 @@
 """The rows of the tile tables compile without spills, and without a performance warning.
 
-Every one for Hopper, half of them for sm_80, a third for each of the others.
+Every one for Hopper, half of them for sm_80, a third for each of the others; of these, and of the other grids, every
+second plan, or with CUFA_TEST_ALL=1 all of them.
 
 No GPU is needed. head_dims lie at the edges of the tables and between them. Several versions of NVRTC take turns; each
 compiles every family of Configs. As a program, this checks plans with the NVRTC it is given, see `OtherNvrtc`.
@@ -21,9 +22,9 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import plans
 import pytest
@@ -59,6 +60,16 @@ ELEMENTS = tuple(element for element in SIZEOF if element != "e4m3")
 """Those of arrays that are no caches."""
 OLDER = ("12.9", "13.0")
 NVRTCS = (*OLDER, NEWEST)
+
+T = TypeVar("T")
+
+
+def sampled(items: Iterable[T], turn: int) -> list[T]:
+    """Every second one, the first in an even turn; all of them if that is asked for, or if there is but one."""
+    found = [*items]
+    if os.environ.get("CUFA_TEST_ALL") == "1" or len(found) == 1:
+        return found
+    return found[turn % 2 :: 2]
 
 
 class OtherNvrtc:
@@ -248,7 +259,7 @@ def cells(element: str, features: str, arch: int) -> Iterator[Cell]:
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("element", ["bf16", "f32"])
 def test_every_row_of_the_tables(element: str, features: str, arch: int) -> None:
-    for cell in cells(element, features, arch):
+    for cell in sampled(cells(element, features, arch), ARCHS.index(arch) + list(FEATURES).index(features)):
         check_with(cell.nvrtc, cell.plan)
 
 
@@ -264,19 +275,21 @@ def test_every_nvrtc_compiles_every_family() -> None:
 @pytest.mark.parametrize("nvrtc", NVRTCS)
 def test_what_hopper_leaves_to_the_other_kernel(nvrtc: str) -> None:
     """Aligned rows that no tensor map can describe."""
-    for head_dim, mask in ((64, "causal"), (96, "causal"), (96, "window"), (128, "none"), (128, "window")):
+    problems = (64, "causal"), (96, "causal"), (96, "window"), (128, "none"), (128, "window")
+    for head_dim, mask in sampled(problems, NVRTCS.index(nvrtc)):
         check(static("bf16", head_dim, head_dim, mask=mask, tma=False), 90, nvrtc)
 
 
 @pytest.mark.parametrize("nvrtc", NVRTCS)
 def test_rows_without_keys(nvrtc: str) -> None:
-    for head_dim, mask in ((64, "none"), (128, "causal"), (192, "window"), (256, "causal")):
+    problems = (64, "none"), (128, "causal"), (192, "window"), (256, "causal")
+    for head_dim, mask in sampled(problems, NVRTCS.index(nvrtc)):
         check(static("bf16", head_dim, head_dim, mask=mask, short=mask == "causal", empty_rows=True), 90, nvrtc)
 
 
 @pytest.mark.parametrize("features", FEATURES)
 def test_float16_like_bfloat16(features: str) -> None:
-    for head_dim in (64, 128, 256):
+    for head_dim in sampled((64, 128, 256), list(FEATURES).index(features)):
         check(static("f16", head_dim, head_dim, **FEATURES[features]), 90)
 
 
@@ -317,7 +330,7 @@ def test_rotary_embeddings(element: str) -> None:
 @pytest.mark.parametrize("features", ["causal", "everything"])
 def test_copies_of_rows_of_any_width(features: str) -> None:
     """Read 16 bytes at a time; results are written as their own rows allow."""
-    for turn, head_dim in enumerate((33, 65, 129, 1, 100)):
+    for turn, head_dim in sampled(enumerate((33, 65, 129, 1, 100)), features == "causal"):
         facts = static("f16", head_dim, head_dim, **FEATURES[features])
         check(facts, 90, NVRTCS[turn % 3])
         check(facts, 80, NVRTCS[(turn + 1) % 3])
@@ -337,7 +350,8 @@ def test_copies_of_rows_of_any_width(features: str) -> None:
     ],
 )
 def test_gradients_with_wgmma(features: str, deterministic: bool, head_dims: tuple[tuple[int, int], ...]) -> None:
-    for turn, (head_dim, head_dim_v) in enumerate(head_dims, start=list(BACKWARD).index(features)):
+    start = list(BACKWARD).index(features)
+    for turn, (head_dim, head_dim_v) in sampled(enumerate(head_dims, start=start), start):
         facts = static("bf16", head_dim, head_dim_v, **BACKWARD[features])
         check_backward(facts, 90, deterministic, NVRTCS[turn % len(NVRTCS)])
 
@@ -347,11 +361,9 @@ def test_gradients_with_wgmma(features: str, deterministic: bool, head_dims: tup
 def test_score_terms_of_gradients_by_every_nvrtc(head_dim: int, nvrtc: str) -> None:
     """Each score term under each mask by one of them in turn; what fills the registers by all."""
     terms = itertools.product((False, True), (False, True), ("none", "causal", "window"))
-    for turn, (softcap, alibi, mask) in enumerate(terms):
+    for turn, (softcap, alibi, mask) in sampled(enumerate(terms), NVRTCS.index(nvrtc) + head_dim // 128):
         fullest = head_dim == 128 and softcap and not alibi
         if not fullest and (turn + NVRTCS.index(nvrtc)) % 3:
-            continue
-        if head_dim != 128 and (turn // 3 + NVRTCS.index(nvrtc)) % 2:  # 128 leaves the fewest registers
             continue
         element, varlen, deterministic = ("bf16", "f16")[turn % 2], turn % 4 > 1, turn % 3 == 0
         facts = static(element, head_dim, head_dim, mask=mask, softcap=softcap, alibi=alibi, varlen=varlen)
@@ -364,7 +376,7 @@ def test_score_terms_of_gradients_by_every_nvrtc(head_dim: int, nvrtc: str) -> N
 @pytest.mark.parametrize("features", ["packed", "everything"])
 def test_gradients_of_short_sequences(features: str, average_rows: int) -> None:
     """Without sums of dq, or with small tiles of them."""
-    for head_dim in (64, 96, 128):
+    for head_dim in sampled((64, 96, 128), average_rows // 16 + (features == "packed")):
         check_backward(static("bf16", head_dim, head_dim, **BACKWARD[features]), 90, False, average_rows=average_rows)
 
 
@@ -387,13 +399,19 @@ def test_gradients_that_wgmma_does_not_serve() -> None:
         check_backward(static(element, head_dim, head_dim_v, **BACKWARD[features]), 90, True)
 
 
+def thirds(start: int) -> list[tuple[int, tuple[int, int]]]:
+    """A third of the rows of a table with their numbers, another one for each `start`; of these every second one."""
+    rows = ((row, head_dims) for row, head_dims in enumerate(HEAD_DIMS) if (row + start) % 3 == 0)
+    return sampled(rows, start // 3)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("element", ["bf16", "f32"])
 def test_tiles_of_short_sequences(element: str, arch: int) -> None:
     """A third of the rows on each architecture, each with other tiles and features, in both directions."""
-    for row, head_dims in enumerate(HEAD_DIMS):
+    for row, head_dims in thirds(ARCHS.index(arch)):
         turn = row + ARCHS.index(arch)
-        if turn % 3 or (element == "f32" and max(head_dims) > 128):
+        if element == "f32" and max(head_dims) > 128:
             continue
         tile = SHORT_TILES[(turn // 3 + row) % 6]
         if element == "f32":
@@ -410,12 +428,13 @@ def test_tiles_of_short_sequences_that_have_most_registers(nvrtc: str) -> None:
     for turn, ((head_dims, tile), features) in enumerate(usual):
         if (turn + turn // 3 + NVRTCS.index(nvrtc)) % 3 == 0:
             check(short("bf16", head_dims, tile, FEATURES[features]), 90, nvrtc)
-    for head_dims, tile, features in (
+    most: tuple[Any, ...] = (
         ((64, 64), (16, 16), "packed"),
         ((128, 128), (32, 16), "everything"),
         ((192, 192), (16, 16), "elementwise"),
         ((256, 256), (32, 32), "elementwise"),
-    ):
+    )
+    for head_dims, tile, features in sampled(most, NVRTCS.index(nvrtc)):
         check_backward(short("bf16", head_dims, tile, BACKWARD[features]), 90, True, nvrtc, 16)
     check_backward(short("f32", (128, 128), (32, 16), BACKWARD["everything"]), 90, True, nvrtc, 16)
 
@@ -424,10 +443,10 @@ def test_tiles_of_short_sequences_that_have_most_registers(nvrtc: str) -> None:
 @pytest.mark.parametrize("element", ["bf16", "f32"])
 def test_tiles_of_few_rows(element: str, arch: int) -> None:
     """A third of the rows on each architecture, each with other tiles and features."""
-    for row, head_dims in enumerate(HEAD_DIMS):
+    for row, head_dims in thirds(ARCHS.index(arch)):
         turn = row + ARCHS.index(arch)
         rows = (16, 32, 64)[(turn // 3 + row) % 3]
-        if turn % 3 or (element == "f32" and rows == 64 and max(head_dims) > 128):
+        if element == "f32" and rows == 64 and max(head_dims) > 128:
             continue
         check(few(element, head_dims, rows, list(FEW_ROWS.values())[(turn + row) % 6]), arch, NVRTCS[row % 3])
 
@@ -438,13 +457,14 @@ def test_tiles_of_few_rows_that_have_most_registers(nvrtc: str) -> None:
     for turn, (head_dim, rows) in enumerate(itertools.product((64, 128), (16, 32, 64))):
         if (turn + turn // 3 + NVRTCS.index(nvrtc)) % 3 == 0:
             check(few("bf16", (head_dim, head_dim), rows, FEW_ROWS["plain"]), 90, nvrtc)
-    for element, head_dims, rows, features in (
+    most = (
         ("bf16", (256, 256), 64, "everything"),
         ("f16", (256, 256), 16, "narrow"),
         ("bf16", (40, 57), 32, "elementwise"),
         ("f32", (128, 128), 64, "causal"),
         ("f32", (256, 256), 16, "everything"),
-    ):
+    )
+    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc)):
         check(few(element, head_dims, rows, FEW_ROWS[features]), 90, nvrtc)
 
 
@@ -452,22 +472,22 @@ def test_tiles_of_few_rows_that_have_most_registers(nvrtc: str) -> None:
 @pytest.mark.parametrize("element", ["bf16", "f32"])
 def test_tiles_over_caches(element: str, arch: int) -> None:
     """A third of the rows on each architecture, each with other tiles and features."""
-    for row, head_dims in enumerate(HEAD_DIMS):
+    for row, head_dims in thirds(ARCHS.index(arch)):
         turn = row + ARCHS.index(arch)
-        if turn % 3 == 0:
-            rows = (16, 32, 64)[(turn // 3 + row) % 3]
-            features = list(CACHES.values())[(turn + row) % len(CACHES)]
-            check_with(NVRTCS[row % 3], cached(element, head_dims, rows, features, arch))
+        rows = (16, 32, 64)[(turn // 3 + row) % 3]
+        features = list(CACHES.values())[(turn + row) % len(CACHES)]
+        check_with(NVRTCS[row % 3], cached(element, head_dims, rows, features, arch))
 
 
 @pytest.mark.parametrize("nvrtc", NVRTCS)
 def test_tiles_over_caches_that_have_most_registers(nvrtc: str) -> None:
-    for element, head_dims, rows, features in (
+    most = (
         ("bf16", (128, 128), (16, 32, 64)[NVRTCS.index(nvrtc)], "packed"),
         ("bf16", (128, 128), 64, "everything"),
         ("f16", (256, 256), 64, "paged"),
         ("f32", (128, 128), 64, "packed"),
-    ):
+    )
+    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc)):
         check_with(nvrtc, cached(element, head_dims, rows, CACHES[features], 90))
 
 
@@ -475,22 +495,22 @@ def test_tiles_over_caches_that_have_most_registers(nvrtc: str) -> None:
 @pytest.mark.parametrize("element", ["bf16", "f16"])
 def test_tiles_over_caches_of_eight_bits(element: str, arch: int) -> None:
     """Without and with an instruction that converts, on each architecture a third of the rows with other features."""
-    for row, head_dims in enumerate(HEAD_DIMS):
-        turn = row + arch + (element == "f16")
-        if turn % 3 == 0:
-            rows = (16, 32, 64)[(turn // 3 + row) % 3]
-            features = list(EIGHT_BITS.values())[(turn + row) % len(EIGHT_BITS)]
-            check_with(NVRTCS[row % 3], cached(element, head_dims, rows, features, arch))
+    start = arch + (element == "f16")
+    for row, head_dims in thirds(start):
+        rows = (16, 32, 64)[((row + start) // 3 + row) % 3]
+        features = list(EIGHT_BITS.values())[(start + 2 * row) % len(EIGHT_BITS)]
+        check_with(NVRTCS[row % 3], cached(element, head_dims, rows, features, arch))
 
 
 @pytest.mark.parametrize("nvrtc", NVRTCS)
 def test_tiles_over_caches_of_eight_bits_that_have_most_registers(nvrtc: str) -> None:
-    for element, head_dims, rows, features in (
+    most = (
         ("bf16", (128, 128), (16, 32, 64)[NVRTCS.index(nvrtc)], "packed"),
         ("bf16", (128, 128), 64, "everything"),
         ("bf16", (256, 256), 64, "paged"),
         ("f16", (64, 64), 16, "rotary"),
-    ):
+    )
+    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc)):
         check_with(nvrtc, cached(element, head_dims, rows, EIGHT_BITS[features], 90))
 
 
