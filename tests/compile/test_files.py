@@ -212,10 +212,12 @@ def test_everything_imports_where_there_is_no_posix() -> None:
         assert cache.CubinCache(store.path).get(key).cubin == b"cubin"
         cufa.show_config("dicts")
         import importlib, pkgutil
-        others = "torch", "jax", "transformers", "flash_attn", "flax", "diffusers", "interop", "testing", "__main__"
         for module in pkgutil.walk_packages(cufa.__path__, "cufa."):
-            if not any(part in module.name for part in others):
-                importlib.import_module(module.name)
+            if not any(part in module.name for part in ("torch", "jax", "interop", "testing", "__main__")):
+                try:
+                    importlib.import_module(module.name)
+                except ModuleNotFoundError as error:
+                    assert error.name in ("torch", "transformers", "numba", "triton"), error
         print(store.path == pathlib.Path(os.environ["LOCALAPPDATA"], "cufa", "cache"))
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CUFA_")}
