@@ -132,6 +132,7 @@ struct BiasGradientSm90 {
   using Config = BiasConfig<Main>;
   static constexpr int consumers = 2, chunks = Main::bias_chunks, chunk = 64;
   static_assert(Config::block_m == 64 * consumers && Main::block_m == 64, "a box of q's map is what a consumer owns");
+  static_assert(Config::num_threads == 128 * (1 + consumers), "a warpgroup loads, the others compute");
   static_assert(!Config::varlen, "packed sequences share no tiles");
 
   using element = typename Config::element;

@@ -17,8 +17,8 @@ kernel that needs none is slower."""
 WIDEST = 128
 """The largest head dim whose dk and dv, with dq's products, fit the registers of a thread block."""
 
-BIAS_QUERIES, BIAS_THREADS = 128, 384
-"""Of a tile of a bias's gradient, and of a thread block that makes it."""
+BIAS_QUERIES = 128
+"""Queries of a tile of a bias's gradient."""
 
 LONGEST_SUM = 2 * CHAIN_ROWS
 """Rows over which the tensor cores add up by themselves: ``take_chain`` in attention/backward_work.cuh."""
@@ -107,7 +107,7 @@ class BackwardSm90(BackwardKernel):
         )
 
     def main_steps(self, config: ConfigBackwardSm90) -> tuple[Step, ...]:
-        apart = (Step("attention_backward_bias_sm90", BIAS_THREADS, config.bias_smem_bytes),)
+        apart = (Step("attention_backward_bias_sm90", config.num_threads, config.bias_smem_bytes),)
         return super().main_steps(config) + (apart if config.bias_chunks else ())
 
     def main_blocks(
