@@ -63,7 +63,8 @@ def attention_with_kvcache(
     block_table : int32 array, (batch, max_pages), optional
         Makes the caches pages: key j of sequence b is row ``j % page_size`` of page
         ``block_table[b, j // page_size]``, and the capacity ``max_pages * page_size``. Entries for pages without
-        keys may hold anything. Any page_size will do; multiples of 16 are the fastest.
+        keys may hold anything. Any page_size will do; multiples of 16 are the fastest. Pages of keys and of values may
+        take turns in one pool, so that both caches reach over it, as long as no page holds both.
     cache_batch_idx : int32 array, (batch,), optional
         The cache of each sequence, where they are not pages; by default sequence b has cache b.
     cache_leftpad : int32 array, (batch,), optional

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 from . import options as _options
+from . import overlap as _overlap
 from . import problem as _problem
 from .arrays import ALIGNMENT, CPU, Arrays, Spec
 from .options import Options
+from .overlap import Extent
 from .problem import (
     CACHE_DTYPES,
     CHAIN_ROWS,
@@ -156,6 +158,23 @@ class KVCacheProblem(Problem):
     @property
     def changes(self) -> bool:
         return "k" in self.specs
+
+    def apart_by_pages(self, written: str, other: str, distance: int) -> bool:
+        return {written, other} == {"k_cache", "v_cache"} and self.pages_between(distance) != 0
+
+    def pages_between(self, distance: int) -> int:
+        """How many pages so many bytes are where keys and values take turns in one pool; 0 if they do not.
+
+        Some engines lay pages of keys, values and layers in turn, and give the whole pool from the first page of each
+        on, so that all but a page of one array lies in the other too. Tables then name every so-manieth page.
+        """
+        pages = [_overlap.extent_of(self.specs[name], ITEMSIZE[self.cache_dtype]) for name in ("k_cache", "v_cache")]
+        steps = {page.strides[0] for page in pages}
+        step = steps.pop()
+        if not self.page_size or steps or step <= 0 or distance % step:
+            return 0
+        within = (Extent(page.shape[1:], page.strides[1:], page.itemsize).span() for page in pages)
+        return distance // step if all(0 <= first <= last <= step for first, last in within) else 0
 
     @property
     def cache_dtype(self) -> str:
@@ -605,6 +624,7 @@ class _ValueCheck:
         self.check_positions(first + np.maximum(queries if problem.rotary_advances else np.minimum(queries, 1), new))
         places = self.check_caches(np.minimum(skipped, first), last)
         self.check_apart(places, first, new)
+        self.check_pool(places, np.minimum(skipped, first), first, last)
 
     def rows(self, offsets: NDArray[Any] | None, rows: int) -> NDArray[np.int64]:
         """How many rows each sequence has of packed arrays, or of arrays with so many rows for each."""
@@ -657,6 +677,25 @@ class _ValueCheck:
             self.error(
                 f"more than one sequence appends to row {row % size} of {what} {row // size}; pass places of their own."
             )
+
+    def check_pool(
+        self, tables: list[NDArray[Any]], begin: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64]
+    ) -> None:
+        """Refuse rows that are appended to pages which hold both keys and values."""
+        problem, pointers = self.problem, self.arrays.pointers
+        k_cache, v_cache = (problem.operation.arrays.index(name) for name in ("k_cache", "v_cache"))
+        apart = problem.pages_between(pointers[v_cache] - pointers[k_cache]) if problem.changes else 0
+        if not apart:
+            return
+
+        def pages(start: NDArray[np.int64]) -> NDArray[Any]:
+            bounds = zip(tables, start // problem.page_size, -(-last // problem.page_size), strict=True)
+            return np.concatenate([table[low:high].astype(np.int64) for table, low, high in bounds])
+
+        live, written = pages(begin), pages(first)
+        for of_keys, of_values in ((written, live), (live, written)):
+            for page in np.intersect1d(of_keys, of_values + apart)[:1]:
+                self.error(f"page {page} of k_cache is page {page - apart} of v_cache; pass a pool with room for both.")
 
     def check_range(self, name: str, values: NDArray[Any], last: int, what: str) -> None:
         for b in np.flatnonzero((values < 0) | (values > last))[:1]:

@@ -281,6 +281,10 @@ class Problem:
         """Whether a call changes the arrays that its operation may change."""
         return bool(self.operation.changed)
 
+    def apart_by_pages(self, written: str, other: str, distance: int) -> bool:
+        """Whether two arrays that share memory are pages of one pool, so that their tables decide what is shared."""
+        return False
+
     @cached_property
     def results(self) -> tuple[Result, ...]:
         """What a call gives."""
@@ -930,6 +934,8 @@ def _check_overlap(operation: Operation, arrays: Arrays, problem: Problem) -> No
             shared = memory.shared(written, index, pointers[written] - pointers[index])
             if shared is not False:
                 name, other = operation.arrays[written], operation.arrays[index]
+                if problem.apart_by_pages(name, other, pointers[written] - pointers[index]):
+                    continue
                 overlaps = "overlaps" if shared else "lies between the elements of, and may overlap,"
                 raise ArgumentError(
                     f"{operation.name}: {name} {overlaps} {other}; pass one that shares no memory with the others."

@@ -169,6 +169,32 @@ def test_pages_of_k_and_v_may_lie_side_by_side() -> None:
         attend(PAGED, arrays | {"k_cache": pool[:, 0], "v_cache": pool[:, 0]})
 
 
+def test_pages_of_k_and_v_may_take_turns_in_one_pool() -> None:
+    """As transformers lays them, for all layers: each cache is the pool from its own first page on."""
+    arrays, pool = PAGED.arrays(), np.full((11, 3, 4, 2, 16), np.nan, np.float32)
+    pool[:10, 1], pool[:10, 2] = arrays["k_cache"], arrays["v_cache"]
+    before, table = pool.copy(), arrays["block_table"]
+    expected = attend(PAGED, arrays)
+    pages = pool.reshape(33, 4, 2, 16)
+    caches = {"k_cache": pages[1:32], "v_cache": pages[2:]}
+    shared = arrays | caches | PAGED_ROWS
+    assert same(expected, attend(PAGED, shared | {"block_table": 3 * table}))
+    assert same((pool[:10, 1], pool[:10, 2]), (arrays["k_cache"], arrays["v_cache"]))  # rows were appended to both
+    assert np.isnan(pool[:, 0]).all() and not same((before,), (pool,))
+    before = pool.copy()
+    for shift in (1, -1):  # the page that sequence 1 appends to is one of another kind of sequence 0
+        wrong = 3 * table
+        wrong[1, 2] = wrong[0, 0] + shift
+        page = max(wrong[1, 2], wrong[0, 0])
+        with pytest.raises(ValueError, match=f"page {page} of k_cache is page {page - 1} of v_cache; pass a pool with"):
+            attend(PAGED, shared | {"block_table": wrong})
+    rows = pool.reshape(132, 2, 16)
+    for v_cache in (caches["k_cache"], rows[6:130].reshape(31, 4, 2, 16)):  # the same pages, and others' rows
+        with pytest.raises(ValueError, match="k_cache overlaps v_cache"):
+            attend(PAGED, shared | {"block_table": 3 * arrays["block_table"], "v_cache": v_cache})
+    assert pool.tobytes() == before.tobytes()
+
+
 PAGED_ROWS = {name: PAGED.arrays()[name] for name in ("k", "v")}
 
 
