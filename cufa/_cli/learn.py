@@ -318,7 +318,8 @@ def draw(on_gpu: dict[Size, list[Measured]], most: dict[str, float], path: Path)
             axes.annotate(name, (ends[1], flops / 1e12), ha="right", va="bottom", color="gray", fontsize=8)
     beside = {"textcoords": "offset points", "color": "gray", "fontsize": 8}
     axes.annotate("memory; caches give more", (ends[0], most["memory"] * ends[0] / 1e12), xytext=(14, -6), **beside)
-    for (marker, side), (size, rows) in zip((("o", "right"), ("s", "left")), on_gpu.items(), strict=False):
+    ways = (("o", "right", 4), ("s", "left", 90))
+    for (marker, side, column), (size, rows) in zip(ways, on_gpu.items(), strict=False):
         points = [(each.flops / each.bytes_asked_for, each) for each in rows if each.bytes_asked_for]
         (series,) = axes.plot(
             [x for x, _ in points], [each.tflops for _, each in points], marker, label=f"head_dim {size.head_dim}"
@@ -327,9 +328,10 @@ def draw(on_gpu: dict[Size, list[Measured]], most: dict[str, float], path: Path)
             place = {"xytext": (-6 if side == "right" else 6, -3), "ha": side}
             axes.annotate(each.name[:3], (x, each.tflops), textcoords="offset points", fontsize=8, **place)
         for each in rows:
-            if not each.bytes_asked_for:  # cufa's own, whose bytes depend on the tile that it takes
+            if not each.bytes_asked_for:  # cufa's, whose bytes depend on its tile, and those in Python
                 axes.axhline(each.tflops, color=series.get_color(), linestyle=":", linewidth=1)
-                axes.annotate(each.name, (ends[0], each.tflops), xytext=(4, 2), **beside)
+                text = {**beside, "color": series.get_color()}
+                axes.annotate(each.name, (ends[0], each.tflops), xytext=(column, 2), **text)
     axes.set(xscale="log", yscale="log", xlim=ends)
     axes.set(xlabel="FLOP per byte asked for", ylabel="TFLOP/s")
     axes.legend(loc="lower right")
