@@ -960,7 +960,7 @@ def _attend(
             keep = keep & np.asarray(term.keep(at))
         p, lse = _softmax(np.where(keep, s, -np.inf), sinks)
         p = (p * _factor(terms, at)).astype(precision.storage).astype(precision.compute)
-        out = _mean(p, _match_heads(v, q).astype(precision.compute), keep)
+        out = _mean(p, v.astype(precision.compute), keep)
         out = np.where(np.isneginf(lse).swapaxes(1, 2)[..., None], 0, out)
         return out.astype(precision.storage).astype(precision.compute), lse
 
@@ -1013,10 +1013,9 @@ def _differentiate(
         dlse = np.where(empty, 0, 0 if dlse is None else dlse).astype(compute)
         unseen = empty | ~keep.any(axis=-1)
         dout = np.where(unseen.swapaxes(1, 2)[..., None], 0, dout).astype(compute)
-        q = q.astype(compute)
-        k_heads, v_heads = (_match_heads(x, q).astype(compute) for x in (k, v))
-        dp = dout.swapaxes(1, 2) @ v_heads.transpose(0, 2, 3, 1)
-        out = np.where(unseen.swapaxes(1, 2)[..., None], 0, rounded(_mean(rounded(scaled), v_heads, keep)))
+        q, k, v = (x.astype(compute) for x in (q, k, v))
+        dp = _by_heads(dout.swapaxes(1, 2), v.transpose(0, 2, 3, 1))
+        out = np.where(unseen.swapaxes(1, 2)[..., None], 0, rounded(_mean(rounded(scaled), v, keep)))
         delta = (dout * out).sum(axis=-1).swapaxes(1, 2)
         ds = np.where(keep, p * (factor * dp - delta[..., None] + dlse[..., None]), 0)
         of_terms: list[Array] = []
@@ -1032,7 +1031,7 @@ def _differentiate(
         dsinks = np.where(p_sink != 0, p_sink * (dlse - delta), 0).sum(axis=(0, 2))
         scaled, ds = rounded(scaled), rounded(ds)
         scale = compute(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
-        dq = scale * _weighted_sum(ds, k_heads, keep)
+        dq = scale * _weighted_sum(ds, k, keep)
         dk = scale * _sum_groups(_weighted_sum(ds.swapaxes(2, 3), q, keep.swapaxes(-1, -2)), k)
         dv = _sum_groups(_weighted_sum(scaled.swapaxes(2, 3), dout, keep.swapaxes(-1, -2)), v)
         return rounded(dq), rounded(dk), rounded(dv), dsinks, *of_terms
@@ -1087,9 +1086,16 @@ def _keep(seqlen_q: int, seqlen_k: int, causal: bool, window_size: Window) -> ND
     return keep
 
 
-def _match_heads(x: Array, q: Array) -> Array:
-    """Repeat the heads of k or v, (batch, seqlen_k, num_heads_k, ·), to one for each head of q."""
-    return np.repeat(x, q.shape[2] // max(x.shape[2], 1), axis=2)
+def _by_heads(x: Array, y: Array) -> Array:
+    """x @ y, (batch, num_heads_q, ·, ·) by (batch, num_heads_k, ·, ·), where heads in a row of x share one of y.
+
+    Their rows are rows of one product, so that y need not be repeated for each of them.
+    """
+    batch, heads, rows, _ = x.shape
+    if heads == y.shape[1]:
+        return np.asarray(x @ y)
+    joined = x.reshape(batch, y.shape[1], heads // y.shape[1] * rows, x.shape[3])
+    return (joined @ y).reshape(batch, heads, rows, y.shape[3])
 
 
 def _scores(
@@ -1103,8 +1109,7 @@ def _scores(
     """Steps 1 to 3: every score before the mask, (batch, num_heads_q, seqlen_q, seqlen_k)."""
     compute: Any = np.dtype(precision.compute).type
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    q_heads, k_heads = q.swapaxes(1, 2), _match_heads(k, q).swapaxes(1, 2)
-    s: Array = compute(scale) * (q_heads.astype(compute) @ k_heads.astype(compute).swapaxes(2, 3))
+    s: Array = compute(scale) * _by_heads(q.swapaxes(1, 2).astype(compute), k.transpose(0, 2, 3, 1).astype(compute))
     if softcap > 0:
         s = compute(softcap) * np.tanh(s / compute(softcap))
     if alibi_slopes is not None:
@@ -1138,12 +1143,15 @@ def _mean(p: Array, v: Array, keep: NDArray[np.bool_]) -> Array:
 
 
 def _weighted_sum(p: Array, v: Array, keep: NDArray[np.bool_]) -> Array:
-    """p (batch, num_heads_q, seqlen_q, seqlen_k) by v (batch, seqlen_k, num_heads_q, ·), over kept entries alone."""
+    """p (batch, num_heads_q, seqlen_q, seqlen_k) by v (batch, seqlen_k, num_heads_k, ·), over kept entries alone."""
     v_heads = v.swapaxes(1, 2)
     finite = np.isfinite(v).all(axis=(0, 2, 3))
-    out: Array = p[..., finite] @ v_heads[:, :, finite]
+    if finite.all():
+        return _by_heads(p, v_heads).swapaxes(1, 2)
+    out = _by_heads(p[..., finite], v_heads[:, :, finite])
     for j in np.flatnonzero(~finite):  # 0 · NaN is NaN, but a removed key must contribute nothing
-        out = out + np.where(keep[..., j, None], p[..., j, None] * v_heads[:, :, j, None], 0)
+        row = np.repeat(v_heads[:, :, j, None], p.shape[1] // v.shape[2], axis=1)
+        out = out + np.where(keep[..., j, None], p[..., j, None] * row, 0)
     return out.swapaxes(1, 2)
 
 

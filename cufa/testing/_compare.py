@@ -271,7 +271,7 @@ def forward_noise(
     s = reference._scores(q, k, softmax_scale, softcap, None)
     # A dot product errs in proportion to the magnitudes of its terms, and drifts where tensor cores truncate; of terms
     # that are alike, the roundings are alike too.
-    raw = reference._scores(q, k, softmax_scale, 0.0, None)
+    raw = s if softcap == 0 else reference._scores(q, k, softmax_scale, 0.0, None)
     size = reference._scores(np.abs(q), np.abs(k), softmax_scale, 0.0, None)
     size = size * (1 + q.shape[-1] / 128 + q.shape[-1] / 16 * alike(np, raw, size))
     if q_error is not None:
@@ -316,9 +316,9 @@ def forward_noise(
     doubt = np.where(doubt > 1 / 16, doubt, 0)
     sum_noise += doubt
 
-    v_heads, out_heads = (x.swapaxes(1, 2).astype(np.float64) for x in (reference._match_heads(v, q), out))
-    strange = ~np.isfinite(v_heads)
-    spread = (keep & (p <= 4 * tiny * largest)).astype(np.float64) @ strange.astype(np.float64) > 0
+    v_heads, out_heads = (x.swapaxes(1, 2).astype(np.float64) for x in (v, out))
+    strange, by = ~np.isfinite(v_heads), reference._by_heads
+    spread = by((keep & (p <= 4 * tiny * largest)).astype(np.float64), strange.astype(np.float64)) > 0
     doubt_squared = np.minimum(doubt, 1)[..., None] ** 2
     added = (compute_unit * walk / 4 * factor * p) ** 2 + (rounding * p_rounding) ** 2
     row_noise: Any = rounding * unit + compute_unit * walk
@@ -334,11 +334,11 @@ def forward_noise(
         def apart(weight: Any) -> Any:
             """Weighted squares of how far the rows of v are from out: an error in a score draws out towards its row."""
             total, scaled = weight.sum(axis=-1, keepdims=True), factor * weight
-            return np.maximum(factor * scaled @ v_**2 - 2 * out_ * (scaled @ v_) + total * out_**2, 0)
+            return np.maximum(by(factor * scaled, v_**2) - 2 * out_ * by(scaled, v_) + total * out_**2, 0)
 
         variance = apart(p_noise**2) + doubt_squared * apart(near.astype(np.float64))
-        drift = row_noise + compute_unit * k.shape[1] / 16 * alike(np, out_, (factor * p) @ np.abs(v_))
-        variance += added @ v_**2 + drift**2 * out_**2
+        drift = row_noise + compute_unit * k.shape[1] / 16 * alike(np, out_, by(factor * p, np.abs(v_)))
+        variance += by(added, v_**2) + drift**2 * out_**2
         return np.sqrt(variance) * unit
 
     noise = of_part(lambda size: size < 2.0**500, 1.0)

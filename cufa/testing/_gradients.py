@@ -225,7 +225,8 @@ def _noise(
     out, lse = reference._attend(q, k, v, terms=terms, **options)
     out_noise, _, _ = forward_noise(problem, out, storage)
     raw = reference._scores(q, k, scale, softcap, None)
-    s = reference._scores(q, k, scale, softcap, options.get("alibi_slopes"))
+    alibi = options.get("alibi_slopes")
+    s = raw if alibi is None else reference._scores(q, k, scale, softcap, alibi)
     at, of_terms = reference._at(q, k, 0), list[_Applied]()
     for term in terms:
         scored = term.score(s, at)
@@ -235,9 +236,8 @@ def _noise(
     p, _ = reference._softmax(np.where(keep, s, -np.inf), options.get("sinks"))
     raw, s, p = (finite(x) for x in (raw, s, p))
     q, k, v, dout, out, out_noise = (finite(x.astype(np.float64)) for x in (q, k, v, dout, out, out_noise))
-    k_heads, v_heads = (reference._match_heads(x, q) for x in (k, v))
-    by_head = (x.swapaxes(1, 2) for x in (q, k_heads, v_heads, dout, out, out_noise))
-    q_, k_, v_, dout_, out_, out_noise_ = by_head
+    q_, k_, v_, dout_, out_, out_noise_ = (x.swapaxes(1, 2) for x in (q, k, v, dout, out, out_noise))
+    by = reference._by_heads
     lse = lse[..., None]
     empty = np.isneginf(lse)
     lse = np.where(empty, lse, finite(lse))
@@ -249,19 +249,18 @@ def _noise(
     for applied in of_terms:
         derivative = derivative * applied.slope
     weight = p * derivative
-    gap = np.where(keep, factor * (dout_ @ v_.swapaxes(2, 3)) - delta, 0)
+    gap = np.where(keep, factor * by(dout_, v_.swapaxes(2, 3)) - delta, 0)
     ds = weight * gap
 
     # What an entry has for itself. Scores err, and so p and ds relatively; so does dp. Sums err like a random walk.
     walk_q, walk_k = (1 + np.sqrt(x.shape[1]) / 4 for x in (q, k))
     s_size = (1 + q.shape[-1] / 128) * reference._scores(np.abs(q), np.abs(k), scale, 0.0, None)
-    alibi = options.get("alibi_slopes")
     biased = finite(reference._scores(q, k, scale, softcap, alibi)) if of_terms else s
     s_size = 1 + np.minimum(softcap, 16 * np.abs(raw)) + s_size + np.abs(biased - raw)
     for applied in of_terms:
         s_size = s_size * np.abs(applied.slope) + np.abs(applied.added)
     s_size = s_size + np.where(p > 0, np.abs(s - lse), 0)
-    dp_size = (1 + v.shape[-1] / 128) * factor * (np.abs(dout_) @ np.abs(v_).swapaxes(2, 3)) + np.abs(delta)
+    dp_size = (1 + v.shape[-1] / 128) * factor * by(np.abs(dout_), np.abs(v_).swapaxes(2, 3)) + np.abs(delta)
     p_noise = COMPUTE_UNIT * p * s_size
     ds_noise = COMPUTE_UNIT * p * (dp_size + np.abs(gap) * s_size)
     # Roundings to the storage dtype; ds may be made of a rounded weight.
@@ -291,9 +290,9 @@ def _noise(
         """Added up over the heads that share a key head."""
         return (times[:, None, :, None] * reference._sum_groups(variance.swapaxes(1, 2), like)).swapaxes(1, 2)
 
-    common = (row_noise * (ds @ k_)) ** 2 + (delta_noise * (weight @ k_)) ** 2
+    common = (row_noise * by(ds, k_)) ** 2 + (delta_noise * by(weight, k_)) ** 2
     by_row, by_column = (half * unit * in_step(np, s - lse, p, axis, unit) * np.abs(ds) for axis in (3, 2))
-    dq_variance = ((walk_k * ds_noise) ** 2 + ds_rounding**2) @ k_**2 + common + (by_row @ np.abs(k_)) ** 2
+    dq_variance = by((walk_k * ds_noise) ** 2 + ds_rounding**2, k_**2) + common + by(by_row, np.abs(k_)) ** 2
     dk_variance = (walk_q * ds_noise) ** 2 + ds_rounding**2 + (row_noise * ds) ** 2 + (delta_noise * weight) ** 2
     dk_variance = dk_variance.swapaxes(2, 3) @ q_**2 + (by_column.swapaxes(2, 3) @ np.abs(q_)) ** 2
     dv_variance = (walk_q * factor * p_noise) ** 2 + p_rounding**2 + (row_noise * factor * p) ** 2

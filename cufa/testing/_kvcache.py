@@ -479,13 +479,17 @@ def assert_kvcache_close(
             reference._descaled(x[each.keys][None], each, arrays, name) for name, x in zip("kv", after, strict=True)
         )
         problem = Problem(each.q[None], k_own, v_own, None, None, None, own)
-        found, found_lse = reference.attention(*problem[:3], return_lse=True, **own)
         rows, lse_rows = each.rows, (slice(None), each.rows) if len(lse_shape) == 2 else each.rows
         with np.errstate(all="ignore"):  # NaN and Inf are data here
             q_error = np.abs(high.q.astype(np.float64) - low.q.astype(np.float64))[None]
-            own_noise = forward_noise(problem, found, storage, q_error, weights="float16" if scaled else None)
-        expected[rows], expected_lse[lse_rows] = found[0], found_lse[0]
-        noise[rows], lse_noise[lse_rows], spread[rows] = (x[0] for x in own_noise)
+        for piece in problem.pieces():
+            part, heads = piece.problem, piece.heads
+            found, found_lse = reference._attend(*part[:3], **part.options)
+            with np.errstate(all="ignore"):
+                weights = "float16" if scaled else None
+                own_noise = forward_noise(part, found, storage, q_error[piece.in_q], weights=weights)
+            expected[rows][:, heads], expected_lse[lse_rows][heads] = found[0], found_lse[0]
+            noise[rows][:, heads], lse_noise[lse_rows][heads], spread[rows][:, heads] = (x[0] for x in own_noise)
     complaints.append(complaint("out", out, expected, noise, spread))
     if lse is not None:
         complaints.append(complaint("lse", lse, expected_lse, lse_noise))
