@@ -35,7 +35,7 @@ def copied(array: NDArray[Any], like: Any) -> Any:
             return cupy.asarray(array)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(like, torch.Tensor):
-        return torch.from_numpy(array).to(like.device)
+        return torch.tensor(array, device=like.device)  # from_numpy() would share, and so warns of what is read-only
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(like, jax.Array):
         return jax.device_put(array, next(iter(like.devices())))

@@ -9,6 +9,7 @@ import pytest
 
 import cufa
 from cufa import functions, masks
+from cufa._masks.host import copied
 from cufa._operations import call as _call
 
 torch: Any = pytest.importorskip("torch")
@@ -80,6 +81,17 @@ def test_gradients_are_those_of_numpy(name: str, device: str) -> None:
     assert len(gradients) == len(expected)
     for one, other in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(one.cpu(), other, rtol=1e-3, atol=1e-3 * np.abs(other).max())
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_arrays_of_masks_that_are_read_only_are_copied(device: str) -> None:
+    numbers = np.arange(256, dtype=np.int32) // 100
+    numbers.flags.writeable = False
+    like = torch.zeros(1, device=device)
+    placed = copied(numbers, like)
+    assert placed.device == like.device and placed.tolist() == numbers.tolist()
+    placed[0] = 7
+    assert numbers[0] == 0
 
 
 def test_what_needs_no_gradient_has_none_computed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
