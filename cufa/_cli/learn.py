@@ -6,10 +6,10 @@ import importlib.util
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -24,6 +24,14 @@ TENSOR_FLOPS = {80: 2048, 90: 4096}
 
 FLOAT_FLOPS = {80: 128, 90: 256}
 """The same of its floating-point units, in float32."""
+
+
+class Failed(NamedTuple):
+    """A rung that was not measured, and why; `wrong` if that is cufa's own fault, and not of what it needs."""
+
+    name: str
+    why: str
+    wrong: bool
 
 
 @click.command()
@@ -110,16 +118,20 @@ def learn(
     of_gpu = [each for each in running if each.needs != "numpy"]
     on_gpu = {size: _on_gpu(of_gpu, size, seconds) for size in sizes if of_gpu}
     found: dict[str, Any] = {
-        "cpu": [_row(each, size) for size, rows in on_cpu.items() for each in rows],
-        "gpu": [_row(each, size) for size, rows in on_gpu.items() for each in rows],
+        "cpu": [_row(each, size) for size, rows in on_cpu.items() for each in _measured(rows)],
+        "gpu": [_row(each, size) for size, rows in on_gpu.items() for each in _measured(rows)],
         "compiled": compiled,
         "left out": left_out,
     }
+    tables = [*on_cpu.items(), *on_gpu.items()]
+    failed = [(each, size) for size, rows in tables for each in rows if isinstance(each, Failed)]
+    if failed:
+        found["failed"] = [{"rung": each.name, "why": each.why, "size": size._asdict()} for each, size in failed]
     if as_json:
         click.echo(json.dumps(found, indent=2))
     text = _text(on_cpu, on_gpu, compiled, left_out)
     if out is not None:
-        plotted = bool(on_gpu) and _plot(on_gpu, out / "roofline.svg")
+        plotted = bool(on_gpu) and _plot({size: _measured(rows) for size, rows in on_gpu.items()}, out / "roofline.svg")
         image = "\n![What each rung does, beside what the GPU could](roofline.svg)\n" if plotted else ""
         (out / "ladder.md").write_text(f"{text}{image}", encoding="utf-8")
         (out / "ladder.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -127,6 +139,8 @@ def learn(
             click.echo("cufa: there is no plot, since matplotlib is not installed.", err=True)
     if not as_json:
         click.echo(text, nl=False)
+    if wrong := [each for each, _ in failed if each.wrong]:
+        raise click.ClickException("\n".join(dict.fromkeys(f"{each.name} {each.why}" for each in wrong)))
 
 
 def _why_not_compiled() -> str:
@@ -140,7 +154,11 @@ def _why_not_compiled() -> str:
     return ""
 
 
-def _on_gpu(rungs: list[Rung], size: Size, seconds: float) -> list[Measured]:
+def _measured(rows: Sequence[Measured | Failed]) -> list[Measured]:
+    return [each for each in rows if not isinstance(each, Failed)]
+
+
+def _on_gpu(rungs: list[Rung], size: Size, seconds: float) -> list[Measured | Failed]:
     from ..learn import ladder
 
     found = [_said(each, size, seconds) for each in rungs]
@@ -151,15 +169,22 @@ def _on_gpu(rungs: list[Rung], size: Size, seconds: float) -> list[Measured]:
     return found
 
 
-def _said(rung: Rung, size: Size, seconds: float) -> Measured:
+def _said(rung: Rung, size: Size, seconds: float) -> Measured | Failed:
+    """What is measured of a rung, or why it is not: the others go on.
+
+    A rung in NumPy or CUDA can be somebody's who has changed it; those in Numba and Triton need compilers of others.
+    """
     from ..learn import ladder
 
     click.echo(f"{rung.name}, head_dim {size.head_dim} ...", err=True)
     try:
         return ladder.measure(rung, size, seconds=seconds)
-    except (AssertionError, MemoryError) as error:  # a kernel that was changed, or sizes that are too large
-        wrong = "is wrong" if isinstance(error, AssertionError) else "does not fit the memory"
-        raise click.ClickException(f"{rung.name} {wrong}: {error}") from error
+    except MemoryError as error:
+        return Failed(rung.name, f"does not fit the memory: {error}", False)
+    except AssertionError as error:
+        return Failed(rung.name, f"is wrong: {error}", rung.needs in OWN)
+    except Exception as error:  # whatever a compiler, or its import, meets in its environment
+        return Failed(rung.name, f"cannot run: {type(error).__name__}: {error}", rung.needs in OWN)
 
 
 def _compiled(rung: Rung, arch: str, size: Size) -> dict[str, Any]:
@@ -180,13 +205,17 @@ def _compiled(rung: Rung, arch: str, size: Size) -> dict[str, Any]:
     }
 
 
+OWN = ("numpy", "cuda", "sm_90")
+"""What rungs of cufa's own need."""
+
+
 def _row(measured: Measured, size: Size) -> dict[str, Any]:
     return {**measured._asdict(), "tflops": measured.tflops, "size": size._asdict()}
 
 
 def _text(
-    on_cpu: dict[Size, list[Measured]],
-    on_gpu: dict[Size, list[Measured]],
+    on_cpu: Mapping[Size, Sequence[Measured | Failed]],
+    on_gpu: Mapping[Size, Sequence[Measured | Failed]],
     compiled: list[dict[str, Any]],
     left_out: list[dict[str, str]],
 ) -> str:
@@ -230,24 +259,33 @@ def _described(size: Size) -> str:
 _TAKEN = ("registers", "shared_bytes", "spill_bytes", "instructions")
 
 
-def _table(rows: list[Measured], factor: float, unit: str) -> str:
+def _table(rows: Sequence[Measured | Failed], factor: float, unit: str) -> str:
+    """A row for each rung, and below it what keeps those that were not measured from running."""
+
+    def column(cell: Callable[[Measured], str]) -> list[str]:
+        return ["–" if isinstance(each, Failed) else cell(each) for each in rows]
+
+    def asked_for(each: Measured) -> str:
+        return "–" if each.bytes_asked_for is None else f"{each.bytes_asked_for / 1e6:,.1f}"
+
     columns = {
-        "rung": [f"{each.name}: {each.title}" for each in rows],
-        "time, ms": [f"{each.seconds * 1e3:.4g}" for each in rows],
-        "MB asked for": [
-            "–" if each.bytes_asked_for is None else f"{each.bytes_asked_for / 1e6:,.1f}" for each in rows
-        ],
-        unit: [f"{each.tflops * factor:.3g}" for each in rows],
+        "rung": [each.name if isinstance(each, Failed) else f"{each.name}: {each.title}" for each in rows],
+        "time, ms": column(lambda each: f"{each.seconds * 1e3:.4g}"),
+        "MB asked for": column(asked_for),
+        unit: column(lambda each: f"{each.tflops * factor:.3g}"),
         "times the one before": ["", *(_factor(a, b) for a, b in pairwise(rows))],
-        "largest error": [f"{each.error:.1e}" for each in rows],
+        "largest error": column(lambda each: f"{each.error:.1e}"),
     }
-    if all(each.bytes_asked_for is None for each in rows):
+    if all(each.bytes_asked_for is None for each in _measured(rows)):
         del columns["MB asked for"]
-    return _markdown([*columns], [*zip(*columns.values(), strict=True)])
+    below = [f"\n{each.name} {' '.join(each.why.split())}\n" for each in rows if isinstance(each, Failed)]
+    return _markdown([*columns], [*zip(*columns.values(), strict=True)]) + "".join(below)
 
 
-def _factor(before: Measured, after: Measured) -> str:
+def _factor(before: Measured | Failed, after: Measured | Failed) -> str:
     """How much faster a rung is than the one before, if they are of one ladder: Triton's is not below CUDA's first."""
+    if isinstance(before, Failed) or isinstance(after, Failed):
+        return ""
     same = before.name[0] == after.name[0] or after.name == "cufa.attention"
     return f"{after.tflops / before.tflops:.2f}" if same else ""
 
@@ -292,7 +330,7 @@ def roofs() -> dict[str, float]:
     return found
 
 
-def _plot(on_gpu: dict[Size, list[Measured]], path: Path) -> bool:
+def _plot(on_gpu: Mapping[Size, Sequence[Measured]], path: Path) -> bool:
     """Draw the rungs below the roofs; False if there is no matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
@@ -300,7 +338,7 @@ def _plot(on_gpu: dict[Size, list[Measured]], path: Path) -> bool:
     return True
 
 
-def draw(on_gpu: dict[Size, list[Measured]], most: dict[str, float], path: Path) -> None:
+def draw(on_gpu: Mapping[Size, Sequence[Measured]], most: dict[str, float], path: Path) -> None:
     """A roofline: operations in a second over operations for each byte asked for, by head_dim."""
     import matplotlib
 

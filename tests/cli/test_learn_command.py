@@ -93,6 +93,46 @@ def test_what_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked[1:] == [("r01_textbook", 64, "float32"), ("r01_textbook", 128, "float32")]
 
 
+def test_what_cannot_run_is_shown_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what others make no fault is cufa's."""
+    troubles = {
+        "r02_online": MemoryError("of 3 TB"),
+        "n03_numba_v1": AttributeError("module 'numpy'\nhas no attribute 'row_stack'"),
+        "t04_triton": AssertionError("0.5 is far from 0.25"),
+    }
+
+    def measure(rung: Rung, size: Size, *, seconds: float) -> Measured:
+        if rung.name in troubles:
+            raise troubles[rung.name]
+        return ROWS[0]._replace(name=rung.name)
+
+    monkeypatch.setattr(ladder, "why_not", lambda rung: "")
+    monkeypatch.setattr(ladder, "measure", measure)
+    monkeypatch.setattr(ladder, "framework_of", lambda rung: None)
+    monkeypatch.setattr(ladder, "measure_cufa", lambda *_, **__: ROWS[2])
+    monkeypatch.setattr(learn, "_gpu_name", lambda: "a GPU")
+    monkeypatch.setattr(learn, "_plot", lambda on_gpu, path: all(map(len, on_gpu.values())))
+    rungs = ("r01", "r02", "n03", "t04", "r07", "r08")
+    arguments = [*(part for rung in rungs for part in ("--rung", rung)), "--head-dim", "64"]
+    done = CliRunner().invoke(command, ["learn", *arguments, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    table = (tmp_path / "ladder.md").read_text()
+    assert "r02_online does not fit the memory: of 3 TB\n" in table
+    assert "n03_numba_v1 cannot run: AttributeError: module 'numpy' has no attribute 'row_stack'\n" in table
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    rows = {first.partition(":")[0]: cells for first, *cells in lines}
+    assert {*rows["n03_numba_v1"]} == {"–", ""}
+    times = [rows[name][0] for name in ("r01_textbook", "r07_thread_per_row", "cufa.attention")]
+    assert times == ["1000", "1000", "10"]
+    found = json.loads((tmp_path / "ladder.json").read_text())
+    assert [each["rung"] for each in found["failed"]] == ["r02_online", "n03_numba_v1", "t04_triton"]
+    assert [each["name"] for each in found["gpu"]] == ["r07_thread_per_row", "r08_shared_tiles", "cufa.attention"]
+    troubles["r07_thread_per_row"] = CompileError("expected a ;")
+    done = CliRunner().invoke(command, ["learn", *arguments])
+    assert done.exit_code == 1 and "r07_thread_per_row cannot run: CompileError: expected a ;" in done.output
+    assert "| r08_shared_tiles: slow" in done.output
+
+
 ROWS = [
     Measured("r07_thread_per_row", "slow", 1.0, 10**12, 2 * 10**11, 1e-3),
     Measured("r08_shared_tiles", "faster", 0.1, 10**12, 10**10, 1e-3),

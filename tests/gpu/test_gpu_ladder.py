@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -34,6 +35,18 @@ def hold(name: str, case: Case, xp: Any) -> None:
     assert_close(out, **case.arrays(), **case.options)
 
 
+@functools.cache
+def why_numba_compiles_nothing() -> str:
+    """What keeps Numba from compiling even a kernel that does nothing, as a NumPy that is newer than it knows."""
+    from numba import cuda
+
+    try:
+        cuda.jit("void()")(lambda: None)
+    except Exception as error:
+        return f"numba compiles no kernel here: {type(error).__name__}: {error}"
+    return ""
+
+
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "causal"), [("float16", 128, True), ("bfloat16", 64, False), ("float32", 40, True)]
@@ -43,9 +56,11 @@ def test_triton_equals_the_reference(dtype: str, head_dim: int, causal: bool) ->
     hold("t04_triton", case_of(dtype, head_dim, causal), framework("torch"))
 
 
-@pytest.mark.filterwarnings("ignore:Grid size")  # Numba would rather have larger ones
+@pytest.mark.filterwarnings("ignore:.*Grid size")  # Numba would rather have larger ones, and says so in bold
 @pytest.mark.parametrize("name", ["n03_numba_v1", "n04_numba_v2"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_numba_equals_the_reference(name: str, causal: bool) -> None:
     cuda = framework("numba.cuda")
+    if reason := why_numba_compiles_nothing():
+        pytest.skip(reason)
     hold(name, case_of("float32", 64, causal), lambda flat, view: cuda.to_device(view.on(flat)))
