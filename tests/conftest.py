@@ -16,10 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import workers
 from hypothesis import HealthCheck, settings
 
 # Else the first test with JAX takes most of a GPU that it shares with the other workers.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+# Before any test imports what reads them; what the user has set stays.
+if worker_name := os.environ.get("PYTEST_XDIST_WORKER"):
+    for _name, _value in workers.share_of_machine(worker_name, workers.visible_gpus()).items():
+        os.environ.setdefault(_name, _value)
 
 # Derandomised: a failure seen once is seen again. No deadline: the first call of a shape may compile.
 settings.register_profile(
@@ -95,7 +102,11 @@ def _watched(request: pytest.FixtureRequest) -> Iterator[None]:
         cupy.get_default_memory_pool().free_all_blocks()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # of what -m and -k leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        is_long = [item.get_closest_marker("long") is not None for item in items]
+        items[:] = workers.long_first(items, is_long, config.workerinput["workercount"])
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     reason = _why_no_gpu() if gpu_items else None
     if reason:
@@ -122,6 +133,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "passed": counts["passed"],
         "failed": counts["failed"] + counts["error"],
         "skipped": counts["skipped"],
+        "skipped for": workers.reasons(reports["skipped"]),
         "unfinished": session.testscollected - len(finished),
         "digest": source_digest(),
     }

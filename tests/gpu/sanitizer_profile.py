@@ -1,6 +1,6 @@
 """A few calls of every kind, small enough to run under compute-sanitizer; see test_sanitizer.py.
 
-python tests/sanitizer_profile.py forward|backward|caches|features memcheck|racecheck
+python tests/gpu/sanitizer_profile.py forward|backward|caches|features-float32|features-bfloat16 memcheck|racecheck
 """
 
 from __future__ import annotations
@@ -185,9 +185,8 @@ def main() -> None:
                 attend_over_caches(planned, **changed)
         attend(Case(**COMMON, seqlen_q=1, seqlen_k=3000, head_dim=64, head_dim_v=64, dtype="float16"))
         attend(Case(**COMMON, batch=70, seqlen_q=3, seqlen_k=3000, head_dim=64, head_dim_v=64, dtype="float16"))
-    elif direction == "features":
-        for dtype in ("float32", "bfloat16"):
-            attend_with_features(dtype)
+    elif direction.startswith("features-"):
+        attend_with_features(direction.removeprefix("features-"))
     else:
         for call in CALLS:
             call.right(cupy)

@@ -160,7 +160,7 @@ dense_or_packed = pytest.mark.parametrize("packed", [False, True], ids=["dense",
 
 
 @of_every_kind
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data(), name=st.sampled_from(["cupy", "torch"]))
 def test_gradients_equal_the_reference(name: str, kind: Kind, packed: bool, data: st.DataObject) -> None:
     if kind.layouts == "reversed":  # torch knows no negative strides
@@ -170,7 +170,7 @@ def test_gradients_equal_the_reference(name: str, kind: Kind, packed: bool, data
     call.right(xp)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(call=st.sampled_from((DENSE[2], DENSE[9])).flatmap(lambda kind: calls(kind, packed=False)))
 def test_numba_gradients_equal_the_reference(call: Call) -> None:
     cuda = framework("numba.cuda")
@@ -185,7 +185,7 @@ def test_numba_gradients_equal_the_reference(call: Call) -> None:
 @pytest.mark.parametrize(
     ("kind", "packed"), [(DENSE[2], False), (DENSE[9], False), (PACKED[0], True), (PACKED[5], True)]
 )
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_jax_gradients_equal_the_reference(kind: Kind, packed: bool, data: st.DataObject) -> None:
     xp = framework("jax").numpy
@@ -222,7 +222,7 @@ def nearly_same(some: Any, others: Any) -> bool:
 
 @of_every_kernel
 @dense_or_packed
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(data=st.data(), power=st.sampled_from((-3, 1, 5)))
 def test_gradients_scale_with_those_they_are_given(kind: Kind, packed: bool, data: st.DataObject, power: int) -> None:
     cupy = framework("cupy")
@@ -239,7 +239,7 @@ def test_gradients_scale_with_those_they_are_given(kind: Kind, packed: bool, dat
 
 @of_every_kernel
 @dense_or_packed
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(data=st.data())
 def test_gradients_of_lse_alone(kind: Kind, packed: bool, data: st.DataObject) -> None:
     cupy = framework("cupy")
@@ -256,7 +256,7 @@ def test_gradients_of_lse_alone(kind: Kind, packed: bool, data: st.DataObject) -
 
 @of_every_kernel
 @dense_or_packed
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(data=st.data())
 def test_gradients_of_grouped_heads_add_up(kind: Kind, packed: bool, data: st.DataObject) -> None:
     cupy = framework("cupy")
@@ -273,7 +273,7 @@ def test_gradients_of_grouped_heads_add_up(kind: Kind, packed: bool, data: st.Da
 
 
 @of_every_kernel
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_gradients_of_packed_sequences_equal_dense_ones(kind: Kind, data: st.DataObject) -> None:
     cupy = framework("cupy")
@@ -294,7 +294,7 @@ def test_gradients_of_packed_sequences_equal_dense_ones(kind: Kind, data: st.Dat
 
 
 @of_every_kernel
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data(), seed=st.integers(0, 99))
 def test_gradients_are_chosen_and_permuted_as_batch_and_heads_are(kind: Kind, data: st.DataObject, seed: int) -> None:
     """No bit depends on what else is in the batch."""
@@ -318,7 +318,7 @@ def test_gradients_are_chosen_and_permuted_as_batch_and_heads_are(kind: Kind, da
 
 @of_every_kernel
 @dense_or_packed
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(data=st.data())
 def test_gradients_of_views_equal_those_of_copies(kind: Kind, packed: bool, data: st.DataObject) -> None:
     """All layouts here are served by one kernel."""

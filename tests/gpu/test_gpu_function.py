@@ -23,13 +23,27 @@ def cupy() -> Any:
     return pytest.importorskip("cupy")
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-@pytest.mark.parametrize("dtype", UNITS, ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("head_dim", [40, 128, 200])
-@pytest.mark.parametrize(
-    ("score", "mask"),
-    [("tables", "documents"), ("smooth", None), ("capped", "sliding"), ("shifted", "documents"), ("stepped", None)],
+FUNCTIONS = (
+    *(("tables", "documents"), ("smooth", None), ("capped", "sliding"), ("shifted", "documents"), ("stepped", None)),
 )
+"""Score and mask."""
+
+# A call takes two kernels of its own: every function, dtype and head_dim meet, packed in every second of these.
+KINDS = [
+    (*each, head_dim, dtype, bool((i + j + k) % 2))
+    for i, each in enumerate(FUNCTIONS)
+    for j, head_dim in enumerate((40, 128, 200))
+    for k, dtype in enumerate(UNITS)
+]
+
+
+def name_of(value: Any) -> str:
+    if isinstance(value, bool):
+        return "packed" if value else "dense"
+    return str(getattr(value, "__name__", value))
+
+
+@pytest.mark.parametrize(("score", "mask", "head_dim", "dtype", "packed"), KINDS, ids=name_of)
 def test_functions_equal_reference(
     cupy: Any, score: str, mask: str | None, head_dim: int, dtype: Any, packed: bool
 ) -> None:

@@ -14,7 +14,8 @@ PROFILE = Path(__file__).with_name("sanitizer_profile.py")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("direction", ["forward", "backward", "caches", "features"])
+@pytest.mark.long
+@pytest.mark.parametrize("direction", ["forward", "backward", "caches", "features-float32", "features-bfloat16"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(tool: str, direction: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"

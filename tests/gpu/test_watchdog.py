@@ -31,7 +31,7 @@ def test_a_hang_is_reported_with_the_kernel(tmp_path: Path) -> None:
     (tmp_path / "test_hangs.py").write_text(HANGS)
     environment = os.environ | {
         "CUFA_HANG_SECONDS": "4",
-        "PYTHONPATH": os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(tmp_path)]
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=55)

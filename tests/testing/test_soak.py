@@ -203,10 +203,13 @@ def test_a_failure_can_be_repeated(memory: soak.Memory, monkeypatch: pytest.Monk
 
 
 @pytest.mark.gpu
-def test_soak() -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_soak(seed: int) -> None:
+    """Few kernels at a time: a soak compiles all of its own before it begins."""
     cupy = pytest.importorskip("cupy")
-    report = soak.soak(soak.Memory(cupy), count=300, seed=1, kernels=40)
-    assert report.count == 300 and not report.failures, str(report)
+    report = soak.soak(soak.Memory(cupy), count=75, seed=seed, kernels=10)
+    assert report.count == 75 and not report.failures, str(report)
 
 
 @pytest.mark.gpu
