@@ -393,9 +393,9 @@ struct BackwardMainloopSm80 {
   void store(const Tile& from, void* gradient, const Strides& strides) const {
     element* const pointer = const_cast<element*>(origin(gradient, strides, work.head, work.seqlen.k_first_row));
     const tile::GlobalRows<element> rows{pointer, strides.seqlen, strides.dim};
-    block::store<Config::store_bytes, valid_cols>(
-        block::Chunks<Config::num_threads, Config::copy_unroll, Tile, element>(from, rows, work.n_block * block_n,
-                                                                               work.key_rows));
+    block::store<valid_cols>(
+        block::Chunks<Config::num_threads, Config::copy_unroll, Config::store_bytes, Tile, element>(
+            from, rows, work.n_block * block_n, work.key_rows));
   }
 };
 

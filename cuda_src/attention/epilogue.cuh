@@ -64,9 +64,9 @@ inline void epilogue(const tile::Accumulator<m_tiles, cols>& out, const Totals<m
   }
   const bool to_repair = __syncthreads_or(not_finite);
   const tile::GlobalRows<typename Config::element> rows{work.out, params.out_strides.seqlen, params.out_strides.dim};
-  const block::Chunks<Config::num_threads, Config::copy_unroll, Tile, typename Config::element> chunks(
-      staging, rows, first_row, work.seqlen.q);
-  block::store<Config::store_bytes, Config::head_dim_v>(chunks);
+  const block::Chunks<Config::num_threads, Config::copy_unroll, Config::store_bytes, Tile, typename Config::element>
+      chunks(staging, rows, first_row, work.seqlen.q);
+  block::store<Config::head_dim_v>(chunks);
   if (unlikely(to_repair)) {
     __syncthreads();  // all is written
     constexpr int rows = Config::block_m / (Config::num_threads / 32);

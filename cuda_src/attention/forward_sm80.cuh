@@ -24,6 +24,8 @@ inline void forward_tile(const Params& params, const PointerWork<Config>& work, 
   static_assert(Config::smem_bytes == max_of(Mainloop::smem_bytes, Staging::bytes),
                 "Config and the tiles disagree on shared memory");
   static_assert(Config::pack == 1, "no heads share a tile here");
+  static_assert(Config::stages == 1 || Staging::bytes <= sizeof(typename Mainloop::Q::Storage),
+                "copies of zeros behind the last block are not waited for, so the epilogue must not write there");
   if (work.idle()) return;
   constexpr bool often_empty = Config::mask::hides_last || Config::varlen;
   if (often_empty && work.blocks.empty()) {

@@ -110,13 +110,14 @@ template <class Config, class Tile>
 inline auto find_chunks(const Tile& to, int row, const PointedRows<typename Config::element>& from) {
   using element = typename Config::element;
   const tile::GlobalRows<const element> rows{from.pointer, from.strides.seqlen, from.strides.dim};
-  return block::Chunks<Config::num_threads, Config::copy_unroll, Tile, const element>(to, rows, row, from.length);
+  return block::Chunks<Config::num_threads, Config::copy_unroll, Config::copy_bytes, Tile, const element>(to, rows, row,
+                                                                                                          from.length);
 }
 
 // The tile of the chunks ← their rows; rows past the end and columns from valid_cols on become zeros.
 template <class Config, int valid_cols, class Chunks>
 inline void load_chunks(const Chunks& chunks) {
-  block::load<Config::copy_bytes, valid_cols>(chunks);
+  block::load<valid_cols>(chunks);
 }
 
 // to ← rows from `row` on, by thread `thread` of `threads`; rows past the end and columns from valid_cols on become

@@ -160,14 +160,15 @@ inline void copy_chunk(u32 to, const element* row, i64 col_stride, bool live, in
 namespace block {
 
 // The 16-byte chunks of a tile that belong to this thread. Neighbouring lanes have neighbouring chunks of a row. Chunks
-// that are found ahead of a barrier cost no time behind it.
-template <int num_threads, int unroll, class Tile_, class element>
+// that are found ahead of a barrier cost no time behind it. Copies of copy_bytes are asked for, as of tile::copy_chunk.
+template <int num_threads, int unroll, int copy_bytes, class Tile_, class element>
 struct Chunks {
   using Tile = Tile_;
   static constexpr int rows_per_pass = num_threads / Tile::panel_chunks;
   static_assert(rows_per_pass % 8 == 0 || 8 % rows_per_pass == 0, "the swizzle repeats every 8 rows");
+  static constexpr bool whole = copy_bytes == 16;
 
-  element* pointer;  // this thread's first row in global memory
+  element* pointer;  // this thread's first row in global memory or, of whole chunks, the first chunk
   i64 row_stride, col_stride;
   u32 address;    // the thread's first chunk in shared memory
   int chunk;      // the column of that chunk, in chunks
@@ -179,44 +180,66 @@ struct Chunks {
     const int row = thread / Tile::panel_chunks;
     chunk = thread % Tile::panel_chunks;
     pointer = rows.row(first_row + row);
+    // Opaque, so that a pass adds a multiple of the stride, and does not find its row in the array anew.
+    if constexpr (whole) pointer = ptx::opaque(pointer + chunk * Tile::chunk_elements);
     row_stride = rows.row_stride;
     col_stride = rows.col_stride;
     address = tile.address(row, chunk);
     rows_left = row_limit - first_row - row;
   }
 
-  // Calls copy(pointer of the row, whether it is live, chunk, address of the chunk), `unroll` passes over the rows at a
-  // time: more passes are faster, until their addresses take the registers that the accumulators need.
+  // Calls copy(pointer, whether the row is live, panel, address of the chunk), `unroll` passes over the rows at a time:
+  // more passes are faster, until their addresses take the registers that the accumulators need. The pointer is that
+  // of the row or, of whole chunks, that of the chunk.
   template <class Copy>
   void for_each(Copy&& copy) const {
 #pragma unroll unroll
     for (int pass = 0; pass < ceil_div(Tile::rows, rows_per_pass); ++pass) {
       const int step = pass * rows_per_pass;
       if (Tile::rows % rows_per_pass != 0 && int(ptx::tid_x() / Tile::panel_chunks) + step >= Tile::rows) return;
+      element* const from = pointer + step * row_stride;
 #pragma unroll
       for (int panel = 0; panel < Tile::panels; ++panel) {
-        copy(pointer + step * row_stride, step < rows_left, panel * Tile::panel_chunks + chunk,
+        copy(whole ? from + panel * Tile::panel_chunks * Tile::chunk_elements : from, step < rows_left, panel,
              Tile::template step_passes<rows_per_pass>(address, step) + panel * Tile::panel_stride);
       }
     }
   }
+
+  // How many bytes of the thread's chunk of a panel lie before column valid_cols.
+  template <int valid_cols>
+  int valid_bytes(int panel) const {
+    const int first = panel * Tile::panel_bytes, end = valid_cols * int(sizeof(element));
+    if (first + Tile::panel_bytes <= end) return 16;
+    const int left = end - first - chunk * 16;
+    return end % 16 == 0 ? (left > 0 ? 16 : 0) : clamp(left, 0, 16);  // all or nothing takes fewer instructions
+  }
 };
 
 // The tile of the chunks ← their rows, by tile::copy_chunk.
-template <int copy_bytes, int valid_cols, int num_threads, int unroll, class Tile, class element>
-inline void load(const Chunks<num_threads, unroll, Tile, const element>& chunks) {
-  chunks.for_each([&](const element* from, bool live, int chunk, u32 to) {
-    tile::copy_chunk<copy_bytes, valid_cols>(to, from, chunks.col_stride, live, chunk);
+template <int valid_cols, int num_threads, int unroll, int copy_bytes, class Tile, class element>
+inline void load(const Chunks<num_threads, unroll, copy_bytes, Tile, const element>& chunks) {
+  chunks.for_each([&](const element* from, bool live, int panel, u32 to) {
+    if constexpr (copy_bytes == 16) {
+      ptx::cp_async<16>(to, from, live ? chunks.template valid_bytes<valid_cols>(panel) : 0);
+    } else {
+      tile::copy_chunk<copy_bytes, valid_cols>(to, from, chunks.col_stride, live,
+                                               panel * Tile::panel_chunks + chunks.chunk);
+    }
   });
 }
 
 // The rows of the chunks ← their tile; rows that are not live and columns from valid_cols on are not written.
-// copy_bytes is as for tile::copy_chunk.
-template <int copy_bytes, int valid_cols, int num_threads, int unroll, class Tile, class element>
-inline void store(const Chunks<num_threads, unroll, Tile, element>& chunks) {
-  chunks.for_each([&](element* to, bool live, int chunk, u32 from) {
+template <int valid_cols, int num_threads, int unroll, int copy_bytes, class Tile, class element>
+inline void store(const Chunks<num_threads, unroll, copy_bytes, Tile, element>& chunks) {
+  chunks.for_each([&](element* to, bool live, int panel, u32 from) {
     if (!live) return;
-    tile::store_chunk<copy_bytes, valid_cols>(to, chunks.col_stride, chunk, ptx::ld_shared_v4(from));
+    if constexpr (copy_bytes == 16) {
+      if (chunks.template valid_bytes<valid_cols>(panel) == 16) *reinterpret_cast<uint4*>(to) = ptx::ld_shared_v4(from);
+    } else {
+      tile::store_chunk<copy_bytes, valid_cols>(to, chunks.col_stride, panel * Tile::panel_chunks + chunks.chunk,
+                                                ptx::ld_shared_v4(from));
+    }
   });
 }
 

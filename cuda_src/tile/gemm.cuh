@@ -56,17 +56,34 @@ inline constexpr int tf32_chain = 4;
 
 namespace warp {
 
+// Loads the first columns of 16 rows of a tile from `row` on, for gemm_abt to hold.
+template <int cols, class Tile>
+inline void load_operand(tile::Operand<cols>& operand, const Tile& from, int row) {
+  const u32 lane = tile::lane();
+  const u32 address = from.address(row + lane % 16, lane / 16);
+#pragma unroll
+  for (int step = 0; step < cols / 16; ++step) ptx::ldmatrix_x4(operand.x[step], Tile::step_chunks(address, step));
+}
+
 // sums += A·Bᵀ over `steps` steps, with A = 16 m_tiles rows of q and B = all rows of k, from addresses q_lane and
-// k_lane on. A step reads 32 bytes of each row, 16 elements of 16 bits or 8 of float32, which ldmatrix reads alike.
-template <int steps, class Q, class K, int m_tiles, int block_n>
-inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums, u32 q_lane, u32 k_lane) {
+// k_lane on. A step reads 32 bytes of each row, 16 elements of 16 bits or 8 of float32, which ldmatrix reads alike; the
+// first steps of A may be `held`. beside() is called when the products of the first step have been issued.
+template <int steps, class Q, class K, int m_tiles, int block_n, int held_cols, class Beside>
+inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums, const tile::Operand<held_cols>& held, u32 q_lane,
+                           u32 k_lane, Beside&& beside) {
+  static_assert(held_cols == 0 || m_tiles == 1, "the rows of one m-tile are held");
   using element = typename Q::element;
 #pragma unroll
   for (int step = 0; step < steps; ++step) {
     u32 a[m_tiles][4];
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
-      ptx::ldmatrix_x4(a[t], Q::step_chunks(q_lane, step) + Q::step_rows(16 * t));
+      if (step < held_cols / 16) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[t][i] = held.x[step][i];
+      } else {
+        ptx::ldmatrix_x4(a[t], Q::step_chunks(q_lane, step) + Q::step_rows(16 * t));
+      }
     }
 #pragma unroll
     for (int j = 0; j < block_n / 8; j += 2) {
@@ -84,13 +101,18 @@ inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums, u32 q_lane
         }
       }
     }
+    if (step == 0) beside();
   }
 }
 
-// scores = a·bᵀ along `depth` columns, for 16 m_tiles rows of a from a_row on and `cols` rows of b from b_row on.
-template <int depth, int m_tiles, int cols, class element, int a_rows, int b_rows, int width>
-inline void gemm_abt(tile::Accumulator<m_tiles, cols>& scores, const tile::SharedTile<element, a_rows, width>& a,
-                     const tile::SharedTile<element, b_rows, width>& b, int a_row, int b_row) {
+// scores = a·bᵀ along `depth` columns, for 16 m_tiles rows of a from a_row on and `cols` rows of b from b_row on. The
+// columns of a that `held` holds are not read. beside() is called once, beside the first products: copies that are
+// issued there delay none. Before them, if the loop is rolled.
+template <int depth, int m_tiles, int cols, class element, int a_rows, int b_rows, int width, int held_cols,
+          class Beside>
+inline void gemm_abt(tile::Accumulator<m_tiles, cols>& scores, const tile::Operand<held_cols>& held,
+                     const tile::SharedTile<element, a_rows, width>& a,
+                     const tile::SharedTile<element, b_rows, width>& b, int a_row, int b_row, Beside&& beside) {
   using A = tile::SharedTile<element, a_rows, width>;
   using B = tile::SharedTile<element, b_rows, width>;
   const u32 lane = tile::lane();
@@ -99,16 +121,25 @@ inline void gemm_abt(tile::Accumulator<m_tiles, cols>& scores, const tile::Share
   scores.zero();
   if constexpr (is_same<element, f32>) {
     static_assert(A::panel_bytes == 128, "the chain of products is one panel");
+    static_assert(held_cols == 0, "float32 is split anew at every step");
+    beside();
 #pragma unroll 1  // unrolled, the compiler loads far ahead and spills
     for (int panel = 0; panel < A::panels; ++panel) {
       tile::Accumulator<m_tiles, cols> sums;
       sums.zero();
-      gemm_abt_steps<tile::tf32_chain, A, B>(sums, a_lane + panel * A::panel_stride, b_lane + panel * B::panel_stride);
+      gemm_abt_steps<tile::tf32_chain, A, B>(sums, held, a_lane + panel * A::panel_stride,
+                                             b_lane + panel * B::panel_stride, [] {});
       scores.add(sums);
     }
   } else {
-    gemm_abt_steps<ceil_div(depth, 16), A, B>(scores, a_lane, b_lane);
+    gemm_abt_steps<ceil_div(depth, 16), A, B>(scores, held, a_lane, b_lane, beside);
   }
+}
+
+template <int depth, int m_tiles, int cols, class element, int a_rows, int b_rows, int width>
+inline void gemm_abt(tile::Accumulator<m_tiles, cols>& scores, const tile::SharedTile<element, a_rows, width>& a,
+                     const tile::SharedTile<element, b_rows, width>& b, int a_row, int b_row) {
+  gemm_abt<depth>(scores, tile::Operand<0>{}, a, b, a_row, b_row, [] {});
 }
 
 // The same for all rows of k.
@@ -120,13 +151,14 @@ inline void gemm_abt(tile::Accumulator<m_tiles, block_n>& scores, const tile::Sh
 
 // out += P·V for 16-bit elements, V from column first_col on, where a panel begins. Two neighbouring n-tiles of an
 // accumulator are, packed, the A operand of one step, so P never leaves its registers; V's columns come through
-// ldmatrix.trans.
-template <int m_tiles, int block_n, int out_cols, class element, int width>
+// ldmatrix.trans. prepare(step) makes the columns of p for a step, beside the products of the step before.
+template <int m_tiles, int block_n, int out_cols, class element, int width, class Prepare>
 inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accumulator<m_tiles, block_n>& p,
-                    const tile::SharedTile<element, block_n, width>& v, int first_col) {
+                    const tile::SharedTile<element, block_n, width>& v, int first_col, Prepare&& prepare) {
   using V = tile::SharedTile<element, block_n, width>;
   const u32 lane = tile::lane();
   const u32 v_lane = v.address(lane % 16, lane / 16) + V::step_cols(first_col);
+  prepare(0);
 #pragma unroll
   for (int step = 0; step < block_n / 16; ++step) {
     u32 a[m_tiles][4];
@@ -138,6 +170,7 @@ inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accum
         a[t][i] = ptx::cvt_rn_x2<element>(pair[0], pair[1]);
       }
     }
+    if (step + 1 < block_n / 16) prepare(step + 1);
 #pragma unroll
     for (int j = 0; j < out_cols / 8; j += 2) {
       u32 b[4];
@@ -149,6 +182,12 @@ inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accum
       }
     }
   }
+}
+
+template <int m_tiles, int block_n, int out_cols, class element, int width>
+inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accumulator<m_tiles, block_n>& p,
+                    const tile::SharedTile<element, block_n, width>& v, int first_col) {
+  gemm_ab(out, p, v, first_col, [](int) {});
 }
 
 // The same for float32. The keys of a step are taken in the order 0, 2, 4, 6, 1, 3, 5, 7: then an

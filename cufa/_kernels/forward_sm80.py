@@ -50,6 +50,12 @@ class ConfigSm80(Config):
         Of 32 offsets each, that a warp asks for at a time when it looks for a packed sequence.
     early_v : bool
         Whether a tile's first block of V is loaded with that of K.
+    stages : int
+        Buffers that K and V have each.
+    held_cols : int
+        Columns of q that stay in registers.
+    votes : bool
+        Whether a warp whose rows have no new maximum leaves out as it is. Else it always rescales, without a branch.
     """
 
     column_warps: int
@@ -58,6 +64,9 @@ class ConfigSm80(Config):
     many: bool
     scan_groups: int
     early_v: bool
+    stages: int
+    held_cols: int
+    votes: bool
 
 
 class ForwardSm80(Kernel):
@@ -78,7 +87,8 @@ class ForwardSm80(Kernel):
         tile_head_dim = round_up(static.head_dim, 32)
         # Warps that share columns have whole panels of them, of 128 bytes.
         tile_head_dim_v = round_up(static.head_dim_v, 32 if column_warps == 1 else 128 // size * column_warps)
-        tiles = (block_m + block_n) * tile_head_dim + block_n * tile_head_dim_v
+        stages = _stages(static, arch)
+        tiles = block_m * tile_head_dim + stages * block_n * (tile_head_dim + tile_head_dim_v)
         return ConfigSm80(
             **common(static),
             tile_head_dim=tile_head_dim,
@@ -93,6 +103,9 @@ class ForwardSm80(Kernel):
             many=static.many,
             scan_groups=8 if has_short_tile(static) else 2,  # many offsets, and registers to hold them
             early_v=has_short_tile(static),  # most have no other block whose products it could arrive beside
+            stages=stages,
+            held_cols=192 if _is_plain(static) and static.head_dim > 192 else 0,  # as registers allow
+            votes=_is_plain(static) and static.head_dim > (64 if arch >= 90 else 128),  # else a vote costs spills
         )
 
     def grid(self, config: ConfigSm80, problem: Problem, num_sms: int) -> Grid:
@@ -135,16 +148,9 @@ def tile(static: Static, arch: int) -> tuple[int, int, int, int]:
         if widest <= 192:
             return 64, 32, 8, 2
         return 64, 16, 8, 2
-    # The largest tiles leave no register over: only the plainest kernels fit them without spilling.
-    plain = (
-        static.head_dim == static.head_dim_v
-        and static.copy_bytes == static.store_bytes == 16
-        and static.mask != "window"
-        and not static.terms
-        and not static.many
-    )
+    plain = _is_plain(static)
     if widest <= 64:
-        return 128, 112 if plain else 96, 4, 1
+        return 128, 128 if plain else 96, 4, 1
     if widest <= 96:
         return 128, 64, 4, 1
     if widest <= 128:
@@ -158,6 +164,26 @@ def tile(static: Static, arch: int) -> tuple[int, int, int, int]:
     return 64, 64, 4, 1
 
 
+def _is_plain(static: Static) -> bool:
+    """Whether a kernel is of the plainest: the largest tiles leave no register over, and others would spill."""
+    return (
+        static.element != "f32"
+        and static.head_dim == static.head_dim_v
+        and static.copy_bytes == static.store_bytes == 16
+        and static.mask != "window"
+        and not static.terms
+        and not static.many
+        and not has_short_tile(static)
+    )
+
+
+def _stages(static: Static, arch: int) -> int:
+    """Two at head_dim 64, if two thread blocks still share an SM: the tiles then are 640 rows of 128 bytes, 80 KB."""
+    if not _is_plain(static) or static.varlen or static.head_dim != 64:
+        return 1
+    return 2 if SHARED_MEMORY[arch] >= 2 * (80 << 10) else 1
+
+
 def _copy_unroll(static: Static, arch: int) -> int:
     if static.copy_bytes < 16 or static.element == "f32":
         return 1  # short copies are many as it is
@@ -165,6 +191,6 @@ def _copy_unroll(static: Static, arch: int) -> int:
         return 4
     if static.many:
         return 1  # its loop needs registers
-    if 96 < max(static.head_dim, static.head_dim_v) <= 128:  # the fullest tiles
+    if 96 < max(static.head_dim, static.head_dim_v) <= 128 and not _is_plain(static):  # the fullest tiles
         return 2 if arch >= 90 or static.varlen else 4
-    return 4
+    return 8

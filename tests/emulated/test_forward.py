@@ -30,6 +30,7 @@ DENSE = (
     Kind("float16", 32, 96, "window", alibi=1),
     Kind("bfloat16", 31, 65, "causal", layouts="narrow"),
     Kind("float32", 200, 256),
+    Kind("bfloat16", 256, 256, "causal"),
 )
 PACKED = (
     Kind("bfloat16", 64, 64, "causal"),
@@ -110,6 +111,19 @@ def test_problems_with_kernels_of_their_own(name: str) -> None:
 def test_tiles_of_other_gpus(arch: int) -> None:
     case = Case(seqlen_q=130, seqlen_k=140, head_dim=128, head_dim_v=128, dtype="bfloat16", causal=True)
     assert forward(case, arch=arch).entries == ["attention_forward_sm80"]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_gpus_kernel_on_hopper(head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where arrays have no tensor maps: two buffers for K and V at head_dim 64, votes on rescaling out above."""
+    monkeypatch.setattr(_problem, "has_tensor_map", lambda *_: False)
+    sizes = {"seqlen_q": 150, "seqlen_k": 300, "head_dim": head_dim, "head_dim_v": head_dim, "causal": causal}
+    for values in ("normal", "large rows"):
+        case = Case(**sizes, dtype="bfloat16", values=values, return_lse=True)
+        ran = forward(case, arch=90)
+        assert ran.entries == ["attention_forward_sm80"]
+        assert forward(case, 1, arch=90).bits == ran.bits
 
 
 HOPPER: dict[str, dict[str, Any]] = {

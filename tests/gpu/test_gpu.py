@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import cufa
 from cufa import reference
+from cufa._call import problem as _problem
 from cufa._compile import jit as _jit
 from cufa._driver import driver as _driver
 from cufa.testing import (
@@ -996,6 +997,18 @@ def test_explain_says_why_a_kernel_is_not_the_fastest(cupy: Any) -> None:
         assert told.kernel.startswith("attention_forward_sm80")
         assert why in told.reason or not is_hopper()
         assert_close(cufa.attention(array, array, array), array, array, array)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_kernel_for_every_gpu(cupy: Any, head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper too, where no array has a tensor map: its largest tiles, and what they hold twice or in registers."""
+    monkeypatch.setattr(_problem, "has_tensor_map", lambda *_: False)
+    sizes: dict[str, Any] = {"batch": 3, "seqlen_q": 333, "seqlen_k": 517, "num_heads_q": 3, "num_heads_k": 3}
+    for values in ("normal", "large rows"):
+        case = Case(**sizes, head_dim=head_dim, head_dim_v=head_dim, causal=causal, dtype="bfloat16", values=values)
+        assert explain(case, case.arrays(cupy))[0].startswith("attention_forward_sm80")
+        check(replace(case, return_lse=True), cupy)
 
 
 def test_config_shows_the_gpu() -> None:

@@ -1,4 +1,4 @@
-"""What launches ask for of shared memory, for every tile where queries are few or keys lie in caches."""
+"""What launches ask for of shared memory, for every tile where queries are few or keys lie in caches, and others."""
 
 from __future__ import annotations
 
@@ -42,3 +42,15 @@ def test_every_tile_fits_with_what_the_code_declares(element: str, arch: int) ->
             assert taken <= SHARED_MEMORY[arch], plan.words()
             assert step.entry != plan.name or resident * (taken + RESERVED) <= SHARED_MEMORY[arch] + RESERVED
     assert {"attention_forward_split_sm80", "attention_forward_cache_sm80"} <= code.keys()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_two_blocks_of_the_forward_for_every_gpu_share_an_sm(arch: int) -> None:
+    """Up to head_dim 128; at 64 with two buffers for K and V where these fit."""
+    own = 0
+    for head_dim in (32, 64, 96, 128):
+        plan = plans.forward(plans.static("bf16", head_dim, head_dim, tma=False), arch)
+        assert plan.name == "attention_forward_sm80"
+        own = own or declared(plan)[plan.name]
+        assert 2 * (own + plan.steps[0].smem_bytes + RESERVED) <= SHARED_MEMORY[arch] + RESERVED, plan.words()
+        assert plan.config.stages == (2 if head_dim == 64 and SHARED_MEMORY[arch] > 99 << 10 else 1)
