@@ -60,6 +60,27 @@ inline void load_dq_rows(typename Main::Dq& dq, const float* sums, int live_rows
   }
 }
 
+// Adds what late blocks (is_late) have added up for a tile, if any did. `added` is whether `dq` has numbers, before and
+// after.
+template <class Config, class Main>
+inline void add_late_sums(const BackwardParams& backward, typename Main::Dq& dq, const RowTile& tile, bool& added,
+                          int thread) {
+  using Dq = typename Main::Dq;
+  const i64 index = tile.template sum_index<Config>(backward) + backward.late_sums;
+  if (__ldcg(backward.turns + index) == 0) return;
+  Dq late;
+  load_dq<Main>(late, backward.dq_sum + index * (Config::block_m * Config::tile_head_dim), thread);
+#pragma unroll
+  for (int t = 0; t < Dq::m_tiles; ++t) {
+#pragma unroll
+    for (int j = 0; j < Dq::n_tiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dq.x[t][j][i] = added ? dq.x[t][j][i] + late.x[t][j][i] : late.x[t][j][i];
+    }
+  }
+  added = true;
+}
+
 // Main::dq_threads threads write dq of some tiles of rows. The loads of all tiles are on their way before the first is
 // waited for. A tile with a negative row is left out.
 template <class Config, class Main, int count>
@@ -78,6 +99,12 @@ inline void finish_tiles(const BackwardParams& backward, const RowTile (&tiles)[
       load_dq_rows<Config, Main>(dq[each], sums, tile.seqlen.q - tile.m_block * Config::block_m, thread);
     else
       load_dq<Main>(dq[each], sums, thread);
+  }
+  if (may_be_late<Config> && Main::first_stores && backward.late_sums > 0) {
+#pragma unroll
+    for (int each = 0; each < count; ++each) {
+      if (tiles[each].row >= 0) add_late_sums<Config, Main>(backward, dq[each], tiles[each], added[each], thread);
+    }
   }
 #pragma unroll
   for (int each = 0; each < count; ++each) {

@@ -7,18 +7,14 @@
 // shared memory, once, for dq, of which every consumer computes some columns, or rows, over all keys of the block.
 #pragma once
 
-#include "attention/backward_finish.cuh"
 #include "attention/backward_params.cuh"
-#include "attention/backward_prepare.cuh"
 #include "attention/backward_rows.cuh"
 #include "attention/backward_sums_sm90.cuh"
 #include "attention/backward_tensors_sm90.cuh"
 #include "attention/backward_work.cuh"
 #include "attention/scoring.cuh"
 #include "core/math.cuh"
-#include "ptx/barrier.cuh"
 #include "ptx/shared.cuh"
-#include "ptx/sync.cuh"
 #include "ptx/tma.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/gemm_sm90.cuh"
@@ -60,6 +56,9 @@ struct BackwardMainloopSm90 {
   static constexpr bool roomy = Variant::empty && !by_rows;
   using HeldK = tile::Operand<roomy ? 32 : 0>;
   static constexpr int lse_ahead = roomy ? 8 : 4;
+
+  // Whether the first step of a work is compiled apart. It then begins no product in vain, and S before V has come.
+  static constexpr bool parts_first = Variant::empty && !by_rows;
 
   static constexpr int chain_floats = dq_threads * (Dk::cols + Dv::cols) / 2;  // of a block: dk and dv, taken over
   static constexpr bool first_stores = true;  // dq_sum begins with the first numbers stored there, not with zeros
@@ -282,20 +281,22 @@ struct BackwardMainloopSm90 {
     const int first_key = work.n_block * block_n + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
     Dk dk;
     Dv dv;
-    Dq dq;
     HeldK held_k;
     dk.zero();
     dv.zero();
     if (!work.tiles.empty()) {  // else nothing is loaded
       keys().wait_full(progress.second());
-      values().wait_full(progress.second());
+      if (!parts_first) values().wait_full(progress.second());
     }
     if (ptx::in_vain || !work.tiles.empty()) warpgroup::load_operand(held_k, k(), 64 * consumer);
-    const u32 first = at.count;  // the first step, at which no dq of a step before is due
-    for_each_query_tile<Config::chains>(params, work, [&](int head, int position) {
+    const u32 first_count = at.count;
+    for_each_query_step<Config::chains, parts_first>(params, work, [&](int head, int position, auto parted) {
+      // At the first step no dq of a step before is due.
+      const bool first = parts_first ? decltype(parted)::value : at.count == first_count;
       const int m_block = work.tiles.block(position);
       const u32 stage = at.stage();
       Scores s, dp;
+      Dq dq;
       queries().wait_full(at);
       const bool boundary = work.tiles.is_boundary(position);
       ColumnNumbers<block_m> numbers;
@@ -308,6 +309,7 @@ struct BackwardMainloopSm90 {
       turn.take();
       warpgroup::gemm_abt<Config::head_dim>(s, held_k, k(), q(stage), 64 * consumer);
       const auto begin_dp = [&] {
+        if (parts_first && first) values().wait_full(progress.second());
         gradients().wait_full(at);
         warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(stage), 64 * consumer);
       };
@@ -332,19 +334,20 @@ struct BackwardMainloopSm90 {
       gradients_of_scores<Config, true>(ds, held.ds_factors(), held.rests, s, dp, place, kept, numbers);
       exchange().wait_empty(at);
       store_transposed(this->ds(stage), ds, 64 * consumer);
-      if (at.count != first) exchange().wait_full(at.previous());
-      if (ptx::in_vain || at.count != first) begin_dq(dq, at.previous(), consumer);
+      if (!first) exchange().wait_full(at.previous());
+      if ((ptx::in_vain && !parts_first) || !first) begin_dq(dq, at.previous(), consumer);
       warpgroup::gemm_ab(dk, ds, q(stage), true);
       ptx::fence_proxy_async_shared();
       exchange().fill_warp(at);
       warpgroup::wait<1>(dv, dq, held.weights);
       gradients().release_warp(at);
-      if (at.count != first) lay_down(dq, consumer, at.previous());
+      if (!first) lay_down(dq, consumer, at.previous());
       warpgroup::wait<0>(dk, ds);
       queries().release_warp(at);
       at.advance();
     });
-    if (at.count != first) {
+    if (parts_first ? !work.tiles.empty() : at.count != first_count) {  // the loop holds what it compares anyway
+      Dq dq;
       values().release_warp(progress.second());
       exchange().wait_full(at.previous());
       begin_dq(dq, at.previous(), consumer);
@@ -365,31 +368,6 @@ struct BackwardMainloopSm90 {
 
   void begin_dq(Dq& dq, const typename Ring::Cursor& at, int consumer) const {
     warpgroup::gemm_atb(dq, ds(at.stage()), k(), by_rows ? 64 * consumer : 0, by_rows ? 0 : Dq::cols * consumer);
-  }
-
-  // Called by the consumers: writes dq in its dtype, some tiles at a time, once all blocks are done with a head.
-  static void finish(const BackwardParams& backward, int thread) {
-    constexpr int together = 4;
-    const int m_blocks = backward.forward.m_blocks,
-              tiles = m_blocks * backward.forward.num_heads_q * backward.forward.batch;
-#pragma unroll 1
-    for (int first = blockIdx.x * together; first < tiles; first += gridDim.x * together) {
-      RowTile each[together];
-#pragma unroll
-      for (int i = 0; i < together; ++i) {
-        each[i] = first + i < tiles ? RowTile::find<Config>(backward, first + i, m_blocks) : RowTile::none();
-      }
-      if (thread == 0) {
-#pragma unroll
-        for (int i = 0; i < together; ++i) {
-          const i32* const done = DqSum<Config, consumers>::heads_done(backward, each[i].batch, each[i].head);
-          while (ptx::ld_acquire_gpu(done) != backward.n_blocks) {
-          }
-        }
-      }
-      ptx::bar_sync(consumers_barrier, 128 * consumers);
-      finish_tiles<Config, BackwardMainloopSm90>(backward, each, thread);
-    }
   }
 
   // Rows first_row to first_row + 63 of `to` ← the warpgroup's operand.

@@ -41,7 +41,8 @@ struct BackwardParams {
   Strides lse_strides, dlse_strides;  // dim is not used
   i64 workspace_rows;                 // rows of row_lse per query head: of all packed sequences, or of a dense one
   i32 n_blocks;                       // blocks of keys per key head: of a sequence, or (varlen) of the packed batch
-  i32 reversed;                       // whether blocks of keys come, and add to dq, from last to first
+  i32 middle;                         // where the order begins in which blocks of keys come, see ordered_block
+  i32 late_sums;                      // how many tiles lie before the sums of late blocks, see is_late; 0: none are
 };
 
 // The state of a tile of dq_sum that is not set to zeros beforehand: the block that comes first stores its part, and

@@ -115,7 +115,10 @@ inline void begin_counts(const BackwardParams& backward, int unit, int thread) {
   const Params& forward = backward.forward;
   const int outer = Config::varlen ? 1 : forward.batch;
   if (unit == 0) *backward.next_unit = *backward.not_finite = 0;
-  if (unit < RowTile::count<Config>(backward)) backward.turns[unit] = 0;
+  if (unit < RowTile::count<Config>(backward)) {
+    backward.turns[unit] = 0;
+    if (may_be_late<Config>) backward.turns[unit + backward.late_sums] = 0;
+  }
   if (unit < forward.num_heads_q / forward.qheads_per_khead * outer) backward.heads_done[unit] = 0;
 }
 

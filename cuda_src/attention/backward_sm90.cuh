@@ -7,6 +7,7 @@
 #include "attention/backward_params.cuh"
 #include "attention/backward_prepare.cuh"
 #include "attention/backward_repair.cuh"
+#include "attention/backward_sums_sm90.cuh"
 #include "attention/backward_work.cuh"
 #include "ptx/setmaxnreg.cuh"
 #include "ptx/shared.cuh"
@@ -52,7 +53,7 @@ inline void backward_sm90(const BackwardArgument& argument) {
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();
     mainloop.consume(argument.params, works, warp / 4 - 1);
-    if constexpr (Config::finishes) mainloop.finish(argument.params, threadIdx.x - 128);
+    if constexpr (Config::finishes) finish_heads<Config, Mainloop>(argument.params, threadIdx.x - 128);
   }
 }
 

@@ -2,9 +2,12 @@
 // sm_90.
 #pragma once
 
+#include "attention/backward_finish.cuh"
 #include "attention/backward_params.cuh"
+#include "attention/backward_prepare.cuh"
 #include "attention/backward_work.cuh"
 #include "core/types.cuh"
+#include "ptx/barrier.cuh"
 #include "ptx/sync.cuh"
 #include "ptx/tma.cuh"
 
@@ -24,6 +27,7 @@ struct DqSum {
   void begin(const BackwardWork<Config>& work, int head, int m_block) {
     index = sum_tile<Config>(backward, work, head, m_block);
     if constexpr (Config::deterministic) {
+      if (may_be_late<Config> && work.late) index += backward.late_sums;
       wanted = turn_of(backward, work, m_block);
       found = ptx::ld_acquire_gpu(backward.turns + index);
     } else {
@@ -84,5 +88,31 @@ struct DqSum {
     return backward.heads_done + key_head(backward.forward, batch, query_head);
   }
 };
+
+// Called by the consumers of Main: writes dq in its dtype, some tiles at a time, once all blocks are done with a head.
+template <class Config, class Main>
+inline void finish_heads(const BackwardParams& backward, int thread) {
+  constexpr int together = 4;
+  const int m_blocks = backward.forward.m_blocks,
+            tiles = m_blocks * backward.forward.num_heads_q * backward.forward.batch;
+#pragma unroll 1
+  for (int first = blockIdx.x * together; first < tiles; first += gridDim.x * together) {
+    RowTile each[together];
+#pragma unroll
+    for (int i = 0; i < together; ++i) {
+      each[i] = first + i < tiles ? RowTile::find<Config>(backward, first + i, m_blocks) : RowTile::none();
+    }
+    if (thread == 0) {
+#pragma unroll
+      for (int i = 0; i < together; ++i) {
+        const i32* const done = DqSum<Config, Main::consumers>::heads_done(backward, each[i].batch, each[i].head);
+        while (ptx::ld_acquire_gpu(done) != backward.n_blocks) {
+        }
+      }
+    }
+    ptx::bar_sync(Main::consumers_barrier, 128 * Main::consumers);
+    finish_tiles<Config, Main>(backward, each, thread);
+  }
+}
 
 }  // namespace attention

@@ -143,13 +143,36 @@ constexpr int key_head(const Params& params, int batch, int query_head) {
   return (batch * params.num_heads_q + query_head) / params.qheads_per_khead;
 }
 
+// The blocks of keys of a head come from the one before `middle` down to the first, and then from `middle` on: from
+// first to last where that is 0, from last to first where it is at least their number. Returns the block that comes in
+// a place.
+constexpr int ordered_block(int place, int blocks, int middle) {
+  const int lower = min_of(blocks, middle);
+  return place < lower ? lower - 1 - place : place;
+}
+
+// Whether a kernel may have late blocks.
+template <class Config>
+inline constexpr bool may_be_late =
+    Config::deterministic && !Config::varlen && is_same<typename Config::mask, CausalMask>;
+
+// Whether a block of keys adds to sums that only such blocks add to, and goes from the last tile of queries to the
+// first. Under a causal mask those from the middle on do, where a head has many blocks: all of them need the last
+// tiles, but a later one fewer. From last to first one adds to a tile just before the next comes there, and nobody
+// waits for the first blocks, which come to the last tiles at their end.
+constexpr bool is_late(const BackwardParams& backward, int n_block) {
+  return backward.late_sums > 0 && n_block >= backward.middle;
+}
+
 // How many blocks of keys add to a tile of dq before block `n_block` does, in the deterministic order. `blocks` are
 // those that the tile needs. Blocks add in the order in which they are launched, so that no block waits for one that
 // cannot run.
 template <class Blocks>
 constexpr int turn_in(const BackwardParams& backward, const Blocks& blocks, int n_block) {
   const int position = blocks.position_of(n_block);
-  return backward.reversed ? blocks.end - 1 - position : position - blocks.begin;
+  const int middle = blocks.position_of(backward.middle);
+  if (n_block < backward.middle) return min_of(blocks.end, middle) - 1 - position;
+  return position - (is_late(backward, n_block) ? max_of(blocks.begin, middle) : blocks.begin);
 }
 
 // A unit of the backward of dense arrays is a block of keys of a key head.
@@ -157,14 +180,12 @@ struct DenseUnit {
   int n_block, head, batch;
 };
 
-// Finds what a unit of dense arrays is. The first blocks of keys come first, unless the order is reversed: under a
-// causal mask most queries see them.
+// Finds what a unit of dense arrays is.
 constexpr DenseUnit dense_unit(const BackwardParams& backward, int unit) {
   const Params& params = backward.forward;
   const int heads = params.num_heads_q / params.qheads_per_khead;
   const UnitIndex index = unit_of(unit, backward.n_blocks, params.batch * heads, params.heads_per_section);
-  const int n_block = backward.reversed ? backward.n_blocks - 1 - index.place : index.place;
-  return {n_block, index.head % heads, index.head / heads};
+  return {ordered_block(index.place, backward.n_blocks, backward.middle), index.head % heads, index.head / heads};
 }
 
 template <class Config>
@@ -179,6 +200,7 @@ struct BackwardWork {
   // Where there are so many tiles of queries that sums over them would drift (tile/local.cuh), a unit's work is done in
   // chains. A chain has all tiles of a few query heads, or some of the tiles of one query head.
   bool first_chain, last_chain;
+  bool late;        // see is_late; set where may_be_late
   int unit, chain;  // the work is chain number `chain` of the unit
 
   // Turns the work of the whole unit into chain number `chain`. Nothing is divided: the caller has few registers.
@@ -210,6 +232,11 @@ struct BackwardWork {
     first_chain = last_chain = true;
   }
 
+  // The position that comes when `position` would if tiles came from first to last.
+  int in_order(int position) const {
+    return may_be_late<Config> && late ? tiles.begin + tiles.end - 1 - position : position;
+  }
+
   // Where the work's keys are, in k and in v, and where the queries of a head are, in q and in dout.
   MappedRows keys() const { return {seqlen.k, seqlen.k_first_row, head, batch}; }
   MappedRows queries(int head) const { return {seqlen.q, seqlen.q_first_row, head, batch}; }
@@ -233,6 +260,7 @@ struct BackwardWork {
       work.seqlen = dense_seqlen(params);
       work.tiles = query_tiles<Config>(params, work.seqlen, work.batch, work.head, work.n_block);
       work.take_all(params);
+      if constexpr (may_be_late<Config>) work.late = is_late(backward, work.n_block);
       return work;
     }
   }
@@ -244,7 +272,7 @@ struct BackwardWork {
     const int heads = params.num_heads_q / params.qheads_per_khead;
     PackedUnit found =
         packed_unit<Config::block_n>(unit, backward.offsets_k, params.batch, heads, params.heads_per_section);
-    if (backward.reversed) found.place = found.units - 1 - found.place;
+    found.place = ordered_block(found.place, found.units, backward.middle);
     return found;
   }
 
@@ -292,7 +320,30 @@ inline void for_each_query_tile(const Params& params, const BackwardWork<Config>
 #pragma unroll 1
   for (int head = first_head; head < (chains ? int(chain_end) : first_head + params.qheads_per_khead); ++head) {
 #pragma unroll 1
-    for (int position = work.tiles.begin; position < end; ++position) step(head, position);
+    for (int position = work.tiles.begin; position < end; ++position) step(head, work.in_order(position));
+  }
+}
+
+// The same with step(query head, position, whether it is the first step), of which, with parts_first, the first is
+// compiled apart; without, all are said not to be.
+template <bool chains, bool parts_first, class Config, class Step>
+inline void for_each_query_step(const Params& params, const BackwardWork<Config>& work, Step&& step) {
+  if constexpr (!parts_first) {
+    for_each_query_tile<chains>(params, work, [&](int head, int position) { step(head, position, Bool<false>{}); });
+  } else {
+    if (work.tiles.empty()) return;
+    const volatile int& chain_end = work.query_head_end;
+    const int first_head = chains ? work.query_head : work.head * params.qheads_per_khead;
+    const int end = work.tiles.end;
+    int head = first_head, position = work.tiles.begin;
+    step(head, work.in_order(position), Bool<true>{});
+#pragma unroll 1
+    for (;;) {
+#pragma unroll 1
+      while (++position < end) step(head, work.in_order(position), Bool<false>{});
+      if (++head >= (chains ? int(chain_end) : first_head + params.qheads_per_khead)) break;
+      position = work.tiles.begin - 1;
+    }
   }
 }
 

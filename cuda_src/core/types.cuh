@@ -30,6 +30,12 @@ inline constexpr bool is_same = false;
 template <class A>
 inline constexpr bool is_same<A, A> = true;
 
+// A condition as a type, for what is compiled once for each.
+template <bool condition>
+struct Bool {
+  static constexpr bool value = condition;
+};
+
 // One of two types.
 template <bool first, class A, class B>
 struct Choice {

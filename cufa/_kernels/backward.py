@@ -35,6 +35,9 @@ TERM_BLOCKS = 8
 WAITING_BLOCKS = 16
 """Blocks of keys of a head that may run at a time if they wait for each other."""
 
+LAST_FIRST = 2**31 - 1
+"""The middle of more blocks than any head has, so that all come from last to first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigBackward(Config):
@@ -81,8 +84,9 @@ class BackwardGrid(NamedTuple):
         Tiles of queries per query head, and blocks of keys per key head: of a sequence or, packed, of all of them.
     heads_per_section : int
         Key heads that are scheduled side by side.
-    reversed : bool
-        Whether blocks of keys come from last to first.
+    middle : int
+        The block of keys from which blocks go down to the first, and then, from this one on, up: ``ordered_block`` in
+        attention/backward_work.cuh.
     workspace_rows : int
         Numbers that row_lse and row_delta have for a query head: of a sequence or, packed, of all of them.
     """
@@ -91,7 +95,7 @@ class BackwardGrid(NamedTuple):
     m_blocks: int
     n_blocks: int
     heads_per_section: int
-    reversed: bool
+    middle: int
     workspace_rows: int
 
 
@@ -123,12 +127,15 @@ class BackwardKernel(Kernel):
         The main kernels' functions.
     sums_dq : bool
         Whether dq adds up in memory.
+    late_sums : bool
+        Whether some blocks of keys may have sums of dq of their own: ``is_late`` in attention/backward_work.cuh.
     """
 
     record = "BackwardArgument"
     prologue = "  ptx::grid_begin();\n"
     main_entries: tuple[str, ...]
     sums_dq = True
+    late_sums = False
 
     def finish_threads(self, config: Any) -> int:
         """Threads per block of what writes dq from its sums."""
@@ -180,8 +187,8 @@ class BackwardKernel(Kernel):
         blocks = (*((2,) if problem.varlen else ()), prepare, *main, finish, *terms, repair)
         return BackwardGrid(blocks, m_blocks, n_blocks, *self.order(config, problem, num_sms), workspace_rows)
 
-    def order(self, config: Any, problem: Problem, num_sms: int) -> tuple[int, bool]:
-        """Key heads side by side, and whether their blocks of keys come from last to first.
+    def order(self, config: Any, problem: Problem, num_sms: int) -> tuple[int, int]:
+        """Key heads side by side, and from where their blocks of keys come.
 
         As many heads as keep what their blocks read and add to in the L2, but blocks for all SMs. Under a causal mask
         the first keys come first, which take longest, so that blocks end evenly.
@@ -191,16 +198,17 @@ class BackwardKernel(Kernel):
             heads = problem.num_heads_k
             seqlen_q, seqlen_k = (seqlen // max(1, problem.batch) for seqlen in (seqlen_q, seqlen_k))
         if config.deterministic:
-            blocks, last_first = turns(config, problem.varlen, seqlen_q, seqlen_k)
+            late = self.late_sums and not problem.varlen and seqlen_q <= CHAIN_ROWS
+            blocks, middle = turns(config, late, problem.varlen, seqlen_q, seqlen_k)
             sections = max(1, -(-heads // -(-num_sms // blocks)))
-            return max(1, -(-heads // sections)), last_first
+            return max(1, -(-heads // sections)), middle
         ratio = problem.num_heads_q // max(1, problem.num_heads_k)
         size = SIZEOF[config.element]
         sums = 4 * config.tile_head_dim if self.sums_dq else 0
         head_bytes = max(1, ratio * seqlen_q * ((config.head_dim + config.head_dim_v) * size + sums))
         n_blocks = min(max(1, -(-seqlen_k // config.block_n)), CONTENDING_BLOCKS)
         sections = max(1, -(-heads // max(1, SECTION // head_bytes, num_sms // n_blocks)))
-        return max(1, -(-heads // sections)), False
+        return max(1, -(-heads // sections)), 0
 
     def values(self, config: Any, problem: Problem, grid: BackwardGrid) -> dict[str, Any]:
         strides = problem.strides
@@ -213,10 +221,14 @@ class BackwardKernel(Kernel):
         section, terms = grid.heads_per_section, config.variant
         forward = params_of(problem, m_blocks=grid.m_blocks, heads_per_section=section, terms=terms)
         params |= {"forward": forward, "workspace_rows": grid.workspace_rows, "n_blocks": grid.n_blocks}
-        return {"params": params | {"reversed": grid.reversed}}
+        return {"params": params | {"middle": grid.middle, "late_sums": self.tiles_before_late(problem, grid)}}
 
     def maps(self, config: Any, problem: Problem) -> tuple[Map, ...]:
         return tensor_map.of_backward(problem, config)
+
+    def tiles_before_late(self, problem: Problem, grid: BackwardGrid) -> int:
+        """Tiles of dq, behind whose sums those of late blocks lie; 0 where no block is late."""
+        return grid.m_blocks * problem.num_heads_q * problem.batch if 0 < grid.middle < grid.n_blocks else 0
 
     def chain_floats(self, config: Any, problem: Problem, grid: BackwardGrid) -> int:
         """What thread blocks take over of dk and dv, if their sums may be so long as to drift."""
@@ -231,6 +243,8 @@ class BackwardKernel(Kernel):
             if config.writes_dq and not problem.varlen:  # nothing is added up
                 rows = 0
             key_heads = (1 if problem.varlen else problem.batch) * problem.num_heads_k
+            late = self.tiles_before_late(problem, grid)
+            rows, tiles = rows + late * config.block_m, tiles + late
             sums = rows * config.tile_head_dim, tiles, 1, key_heads
         dq_sum, dq_turns, next_unit, heads_done = sums
         packed = 2 * (problem.batch + 1) if problem.varlen else 0
@@ -266,20 +280,23 @@ def finishes_terms(config: Config) -> bool:
     return any(term.finishes for term in config.variant)
 
 
-def turns(config: ConfigBackward, varlen: bool, seqlen_q: int, seqlen_k: int) -> tuple[int, bool]:
-    """Where blocks add to dq in turn: how many of a head's should run at a time, and whether the last keys come first.
+def turns(config: ConfigBackward, late: bool, varlen: bool, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+    """Where blocks add to dq in turn: how many of a head's should run at a time, and from where they come.
 
     A block waits where it begins, about a tile's time for each one before it, so they should be fewer than half of the
     head's tiles. They should not be few either: then more heads run side by side than the L2 holds. Under a mask a
     block of later keys begins with later queries, to which those before it come late. With the last keys first nobody
-    waits for long; but under a causal mask they take shortest, and if a head has many, blocks end unevenly.
+    waits for long; but under a causal mask they take shortest, and if a head has many, blocks end unevenly. With `late`
+    they come from the middle down to the first, which the late ones then do not wait for, and these take shorter the
+    later they come. A chain must not have a part of a head's tiles then: late blocks take its last tile first, and the
+    block before would add to that in its next chain.
 
     The order decides how sums are rounded. Hence it does not depend on how many heads and sequences there are.
     """
     m_blocks, n_blocks = -(-seqlen_q // config.block_m), -(-seqlen_k // config.block_n)
     blocks = min(WAITING_BLOCKS, max(1, m_blocks // 2))
     if not config.causal:
-        return blocks, config.window
+        return blocks, LAST_FIRST if config.window else 0
     if varlen or n_blocks <= WAITING_BLOCKS:
-        return blocks, True
-    return min(blocks, 4), False
+        return blocks, LAST_FIRST
+    return (blocks, n_blocks // 2) if late else (min(blocks, 4), 0)

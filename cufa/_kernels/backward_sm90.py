@@ -61,6 +61,7 @@ class BackwardSm90(BackwardKernel):
     name = "attention_backward_sm90"
     main_entries = ("attention_backward_sm90",)
     target_suffix = "a"
+    late_sums = True
 
     def runs_on(self, arch: int) -> bool:
         return arch // 10 == 9

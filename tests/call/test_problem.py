@@ -25,7 +25,7 @@ from cufa._call import overlap as _overlap
 from cufa._call import problem as _problem
 from cufa._call.arrays import CPU, Adapter, Spec, contiguous
 from cufa._call.overlap import Extent
-from cufa._call.problem import Problem
+from cufa._call.problem import CHAIN_ROWS, Problem
 from cufa._compile import jit as _jit
 from cufa._driver import driver as _driver
 from cufa._driver import launch as _launch
@@ -33,7 +33,7 @@ from cufa._kernels import Plan, align, forward_sm90, tensor_map
 from cufa._kernels import backward as backward_kernels
 from cufa._kernels import forward as forward_kernels
 from cufa._kernels import unit as units
-from cufa._kernels.backward import BackwardGrid
+from cufa._kernels.backward import LAST_FIRST, BackwardGrid
 from cufa._kernels.backward_split_sm90 import SPLIT_QUERIES
 from cufa._kernels.forward_cluster_sm90 import ForwardClusterSm90
 from cufa._kernels.params import params_of
@@ -1387,9 +1387,9 @@ def test_grids_of_gradients(
     groups = -(-tiles // config.row_tiles)  # type: ignore[attr-defined]
     assert prepare == max(groups, kernel[0] == "sm90" and main > 0)
     assert main == (min(max(units, tiles), NUM_SMS) if kernel[0] == "sm90" else units)
-    # The last keys come first only where blocks wait for each other under a mask.
+    # Other keys than the first come first only where blocks wait for each other under a mask.
     in_order = deterministic and kernel[0] != "split_sm90"
-    assert not grid.reversed or (in_order and bool(mask))
+    assert not grid.middle or (in_order and bool(mask))
     ends = heads[0] if sinks else 0
     queries = batch * heads[0] * -(-seqlen_q // SPLIT_QUERIES)
     if kernel[0] != "short":
@@ -1409,23 +1409,46 @@ def test_grids_of_gradients(
 
 
 @pytest.mark.parametrize(
-    ("seqlen", "heads", "mask", "heads_per_section", "last_first"),
+    ("seqlen", "heads", "mask", "heads_per_section", "middle"),
     [
-        (2048, 128, {}, 9, False),  # some 15 blocks of each run at a time
-        (512, 512, {}, 32, False),
-        (100, 512, {}, 128, False),
-        (2048, 128, {"causal": True}, 9, True),
-        (8192, 32, {"causal": True}, 32, False),  # blocks would end unevenly
-        (8192, 1, {"causal": True}, 1, False),  # as with more heads, for the same bits
-        (16384, 16, {"window_size": (1024, 0)}, 8, True),
+        (2048, 128, {}, 9, 0),  # some 15 blocks of each run at a time
+        (512, 512, {}, 32, 0),
+        (100, 512, {}, 128, 0),
+        (2048, 128, {"causal": True}, 9, LAST_FIRST),
+        (8192, 32, {"causal": True}, 8, 32),  # from last to first, blocks would end unevenly
+        (8192, 1, {"causal": True}, 1, 32),  # as with more heads, for the same bits
+        (16384, 16, {"window_size": (1024, 0)}, 8, LAST_FIRST),
     ],
 )
 def test_blocks_that_take_turns(
-    seqlen: int, heads: int, mask: dict[str, Any], heads_per_section: int, last_first: bool
+    seqlen: int, heads: int, mask: dict[str, Any], heads_per_section: int, middle: int
 ) -> None:
     q = OnGpu(1, seqlen, heads, 128)
     _, grid = plan_backward(backward_problem(q, q, q, **mask), "sm90", True)
-    assert (grid.heads_per_section, grid.reversed) == (heads_per_section, last_first)
+    assert (grid.heads_per_section, grid.middle) == (heads_per_section, middle)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "seqlen", "given", "times"),
+    [
+        ("sm90", 8192, {"causal": True}, 2),
+        ("sm90", 2048, {"causal": True}, 1),  # few blocks of keys
+        ("sm90", 8192, {}, 1),
+        ("sm90", 8192, {"window_size": (1024, 0)}, 1),
+        ("sm90", CHAIN_ROWS + 1, {"causal": True}, 1),  # a chain may have a part of a head's tiles
+        ("sm80", 8192, {"causal": True}, 1),
+    ],
+)
+def test_late_blocks_have_sums_of_their_own(kernel: str, seqlen: int, given: dict[str, Any], times: int) -> None:
+    q = OnGpu(2, seqlen, 4, 128)
+    problem = backward_problem(q, q, q, **given)
+    plan, grid = plan_backward(problem, kernel, True)
+    parts = plan.kernel.scratch(plan.config, problem, grid).parts
+    tiles = 2 * 4 * grid.m_blocks
+    assert plan.kernel.tiles_before_late(problem, grid) == tiles * (times - 1)  # type: ignore[attr-defined]
+    floats = tiles * plan.config.block_m * 128  # type: ignore[attr-defined]
+    assert parts["turns"] - parts["dq_sum"] == times * floats
+    assert parts["next_unit"] - parts["turns"] >= times * tiles
 
 
 OTHERS = [("float16", 256, True), ("float16", 64, False), ("float32", 128, True)]

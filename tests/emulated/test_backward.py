@@ -14,6 +14,7 @@ import cufa
 import emulated
 from cufa import reference
 from cufa._call.problem import CHAIN_ROWS
+from cufa._kernels import backward as kernels
 from cufa.testing import Case
 from emulated.cases import LAYOUTS, ORDERS, Kind, backward, dense, packed
 
@@ -124,6 +125,26 @@ def test_in_turn_gradients_on_hopper_are_the_same_bits_in_every_order(cases: Any
     ran = backward(call, arch=90)
     for order in data.draw(st.tuples(*[st.integers(0, 999)] * 2)):
         assert backward(call, order, arch=90).bits == ran.bits
+
+
+LATE: dict[str, dict[str, Any]] = {
+    "64": {"seqlen_q": 450, "seqlen_k": 450, "head_dim": 64},
+    "128": {"seqlen_q": 450, "seqlen_k": 450, "head_dim": 128, "num_heads_q": 2},
+    "rows that see no key": {"seqlen_q": 600, "seqlen_k": 390, "head_dim": 128},
+    "tiles of late blocks alone": {"seqlen_q": 100, "seqlen_k": 520, "head_dim": 128},
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_late_blocks_on_hopper(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a causal mask the blocks of keys from a head's middle on have sums of dq of their own, if they are many."""
+    monkeypatch.setattr(kernels, "WAITING_BLOCKS", 2)
+    sizes = LATE[name]
+    case = Case(**sizes, head_dim_v=sizes["head_dim"], dtype="bfloat16", causal=True)
+    call = Call(case=case, deterministic=True)
+    ran = backward(call, arch=90, num_sms=3)
+    assert "attention_backward_sm90" in ran.entries and not ran.repaired
+    assert backward(call, 1, arch=90, num_sms=5).bits == ran.bits
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 64), ("float16", 128), ("bfloat16", 256)])

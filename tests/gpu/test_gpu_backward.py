@@ -579,6 +579,18 @@ def test_edges_of_tiles(head_dim: int, mask: dict[str, Any]) -> None:
         check_with_own_forward(Case(**sizes, num_heads_q=3, num_heads_k=1, dtype="bfloat16", **mask))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_k", "heads"),
+    [(2300, 2300, 2), (2700, 2200, 2), (150, 2300, 2), (2300, 2300, 15)],  # the last in chains, each of whole heads
+)
+def test_late_blocks(seqlen_q: int, seqlen_k: int, heads: int, head_dim: int) -> None:
+    """On Hopper, from more than 16 blocks of keys, those from the middle on have sums of dq of their own."""
+    sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "head_dim": head_dim, "head_dim_v": head_dim}
+    case = Case(**sizes, num_heads_q=heads, num_heads_k=1, dtype="bfloat16", causal=True)
+    check_with_own_forward(case, deterministic=True)
+
+
 @pytest.mark.parametrize(
     ("head_dim", "deterministic", "mask"),
     [(64, True, {"causal": True}), (128, False, {"window_size": (50, 10)}), (256, False, {"causal": True})],
@@ -617,7 +629,13 @@ def test_gradients_of_long_sequences() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "seqlen", "head_dim"),
-    [("float16", 700, 128), ("bfloat16", 2100, 64), ("bfloat16", 700, 256), ("float32", 700, 64)],
+    [
+        ("float16", 700, 128),
+        ("bfloat16", 2100, 64),  # so many keys that blocks from the middle on have sums of their own
+        ("bfloat16", 2300, 128),
+        ("bfloat16", 700, 256),
+        ("float32", 700, 64),
+    ],
 )
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_gradients_are_bitwise_repeatable(dtype: str, seqlen: int, head_dim: int, deterministic: bool) -> None:

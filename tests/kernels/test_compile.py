@@ -170,11 +170,17 @@ def products_of(config: Any) -> dict[str, tuple[int, int, int]]:
     """Of each kernel: wgmmas, products that these make up, and waits for them."""
     head_dim, head_dim_v = math.ceil(config.head_dim / 16), math.ceil(config.head_dim_v / 16)
     queries, keys = config.block_m // 16, config.block_n // 16
+    # The first step, without dQ, is compiled apart in the one-pass kernel's tiles of 64 rows without terms.
+    steps = 2 if config.block_m == 64 and not config.variant else 1
     return {
         # Twice: begun before the loop and ended after it.
         **dict.fromkeys(("attention_forward_sm90", "attention_forward_cache_sm90"), (2 * (head_dim + keys), 4, 4)),
         # S, dP, dV, dK and dQ, the last also after the loop.
-        "attention_backward_sm90": (head_dim + head_dim_v + 2 * queries + 2 * keys, 6, 5),
+        "attention_backward_sm90": (
+            steps * (head_dim + head_dim_v + 2 * queries) + 2 * keys,
+            4 * steps + 2,
+            4 * steps + 1,
+        ),
         "attention_backward_split_keys_sm90": (head_dim + head_dim_v + 2 * queries, 4, 6),
         "attention_backward_split_queries_sm90": (head_dim + head_dim_v + keys, 3, 5 if config.variant else 4),
     }

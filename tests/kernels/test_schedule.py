@@ -20,7 +20,7 @@ from cufa._call import problem as _problem
 from cufa._call.problem import Problem
 from cufa._compile import jit as _jit
 from cufa._kernels import Plan, forward, forward_sm90
-from cufa._kernels.backward import ALIGNED_ROWS, ConfigBackward
+from cufa._kernels.backward import ALIGNED_ROWS, LAST_FIRST, ConfigBackward
 from cufa._kernels.backward_split_sm90 import SPLIT_QUERIES
 
 PRELUDE = """
@@ -723,16 +723,22 @@ constexpr bool tile_chains(const Blocks& blocks, int most) {
   }
 }
 
-// Turns count the blocks, from the first or, reversed, from the last.
+// Turns count the blocks from the one before the middle down to the first, and then from the middle on, or count these
+// anew if they have sums of their own.
 template <class Blocks>
-constexpr bool turns(const Blocks& blocks, bool reversed) {
+constexpr bool turns(const Blocks& blocks, int middle, bool late = false) {
   BackwardParams backward{};
-  backward.reversed = reversed;
-  for (int i = 0; i < blocks.end - blocks.begin; ++i) {
-    const int block = blocks.block(reversed ? blocks.end - 1 - i : blocks.begin + i);
-    if (turn_in(backward, blocks, block) != i) return false;
+  backward.middle = middle;
+  backward.late_sums = late;
+  int turn = 0, early = 0;
+  for (int position = blocks.end - 1; position >= blocks.begin; --position) {
+    if (blocks.block(position) < middle && turn_in(backward, blocks, blocks.block(position)) != turn++) return false;
   }
-  return true;
+  if (late) early = turn, turn = 0;
+  for (int position = blocks.begin; position < blocks.end; ++position) {
+    if (blocks.block(position) >= middle && turn_in(backward, blocks, blocks.block(position)) != turn++) return false;
+  }
+  return early + turn == max_of(0, blocks.end - blocks.begin);
 }
 
 // What a mask lists, but for what is not live. Keys past the end make a boundary of a block, in either direction.
@@ -772,7 +778,7 @@ def test_a_kind_of_blocks_says_which_block_a_position_is() -> None:
         *(f"are_found({kind}, 20)" for kind in kinds),
         *(f"parts({kind}, {count})" for kind in kinds for count in (1, 2, 3, 5, 6, 13)),
         *(f"tile_chains({kind}, {most})" for kind in kinds if "no" not in kind for most in (1, 2, 3, 8, 9)),
-        *(f"turns({kind}, {order})" for kind in kinds for order in ("false", "true")),
+        *(f"turns({kind}, {middle})" for kind in kinds for middle in (0, 2, "2, true", LAST_FIRST)),
         prelude=BLOCKS,
     )
 
@@ -787,8 +793,9 @@ def test_of_a_list_the_live_blocks_are_taken() -> None:
 # --- the gradients' work ------------------------------------------------------------------------------
 
 WORK = """
-// Every block of keys is visited once. The blocks of a head go from first to last or, reversed, from last to first,
-// and a block's turn at a tile of dq is how many blocks before it add to the tile.
+// Every block of keys is visited once. The blocks of a head go from the one before the middle to the first, and then
+// from the middle to the last, and a block's turn at a tile of dq is how many blocks before it add to the
+// tile, to the same sums.
 template <class Config>
 constexpr bool key_blocks(const BackwardParams& backward) {
   const Params& params = backward.forward;
@@ -796,18 +803,19 @@ constexpr bool key_blocks(const BackwardParams& backward) {
   const int heads = params.num_heads_q / params.qheads_per_khead, all = params.batch * heads * backward.n_blocks;
   const int units = BackwardWork<Config>::units(backward), tiles = ceil_div(seqlen.q, Config::block_m);
   Met<room> met;
-  int of_head[room] = {}, added[room] = {};
+  int of_head[room] = {}, added[2][room] = {};  // to sums that late blocks do not add to, and to theirs
   for (int unit = 0; unit < units; ++unit) {
     const DenseUnit found = dense_unit(backward, unit);
     const int head = found.batch * heads + found.head, index = of_head[head]++;
     if (found.head < 0 || found.head >= heads || found.batch >= params.batch) return false;
-    if (found.n_block != (backward.reversed ? backward.n_blocks - 1 - index : index)) return false;
+    const int lower = min_of(backward.middle, backward.n_blocks);
+    if (found.n_block != (index < lower ? lower - 1 - index : index)) return false;
     if (!met.add(head * backward.n_blocks + found.n_block, all)) return false;
     const auto queries = query_tiles_of<Config>(params, seqlen, found.n_block);
     for (int position = queries.begin; position < queries.end; ++position) {
       const int m_block = queries.block(position);
       const int turn = turn_in(backward, key_blocks_of<Config>(params, seqlen, m_block), found.n_block);
-      if (turn != added[head * tiles + m_block]++) return false;
+      if (turn != added[is_late(backward, found.n_block)][head * tiles + m_block]++) return false;
     }
   }
   return met.count == all;
@@ -939,14 +947,16 @@ static_assert(aligned_rows == ALIGNED_ROWS && QueriesConfig<Config<64, 64>>::blo
 def test_blocks_of_keys_are_visited_once_and_in_turn() -> None:
     claims = []
     for (seqlen_q, seqlen_k), (heads, ratio), section in itertools.product(SHAPES, [(1, 1), (6, 2)], (1, 4, 5)):
-        for (mask, left, right), last_first in itertools.product(
-            [("FullMask", 0, 0), ("CausalMask", 0, 0), ("WindowMask", 3, 2), ("ListMask", 0, 0)], (False, True)
+        for (mask, left, right), (middle, late) in itertools.product(
+            [("FullMask", 0, 0), ("CausalMask", 0, 0), ("WindowMask", 3, 2), ("ListMask", 0, 0)],
+            [(0, False), (2, False), (2, True), (LAST_FIRST, False)],
         ):
             fields = {"batch": 2, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "num_heads_q": heads * ratio}
             fields |= {"qheads_per_khead": ratio, "heads_per_section": section}
             fields |= {"window_left": left, "window_right": right}
             given_forward = {f"forward__{name}": value for name, value in fields.items()}
-            backward = record("BackwardParams", **given_forward, n_blocks=-(-seqlen_k // 3), reversed=last_first)
+            order = {"n_blocks": -(-seqlen_k // 3), "middle": middle, "late_sums": int(late)}
+            backward = record("BackwardParams", **given_forward, **order)
             claims.append(f"key_blocks<Config<4, 3, {mask}>>({backward})")
     run(*claims[::5], *(claim for claim in claims if "ListMask" in claim), prelude=WORK)
 
