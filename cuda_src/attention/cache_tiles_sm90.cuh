@@ -7,6 +7,7 @@
 #include "attention/cache_tma_params.cuh"
 #include "attention/params.cuh"
 #include "attention/seqlen.cuh"
+#include "attention/taken_tiles.cuh"
 #include "attention/work.cuh"
 #include "core/math.cuh"
 #include "core/types.cuh"
@@ -130,49 +131,13 @@ struct MappedCacheWork : Work<Config> {
   }
 };
 
-// Takes a thread block through units: each time the next that no block has taken, since the host, which knows no
-// lengths, cannot deal them out. A whole warp has the cursor. It leaves a trail in CacheTmaParams::dealt.
-struct TakingCursor {
-  const CacheTmaParams& argument;
-  int place;  // where the trail goes on
-  int at;     // the unit
-
-  explicit TakingCursor(const CacheTmaParams& argument) : argument(argument), place(1 + blockIdx.x) { advance(); }
-
-  int unit() const { return at; }
-  bool second() const { return false; }
-  bool done() const { return at >= argument.units; }
-  void advance() {
-    int taken = 0;
-    if (tile::lane() == 0) {
-      taken = atomicAdd(argument.dealt, 1);
-      argument.dealt[place] = taken;
-    }
-    at = __shfl_sync(0xffffffffu, taken, 0);
-    place = 1 + gridDim.x + at;
-  }
-};
-
-// Takes a thread block once more through the units that it has taken.
-struct TrailCursor {
-  const CacheTmaParams& argument;
-  int at;
-
-  explicit TrailCursor(const CacheTmaParams& argument) : argument(argument), at(argument.dealt[1 + blockIdx.x]) {}
-
-  int unit() const { return at; }
-  bool second() const { return false; }
-  bool done() const { return at >= argument.units; }
-  void advance() { at = argument.dealt[1 + gridDim.x + at]; }
-};
-
 // What the main loop is given: see GivenTiles.
 template <class Config>
 struct CachedTiles {
   using Argument = CacheTmaParams;
   using Work = MappedCacheWork<Config>;
-  using Cursor = TakingCursor;
-  using CursorAgain = TrailCursor;
+  using Cursor = TakingCursor<Argument>;
+  using CursorAgain = TrailCursor<Argument>;
   static constexpr int load_lanes = Config::page_rows > 0 ? 32 : 1;
   static constexpr bool finds_empty = true, finds_late = true;
 };

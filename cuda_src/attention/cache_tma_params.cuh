@@ -14,10 +14,8 @@ namespace attention {
 struct CacheTmaParams {
   ptx::TensorMap q, k, v;
   CacheArgument caches;
-  // How many units have been taken; for each thread block the first that it took; and for each unit the one that its
-  // block took next.
-  i32* dealt;
-  i32 units;  // how many there are: see attention/scheduler.cuh
+  i32* dealt;  // see attention/taken_tiles.cuh
+  i32 units;
 };
 
 constexpr const Params& params_of(const CacheTmaParams& argument) { return argument.caches.params; }

@@ -42,10 +42,11 @@ struct ForwardLoader {
       queries.expect(at_queries, Loop::Q::bytes);
       const int row = work.seqlen.q_first_row + (work.tile.m_block * Config::block_m + 64 * w) / Config::pack;
       const int batch = Config::varlen ? 0 : work.tile.batch;
+      const u32 stage = at_queries.stage();
       if constexpr (Config::pack == 1) {
-        tile::load(loop.q(w), argument.q, queries.full(0), row, work.tile.head, batch);
+        tile::load(loop.q(w, stage), argument.q, queries.full(stage), row, work.tile.head, batch);
       } else {
-        tile::load_heads(loop.q(w), argument.q, queries.full(0), row, work.tile.head, batch);
+        tile::load_heads(loop.q(w, stage), argument.q, queries.full(stage), row, work.tile.head, batch);
       }
     }
     at_queries.advance();

@@ -14,6 +14,7 @@
 #include "attention/epilogue_empty.cuh"
 #include "attention/forward_loader_sm90.cuh"
 #include "attention/given_tiles_sm90.cuh"
+#include "attention/own_blocks.cuh"
 #include "attention/params.cuh"
 #include "attention/repair.cuh"
 #include "attention/row_source.cuh"
@@ -50,7 +51,7 @@ struct MainloopSm90 {
   using V = tile::SharedTile<element, Config::block_n, Config::tile_head_dim_v>;
 
   static constexpr int consumers = Config::block_m / 64;
-  using Queries = tile::Ring<1>;
+  using Queries = tile::Ring<Config::q_stages>;
   using Keys = tile::Ring<Config::stages>;
 
   using Scores = tile::Accumulator<1, Config::block_n>;
@@ -58,8 +59,11 @@ struct MainloopSm90 {
   using Out = tile::Accumulator<1, round_up(Config::head_dim_v, 16)>;
   using Statistics = Softmax<element, 1>;
   // Warpgroups take turns in giving the tensor cores work, so that the softmax of one runs during the products of the
-  // others. A turn ends when its products have begun, or, with Config::whole_turns, when they are done.
-  using Turn = tile::Turn<consumers>;
+  // others. A turn ends when its products have begun, or, with Config::whole_turns, when they are done. Where they have
+  // blocks of their own, the last rows' keys are loaded first, and so theirs is the first turn.
+  using Turn = tile::Turn<consumers, Config::own_blocks ? consumers - 1 : 0>;
+  static_assert(!Config::own_blocks || Config::block_m - 64 <= (Config::stages - 1) * Config::block_n,
+                "blocks that a warpgroup leaves out at the end fit beside its last, so that none of them waits for it");
   static constexpr int chain_blocks = tile::chain_blocks(Config::block_n);
 
   // The tiles on their way through the block: one warp finds a tile, then it is loaded, then computed, and its entry is
@@ -70,17 +74,16 @@ struct MainloopSm90 {
 
   // What is known of a tile. A tile with so many blocks of keys that sums over them would drift (tile/local.cuh) has an
   // entry for each chain of blocks.
-  struct Entry {
-    Work work;
+  struct Entry : OwnBlocks<Config, Work, consumers> {
     bool end;  // whether no tile is left, and `work` means nothing
     int ends;  // which ends of the tile the chain has, if there are chains
 
     // Turns the entry of the whole tile, as it was found, into that of its chain `index`.
-    void take_chain(int index) { attention::take_chain(work.blocks, ends, index, chain_blocks); }
+    void take_chain(int index) { attention::take_chain(this->work.blocks, ends, index, chain_blocks); }
   };
 
   struct Shared {
-    typename Q::Storage q[consumers];
+    typename Q::Storage q[Config::q_stages * consumers];
     typename K::Storage k[Config::stages];
     typename V::Storage v[Config::stages];
     typename Keys::Storage keys, values;
@@ -101,7 +104,9 @@ struct MainloopSm90 {
   explicit MainloopSm90(char* dynamic_smem)
       : smem(ptx::shared_address(dynamic_smem)), entries(reinterpret_cast<Shared*>(dynamic_smem)->entries) {}
 
-  Q q(int warpgroup) const { return {smem + tile::offset<&Shared::q> + warpgroup * Q::bytes}; }
+  Q q(int warpgroup, u32 stage) const {
+    return {smem + tile::offset<&Shared::q> + (int(stage) * consumers + warpgroup) * Q::bytes};
+  }
   K k(u32 stage) const { return {smem + tile::offset<&Shared::k> + stage * K::bytes}; }
   V v(u32 stage) const { return {smem + tile::offset<&Shared::v> + stage * V::bytes}; }
   Keys keys() const { return {smem + tile::offset<&Shared::keys>}; }
@@ -148,7 +153,10 @@ struct MainloopSm90 {
           __syncwarp();
           chain = entry.ends & last_end ? 0 : chain + 1;
         }
-        if (tile::lane() == 0) tiles().fill(at_tiles);
+        if (tile::lane() == 0) {
+          entry.find_parts(params_of(argument));
+          tiles().fill(at_tiles);
+        }
         at_tiles.advance();
       }
       if (chain != 0) continue;
@@ -196,13 +204,18 @@ struct MainloopSm90 {
     const Turn turn(warpgroup);
     const float scale = exponent_scale<typename Config::variant>(params);
     typename Tiles::Cursor at_tiles;  // the tile whose scores are computed
-    const auto at_queries = [&] { return Queries::Cursor{at_tiles.count}; };
+    const auto at_queries = [&] { return typename Queries::Cursor{at_tiles.count}; };
     typename Keys::Cursor at_keys, at_values;
+    // The entry of a tile before that, and what gives back blocks that only other warpgroups need.
+    const auto entry = [&](int tiles_before) -> const Entry& { return entries[at_tiles.before(tiles_before).stage()]; };
+    const auto skip = [&](const Keys& ring, typename Keys::Cursor& at, int blocks) {
+      leave_out(ring, at, blocks, Turn::next_barrier + warpgroup);
+    };
 
     tiles().wait_full(at_tiles);
     if (entries[at_tiles.stage()].end) return;
     const Work* work = &entries[at_tiles.stage()].work;
-    auto blocks = work->blocks;
+    auto blocks = entry(0).blocks_of(warpgroup);
     int position = blocks.end - 1;
     typename Config::variant variant(params, work->tile.batch, work->tile.head);
     const auto place = [&] {
@@ -231,8 +244,9 @@ struct MainloopSm90 {
       Scores scores;
       if constexpr (loads_ahead) ahead.load(variant, place());
       queries.wait_full(at_queries());
+      skip(keys(), at_keys, entry(0).before(warpgroup));
       keys().wait_full(at_keys);
-      warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup), k(at_keys.stage()));
+      warpgroup::gemm_abt<Config::head_dim>(scores, q(warpgroup, at_queries().stage()), k(at_keys.stage()));
       if constexpr (loads_ahead) ahead.arrange();
       warpgroup::wait<0>(scores);
       release(keys(), at_keys);
@@ -245,6 +259,7 @@ struct MainloopSm90 {
       weigh(variant, scores, place());
       tile::pack<element>(p, scores);
       if (early_steps > 0 && position > blocks.begin) keys().wait_full(at_keys);
+      skip(values(), at_values, entry(0).before(warpgroup));
     }
     // Each step begins the scores of a block and P·V of the block before, then turns the scores into the next P.
     out.zero();
@@ -256,10 +271,11 @@ struct MainloopSm90 {
         tiles().wait_full(at_tiles);
         if (entries[at_tiles.stage()].end) break;
         work = &entries[at_tiles.stage()].work;
-        blocks = work->blocks;
+        blocks = entry(0).blocks_of(warpgroup);
         position = blocks.end;
         variant = typename Config::variant(params, work->tile.batch, work->tile.head);
         queries.wait_full(at_queries());
+        skip(keys(), at_keys, entry(1).after(warpgroup) + entry(0).before(warpgroup));
         keys().wait_full(at_keys);
       } else if (early_steps == 0) {
         keys().wait_full(at_keys);
@@ -269,10 +285,11 @@ struct MainloopSm90 {
       if constexpr (loads_ahead) ahead.load(variant, place());
       turn.take();
       const int own = Config::head_dim > 160 ? ptx::opaque(warpgroup) : warpgroup;  // lest descriptors take registers
-      warpgroup::gemm_abt<Config::head_dim>(scores, q(own), k(at_keys.stage()));
+      warpgroup::gemm_abt<Config::head_dim>(scores, q(own, at_queries().stage()), k(at_keys.stage()));
       if (unlikely(unwritten_out)) {  // writing takes a while, and P·V has to wait for it
         turn.pass((warpgroup + 1) % consumers);
         write(out, finished, params, at_tiles.before(seam ? 2 : 1));
+        skip(values(), at_values, entry(seam ? 1 : 0).before(warpgroup));
       }
       values().wait_full(at_values);
       warpgroup::gemm_ab(out, p, v(at_values.stage()), !unwritten_out);
@@ -298,6 +315,7 @@ struct MainloopSm90 {
       if (unlikely(seam)) {
         finished = chains.finished(out, statistics, scale, entries[at_tiles.previous().stage()].ends);
         statistics.init();
+        skip(values(), at_values, entry(1).after(warpgroup));
       } else {
         tile::copy_steps<early_steps>(p, early_p);
         statistics.template exponentiate_at_once<early_steps, steps>(p, scores, scale, sum, weight);
@@ -319,6 +337,7 @@ struct MainloopSm90 {
 #pragma unroll 1
     for (bool last = !unwritten_out;; last = true) {
       if (last) {
+        if (unwritten_out) skip(values(), at_values, entry(1).before(warpgroup));
         values().wait_full(at_values);
         warpgroup::gemm_ab(out, p, v(at_values.stage()), !unwritten_out);
         warpgroup::wait<0>(out, p);

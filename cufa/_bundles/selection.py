@@ -26,6 +26,7 @@ from .._call.problem import (
     LONG,
     LONG_ROWS,
     MANY,
+    MANY_ROWS,
     MAX_HEAD_DIM,
     MAX_PAGE_ROWS,
     SHORT_KEYS,
@@ -136,7 +137,8 @@ class Region(NamedTuple):
     ----------
     rows, keys : tuple of int
     ratios : tuple of int
-        Heads of q per head of k. For packed sequences they matter as far as sums of gradients are long by them.
+        Heads of q per head of k. For packed sequences they matter as far as sums of gradients are long by them, or
+        tiles many.
     batches : tuple of int
         Numbers of sequences that are packed or have caches. Of others there may be any number.
     """
@@ -195,6 +197,9 @@ MOST_HEADS = 8
 SHARED = (1, 2, 4, MOST_HEADS)
 """Heads of q that usually share a head of k, as far as they matter: numbers that are no power of 2 are as 1."""
 
+MANY_HEADS = MANY_ROWS // USUAL
+"""Heads of q with which a packed sequence of `USUAL` rows has many tiles."""
+
 UNPAID = 48
 """Rows of q that fill a tile of 64, but for which copies do not pay."""
 
@@ -218,7 +223,7 @@ SPREADS = {
             Region((*SHORT_ROWS, 64), (*SHORT_KEYS, FEW_KEYS, USUAL), SHARED),
             Region((USUAL, LONGER, LONGEST), (USUAL, LONGER, LONGEST), SHARED),
         ),
-        (Region(_ALL_ROWS, (FEW_KEYS, USUAL, LONGER, LONGEST)),),
+        (Region(_ALL_ROWS, (FEW_KEYS, USUAL, LONGER, LONGEST), (1, MANY_HEADS)),),
         cached=(Region((1, USUAL), (USUAL, LONGEST), SHARED),),
         cached_packed=(Region((*FEW, USUAL), (USUAL, LONGEST), SHARED),),
     ),
@@ -226,13 +231,13 @@ SPREADS = {
         f"up to {MOST_HEADS} heads of q share a head of k; sequences of 512 to {CHAIN_ROWS} tokens, and then one token "
         f"after the other; up to {MANY} packed sequences, of at most {CHAIN_ROWS} tokens together",
         (Region((1,), (USUAL, LONGER), SHARED), Region((USUAL, LONGER), (USUAL, LONGER), SHARED)),
-        (Region((USUAL,), (USUAL,), batches=SOME),),
+        (Region((USUAL,), (USUAL,), (1, MANY_HEADS), SOME),),
     ),
     "training": Spread(
         f"sequences of more than 64 tokens, and of 512 at least where heads of q share a head of k; packed ones of "
         f"{LONG_ROWS} at least on average",
         (Region((65, USUAL, LONGER, LONGEST), (65, USUAL, LONGER, LONGEST)),),
-        (Region((LONG_ROWS, USUAL, LONGER, LONGEST), (LONG_ROWS, USUAL, LONGER, LONGEST)),),
+        (Region((LONG_ROWS, USUAL, LONGER, LONGEST), (LONG_ROWS, USUAL, LONGER, LONGEST), (1, MANY_HEADS)),),
     ),
     "every": Spread(
         "any lengths and heads",

@@ -50,6 +50,10 @@ LONG_ROWS = 128
 MANY = 256
 """Packed sequences from which on there are many."""
 
+MANY_ROWS, TAKEN_ROWS = 1 << 17, 1024
+"""Rows of all heads of packed sequences, and of one on average, from which on tiles are so many and so long that thread
+blocks had better take them as they come: eight rounds of tiles on 128 SMs. Measured far above that alone."""
+
 SHORT_ROWS, SHORT_KEYS = (16, 32), (16, 32, 64)
 """Rows of q, and of k, of the tiles that short sequences may have to themselves; longer ones have usual tiles."""
 
@@ -170,6 +174,8 @@ class Static(NamedTuple):
         Whether queries over caches fill large tiles, and so many that these keep a GPU busy without parts of keys.
     kv_element : {'', 'e4m3'}
         Of caches, where it is not that of q.
+    many_tiles : bool
+        Whether packed sequences have so many tiles, and these so many keys, that thread blocks take them as they come.
     """
 
     element: str
@@ -201,6 +207,7 @@ class Static(NamedTuple):
     q_copy_bytes: int = ALIGNMENT
     full_tiles: bool = False
     kv_element: str = ""
+    many_tiles: bool = False
 
 
 class Made(NamedTuple):
@@ -796,7 +803,7 @@ class _CallCheck(AttentionCheck):
             pack=1 if backward else self.pack(q),
             short=not backward and (short or few_keys or listed),
             many=not backward and self.varlen and self.specs["cu_seqlens_q"].shape[0] > MANY,
-            chains=self.longest_sum(q, backward) > CHAIN_ROWS,
+            chains=self.longest_sum(q, backward, left, right) > CHAIN_ROWS,
             empty_rows=not backward and not self.varlen and (listed or self.has_empty_rows(right)),
             short_rows=short_rows,
             short_keys=short_keys,
@@ -804,6 +811,7 @@ class _CallCheck(AttentionCheck):
             clusters=not listed and in_one_tile and clusters_pay(q.shape[0] * heads_k, keys * key_bytes),
             deterministic=self.options.deterministic,
             average_rows=self.average_rows(q) if backward else LONG_ROWS,
+            many_tiles=not backward and self.varlen and self.has_many_tiles(q),
         )
 
     def check_ordered(self) -> None:
@@ -852,10 +860,17 @@ class _CallCheck(AttentionCheck):
             return LONG_ROWS
         return (1 << (rows // batch).bit_length()) >> 1
 
-    def longest_sum(self, q: Spec, backward: bool) -> int:
-        """Rows over which out is summed, or dq, and dk and dv."""
+    def has_many_tiles(self, q: Spec) -> bool:
+        """Whether packed sequences have so many tiles, and these so many keys, that blocks take them as they come."""
+        least = TAKEN_ROWS * (self.specs["cu_seqlens_q"].shape[0] - 1)
+        return q.shape[0] * q.shape[1] >= MANY_ROWS and min(q.shape[0], self.specs["k"].shape[0]) >= least
+
+    def longest_sum(self, q: Spec, backward: bool, left: int | None, right: int | None) -> int:
+        """Rows over which out is summed, or dq, and dk and dv: all that there are, or those of a window."""
         k = self.specs["k"]
         seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
+        if left is not None and right is not None:
+            seqlen_q, seqlen_k = (min(seqlen, left + right + 1) for seqlen in (seqlen_q, seqlen_k))
         if not backward:
             return seqlen_k
         return max(seqlen_k, seqlen_q * (q.shape[-2] // max(1, k.shape[-2])))

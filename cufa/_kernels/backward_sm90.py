@@ -125,7 +125,7 @@ class BackwardSm90(BackwardKernel):
 
     def chain_floats(self, config: ConfigBackwardSm90, problem: Problem, grid: BackwardGrid) -> int:
         steps = -(-problem.seqlen_q // config.block_m) * (problem.num_heads_q // max(1, problem.num_heads_k))
-        if steps * config.block_m <= LONGEST_SUM:
+        if not config.chains or steps * config.block_m <= LONGEST_SUM:
             return 0
         columns = sum(round_up(dim, 16) for dim in (config.head_dim, config.head_dim_v))
         main = grid.blocks[[step.entry for step in self.steps(config)].index(self.name)]

@@ -95,6 +95,7 @@ class ForwardCacheSm90(ForwardSm90):
 
     name = "attention_forward_cache_sm90"
     may_stage = False  # the warp that would do so loads pages
+    may_own = False
     record = "CacheTmaParams"
     prologue = "  ptx::grid_begin();\n"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .._call.problem import BASE_SHIFT, CHAIN_ROWS, Problem, Static
 from . import tensor_map
-from .forward import MAX_LISTED_BLOCKS, Grid, heads_per_section, least_blocks, share_out, tiles_of
+from .forward import MAX_L2_SECTION, MAX_LISTED_BLOCKS, Grid, heads_per_section, least_blocks, share_out, tiles_of
 from .kernel import (
     SHARED_MEMORY,
     SIZEOF,
@@ -38,7 +38,10 @@ L2_SECTION = 2 << 20
 """Bytes of K and V that heads running side by side may share: few, so that a short sequence's arrive sooner."""
 
 STAGES = 2
-"""Blocks of K, and of V, in shared memory: more gain nothing."""
+"""Blocks of K, and of V, in shared memory: more gain nothing, unless warpgroups have blocks of their own."""
+
+OWN_STAGES, OWN_Q_STAGES = 4, 2
+"""Blocks and tiles of Q where they have and rows are narrow: the last rows are blocks ahead of the first then."""
 
 CONTROL_BYTES = 1 << 10
 """Shared memory for barriers and for what the kernel knows of its tiles and rows."""
@@ -71,6 +74,10 @@ class ConfigSm90(Config):
         Whether rows of dense arrays may see no key.
     stages_terms : bool
         Whether a warp brings what score terms read to shared memory, and consumers do not load it ahead themselves.
+    own_blocks : bool
+        Whether each warpgroup goes over those blocks of keys alone that its own rows need.
+    q_stages : int
+        Tiles of Q that are in shared memory at a time.
     """
 
     stages: int
@@ -80,6 +87,8 @@ class ConfigSm90(Config):
     whole_turns: bool
     empty_rows: bool
     stages_terms: bool = False
+    own_blocks: bool = False
+    q_stages: int = 1
 
 
 class ForwardSm90(Kernel):
@@ -90,12 +99,15 @@ class ForwardSm90(Kernel):
     may_stage : bool
         Whether what score terms read may be brought to shared memory. False is how it was before: docs/forward_sm90.md,
         *Biases*, says how the two are compared.
+    may_own : bool
+        Whether warpgroups may have blocks of keys of their own.
     """
 
     name = "attention_forward_sm90"
     record = "TmaParams"
     target_suffix = "a"
     may_stage = True
+    may_own = True
 
     def runs_on(self, arch: int) -> bool:
         return arch // 10 == 9
@@ -107,12 +119,21 @@ class ForwardSm90(Kernel):
 
     def tile(self, static: Static) -> tuple[int, int, int, bool]:
         """The row of the table of tiles."""
-        return tile(static, self.stages_terms(static))
+        return tile(static, self.stages_terms(static), self.own_blocks(static))
 
     def stages_terms(self, static: Static) -> bool:
         """Whether what score terms read is brought to shared memory: all of it, of rows that heads do not share."""
         loading = [term for term in static.terms if term.loads]
         return self.may_stage and static.pack == 1 and bool(loading) and all(term.stages for term in loading)
+
+    def own_blocks(self, static: Static) -> bool:
+        """Whether warpgroups have blocks of their own: under a window, where each needs not all that the tile does.
+
+        At head_dim 128 tiles for which that leaves something out are slower: docs/forward_sm90.md, *Windows*.
+        """
+        widest = max(static.head_dim, static.head_dim_v)
+        plain = not static.terms and static.pack == 1 and not static.chains and not static.short
+        return self.may_own and static.mask == "window" and plain and not 64 < widest <= 192
 
     def config(self, static: Static, arch: int) -> ConfigSm90:
         block_m, block_n, early_steps, whole_turns = self.tile(static)
@@ -122,11 +143,12 @@ class ForwardSm90(Kernel):
             block_m, block_n = 2 * WARPGROUP_ROWS, dividing(block_n, blocks[1])
         size = SIZEOF[static.element]
         tile_head_dim, tile_head_dim_v = round_up(static.head_dim, 32), round_up(static.head_dim_v, 32)
-        tiles = block_m * tile_head_dim + STAGES * block_n * (tile_head_dim + tile_head_dim_v)
+        own_blocks, narrow = self.own_blocks(static), max(tile_head_dim, tile_head_dim_v) <= 64
+        q_stages, stages = (OWN_Q_STAGES, OWN_STAGES) if own_blocks and narrow else (1, STAGES)
+        tiles = q_stages * block_m * tile_head_dim + stages * block_n * (tile_head_dim + tile_head_dim_v)
         staged = STAGES * (BARRIERS + staged_bytes(static, block_m, block_n)) if stages_terms else 0
         consumers = block_m // WARPGROUP_ROWS
         # Tiles this narrow leave registers to what finds them; to read lists, or what terms read, takes some.
-        narrow = max(tile_head_dim, tile_head_dim_v) <= 64
         roomy = consumers == 2 and (narrow or blocks is not None or stages_terms)
         producer_registers, consumer_registers = (40, 232) if roomy else REGISTERS[consumers]
         return ConfigSm90(
@@ -136,13 +158,15 @@ class ForwardSm90(Kernel):
             block_m=block_m,
             block_n=block_n,
             num_threads=128 * (1 + consumers),
-            stages=STAGES,
+            stages=stages,
             producer_registers=producer_registers,
             consumer_registers=consumer_registers,
             early_steps=early_steps,
             whole_turns=whole_turns,
             empty_rows=static.empty_rows,
             stages_terms=stages_terms,
+            own_blocks=own_blocks,
+            q_stages=q_stages,
             pack=static.pack,
             smem_bytes=size * tiles + CONTROL_BYTES + staged,
         )
@@ -150,6 +174,11 @@ class ForwardSm90(Kernel):
     def grid(self, config: ConfigSm90, problem: Problem, num_sms: int) -> Grid:
         m_blocks, num_tiles = tiles_of(config, problem)
         section = heads_per_section(config, problem, L2_SECTION)
+        left, right = problem.window_left, problem.window_right
+        if not problem.varlen and left is not None and right is not None and left + right < problem.seqlen_k:
+            # Of each head but the keys that some rows see are wanted at a time. With many heads side by side the
+            # shorter tiles of all, those of the first rows, come last and even out the last round.
+            section = heads_per_section(config, problem, MAX_L2_SECTION, left + right + 1)
         if problem.varlen and num_tiles < PERSISTENT_ROUNDS * num_sms:
             # A block per tile. The GPU hands them out in order, longest first.
             return Grid(max(least_blocks(problem), num_tiles), m_blocks, m_blocks, section, num_tiles)
@@ -200,7 +229,7 @@ def staged_bytes(static: Static, block_m: int, block_n: int) -> int:
     return sum(term.staged_bytes(block_m, block_n) for term in static.terms if term.loads)
 
 
-def tile(static: Static, staged: bool = False) -> tuple[int, int, int, bool]:
+def tile(static: Static, staged: bool = False, own: bool = False) -> tuple[int, int, int, bool]:
     """The table of tiles: (block_m, block_n, early_steps, whole_turns).
 
     Where scores, P and output share a thread's registers with Q and the stages of K and V in shared memory, block_n is
@@ -219,6 +248,8 @@ def tile(static: Static, staged: bool = False) -> tuple[int, int, int, bool]:
         return size * block_m * dim + STAGES * (size * block_n * (dim + dim_v) + terms) <= room
 
     if widest <= 64:
+        if own:  # three warpgroups, since what the others' rows alone need does not count
+            return 192, 128, 0, True
         if window and plain:
             return 128, 128, 4, False
         narrow = window or loaded or (static.short and static.mask == "causal")

@@ -8,13 +8,20 @@ from typing import Any
 from .._call.problem import Problem, check_offsets
 from .._kernels import Kernel
 from .._kernels.forward_cluster_sm90 import ForwardClusterSm90
+from .._kernels.forward_packed_sm90 import ForwardPackedSm90
 from .._kernels.forward_sm80 import ForwardSm80
 from .._kernels.forward_sm90 import ForwardSm90
 from .._kernels.forward_split_sm80 import ForwardSplitSm80
 from .._terms import TERMS
 from .operation import Operation, Result
 
-FORWARD: tuple[Kernel, ...] = (ForwardClusterSm90(), ForwardSplitSm80(), ForwardSm90(), ForwardSm80())
+FORWARD: tuple[Kernel, ...] = (
+    ForwardClusterSm90(),
+    ForwardSplitSm80(),
+    ForwardPackedSm90(),
+    ForwardSm90(),
+    ForwardSm80(),
+)
 INPUTS = ("q", "k", "v", *(name for term in TERMS for name in term.arrays), "sinks")
 OFFSETS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
 

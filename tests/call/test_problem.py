@@ -854,6 +854,16 @@ def test_sections_of_narrow_heads(seqlen: int, head_dim: int, ratio: int, causal
     assert forward_kernels.heads_per_section(config, problem, section_bytes) == section
 
 
+def test_windows_of_many_heads_are_side_by_side() -> None:
+    """As many as 16 MB hold the keys of that a window shows."""
+    q = OnGpu(1, 1 << 15, 64, 128)
+    windows = ((1000, 23), 32), ((4095, 0), 8), ((1024, None), 1), ((None, 0), 1), ((1 << 15, 0), 1)
+    for window, section in windows:
+        problem = gpu_problem(q, q, q, window_size=window)
+        assert problem.static is not None
+        assert plans.grid(plans.forward(problem.static, 90), problem, 132).heads_per_section == section
+
+
 def test_a_grid_too_large_is_refused() -> None:
     q, k = OnGpu(1 << 20, 128 * 128, 64, 64), OnGpu(1 << 20, 1, 64, 64)
     problem = gpu_problem(q, k, k)
@@ -1662,6 +1672,42 @@ def test_float32_has_few_small_tiles() -> None:
         assert static is not None
         assert (plans.forward(static, 90).config.block_m == 16) == small
         assert (plans.backward(static, 90, False).config.num_threads < 256) == small
+
+
+@pytest.mark.parametrize(
+    ("window", "ratio", "chains", "of_gradients"),
+    [
+        ((1024, 0), 1, False, False),
+        ((8000, 384), 2, False, True),  # a key has queries of two heads
+        ((1 << 14, 0), 1, True, True),
+        ((None, 0), 1, True, True),
+        ((1024, None), 1, True, True),
+    ],
+)
+def test_sums_over_windows_are_as_long_as_these(
+    window: tuple[int | None, int | None], ratio: int, chains: bool, of_gradients: bool
+) -> None:
+    q, k = OnGpu(1, 1 << 15, ratio, 64), OnGpu(1, 1 << 15, 1, 64)
+    forward, gradients = (make(q, k, k, window_size=window).static for make in (gpu_problem, backward_problem))
+    assert forward is not None and forward.chains == chains
+    assert gradients is not None and gradients.chains == of_gradients
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "keys", "heads", "many"),
+    [(64, 1024, 1024, 2, True), (64, 1024, 1024, 1, False), (64, 1023, 1024, 8, False), (64, 1024, 1023, 8, False)],
+)
+def test_packed_tiles_that_are_many_and_long_are_taken(
+    batch: int, rows: int, keys: int, heads: int, many: bool
+) -> None:
+    q, k = OnGpu(batch * rows, heads, 128), OnGpu(batch * keys, heads, 128)
+    problem = packed_gpu_problem(q, k, batch)
+    assert problem.static is not None and problem.static.many_tiles == many
+    plan = plans.forward(problem.static, 90)
+    assert plan.name == ("attention_forward_packed_sm90" if many else "attention_forward_sm90")
+    if many:
+        grid = plans.grid(plan, problem, 132)
+        assert grid.blocks == (1, 132) and grid.units == (batch * rows // 128 + batch) * heads
 
 
 def test_sequences_that_one_launch_cannot_hold_have_usual_tiles() -> None:

@@ -92,6 +92,8 @@ def cached_of(kind: Kind, page_sizes: list[int]) -> st.SearchStrategy[Cached]:
 
 
 RATIOS = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8])
+HEADS = st.sampled_from([1, 16, 128])
+"""Of packed sequences, whose tiles may be many by them."""
 MOST = 1 << 17
 
 
@@ -102,7 +104,7 @@ def served(draw: st.DrawFn, kind: Kind) -> Lengths:
         rows = st.integers(1, 2000) if "packed" in kind.features else st.sampled_from([1, 512, 600, 3000])
         return Lengths(draw(st.integers(1, 600)), draw(rows), draw(st.integers(1, MOST)), draw(RATIOS))
     if "varlen" in kind.operation:
-        return Lengths(draw(st.integers(1, 600)), draw(st.integers(1, 4096)), draw(st.integers(65, 8192)), 1)
+        return Lengths(draw(st.integers(1, 600)), draw(st.integers(1, 4096)), draw(st.integers(65, 8192)), draw(HEADS))
     ratio = draw(RATIOS)
     rows = draw(st.one_of(st.just(1), st.integers(2, 64), st.integers(65, MOST)))
     most = CHAIN_ROWS if 1 < rows <= 64 else MOST
@@ -114,7 +116,7 @@ def usual(draw: st.DrawFn, kind: Kind) -> Lengths:
     """Those of ``usual``: whole prompts, and tokens behind them."""
     if "varlen" in kind.operation:
         rows = draw(st.integers(512, 2048))
-        return Lengths(draw(st.integers(1, min(MANY, CHAIN_ROWS // rows))), rows, rows, 1)
+        return Lengths(draw(st.integers(1, min(MANY, CHAIN_ROWS // rows))), rows, rows, draw(HEADS))
     keys = draw(st.integers(512, CHAIN_ROWS))
     one = draw(st.booleans()) and "backward" not in kind.operation
     return Lengths(draw(st.integers(1, 8)), 1 if one else keys, keys, draw(RATIOS))
@@ -125,7 +127,7 @@ def trained(draw: st.DrawFn, kind: Kind) -> Lengths:
     """Those of ``training``."""
     if "varlen" in kind.operation:
         rows = draw(st.integers(LONG_ROWS, 8192))
-        return Lengths(draw(st.integers(1, 600)), rows, rows, 1)
+        return Lengths(draw(st.integers(1, 600)), rows, rows, draw(HEADS))
     ratio = draw(RATIOS)
     rows = draw(st.integers(65 if ratio == 1 else 512, MOST))
     return Lengths(draw(st.integers(1, 64)), rows, rows, ratio)

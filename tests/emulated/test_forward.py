@@ -152,6 +152,38 @@ def test_problems_on_hopper(name: str) -> None:
     assert forward(case, 1, arch=90).bits == ran.bits
 
 
+WIDE = {"head_dim": 256, "head_dim_v": 256}
+WINDOWS: dict[str, dict[str, Any]] = {
+    "dense": {"seqlen_q": 520, "seqlen_k": 450, "num_heads_q": 2, "window_size": (150, 20), "sinks": True},
+    "wide": {**WIDE, "seqlen_q": 300, "seqlen_k": 330, "num_heads_q": 2, "window_size": (70, 0)},
+    "rows that see no key": {"seqlen_q": 500, "seqlen_k": 200, "window_size": (60, 0)},
+    "packed": {"batch": 3, "seqlen_q": (300, 0, 250), "seqlen_k": (280, 90, 400), "window_size": (90, 33)},
+    "packed and wide": {**WIDE, "batch": 2, "seqlen_q": (70, 200), "seqlen_k": (70, 220), "window_size": (40, 3)},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_warpgroups_with_blocks_of_their_own(name: str) -> None:
+    case = Case(**{"dtype": "bfloat16", **SIXTY_FOUR, **WINDOWS[name]})
+    ran = forward(case, arch=90, num_sms=2)
+    assert ran.entries == ["attention_forward_sm90"]
+    assert forward(case, 1, arch=90, num_sms=1).bits == ran.bits
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window_size": (100, 20)}], ids=["none", "causal", "window"])
+def test_packed_tiles_are_taken_as_they_come(mask: dict[str, Any], head_dim: int) -> None:
+    """By whichever block comes first, and so by other ones in every run."""
+    dims = {"head_dim": head_dim, "head_dim_v": head_dim, "num_heads_q": 2, "return_lse": True}
+    lengths = {"seqlen_q": (130, 0, 260, 33), "seqlen_k": (150, 70, 260, 0), "seqused_k": (150, 70, 200, 0)}
+    case = Case(batch=4, dtype="float16", values="large rows", **dims, **lengths, **mask)
+    with places.bounds(_problem, MANY_ROWS=0, TAKEN_ROWS=0):
+        ran = forward(case, arch=90, num_sms=3)
+        assert ran.entries == ["attention_packed_begin", "attention_forward_packed_sm90"]
+        assert forward(case, 7, arch=90, num_sms=2).bits == ran.bits
+    assert head_dim == 128 or forward(case, arch=90).bits == ran.bits
+
+
 @pytest.mark.parametrize(("arch", "rule"), [(80, "the running maximum"), (90, "the first block's maximum")])
 def test_results_are_those_of_the_model_of_errors(arch: int, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for some that lie where rounding is decided by the last bits of float32."""

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import places
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -451,6 +452,45 @@ def test_edges_of_tiles(cupy: Any, head_dim: int, mask: dict[str, Any]) -> None:
     for seqlen_q, seqlen_k in zip(EDGES, (*EDGES[12:], *EDGES[:12]), strict=True):
         sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "head_dim": head_dim, "head_dim_v": head_dim}
         check(Case(**sizes, num_heads_q=3, num_heads_k=1, dtype="bfloat16", return_lse=True, **mask), cupy)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_long_windows(cupy: Any, head_dim: int) -> None:
+    """Blocks go through many tiles, whose warpgroups leave out each other's keys; the same bits in every run."""
+    case = Case(
+        seqlen_q=1500,
+        seqlen_k=1400,
+        num_heads_q=32,
+        num_heads_k=4,
+        window_size=(300, 9),
+        head_dim=head_dim,
+        head_dim_v=head_dim,
+        dtype="bfloat16",
+        sinks=True,
+        return_lse=True,
+    )
+    check(case, cupy)
+    first, first_lse, _ = attend(case, cupy)
+    for _ in range(20):
+        out, lse, _ = attend(case, cupy)
+        assert same(out, first) and same(lse, first_lse)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window_size": (300, 0)}], ids=["none", "causal", "window"])
+def test_packed_tiles_are_taken_as_they_come(cupy: Any, head_dim: int, mask: dict[str, Any]) -> None:
+    """By other blocks in every run, and with the same bits."""
+    lengths = (1, 900, 0, 333, 700, 63)
+    sizes = {"batch": 6, "seqlen_q": lengths, "seqlen_k": lengths, "num_heads_q": 16, "num_heads_k": 4}
+    case = Case(**sizes, head_dim=head_dim, head_dim_v=head_dim, dtype="bfloat16", return_lse=True, **mask)
+    with places.bounds(_problem, MANY_ROWS=0, TAKEN_ROWS=0):
+        if is_hopper():
+            assert "packed_sm90" in cufa.explain(**case.arrays(cupy), **case.options).kernel
+        check(case, cupy)
+        first, first_lse, _ = attend(case, cupy)
+        for _ in range(20):
+            out, lse, _ = attend(case, cupy)
+            assert same(out, first) and same(lse, first_lse)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -174,7 +174,10 @@ def products_of(config: Any) -> dict[str, tuple[int, int, int]]:
     steps = 2 if config.block_m == 64 and not config.variant else 1
     return {
         # Twice: begun before the loop and ended after it.
-        **dict.fromkeys(("attention_forward_sm90", "attention_forward_cache_sm90"), (2 * (head_dim + keys), 4, 4)),
+        **dict.fromkeys(
+            ("attention_forward_sm90", "attention_forward_packed_sm90", "attention_forward_cache_sm90"),
+            (2 * (head_dim + keys), 4, 4),
+        ),
         # S, dP, dV, dK and dQ, the last also after the loop.
         "attention_backward_sm90": (
             steps * (head_dim + head_dim_v + 2 * queries) + 2 * keys,
@@ -292,6 +295,16 @@ def test_rows_without_keys(nvrtc: str) -> None:
     problems = (64, "none"), (128, "causal"), (192, "window"), (256, "causal")
     for head_dim, mask in sampled(problems, NVRTCS.index(nvrtc)):
         check(static("bf16", head_dim, head_dim, mask=mask, short=mask == "causal", empty_rows=True), 90, nvrtc)
+
+
+@pytest.mark.parametrize("nvrtc", NVRTCS)
+def test_packed_tiles_that_are_taken(nvrtc: str) -> None:
+    """What finds them has the fewest registers where there are chains."""
+    for head_dim, mask in sampled(((64, "window"), (128, "none"), (192, "none"), (256, "window")), NVRTCS.index(nvrtc)):
+        facts = static("bf16", head_dim, head_dim, mask=mask, varlen=True, many_tiles=True, chains=mask == "none")
+        plan = plans.forward(facts, 90)
+        assert plan.name == "attention_forward_packed_sm90" and plan.config.own_blocks == (mask == "window")
+        check_with(nvrtc, plan)
 
 
 @pytest.mark.parametrize("features", FEATURES)
