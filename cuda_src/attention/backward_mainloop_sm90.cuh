@@ -297,13 +297,15 @@ struct BackwardMainloopSm90 {
       const u32 stage = at.stage();
       Scores s, dp;
       Dq dq;
+      const auto where = [&] {
+        return TransposedPlace<Config>{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
+      };
+      Kept<Config, 1, block_m> kept;
+      kept.find(where);  // while products run that were begun before, the other consumer's at least
       queries().wait_full(at);
       const bool boundary = work.tiles.is_boundary(position);
       ColumnNumbers<block_m> numbers;
       numbers.load(lse(stage), 0, lse_ahead);
-      const auto where = [&] {
-        return TransposedPlace<Config>{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
-      };
       LoadedAhead<Variant, TransposedPlace<Config>, 1, block_m> ahead;
       if constexpr (Variant::loads) ahead.load(Variant(params, work.batch, head), where());
       turn.take();
@@ -317,8 +319,6 @@ struct BackwardMainloopSm90 {
       constexpr bool light = Variant::loading == 1 && Variant::light && !Variant::bends && !Variant::scales && !by_rows;
       constexpr bool early_dp = (!Variant::shapes || light) && !Variant::hides;
       if (early_dp) begin_dp();
-      Kept<Config, 1, block_m> kept;
-      kept.find(where);  // while the product runs
       ahead.arrange();
       warpgroup::wait<early_dp>(s);
       Held<Config, block_m, one_pass_exact<Config>> held;

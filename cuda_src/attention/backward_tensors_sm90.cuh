@@ -128,14 +128,19 @@ inline float2 pair_of(const tile::Accumulator<1, cols>& held, int i, int j) {
   return {held.x[0][j][2 * i], held.x[0][j][2 * i + 1]};
 }
 
-// held ← what is held of scores. In a `boundary` tile not every query sees every key.
+// held ← what is held of scores, weights times `Kept::unit`. In a `boundary` tile not every query sees every key.
 template <class Config, bool exact, class Place, int cols, class Numbers, class Loads = LoadedNow>
 inline void hold_probabilities(Held<Config, cols, exact>& held, tile::Accumulator<1, cols>& s, const Place& place,
                                const Kept<Config, 1, cols>& kept, const Numbers& lse, bool boundary,
                                const Loads& loads = {}) {
   mask_unshaped<Config>(s, place, boundary);
   probabilities<Config>(
-      s, place, kept, lse, boundary, [&](int t, int i, int j, const ScorePair& pair) { held.put(t, i, j, pair); },
+      s, place, AllKept{}, lse, boundary,
+      [&](int t, int i, int j, const ScorePair& pair) {
+        held.put(t, i, j, pair);
+        u32& weights = held.weights.x[j / 2][2 * (j % 2) + i];
+        weights = kept.template weighed<typename Config::element>(weights, i, j);
+      },
       loads);
 }
 
@@ -161,7 +166,9 @@ template <class Config, bool of_values, int cols>
 inline void write_keys(const BackwardParams& backward, const BackwardWork<Config>& work,
                        const tile::Accumulator<1, cols>& from, int first_key) {
   constexpr int valid_cols = of_values ? Config::head_dim_v : Config::head_dim;
-  const float factor = of_values ? Config::variant::gain(backward.forward.terms) : backward.forward.softmax_scale;
+  constexpr float unit = Kept<Config, 1, 16>::unit;  // which weights have been multiplied by
+  const float factor =
+      of_values ? Config::variant::gain(backward.forward.terms) * (1 / unit) : backward.forward.softmax_scale;
   const Strides& strides = of_values ? backward.dv_strides : backward.dk_strides;
   void* const gradient = of_values ? backward.dv : backward.dk;
   NotFinite<f32> not_finite;

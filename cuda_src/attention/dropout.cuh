@@ -4,7 +4,7 @@
 // Whether an entry is kept follows from its sequence, head, query and key alone, whatever tile it is in. A counter of
 // Philox gives the numbers of eight entries, which are those that a thread holds of 16 queries by 16 keys in the
 // registers of mma.sync and wgmma: queries g and g + 8, and keys 2 c, 2 c + 1, 2 c + 8 and 2 c + 9. In a tile whose
-// rows are keys, two lanes that each hold half of the entries of two counters draw one each, and trade halves.
+// rows are keys, two lanes that each hold half of the entries of two counters draw one each, and trade halves: KeyRow.
 #pragma once
 
 #include "attention/term.cuh"
@@ -62,54 +62,53 @@ struct DropoutBy : Term {
 
   float factor(const Point& at) const {
     u32 masks[4];
-    draw(masks, at.query, at.key);
+    keep(masks, at.query, at.key);
     const u32 mask = at.key & 8 ? masks[2 + (at.query >> 3 & 1)] : masks[at.query >> 3 & 1];
     return (at.key & 1 ? mask >> 16 : mask & 0xffff) != 0 ? 1.0f : 0.0f;
   }
 
+  // The words of a counter that say of which 16 queries and 16 keys it is, and of which of these. Of the next 16 they
+  // are 8 and 4 more.
+  static u32 query_word(int query) { return query >> 4 << 3 | query & 7; }
+  static u32 key_word(int key) { return key >> 4 << 2 | key >> 1 & 3; }
+
   // masks[2 c + r] ← masks of whether query + 8 r keeps keys key + 8 c, in the low half, and key + 8 c + 1. `key` is
   // even, and both lie in the first half of 16.
-  void keep(u32 (&masks)[4], int query, int key) const { draw(masks, query, key); }
+  void keep(u32 (&masks)[4], int query, int key) const {
+    draw(masks, query_word(query), key_word(key));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) masks[i] = kept(below(masks[i]));
+  }
+
+  // The same of words, but of whether numbers are below the bound, of which `kept` makes what is kept.
+  void compare(u32 (&masks)[4], u32 query_word, u32 key_word) const {
+    draw(masks, query_word, key_word);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) masks[i] = below(masks[i]);
+  }
+
+  // Any bits of masks may be turned at once.
+  u32 kept(u32 below) const { return below ^ data->flip; }
 
   // masks[c] ← those of a query, wherever it lies.
   void keep_row(u32 (&masks)[2], int query, int key) const {
     u32 both[4];
-    draw(both, query, key);
+    keep(both, query, key);
     masks[0] = query & 8 ? both[1] : both[0];
     masks[1] = query & 8 ? both[3] : both[2];
   }
 
-  // masks[2 c + r] ← masks of whether queries query + 8 c, in the low half, and query + 8 c + 1 keep key + 8 r. `query`
-  // is even, and both lie in the first half of 16. A warp calls this, whose lanes have keys lane / 4.
-  void keep_transposed(u32 (&masks)[4], int query, int key) const {
-    const int odd = key & 1;
-    u32 drawn[4];
-    draw(drawn, query + odd, key);
-    const u32 own = odd ? 0x7632 : 0x5410, other = own ^ 0x2222;  // halves of two words
-    u32 kept[2], traded[2];                                       // by keys; of queries query + odd + 8 c
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      kept[r] = __byte_perm(drawn[2 * r], drawn[2 * r + 1], own);
-      traded[r] = __shfl_xor_sync(0xffffffffu, __byte_perm(drawn[2 * r], drawn[2 * r + 1], other), 4);
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      masks[r] = __byte_perm(kept[r], traded[r], odd ? 0x1054 : 0x5410);
-      masks[2 + r] = __byte_perm(kept[r], traded[r], odd ? 0x3276 : 0x7632);
-    }
+ private:
+  // numbers ← those of all entries of a counter, as `keep` orders them.
+  void draw(u32 (&numbers)[4], u32 query_word, u32 key_word) const {
+    numbers[0] = query_word;
+    numbers[1] = key_word;
+    numbers[2] = head;
+    numbers[3] = batch;
+    philox(numbers, keys);
   }
 
- private:
-  // masks ← those of all entries of the counter of an entry, as `keep` orders them.
-  void draw(u32 (&masks)[4], int query, int key) const {
-    masks[0] = query >> 4 << 3 | query & 7;
-    masks[1] = key >> 4 << 2 | key >> 1 & 3;
-    masks[2] = head;
-    masks[3] = batch;
-    philox(masks, keys);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) masks[i] = ptx::set_abs_lt_f16x2(masks[i], data->bound) ^ data->flip;
-  }
+  u32 below(u32 numbers) const { return ptx::set_abs_lt_f16x2(numbers, data->bound); }
 };
 
 using Dropout = DropoutBy<GivenKeys>;

@@ -6,6 +6,7 @@
 #include "attention/variant.cuh"
 #include "core/math.cuh"
 #include "core/types.cuh"
+#include "ptx/fma.cuh"
 #include "tile/accumulator.cuh"
 
 namespace attention {
@@ -51,13 +52,22 @@ inline void drop_by_row(tile::Accumulator<1, cols>& probabilities, const Place& 
   }
 }
 
-// Which entries of a tile are kept, a bit for each that a thread holds, where a term drops some: what `probabilities`
-// and `gradients` both need, from one draw.
+// Which entries of a tile are kept, a bit for each that a thread holds, where a term drops some: what probabilities and
+// their gradients both need, from one draw, which needs no scores.
 template <class Config, int m_tiles, int cols>
 struct Kept {
   using Variant = typename Config::variant;
   static constexpr int squares = m_tiles * (cols / 16);  // of 16 rows by 16 columns, 8 bits each
   u32 bits[Variant::drops ? ceil_div(squares, 4) : 1];
+
+  // What `weighed` multiplies by where an entry is kept: 2 is a single bit in float16 and in bfloat16, so a bit of what
+  // is kept need only be moved there.
+  static constexpr float unit = Variant::drops ? 2.0f : 1.0f;
+  static constexpr int unit_bit = 14;
+
+  // Of pair x of a square, 2 (j % 2) + i, the first entry has this bit of the square's word, the second that 16
+  // further.
+  static constexpr int bit(int square, int x) { return 4 * (square % 4) + x; }
 
   // `where` makes the tile's Place.
   template <class Where>
@@ -65,19 +75,23 @@ struct Kept {
     if constexpr (Variant::drops) {
       const auto place = where();
       const Variant variant(place.params, place.batch, place.head);
+      const auto& term = variant.dropping();
 #pragma unroll
       for (int t = 0; t < m_tiles; ++t) {
         const auto row = place.row(t, 0);
 #pragma unroll
         for (int s = 0; s < cols / 16; ++s) {
           const int square = t * (cols / 16) + s;
-          u32 masks[4];
-          row.keep(masks, variant.dropping(), 16 * s);
+          u32 below[4];
+          row.draw(below, term, s);
           if (square % 4 == 0) bits[square / 4] = 0;
 #pragma unroll
-          for (int x = 0; x < 4; ++x) bits[square / 4] |= masks[x] & 0x00010001u << (4 * (square % 4) + x);
+          for (int x = 0; x < 4; ++x) bits[square / 4] |= below[x] & 0x00010001u << bit(square, x);
         }
       }
+      const auto row = place.row(0, 0);
+#pragma unroll
+      for (u32& word : bits) word = row.own(term.kept(word));
     }
   }
 
@@ -88,8 +102,24 @@ struct Kept {
   float kept_or_0(float x, int t, int i, int j, int e) const {
     if constexpr (!Variant::drops) return x;
     const int square = t * (cols / 16) + j / 2;
-    return bits[square / 4] & 1u << (16 * e + 4 * (square % 4) + 2 * (j % 2) + i) ? x : 0.0f;
+    return bits[square / 4] & 1u << (16 * e + bit(square, 2 * (j % 2) + i)) ? x : 0.0f;
   }
+
+  // Packed entries (0, j, 2 i) and (0, j, 2 i + 1), times `unit` where they are kept, and else times 0, as NaN is to
+  // stay.
+  template <class element>
+  u32 weighed(u32 packed, int i, int j) const {
+    if constexpr (!Variant::drops) return packed;
+    const int from = bit(j / 2, 2 * (j % 2) + i);
+    const u32 word = bits[j / 8];
+    const u32 moved = from > unit_bit ? word >> (from - unit_bit) : word << (unit_bit - from);
+    return ptx::mul_x2<element>(packed, moved & 0x00010001u << unit_bit);
+  }
+};
+
+// Stands for what is kept where nothing is dropped yet.
+struct AllKept {
+  float factor(int, int, int, int) const { return 1.0f; }
 };
 
 }  // namespace attention

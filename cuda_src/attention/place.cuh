@@ -34,6 +34,16 @@ struct QueryRow {
   void keep(u32 (&masks)[4], const Term& term, int col) const {
     term.keep(masks, query, key + col);
   }
+
+  // Draws for columns 16 s to 16 s + 15 of the same rows: below[2 c + r] ← masks of whether numbers of columns 8 c and
+  // 8 c + 1 of row r are below the bound.
+  template <class Term>
+  void draw(u32 (&below)[4], const Term& term, int s) const {
+    term.compare(below, Term::query_word(query), Term::key_word(key) + 4 * s);
+  }
+
+  // What was drawn is the thread's own.
+  static u32 own(u32 drawn) { return drawn; }
 };
 
 // A row of transposed scores: a key. Columns are queries.
@@ -55,9 +65,20 @@ struct KeyRow {
     return {batch, head, query + col, key, distance + float(col), live && col < live_queries, diagonal, col};
   }
 
+  // The same, but a lane draws one of columns 8 c and 8 c + 1, the second if its key is odd, for that and the other of
+  // two keys, of which two lanes have one each: halves of masks are of the even key and of the odd one.
   template <class Term>
-  void keep(u32 (&masks)[4], const Term& term, int col) const {
-    term.keep_transposed(masks, query + col, key);
+  void draw(u32 (&below)[4], const Term& term, int s) const {
+    u32 by_keys[4];
+    term.compare(by_keys, Term::query_word(query + key % 2) + 8 * s, Term::key_word(key));
+#pragma unroll
+    for (int x = 0; x < 4; ++x) below[x] = by_keys[2 * (x % 2) + x / 2];
+  }
+
+  // The bits of the thread's own key, of the first column in the low half, where every lane of a warp hands in what it
+  // has drawn: two lanes trade halves.
+  u32 own(u32 drawn) const {
+    return __byte_perm(drawn, __shfl_xor_sync(0xffffffffu, drawn, 4), key % 2 ? 0x3276 : 0x5410);
   }
 };
 

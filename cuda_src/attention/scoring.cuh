@@ -223,10 +223,10 @@ struct ScorePair {
 // holds. Where no term shapes scores, they come masked. Else they come as they are, and this function masks what terms
 // make of them: neither terms nor their derivatives are to meet infinities. `boundary` is whether not all of the tile
 // is seen by all.
-template <class Config, class Place, int m_tiles, int cols, class Numbers, class Emit, class Loads = LoadedNow>
-inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const Place& place,
-                          const Kept<Config, m_tiles, cols>& kept, const Numbers& lse, bool boundary, Emit&& emit,
-                          const Loads& loads = {}) {
+template <class Config, class Place, int m_tiles, int cols, class Drops, class Numbers, class Emit,
+          class Loads = LoadedNow>
+inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const Place& place, const Drops& kept,
+                          const Numbers& lse, bool boundary, Emit&& emit, const Loads& loads = {}) {
   using Variant = typename Config::variant;
   Variant variant(place.params, place.batch, place.head);
   if (Variant::shapes && Variant::hides && boundary) variant.enter(place.query(), place.key());

@@ -16,4 +16,17 @@ inline void fma_x2(u32& sum, u32 a, u32 b) {
   }
 }
 
+// a · b.
+template <class element>
+inline u32 mul_x2(u32 a, u32 b) {
+  u32 product;
+  if constexpr (is_same<element, bf16>) {
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  } else {
+    static_assert(is_same<element, f16>, "two elements fit a register only in 16 bits");
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  }
+  return product;
+}
+
 }  // namespace ptx

@@ -123,6 +123,21 @@ def test_nan_reaches_what_a_product_with_0_gives(arch: int, head_dims: tuple[int
     given.check(run(given, arch)[0])
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_are_finite_where_half_of_them_is_most_that_float32_holds(head_dim: int) -> None:
+    """On Hopper sums of dv are twice what they are to be; those that overflow are made again."""
+    head_dims = (head_dim, head_dim)
+    given = problem("bfloat16", batch=1, rows=100, keys=120, heads=(1, 1), head_dims=head_dims, dropout_p=0.25)
+    arrays = {name: np.zeros_like(x) if name in ("q", "k", "dlse") else x for name, x in given.arrays.items()}
+    arrays |= {"v": np.full_like(arrays["v"], 2.0**-120), "dout": np.full_like(arrays["dout"], 2.875e38)}
+    found, entries = run(given._replace(arrays=arrays), 90)
+    assert "backward_sm90" in entries
+    kept = cufa.dropout_mask((1, 1, 100, 120), given.dropout_p, given.seed)[0, 0].sum(axis=0)
+    exact = kept / 120 / 0.75 * float(arrays["dout"][0, 0, 0, 0])
+    assert (2 * 0.75 * exact > np.finfo(np.float32).max).any()
+    np.testing.assert_allclose(found[4][0, :, 0].astype(np.float64), np.repeat(exact[:, None], head_dim, 1), rtol=2**-7)
+
+
 SOURCE = """
 #include "core/philox.cuh"
 #include "ptx/set.cuh"

@@ -308,6 +308,15 @@ def test_kernels_compile(arch: int, dtype: str, head_dim: int, of: Any) -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_spill_nothing(arch: int, head_dim: int) -> None:
+    """A seed in memory takes more registers than one that the host has made round keys of."""
+    facts = plans.static("bf16", head_dim, head_dim, mask="causal")._replace(terms=(SeededDropout("int32"),))
+    compiled = plans.compile_plan(plans.backward(facts, arch))
+    assert _jit.resources_of(compiled.log).spill_bytes == 0, compiled.log
+
+
+@pytest.mark.parametrize("arch", [80, 90])
 def test_kernels_compile_beside_other_terms(arch: int) -> None:
     dropout = SeededDropout("int32") if arch == 90 else Dropout()
     facts = plans.static("bf16", 128, 128, mask="window", varlen=True, sinks=True)._replace(terms=(*TERMS, dropout))

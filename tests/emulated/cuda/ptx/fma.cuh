@@ -13,4 +13,10 @@ inline void fma_x2(u32& sum, u32 a, u32 b) {
   sum = cvt_rn_x2<element>(float(double(x.x) * y.x + z.x), float(double(x.y) * y.y + z.y));
 }
 
+template <class element>
+inline u32 mul_x2(u32 a, u32 b) {
+  const float2 x = cvt_f32_x2<element>(a), y = cvt_f32_x2<element>(b);
+  return cvt_rn_x2<element>(x.x * y.x, x.y * y.y);
+}
+
 }  // namespace ptx
