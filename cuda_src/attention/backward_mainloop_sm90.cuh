@@ -12,6 +12,7 @@
 #include "attention/backward_sums_sm90.cuh"
 #include "attention/backward_tensors_sm90.cuh"
 #include "attention/backward_work.cuh"
+#include "attention/block_ahead.cuh"
 #include "attention/scoring.cuh"
 #include "core/math.cuh"
 #include "ptx/shared.cuh"
@@ -53,9 +54,11 @@ struct BackwardMainloopSm90 {
 
   // A read of shared memory waits behind products. As far as there are registers, these hold what would be read there:
   // columns of K, for the whole work, and pairs of row_lse that are loaded before the products.
-  static constexpr bool roomy = Variant::empty && !by_rows;
+  // Terms take none that only mask, as ranges do.
+  static constexpr bool bounded = Config::mask::Tiles::bounded && !Variant::shapes && !Variant::scales;
+  static constexpr bool roomy = (Variant::empty || bounded) && !by_rows;
   using HeldK = tile::Operand<roomy ? 32 : 0>;
-  static constexpr int lse_ahead = roomy ? 8 : 4;
+  static constexpr int lse_ahead = !roomy ? 4 : bounded && Variant::hides && Config::mask::hides_first ? 6 : 8;
 
   // Whether the first step of a work is compiled apart. It then begins no product in vain, and S before V has come.
   static constexpr bool parts_first = Variant::empty && !by_rows;
@@ -293,7 +296,9 @@ struct BackwardMainloopSm90 {
     for_each_query_step<Config::chains, parts_first>(params, work, [&](int head, int position, auto parted) {
       // At the first step no dq of a step before is due.
       const bool first = parts_first ? decltype(parted)::value : at.count == first_count;
-      const int m_block = work.tiles.block(position);
+      QueriesAhead<Config> queries_ahead;
+      queries_ahead.ask(params, work.tiles, position, first_key + tile::fragment_row(0, 0));
+      const int m_block = queries_ahead.block(work.tiles, position);
       const u32 stage = at.stage();
       Scores s, dp;
       Dq dq;
@@ -303,7 +308,7 @@ struct BackwardMainloopSm90 {
       Kept<Config, 1, block_m> kept;
       kept.find(where);  // while products run that were begun before, the other consumer's at least
       queries().wait_full(at);
-      const bool boundary = work.tiles.is_boundary(position);
+      const bool boundary = queries_ahead.is_boundary(work.tiles, position);
       ColumnNumbers<block_m> numbers;
       numbers.load(lse(stage), 0, lse_ahead);
       LoadedAhead<Variant, TransposedPlace<Config>, 1, block_m> ahead;
@@ -317,7 +322,7 @@ struct BackwardMainloopSm90 {
       };
       // Derivatives and masks, and most gradients of terms, need the registers of dP.
       constexpr bool light = Variant::loading == 1 && Variant::light && !Variant::bends && !Variant::scales && !by_rows;
-      constexpr bool early_dp = (!Variant::shapes || light) && !Variant::hides;
+      constexpr bool early_dp = (!Variant::shapes || light) && (!Variant::hides || bounded);
       if (early_dp) begin_dp();
       ahead.arrange();
       warpgroup::wait<early_dp>(s);
@@ -325,7 +330,8 @@ struct BackwardMainloopSm90 {
       Operand ds;
       numbers.load(lse(stage), lse_ahead);
       const TransposedPlace<Config> place = where();
-      hold_probabilities(held, s, place, kept, numbers, boundary, ahead);
+      if (bounded && unlikely(boundary)) queries_ahead.mask(s, place);
+      hold_probabilities(held, s, place, kept, numbers, boundary && !bounded, ahead);
       if (!early_dp) begin_dp();
       turn.pass(1 - consumer);
       warpgroup::gemm_ab(dv, held.weights, dout(stage), true);
@@ -368,14 +374,6 @@ struct BackwardMainloopSm90 {
 
   void begin_dq(Dq& dq, const typename Ring::Cursor& at, int consumer) const {
     warpgroup::gemm_atb(dq, ds(at.stage()), k(), by_rows ? 64 * consumer : 0, by_rows ? 0 : Dq::cols * consumer);
-  }
-
-  // Rows first_row to first_row + 63 of `to` ← the warpgroup's operand.
-  static void store_transposed(const Ds& to, const Operand& from, int first_row) {
-    const u32 lane = tile::lane();
-    const u32 address = to.address(first_row + int(threadIdx.x / 32 % 4) * 16 + lane % 16, lane / 16);
-#pragma unroll
-    for (int step = 0; step < block_m / 16; ++step) ptx::stmatrix_x4(Ds::step_chunks(address, step), from.x[step]);
   }
 
   // Lays a part of a finished tile of dq down for the thread that adds it up, and gives back the dS that it came from.

@@ -9,6 +9,7 @@
 #include "core/math.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/shared.cuh"
 #include "ptx/tma.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/pipeline.cuh"
@@ -158,6 +159,15 @@ inline void gradients_of_scores(tile::Operand<cols>& ds, const Factors& ds_facto
       [&](int, int i, int j, float low, float high) {
         ds.x[j / 2][2 * (j % 2) + i] = ptx::cvt_rn_x2<element>(low, high);
       });
+}
+
+// Rows first_row to first_row + 63 of a tile of shared memory ← the warpgroup's operand.
+template <class Tile, int cols>
+inline void store_transposed(const Tile& to, const tile::Operand<cols>& from, int first_row) {
+  const u32 lane = tile::lane();
+  const u32 address = to.address(first_row + int(threadIdx.x / 32 % 4) * 16 + lane % 16, lane / 16);
+#pragma unroll
+  for (int step = 0; step < cols / 16; ++step) ptx::stmatrix_x4(Tile::step_chunks(address, step), from.x[step]);
 }
 
 // dk or dv ← factor · a warpgroup's accumulator, whose rows are keys; the warp's first is first_key. Rows past the live

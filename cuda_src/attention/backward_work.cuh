@@ -60,7 +60,8 @@ constexpr typename Config::mask::Tiles query_tiles(const Params& params, const S
     auto tiles = Mask::template query_tiles<Config>(params, batch, head, n_block);
     BlockRange range{};
     find_query_range<Config>(params, seqlen, n_block, range);
-    tiles.clip(range);
+    constexpr bool live = Mask::Tiles::all_live;
+    tiles.template clip<Mask::hides_last, Mask::hides_first || !live>(range);
     return tiles;
   }
 }
@@ -181,11 +182,19 @@ struct DenseUnit {
 };
 
 // Finds what a unit of dense arrays is.
+template <class Config>
 constexpr DenseUnit dense_unit(const BackwardParams& backward, int unit) {
   const Params& params = backward.forward;
   const int heads = params.num_heads_q / params.qheads_per_khead;
   const UnitIndex index = unit_of(unit, backward.n_blocks, params.batch * heads, params.heads_per_section);
-  return {ordered_block(index.place, backward.n_blocks, backward.middle), index.head % heads, index.head / heads};
+  int n_block = ordered_block(index.place, backward.n_blocks, backward.middle);
+  if constexpr (Config::mask::Tiles::sorted) {  // where blocks add in turn, they keep their order
+    if (!Config::deterministic && in_last_section(params, index.head, params.batch * heads)) {
+      n_block =
+          Config::mask::template longest_block<Config>(params, index.head / heads, index.head % heads, index.place);
+    }
+  }
+  return {n_block, index.head % heads, index.head / heads};
 }
 
 template <class Config>
@@ -250,7 +259,7 @@ struct BackwardWork {
     if constexpr (Config::varlen) {
       return of_packed(backward, find_packed(backward, unit));
     } else {
-      const DenseUnit found = dense_unit(backward, unit);
+      const DenseUnit found = dense_unit<Config>(backward, unit);
       BackwardWork work;
       work.n_block = found.n_block;
       work.head = found.head;

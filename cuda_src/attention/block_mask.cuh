@@ -19,6 +19,11 @@ struct BlockMaskData {
   const i32* mask_query_offsets;  // (lists, key_blocks + 1)
   const i32* mask_tiles;          // (lists, query_blocks, key_blocks): which of the tiles says what is seen, or below 0
   const i32* mask_bits;           // (tiles, rows, columns / 32): a word has 32 keys, the first in its lowest bit
+  const i32* mask_key_tiles;      // the tile of each of mask_key_entries, or below 0
+  const i32* mask_query_tiles;    // and of each of mask_query_entries
+  const i32* mask_query_order;    // (lists, query_blocks): blocks of queries, those with the most blocks of keys first
+  const i32* mask_key_order;      // (lists, key_blocks)
+  const i32* mask_bounds;         // (tiles, rows + columns): see `Bounds`; not used where some tile has no bounds
   i32 query_blocks, key_blocks;
   i32 batch_lists, head_lists;  // lists from one sequence to the next, and from one key head to the next
   i32 qheads_per_khead;
@@ -28,12 +33,13 @@ constexpr int list_of(const BlockMaskData& data, int batch, int key_head) {
   return batch * data.batch_lists + key_head * data.head_lists;
 }
 
-// Hides keys. `by_head` is whether key heads have lists of their own.
-template <int block_rows, int block_columns, bool by_head>
+// Hides keys. `by_head` is whether key heads have lists of their own, and `has_bounds` whether what a query sees of a
+// block are keys side by side, and what a key is seen by are queries side by side.
+template <int block_rows, int block_columns, bool by_head, bool has_bounds>
 struct BlockMask : Term {
   using Data = BlockMaskData;
   static constexpr bool per_head = by_head, bends = false, shapes = false, hides = true;
-  static constexpr bool keeps_full = true;
+  static constexpr bool keeps_full = true, bounded = has_bounds;
   static constexpr int rows = block_rows, columns = block_columns, words = columns / 32;
 
   const i32* tiles;  // of the list
@@ -68,12 +74,18 @@ struct BlockMask : Term {
   static constexpr int all = -1;
 };
 
+// Lists that are made for sequences of their lengths.
+template <int parts, bool has_bounds>
+struct LiveBlockList : DividedBlockList<parts> {
+  static constexpr bool bounded = has_bounds, all_live = true, sorted = true;
+};
+
 // A mask of ranges, of which a query sees those keys that lie in a listed block of its own. A listed block is
 // `key_parts` blocks of keys of the loop's, or `query_parts` tiles of queries.
 template <class Ranges, class Term, int key_parts, int query_parts>
 struct ListedMask : Ranges {
-  using Blocks = DividedBlockList<key_parts>;
-  using Tiles = DividedBlockList<query_parts>;
+  using Blocks = LiveBlockList<key_parts, Term::bounded>;
+  using Tiles = LiveBlockList<query_parts, Term::bounded>;
 
   template <class Config>
   static Blocks key_blocks(const Params& params, int batch, int key_head, int m_block) {
@@ -93,6 +105,53 @@ struct ListedMask : Ranges {
     const int block = min_of(n_block / key_parts, data.key_blocks - 1);
     const i32* const at = data.mask_query_offsets + i64(list_of(data, batch, key_head)) * (data.key_blocks + 1) + block;
     return {data.mask_query_entries + at[0], 0, (at[1] - at[0]) * query_parts, 0};
+  }
+
+  // The tile of the block of keys, or of the tile of queries, at a position; below 0 where bits say nothing.
+  template <class Config>
+  static int tile_of(const Params& params, const Blocks& blocks, int position) {
+    const BlockMaskData& data = Config::variant::template data_of<Term>(params.terms);
+    return data.mask_key_tiles[blocks.entries - data.mask_key_entries + u32(position) / key_parts];
+  }
+  template <class Config>
+  static int tile_seeing(const Params& params, const Tiles& tiles, int position) {
+    const BlockMaskData& data = Config::variant::template data_of<Term>(params.terms);
+    return data.mask_query_tiles[tiles.entries - data.mask_query_entries + u32(position) / query_parts];
+  }
+
+  // The tiles of queries, and the blocks of keys, in the order in which they take less and less; as they lie where they
+  // are parts of what is listed.
+  template <class Config>
+  static int longest_tile(const Params& params, int batch, int key_head, int place) {
+    const BlockMaskData& data = Config::variant::template data_of<Term>(params.terms);
+    if (Term::rows * Config::pack != Config::block_m) return place;
+    return data.mask_query_order[list_of(data, batch, key_head) * data.query_blocks + place];
+  }
+  template <class Config>
+  static int longest_block(const Params& params, int batch, int key_head, int place) {
+    const BlockMaskData& data = Config::variant::template data_of<Term>(params.terms);
+    return key_parts > 1 ? place : data.mask_key_order[list_of(data, batch, key_head) * data.key_blocks + place];
+  }
+
+  // What a query sees of the keys of a tile, and what queries of a tile see a key.
+  template <class Config>
+  static Bounds bounds_of_query(const Params& params, int tile, int query) {
+    return bounds<Config>(params, tile, u32(query) % Term::rows);
+  }
+  template <class Config>
+  static Bounds bounds_of_key(const Params& params, int tile, int key) {
+    return bounds<Config>(params, tile, Term::rows + u32(key) % Term::columns);
+  }
+
+  // How far in its block a key, or a query, lies.
+  static constexpr int within_columns(int key) { return u32(key) % Term::columns; }
+  static constexpr int within_rows(int query) { return u32(query) % Term::rows; }
+
+ private:
+  template <class Config>
+  static Bounds bounds(const Params& params, int tile, int place) {
+    const BlockMaskData& data = Config::variant::template data_of<Term>(params.terms);
+    return tile < 0 ? Bounds{} : Bounds{u32(data.mask_bounds[tile * (Term::rows + Term::columns) + place])};
   }
 };
 

@@ -63,7 +63,8 @@ constexpr typename Config::mask::Blocks key_blocks(const Params& params, const S
     auto blocks = Mask::template key_blocks<Config>(params, batch, head, m_block);
     BlockRange range{};  // of constant expressions, too
     find_block_range<Config>(params, seqlen, m_block, range);
-    blocks.clip(range);
+    constexpr bool live = Mask::Blocks::all_live;
+    blocks.template clip<Mask::hides_first, Mask::hides_last || !live>(range);
     return blocks;
   }
 }

@@ -14,6 +14,8 @@ namespace attention {
 // Blocks that follow each other. A position is the block itself.
 struct BlockRange {
   static constexpr bool contiguous = true;  // whether every block between two of the blocks is one of them
+  static constexpr bool bounded = false;    // whether of each block bounds say what every row and column sees
+  static constexpr bool sorted = false;     // whether the mask says which tiles, or blocks of keys, take longest
 
   int begin, end;            // blocks [begin, end) hold everything that is seen
   int full_begin, full_end;  // in blocks [full_begin, full_end) all is seen, by all
@@ -39,10 +41,20 @@ struct BlockRange {
   constexpr bool contains(int block) const { return block >= begin && block < end; }
 };
 
+// Columns of a row that are seen: [first, end), counted from the first of a listed block; all of them by default. Those
+// of a column are rows.
+struct Bounds {
+  u32 packed = 0xffffu << 16;  // first, in the lower half, and end
+
+  constexpr int first() const { return packed & 0xffffu; }
+  constexpr int end() const { return packed >> 16; }
+};
+
 // Blocks that are listed in device memory. A block that is listed may be several of the loop's, `parts` side by side.
 template <int parts>
 struct DividedBlockList {
-  static constexpr bool contiguous = false;
+  static constexpr bool contiguous = false, bounded = false, sorted = false;
+  static constexpr bool all_live = false;  // whether no block is listed that lies past the end of a sequence
 
   const i32* entries;  // of listed blocks, in their order: 2 · block, + 1 if all of the block is seen by all
   int begin, end;
@@ -80,10 +92,16 @@ struct DividedBlockList {
     return position < end && this->block(position) == block;
   }
 
-  // Leaves out the blocks that are not in a range, and lets none be seen whole of which not all is there.
+  // Leaves out the blocks that are not in a range, and lets none be seen whole of which not all is there. Where it is
+  // known that the range begins with the first block, or that only parts of the last one that is listed may lie behind
+  // it, nothing is looked for there: to do that is a chain of loads.
+  template <bool hides_first = true, bool hides_last = true>
   constexpr void clip(const BlockRange& range) {
-    const int first = position_of(range.begin);
-    end = position_of(range.end);
+    const int first = hides_first ? position_of(range.begin) : begin;
+    if constexpr (hides_last)
+      end = position_of(range.end);
+    else if constexpr (parts > 1)
+      while (end > first && block(end - 1) >= range.end) --end;
     begin = first;
     full_begin = range.full_begin;
     full_end = range.full_end;

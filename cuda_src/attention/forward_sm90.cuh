@@ -56,6 +56,7 @@ inline void forward_tiles(const typename Source::Argument& argument) {
 
 template <class Config>
 inline void forward_sm90(const TmaParams& argument) {
+  static_assert(!Config::mask::Blocks::sorted, "tiles of lists do not come in pairs: see forward_listed_sm90");
   forward_tiles<Config, GivenTiles<Config>>(argument);
 }
 

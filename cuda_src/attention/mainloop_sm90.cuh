@@ -8,6 +8,7 @@
 // first Config::early_steps steps of the next P, for which registers are left.
 #pragma once
 
+#include "attention/block_ahead.cuh"
 #include "attention/block_range.cuh"
 #include "attention/chains.cuh"
 #include "attention/epilogue_direct.cuh"
@@ -200,6 +201,8 @@ struct MainloopSm90 {
   void consume(const Params& params, int warpgroup) const {
     constexpr int early_steps = Config::early_steps, steps = Config::block_n / 16;
     constexpr bool loads_ahead = Config::variant::loads && !Config::stages_terms;
+    // Beside wide outputs there are no registers for what a list says while one is written.
+    constexpr bool asks_late = Config::head_dim_v > 192 && !loads_ahead;
     const Queries queries = this->queries(warpgroup);
     const Turn turn(warpgroup);
     const float scale = exponent_scale<typename Config::variant>(params);
@@ -217,6 +220,7 @@ struct MainloopSm90 {
     const Work* work = &entries[at_tiles.stage()].work;
     auto blocks = entry(0).blocks_of(warpgroup);
     int position = blocks.end - 1;
+    KeysAhead<Config> keys_ahead;
     typename Config::variant variant(params, work->tile.batch, work->tile.head);
     const auto place = [&] {
       const TileIndex& tile = work->tile;
@@ -225,8 +229,9 @@ struct MainloopSm90 {
                            tile.batch,
                            tile.head,
                            tile.m_block * Config::block_m + warp_row(),
-                           blocks.block(position) * Config::block_n};
+                           keys_ahead.block(blocks, position) * Config::block_n};
     };
+    const auto first_row = [&] { return work->tile.m_block * Config::block_m + warp_row() + tile::fragment_row(0, 0); };
     LoadedAhead<typename Config::variant, Place<Config>, 1, Scores::cols> ahead;
     const auto finish_scores = [&](Scores& scores) {
       if constexpr (Config::stages_terms) {
@@ -234,7 +239,7 @@ struct MainloopSm90 {
       } else {
         apply(variant, scores, place(), ahead);
       }
-      if (unlikely(blocks.template is_boundary<Config::mask::hides_first>(position))) mask(variant, scores, place());
+      if (unlikely(keys_ahead.is_boundary(blocks, position))) keys_ahead.mask(variant, scores, place());
     };
     Probabilities p;
     Out out;
@@ -242,6 +247,8 @@ struct MainloopSm90 {
     Chains<Config::chains, element, 1, Out::cols> chains;
     {
       Scores scores;
+      keys_ahead.ask(params, blocks, position);
+      keys_ahead.ask_bounds(params, first_row());
       if constexpr (loads_ahead) ahead.load(variant, place());
       queries.wait_full(at_queries());
       skip(keys(), at_keys, entry(0).before(warpgroup));
@@ -281,6 +288,7 @@ struct MainloopSm90 {
         keys().wait_full(at_keys);
       }
       --position;
+      if (!asks_late) keys_ahead.ask(params, blocks, position);
       Scores scores;
       if constexpr (loads_ahead) ahead.load(variant, place());
       turn.take();
@@ -294,6 +302,8 @@ struct MainloopSm90 {
       values().wait_full(at_values);
       warpgroup::gemm_ab(out, p, v(at_values.stage()), !unwritten_out);
       if (!Config::whole_turns && !unwritten_out) turn.pass((warpgroup + 1) % consumers);
+      if (asks_late) keys_ahead.ask(params, work->blocks, position);
+      keys_ahead.ask_bounds(params, first_row());
       if constexpr (loads_ahead) ahead.arrange();  // while the products run
       warpgroup::wait<1>(scores);
       release(keys(), at_keys);

@@ -1,10 +1,12 @@
 // attention: where the scores are that a thread holds: of which rows, and which of their columns are seen.
 #pragma once
 
+#include "attention/blocks.cuh"
 #include "attention/masks.cuh"
 #include "attention/params.cuh"
 #include "attention/seqlen.cuh"
 #include "attention/term.cuh"
+#include "core/math.cuh"
 #include "core/types.cuh"
 #include "tile/accumulator.cuh"
 
@@ -25,6 +27,13 @@ struct QueryRow {
   int diagonal;
 
   bool sees(int col) const { return !(col > last || (Mask::hides_first && col < first)); }
+
+  // The columns [first, end) that the query sees, of those within bounds of a block in which the row's first column is
+  // column `from`.
+  int first_within(const Bounds& bounds, int from) const {
+    return Mask::hides_first ? max_of(first, bounds.first() - from) : bounds.first() - from;
+  }
+  int end_within(const Bounds& bounds, int from) const { return min_of(last + 1, bounds.end() - from); }
 
   Point at(int col) const {
     return {batch, head, query, key + col, distance - float(col), live && col < live_keys, diagonal, 0, col};
@@ -60,6 +69,11 @@ struct KeyRow {
   int diagonal;
 
   bool sees(int col) const { return col >= first && (!Mask::hides_first || col <= last); }
+
+  int first_within(const Bounds& bounds, int from) const { return max_of(first, bounds.first() - from); }
+  int end_within(const Bounds& bounds, int from) const {
+    return Mask::hides_first ? min_of(last + 1, bounds.end() - from) : bounds.end() - from;
+  }
 
   Point at(int col) const {
     return {batch, head, query + col, key, distance + float(col), live && col < live_queries, diagonal, col};

@@ -29,6 +29,10 @@ constexpr UnitIndex unit_of(int unit, int units_per_head, int heads, int heads_p
   return {within / width, section * heads_per_section + within % width};
 }
 
+constexpr bool in_last_section(const Params& params, int head, int heads) {
+  return head / params.heads_per_section == (heads - 1) / params.heads_per_section;
+}
+
 // The tile of a unit of dense arrays. Tiles of a head go from last to first, so that under a causal mask the longest
 // start first. Where sequences share what a score term reads for a head, that head of all sequences comes before the
 // next, so that the term finds in the L2 what it has read for another sequence. The tile in the middle of a head has no
@@ -42,6 +46,15 @@ constexpr TileIndex dense_tile(const Params& params, int unit, bool second) {
   if constexpr (Config::variant::sequences_share) {
     const int ratio = params.qheads_per_khead, group = index.head / ratio;
     return {m_block, group / params.batch * ratio + index.head % ratio, group % params.batch};
+  }
+  if constexpr (Config::mask::Blocks::sorted) {
+    // The heads that come last have the longest tiles first. Those before leave them in place, beside tiles that read
+    // the same keys.
+    const int batch = index.head / heads, head = index.head % heads;
+    if (in_last_section(params, index.head, params.batch * heads)) {
+      const int key_head = Config::pack > 1 ? head : head / params.qheads_per_khead;
+      return {Config::mask::template longest_tile<Config>(params, batch, key_head, first_tile), head, batch};
+    }
   }
   return {m_block, index.head % heads, index.head / heads};
 }

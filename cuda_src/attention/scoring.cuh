@@ -67,6 +67,26 @@ inline void mask(const Variant& variant, tile::Accumulator<m_tiles, cols>& score
   }
 }
 
+// The same of a block of a list, by the bounds of the thread's two rows. The first column of the tile is column `from`
+// of the listed block.
+template <class Place, int cols>
+inline void mask_within(tile::Accumulator<1, cols>& scores, const Place& place, const Bounds (&bounds)[2], int from) {
+  from += tile::fragment_col();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const typename Place::Row row = place.row(0, i);
+    const int first = row.first_within(bounds[i], from), end = row.end_within(bounds[i], from);
+#pragma unroll
+    for (int j = 0; j < cols / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int col = 8 * j + e;
+        if (col < first | col >= end) scores.x[0][j][2 * i + e] = -infinity;
+      }
+    }
+  }
+}
+
 template <class Place, int m_tiles, int cols>
 inline void mask(tile::Accumulator<m_tiles, cols>& scores, const Place& place) {
   mask(Variant<>(nullptr, 0, 0), scores, place);

@@ -182,9 +182,6 @@ class ForwardSm90(Kernel):
         if problem.varlen and num_tiles < PERSISTENT_ROUNDS * num_sms:
             # A block per tile. The GPU hands them out in order, longest first.
             return Grid(max(least_blocks(problem), num_tiles), m_blocks, m_blocks, section, num_tiles)
-        if config.listed and num_tiles < PERSISTENT_ROUNDS * num_sms:
-            # The same: its list alone says what a tile costs, and shares would end unevenly. Reckoned, not measured.
-            return Grid(num_tiles, m_blocks, m_blocks, section, num_tiles)
         # One block per SM works through its share, so that a tile's loads and the last one's output overlap with its
         # neighbours' products.
         blocks = min(num_tiles, num_sms)
@@ -195,7 +192,7 @@ class ForwardSm90(Kernel):
         m_units = -(-m_blocks // 2) if config.causal else m_blocks  # a tile and its opposite cost the same
         units = m_units * (problem.batch * problem.num_heads_q // config.pack)
         grid = Grid(blocks, m_blocks, m_units, section, units)
-        if not (config.causal or config.window) or config.listed or blocks > MAX_LISTED_BLOCKS:
+        if not (config.causal or config.window) or blocks > MAX_LISTED_BLOCKS:
             return grid
         return share_out(grid, config, problem)
 
@@ -237,7 +234,8 @@ def tile(static: Static, staged: bool = False, own: bool = False) -> tuple[int, 
     """
     dim, dim_v = round_up(static.head_dim, 32), round_up(static.head_dim_v, 32)
     widest = max(dim, dim_v)
-    plain, window = not static.terms, static.mask == "window"
+    plain = all(term.bounded for term in static.terms)  # what masks as ranges do takes no room
+    window = static.mask == "window"
     loaded = 0 if staged else sum(term.loaded_bytes for term in static.terms)
     room = SHARED_MEMORY[90] - CONTROL_BYTES - (STAGES * BARRIERS if staged else 0)
     size = SIZEOF[static.element]

@@ -26,6 +26,12 @@ UNIT = 64
 WORD = 32
 """Keys of a word of bits."""
 
+MAX_BOUND = 1 << 14
+"""The longest side of blocks whose bounds are two halves of a word."""
+
+TILES_AT_ONCE = 256
+"""Tiles whose bounds are sought together: a few megabytes."""
+
 
 class BlockMask:
     """A mask as lists of blocks: kernels skip the blocks of which nothing is seen, and mask those that are partly seen.
@@ -45,7 +51,12 @@ class BlockMask:
         For each block of queries its blocks of keys, in increasing order, as ``2 · block``, plus 1 if all of it is
         seen; where these begin, (sequences, heads, blocks + 1); both for blocks of keys; which tile of bits each block
         has, (sequences, heads, blocks of queries, blocks of keys), -1 if all and -2 if nothing of it is seen; and the
-        bits, (tiles, queries, keys / 32).
+        bits, (tiles, queries, keys / 32). Then the tile of each entry of the first list, and of the second; the blocks
+        of queries, those of which most blocks are not empty first, (sequences, heads, blocks), and those of keys; and
+        bounds, (tiles, queries + keys): what is seen of each query's row, and of each key's column, as the first place
+        and, 16 bits up, the place behind the last.
+    bounded : bool
+        Whether there are such bounds: what is seen of rows, and of columns, lies side by side in all partial blocks.
 
     See Also
     --------
@@ -78,7 +89,14 @@ class BlockMask:
         self.seqlen_q, self.seqlen_k = seqlen_q, seqlen_k
         self.block_size = block_size
         self.kinds = kinds
-        self._host: tuple[Array, ...] = (*_listed(kinds), *_listed(kinds.swapaxes(2, 3)), tiles, bits)
+        bounds = _bounds(bits, _of_end(tiles, len(bits)), seqlen_q % block_size[0])
+        self.bounded = bounds is not None
+        if bounds is None:
+            bounds = np.zeros((1, sum(block_size)), np.int32)
+        by_entry = _of_entries(kinds, tiles), _of_entries(kinds.swapaxes(2, 3), tiles.swapaxes(2, 3))
+        lists = *_listed(kinds), *_listed(kinds.swapaxes(2, 3))
+        orders = _longest_first(kinds), _longest_first(kinds.swapaxes(2, 3))
+        self._host: tuple[Array, ...] = (*lists, tiles, bits, *by_entry, *orders, bounds)
         self.arrays: tuple[Any, ...] = self._host
 
     @classmethod
@@ -349,7 +367,7 @@ class BlockMask:
         bool array, (batch, heads, seqlen_q, seqlen_k)
         """
         rows, columns = self.block_size
-        *_, tiles, bits = self._host
+        tiles, bits = self._host[4:6]
         unpacked = np.unpackbits(bits.view(np.uint8), axis=2, bitorder="little").astype(bool)
         query, key = np.arange(self.seqlen_q)[:, None], np.arange(self.seqlen_k)
         tile = tiles[:, :, query // rows, key // columns]
@@ -381,7 +399,7 @@ class BlockMask:
         return hash(self._key())
 
     def _key(self) -> tuple[Any, ...]:
-        *_, tiles, bits = self._host
+        tiles, bits = self._host[4:6]
         return self.seqlen_q, self.seqlen_k, self.block_size, self.shape, tiles.tobytes(), bits.tobytes()
 
     def __repr__(self) -> str:
@@ -491,6 +509,50 @@ def _listed(kinds: NDArray[np.int8]) -> tuple[Array, Array]:
     flat[1:, 0] = flat[:-1, -1]
     # An array without elements has no address.
     return (entries if len(entries) else np.zeros(1, np.int32)), begins
+
+
+def _longest_first(kinds: NDArray[np.int8]) -> Array:
+    """Rows of blocks, those of the most blocks that are not empty first, for each sequence and head."""
+    order = np.argsort(-np.count_nonzero(kinds, axis=3), axis=2, kind="stable").astype(np.int32)
+    return order if order.size else np.zeros((*order.shape[:2], 1), np.int32)
+
+
+def _of_entries(kinds: NDArray[np.int8], tiles: NDArray[np.int32]) -> Array:
+    """The tile of each of the entries of `_listed`."""
+    found = np.ascontiguousarray(tiles[np.nonzero(kinds)], np.int32)
+    return found if len(found) else np.zeros(1, np.int32)
+
+
+def _of_end(tiles: NDArray[np.int32], count: int) -> NDArray[np.bool_]:
+    """Which tiles only blocks of a sequence's last queries have."""
+    of_end = np.zeros(count, bool)
+    for some, at_end in ((tiles[:, :, -1:], True), (tiles[:, :, :-1], False)):
+        of_end[some[some >= 0]] = at_end
+    return of_end
+
+
+def _bounds(bits: NDArray[np.int32], of_end: NDArray[np.bool_], live: int) -> Array | None:
+    """Of each tile where what is seen of its rows, and then of its columns, begins and ends; None if some has gaps.
+
+    Those that are `of_end` have so many rows that are live, or, if that is 0, all. The others count for no column.
+    """
+    rows, columns = bits.shape[1], WORD * bits.shape[2]
+    if max(rows, columns) > MAX_BOUND:
+        return None
+    found = []
+    for first_tile in range(0, len(bits), TILES_AT_ONCE):
+        some = slice(first_tile, first_tile + TILES_AT_ONCE)
+        seen = np.unpackbits(bits[some].view(np.uint8), axis=2, bitorder="little").astype(bool)
+        live_rows = np.arange(rows) < np.where(of_end[some] & (live > 0), live, rows)[:, None]
+        each = []
+        for lines in (seen, (seen & live_rows[:, :, None]).swapaxes(1, 2)):
+            counts, first = np.count_nonzero(lines, axis=2), lines.argmax(2)
+            end = np.where(counts > 0, lines.shape[2] - lines[:, :, ::-1].argmax(2), 0)
+            if (end - first != counts).any():
+                return None
+            each.append(first | end << 16)
+        found.append(np.concatenate(each, axis=1))
+    return np.concatenate(found).astype(np.int32)
 
 
 def _full_tiles(kinds: NDArray[np.int8], size: tuple[int, int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -8,6 +8,7 @@ from typing import Any
 from .._call.problem import Problem, check_offsets
 from .._kernels import Kernel
 from .._kernels.forward_cluster_sm90 import ForwardClusterSm90
+from .._kernels.forward_listed_sm90 import ForwardListedSm90
 from .._kernels.forward_packed_sm90 import ForwardPackedSm90
 from .._kernels.forward_sm80 import ForwardSm80
 from .._kernels.forward_sm90 import ForwardSm90
@@ -19,6 +20,7 @@ FORWARD: tuple[Kernel, ...] = (
     ForwardClusterSm90(),
     ForwardSplitSm80(),
     ForwardPackedSm90(),
+    ForwardListedSm90(),
     ForwardSm90(),
     ForwardSm80(),
 )

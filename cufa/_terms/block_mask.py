@@ -18,9 +18,13 @@ EMPTY, FULL = -2, -1
 LISTS = ("mask_key_entries", "mask_key_offsets", "mask_query_entries", "mask_query_offsets")
 TABLE, BITS = "mask_tiles", "mask_bits"
 
+BY_ENTRY, BOUNDS = ("mask_key_tiles", "mask_query_tiles"), "mask_bounds"
+ORDERS = ("mask_query_order", "mask_key_order")
+
 
 class BlockMaskTerm(Term):
-    """The term for blocks of so many queries and keys; `by_head` is whether key heads have lists of their own.
+    """The term for blocks of so many queries and keys; `by_head` is whether key heads have lists of their own, and
+    `bounded` whether of partial blocks bounds say what is seen, and not bits alone.
 
     Its arrays are those of ``BlockMaskData`` in ``cuda_src/attention/block_mask.cuh``, where their meaning is. Its
     options are the lengths that the lists are made for.
@@ -29,15 +33,16 @@ class BlockMaskTerm(Term):
     name = "block_mask"
     header = "attention/block_mask.cuh"
     data = "BlockMaskData"
-    arrays = (*LISTS, TABLE, BITS)
+    arrays = (*LISTS, TABLE, BITS, *BY_ENTRY, *ORDERS, BOUNDS)
     option_names = ("mask_seqlen_q", "mask_seqlen_k")
     bends = False
     hides = True
 
-    def __init__(self, rows: int, columns: int, by_head: bool) -> None:
+    def __init__(self, rows: int, columns: int, by_head: bool, bounded: bool = False) -> None:
         self.blocks: tuple[int, int] = rows, columns
         self.per_head = by_head
-        self.type = f"attention::BlockMask<{rows}, {columns}, {str(by_head).lower()}>"
+        self.bounded = bounded
+        self.type = f"attention::BlockMask<{rows}, {columns}, {str(by_head).lower()}, {str(bounded).lower()}>"
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.type == getattr(other, "type", None)

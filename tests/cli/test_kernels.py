@@ -54,6 +54,7 @@ def test_explanations_as_json_name_everything() -> None:
         "attention_forward_split_sm80": "it is for few rows of q, those of all heads that share a key head together, "
         "and many keys",
         "attention_forward_packed_sm90": "it is not for GPUs of compute capability 8.0",
+        "attention_forward_listed_sm90": "it is not for GPUs of compute capability 8.0",
         "attention_forward_sm90": "it is not for GPUs of compute capability 8.0",
     }
     assert told["registers"] > 0

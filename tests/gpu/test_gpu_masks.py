@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,24 @@ def test_listed_windows_are_windows(cupy: Any, dtype: str, head_dim: int, window
     for found, expected in zip((out, *gradients), (right, *others), strict=True):
         difference = (found.astype(np.float32) - expected.astype(np.float32)).astype(np.float64)
         assert float(cupy.linalg.norm(difference)) <= unit * float(cupy.linalg.norm(expected.astype(np.float64)))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_documents_are_packed_sequences(cupy: Any, head_dim: int) -> None:
+    """Of so many heads that not all run side by side; results by bounds, and again the same bits."""
+    rng = cupy.random.default_rng(0)
+    offsets = [0, 700, 705, 1900, 2048, 4000]
+    q, k, v = (rng.standard_normal((1, 4000, 24, head_dim), dtype=np.float32).astype("float16") for _ in range(3))
+    mask = cufa.BlockMask.of(masks.document(offsets=offsets) & masks.causal(), 1, 1, 4000, 4000, like=q)
+    assert mask.bounded
+    out, *gradients = both(q, k, v, {"mask": mask})
+    assert bool((cufa.attention(q, k, v, mask=mask) == out).all())
+    for first, end in itertools.pairwise(offsets):
+        document = (array[:, first:end] for array in (q, k, v))
+        for found, alone in zip((out, *gradients), both(*document, {"causal": True}), strict=True):
+            expected = alone.astype(np.float64)
+            difference = found[:, first:end].astype(np.float64) - expected
+            assert float(cupy.linalg.norm(difference)) <= 2.0**-8 * float(cupy.linalg.norm(expected))
 
 
 def both(q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[Any, ...]:

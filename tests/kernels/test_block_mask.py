@@ -12,28 +12,35 @@ from cufa._compile import jit as _jit
 from cufa._kernels import kernel
 from cufa._terms.block_mask import BlockMaskTerm
 
-SPILLS = {("attention_forward_sm90", 256): 40}
-"""Bytes, by kernel and head_dim."""
+SPILLS = {("attention_forward_listed_sm90", 256, False): 40}
+"""Bytes, by kernel, head_dim and whether there are bounds."""
 
 
-def plan(size: tuple[int, int], arch: int, head_dim: int, gradient: bool, **changes: Any) -> Any:
+def plan(size: tuple[int, int], arch: int, head_dim: int, gradient: bool, bounded: bool = False, **changes: Any) -> Any:
     facts = plans.static("bf16", head_dim, head_dim, short=not gradient, **changes)
-    term = BlockMaskTerm(*size, by_head=False)
+    term = BlockMaskTerm(*size, by_head=False, bounded=bounded)
     facts = facts._replace(terms=(*facts.terms, term), empty_rows=not gradient)
     return (plans.backward if gradient else plans.forward)(facts, arch)
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("bounded", [False, True], ids=["bits", "bounds"])
 @pytest.mark.parametrize(("arch", "head_dim"), [(80, 128), (80, 256), (90, 64), (90, 128), (90, 256)])
-def test_they_compile(gradient: bool, arch: int, head_dim: int) -> None:
-    made = plan((128, 128), arch, head_dim, gradient, mask="causal")
+def test_they_compile(gradient: bool, bounded: bool, arch: int, head_dim: int) -> None:
+    made = plan((128, 128), arch, head_dim, gradient, bounded, mask="causal")
     assert "block_mask" in made.words() and ("sm90" in made.name) == (arch == 90)
     compiled = plans.compile_plan(made)
-    most = SPILLS.get((made.name, head_dim), 0)
+    most = SPILLS.get((made.name, head_dim, bounded), 0)
     assert _jit.resources_of(compiled.log).spill_bytes <= most, compiled.log
     assert "C75" not in compiled.log
     for instructions in sass.disassemble(compiled.cubin).values():
         assert not sass.wgmma_hazards(instructions)
+
+
+@pytest.mark.parametrize(("head_dim", "gradient"), [(256, False), (128, True)])
+def test_bounds_leave_room_for_windows(head_dim: int, gradient: bool) -> None:
+    compiled = plans.compile_plan(plan((128, 128), 90, head_dim, gradient, True, mask="window"))
+    assert _jit.resources_of(compiled.log).spill_bytes == 0, compiled.log
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 128), (64, 128), (192, 64), (256, 320)])

@@ -323,6 +323,68 @@ def test_dense_tiles_are_visited_once() -> None:
     run(*claims, f"dense_tiles<Config<64, 64, FullMask, 4>>({shared})", prelude=TILES)
 
 
+SORTED = """
+// Says that odd tiles, and odd blocks of keys, take longest.
+struct SortedMask : FullMask {
+  struct Blocks : BlockList {
+    static constexpr bool sorted = true;
+  };
+  using Tiles = Blocks;
+
+  static constexpr int order(int count, int place) {
+    return place < count / 2 ? 2 * place + 1 : 2 * (place - count / 2);
+  }
+
+  template <class Config>
+  static constexpr int longest_tile(const Params& params, int, int, int place) {
+    return order(params.m_blocks, place);
+  }
+  template <class Config>
+  static constexpr int longest_block(const Params& params, int, int, int place) {
+    return order(params.m_blocks, place);
+  }
+};
+
+template <bool in_turn>
+struct SortedConfig : Config<64, 64, SortedMask> {
+  static constexpr bool deterministic = in_turn;
+};
+
+// Every tile and every block of keys is visited once, and those of the last section's heads as the mask says, unless
+// blocks add in turn.
+template <bool in_turn>
+constexpr bool sorted_units(const Params& params) {
+  BackwardParams backward{};
+  backward.forward = params;
+  backward.n_blocks = params.m_blocks;
+  Met<room> tiles, blocks;
+  const int heads = params.batch * params.num_heads_q, count = params.m_blocks;
+  for (int unit = 0; unit < heads * count; ++unit) {
+    const UnitIndex index = unit_of(unit, count, heads, params.heads_per_section);
+    const bool last = index.head / params.heads_per_section == (heads - 1) / params.heads_per_section;
+    const int sorted = SortedMask::order(count, index.place);
+    const TileIndex tile = dense_tile<SortedConfig<in_turn>>(params, unit, false);
+    const DenseUnit found = dense_unit<SortedConfig<in_turn>>(backward, unit);
+    if (tile.m_block != (last ? sorted : count - 1 - index.place)) return false;
+    if (found.n_block != (last && !in_turn ? sorted : index.place)) return false;
+    const auto place = [&](int batch, int head, int at) { return (batch * params.num_heads_q + head) * count + at; };
+    if (!tiles.add(place(tile.batch, tile.head, tile.m_block), heads * count)) return false;
+    if (!blocks.add(place(found.batch, found.head, found.n_block), heads * count)) return false;
+  }
+  return tiles.count == heads * count && blocks.count == heads * count;
+}
+"""
+
+
+def test_last_heads_have_the_longest_first() -> None:
+    claims = []
+    for count, batch, heads, section in itertools.product((1, 2, 5), (1, 3), (1, 6), (1, 4, 18)):
+        fields = {"batch": batch, "num_heads_q": heads, "qheads_per_khead": 1, "m_blocks": count, "m_units": count}
+        params = record("Params", **fields, heads_per_section=section)
+        claims += [f"sorted_units<{in_turn}>({params})" for in_turn in ("false", "true")]
+    run(*claims, prelude=SORTED)
+
+
 DENSE_MASKS: list[dict[str, Any]] = [{}, {"causal": True}, {"window_size": (300, 0)}, {"window_size": (None, 200)}]
 
 
@@ -805,7 +867,7 @@ constexpr bool key_blocks(const BackwardParams& backward) {
   Met<room> met;
   int of_head[room] = {}, added[2][room] = {};  // to sums that late blocks do not add to, and to theirs
   for (int unit = 0; unit < units; ++unit) {
-    const DenseUnit found = dense_unit(backward, unit);
+    const DenseUnit found = dense_unit<Config>(backward, unit);
     const int head = found.batch * heads + found.head, index = of_head[head]++;
     if (found.head < 0 || found.head >= heads || found.batch >= params.batch) return false;
     const int lower = min_of(backward.middle, backward.n_blocks);
