@@ -14,6 +14,7 @@
 #include "attention/backward_work.cuh"
 #include "attention/block_ahead.cuh"
 #include "attention/scoring.cuh"
+#include "attention/tile_terms.cuh"
 #include "core/math.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/tma.cuh"
@@ -39,6 +40,7 @@ struct BackwardMainloopSm90 {
   using Ds = tile::SharedTile<element, block_n, block_m>;
 
   using Variant = typename Config::variant;
+  using Terms = TileTerms<Config>;  // what they stage lies behind Shared
   using Scores = tile::Accumulator<1, block_m>;
   using Operand = tile::Operand<block_m>;
   using Dk = tile::Accumulator<1, round_up(Config::head_dim, 16)>;
@@ -68,12 +70,10 @@ struct BackwardMainloopSm90 {
 
   // Consumers take turns from S to the last exponential, so that exponentials of one run beside products of the other.
   using Turn = tile::Turn<consumers>;
-
-  // Named barriers, besides those of turns.
-  enum Barrier : u32 { consumers_barrier = Turn::next_barrier };
+  enum Barrier : u32 { consumers_barrier = Turn::next_barrier };  // named barriers, besides those of turns
 
   static constexpr int stages = 2;
-  static constexpr int sums_stages = by_rows ? 1 : 2;  // tiles of dq, as many as there is shared memory for
+  static constexpr int sums_stages = by_rows || Terms::crowd ? 1 : 2;  // tiles of dq, as many as there is room for
   using Ring = tile::Ring<stages>;
   using KeyRing = tile::Ring<1>;
   using SumsRing = tile::Ring<sums_stages>;
@@ -95,10 +95,11 @@ struct BackwardMainloopSm90 {
     typename KeyRing::Storage claims;  // of work
     typename SumsRing::Storage sums_rings[consumers];
   };
-  static constexpr int smem_bytes = sizeof(Shared);
+  static constexpr int smem_bytes = Terms::end(sizeof(Shared), stages);
 
   u32 smem;
 
+  u32 staged(u32 stage) const { return smem + Terms::begin(sizeof(Shared)) + stage * Terms::Tile::bytes; }
   K k() const { return {smem + tile::offset<&Shared::k>}; }
   V v() const { return {smem + tile::offset<&Shared::v>}; }
   Q q(u32 stage) const { return {smem + tile::offset<&Shared::q> + stage * Q::bytes}; }
@@ -311,8 +312,8 @@ struct BackwardMainloopSm90 {
       const bool boundary = queries_ahead.is_boundary(work.tiles, position);
       ColumnNumbers<block_m> numbers;
       numbers.load(lse(stage), 0, lse_ahead);
-      LoadedAhead<Variant, TransposedPlace<Config>, 1, block_m> ahead;
-      if constexpr (Variant::loads) ahead.load(Variant(params, work.batch, head), where());
+      typename Terms::Ahead ahead;
+      Terms::load(ahead, staged(stage), where);
       turn.take();
       warpgroup::gemm_abt<Config::head_dim>(s, held_k, k(), q(stage), 64 * consumer);
       const auto begin_dp = [&] {

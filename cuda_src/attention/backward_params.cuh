@@ -50,10 +50,11 @@ struct BackwardParams {
 enum SumState : i32 { untouched, claimed, stored };
 
 // Kernels that load through tensor maps find those of q, k, v and dout here. All four have the axes that TmaParams says
-// for k and v.
+// for k and v; that of an array of scores, if a term stages one, those that it says for that.
 struct BackwardArgument {
   ptx::TensorMap q, k, v, dout;
   BackwardParams params;
+  ptx::TensorMap scores;
 };
 
 }  // namespace attention

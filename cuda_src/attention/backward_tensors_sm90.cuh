@@ -62,8 +62,17 @@ struct TileLoader {
   void load_queries(const typename Loop::Ring& ring, const Tile& to, const ptx::TensorMap& map, u32 to_numbers,
                     const float* numbers, const BackwardWork<Config>& work, int head, int m_block) {
     typename Loop::Ring::Cursor& at = progress.first;
+    constexpr bool stages_terms = side == Side::scores && Config::stages_terms;
     ring.wait_empty(at);
-    ring.expect(at, Tile::bytes + Loop::rows_bytes);
+    if constexpr (stages_terms) {
+      ring.expect(at, Tile::bytes + Loop::rows_bytes + Loop::Terms::Tile::copied);
+      const TilePoint where{m_block * Config::block_m, work.n_block * Config::block_n, work.seqlen.diagonal()};
+      typename Config::variant(argument.params.forward, work.batch, head)
+          .template put<Config::block_m, Config::block_n>(loop.staged(at.stage()), where, argument.scores,
+                                                          ring.full(at.stage()));
+    } else {
+      ring.expect(at, Tile::bytes + Loop::rows_bytes);
+    }
     load_rows<Config>(to, map, ring.full(at.stage()), m_block * Config::block_m, work.queries(head));
     int own = Loop::rows_bytes;  // bytes that are the sequence's own; another's may follow in memory
     if (Config::varlen) {

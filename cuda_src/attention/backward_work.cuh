@@ -181,20 +181,22 @@ struct DenseUnit {
   int n_block, head, batch;
 };
 
-// Finds what a unit of dense arrays is.
+// Finds what a unit of dense arrays is. Heads of all sequences follow each other where these share a large array.
 template <class Config>
 constexpr DenseUnit dense_unit(const BackwardParams& backward, int unit) {
   const Params& params = backward.forward;
   const int heads = params.num_heads_q / params.qheads_per_khead;
   const UnitIndex index = unit_of(unit, backward.n_blocks, params.batch * heads, params.heads_per_section);
+  constexpr bool shared = Config::variant::sequences_share;
+  const int head = shared ? index.head / params.batch : index.head % heads,
+            batch = shared ? index.head % params.batch : index.head / heads;
   int n_block = ordered_block(index.place, backward.n_blocks, backward.middle);
   if constexpr (Config::mask::Tiles::sorted) {  // where blocks add in turn, they keep their order
     if (!Config::deterministic && in_last_section(params, index.head, params.batch * heads)) {
-      n_block =
-          Config::mask::template longest_block<Config>(params, index.head / heads, index.head % heads, index.place);
+      n_block = Config::mask::template longest_block<Config>(params, batch, head, index.place);
     }
   }
-  return {n_block, index.head % heads, index.head / heads};
+  return {n_block, head, batch};
 }
 
 template <class Config>

@@ -8,10 +8,11 @@
 #include "core/math.cuh"
 #include "core/types.cuh"
 #include "ptx/convert.cuh"
-#include "ptx/cp_async.cuh"
 #include "ptx/shared.cuh"
-#include "ptx/thread.cuh"
+#include "ptx/tma.cuh"
 #include "tile/accumulator.cuh"
+#include "tile/shared.cuh"
+#include "tile/tensor_sm90.cuh"
 
 namespace attention {
 
@@ -37,9 +38,10 @@ inline ExactSums sums_of(const OrderedBiasData& data) { return {data.own.dbias, 
 
 // A score s becomes s + bias[batch][head][query][key]. `alone` is whether an element of the bias belongs to one score
 // only, whose gradient is then stored; over_queries and over_keys are whether all of a kind share an element.
-// With `ordered` sums of gradients are exact; with `apart_` this has none, since a kernel of its own makes it.
+// With `ordered` sums of gradients are exact; with `apart_` this has none, since a kernel of its own makes it. `boxed_`
+// is whether a tensor map describes the array.
 template <class element, int step, bool paired, bool wide, bool bounded, bool per_head_, bool alone, bool over_queries,
-          bool over_keys, bool ordered = false, bool apart_ = false>
+          bool over_keys, bool ordered = false, bool apart_ = false, bool boxed_ = false>
 struct Bias : Term {
   using Data = typename Choice<ordered, OrderedBiasData, BiasData>::Type;
   using Sums = typename Choice<ordered, ExactSums, AtomicSums>::Type;
@@ -51,15 +53,20 @@ struct Bias : Term {
   static constexpr bool sequences_share = per_head && !(alone || over_queries || over_keys);
   static constexpr bool finishes = ordered, apart = apart_, light = apart;
   static constexpr bool gathers = over_queries || over_keys;
+  static constexpr bool stages = boxed_, boxed = boxed_;
+  static_assert(!boxed || (sizeof(element) == 2 && wide && !bounded && !over_queries), "boxes are of 16 bits");
   static_assert(!apart || !(gathers || ordered || bounded), "a tile of such a gradient is not a tile of scores");
 
   Array array;
+  int sequence, head;  // of the array
   char* dbias;
   i32 dquery_stride;
   Sums sums;
 
   Bias(const Data& data, int batch, int head)
       : array(own(data).bias, own(data).layout, batch, head),
+        sequence(own(data).layout.batch_stride == 0 ? 0 : batch),
+        head(own(data).layout.head_stride == 0 ? 0 : head),
         dbias(reinterpret_cast<char*>(own(data).dbias) + batch * own(data).dbatch_stride +
               head * own(data).dhead_stride),
         dquery_stride(own(data).dquery_stride),
@@ -80,45 +87,62 @@ struct Bias : Term {
   float score(float s, const Point& at) const { return s + number(array.bits(at)); }
   float score(float s, const Point&, const Loaded& loaded, int e) const { return s + number(loaded.of(e)); }
 
-  static constexpr bool stages = wide && !bounded && !over_queries;
-
-  // Rows lie so far apart that the lanes that read eight of them, or four of float32, meet in no bank.
+  // A tile is boxes of a panel's keys. A lane reads, with one instruction, its pairs of four n-tiles of a row: those of
+  // chunk c of row r are of lane 4 r + (pair of the chunk), as in the fragment of an accumulator.
   template <int rows, int cols>
   struct Staged {
-    static constexpr int unit = 8 * sizeof(element), row_bytes = (cols * int(sizeof(element)) / unit | 1) * unit;
-    static_assert(cols * sizeof(element) % unit == 0, "a row is whole units");
-    static constexpr int bytes = rows * row_bytes;
+    using Tile = tile::SharedTile<u16, rows, cols>;
+    static constexpr int bytes = Tile::bytes, copied = bytes;
+    static constexpr int together = 4;  // n-tiles
+    static_assert(cols % (8 * together) == 0, "instructions are whole");
 
-    u32 from;
+    u32 from;  // the lane's chunk of the warp's first rows
+    mutable u32 x[2][cols / 8];
 
-    Staged(u32 from, int row, int col) : from(from + row * row_bytes + col * sizeof(element)) {}
+    Staged(u32 tile, int row) : from(Tile{tile}.address(row + int(tile::lane()) % 8, 0) ^ (tile::lane() / 8 << 4)) {}
+
+    void read(int i, int j) const {
+      // Chunk j is the lane's of panel 0, but for bits of its number that no lane has, and whole panels.
+      constexpr int panel = Tile::panel_chunks;
+      const u32 at = (from ^ (j % panel << 4)) + j / panel * Tile::panel_stride + Tile::step_rows(8 * i);
+      ptx::ldmatrix_x4(reinterpret_cast<u32(&)[4]>(x[i][j]), at);
+    }
 
     Loaded of(int i, int j) const {
-      const u32 address = from + 8 * i * row_bytes + 8 * j * sizeof(element);
-      if constexpr (sizeof(element) == 4) {
-        const uint2 words = ptx::ld_shared_v2(address);
-        return {words.x, words.y};
-      } else {
-        return {ptx::ld_shared_u32(address)};
-      }
+      if (j % together == 0) read(i, j);
+      return {x[i][j]};
     }
   };
 
-  // In chunks of 16 bytes, by so many lanes of each row. Rows past the end are the last one again, so that nothing odd
-  // is made of them.
   template <int rows, int cols>
-  void put(u32 to, const TilePoint& at) const {
-    constexpr int chunks = ceil_div(cols * int(sizeof(element)), 16), lanes = chunks > 16 ? 32 : chunks > 8 ? 16 : 8;
-    static_assert(chunks <= 32, "a lane has one chunk of a row");
-    const int lane = tile::lane(), chunk = lane % lanes, key = chunk * 16 / int(sizeof(element));
-    if (chunk >= chunks) return;
-    const char* const from = array.address(at.query, at.key + key);
-    const int bytes = key < at.keys ? 16 : 0;
-    to += chunk * 16;
-#pragma unroll 4
-    for (int row = lane / lanes; row < rows; row += 32 / lanes) {
-      const char* const its = from + i64(min_of(row, at.queries - 1)) * array.query_stride;
-      ptx::cp_async<16>(to + row * Staged<rows, cols>::row_bytes, its, bytes);
+  struct Turned {
+    using Tile = typename Staged<rows, cols>::Tile;
+    u32 x[2][rows / 8];
+
+    // An instruction turns 8 × 8 numbers of 16 queries and 16 keys.
+    void load(u32 tile, int key) {
+      const int lane = tile::lane();
+      const u32 from = Tile{tile}.address(lane / 16 * 8 + lane % 8, key / Tile::chunk_elements + lane / 8 % 2);
+#pragma unroll
+      for (int j = 0; j < rows / 8; j += 2) {
+        u32 turned[4];
+        ptx::ldmatrix_x4_trans(turned, from + Tile::step_rows(8 * j));
+        x[0][j] = turned[0], x[1][j] = turned[1], x[0][j + 1] = turned[2], x[1][j + 1] = turned[3];
+      }
+    }
+
+    Loaded of(int i, int j) const { return {x[i][j]}; }
+  };
+
+  // Queries and keys past the end become zeros.
+  template <int rows, int cols, class Map>
+  void put(u32 to, const TilePoint& at, const Map& map, u32 barrier) const {
+    using Tile = typename Staged<rows, cols>::Tile;
+    if (tile::lane() != 0) return;
+#pragma unroll
+    for (int panel = 0; panel < Tile::panels; ++panel) {
+      ptx::cp_async_bulk_tensor_4d(to + panel * Tile::panel_stride, map, barrier,
+                                   at.key + panel * tile::panel_cols<Tile>, at.query, head, sequence);
     }
   }
 

@@ -37,6 +37,19 @@ struct LoadedStaged {
   }
 };
 
+// Brought there, and loaded ahead for transposed scores.
+template <class Variant, int rows, int cols>
+struct LoadedTurned {
+  typename Variant::template Turned<rows, cols> tile;
+
+  void arrange() {}
+
+  template <class Row>
+  typename Variant::Loaded of(const Variant&, const Row&, int, int i, int j) const {
+    return tile.of(i, j);
+  }
+};
+
 // Loaded pair by pair.
 struct LoadedNow {
   template <class Variant, class Row>

@@ -97,7 +97,7 @@ struct MainloopSm90 {
 
   using Staged = StagedTerms<Config>;  // behind that
   static constexpr int staged_offset = round_up(int(sizeof(Shared)), 16);
-  static constexpr int smem_bytes = Config::stages_terms ? staged_offset + Staged::bytes : int(sizeof(Shared));
+  static constexpr int smem_bytes = Config::stages_terms ? Staged::end(staged_offset) : int(sizeof(Shared));
 
   u32 smem;
   Entry* entries;

@@ -96,12 +96,14 @@ struct RelBias : Term {
   // and of odd rows are aligned.
   template <int rows, int cols>
   struct Staged {
-    static constexpr int numbers = rows + cols, bytes = 2 * numbers * sizeof(float);
+    static constexpr int numbers = rows + cols, bytes = 2 * numbers * sizeof(float), copied = 0;
 
     u32 from;
 
-    Staged(u32 from, int row, int col)
-        : from(from + (row % 2 == 0 ? numbers : 0) * sizeof(float) + (rows - 1 - row + col + (row % 2 == 0)) * 4) {}
+    Staged(u32 from, int warp_row) : from(from) {
+      const int row = warp_row + tile::fragment_row(0, 0), col = tile::fragment_col();
+      this->from += (row % 2 == 0 ? numbers : 0) * sizeof(float) + (rows - 1 - row + col + (row % 2 == 0)) * 4;
+    }
 
     Loaded of(int i, int j) const {
       const float2 both = ptx::ld_shared_f32x2(from + 8 * (j - i) * sizeof(float));
@@ -109,8 +111,8 @@ struct RelBias : Term {
     }
   };
 
-  template <int rows, int cols>
-  void put(u32 to, const TilePoint& at) const {
+  template <int rows, int cols, class Map>
+  void put(u32 to, const TilePoint& at, const Map&, u32) const {
     constexpr int numbers = Staged<rows, cols>::numbers;
     const int first = at.query + rows - 1 + at.diagonal - at.key;  // the distance of the first number
     constexpr int each = ceil_div(numbers - 1, 32);

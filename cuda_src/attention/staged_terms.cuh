@@ -7,38 +7,47 @@
 #include "attention/scheduler.cuh"
 #include "attention/scoring.cuh"
 #include "attention/variant.cuh"
+#include "core/math.cuh"
 #include "core/types.cuh"
-#include "ptx/cp_async.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/tma.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/pipeline.cuh"
 
 namespace attention {
 
-// The place of it in shared memory: barriers, and a tile for each stage; nothing unless Config::stages_terms.
+// The place of it in shared memory: barriers, and behind them, where the swizzle begins anew, a tile for each stage;
+// nothing unless Config::stages_terms.
 template <class Config>
 struct StagedTerms {
   using Variant = typename Config::variant;
   using Stages = typename Choose<Config::stages_terms, Variant, attention::Variant<>>::type;
   using Tile = typename Stages::template Staged<Config::block_m, Config::block_n>;
   using Ring = tile::Ring<Config::stages>;
-  static constexpr int bytes = Config::stages_terms ? Ring::bytes + Config::stages * Tile::bytes : 0;
+  static constexpr int alignment = 1024;
+
+  // Where it ends if it begins at an offset.
+  static constexpr int end(int begin) {
+    return Config::stages_terms ? round_up(begin + Ring::bytes, alignment) + Config::stages * Tile::bytes : begin;
+  }
 
   u32 base;
 
   Ring ring() const { return {base}; }
-  u32 tile(u32 stage) const { return base + Ring::bytes + stage * Tile::bytes; }
+  u32 tile(u32 stage) const { return round_up(base + Ring::bytes, alignment) + stage * Tile::bytes; }
 
   // `warps` ask for it.
   void init(int warps) const {
-    if constexpr (Config::stages_terms) ring().init(warps * tile::warp_arrivals, tile::warp_arrivals);
+    constexpr int copies = Tile::copied > 0;
+    if constexpr (Config::stages_terms) ring().init(warps * tile::warp_arrivals, tile::warp_arrivals + copies);
   }
 
   // Called by all lanes of the warp that brings it, for the next block.
-  void bring(const typename Ring::Cursor& at, const Variant& variant, const TilePoint& where) const {
+  void bring(const typename Ring::Cursor& at, const Variant& variant, const TilePoint& where,
+             const ptx::TensorMap& map) const {
     ring().wait_empty(at);
-    variant.template put<Config::block_m, Config::block_n>(tile(at.stage()), where);
-    ptx::cp_async_commit_group();
-    ptx::cp_async_wait_group<0>();
+    if (Tile::copied > 0 && tile::lane() == 0) ring().expect(at, Tile::copied);
+    variant.template put<Config::block_m, Config::block_n>(tile(at.stage()), where, map, ring().full(at.stage()));
     ring().fill_warp(at);
   }
 
@@ -48,9 +57,10 @@ struct StagedTerms {
   void apply(const Variant& variant, Scores& scores, const Place& place, const typename Ring::Cursor& at,
              int row) const {
     ring().wait_full(at);
-    const LoadedStaged<Variant, Config::block_m, Config::block_n> loaded{
-        {tile(at.stage()), row + tile::fragment_row(0, 0), tile::fragment_col()}};
+    const LoadedStaged<Variant, Config::block_m, Config::block_n> loaded{{tile(at.stage()), row}};
     attention::apply(variant, scores, place, loaded);
+    // An arrival waits for no load before it. A tensor copy, unlike a store, could overwrite what loads still wait for.
+    if constexpr (Tile::copied > 0) ptx::fence_proxy_async_shared();
     ring().release_warp(at);
   }
 };
@@ -72,8 +82,7 @@ inline void stage_terms(const Loop& loop, const typename Loop::Argument& argumen
 #pragma unroll 1
     for (int position = work.blocks.end - 1; position >= work.blocks.begin; --position) {
       const int key = work.blocks.block(position) * Config::block_n;
-      const TilePoint where{query, key, work.seqlen.q - query, work.seqlen.k - key, work.seqlen.diagonal()};
-      staged.bring(at, variant, where);
+      staged.bring(at, variant, {query, key, work.seqlen.diagonal()}, argument.scores);
       at.advance();
     }
   }

@@ -23,10 +23,9 @@ struct Point {
   int steps() const { return query + diagonal - key; }
 };
 
-// Where a tile of scores is: its first query and key, and how many of either the sequence has from there on.
+// Where a tile of scores is: its first query and key.
 struct TilePoint {
-  int query, key, queries, keys;
-  int diagonal;
+  int query, key, diagonal;
 };
 
 // A term is a closure over its data for a sequence and a query head: Term(const Data&, int batch, int head).
@@ -45,6 +44,7 @@ struct Term {
   static constexpr bool loads = false;    // whether it has `load`, `Ahead`, and functions that take what these give
   static constexpr bool light = false;    // whether its gradient, if it has one, takes few registers
   static constexpr bool stages = false;   // whether it has `Staged` and `put`
+  static constexpr bool boxed = false;    // whether `put` makes tensor copies, and it has `Turned`
   static constexpr bool gathers = false;  // whether it has `gather`
   static constexpr bool sequences_share = false;  // whether all sequences share large arrays that heads do not share
   static constexpr bool apart = false;     // whether a kernel of its own makes its gradient (backward_bias_sm90.cuh)
@@ -86,16 +86,23 @@ struct Term {
   }
 
   // What it reads for a tile of `rows` queries by `cols` keys may also be brought to shared memory, by a warp that does
-  // nothing else, blocks ahead of who asks for it: all lanes call `put`, which may begin asynchronous copies. `Staged`
-  // finds what the pair (0, j, 2 i) is given of it, by the thread's first row and column of the tile.
+  // nothing else, blocks ahead of who asks for it: all lanes call `put`, which may begin copies by the map of the array
+  // of scores, of `copied` bytes, that count on a barrier. `Staged` finds what the pair (0, j, 2 i) is given of it, by
+  // the warp's first row of the tile: when it is asked for, all pairs of one i before those of the next. `Turned` loads
+  // it at once, for transposed scores, by the warp's first key.
   template <int rows, int cols>
   struct Staged {
-    static constexpr int bytes = 0;  // a multiple of 16
-    Staged(u32, int, int) {}
+    static constexpr int bytes = 0, copied = 0;  // multiples of 16, of 1024 where there are copies
+    Staged(u32, int) {}
     Loaded of(int, int) const { return {}; }
   };
   template <int rows, int cols>
-  void put(u32, const TilePoint&) const {}
+  struct Turned {
+    void load(u32, int) {}
+    Loaded of(int, int) const { return {}; }
+  };
+  template <int rows, int cols, class Map>
+  void put(u32, const TilePoint&, const Map&, u32) const {}
 
   float score(float s, const Point&, const Loaded&, int) const { return s; }
   bool keeps(const Point&, const Loaded&, int) const { return true; }

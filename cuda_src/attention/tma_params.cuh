@@ -21,11 +21,13 @@ struct Deal {
 // The map of q has the axes (columns, rows, heads, batch), or, where heads share tiles, (columns, heads that share one,
 // rows, key heads, batch). The maps of k and v have the axes (columns, rows, heads, batch), or, for packed sequences,
 // (columns, clipped rows, heads, rows): the two axes of rows add up, and rows of a box past the clipped rows become
-// zeros, so that it can end with a sequence: see `load_rows` in attention/row_source.cuh.
+// zeros, so that it can end with a sequence: see `load_rows` in attention/row_source.cuh. That of an array of scores
+// has the axes (keys, queries, heads, batch), of which the last two are one where all share it.
 struct TmaParams {
   ptx::TensorMap q, k, v;
   Params params;
   Deal deal;
+  ptx::TensorMap scores;  // of the array of scores that a term stages by tensor copies, if one does
 };
 
 constexpr const Params& params_of(const TmaParams& argument) { return argument.params; }

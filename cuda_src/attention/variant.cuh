@@ -38,8 +38,13 @@ struct Variant<> {
   };
   template <int rows, int cols>
   struct Staged {
-    static constexpr int bytes = 0;
-    Staged(u32, int, int) {}
+    static constexpr int bytes = 0, copied = 0;
+    Staged(u32, int) {}
+    Loaded of(int, int) const { return {}; }
+  };
+  template <int rows, int cols>
+  struct Turned {
+    void load(u32, int) {}
     Loaded of(int, int) const { return {}; }
   };
 
@@ -66,8 +71,8 @@ struct Variant<> {
   }
   template <class Entries, class Place>
   void gather(const Entries&, const Place&) const {}
-  template <int rows, int cols>
-  void put(u32, const TilePoint&) const {}
+  template <int rows, int cols, class Map>
+  void put(u32, const TilePoint&, const Map&, u32) const {}
   static void begin(const u64*, i64, i64) {}
   static void finish(const u64*, i64, i64) {}
 };
@@ -148,20 +153,37 @@ struct Variant<Term, Rest...> {
   struct Staged {
     using Own = typename Term::template Staged<rows, cols>;
     static constexpr int bytes = Own::bytes + Others::template Staged<rows, cols>::bytes;
+    static constexpr int copied = Own::copied + Others::template Staged<rows, cols>::copied;
     static_assert(Term::stages || !Term::loads, "what one term reads is staged only where all that terms read is");
+    static_assert(Own::copied == 0 || Others::template Staged<rows, cols>::copied == 0, "there is one map");
 
     Own own;
     typename Others::template Staged<rows, cols> others;
 
-    Staged(u32 from, int row, int col) : own(from, row, col), others(from + Own::bytes, row, col) {}
+    Staged(u32 from, int row) : own(from, row), others(from + Own::bytes, row) {}
 
     Loaded of(int i, int j) const { return {own.of(i, j), others.of(i, j)}; }
   };
 
   template <int rows, int cols>
-  void put(u32 to, const TilePoint& at) const {
-    term.template put<rows, cols>(to, at);
-    others.template put<rows, cols>(to + Term::template Staged<rows, cols>::bytes, at);
+  struct Turned {
+    static_assert(Term::boxed || !Term::loads, "what one term reads is turned only where all that terms read is");
+
+    typename Term::template Turned<rows, cols> own;
+    typename Others::template Turned<rows, cols> others;
+
+    void load(u32 from, int key) {
+      own.load(from, key);
+      others.load(from + Term::template Staged<rows, cols>::bytes, key);
+    }
+
+    Loaded of(int i, int j) const { return {own.of(i, j), others.of(i, j)}; }
+  };
+
+  template <int rows, int cols, class Map>
+  void put(u32 to, const TilePoint& at, const Map& map, u32 barrier) const {
+    term.template put<rows, cols>(to, at, map, barrier);
+    others.template put<rows, cols>(to + Term::template Staged<rows, cols>::bytes, at, map, barrier);
   }
 
   Variant(const Params& params, int batch, int head) : Variant(params.terms, batch, head) {}

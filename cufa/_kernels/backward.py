@@ -13,6 +13,7 @@ from ..errors import UnsupportedError
 from . import tensor_map
 from .kernel import MAX_GRID, SIZEOF, Config, Kernel, Map, Scratch, Step, blocks_in, four
 from .params import params_of
+from .record import MAP_BYTES
 
 ROW_THREADS = 256
 """Threads per block of kernels that go over rows, or offsets."""
@@ -221,7 +222,8 @@ class BackwardKernel(Kernel):
         section, terms = grid.heads_per_section, config.variant
         forward = params_of(problem, m_blocks=grid.m_blocks, heads_per_section=section, terms=terms)
         params |= {"forward": forward, "workspace_rows": grid.workspace_rows, "n_blocks": grid.n_blocks}
-        return {"params": params | {"middle": grid.middle, "late_sums": self.tiles_before_late(problem, grid)}}
+        params |= {"middle": grid.middle, "late_sums": self.tiles_before_late(problem, grid)}
+        return {"params": params, "scores": bytes(MAP_BYTES)}
 
     def maps(self, config: Any, problem: Problem) -> tuple[Map, ...]:
         return tensor_map.of_backward(problem, config)

@@ -24,6 +24,10 @@ LONGEST_SUM = 2 * CHAIN_ROWS
 """Rows over which the tensor cores add up by themselves: ``take_chain`` in attention/backward_work.cuh."""
 
 
+SWIZZLED = 1 << 10
+"""Bytes after which the swizzle of a tile in shared memory begins anew."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConfigBackwardSm90(ConfigBackward):
     """What ``cuda_src/attention/backward_sm90.cuh`` and ``backward_split_sm90.cuh`` need besides.
@@ -34,6 +38,8 @@ class ConfigBackwardSm90(ConfigBackward):
     ----------
     producer_registers, consumer_registers : int
         Registers per thread of the warpgroup that loads, and of the others.
+    stages_terms : bool
+        Whether what score terms read comes to shared memory with the tiles of queries.
     bias_chunks : int
         Chunks of `WARPGROUP_ROWS` keys in the tiles of the kernel that makes the gradient of a bias apart; 0: there is
         no such kernel. Boxes of the maps of k and v then have a chunk's rows.
@@ -43,6 +49,7 @@ class ConfigBackwardSm90(ConfigBackward):
 
     producer_registers: int
     consumer_registers: int
+    stages_terms: bool = False
     bias_chunks: int = 0
     bias_smem_bytes: int = 0
 
@@ -83,10 +90,15 @@ class BackwardSm90(BackwardKernel):
         size = SIZEOF[static.element]
         tile_head_dim, tile_head_dim_v = round_up(static.head_dim, 64), round_up(static.head_dim_v, 64)
         tiles = size * ((block_n + STAGES * block_m) * (tile_head_dim + tile_head_dim_v) + STAGES * block_m * block_n)
-        sums_stages = 1 if block_m == 128 else 2
+        stages_terms = block_m == WARPGROUP_ROWS and stages(static)
+        sums_stages = 1 if block_m == 128 or (stages_terms and tile_head_dim > 64) else 2
         rows = 4 * block_m * (sums_stages * tile_head_dim + 2 * STAGES)  # sums of dq, row_lse and row_delta
         chunks = bias_chunks(static)
         bias_tiles = size * STAGES * WARPGROUP_ROWS * 3 * (tile_head_dim + tile_head_dim_v)
+        smem_bytes = tiles + rows + barriers_bytes(*[STAGES] * 4, 1, 1, 1, sums_stages, sums_stages)
+        smem_bytes = round_up(smem_bytes, SWIZZLED if stages_terms else 16)
+        if stages_terms:
+            smem_bytes += STAGES * sum(term.staged_bytes(block_m, block_n) for term in static.terms)
         registers = (40, 232) if static.deterministic or listed else REGISTERS[block_n // WARPGROUP_ROWS]
         return ConfigBackwardSm90(
             **common(static),
@@ -95,7 +107,7 @@ class BackwardSm90(BackwardKernel):
             block_m=block_m,
             block_n=block_n,
             num_threads=128 * (1 + block_n // WARPGROUP_ROWS),
-            smem_bytes=round_up(tiles + rows + barriers_bytes(*[STAGES] * 4, 1, 1, 1, sums_stages, sums_stages), 16),
+            smem_bytes=smem_bytes,
             copy_bytes=static.copy_bytes,
             out_copy_bytes=static.out_copy_bytes,
             deterministic=static.deterministic,
@@ -103,6 +115,7 @@ class BackwardSm90(BackwardKernel):
             finishes=not static.varlen,
             producer_registers=registers[0],
             consumer_registers=registers[1],
+            stages_terms=stages_terms,
             bias_chunks=chunks,
             bias_smem_bytes=bias_tiles + barriers_bytes(*[STAGES] * 4) if chunks else 0,
         )
@@ -121,7 +134,9 @@ class BackwardSm90(BackwardKernel):
         return max(counts.tiles, min(main, 1)), (main, *apart), finish
 
     def maps(self, config: ConfigBackwardSm90, problem: Problem) -> tuple[Map, ...]:
-        return tensor_map.of_backward(problem, config, config.key_box)
+        arrays = [term.arrays[0] for term in config.variant if config.stages_terms and term.boxed]
+        maps = tensor_map.of_backward(problem, config, config.key_box)
+        return maps + tensor_map.of_scores(problem, config, arrays)
 
     def chain_floats(self, config: ConfigBackwardSm90, problem: Problem, grid: BackwardGrid) -> int:
         steps = -(-problem.seqlen_q // config.block_m) * (problem.num_heads_q // max(1, problem.num_heads_k))
@@ -130,6 +145,12 @@ class BackwardSm90(BackwardKernel):
         columns = sum(round_up(dim, 16) for dim in (config.head_dim, config.head_dim_v))
         main = grid.blocks[[step.entry for step in self.steps(config)].index(self.name)]
         return main * config.block_n * columns
+
+
+def stages(static: Static) -> bool:
+    """Whether what score terms read is staged: boxes of one array, by which the kernel makes no gradient."""
+    loading = [term for term in static.terms if term.loads]
+    return len(loading) == 1 and loading[0].boxed and not loading[0].has_gradient
 
 
 def bias_chunks(static: Static) -> int:

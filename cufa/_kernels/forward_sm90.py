@@ -24,6 +24,7 @@ from .kernel import (
     round_up,
 )
 from .params import params_of
+from .record import MAP_BYTES
 
 PERSISTENT_ROUNDS = 8
 """Rounds of tiles from which on packed sequences, of which no lengths are known, are dealt out evenly enough."""
@@ -45,9 +46,6 @@ OWN_STAGES, OWN_Q_STAGES = 4, 2
 
 CONTROL_BYTES = 1 << 10
 """Shared memory for barriers and for what the kernel knows of its tiles and rows."""
-
-BARRIERS = 16
-"""Bytes of the two barriers of a stage."""
 
 REGISTERS = {2: (24, 240), 3: (32, 160)}
 """(producer, consumer) registers per thread by number of consumers: with what a block starts with, all there are."""
@@ -97,8 +95,7 @@ class ForwardSm90(Kernel):
     Attributes
     ----------
     may_stage : bool
-        Whether what score terms read may be brought to shared memory. False is how it was before: docs/forward_sm90.md,
-        *Biases*, says how the two are compared.
+        Whether there is a warp that may bring what score terms read to shared memory.
     may_own : bool
         Whether warpgroups may have blocks of keys of their own.
     """
@@ -146,10 +143,13 @@ class ForwardSm90(Kernel):
         own_blocks, narrow = self.own_blocks(static), max(tile_head_dim, tile_head_dim_v) <= 64
         q_stages, stages = (OWN_Q_STAGES, OWN_STAGES) if own_blocks and narrow else (1, STAGES)
         tiles = q_stages * block_m * tile_head_dim + stages * block_n * (tile_head_dim + tile_head_dim_v)
-        staged = STAGES * (BARRIERS + staged_bytes(static, block_m, block_n)) if stages_terms else 0
+        staged = STAGES * staged_bytes(static, block_m, block_n) if stages_terms else 0
         consumers = block_m // WARPGROUP_ROWS
-        # Tiles this narrow leave registers to what finds them; to read lists, or what terms read, takes some.
-        roomy = consumers == 2 and (narrow or blocks is not None or stages_terms)
+        # Tiles this narrow leave registers to what finds them; to read lists, or what terms read, takes some. Of the
+        # widest output none are left to tensor copies, which do with few.
+        wide = max(tile_head_dim, tile_head_dim_v) > 192
+        brings = stages_terms and not (wide and only_boxes(static))
+        roomy = consumers == 2 and (narrow or blocks is not None or brings)
         producer_registers, consumer_registers = (40, 232) if roomy else REGISTERS[consumers]
         return ConfigSm90(
             **common(static),
@@ -199,10 +199,11 @@ class ForwardSm90(Kernel):
     def values(self, config: ConfigSm90, problem: Problem, grid: Grid) -> dict[str, Any]:
         section = grid.heads_per_section
         params = params_of(problem, m_blocks=grid.m_blocks, heads_per_section=section, m_units=grid.m_units)
-        return {"params": params, "deal": deal_of(grid)}
+        return {"params": params, "deal": deal_of(grid), "scores": bytes(MAP_BYTES)}
 
     def maps(self, config: ConfigSm90, problem: Problem) -> tuple[Map, ...]:
-        return tensor_map.of_forward(problem, config)
+        arrays = [term.arrays[0] for term in config.variant if config.stages_terms and term.boxed]
+        return tensor_map.of_forward(problem, config) + tensor_map.of_scores(problem, config, arrays)
 
     def asserts(self) -> str:
         return (
@@ -221,6 +222,11 @@ def deal_of(grid: Grid) -> dict[str, Any]:
     return {"round_units": grid.round_units, "begin": begin, "tiles": tiles}
 
 
+def only_boxes(static: Static) -> bool:
+    """Whether all that score terms read comes by tensor copies, for which a warp needs few registers."""
+    return all(term.boxed for term in static.terms if term.loads)
+
+
 def staged_bytes(static: Static, block_m: int, block_n: int) -> int:
     """What score terms take of shared memory for a stage."""
     return sum(term.staged_bytes(block_m, block_n) for term in static.terms if term.loads)
@@ -236,8 +242,9 @@ def tile(static: Static, staged: bool = False, own: bool = False) -> tuple[int, 
     widest = max(dim, dim_v)
     plain = all(term.bounded for term in static.terms)  # what masks as ranges do takes no room
     window = static.mask == "window"
+    boxed = staged and any(term.boxed for term in static.terms)
     loaded = 0 if staged else sum(term.loaded_bytes for term in static.terms)
-    room = SHARED_MEMORY[90] - CONTROL_BYTES - (STAGES * BARRIERS if staged else 0)
+    room = SHARED_MEMORY[90] - CONTROL_BYTES
     size = SIZEOF[static.element]
 
     def fits(block_m: int, block_n: int) -> bool:
@@ -256,11 +263,14 @@ def tile(static: Static, staged: bool = False, own: bool = False) -> tuple[int, 
         return 128 if narrow else 192, 128, 0, True
     ragged = widest > 96 and (dim, dim_v) != (static.head_dim, static.head_dim_v)  # which columns there are takes some
     registers = 196 if plain and not ragged else 184
-    longest = 64 - 16 * staged if widest > 192 else 128 if window or static.short else 176
+    longest = 128 if window or static.short or boxed else 176
+    if widest > 192:
+        longest = 48 if staged and not only_boxes(static) else 64
     # A thread holds half a row's block of scores and P, and of what terms load ahead of them.
-    block_n = min((registers - dim_v // 2) * 8 // (6 + loaded), longest) // 16 * 16
+    step = 32 if boxed else 16  # boxes are swizzled
+    block_n = min((registers - dim_v // 2) * 8 // (6 + loaded), longest) // step * step
     while not fits(128, block_n):
-        block_n -= 16
+        block_n -= step
     early_steps = 4 if widest <= 128 else 1 if widest <= 160 else 2 if widest <= 192 else 0
     if ragged:
         early_steps = (early_steps + 1) // 2

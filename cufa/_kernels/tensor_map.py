@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from .._call.problem import Problem
+from .._call.problem import ITEMSIZE, Problem
 from .._driver import driver as _driver
 from ..errors import CudaError, UnsupportedError
 from .kernel import SIZEOF, WARPGROUP_ROWS, Config, Map
@@ -18,6 +18,9 @@ from .record import MAP_BYTES
 
 TYPES = {"f16": "FLOAT16", "bf16": "BFLOAT16"}
 """Elements of maps, and the driver's names of them. What is not here has none, and is not taken for another."""
+
+NAMES = {"float16": "f16", "bfloat16": "bf16"}
+"""Elements by the dtype of an array."""
 
 _ADDRESSES = (1 << 20, 0x7F12_3456_7890)
 
@@ -36,6 +39,20 @@ def of_forward(problem: Problem, config: Config) -> tuple[Map, ...]:
     shapes = {"q": (_queries(problem, config), 0)}
     shapes |= {name: _rows(problem, config, name, config.block_n) for name in "kv"}
     return _encoded(problem.device, shapes)
+
+
+def of_scores(problem: Problem, config: Config, arrays: Sequence[str]) -> tuple[Map, ...]:
+    """The map of the array of scores that is staged, if one is: boxes are tiles of these."""
+    maps: list[Map] = []
+    for name in arrays:
+        spec = problem.specs[name]
+        size = ITEMSIZE[spec.dtype]
+        strides = [0 if n == 1 else size * stride for n, stride in zip(spec.shape, spec.strides, strict=True)]
+        extents = [1 if stride == 0 else n for n, stride in zip(spec.shape, strides, strict=True)]
+        (batch, heads, queries, keys), (*outer, _) = extents, strides
+        shape = _shape(config, config.block_n, (keys, queries, heads, batch), tuple(outer[::-1]), (config.block_m,))
+        maps += _encoded(problem.device, {name: (shape._replace(element=NAMES[spec.dtype]), 0)})
+    return tuple(each._replace(member="scores") for each in maps)
 
 
 def of_caches(problem: Problem, config: Config, q: tuple[str, Sequence[int]], box_rows: int) -> tuple[Map, ...]:

@@ -66,7 +66,8 @@ class Bias(Specialised):
         self.per_head = access.per_head
         self.loaded_bytes = access.bytes
         self.apart = apart
-        self.stages = access.wide and not access.bounded and not access.shared[2]
+        self.boxed = access.mapped and access.wide and access.bytes == 2 and not (access.bounded or access.shared[2])
+        self.stages = self.boxed
         self.ordered = exact or apart or not any(access.shared)
         self.finishes = exact
         if exact:
@@ -75,8 +76,7 @@ class Bias(Specialised):
     def struct(self, element: str) -> str:
         access, own, exact, _, apart = self.facts
         *_, queries, keys = access.shared
-        last = [False, True] if apart else [True] if exact else []
-        flags = (access.per_head, not any(access.shared), queries, keys, *last)
+        flags = (access.per_head, not any(access.shared), queries, keys, exact, apart, self.boxed)
         return f"{self.type}<{own}, {access.arguments()}, {', '.join(str(flag).lower() for flag in flags)}>"
 
     def specialised(self, specs: Mapping[str, Spec], packed: bool) -> Bias:
@@ -91,8 +91,7 @@ class Bias(Specialised):
         return self if self.ordered else Bias(access, element, exact=True, tiled=tiled)
 
     def staged_bytes(self, rows: int, columns: int) -> int:
-        size, *_ = self.facts[0]
-        return rows * (columns // 8 | 1) * 8 * int(size)
+        return rows * columns * self.facts[0].bytes if self.boxed else 0
 
     def set_apart(self) -> Bias:
         access, element, _, tiled, _ = self.facts

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .._call.problem import Check, Problem
 
 ALIKE = ("name", "header", "data", "headers", "arrays", "option_names", "late_names", "loaded_bytes", "blocks")
-FLAGS_ALIKE = ("per_head", "bends", "scales", "hides", "gives_slope", "stages", "foldable")
+FLAGS_ALIKE = ("per_head", "bends", "scales", "hides", "gives_slope", "stages", "boxed", "foldable")
 
 
 class Constant(Term):

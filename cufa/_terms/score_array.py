@@ -19,6 +19,9 @@ AXES = ("batch", "num_heads_q", "seqlen_q", "seqlen_k")
 MAX_STRIDE = (1 << 31) - 1
 """Of queries and keys, in bytes: kernels multiply these by 32-bit numbers."""
 
+MAX_MAP_STRIDE = 1 << 40
+"""Bytes from which on no tensor map has a stride."""
+
 UNBOUNDED = (1 << 31) - 1
 """The extent of an axis of which one element is for all."""
 
@@ -42,6 +45,8 @@ class Access(NamedTuple):
         Whether all sequences, heads, queries and keys share its elements.
     wide : bool
         Whether 16 aligned bytes of keys can be read at once.
+    mapped : bool
+        Whether, if so, a tensor map describes it.
     """
 
     bytes: int = 4
@@ -51,6 +56,7 @@ class Access(NamedTuple):
     per_head: bool = True
     shared: tuple[bool, bool, bool, bool] = (False, False, False, False)
     wide: bool = False
+    mapped: bool = False
 
     @classmethod
     def of(cls, name: str, specs: Mapping[str, Spec], packed: bool) -> Access:
@@ -75,6 +81,7 @@ class Access(NamedTuple):
             spec.shape[1] > 1,
             shared,  # type: ignore[arg-type]
             together(16 // size),
+            all(0 <= n * size < MAX_MAP_STRIDE for n in strides) and (strides[2] > 0 or spec.shape[2] == 1),
         )
 
     def arguments(self) -> str:

@@ -23,7 +23,7 @@ Array: TypeAlias = NDArray[Any]
 
 FLAGS = (
     *("per_head", "bends", "scales", "hides", "gives_slope", "reads_score", "has_gradient", "loads", "finishes"),
-    *("apart", "stages"),
+    *("apart", "stages", "boxed"),
 )
 """What a term and its C++ twin both say of it; every translation unit asserts that they say the same."""
 
@@ -112,6 +112,8 @@ class Term:
         Whether its gradients are made of what was added up by a kernel behind the main ones.
     stages : bool
         Whether what its C++ twin loads may be brought to shared memory before, in `staged_bytes`.
+    boxed : bool
+        Whether that is boxes of an array of scores, copied by a tensor map.
     apart : bool
         Whether its gradient is made by a kernel of its own, so that to the others it has none: see `set_apart`.
     foldable : bool
@@ -140,6 +142,7 @@ class Term:
     ordered: bool = False
     finishes: bool = False
     stages: bool = False
+    boxed: bool = False
     apart: bool = False
     foldable: bool = False
 

@@ -10,6 +10,7 @@ import pytest
 import sass
 
 from cufa._call.arrays import Spec, contiguous
+from cufa._kernels.kernel import SHARED_MEMORY
 from cufa._terms import bias as bias_module
 from cufa._terms.bias import Bias
 from cufa._terms.mask_array import MaskArray
@@ -18,9 +19,11 @@ from cufa._terms.score_array import Access
 
 ENTRY = "attention_backward_bias_sm90"
 PAIRED = Bias(Access(2, 1, True), "bf16")
+BOXED = Access(2, 1, True, wide=True, shared=(True, False, False, False), mapped=True)
 TERMS: dict[str, tuple[Any, ...]] = {
     "bias": (PAIRED,),
     "bias apart": (Bias(Access(2, 1, True, False, True, (True, False, False, False), True), "bf16", tiled=True),),
+    "boxed bias": (Bias(BOXED, "bf16", tiled=True),),
     "float32 bias": (Bias(Access(4, 1, True), "f32"),),
     "shared bias": (Bias(Access(2, 1, True, False, False, (True, True, True, False)), "bf16"),),
     "relative bias": (RelBias(),),
@@ -71,7 +74,7 @@ def test_the_widest_heads_compile(way: Any, arch: int) -> None:
     assert way is plans.backward or max(spilt.values()) <= 8
 
 
-@pytest.mark.parametrize("terms", ["bias apart", "relative bias"])
+@pytest.mark.parametrize("terms", ["bias apart", "boxed bias", "relative bias"])
 def test_nothing_touches_what_runs(terms: str) -> None:
     """The kernels that compute beside products: the forward's first steps, and the gradient of a bias."""
     for way in (plans.forward, plans.backward):
@@ -113,6 +116,26 @@ def test_few_tiles_of_a_gradient_are_not_made_apart(monkeypatch: pytest.MonkeyPa
     for least, apart in ((64, True), (65, False)):
         monkeypatch.setattr(bias_module, "APART_TILES", least)
         assert specialised(1, 1, 1024, 1024).set_apart().apart is apart
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_staged_boxes_fit_a_block(head_dim: int) -> None:
+    """In shared memory beside the 1 KB that the gradients' code declares; and they are whole rows of a swizzle."""
+    for way in (plans.forward, plans.backward):
+        plan = way(plans.static("bf16", head_dim, head_dim)._replace(terms=TERMS["boxed bias"]), 90)
+        assert plan.config.block_n % 32 == 0 and plan.config.smem_bytes + 1024 <= SHARED_MEMORY[90]
+
+
+def test_a_stage_of_boxes_is_given_back_behind_its_loads() -> None:
+    """Else a tensor copy may overwrite what they have not read: an arrival does not wait for them."""
+    plan = plans.forward(plans.static("bf16", 128, 128)._replace(terms=TERMS["boxed bias"]), 90)
+    code = sass.disassemble(plans.compile_plan(plan).cubin).get(plan.name, [])
+    kinds = [each.opcode.split(".")[0] for each in code]
+    loads = [i for i, kind in enumerate(kinds) if kind == "LDSM"]
+    assert not code or loads
+    for i in loads:
+        rest = [kind for kind in kinds[i:] if kind in ("FENCE", "SYNCS")]
+        assert rest[0] == "FENCE"
 
 
 def test_tiles_leave_registers_to_what_is_loaded() -> None:
