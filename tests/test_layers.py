@@ -25,7 +25,7 @@ def includes(name: str) -> list[str]:
 def rank(name: str) -> tuple[int, int]:
     """Where a header stands: its directory and, within attention, piece, main loop or kernel."""
     directory, file = name.split("/")
-    kernel = re.fullmatch(r"(forward|backward)(_split|_cache|_cluster(_cache)?)?_sm\d+\.cuh", file)
+    kernel = re.fullmatch(r"(forward|backward)(_split|_cache|_packed|_listed|_cluster(_cache)?)?_sm\d+\.cuh", file)
     main_loop = re.fullmatch(r"((backward_)?mainloop(_split)?|backward_split_\w+)_sm\d+\.cuh", file)
     level = 2 if kernel else 1 if main_loop else 0
     return LAYERS.index(directory), level

@@ -3,7 +3,9 @@
 #pragma once
 
 #include "attention/forward_sm90.cuh"
+#include "attention/packed.cuh"
 #include "attention/packed_tma_params.cuh"
+#include "attention/params.cuh"
 #include "attention/taken_tiles.cuh"
 #include "attention/work.cuh"
 

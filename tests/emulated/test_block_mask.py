@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from block_masks import Kind, Problem, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cufa
 import emulated
+from cufa import masks
 from cufa.testing import to_numpy
 from emulated.gpu import Gpu
 
@@ -53,6 +57,19 @@ def test_lists_on_hopper(kind: Kind, data: st.DataObject) -> None:
     entries, _ = ran(problem, 90, data.draw(st.integers(0, 99)))
     assert "attention_forward_listed_sm90" in entries
     assert entries & {"attention_backward_sm90", "attention_backward_split_keys_sm90"}
+
+
+@pytest.mark.parametrize(("head_dim", "window"), [(128, {}), (128, WINDOW), (256, CAUSAL)], ids=str)
+def test_bounds_on_hopper(head_dim: int, window: dict[str, Any]) -> None:
+    """Several documents in a block, which bounds mask alone or beside a window."""
+    rng = np.random.default_rng(0)
+    shapes = {"q": (1, 300, 2, head_dim), "dout": (1, 300, 2, head_dim), **dict.fromkeys("kv", (1, 300, 1, head_dim))}
+    arrays = {name: rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()}
+    arrays["dlse"] = rng.standard_normal((1, 2, 300)).astype(np.float32)
+    mask = cufa.BlockMask.of(masks.document(offsets=[0, 90, 140, 300]), 1, 1, 300, 300)
+    assert mask.bounded
+    problem = Problem(arrays, window, mask, 2.0**-10)
+    assert "attention_forward_listed_sm90" in ran(problem, 90, 7)[0]
 
 
 @settings(max_examples=1)

@@ -186,7 +186,7 @@ def test_rows_and_pairs_are_the_same_lists(data: st.DataObject) -> None:
     assert rows == pairs and hash(rows) == hash(pairs)
     assert np.array_equal(rows.dense()[0, 0], dense)
     # The lists, both ways, hold what the tiles say.
-    key_entries, key_offsets, query_entries, query_offsets, tiles, _ = rows.arrays
+    key_entries, key_offsets, query_entries, query_offsets, tiles = rows.arrays[:5]
     for m in range(3):
         entries = key_entries[key_offsets[0, 0, m] : key_offsets[0, 0, m + 1]]
         assert entries.tolist() == [2 * n + (tiles[0, 0, m, n] == -1) for n in range(4) if tiles[0, 0, m, n] >= -1]
