@@ -51,6 +51,7 @@ class ForwardListedSm90(ForwardSm90):
     record = "ListedTmaParams"
     prologue = "  ptx::grid_begin();\n"
     special = True
+    may_stage = False  # its record has no map of scores
 
     def refusal(self, static: Static) -> str:
         if listed_blocks(static.terms) is None:

@@ -45,6 +45,7 @@ class ForwardPackedSm90(ForwardSm90):
     record = "PackedTmaParams"
     prologue = "  ptx::grid_begin();\n"
     special = True
+    may_stage = False  # its record has no map of scores
 
     def refusal(self, static: Static) -> str:
         if not static.many_tiles:

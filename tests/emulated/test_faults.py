@@ -43,6 +43,7 @@ def of(compute: Callable[..., Ran], problem: Any, **gpu: Any) -> Callable[..., R
 
 SIZES: dict[str, Any] = {"head_dim": 64, "head_dim_v": 64, "dtype": "float16", "return_lse": True}
 CAUSAL = Case(seqlen_q=150, seqlen_k=150, causal=True, **SIZES)
+ONE_BUFFER = Case(seqlen_q=150, seqlen_k=150, causal=True, **SIZES | {"head_dim": 128, "head_dim_v": 128})
 NARROW = Case(seqlen_q=100, seqlen_k=150, **SIZES | {"head_dim": 60, "layouts": ("padded",) * 4})
 GRADIENTS = Call(case=Case(seqlen_q=150, seqlen_k=150, causal=True, **SIZES))
 FEW_ROWS = Case(seqlen_q=1, seqlen_k=600, num_heads_q=5, num_heads_k=1, **SIZES)
@@ -57,15 +58,22 @@ PACKED_GRADIENTS = Call(
 FAULTS = {
     "no barrier": Fault(
         "mainloop_sm80.cuh",
-        "      __syncthreads();  // this block's K has arrived, and every warp is done with V\n",
+        "        __syncthreads();  // this block's K and V have arrived, and every warp is done with the other buffers\n",
         "",
         of(forward, CAUSAL),
         "a race",
     ),
+    "no barrier where K and V have a buffer each": Fault(
+        "mainloop_sm80.cuh",
+        "        __syncthreads();  // V has arrived, and every warp is done with K\n",
+        "",
+        of(forward, ONE_BUFFER),
+        "a race",
+    ),
     "no wait for a copy": Fault(
         "mainloop_sm80.cuh",
-        "      ptx::cp_async_wait_group<0>();\n      __syncthreads();  // V has arrived",
-        "      __syncthreads();  // V has arrived",
+        "        ptx::cp_async_wait_group<0>();\n        __syncthreads();  // this block's K and V have arrived",
+        "        __syncthreads();  // this block's K and V have arrived",
         of(forward, CAUSAL),
         "an asynchronous copy to it was not waited for",
     ),
@@ -183,8 +191,8 @@ FAULTS |= {
     ),
     "K not waited for": Fault(
         "mainloop_sm90.cuh",
-        "      queries.wait_full(at_queries());\n      keys().wait_full(at_keys);\n      warpgroup::gemm_abt",
-        "      queries.wait_full(at_queries());\n      warpgroup::gemm_abt",
+        "entry(0).before(warpgroup));\n      keys().wait_full(at_keys);\n      warpgroup::gemm_abt",
+        "entry(0).before(warpgroup));\n      warpgroup::gemm_abt",
         ON_HOPPER,
         "is read by wgmma, and was written by an asynchronous copy",
     ),
@@ -290,8 +298,8 @@ FAULTS |= {
         "a race",
     ),
     "dq read before all is there": Fault(
-        "backward_mainloop_sm90.cuh",
-        "          while (ptx::ld_acquire_gpu(done) != backward.n_blocks) {\n          }\n",
+        "backward_sums_sm90.cuh",
+        "        while (ptx::ld_acquire_gpu(done) != backward.n_blocks) {\n        }\n",
         "",
         GRADIENTS_ON_HOPPER,
         "has not told this one",

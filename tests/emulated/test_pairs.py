@@ -34,6 +34,7 @@ def run(problem: pairs.Problem, arch: int) -> set[str]:
         (90, 21, "backward_sm90"),
         (90, 33, "backward_split_keys_sm90"),
         (90, 2, "forward_cluster_sm90"),
+        (90, 31, "forward_listed_sm90"),
     ],
 )
 def test_kernels_equal_the_reference(arch: int, number: int, kernel: str) -> None:

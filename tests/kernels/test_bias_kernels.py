@@ -13,6 +13,7 @@ from cufa._call.arrays import Spec, contiguous
 from cufa._kernels.kernel import SHARED_MEMORY
 from cufa._terms import bias as bias_module
 from cufa._terms.bias import Bias
+from cufa._terms.block_mask import BlockMaskTerm
 from cufa._terms.mask_array import MaskArray
 from cufa._terms.rel_bias import RelBias
 from cufa._terms.score_array import Access
@@ -53,6 +54,18 @@ def test_kernels_for_hopper_hold_what_they_load(way: Any, terms: str) -> None:
     """But for some words of the gradients with all of them at once."""
     most = 32 if terms == "all" and way is plans.backward else 0
     assert max(compiled(way, terms, 128, 90, mask="causal").values()) <= most
+
+
+@pytest.mark.parametrize("terms", ["bias", "boxed bias", "relative bias"])
+@pytest.mark.parametrize("taken", ["listed", "packed"])
+def test_kernels_that_take_tiles_as_they_come_have_biases(taken: str, terms: str) -> None:
+    features: dict[str, Any] = {"varlen": True, "many_tiles": True} if taken == "packed" else {}
+    facts = plans.static("bf16", 128, 128, **features)._replace(terms=TERMS[terms])
+    if taken == "listed":
+        facts = facts._replace(terms=(*facts.terms, BlockMaskTerm(128, 128, by_head=False)))
+    plan = plans.forward(facts, 90)
+    assert plan.name == f"attention_forward_{taken}_sm90" and not plan.config.stages_terms
+    assert max(spills(plans.compile_plan(plan).log).values()) <= 32
 
 
 def test_nothing_is_added_up_for_gradients_that_nobody_wants() -> None:
