@@ -58,7 +58,7 @@ PACKED_GRADIENTS = Call(
 FAULTS = {
     "no barrier": Fault(
         "mainloop_sm80.cuh",
-        "        __syncthreads();  // this block's K and V have arrived, and every warp is done with the other buffers\n",
+        "__syncthreads();  // this block's K and V have arrived, and every warp is done with the other buffers\n",
         "",
         of(forward, CAUSAL),
         "a race",

@@ -127,7 +127,7 @@ def check_with(nvrtc: str, plan: Plan) -> None:
 def check_plan(plan: Plan) -> None:
     compiled = compile_plan(plan)
     taken = _jit.resources_of(compiled.log)
-    # NVRTC 13.0 keeps a pair of words of the warp that finds packed tiles in memory, where it knows blocks of two kinds.
+    # NVRTC 13.0 keeps two words of the warp that finds packed tiles in memory, where warpgroups have their own blocks.
     most = 8 if plan.name == "attention_forward_packed_sm90" and plan.config.own_blocks else 0
     assert taken.spill_bytes <= most, f"{plan.words()} spills {taken.spill_bytes} bytes"
     assert "C75" not in compiled.log, compiled.log
