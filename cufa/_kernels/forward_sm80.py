@@ -158,7 +158,8 @@ def tile(static: Static, arch: int) -> tuple[int, int, int, int]:
             return 128, 32, 4, 1  # 48 KB: two blocks share an SM
         if plain and (arch == 90 or (static.mask == "none" and not static.varlen and arch < 90)):  # others spill
             return 128, 64, 4, 1
-        return 128, 32 if static.mask == "window" else 48, 4, 1
+        spills = static.mask == "window" or (static.varlen and arch >= 100 and not plain)
+        return 128, 32 if spills else 48, 4, 1
     if widest > 192 and static.copy_bytes < 16:
         return 64, 64, 8, 2  # the addresses of what is copied in pieces take registers
     return 64, 64, 4, 1
