@@ -690,7 +690,8 @@ class _ValueCheck:
 
         def pages(start: NDArray[np.int64]) -> NDArray[Any]:
             bounds = zip(tables, start // problem.page_size, -(-last // problem.page_size), strict=True)
-            return np.concatenate([table[low:high].astype(np.int64) for table, low, high in bounds])
+            own = (table[low:high].astype(np.int64) for table, low, high in bounds)
+            return np.concatenate([np.zeros(0, np.int64), *own])  # of a batch without sequences too
 
         live, written = pages(begin), pages(first)
         for of_keys, of_values in ((written, live), (live, written)):

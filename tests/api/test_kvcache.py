@@ -195,6 +195,14 @@ def test_pages_of_k_and_v_may_take_turns_in_one_pool() -> None:
     assert pool.tobytes() == before.tobytes()
 
 
+def test_a_pool_without_sequences() -> None:
+    pool, table = np.zeros((4, 4, 2, 16), np.float32), np.zeros((0, 2), np.int32)
+    rows = {name: np.zeros((0, 2, 2, 16), np.float32) for name in ("k", "v")}
+    shared = {"q": np.zeros((0, 2, 4, 16), np.float32), "k_cache": pool[:3], "v_cache": pool[1:], **rows}
+    out = cufa.attention_with_kvcache(**shared, cache_seqlens=np.zeros(0, np.int32), block_table=table)
+    assert out.shape == (0, 2, 4, 16)
+
+
 PAGED_ROWS = {name: PAGED.arrays()[name] for name in ("k", "v")}
 
 

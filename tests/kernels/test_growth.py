@@ -219,8 +219,8 @@ def test_kernels_are_asked_in_their_order(added: Any) -> None:
     assert plan.name == "attention_forward_sm90"
     assert plan.refusals[0] == ("attention_naive_lse", "it reads float32 alone")
     assert plan.reason == "it reads float32 alone"
-    special = ["attention_forward_cluster_sm90", "attention_forward_split_sm80"]
-    assert [name for name, _ in plan.refusals[1:]] == special
+    special = ("cluster_sm90", "split_sm80", "packed_sm90", "listed_sm90")
+    assert [name for name, _ in plan.refusals[1:]] == [f"attention_forward_{name}" for name in special]
     with pytest.raises(cufa.UnsupportedError, match="no kernel serves: attention_naive_lse: it reads float32 alone"):
         choose(added.LSE.kernels, static, 80)
     assert choose((*added.LSE.kernels, *FORWARD), static._replace(element="f32"), 90).name == "attention_naive_lse"
