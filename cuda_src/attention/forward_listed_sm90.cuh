@@ -3,8 +3,8 @@
 #pragma once
 
 #include "attention/forward_sm90.cuh"
-#include "attention/listed_tma_params.cuh"
 #include "attention/taken_tiles.cuh"
+#include "attention/taken_tma_params.cuh"
 #include "attention/work.cuh"
 
 namespace attention {
@@ -12,7 +12,7 @@ namespace attention {
 // What the main loop is given: see GivenTiles.
 template <class Config>
 struct ListedTiles {
-  using Argument = ListedTmaParams;
+  using Argument = TakenTmaParams;
   using Work = attention::Work<Config>;
   using Cursor = TakingCursor<Argument>;
   using CursorAgain = TrailCursor<Argument>;
@@ -20,14 +20,8 @@ struct ListedTiles {
   static constexpr bool finds_empty = false, finds_late = true;
 };
 
-// Before the main kernel: no tile has been taken.
 template <class Config>
-inline void listed_begin(const ListedTmaParams& argument) {
-  if (threadIdx.x == 0) *argument.dealt = 0;
-}
-
-template <class Config>
-inline void forward_listed_sm90(const ListedTmaParams& argument) {
+inline void forward_listed_sm90(const TakenTmaParams& argument) {
   forward_tiles<Config, ListedTiles<Config>>(argument);
 }
 

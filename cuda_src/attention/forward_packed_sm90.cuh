@@ -4,9 +4,9 @@
 
 #include "attention/forward_sm90.cuh"
 #include "attention/packed.cuh"
-#include "attention/packed_tma_params.cuh"
 #include "attention/params.cuh"
 #include "attention/taken_tiles.cuh"
+#include "attention/taken_tma_params.cuh"
 #include "attention/work.cuh"
 
 namespace attention {
@@ -22,7 +22,7 @@ struct PackedWork : Work<Config> {
 // What the main loop is given: see GivenTiles.
 template <class Config>
 struct PackedTiles {
-  using Argument = PackedTmaParams;
+  using Argument = TakenTmaParams;
   using Work = PackedWork<Config>;
   using Cursor = TakingCursor<Argument>;
   using CursorAgain = TrailCursor<Argument>;
@@ -30,14 +30,8 @@ struct PackedTiles {
   static constexpr bool finds_empty = true, finds_late = true;
 };
 
-// Before the main kernel: no tile has been taken.
 template <class Config>
-inline void packed_begin(const PackedTmaParams& argument) {
-  if (threadIdx.x == 0) *argument.dealt = 0;
-}
-
-template <class Config>
-inline void forward_packed_sm90(const PackedTmaParams& argument) {
+inline void forward_packed_sm90(const TakenTmaParams& argument) {
   forward_tiles<Config, PackedTiles<Config>>(argument);
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._call.arrays import CPU
-from .._call.problem import ITEMSIZE
+from .._call.problem import ITEMSIZE, MAX_MAP_STRIDE
 from ..errors import ArgumentError
 from .term import Array, Point, Term
 
@@ -18,9 +18,6 @@ AXES = ("batch", "num_heads_q", "seqlen_q", "seqlen_k")
 
 MAX_STRIDE = (1 << 31) - 1
 """Of queries and keys, in bytes: kernels multiply these by 32-bit numbers."""
-
-MAX_MAP_STRIDE = 1 << 40
-"""Bytes from which on no tensor map has a stride."""
 
 UNBOUNDED = (1 << 31) - 1
 """The extent of an axis of which one element is for all."""

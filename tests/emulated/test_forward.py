@@ -179,7 +179,7 @@ def test_packed_tiles_are_taken_as_they_come(mask: dict[str, Any], head_dim: int
     case = Case(batch=4, dtype="float16", values="large rows", **dims, **lengths, **mask)
     with places.bounds(_problem, MANY_ROWS=0, TAKEN_ROWS=0):
         ran = forward(case, arch=90, num_sms=3)
-        assert ran.entries == ["attention_packed_begin", "attention_forward_packed_sm90"]
+        assert ran.entries == ["attention_taken_begin", "attention_forward_packed_sm90"]
         assert forward(case, 7, arch=90, num_sms=2).bits == ran.bits
     assert head_dim == 128 or forward(case, arch=90).bits == ran.bits
 
