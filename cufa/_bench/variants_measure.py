@@ -158,10 +158,21 @@ def error_of(framework: Framework, case: Case, results: Sequence[Any], expected:
 
 
 class Ways(NamedTuple):
-    """What a peer does with a case: a call whose result is out, and a function that prepares one of its gradients."""
+    """What a peer does with a case.
+
+    Attributes
+    ----------
+    forward : callable
+        Its result is out.
+    backward : callable
+        Prepares a call of the gradients.
+    capturable : bool
+        Whether a CUDA graph may hold that call, where its forward was called outside of one.
+    """
 
     forward: Call
     backward: Callable[[], Call]
+    capturable: bool = True
 
 
 Peer = Callable[[Framework, Case, Inputs], Ways]
@@ -258,7 +269,8 @@ class Runner:
         runs: dict[str, Call] = {}
         graphs = set()
         for name, call in calls.items():
-            graph = captured(call, self.gpu, self.say)
+            capturable = direction == "forward" or ways[name].capturable
+            graph = captured(call, self.gpu, self.say) if capturable else None
             runs[name] = graph or call
             graphs |= {name} if graph else set()
         times = take_turns(runs, self.gpu, self.repeats) if runs else {}

@@ -185,7 +185,8 @@ def _sdpa(backend: str) -> Peer:
 
         ways = _by_autograd(attend, _leaves(given, *learned), given.dout.transpose(1, 2))
         refusing(ways.forward)
-        return ways
+        # What a graph holds reads the seed on the GPU, where it is only if the forward was captured too.
+        return ways._replace(capturable=case.feature != "dropout")
 
     return make
 

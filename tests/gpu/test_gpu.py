@@ -1010,8 +1010,8 @@ def explain(case: Case, arrays: dict[str, Any]) -> tuple[str, int]:
 
 
 def is_split(case: Case, arrays: dict[str, Any]) -> bool:
-    """Whether thread blocks may share keys, at places that depend on how many heads and sequences come before."""
-    return explain(case, arrays)[0].startswith("attention_forward_split")
+    """Whether thread blocks may share keys, at places that depend on how many tiles there are in all."""
+    return explain(case, arrays)[0].startswith(("attention_forward_split", "attention_forward_cluster"))
 
 
 def test_explain_tells_the_kernel(cupy: Any) -> None:

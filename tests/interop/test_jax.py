@@ -762,9 +762,15 @@ print("done")
 """
 
 
+MOST_SECONDS = 100
+"""Of a script: less than what a watchdog allows a test, which could only say that nothing was launched."""
+
+
 def run_script(script: str, *arguments: str, **environment: str) -> str:
+    """What a script prints in a process of its own. One that hangs says where."""
+    watched = f"import faulthandler; faulthandler.dump_traceback_later({MOST_SECONDS}, exit=True)\n{script}"
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
+        [sys.executable, "-c", watched, *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
