@@ -340,13 +340,13 @@ _READY: dict[Any, _Ready] = {}
 
 
 def _ready(frame: Frame, device: int | None = None) -> tuple[_Ready, list[int]]:
-    """What is remembered of a call, and the addresses of its buffers; `device` is None for the current GPU.
+    """What is remembered of a call, and the addresses of its buffers; `device` is None for the GPU that has them.
 
     Shapes and dtypes are part of the description, so that those of the buffers are looked at once.
     """
     text, addresses = frame.description(), frame.addresses()
     if device is None:
-        device = _current_device(addresses)
+        device = _owner(addresses)
     aligned = reduce(operator.or_, addresses, 0) % ALIGNMENT == 0
     misaligned = () if aligned else tuple(address % ALIGNMENT for address in addresses)
     key = text, device, misaligned
@@ -403,25 +403,24 @@ def run_on_gpu(frame: Frame) -> None:
     stream = frame.ask(GET_STREAM, 0)
     prepared = problem.memo.get("prepared") or prepare(problem, stream)
     named = [*chosen([*addresses, 0]), *late]
-    # XLA has made the GPU current; where it has not, the launch finds out.
+    # Of several GPUs another may be current: XLA's threads serve all of them, and are left with what they had last.
+    current = problem.device if _driver.count() == 1 else _driver.current_ordinal()
+    current = -1 if current is None else current
     if prepared.floats <= floats:
-        prepared(named, addresses[-1], stream, problem.device)
+        prepared(named, addresses[-1], stream, current)
         return
     # Traced for another GPU, or in parts for several. XLA hands memory out in the order of its stream.
     size = 4 * prepared.floats
     memory = frame.ask(ALLOCATE, size, 256, 0)
     try:
-        prepared(named, memory, stream, problem.device)
+        prepared(named, memory, stream, current)
     finally:
         frame.ask(FREE, size, memory)
 
 
-def _current_device(addresses: list[int]) -> int:
-    """The CUDA ordinal of the GPU that a call runs on, which XLA has made current: asking of addresses takes longer."""
-    if _driver.count() == 1:
-        return 0
-    status, current = _driver.driver().cuCtxGetDevice()
-    return int(current) if status == 0 else device_of(next(filter(None, addresses), 0))
+def _owner(addresses: list[int]) -> int:
+    """The CUDA ordinal of the GPU that a call runs on: the one whose memory it is given, whichever is current."""
+    return 0 if _driver.count() == 1 else device_of(next(filter(None, addresses), 0))
 
 
 def device_of(pointer: int) -> int:
