@@ -110,6 +110,16 @@ def current_ordinal() -> int | None:
     return int(active) if status == 0 else None
 
 
+def device_of_stream(stream: int) -> int:
+    """The GPU of a stream, or, of CUDA's default one, that which is current."""
+    context = call("cuStreamGetCtx", stream)
+    call("cuCtxPushCurrent", context)
+    try:
+        return int(call("cuCtxGetDevice"))
+    finally:
+        call("cuCtxPopCurrent")
+
+
 @contextmanager
 def current(ordinal: int) -> Iterator[None]:
     """Make the primary context of a GPU current, if that of another is or none."""

@@ -401,7 +401,7 @@ def _compute(call: Call, context: Any, written: Any, *buffers: Any) -> None:
     """What runs within the program, on XLA's stream."""
     pointers = [_pointer_of(buffer) for buffer in (*buffers, *written)]
     first = next((pointer for pointer in pointers if pointer[0]), (0, CPU))
-    device = CPU if first[1] == CPU else _xla.device_of(first[0])
+    device = CPU if first[1] == CPU else _xla.device_of(context.stream)
     layouts = [
         layout_of(tuple(buffer.shape), np.dtype(buffer.dtype), device, pointer)
         for buffer, (pointer, _) in zip(buffers, pointers, strict=False)

@@ -339,14 +339,12 @@ MAX_READY = 4096
 _READY: dict[Any, _Ready] = {}
 
 
-def _ready(frame: Frame, device: int | None = None) -> tuple[_Ready, list[int]]:
-    """What is remembered of a call, and the addresses of its buffers; `device` is None for the GPU that has them.
+def _ready(frame: Frame, device: int) -> tuple[_Ready, list[int]]:
+    """What is remembered of a call on a device, and the addresses of its buffers.
 
     Shapes and dtypes are part of the description, so that those of the buffers are looked at once.
     """
     text, addresses = frame.description(), frame.addresses()
-    if device is None:
-        device = _owner(addresses)
     aligned = reduce(operator.or_, addresses, 0) % ALIGNMENT == 0
     misaligned = () if aligned else tuple(address % ALIGNMENT for address in addresses)
     key = text, device, misaligned
@@ -399,12 +397,11 @@ def run_on_gpu(frame: Frame) -> None:
         load_early(frame.description())
     if frame.stage != EXECUTE:
         return
-    (_, problem, _, chosen, floats, late), addresses = _ready(frame)
     stream = frame.ask(GET_STREAM, 0)
+    (_, problem, _, chosen, floats, late), addresses = _ready(frame, device_of(stream))
     prepared = problem.memo.get("prepared") or prepare(problem, stream)
     named = [*chosen([*addresses, 0]), *late]
-    # Of several GPUs another may be current: XLA's threads serve all of them, and are left with what they had last.
-    current = problem.device if _driver.count() == 1 else _driver.current_ordinal()
+    current = _driver.current_ordinal() if _driver.count() > 1 else 0
     current = -1 if current is None else current
     if prepared.floats <= floats:
         prepared(named, addresses[-1], stream, current)
@@ -418,17 +415,9 @@ def run_on_gpu(frame: Frame) -> None:
         frame.ask(FREE, size, memory)
 
 
-def _owner(addresses: list[int]) -> int:
-    """The CUDA ordinal of the GPU that a call runs on: the one whose memory it is given, whichever is current."""
-    return 0 if _driver.count() == 1 else device_of(next(filter(None, addresses), 0))
-
-
-def device_of(pointer: int) -> int:
-    """The CUDA ordinal of the GPU that an address belongs to."""
-    if not pointer:
-        return 0
-    attribute = _driver.driver().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    return int(_driver.call("cuPointerGetAttribute", attribute, pointer))
+def device_of(stream: int) -> int:
+    """The CUDA ordinal of the GPU that a call runs on: its stream's, whichever is current in XLA's thread."""
+    return 0 if _driver.count() == 1 else _driver.device_of_stream(stream)
 
 
 def load_early(text: bytes) -> None:

@@ -453,3 +453,18 @@ def test_the_default_stream_while_one_that_it_waits_for_is_captured(cold: None, 
     cupy.cuda.Device().synchronize()
     check(CAPTURED, warm_out)
     assert np.isnan(to_numpy(into["out"]).astype(np.float32)).all()
+
+
+@pytest.mark.gpu
+def test_streams_tell_their_gpu() -> None:
+    """Whichever is current, which stays so."""
+    cupy = pytest.importorskip("cupy")
+    for ordinal in range(_driver.count()):
+        with cupy.cuda.Device(ordinal):
+            stream = cupy.cuda.Stream(non_blocking=True)
+        for other in range(_driver.count()):
+            with cupy.cuda.Device(other):
+                cupy.zeros(1)
+                assert _driver.device_of_stream(stream.ptr) == ordinal
+                assert _driver.current_ordinal() == other
+                assert _driver.device_of_stream(0) == other

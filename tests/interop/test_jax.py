@@ -689,15 +689,15 @@ def test_a_seed_reaches_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("current", [0, 1, None])
-def test_a_call_runs_on_the_gpu_that_has_its_buffers(monkeypatch: pytest.MonkeyPatch, current: int | None) -> None:
-    """Whichever is current in XLA's thread: that which it served before, or none."""
+def test_a_call_runs_on_the_gpu_of_its_stream(monkeypatch: pytest.MonkeyPatch, current: int | None) -> None:
+    """That of the stream, whichever is current in XLA's thread."""
     from cufa._operations.forward import ATTENTION
 
     launched, entered = Launched(monkeypatch), []
     monkeypatch.setattr(xla._driver, "count", lambda: 2)
     monkeypatch.setattr(xla._driver, "current_ordinal", lambda: current)
     monkeypatch.setattr(xla._driver, "current", lambda device: contextlib.nullcontext(entered.append(device)))
-    monkeypatch.setattr(xla, "device_of", lambda address: 1 if address >= 1 << 41 else 0)
+    monkeypatch.setattr(xla._driver, "device_of_stream", lambda stream: {7: 1}[stream])
     monkeypatch.setattr(xla, "_READY", {})
     shape = (1, 256, 2, 64)
     layouts = (xla.layout_of(shape, np.dtype(np.float16), 0),) * 3
@@ -730,7 +730,7 @@ def run(frame):
     if frame.stage == xla.EXECUTE:
         shapes.append(frame.kinds()[0][1])
         if handler == "run_on_gpu":
-            used.add(xla.device_of(frame.addresses()[0]))
+            used.add(xla.device_of(frame.ask(xla.GET_STREAM, 0)))
     try:
         known(frame)
     except BaseException:  # the other device may wait for this one's part of a sum for ever
