@@ -147,7 +147,7 @@ def tile(static: Static, arch: int) -> tuple[int, int, int, int]:
             return 64, 32, 4, 1
         if widest <= 192:
             return 64, 32, 8, 2
-        return 64, 16, 8, 2
+        return 64, 16, 4, 1
     plain = _is_plain(static)
     if widest <= 64:
         return 128, 128 if plain else 96, 4, 1
