@@ -34,19 +34,6 @@ struct Accumulator {
       }
     }
   }
-
-  // Adds to the columns from n-tile `first` on.
-  template <int other_cols>
-  void add_columns(const Accumulator<m_tiles, other_cols>& other, int first) {
-#pragma unroll
-    for (int t = 0; t < m_tiles; ++t) {
-#pragma unroll
-      for (int j = 0; j < other_cols / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[t][first + j][i] += other.x[t][j][i];
-      }
-    }
-  }
 };
 
 inline u32 lane() { return ptx::laneid(); }

@@ -48,33 +48,64 @@ struct SplitTf32 {
   }
 };
 
-// The most steps of 8 that float32 products are summed over within the tensor cores.
-inline constexpr int tf32_chain = 4;
+// The most steps of 8 that float32 products are summed over within the tensor cores. Of the three products of a step
+// only the largest is rounded by as much as its sum is large; in chains longer than `tf32_shared` the others have a sum
+// of their own, which may then be twice as long, and err by less.
+inline constexpr int tf32_chain = 8, tf32_shared = 4;
 
 // Of so many n-tiles, those whose products take turns: each product of a sum waits for the one before it.
 inline constexpr int tf32_turns(int n_tiles) { return n_tiles % 4 == 0 ? 4 : n_tiles % 6 == 0 ? 6 : 2; }
 
-// d += A·B for `turns` neighbouring n-tiles of d from n-tile `first` on, the smallest products first; low·low, 2^-22 of
-// the whole, is left out.
-template <int m_tiles, int cols, int turns>
-inline void mma_3xtf32(Accumulator<m_tiles, cols>& d, int first, const SplitTf32<4> (&a)[m_tiles],
-                       const SplitTf32<2> (&b)[turns]) {
-#pragma unroll
-  for (int j = 0; j < turns; ++j) {
-#pragma unroll
-    for (int t = 0; t < m_tiles; ++t) ptx::mma_m16n8k8_tf32(d.x[t][first + j], a[t].low, b[j].high[0], b[j].high[1]);
+// Sums of products within the tensor cores: `large` of those of the high parts, `small` of what those leave. Or there
+// is one sum of all, the smallest products of a step first.
+template <int m_tiles, int cols, bool apart>
+struct SumsTf32 {
+  Accumulator<m_tiles, cols> large, small;  // of one sum, `large`
+
+  void zero() {
+    large.zero();
+    small.zero();
   }
+
+  // += A·B for `turns` neighbouring n-tiles from n-tile `first` on; low·low, 2^-22 of the whole, is left out.
+  template <int turns>
+  void multiply(int first, const SplitTf32<4> (&a)[m_tiles], const SplitTf32<2> (&b)[turns]) {
+    Accumulator<m_tiles, cols>& rest = apart ? small : large;
 #pragma unroll
-  for (int j = 0; j < turns; ++j) {
+    for (int j = 0; j < turns; ++j) {
 #pragma unroll
-    for (int t = 0; t < m_tiles; ++t) ptx::mma_m16n8k8_tf32(d.x[t][first + j], a[t].high, b[j].low[0], b[j].low[1]);
+      for (int t = 0; t < m_tiles; ++t) mma(rest.x[t][first + j], a[t].low, b[j].high);
+    }
+#pragma unroll
+    for (int j = 0; j < turns; ++j) {
+#pragma unroll
+      for (int t = 0; t < m_tiles; ++t) mma(rest.x[t][first + j], a[t].high, b[j].low);
+    }
+#pragma unroll
+    for (int j = 0; j < turns; ++j) {
+#pragma unroll
+      for (int t = 0; t < m_tiles; ++t) mma(large.x[t][first + j], a[t].high, b[j].high);
+    }
   }
+
+  // The n-tiles of `to` from n-tile `first` on += these.
+  template <int to_cols>
+  void add_to(Accumulator<m_tiles, to_cols>& to, int first = 0) const {
 #pragma unroll
-  for (int j = 0; j < turns; ++j) {
+    for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll
-    for (int t = 0; t < m_tiles; ++t) ptx::mma_m16n8k8_tf32(d.x[t][first + j], a[t].high, b[j].high[0], b[j].high[1]);
+      for (int j = 0; j < cols / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          to.x[t][first + j][i] += apart ? small.x[t][j][i] + large.x[t][j][i] : large.x[t][j][i];
+        }
+      }
+    }
   }
-}
+
+ private:
+  static void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) { ptx::mma_m16n8k8_tf32(d, a, b[0], b[1]); }
+};
 
 }  // namespace tile
 
@@ -82,8 +113,8 @@ namespace warp {
 
 // sums += A·Bᵀ over `steps` steps, with A = 16 m_tiles rows of q and B = all rows of k, from addresses q_lane and
 // k_lane on. A step reads 8 elements of each row: 32 bytes, which ldmatrix reads as those of 16-bit elements.
-template <int steps, tile::Splitting splitting, class Q, class K, int m_tiles, int block_n>
-inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums, u32 q_lane, u32 k_lane) {
+template <int steps, tile::Splitting splitting, class Q, class K, int m_tiles, int block_n, bool apart>
+inline void gemm_abt_steps(tile::SumsTf32<m_tiles, block_n, apart>& sums, u32 q_lane, u32 k_lane) {
   constexpr int turns = tile::tf32_turns(block_n / 8);
 #pragma unroll
   for (int step = 0; step < steps; ++step) {
@@ -104,23 +135,34 @@ inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums, u32 q_lane
         b[j].template set<splitting>({bits[0], bits[1]});
         b[j + 1].template set<splitting>({bits[2], bits[3]});
       }
-      tile::mma_3xtf32(sums, first, a, b);
+      sums.multiply(first, a, b);
     }
   }
 }
 
-// scores ← A·Bᵀ, panel by panel.
+// scores ← A·Bᵀ, in chains of two panels.
 template <tile::Splitting splitting, class A, class B, int m_tiles, int cols>
 inline void gemm_abt_panels(tile::Accumulator<m_tiles, cols>& scores, u32 a_lane, u32 b_lane) {
-  static_assert(A::panel_bytes == 128, "the chain of products is one panel");
+  static_assert(A::panel_bytes == 128, "a panel has four steps");
+  constexpr int steps = 4, unroll = splitting == tile::Splitting::plain ? 2 : 1;
   scores.zero();
 #pragma unroll 1  // unrolled, the compiler loads far ahead and spills
-  for (int panel = 0; panel < A::panels; ++panel) {
-    tile::Accumulator<m_tiles, cols> sums;
+  for (int panel = 0; panel + 2 <= A::panels; panel += 2) {
+    tile::SumsTf32<m_tiles, cols, true> sums;
     sums.zero();
-    gemm_abt_steps<tile::tf32_chain, splitting, A, B>(sums, a_lane + panel * A::panel_stride,
-                                                      b_lane + panel * B::panel_stride);
-    scores.add(sums);
+#pragma unroll unroll
+    for (int i = 0; i < 2; ++i) {
+      gemm_abt_steps<steps, splitting, A, B>(sums, a_lane + (panel + i) * A::panel_stride,
+                                             b_lane + (panel + i) * B::panel_stride);
+    }
+    sums.add_to(scores);
+  }
+  if constexpr (A::panels % 2 != 0) {
+    tile::SumsTf32<m_tiles, cols, false> sums;
+    sums.zero();
+    gemm_abt_steps<steps, splitting, A, B>(sums, a_lane + (A::panels - 1) * A::panel_stride,
+                                           b_lane + (A::panels - 1) * B::panel_stride);
+    sums.add_to(scores);
   }
 }
 
@@ -164,7 +206,7 @@ inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accum
     }
 #pragma unroll
     for (int first = 0; first < out_cols / 8; first += turns) {
-      tile::Accumulator<m_tiles, 8 * turns> sums;
+      tile::SumsTf32<m_tiles, 8 * turns, (block_n / 8 > tile::tf32_shared)> sums;
       sums.zero();
 #pragma unroll
       for (int step = 0; step < steps; ++step) {
@@ -175,9 +217,9 @@ inline void gemm_ab(tile::Accumulator<m_tiles, out_cols>& out, const tile::Accum
           b[j].set({ptx::ld_shared_u32(V::step_chunks(even, first + j) + down),
                     ptx::ld_shared_u32(V::step_chunks(odd, first + j) + down)});
         }
-        tile::mma_3xtf32(sums, 0, a[step], b);
+        sums.multiply(0, a[step], b);
       }
-      out.add_columns(sums, first);
+      sums.add_to(out, first);
     }
   }
 }
@@ -224,7 +266,7 @@ inline void gemm_shared(tile::Accumulator<m_tiles, cols>& out, const tile::Share
     }
 #pragma unroll
     for (int first = 0; first < cols / 8; first += turns) {
-      tile::Accumulator<m_tiles, 8 * turns> sums;
+      tile::SumsTf32<m_tiles, 8 * turns, (steps > tile::tf32_shared)> sums;
       sums.zero();
 #pragma unroll
       for (int step = 0; step < steps; ++step) {
@@ -234,9 +276,9 @@ inline void gemm_shared(tile::Accumulator<m_tiles, cols>& out, const tile::Share
         for (int j = 0; j < turns; ++j) {
           y[j].set({ptx::ld_shared_u32(b_even.at(first + j) + down), ptx::ld_shared_u32(b_odd.at(first + j) + down)});
         }
-        tile::mma_3xtf32(sums, 0, x[step], y);
+        sums.multiply(0, x[step], y);
       }
-      out.add_columns(sums, first);
+      sums.add_to(out, first);
     }
   }
 }
