@@ -149,15 +149,19 @@ struct BiasGradientSm90 {
   // What the variant loads is the same for all that share the tile, if the bias alone loads: it is loaded once.
   static constexpr bool loads_once = !Apart<typename Main::variant>::others_load;
 
-  static constexpr int stages = 2;
+  // All chunks of keys of one that shares a tile have stages, or of several in turn: so which stage a chunk has is
+  // known when this compiles, and keys arrive long before they are wanted.
+  static constexpr int stages = 2, rounds = Main::bias_rounds;
   using Ring = tile::Ring<stages>;
+  using KeyRing = tile::Ring<rounds>;
 
   struct Shared {
     typename Q::Storage q[stages][consumers];
     typename Dout::Storage dout[stages][consumers];
-    typename K::Storage k[stages];
-    typename V::Storage v[stages];
-    typename Ring::Storage queries, gradients, keys, values;
+    typename K::Storage k[rounds][chunks];
+    typename V::Storage v[rounds][chunks];
+    typename Ring::Storage queries, gradients;
+    typename KeyRing::Storage keys[chunks], values[chunks];
   };
   static constexpr int smem_bytes = sizeof(Shared);
 
@@ -169,19 +173,21 @@ struct BiasGradientSm90 {
   Dout dout(u32 stage, int consumer) const {
     return {smem + tile::offset<&Shared::dout> + (stage * consumers + consumer) * Dout::bytes};
   }
-  K k(u32 stage) const { return {smem + tile::offset<&Shared::k> + stage * K::bytes}; }
-  V v(u32 stage) const { return {smem + tile::offset<&Shared::v> + stage * V::bytes}; }
+  K k(u32 round, int c) const { return {smem + tile::offset<&Shared::k> + (round * chunks + c) * K::bytes}; }
+  V v(u32 round, int c) const { return {smem + tile::offset<&Shared::v> + (round * chunks + c) * V::bytes}; }
   Ring queries() const { return {smem + tile::offset<&Shared::queries>}; }
   Ring gradients() const { return {smem + tile::offset<&Shared::gradients>}; }
-  Ring keys() const { return {smem + tile::offset<&Shared::keys>}; }
-  Ring values() const { return {smem + tile::offset<&Shared::values>}; }
+  KeyRing keys(int c) const { return {smem + tile::offset<&Shared::keys> + c * KeyRing::bytes}; }
+  KeyRing values(int c) const { return {smem + tile::offset<&Shared::values> + c * KeyRing::bytes}; }
 
   void init() const {
     constexpr int arrivals = 4 * consumers * tile::warp_arrivals;
     queries().init(arrivals);
     gradients().init(arrivals);
-    keys().init(arrivals);
-    values().init(arrivals);
+    for (int c = 0; c < chunks; ++c) {
+      keys(c).init(arrivals);
+      values(c).init(arrivals);
+    }
     ptx::fence_mbarrier_init();
   }
 
@@ -194,7 +200,7 @@ struct BiasGradientSm90 {
   // Called by one thread, which loads for each that shares a tile its queries, once, and chunk after chunk of keys.
   void load(const BackwardArgument& argument) const {
     const Params& params = argument.params.forward;
-    typename Ring::Cursor at_queries, at_keys;
+    typename Ring::Cursor at_queries;
     const int units = Tile::count(params, data(params));
 #pragma unroll 1
     for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
@@ -206,15 +212,15 @@ struct BiasGradientSm90 {
             queries(), at_queries, [&](int w) { return q(at_queries.stage(), w); }, argument.q, row, head, batch);
 #pragma unroll 1
         for (int c = 0; c < chunks; ++c) {
+          const typename KeyRing::Cursor at{at_queries.count};
           const int key = tile.n_block * Config::block_n + c * chunk;
-          load_keys(keys(), at_keys, k(at_keys.stage()), argument.k, key, head_k, batch);
+          load_keys(keys(c), at, k(at.stage(), c), argument.k, key, head_k, batch);
           if (c == 0) {
             load_queries(
                 gradients(), at_queries, [&](int w) { return dout(at_queries.stage(), w); }, argument.dout, row, head,
                 batch);
           }
-          load_keys(values(), at_keys, v(at_keys.stage()), argument.v, key, head_k, batch);
-          at_keys.advance();
+          load_keys(values(c), at, v(at.stage(), c), argument.v, key, head_k, batch);
         }
         at_queries.advance();
       });
@@ -223,8 +229,8 @@ struct BiasGradientSm90 {
 
   // Rows past the end become zeros.
   template <class Tile>
-  static void load_keys(const Ring& ring, const typename Ring::Cursor& at, const Tile& to, const ptx::TensorMap& map,
-                        int row, int head, int batch) {
+  static void load_keys(const KeyRing& ring, const typename KeyRing::Cursor& at, const Tile& to,
+                        const ptx::TensorMap& map, int row, int head, int batch) {
     ring.wait_empty(at);
     ring.expect(at, Tile::bytes);
     tile::load(to, map, ring.full(at.stage()), row, head, batch);
@@ -244,7 +250,7 @@ struct BiasGradientSm90 {
   void consume(const BackwardParams& backward, Tile& tile, int consumer) const {
     const Params& params = backward.forward;
     const Turn turn(consumer);
-    typename Ring::Cursor at_queries, at_keys;
+    typename Ring::Cursor at_queries;
     const int units = Tile::count(params, data(params));
 #pragma unroll 1
     for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
@@ -278,24 +284,25 @@ struct BiasGradientSm90 {
             delta.x[0][i] = row < seqlen.q ? backward.row_delta[workspace_row + row] : 0.0f;
           }
           queries().wait_full(at_queries);
+          const typename KeyRing::Cursor at_keys{at_queries.count};
 #pragma unroll
           for (int c = 0; c < chunks; ++c) {
             auto& loaded = ahead[loads_once ? c : 0];
             const auto where = [&] { return place(batch, head, c); };
             if constexpr (!loads_once) loaded.load(Variant(params, batch, head), where());
             Scores s, dp;
-            keys().wait_full(at_keys);
+            keys(c).wait_full(at_keys);
             turn.take();
-            warpgroup::gemm_abt<Config::head_dim>(s, q(at_queries.stage(), consumer), k(at_keys.stage()));
+            warpgroup::gemm_abt<Config::head_dim>(s, q(at_queries.stage(), consumer), k(at_keys.stage(), c));
             if (c == 0) gradients().wait_full(at_queries);
-            values().wait_full(at_keys);
-            warpgroup::gemm_abt<Config::head_dim_v>(dp, dout(at_queries.stage(), consumer), v(at_keys.stage()));
+            values(c).wait_full(at_keys);
+            warpgroup::gemm_abt<Config::head_dim_v>(dp, dout(at_queries.stage(), consumer), v(at_keys.stage(), c));
             turn.pass(1 - consumer);
             Kept<Config, 1, chunk> kept;
             kept.find(where);  // while the products run
             if constexpr (!loads_once) loaded.arrange();
             warpgroup::wait<1>(s);
-            keys().release_warp(at_keys);
+            keys(c).release_warp(at_keys);
             if (c == chunks - 1) queries().release_warp(at_queries);
             const UnmaskedPlace<Config> at{where()};
             probabilities<Config>(
@@ -306,7 +313,7 @@ struct BiasGradientSm90 {
                 },
                 loaded);
             warpgroup::wait<0>(dp);
-            values().release_warp(at_keys);
+            values(c).release_warp(at_keys);
             if (c == chunks - 1) gradients().release_warp(at_queries);
             attention::gradients<Config, false>(
                 dp, at, kept, delta, [](int, int, int) { return float2{}; },
@@ -318,7 +325,6 @@ struct BiasGradientSm90 {
                 });
             if (Variant::hides || tile.boundary) clear_unseen(s, Variant(params, batch, head), where(), loaded);
             sums[c].add(s);
-            at_keys.advance();
           }
           at_queries.advance();
         });

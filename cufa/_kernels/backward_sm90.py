@@ -8,7 +8,18 @@ from .._call.problem import CHAIN_ROWS, Problem, Static
 from . import tensor_map
 from .backward import BackwardGrid, BackwardKernel, ConfigBackward, Counts
 from .forward_sm90 import REGISTERS, STAGES
-from .kernel import SIZEOF, WARPGROUP_ROWS, Map, Step, common, listed_blocks, needs_maps, refuses_blocks, round_up
+from .kernel import (
+    SHARED_MEMORY,
+    SIZEOF,
+    WARPGROUP_ROWS,
+    Map,
+    Step,
+    common,
+    listed_blocks,
+    needs_maps,
+    refuses_blocks,
+    round_up,
+)
 
 SUMMED_ROWS = 16
 """Rows of an average packed sequence from which on sums of dq are worth their memory, a tile of them at least: the
@@ -43,6 +54,8 @@ class ConfigBackwardSm90(ConfigBackward):
     bias_chunks : int
         Chunks of `WARPGROUP_ROWS` keys in the tiles of the kernel that makes the gradient of a bias apart; 0: there is
         no such kernel. Boxes of the maps of k and v then have a chunk's rows.
+    bias_rounds : int
+        How many that share such a tile have their keys in shared memory at a time.
     bias_smem_bytes : int
         Shared memory of that kernel.
     """
@@ -51,6 +64,7 @@ class ConfigBackwardSm90(ConfigBackward):
     consumer_registers: int
     stages_terms: bool = False
     bias_chunks: int = 0
+    bias_rounds: int = 1
     bias_smem_bytes: int = 0
 
     @property
@@ -94,7 +108,9 @@ class BackwardSm90(BackwardKernel):
         sums_stages = 1 if block_m == 128 or (stages_terms and tile_head_dim > 64) else 2
         rows = 4 * block_m * (sums_stages * tile_head_dim + 2 * STAGES)  # sums of dq, row_lse and row_delta
         chunks = bias_chunks(static)
-        bias_tiles = size * STAGES * WARPGROUP_ROWS * 3 * (tile_head_dim + tile_head_dim_v)
+        chunk_bytes = size * WARPGROUP_ROWS * (tile_head_dim + tile_head_dim_v)  # of keys, or of queries
+        bias_rounds = 2 if (2 * STAGES + 2 * chunks) * chunk_bytes < SHARED_MEMORY[90] - SWIZZLED else 1
+        bias_tiles = (2 * STAGES + bias_rounds * chunks) * chunk_bytes
         smem_bytes = tiles + rows + barriers_bytes(*[STAGES] * 4, 1, 1, 1, sums_stages, sums_stages)
         smem_bytes = round_up(smem_bytes, SWIZZLED if stages_terms else 16)
         if stages_terms:
@@ -117,7 +133,8 @@ class BackwardSm90(BackwardKernel):
             consumer_registers=registers[1],
             stages_terms=stages_terms,
             bias_chunks=chunks,
-            bias_smem_bytes=bias_tiles + barriers_bytes(*[STAGES] * 4) if chunks else 0,
+            bias_rounds=bias_rounds,
+            bias_smem_bytes=bias_tiles + barriers_bytes(*[STAGES] * 2, *[bias_rounds] * 2 * chunks) if chunks else 0,
         )
 
     def main_steps(self, config: ConfigBackwardSm90) -> tuple[Step, ...]:
