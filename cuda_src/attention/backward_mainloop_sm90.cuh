@@ -95,9 +95,13 @@ struct BackwardMainloopSm90 {
     typename KeyRing::Storage claims;  // of work
     typename SumsRing::Storage sums_rings[consumers];
   };
-  static constexpr int smem_bytes = Terms::end(sizeof(Shared), stages);
+  using Ahead = QueriesAhead<Config>;
+  static constexpr int told_offset = Terms::end(sizeof(Shared), stages);  // behind that, what consumers are told
+  static constexpr int smem_bytes = told_offset + stages * Ahead::told_bytes;
 
   u32 smem;
+
+  u32 told(u32 stage) const { return smem + told_offset + stage * Ahead::told_bytes; }
 
   u32 staged(u32 stage) const { return smem + Terms::begin(sizeof(Shared)) + stage * Terms::Tile::bytes; }
   K k() const { return {smem + tile::offset<&Shared::k>}; }
@@ -297,9 +301,9 @@ struct BackwardMainloopSm90 {
     for_each_query_step<Config::chains, parts_first>(params, work, [&](int head, int position, auto parted) {
       // At the first step no dq of a step before is due.
       const bool first = parts_first ? decltype(parted)::value : at.count == first_count;
-      QueriesAhead<Config> queries_ahead;
-      queries_ahead.ask(params, work.tiles, position, first_key + tile::fragment_row(0, 0));
-      const int m_block = queries_ahead.block(work.tiles, position);
+      Ahead queries_ahead;
+      queries_ahead.ask(work.tiles, position);
+      int m_block = queries_ahead.block(work.tiles, position);
       const u32 stage = at.stage();
       Scores s, dp;
       Dq dq;
@@ -309,11 +313,14 @@ struct BackwardMainloopSm90 {
       Kept<Config, 1, block_m> kept;
       kept.find(where);  // while products run that were begun before, the other consumer's at least
       queries().wait_full(at);
+      queries_ahead.hear(told(stage));
+      m_block = queries_ahead.block(work.tiles, position);
       const bool boundary = queries_ahead.is_boundary(work.tiles, position);
       ColumnNumbers<block_m> numbers;
       numbers.load(lse(stage), 0, lse_ahead);
       typename Terms::Ahead ahead;
       Terms::load(ahead, staged(stage), where);
+      queries_ahead.ask_bounds(params, first_key + tile::fragment_row(0, 0));
       turn.take();
       warpgroup::gemm_abt<Config::head_dim>(s, held_k, k(), q(stage), 64 * consumer);
       const auto begin_dp = [&] {

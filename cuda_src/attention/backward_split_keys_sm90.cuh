@@ -51,6 +51,10 @@ struct BackwardKeysSm90 {
   static constexpr int operand_bytes = 128 * sizeof(Operand), exchanged_bytes = 2 * operand_bytes;
   static_assert(sizeof(Factors) == (Variant::holds ? 1 : 2) * sizeof(Operand));
 
+  struct Ahead {
+    static constexpr int told_bytes = 0;  // consumers ask lists themselves
+  };
+
   struct Shared {
     typename K::Storage k;
     typename V::Storage v;

@@ -41,10 +41,10 @@ struct TileLoader {
       const i64 row = workspace_row<Config>(backward, work, head) + m_block * Config::block_m;
       if constexpr (side == Side::scores)
         load_queries(loop.queries(), loop.q(at.stage()), argument.q, loop.lse(at.stage()), backward.row_lse + row, work,
-                     head, m_block);
+                     head, m_block, position);
       else
         load_queries(loop.gradients(), loop.dout(at.stage()), argument.dout, loop.delta(at.stage()),
-                     backward.row_delta + row, work, head, m_block);
+                     backward.row_delta + row, work, head, m_block, position);
     });
   }
 
@@ -60,10 +60,14 @@ struct TileLoader {
 
   template <class Tile>
   void load_queries(const typename Loop::Ring& ring, const Tile& to, const ptx::TensorMap& map, u32 to_numbers,
-                    const float* numbers, const BackwardWork<Config>& work, int head, int m_block) {
+                    const float* numbers, const BackwardWork<Config>& work, int head, int m_block, int position) {
     typename Loop::Ring::Cursor& at = progress.first;
     constexpr bool stages_terms = side == Side::scores && Config::stages_terms;
+    constexpr bool tells = side == Side::scores && Loop::Ahead::told_bytes > 0;
+    uint2 told{};  // asked for before the wait
+    if constexpr (tells) told = Loop::Ahead::to_tell(argument.params.forward, work.tiles, position);
     ring.wait_empty(at);
+    if constexpr (tells) ptx::st_shared_v2(loop.told(at.stage()), told.x, told.y);
     if constexpr (stages_terms) {
       ring.expect(at, Tile::bytes + Loop::rows_bytes + Loop::Terms::Tile::copied);
       const TilePoint where{m_block * Config::block_m, work.n_block * Config::block_n, work.seqlen.diagonal()};

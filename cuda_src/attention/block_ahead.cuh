@@ -6,6 +6,8 @@
 #include "attention/blocks.cuh"
 #include "attention/params.cuh"
 #include "attention/scoring.cuh"
+#include "core/types.cuh"
+#include "ptx/shared.cuh"
 #include "tile/accumulator.cuh"
 
 namespace attention {
@@ -68,12 +70,18 @@ struct KeysAhead<Config, true> {
   }
 };
 
-// Of tiles of queries, for a warp's rows of keys. Config is that of a backward.
+// Of tiles of queries, for a warp's rows of keys. Config is that of a backward. What a list says of a tile the warp
+// that loads the tile tells consumers, in shared memory beside it: were these to ask memory themselves, one access that
+// waits for another would come before the products of every tile.
 template <class Config, bool listed = !Config::mask::Tiles::contiguous>
 struct QueriesAhead {
   using Tiles = typename Config::mask::Tiles;
+  static constexpr int told_bytes = 0;
 
-  void ask(const Params&, const Tiles&, int, int) {}
+  static uint2 to_tell(const Params&, const Tiles&, int) { return {}; }
+  void ask(const Tiles&, int) {}
+  void hear(u32) {}
+  void ask_bounds(const Params&, int) {}
 
   static constexpr int block(const Tiles& tiles, int position) { return tiles.block(position); }
   static constexpr bool is_boundary(const Tiles& tiles, int position) { return tiles.is_boundary(position); }
@@ -86,17 +94,34 @@ template <class Config>
 struct QueriesAhead<Config, true> {
   using Mask = typename Config::mask;
   using Tiles = typename Mask::Tiles;
+  static constexpr int told_bytes = 2 * sizeof(u32);  // for a tile
 
-  int its_block;
+  int its_block, tile;
   bool boundary;
   Bounds bounds[2];
 
+  // What the thread that loads the tile is to tell.
+  static uint2 to_tell(const Params& params, const Tiles& tiles, int position) {
+    int tile = -1;
+    if constexpr (Tiles::bounded) tile = Mask::template tile_seeing<Config>(params, tiles, position);
+    return {u32(2 * tiles.block(position) + tiles.is_boundary(position)), u32(tile)};
+  }
+
+  // Where dropout draws before the tile has come, for which it has to know which one it is.
+  void ask(const Tiles& tiles, int position) {
+    if constexpr (Config::variant::drops) its_block = tiles.block(position);
+  }
+
+  void hear(u32 from) {
+    const uint2 told = ptx::ld_shared_v2(from);
+    its_block = int(told.x / 2);
+    boundary = told.x % 2 != 0;
+    tile = int(told.y);
+  }
+
   // `first_key` is the first of two keys, 8 apart, that are seen within bounds.
-  void ask(const Params& params, const Tiles& tiles, int position, int first_key) {
-    its_block = tiles.block(position);
-    boundary = tiles.is_boundary(position);
+  void ask_bounds(const Params& params, int first_key) {
     if constexpr (Tiles::bounded) {
-      const int tile = Mask::template tile_seeing<Config>(params, tiles, position);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         bounds[i] = Mask::template bounds_of_key<Config>(params, tile, first_key + 8 * i);

@@ -16,6 +16,7 @@ from .kernel import (
     Step,
     common,
     listed_blocks,
+    mask_of,
     needs_maps,
     refuses_blocks,
     round_up,
@@ -34,6 +35,9 @@ BIAS_QUERIES = 128
 LONGEST_SUM = 2 * CHAIN_ROWS
 """Rows over which the tensor cores add up by themselves: ``take_chain`` in attention/backward_work.cuh."""
 
+
+TOLD_BYTES = 8
+"""What consumers are told of a listed tile of queries: ``QueriesAhead::told_bytes`` in attention/block_ahead.cuh."""
 
 SWIZZLED = 1 << 10
 """Bytes after which the swizzle of a tile in shared memory begins anew."""
@@ -97,7 +101,7 @@ class BackwardSm90(BackwardKernel):
         return ""
 
     def config(self, static: Static, arch: int) -> ConfigBackwardSm90:
-        listed = listed_blocks(static.terms) is not None  # to find work in lists takes registers
+        listed = listed_blocks(static.terms) is not None
         if not listed:
             static = static._replace(terms=tuple(term.set_apart() for term in static.terms))
         block_m, block_n = tile(static)
@@ -115,7 +119,10 @@ class BackwardSm90(BackwardKernel):
         smem_bytes = round_up(smem_bytes, SWIZZLED if stages_terms else 16)
         if stages_terms:
             smem_bytes += STAGES * sum(term.staged_bytes(block_m, block_n) for term in static.terms)
-        registers = (40, 232) if static.deterministic or listed else REGISTERS[block_n // WARPGROUP_ROWS]
+        # To find work in lists takes registers, and consumers are told what these say.
+        told = listed or mask_of(static.mask).lists
+        smem_bytes += STAGES * TOLD_BYTES if told else 0
+        registers = (40, 232) if static.deterministic or told else REGISTERS[block_n // WARPGROUP_ROWS]
         return ConfigBackwardSm90(
             **common(static),
             tile_head_dim=tile_head_dim,

@@ -72,11 +72,12 @@ class Scratch(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """A mask: its name in Static, its header in ``cuda_src``, and its C++ type."""
+    """A mask: its name in Static, its header in ``cuda_src``, its C++ type, and whether its blocks come from lists."""
 
     name: str
     header: str
     type: str
+    lists: bool = False
 
 
 MASKS = (

@@ -14,7 +14,6 @@ import sass
 
 from cufa._compile import jit as _jit
 from cufa._kernels import Kernel, choose, kernel
-from cufa._kernels.backward_sm90 import BackwardSm90
 from cufa._operations.backward import ATTENTION_BACKWARD, BACKWARD
 from cufa._operations.call import call
 from cufa._operations.forward import ATTENTION, FORWARD
@@ -92,11 +91,7 @@ def masked(base: Kernel, header: str) -> Kernel:
     """A kernel of the package for problems that have the mask. Its tiles divide a stripe."""
 
     def config(self: Any, static: Any, arch: int) -> Any:
-        made = type(base).config(self, static._replace(mask=NAME, short=True, empty_rows=True), arch)
-        if not isinstance(base, BackwardSm90):
-            return made
-        # To find work takes more registers where the mask is asked for a list.
-        return dataclasses.replace(made, producer_registers=40, consumer_registers=232)
+        return type(base).config(self, static._replace(mask=NAME, short=True, empty_rows=True), arch)
 
     members = {"config": config, "headers": {f"attention/{NAME}.cuh": header}}
     made: Kernel = types.new_class(
@@ -115,7 +110,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def kernels(header: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[tuple[Kernel, ...], tuple[Kernel, ...]]]:
     """Those of the forward and of the gradients, where the mask has its row."""
-    row = kernel.Mask(NAME, f"attention/{NAME}.cuh", "attention::StripesMask")
+    row = kernel.Mask(NAME, f"attention/{NAME}.cuh", "attention::StripesMask", lists=True)
     monkeypatch.setattr(kernel, "MASKS", (*kernel.MASKS, row))
     yield tuple(masked(each, header) for each in FORWARD), tuple(masked(each, header) for each in BACKWARD)
 
