@@ -63,7 +63,7 @@ struct BackwardMainloopSm90 {
   static constexpr int lse_ahead = !roomy ? 4 : bounded && Variant::hides && Config::mask::hides_first ? 6 : 8;
 
   // Whether the first step of a work is compiled apart. It then begins no product in vain, and S before V has come.
-  static constexpr bool parts_first = Variant::empty && !by_rows;
+  static constexpr bool parts_first = (Variant::empty || bounded) && !by_rows;
 
   static constexpr int chain_floats = dq_threads * (Dk::cols + Dv::cols) / 2;  // of a block: dk and dv, taken over
   static constexpr bool first_stores = true;  // dq_sum begins with the first numbers stored there, not with zeros

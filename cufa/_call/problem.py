@@ -866,11 +866,14 @@ class _CallCheck(AttentionCheck):
         return q.shape[0] * q.shape[1] >= MANY_ROWS and min(q.shape[0], self.specs["k"].shape[0]) >= least
 
     def longest_sum(self, q: Spec, backward: bool, left: int | None, right: int | None) -> int:
-        """Rows over which out is summed, or dq, and dk and dv: all that there are, or those of a window."""
+        """Rows over which out is summed, or dq, and dk and dv: all that there are, or those of a window or a list."""
         k = self.specs["k"]
         seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
         if left is not None and right is not None:
             seqlen_q, seqlen_k = (min(seqlen, left + right + 1) for seqlen in (seqlen_q, seqlen_k))
+        for term in self.asked():
+            if term.spans is not None:
+                seqlen_k, seqlen_q = min(seqlen_k, term.spans[0]), min(seqlen_q, term.spans[1])
         if not backward:
             return seqlen_k
         return max(seqlen_k, seqlen_q * (q.shape[-2] // max(1, k.shape[-2])))

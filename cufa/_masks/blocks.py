@@ -55,6 +55,8 @@ class BlockMask:
         of queries, those of which most blocks are not empty first, (sequences, heads, blocks), and those of keys; and
         bounds, (tiles, queries + keys): what is seen of each query's row, and of each key's column, as the first place
         and, 16 bits up, the place behind the last.
+    longest : (int, int)
+        Keys of the blocks that are not empty of a row of blocks that has most of them, and queries of such a column.
     bounded : bool
         Whether there are such bounds: what is seen of rows, and of columns, lies side by side in all partial blocks.
 
@@ -89,6 +91,8 @@ class BlockMask:
         self.seqlen_q, self.seqlen_k = seqlen_q, seqlen_k
         self.block_size = block_size
         self.kinds = kinds
+        by_row, by_column = (int(np.count_nonzero(kinds, axis=axis).max(initial=0)) for axis in (3, 2))
+        self.longest = by_row * block_size[1], by_column * block_size[0]
         bounds = _bounds(bits, _of_end(tiles, len(bits)), seqlen_q % block_size[0])
         self.bounded = bounds is not None
         if bounds is None:

@@ -22,9 +22,15 @@ BY_ENTRY, BOUNDS = ("mask_key_tiles", "mask_query_tiles"), "mask_bounds"
 ORDERS = ("mask_query_order", "mask_key_order")
 
 
+def next_power_of_2(number: int) -> int:
+    """The least that is not below a number."""
+    return 1 << max(0, number - 1).bit_length()
+
+
 class BlockMaskTerm(Term):
     """The term for blocks of so many queries and keys; `by_head` is whether key heads have lists of their own, and
-    `bounded` whether of partial blocks bounds say what is seen, and not bits alone.
+    `bounded` whether of partial blocks bounds say what is seen, and not bits alone. `longest` are the keys of the
+    blocks of the longest list, and the queries, where that is known.
 
     Its arrays are those of ``BlockMaskData`` in ``cuda_src/attention/block_mask.cuh``, where their meaning is. Its
     options are the lengths that the lists are made for.
@@ -38,14 +44,18 @@ class BlockMaskTerm(Term):
     bends = False
     hides = True
 
-    def __init__(self, rows: int, columns: int, by_head: bool, bounded: bool = False) -> None:
+    def __init__(
+        self, rows: int, columns: int, by_head: bool, bounded: bool = False, longest: tuple[int, int] | None = None
+    ) -> None:
         self.blocks: tuple[int, int] = rows, columns
         self.per_head = by_head
         self.bounded = bounded
+        if longest is not None:  # powers of 2, so that masks of about the same lengths share what is prepared for calls
+            self.spans = next_power_of_2(longest[0]), next_power_of_2(longest[1])
         self.type = f"attention::BlockMask<{rows}, {columns}, {str(by_head).lower()}, {str(bounded).lower()}>"
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.type == getattr(other, "type", None)
+        return isinstance(other, BlockMaskTerm) and (self.type, self.spans) == (other.type, other.spans)
 
     def __hash__(self) -> int:
         return hash(self.type)

@@ -18,7 +18,8 @@ def mask_features(function: str, mask: Any) -> list[Feature]:
     from .._operations.features import Feature  # a room behind this one
 
     if isinstance(mask, BlockMask):
-        term = BlockMaskTerm(*mask.block_size, by_head=mask.shape[1] > 1, bounded=mask.bounded)
+        by_head = mask.shape[1] > 1
+        term = BlockMaskTerm(*mask.block_size, by_head=by_head, bounded=mask.bounded, longest=mask.longest)
         return [Feature(term, mask.arrays, (mask.seqlen_q, mask.seqlen_k))]
     if not is_array(mask):
         from .function import mask_feature

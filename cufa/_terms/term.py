@@ -104,6 +104,8 @@ class Term:
     blocks : (int, int) or None
         Of a term that lists the blocks that its kernels go over: queries and keys of each. It keeps all of the blocks
         that are said to be seen whole. ``ListedMask`` in ``cuda_src/attention/block_mask.cuh`` reads its lists.
+    spans : (int, int) or None
+        Of a term that lists blocks: as many keys as any query has of them, at least, and as many queries as any key.
     bounded : bool
         Whether of its other blocks bounds say what is seen, which takes no more registers than a mask of ranges does.
     ordered : bool
@@ -138,6 +140,7 @@ class Term:
     reads_score: bool = False
     loaded_bytes: int = 0
     blocks: tuple[int, int] | None = None
+    spans: tuple[int, int] | None = None
     bounded: bool = False
     ordered: bool = False
     finishes: bool = False

@@ -40,7 +40,9 @@ from cufa._kernels.params import params_of
 from cufa._kernels.record import Record
 from cufa._operations.backward import ATTENTION_BACKWARD, ATTENTION_VARLEN_BACKWARD
 from cufa._operations.call import planned
+from cufa._operations.features import having
 from cufa._operations.forward import ATTENTION, ATTENTION_VARLEN
+from cufa._terms.mask import mask_features
 
 Call = Callable[..., Any]
 
@@ -100,7 +102,8 @@ def problem_of(operation: Any, arrays: dict[str, Any], options: dict[str, Any]) 
     """The problem of a call of an operation, by keywords."""
     given = tuple(arrays.get(name) for name in operation.arrays)
     view = _arrays.view(operation.name, operation.arrays, given, operation.written_indices)
-    return _problem.checked(operation, view, _options.of(operation.name, tuple((OPTIONS | options).values())))
+    asked = tuple((OPTIONS | options).values())
+    return _problem.checked(operation, view, _options.of(operation.name, asked, operation.owned))
 
 
 def gpu_problem(q: OnGpu, k: OnGpu, v: OnGpu, out: Any = None, **options: Any) -> Problem:
@@ -1691,6 +1694,28 @@ def test_sums_over_windows_are_as_long_as_these(
     forward, gradients = (make(q, k, k, window_size=window).static for make in (gpu_problem, backward_problem))
     assert forward is not None and forward.chains == chains
     assert gradients is not None and gradients.chains == of_gradients
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio", "chains", "of_gradients"),
+    [(8064, 1, False, False), (8064, 2, False, False), (8064, 4, False, True), (20000, 1, True, True)],
+)
+def test_sums_over_lists_are_as_long_as_these(size: int, ratio: int, chains: bool, of_gradients: bool) -> None:
+    seqlen = 1 << 15
+    mask = cufa.BlockMask.of(cufa.masks.chunked(size), 1, 1, seqlen, seqlen)
+    (feature,) = mask_features("attention", mask)
+    q, k = OnGpu(1, seqlen, ratio, 64), OnGpu(1, seqlen, 1, 64)
+    out, lse = q, OnGpu(1, ratio, seqlen, dtype="float32")
+    given = {
+        name: OnGpu(*each.shape, dtype="int32") for name, each in zip(feature.term.arrays, mask.arrays, strict=True)
+    }
+    given |= {"q": q, "k": k, "v": k, "dout": out, "lse": lse}
+    options = dict(zip(feature.term.option_names, feature.options, strict=True))
+    for plain, expected in ((ATTENTION, chains), (ATTENTION_BACKWARD, of_gradients)):
+        operation = having(plain, feature.term)
+        written = {"out": out} if operation.gradient else {}
+        static = problem_of(operation, given | written, options).static
+        assert static is not None and static.chains == expected
 
 
 @pytest.mark.parametrize(
