@@ -67,6 +67,15 @@ inline void mask(const Variant& variant, tile::Accumulator<m_tiles, cols>& score
   }
 }
 
+// Bits of those of a thread's entries of a row that lie in its first `end` columns, which are counted from the thread's
+// first. Entries are in order, the first in the lowest bit.
+template <int cols>
+constexpr u32 entries_before(int end) {
+  static_assert(cols <= 128, "a word has a bit for each entry");
+  const int within = min_of(max_of(end, 0), cols), entries = within / 8 * 2 + min_of(within % 8, 2);
+  return u32((u64(1) << entries) - 1);
+}
+
 // The same of a block of a list, by the bounds of the thread's two rows. The first column of the tile is column `from`
 // of the listed block.
 template <class Place, int cols>
@@ -75,13 +84,14 @@ inline void mask_within(tile::Accumulator<1, cols>& scores, const Place& place, 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const typename Place::Row row = place.row(0, i);
-    const int first = row.first_within(bounds[i], from), end = row.end_within(bounds[i], from);
+    // Many bits become predicates in one instruction, where comparing with both bounds would be two for each entry.
+    const u32 seen = entries_before<cols>(row.end_within(bounds[i], from)) &
+                     ~entries_before<cols>(row.first_within(bounds[i], from));
 #pragma unroll
     for (int j = 0; j < cols / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int col = 8 * j + e;
-        if (col < first | col >= end) scores.x[0][j][2 * i + e] = -infinity;
+        if (!(seen >> (2 * j + e) & 1)) scores.x[0][j][2 * i + e] = -infinity;
       }
     }
   }
