@@ -23,7 +23,12 @@ struct BlockMaskData {
   const i32* mask_query_tiles;    // and of each of mask_query_entries
   const i32* mask_query_order;    // (lists, query_blocks): blocks of queries, those with the most blocks of keys first
   const i32* mask_key_order;      // (lists, key_blocks)
-  const i32* mask_bounds;         // (tiles, rows + columns): see `Bounds`; not used where some tile has no bounds
+  // For each block of keys the parts of 64 queries of its blocks of queries, without those of which no query sees any
+  // of its keys, as the lists above are: entries, (lists, key_blocks + 1) offsets, and the tile of each entry.
+  const i32* mask_part_entries;
+  const i32* mask_part_offsets;
+  const i32* mask_part_tiles;
+  const i32* mask_bounds;  // (tiles, rows + columns): see `Bounds`; not used where some tile has no bounds
   i32 query_blocks, key_blocks;
   i32 batch_lists, head_lists;  // lists from one sequence to the next, and from one key head to the next
   i32 qheads_per_khead;
@@ -81,11 +86,12 @@ struct LiveBlockList : DividedBlockList<parts> {
 };
 
 // A mask of ranges, of which a query sees those keys that lie in a listed block of its own. A listed block is
-// `key_parts` blocks of keys of the loop's, or `query_parts` tiles of queries.
-template <class Ranges, class Term, int key_parts, int query_parts>
+// `key_parts` blocks of keys of the loop's, or `query_parts` tiles of queries. With `by_parts` blocks of keys go over
+// the lists of parts instead; then a block of keys may not need a tile that needs the block.
+template <class Ranges, class Term, int key_parts, int query_parts, bool by_parts = false>
 struct ListedMask : Ranges {
   using Blocks = LiveBlockList<key_parts, Term::bounded>;
-  using Tiles = LiveBlockList<query_parts, Term::bounded>;
+  using Tiles = LiveBlockList<by_parts ? 1 : query_parts, Term::bounded>;
 
   template <class Config>
   static Blocks key_blocks(const Params& params, int batch, int key_head, int m_block) {
@@ -103,7 +109,10 @@ struct ListedMask : Ranges {
     static_assert(Term::rows == query_parts * Config::block_m, "tiles of queries divide the blocks of the list");
     const BlockMaskData& data = Config::variant::template data_of<Term>(params.terms);
     const int block = min_of(n_block / key_parts, data.key_blocks - 1);
-    const i32* const at = data.mask_query_offsets + i64(list_of(data, batch, key_head)) * (data.key_blocks + 1) + block;
+    static_assert(!by_parts || Config::block_m == 64, "a tile of queries is a part");
+    const i32* const offsets = by_parts ? data.mask_part_offsets : data.mask_query_offsets;
+    const i32* const at = offsets + i64(list_of(data, batch, key_head)) * (data.key_blocks + 1) + block;
+    if constexpr (by_parts) return {data.mask_part_entries + at[0], 0, at[1] - at[0], 0};
     return {data.mask_query_entries + at[0], 0, (at[1] - at[0]) * query_parts, 0};
   }
 
@@ -116,6 +125,7 @@ struct ListedMask : Ranges {
   template <class Config>
   static int tile_seeing(const Params& params, const Tiles& tiles, int position) {
     const BlockMaskData& data = Config::variant::template data_of<Term>(params.terms);
+    if constexpr (by_parts) return data.mask_part_tiles[tiles.entries - data.mask_part_entries + u32(position)];
     return data.mask_query_tiles[tiles.entries - data.mask_query_entries + u32(position) / query_parts];
   }
 

@@ -76,6 +76,12 @@ class ConfigBackwardSm90(ConfigBackward):
         """Rows of the boxes of the maps of k and v."""
         return WARPGROUP_ROWS if self.bias_chunks else self.block_n
 
+    @property
+    def lists_parts(self) -> bool:
+        """In one pass, unless blocks add to dq in turn, of which the lists of whole blocks tell."""
+        blocks = listed_blocks(self.variant)
+        return blocks is not None and blocks[0] > self.block_m and self.finishes and not self.deterministic
+
     def includes(self) -> list[str]:
         return super().includes() + (["attention/backward_bias_sm90.cuh"] if self.bias_chunks else [])
 

@@ -153,9 +153,14 @@ class Config:
         for term in self.variant:
             if term.blocks is not None:
                 rows, columns = term.blocks
-                parts = f"{columns // self.block_n}, {rows * self.pack // self.block_m}"
+                parts = f"{columns // self.block_n}, {rows * self.pack // self.block_m}" + ", true" * self.lists_parts
                 return f"attention::ListedMask<{ranges}, {term.struct(self.element)}, {parts}>"
         return ranges
+
+    @property
+    def lists_parts(self) -> bool:
+        """Whether tiles of queries are parts of the blocks that are listed, and lists of those parts are gone over."""
+        return False
 
     @property
     def listed(self) -> bool:

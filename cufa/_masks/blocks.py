@@ -52,9 +52,10 @@ class BlockMask:
         seen; where these begin, (sequences, heads, blocks + 1); both for blocks of keys; which tile of bits each block
         has, (sequences, heads, blocks of queries, blocks of keys), -1 if all and -2 if nothing of it is seen; and the
         bits, (tiles, queries, keys / 32). Then the tile of each entry of the first list, and of the second; the blocks
-        of queries, those of which most blocks are not empty first, (sequences, heads, blocks), and those of keys; and
-        bounds, (tiles, queries + keys): what is seen of each query's row, and of each key's column, as the first place
-        and, 16 bits up, the place behind the last.
+        of queries, those of which most blocks are not empty first, (sequences, heads, blocks), and those of keys;
+        for each block of keys its parts of 64 queries of which something is seen, as entries, where they begin, and
+        their tiles; and bounds, (tiles, queries + keys): what is seen of each query's row, and of each key's column, as
+        the first place and, 16 bits up, the place behind the last.
     longest : (int, int)
         Keys of the blocks that are not empty of a row of blocks that has most of them, and queries of such a column.
     bounded : bool
@@ -100,7 +101,8 @@ class BlockMask:
         by_entry = _of_entries(kinds, tiles), _of_entries(kinds.swapaxes(2, 3), tiles.swapaxes(2, 3))
         lists = *_listed(kinds), *_listed(kinds.swapaxes(2, 3))
         orders = _longest_first(kinds), _longest_first(kinds.swapaxes(2, 3))
-        self._host: tuple[Array, ...] = (*lists, tiles, bits, *by_entry, *orders, bounds)
+        parts = _parts(kinds.swapaxes(2, 3), tiles.swapaxes(2, 3), bits, seqlen_q)
+        self._host: tuple[Array, ...] = (*lists, tiles, bits, *by_entry, *orders, *parts, bounds)
         self.arrays: tuple[Any, ...] = self._host
 
     @classmethod
@@ -525,6 +527,24 @@ def _of_entries(kinds: NDArray[np.int8], tiles: NDArray[np.int32]) -> Array:
     """The tile of each of the entries of `_listed`."""
     found = np.ascontiguousarray(tiles[np.nonzero(kinds)], np.int32)
     return found if len(found) else np.zeros(1, np.int32)
+
+
+def _parts(
+    kinds: NDArray[np.int8], tiles: NDArray[np.int32], bits: NDArray[np.int32], seqlen_q: int
+) -> tuple[Array, Array, Array]:
+    """For blocks of keys, by which kinds and tiles are given first, entries of the parts of `UNIT` queries of their
+    blocks, where they begin, and their tiles: without those of which nothing is seen, and full where a part is."""
+    parts = bits.shape[1] // UNIT
+    place = np.arange(kinds.shape[3] * parts) % parts
+    kinds, tiles = kinds.repeat(parts, axis=3), tiles.repeat(parts, axis=3)
+    kinds[..., -(-seqlen_q // UNIT) :] = EMPTY
+    partial = kinds == PARTIAL
+    if partial.any():
+        of_part = bits.reshape(len(bits), parts, -1)
+        tile, place = tiles[partial], np.broadcast_to(place, kinds.shape)[partial]
+        empty, full = (of_part == 0).all(axis=2)[tile, place], (of_part == -1).all(axis=2)[tile, place]
+        kinds[partial] = np.where(empty, EMPTY, np.where(full, FULL, PARTIAL))
+    return *_listed(kinds), _of_entries(kinds, np.where(kinds == FULL, -1, tiles))
 
 
 def _of_end(tiles: NDArray[np.int32], count: int) -> NDArray[np.bool_]:

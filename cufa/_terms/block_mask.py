@@ -20,6 +20,7 @@ TABLE, BITS = "mask_tiles", "mask_bits"
 
 BY_ENTRY, BOUNDS = ("mask_key_tiles", "mask_query_tiles"), "mask_bounds"
 ORDERS = ("mask_query_order", "mask_key_order")
+PARTS = ("mask_part_entries", "mask_part_offsets", "mask_part_tiles")
 
 
 def next_power_of_2(number: int) -> int:
@@ -39,7 +40,7 @@ class BlockMaskTerm(Term):
     name = "block_mask"
     header = "attention/block_mask.cuh"
     data = "BlockMaskData"
-    arrays = (*LISTS, TABLE, BITS, *BY_ENTRY, *ORDERS, BOUNDS)
+    arrays = (*LISTS, TABLE, BITS, *BY_ENTRY, *ORDERS, *PARTS, BOUNDS)
     option_names = ("mask_seqlen_q", "mask_seqlen_k")
     bends = False
     hides = True

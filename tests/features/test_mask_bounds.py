@@ -51,6 +51,22 @@ def test_entries_have_the_tiles_of_the_table() -> None:
                 assert tile == table[row, entry // 2] and (tile < 0) == (entry % 2 == 1)
 
 
+@pytest.mark.parametrize("rows", [64, 128, 192])
+def test_parts_are_those_of_which_something_is_seen(rows: int) -> None:
+    mask = masks.document(offsets=[0, 30, 100, 256, 300, 420]) & masks.causal()
+    made = cufa.BlockMask.of(mask, 1, 1, 420, 400, (rows, 128))
+    seen, table = made.dense()[0, 0], made.arrays[4][0, 0]
+    entries, offsets, tiles = made.arrays[10:13]
+    for block, (begin, end) in enumerate(zip(offsets[0, 0], offsets[0, 0, 1:], strict=False)):
+        parts = [seen[row : row + 64, 128 * block : 128 * (block + 1)] for row in range(0, 420, 64)]
+        assert [entry // 2 for entry in entries[begin:end]] == [place for place, part in enumerate(parts) if part.any()]
+        for entry, tile in zip(entries[begin:end], tiles[begin:end], strict=True):
+            if tile < 0:
+                assert tile == -1 and entry % 2 == 1 and parts[entry // 2].all()
+            else:
+                assert entry % 2 == 0 and tile == table[entry // 2 * 64 // rows, block]
+
+
 def test_the_longest_come_first() -> None:
     made = cufa.BlockMask.from_coo([0, 1, 1, 1, 2, 2], [0, 0, 1, 2, 0, 1], 3 * SIDE, 3 * SIDE, SIDE)
     assert made.arrays[8].tolist() == [[[1, 2, 0]]] and made.arrays[9].tolist() == [[[0, 1, 2]]]
