@@ -13,9 +13,11 @@
 #include "attention/backward_tensors_sm90.cuh"
 #include "attention/backward_work.cuh"
 #include "attention/block_ahead.cuh"
+#include "attention/masks.cuh"
 #include "attention/scoring.cuh"
 #include "attention/tile_terms.cuh"
 #include "core/math.cuh"
+#include "core/types.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/tma.cuh"
 #include "tile/accumulator.cuh"
@@ -65,6 +67,15 @@ struct BackwardMainloopSm90 {
   // Whether the first step of a work is compiled apart. It then begins no product in vain, and S before V has come.
   static constexpr bool parts_first = (Variant::empty || bounded) && !by_rows;
 
+  // Whether sections may have heads of several packed sequences: where that was found to gain.
+  static constexpr bool shares_sections =
+      Config::deterministic && Config::head_dim <= 64 && Config::head_dim_v <= 64 && !Config::mask::hides_first;
+
+  // With a second stage of keys the next work's are on their way while this one's last dq is computed from its own.
+  // There is room where a tile of dq is shared by its rows, and a gain where works are short under a causal mask.
+  static constexpr int key_stages =
+      by_rows && is_same<typename Config::mask, CausalMask> && !Config::varlen && !Config::deterministic ? 2 : 1;
+
   static constexpr int chain_floats = dq_threads * (Dk::cols + Dv::cols) / 2;  // of a block: dk and dv, taken over
   static constexpr bool first_stores = true;  // dq_sum begins with the first numbers stored there, not with zeros
 
@@ -75,13 +86,14 @@ struct BackwardMainloopSm90 {
   static constexpr int stages = 2;
   static constexpr int sums_stages = by_rows || Terms::crowd ? 1 : 2;  // tiles of dq, as many as there is room for
   using Ring = tile::Ring<stages>;
-  using KeyRing = tile::Ring<1>;
+  using KeyRing = tile::Ring<key_stages>;
+  using ValueRing = tile::Ring<1>;
   using SumsRing = tile::Ring<sums_stages>;
   static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
   static constexpr int sums_bytes = block_m * Config::tile_head_dim * sizeof(float);
 
   struct Shared {
-    typename K::Storage k;
+    typename K::Storage k[key_stages];
     typename V::Storage v;
     typename Q::Storage q[stages];
     typename Dout::Storage dout[stages];
@@ -91,8 +103,9 @@ struct BackwardMainloopSm90 {
     typename Ring::Storage queries, gradients;
     typename Ring::Storage exchange;  // hands dS over
     typename Ring::Storage works;
-    typename KeyRing::Storage keys, values;
-    typename KeyRing::Storage claims;  // of work
+    typename KeyRing::Storage keys;
+    typename ValueRing::Storage values;
+    typename ValueRing::Storage claims;  // of work
     typename SumsRing::Storage sums_rings[consumers];
   };
   using Ahead = QueriesAhead<Config>;
@@ -104,8 +117,10 @@ struct BackwardMainloopSm90 {
   u32 told(u32 stage) const { return smem + told_offset + stage * Ahead::told_bytes; }
 
   u32 staged(u32 stage) const { return smem + Terms::begin(sizeof(Shared)) + stage * Terms::Tile::bytes; }
-  K k() const { return {smem + tile::offset<&Shared::k>}; }
-  V v() const { return {smem + tile::offset<&Shared::v>}; }
+  K k(const typename KeyRing::Cursor& at) const { return {smem + tile::offset<&Shared::k> + at.stage() * K::bytes}; }
+  V v(const typename KeyRing::Cursor&) const { return {smem + tile::offset<&Shared::v>}; }
+  KeyRing keys(const typename KeyRing::Cursor&) const { return {smem + tile::offset<&Shared::keys>}; }
+  ValueRing values(const typename KeyRing::Cursor&) const { return {smem + tile::offset<&Shared::values>}; }
   Q q(u32 stage) const { return {smem + tile::offset<&Shared::q> + stage * Q::bytes}; }
   Dout dout(u32 stage) const { return {smem + tile::offset<&Shared::dout> + stage * Dout::bytes}; }
   Ds ds(u32 stage) const { return {smem + tile::offset<&Shared::ds> + stage * Ds::bytes}; }
@@ -118,9 +133,7 @@ struct BackwardMainloopSm90 {
   Ring gradients() const { return {smem + tile::offset<&Shared::gradients>}; }
   Ring exchange() const { return {smem + tile::offset<&Shared::exchange>}; }
   Ring works() const { return {smem + tile::offset<&Shared::works>}; }
-  KeyRing keys() const { return {smem + tile::offset<&Shared::keys>}; }
-  KeyRing values() const { return {smem + tile::offset<&Shared::values>}; }
-  KeyRing claims() const { return {smem + tile::offset<&Shared::claims>}; }
+  ValueRing claims() const { return {smem + tile::offset<&Shared::claims>}; }
   SumsRing sums_ring(int part) const { return {smem + tile::offset<&Shared::sums_rings> + part * SumsRing::bytes}; }
 
   void init() const {
@@ -129,8 +142,8 @@ struct BackwardMainloopSm90 {
     gradients().init(arrivals);
     exchange().init(arrivals, arrivals);
     works().init(arrivals + 3 * tile::warp_arrivals);
-    keys().init(arrivals);
-    values().init(arrivals);
+    keys({}).init(arrivals);
+    values({}).init(arrivals);
     claims().init(1);
     for (int part = 0; part < consumers; ++part) sums_ring(part).init(1, 4 * tile::warp_arrivals);
     ptx::fence_mbarrier_init();
@@ -191,7 +204,7 @@ struct BackwardMainloopSm90 {
       __syncwarp();
       done = work.unit >= BackwardWork<Config>::units(backward);
       if (!done) {
-        const PackedUnit found = BackwardWork<Config>::find_packed(backward, work.unit);
+        const PackedUnit found = BackwardWork<Config>::template find_packed<shares_sections>(backward, work.unit);
         if (found.units == 0) continue;
         const PackedOffset* const keys = backward.offsets_k + found.batch;
         if (found.place * block_n >= keys[1].row - keys[0].row) continue;
@@ -280,21 +293,26 @@ struct BackwardMainloopSm90 {
                   [&](const BackwardWork<Config>& work) { consume_work(backward, work, consumer, turn, progress); });
   }
 
-  using Progress = tile::CursorPair<stages>;  // the step that a consumer is at, and the block of keys
+  using Progress = tile::CursorPair<stages, key_stages>;  // the step that a consumer is at, and the block of keys
 
   void consume_work(const BackwardParams& backward, const BackwardWork<Config>& work, int consumer, const Turn& turn,
                     Progress& progress) const {
     typename Ring::Cursor& at = progress.first;
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
+    // One stage is asked for where it is needed, and holds no register. Of two, the work's is held.
+    const typename KeyRing::Cursor held = progress.second();
+    const auto at_keys = [&] { return key_stages > 1 ? held : progress.second(); };
+    const auto at_values = [&] { return typename ValueRing::Cursor{at_keys().count}; };
+    const auto k = [&] { return this->k(at_keys()); };
     Dk dk;
     Dv dv;
     HeldK held_k;
     dk.zero();
     dv.zero();
     if (!work.tiles.empty()) {  // else nothing is loaded
-      keys().wait_full(progress.second());
-      if (!parts_first) values().wait_full(progress.second());
+      keys(at_keys()).wait_full(at_keys());
+      if (!parts_first) values(at_keys()).wait_full(at_values());
     }
     if (ptx::in_vain || !work.tiles.empty()) warpgroup::load_operand(held_k, k(), 64 * consumer);
     const u32 first_count = at.count;
@@ -324,9 +342,9 @@ struct BackwardMainloopSm90 {
       turn.take();
       warpgroup::gemm_abt<Config::head_dim>(s, held_k, k(), q(stage), 64 * consumer);
       const auto begin_dp = [&] {
-        if (parts_first && first) values().wait_full(progress.second());
+        if (parts_first && first) values(at_keys()).wait_full(at_values());
         gradients().wait_full(at);
-        warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(stage), 64 * consumer);
+        warpgroup::gemm_abt<Config::head_dim_v>(dp, v(at_keys()), dout(stage), 64 * consumer);
       };
       // Derivatives and masks, and most gradients of terms, need the registers of dP.
       constexpr bool light = Variant::loading == 1 && Variant::light && !Variant::bends && !Variant::scales && !by_rows;
@@ -349,7 +367,7 @@ struct BackwardMainloopSm90 {
       exchange().wait_empty(at);
       store_transposed(this->ds(stage), ds, 64 * consumer);
       if (!first) exchange().wait_full(at.previous());
-      if ((ptx::in_vain && !parts_first) || !first) begin_dq(dq, at.previous(), consumer);
+      if ((ptx::in_vain && !parts_first) || !first) begin_dq(dq, k(), at.previous(), consumer);
       warpgroup::gemm_ab(dk, ds, q(stage), true);
       ptx::fence_proxy_async_shared();
       exchange().fill_warp(at);
@@ -362,11 +380,11 @@ struct BackwardMainloopSm90 {
     });
     if (parts_first ? !work.tiles.empty() : at.count != first_count) {  // the loop holds what it compares anyway
       Dq dq;
-      values().release_warp(progress.second());
+      values(at_keys()).release_warp(at_values());
       exchange().wait_full(at.previous());
-      begin_dq(dq, at.previous(), consumer);
+      begin_dq(dq, k(), at.previous(), consumer);
       warpgroup::wait<0>(dq);
-      keys().release_warp(progress.second());
+      keys(at_keys()).release_warp(at_keys());
       lay_down(dq, consumer, at.previous());
       progress.advance_second();
     }
@@ -380,8 +398,8 @@ struct BackwardMainloopSm90 {
     write_keys<Config, true>(backward, work, dv, first_key);
   }
 
-  void begin_dq(Dq& dq, const typename Ring::Cursor& at, int consumer) const {
-    warpgroup::gemm_atb(dq, ds(at.stage()), k(), by_rows ? 64 * consumer : 0, by_rows ? 0 : Dq::cols * consumer);
+  void begin_dq(Dq& dq, const K& k, const typename Ring::Cursor& at, int consumer) const {
+    warpgroup::gemm_atb(dq, ds(at.stage()), k, by_rows ? 64 * consumer : 0, by_rows ? 0 : Dq::cols * consumer);
   }
 
   // Lays a part of a finished tile of dq down for the thread that adds it up, and gives back the dS that it came from.

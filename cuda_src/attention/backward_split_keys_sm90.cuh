@@ -84,6 +84,13 @@ struct BackwardKeysSm90 {
   KeyRing keys() const { return {smem + tile::offset<&Shared::keys>}; }
   KeyRing values() const { return {smem + tile::offset<&Shared::values>}; }
 
+  // A block has one block of keys, and so one place for each.
+  using Progress = tile::CursorPair<stages>;
+  K k(KeyRing::Cursor) const { return k(); }
+  V v(KeyRing::Cursor) const { return v(); }
+  KeyRing keys(KeyRing::Cursor) const { return keys(); }
+  KeyRing values(KeyRing::Cursor) const { return values(); }
+
   void init() const {
     constexpr int arrivals = 4 * tile::warp_arrivals;  // arrivals of a warpgroup
     queries().init(2 * arrivals);

@@ -26,15 +26,16 @@ template <class Config, class Loop, Side side>
 struct TileLoader {
   const Loop& loop;
   const BackwardArgument& argument;
-  tile::CursorPair<Loop::Ring::stages> progress;  // the tile of queries, and the block of keys
+  typename Loop::Progress progress;  // the tile of queries, and the block of keys
 
   void load(const BackwardWork<Config>& work) {
     const BackwardParams& backward = argument.params;
     if (work.tiles.empty()) return;
+    const auto at_keys = progress.second();
     if constexpr (side == Side::scores)
-      load_keys(loop.keys(), loop.k(), argument.k, work);
+      load_keys(loop.keys(at_keys), loop.k(at_keys), argument.k, work);
     else
-      load_keys(loop.values(), loop.v(), argument.v, work);
+      load_keys(loop.values(at_keys), loop.v(at_keys), argument.v, work);
     const auto& at = progress.first;
     for_each_query_tile<Config::chains>(backward.forward, work, [&](int head, int position) {
       const int m_block = work.tiles.block(position);
@@ -49,12 +50,12 @@ struct TileLoader {
   }
 
  private:
-  template <class Tile>
-  void load_keys(const typename Loop::KeyRing& ring, const Tile& to, const ptx::TensorMap& map,
-                 const BackwardWork<Config>& work) {
-    ring.wait_empty(progress.second());
-    ring.expect(progress.second(), Tile::bytes);
-    load_rows<Config, Tile, Loop::key_box>(to, map, ring.full(0), work.n_block * Config::block_n, work.keys());
+  template <class KeyRing, class Tile>
+  void load_keys(const KeyRing& ring, const Tile& to, const ptx::TensorMap& map, const BackwardWork<Config>& work) {
+    const typename KeyRing::Cursor at{progress.second().count};
+    ring.wait_empty(at);
+    ring.expect(at, Tile::bytes);
+    load_rows<Config, Tile, Loop::key_box>(to, map, ring.full(at.stage()), work.n_block * Config::block_n, work.keys());
     progress.advance_second();
   }
 

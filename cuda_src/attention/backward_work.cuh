@@ -2,6 +2,7 @@
 // head that shares the key head, the tiles of queries that see any of the keys.
 #pragma once
 
+#include "attention/backward_packed.cuh"
 #include "attention/backward_params.cuh"
 #include "attention/block_range.cuh"
 #include "attention/masks.cuh"
@@ -71,33 +72,6 @@ constexpr typename Config::mask::Tiles query_tiles(const Params& params, const S
 template <class Config>
 inline bool writes_dq(const Seqlen& seqlen) {
   return Config::writes_dq && (!Config::varlen || seqlen.k <= Config::block_n);
-}
-
-// A unit is so many rows of a head of a packed sequence, which come in the unit's place of the head.
-struct PackedUnit {
-  int place, head, batch;
-  int units;  // how many units each head of the sequence has; 0 where the unit is no sequence's
-};
-
-// Finds what a unit of one of the packed arrays is. A whole warp calls this with the same unit. The lanes probe 32 of
-// the offsets that are left, evenly spaced, until one is left.
-template <int rows>
-inline PackedUnit packed_unit(int unit, const PackedOffset* offsets, int batch, int heads, int heads_per_section) {
-  const auto first_unit = [&](int b) { return first_packed_unit<rows>(offsets[b].row, offsets[b].rank); };
-  int low = 0, high = batch + 1;  // the first offset whose first unit is past this one is in [low, high]
-#pragma unroll 1
-  while (low < high) {
-    const int step = ceil_div(high - low, 32), probe = low + (int(tile::lane()) + 1) * step - 1;
-    const bool before = probe < high && first_unit(probe) <= unit / heads;
-    const int count = __popc(__ballot_sync(0xffffffffu, before));
-    high = min_of(high, low + (count + 1) * step - 1);
-    low += count * step;
-  }
-  const int b = low - 1;
-  if (b < 0 || b == batch) return {0, 0, 0, 0};  // the unit is before the first sequence or past the last
-  const int begin = first_unit(b), units = first_unit(b + 1) - begin;
-  const UnitIndex index = unit_of(unit - begin * heads, units, heads, heads_per_section);
-  return {index.place, index.head, b, units};
 }
 
 constexpr PackedSequence packed_sequence(const BackwardParams& params, int b) {
@@ -277,12 +251,18 @@ struct BackwardWork {
   }
 
   // The work of a unit of packed sequences is found in two steps: the whole warp takes this one, and then of_packed or
-  // take_packed needs one thread.
+  // take_packed needs one thread. With may_share a section may have heads of several sequences.
+  template <bool may_share = false>
   static PackedUnit find_packed(const BackwardParams& backward, int unit) {
     const Params& params = backward.forward;
     const int heads = params.num_heads_q / params.qheads_per_khead;
-    PackedUnit found =
-        packed_unit<Config::block_n>(unit, backward.offsets_k, params.batch, heads, params.heads_per_section);
+    PackedUnit found;
+    if (may_share && params.heads_per_section > heads) {
+      const int sequences = params.heads_per_section / heads;
+      found = packed_unit_beside<Config::block_n>(unit, backward.offsets_k, params.batch, heads, sequences);
+    } else {
+      found = packed_unit<Config::block_n>(unit, backward.offsets_k, params.batch, heads, params.heads_per_section);
+    }
     found.place = ordered_block(found.place, found.units, backward.middle);
     return found;
   }

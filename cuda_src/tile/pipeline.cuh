@@ -19,13 +19,21 @@ struct Cursor {
   Cursor previous() const { return before(1); }
 };
 
-// Two cursors in one register: the first's count, and, in its highest bit, the parity of a ring of one stage.
-template <int stages>
+// Two cursors in one register: the first's count, and, in its highest bits, the second's: the parity of a ring of one
+// stage, or what a ring of two stages needs.
+template <int stages, int second_stages = 1>
 struct CursorPair {
+  static_assert(second_stages == 1 || second_stages == 2, "there are one or two bits");
+  static constexpr int shift = 32 - second_stages;
   Cursor<stages> first;
 
-  Cursor<1> second() const { return {first.count >> 31}; }
-  void advance_second() { first.count ^= 1u << 31; }
+  Cursor<second_stages> second() const { return {first.count >> shift}; }
+  void advance_second() {
+    if constexpr (second_stages == 1)
+      first.count ^= 1u << shift;
+    else
+      first.count += 1u << shift;
+  }
 };
 
 inline void wait(u32 barrier, u32 parity) {

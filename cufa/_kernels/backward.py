@@ -36,6 +36,9 @@ TERM_BLOCKS = 8
 WAITING_BLOCKS = 16
 """Blocks of keys of a head that may run at a time if they wait for each other."""
 
+WARP = 32
+"""Threads of a warp, and the most sequences whose heads are scheduled side by side."""
+
 LAST_FIRST = 2**31 - 1
 """The middle of more blocks than any head has, so that all come from last to first."""
 
@@ -84,7 +87,7 @@ class BackwardGrid(NamedTuple):
     m_blocks, n_blocks : int
         Tiles of queries per query head, and blocks of keys per key head: of a sequence or, packed, of all of them.
     heads_per_section : int
-        Key heads that are scheduled side by side.
+        Key heads that are scheduled side by side. Of packed sequences, those of one, or all of several.
     middle : int
         The block of keys from which blocks go down to the first, and then, from this one on, up: ``ordered_block`` in
         attention/backward_work.cuh.
@@ -148,6 +151,11 @@ class BackwardKernel(Kernel):
         """Blocks of the kernel before the main ones, of these, and of what comes after them."""
         raise NotImplementedError
 
+    def shares_sections(self, config: Any, keys: int) -> bool:
+        """Whether heads of several packed sequences, of so many keys on average, are scheduled side by side where
+        blocks of keys wait for each other: ``packed_unit_beside`` in attention/backward_packed.cuh."""
+        return False
+
     def main_steps(self, config: Any) -> tuple[Step, ...]:
         return tuple(Step(entry, config.num_threads, config.smem_bytes) for entry in self.main_entries)
 
@@ -201,7 +209,13 @@ class BackwardKernel(Kernel):
         if config.deterministic:
             late = self.late_sums and not problem.varlen and seqlen_q <= CHAIN_ROWS
             blocks, middle = turns(config, late, problem.varlen, seqlen_q, seqlen_k)
-            sections = max(1, -(-heads // -(-num_sms // blocks)))
+            beside = -(-num_sms // blocks)
+            if problem.varlen and 0 < heads < beside and self.shares_sections(config, seqlen_k):
+                heads *= problem.batch
+                sections = max(1, -(-heads // beside))
+                sequences = round(heads / sections / problem.num_heads_k)
+                return max(1, min(sequences, WARP)) * problem.num_heads_k, middle
+            sections = max(1, -(-heads // beside))
             return max(1, -(-heads // sections)), middle
         ratio = problem.num_heads_q // max(1, problem.num_heads_k)
         size = SIZEOF[config.element]

@@ -32,6 +32,9 @@ WIDEST = 128
 BIAS_QUERIES = 128
 """Queries of a tile of a bias's gradient."""
 
+FEW_BLOCKS = 4
+"""Blocks of keys up to which packed sequences under a causal mask lose by sharing sections."""
+
 LONGEST_SUM = 2 * CHAIN_ROWS
 """Rows over which the tensor cores add up by themselves: ``take_chain`` in attention/backward_work.cuh."""
 
@@ -115,13 +118,15 @@ class BackwardSm90(BackwardKernel):
         tile_head_dim, tile_head_dim_v = round_up(static.head_dim, 64), round_up(static.head_dim_v, 64)
         tiles = size * ((block_n + STAGES * block_m) * (tile_head_dim + tile_head_dim_v) + STAGES * block_m * block_n)
         stages_terms = block_m == WARPGROUP_ROWS and stages(static)
+        key_stages = 2 if doubles_keys(static, block_m) else 1
+        tiles += size * (key_stages - 1) * block_n * tile_head_dim
         sums_stages = 1 if block_m == 128 or (stages_terms and tile_head_dim > 64) else 2
         rows = 4 * block_m * (sums_stages * tile_head_dim + 2 * STAGES)  # sums of dq, row_lse and row_delta
         chunks = bias_chunks(static)
         chunk_bytes = size * WARPGROUP_ROWS * (tile_head_dim + tile_head_dim_v)  # of keys, or of queries
         bias_rounds = 2 if (2 * STAGES + 2 * chunks) * chunk_bytes < SHARED_MEMORY[90] - SWIZZLED else 1
         bias_tiles = (2 * STAGES + bias_rounds * chunks) * chunk_bytes
-        smem_bytes = tiles + rows + barriers_bytes(*[STAGES] * 4, 1, 1, 1, sums_stages, sums_stages)
+        smem_bytes = tiles + rows + barriers_bytes(*[STAGES] * 4, key_stages, 1, 1, sums_stages, sums_stages)
         smem_bytes = round_up(smem_bytes, SWIZZLED if stages_terms else 16)
         if stages_terms:
             smem_bytes += STAGES * sum(term.staged_bytes(block_m, block_n) for term in static.terms)
@@ -168,6 +173,11 @@ class BackwardSm90(BackwardKernel):
         maps = tensor_map.of_backward(problem, config, config.key_box)
         return maps + tensor_map.of_scores(problem, config, arrays)
 
+    def shares_sections(self, config: ConfigBackwardSm90, keys: int) -> bool:
+        if max(config.head_dim, config.head_dim_v) > 64 or config.window:
+            return False
+        return not config.causal or keys > FEW_BLOCKS * config.block_n
+
     def chain_floats(self, config: ConfigBackwardSm90, problem: Problem, grid: BackwardGrid) -> int:
         steps = -(-problem.seqlen_q // config.block_m) * (problem.num_heads_q // max(1, problem.num_heads_k))
         if not config.chains or steps * config.block_m <= LONGEST_SUM:
@@ -203,6 +213,11 @@ def tile(static: Static) -> tuple[int, int]:
     holds = any(term.bends or term.scales or term.has_gradient or term.apart for term in static.terms)
     wide = widest <= 64 and static.average_rows > 64 and not holds
     return 128 if wide and listed_blocks(static.terms) is None else 64, 128
+
+
+def doubles_keys(static: Static, block_m: int) -> bool:
+    """Whether keys have two stages: ``key_stages`` in attention/backward_mainloop_sm90.cuh."""
+    return block_m == 128 and static.mask == "causal" and not static.varlen and not static.deterministic
 
 
 def barriers_bytes(*rings: int) -> int:

@@ -1442,6 +1442,30 @@ def test_blocks_that_take_turns(
 
 
 @pytest.mark.parametrize(
+    ("batch", "length", "heads", "head_dim", "given", "beside"),
+    [
+        (32, 512, 32, 64, {}, 2),  # two blocks of each of 64 heads run at a time
+        (32, 512, 32, 64, {"causal": True}, 0),  # few blocks
+        (32, 513, 32, 64, {"causal": True}, 2),
+        (64, 1024, 8, 64, {"causal": True}, 4),
+        (64, 1024, 8, 64, {"window_size": (256, 0)}, 0),
+        (32, 512, 16, 128, {}, 0),
+        (32, 512, 128, 64, {}, 0),  # a sequence has heads enough
+        (64, 4096, 8, 64, {}, 1),
+        (100, 100, 1, 64, {}, 32),
+        (1, 512, 1, 64, {}, 1),
+    ],
+)
+def test_packed_sequences_side_by_side(
+    batch: int, length: int, heads: int, head_dim: int, given: dict[str, Any], beside: int
+) -> None:
+    """0: a section has no heads of a second sequence."""
+    q = OnGpu(batch * length, heads, head_dim)
+    _, grid = plan_backward(backward_problem(q, q, q, batch=batch, **given), "sm90", True)
+    assert grid.heads_per_section == beside * heads if beside else grid.heads_per_section <= heads
+
+
+@pytest.mark.parametrize(
     ("kernel", "seqlen", "given", "times"),
     [
         ("sm90", 8192, {"causal": True}, 2),

@@ -147,6 +147,42 @@ def test_late_blocks_on_hopper(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert backward(call, 1, arch=90, num_sms=5).bits == ran.bits
 
 
+@pytest.mark.parametrize("sizes", [(450, 450, 2, 64), (300, 420, 4, 40)], ids=["equal", "longer"])
+def test_keys_in_two_stages_on_hopper(sizes: tuple[int, int, int, int]) -> None:
+    """The keys of a block's next work arrive while it multiplies by those of this one."""
+    seqlen_q, seqlen_k, heads, head_dim = sizes
+    dims = {"head_dim": head_dim, "head_dim_v": head_dim}
+    case = Case(
+        seqlen_q=seqlen_q, seqlen_k=seqlen_k, num_heads_q=heads, num_heads_k=2, dtype="bfloat16", causal=True, **dims
+    )
+    for order in range(2):
+        ran = backward(Call(case=case), order, arch=90, num_sms=1 + order)
+        assert "attention_backward_sm90" in ran.entries and not ran.repaired
+
+
+@pytest.mark.parametrize(
+    ("lengths", "causal"),
+    [((300, 0, 257, 64, 140), False), ((520, 700), True), ((40,) * 35, False)],
+    ids=["mixed", "long", "many"],
+)
+def test_packed_sequences_side_by_side_on_hopper(lengths: tuple[int, ...], causal: bool) -> None:
+    """Where blocks of keys add in turn, few of a head run at a time: those of several sequences take turns."""
+    case = Case(
+        batch=len(lengths),
+        seqlen_q=lengths,
+        seqlen_k=lengths,
+        num_heads_q=2,
+        head_dim=64,
+        head_dim_v=64,
+        dtype="bfloat16",
+        causal=causal,
+    )
+    call = Call(case=case, deterministic=True)
+    ran = backward(call, arch=90, num_sms=8)
+    assert "attention_backward_sm90" in ran.entries and not ran.repaired
+    assert backward(call, 1, arch=90, num_sms=16).bits == backward(call, 2, arch=90, num_sms=2).bits == ran.bits
+
+
 @pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 64), ("float16", 128), ("bfloat16", 256)])
 def test_errors_on_hopper_are_those_of_the_same_mathematics(dtype: str, head_dim: int) -> None:
     """P and dS are rounded once each. A dS that is made of rounded P would err by 1.2 times that."""
