@@ -8,6 +8,7 @@ import emulated
 import numpy as np
 import pytest
 import sass
+from sampling import paired
 
 import cufa
 from cufa.learn import host, ladder
@@ -25,8 +26,9 @@ PROBLEMS = (
 
 
 @needs_emulator
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("rung", CUDA, ids=lambda rung: rung.name)
+@pytest.mark.parametrize(
+    ("rung", "head_dim"), paired(CUDA, [64, 128]), ids=lambda given: getattr(given, "name", str(given))
+)
 def test_rungs_are_right(rung: ladder.Rung, head_dim: int) -> None:
     for order, (width, dtype, causal, seqlen_q, seqlen_k) in enumerate(PROBLEMS):
         if width != head_dim:

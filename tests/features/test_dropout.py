@@ -11,6 +11,7 @@ import pytest
 from dropping import Problem, problem, telling, told
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import paired
 from test_problem import Launched, OnGpu, OnGpuAdapter, pretend, unpacked
 
 import cufa
@@ -300,15 +301,19 @@ def plan(dtype: str, head_dim: int, arch: int, of: Any, **facts: Any) -> Any:
     return of(plans.static(dtype, head_dim, head_dim, mask="causal", **facts)._replace(terms=(Dropout(),)), arch)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("f16", 128), ("f16", 256), ("f32", 64)], ids=str)
-@pytest.mark.parametrize("of", [plans.forward, plans.backward], ids=["forward", "backward"])
-def test_kernels_compile(arch: int, dtype: str, head_dim: int, of: Any) -> None:
+TILES = ("bf16", 64), ("f16", 128), ("f16", 256), ("f32", 64)
+"""dtype and head_dim."""
+WAYS = {"forward": plans.forward, "backward": plans.backward}
+KINDS = ("forward", 80), ("backward", 80), ("backward", 90), ("forward", 90)
+
+
+@pytest.mark.parametrize(("tile", "kind"), paired(TILES, KINDS), ids=str)
+def test_kernels_compile(tile: tuple[str, int], kind: tuple[str, int]) -> None:
+    (dtype, head_dim), (of, arch) = tile, (WAYS[kind[0]], kind[1])
     assert plans.compile_plan(plan(dtype, head_dim, arch, of)).cubin[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("arch", "head_dim"), paired([80, 90], [64, 128]))
 def test_gradients_spill_nothing(arch: int, head_dim: int) -> None:
     """A seed in memory takes more registers than one that the host has made round keys of."""
     facts = plans.static("bf16", head_dim, head_dim, mask="causal")._replace(terms=(SeededDropout("int32"),))
@@ -316,12 +321,11 @@ def test_gradients_spill_nothing(arch: int, head_dim: int) -> None:
     assert _jit.resources_of(compiled.log).spill_bytes == 0, compiled.log
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_kernels_compile_beside_other_terms(arch: int) -> None:
+@pytest.mark.parametrize(("arch", "way"), paired([80, 90], WAYS))
+def test_kernels_compile_beside_other_terms(arch: int, way: str) -> None:
     dropout = SeededDropout("int32") if arch == 90 else Dropout()
     facts = plans.static("bf16", 128, 128, mask="window", varlen=True, sinks=True)._replace(terms=(*TERMS, dropout))
-    for of in (plans.forward, plans.backward):
-        assert plans.compile_plan(of(facts, arch)).cubin[:4] == b"\x7fELF"
+    assert plans.compile_plan(WAYS[way](facts, arch)).cubin[:4] == b"\x7fELF"
 
 
 def test_rate_and_seed_are_no_part_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

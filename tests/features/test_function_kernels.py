@@ -9,6 +9,7 @@ import own_functions as own
 import plans
 import pytest
 import sass
+from sampling import paired
 
 import cufa
 from cufa import functions
@@ -53,17 +54,19 @@ TERMS_OF_FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("terms", "arch", "element", "head_dim"),
-    [
-        ("tables", 80, "bf16", 256),
-        ("tables", 90, "bf16", 128),
-        ("shifted", 90, "bf16", 256),
-        ("cuda", 80, "f16", 128),
-    ],
+KINDS = (
+    ("tables", 80, "bf16", 256),
+    ("tables", 90, "bf16", 128),
+    ("shifted", 90, "bf16", 256),
+    ("cuda", 80, "f16", 128),
 )
-@pytest.mark.parametrize("of", [plans.forward, plans.backward], ids=["forward", "backward"])
-def test_kernels_compile_with_functions(terms: str, arch: int, element: str, head_dim: int, of: Any) -> None:
+"""Terms, compute capability, dtype and head_dim."""
+WAYS = {"forward": plans.forward, "backward": plans.backward}
+
+
+@pytest.mark.parametrize(("kind", "way"), paired(KINDS, WAYS), ids=str)
+def test_kernels_compile_with_functions(kind: tuple[str, int, str, int], way: str) -> None:
+    (terms, arch, element, head_dim), of = kind, WAYS[way]
     chosen = TERMS_OF_FUNCTIONS[terms]
     plan = of(plans.static(element, head_dim, head_dim, mask="causal", varlen=True)._replace(terms=chosen), arch)
     if of is plans.backward and arch == 90:
@@ -82,11 +85,13 @@ def alibi(s: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
     return s - functions.stop_gradient(SLOPES[head]) * abs(query.position - key)
 
 
-@pytest.mark.parametrize(("function", "same"), [(capped, Softcap()), (alibi, Alibi())], ids=["softcap", "alibi"])
-@pytest.mark.parametrize("of", [plans.forward, plans.backward], ids=["forward", "backward"])
-def test_functions_take_as_many_instructions_as_terms(function: Any, same: Any, of: Any) -> None:
+ALIKE: dict[str, tuple[Any, Any]] = {"softcap": (capped, Softcap()), "alibi": (alibi, Alibi())}
+
+
+@pytest.mark.parametrize(("name", "way"), paired(ALIKE, WAYS))
+def test_functions_take_as_many_instructions_as_terms(name: str, way: str) -> None:
     """That do the same: the kernel with most instructions has at most 3 of 100 more."""
-    sizes = []
+    (function, same), of, sizes = ALIKE[name], WAYS[way], []
     for each in (score_feature("attention", function).term, same):
         plan = of(plans.static("bf16", 128, 128, mask="causal")._replace(terms=(each,)), 90)
         compiled = plans.compile_plan(plan)

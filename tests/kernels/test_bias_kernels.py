@@ -8,6 +8,7 @@ from typing import Any
 import plans
 import pytest
 import sass
+from sampling import paired
 
 from cufa._call.arrays import Spec, contiguous
 from cufa._kernels.kernel import SHARED_MEMORY
@@ -25,12 +26,19 @@ TERMS: dict[str, tuple[Any, ...]] = {
     "bias": (PAIRED,),
     "bias apart": (Bias(Access(2, 1, True, False, True, (True, False, False, False), True), "bf16", tiled=True),),
     "boxed bias": (Bias(BOXED, "bf16", tiled=True),),
-    "float32 bias": (Bias(Access(4, 1, True), "f32"),),
     "shared bias": (Bias(Access(2, 1, True, False, False, (True, True, True, False)), "bf16"),),
+    "float32 bias": (Bias(Access(4, 1, True), "f32"),),
     "relative bias": (RelBias(),),
     "mask": (MaskArray(Access(1, 1, True)),),
     "all": (PAIRED, RelBias(), MaskArray(Access(1, 1, True))),
 }
+
+WAYS = (plans.forward, plans.backward)
+
+
+def named(given: Any) -> str:
+    """Of a parameter."""
+    return getattr(given, "__name__", str(given))
 
 
 def spills(log: str) -> dict[str, int]:
@@ -48,16 +56,14 @@ def compiled(way: Any, terms: str, head_dim: int, arch: int, **features: Any) ->
     return spills(plans.compile_plan(plan).log)
 
 
-@pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("way", [plans.forward, plans.backward], ids=["forward", "backward"])
+@pytest.mark.parametrize(("terms", "way"), paired(TERMS, WAYS), ids=named)
 def test_kernels_for_hopper_hold_what_they_load(way: Any, terms: str) -> None:
     """But for some words of the gradients with all of them at once."""
     most = 32 if terms == "all" and way is plans.backward else 0
     assert max(compiled(way, terms, 128, 90, mask="causal").values()) <= most
 
 
-@pytest.mark.parametrize("terms", ["bias", "boxed bias", "relative bias"])
-@pytest.mark.parametrize("taken", ["listed", "packed"])
+@pytest.mark.parametrize(("terms", "taken"), paired(["bias", "boxed bias", "relative bias"], ["listed", "packed"]))
 def test_kernels_that_take_tiles_as_they_come_have_biases(taken: str, terms: str) -> None:
     features: dict[str, Any] = {"varlen": True, "many_tiles": True} if taken == "packed" else {}
     facts = plans.static("bf16", 128, 128, **features)._replace(terms=TERMS[terms])
@@ -79,21 +85,19 @@ def test_nothing_is_added_up_for_gradients_that_nobody_wants() -> None:
     assert reduced[0] == reduced[1] < reduced[2] and sizes[1] < sizes[2]
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("way", [plans.forward, plans.backward], ids=["forward", "backward"])
+@pytest.mark.parametrize(("arch", "way"), paired([90, 80], WAYS), ids=named)
 def test_the_widest_heads_compile(way: Any, arch: int) -> None:
     """They spill in the gradients, as other terms do, and hardly elsewhere."""
     spilt = compiled(way, "all", 256, arch, mask="window", varlen=True)
     assert way is plans.backward or max(spilt.values()) <= 8
 
 
-@pytest.mark.parametrize("terms", ["bias apart", "boxed bias", "relative bias"])
-def test_nothing_touches_what_runs(terms: str) -> None:
+@pytest.mark.parametrize(("terms", "way"), paired(["boxed bias", "bias apart", "relative bias"], WAYS), ids=named)
+def test_nothing_touches_what_runs(terms: str, way: Any) -> None:
     """The kernels that compute beside products: the forward's first steps, and the gradient of a bias."""
-    for way in (plans.forward, plans.backward):
-        plan = way(plans.static("bf16", 128, 128)._replace(terms=TERMS[terms]), 90)
-        for entry, code in sass.disassemble(plans.compile_plan(plan).cubin).items():
-            assert not sass.wgmma_hazards(code), entry
+    plan = way(plans.static("bf16", 128, 128)._replace(terms=TERMS[terms]), 90)
+    for entry, code in sass.disassemble(plans.compile_plan(plan).cubin).items():
+        assert not sass.wgmma_hazards(code), entry
 
 
 def specialised(*shape: int) -> Bias:

@@ -7,6 +7,7 @@ from typing import Any
 import plans
 import pytest
 import sass
+from sampling import paired
 
 from cufa._compile import jit as _jit
 from cufa._kernels import kernel
@@ -23,10 +24,14 @@ def plan(size: tuple[int, int], arch: int, head_dim: int, gradient: bool, bounde
     return (plans.backward if gradient else plans.forward)(facts, arch)
 
 
-@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("bounded", [False, True], ids=["bits", "bounds"])
-@pytest.mark.parametrize(("arch", "head_dim"), [(80, 128), (80, 256), (90, 64), (90, 128), (90, 256)])
-def test_they_compile(gradient: bool, bounded: bool, arch: int, head_dim: int) -> None:
+TILES = (80, 128), (80, 256), (90, 64), (90, 128), (90, 256)
+"""Compute capability and head_dim."""
+KINDS = {"forward-bits": (0, 0), "forward-bounds": (0, 1), "backward-bounds": (1, 1), "backward-bits": (1, 0)}
+
+
+@pytest.mark.parametrize(("tile", "kind"), paired(TILES, KINDS), ids=str)
+def test_they_compile(tile: tuple[int, int], kind: str) -> None:
+    (arch, head_dim), (gradient, bounded) = tile, map(bool, KINDS[kind])
     made = plan((128, 128), arch, head_dim, gradient, bounded, mask="causal")
     assert "block_mask" in made.words() and ("sm90" in made.name) == (arch == 90)
     compiled = plans.compile_plan(made)

@@ -11,6 +11,7 @@ import pytest
 from cuda.bindings import driver as bindings
 from hypothesis import given
 from hypothesis import strategies as st
+from sampling import paired
 
 from cufa._call.options import Options
 from cufa._call.problem import CLUSTER_BYTES, CLUSTER_ITEMS, CLUSTER_SHARE, CLUSTERS_THAT_FILL, clusters_pay
@@ -132,18 +133,22 @@ def compiled(plan: Plan) -> None:
     assert resources.registers * plan.config.num_threads * plan.config.resident <= 1 << 16
 
 
-@pytest.mark.parametrize("arch", [90, 120])
-@pytest.mark.parametrize(("head_dim", "few_rows"), [(64, 16), (128, 16), (128, 64), (256, 16)])
-@pytest.mark.parametrize("features", ["plain", "window"])
-def test_nothing_spills(features: str, head_dim: int, few_rows: int, arch: int) -> None:
+TILES = (64, 16), (128, 16), (128, 64), (256, 16)
+"""head_dim and rows."""
+
+
+@pytest.mark.parametrize(
+    ("tile", "kind"), paired(TILES, [("plain", 90), ("plain", 120), ("window", 120), ("window", 90)]), ids=str
+)
+def test_nothing_spills(tile: tuple[int, int], kind: tuple[str, int]) -> None:
+    (head_dim, few_rows), (features, arch) = tile, kind
     facts = plans.static("bf16", head_dim, head_dim, **plans.FEATURES[features], few_rows=few_rows, clusters=True)
     plan = choose(FORWARD, facts, arch)
     assert plan.name == "attention_forward_cluster_sm90"
     compiled(plan)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize(("name", "head_dim"), paired(CACHES, [64, 128]))
 def test_nothing_spills_over_caches(name: str, head_dim: int) -> None:
     facts = plans.static("bf16", head_dim, head_dim, **CACHES[name], few_rows=16, clusters=True)
     plan = choose(KVCACHE, facts, 90)

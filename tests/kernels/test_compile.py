@@ -1,7 +1,7 @@
 """The rows of the tile tables compile without spills, and without a performance warning.
 
-Every one for Hopper, half of them for sm_80, a third for each of the others; of these, and of the other grids, every
-second plan, or with CUFA_TEST_ALL=1 all of them.
+Every one for Hopper, half of them for sm_80, a third for each of the others; of these, and of the other grids, a part,
+or with CUFA_TEST_ALL=1 all of them.
 
 No GPU is needed. head_dims lie at the edges of the tables and between them. Several versions of NVRTC take turns; each
 compiles every family of Configs. As a program, this checks plans with the NVRTC it is given, see `OtherNvrtc`.
@@ -22,9 +22,9 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import plans
 import pytest
@@ -46,6 +46,7 @@ from plans import (
     static,
     static_memory,
 )
+from sampling import paired, sampled
 
 from cufa._call.problem import Static
 from cufa._compile import jit as _jit
@@ -60,16 +61,6 @@ ELEMENTS = tuple(element for element in SIZEOF if element != "e4m3")
 """Those of arrays that are no caches."""
 OLDER = ("12.9", "13.0")
 NVRTCS = (*OLDER, NEWEST)
-
-T = TypeVar("T")
-
-
-def sampled(items: Iterable[T], turn: int) -> list[T]:
-    """Every second one, the first in an even turn; all of them if that is asked for, or if there is but one."""
-    found = [*items]
-    if os.environ.get("CUFA_TEST_ALL") == "1" or len(found) == 1:
-        return found
-    return found[turn % 2 :: 2]
 
 
 class OtherNvrtc:
@@ -266,11 +257,13 @@ def cells(element: str, features: str, arch: int) -> Iterator[Cell]:
             yield Cell(element, features, arch, head_dims, nvrtc)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize(
+    ("features", "arch"),
+    [pair for pair in itertools.product(FEATURES, ARCHS) if pair[1] == 90 or pair in paired(FEATURES, ARCHS)],
+)
 @pytest.mark.parametrize("element", ["bf16", "f32"])
 def test_every_row_of_the_tables(element: str, features: str, arch: int) -> None:
-    for cell in sampled(cells(element, features, arch), ARCHS.index(arch) + list(FEATURES).index(features)):
+    for cell in sampled(cells(element, features, arch), ARCHS.index(arch) + list(FEATURES).index(features), 3):
         check_with(cell.nvrtc, cell.plan)
 
 
@@ -288,21 +281,22 @@ def test_what_hopper_leaves_to_the_other_kernel(nvrtc: str) -> None:
     """Aligned rows that no tensor map can describe."""
     masks = {64: ("none", "causal"), 96: ("causal", "window"), 128: ("none", "window"), 256: ("none",)}
     problems = [(head_dim, mask) for head_dim, names in masks.items() for mask in names]
-    for head_dim, mask in sampled(problems, NVRTCS.index(nvrtc)):
+    for head_dim, mask in sampled(problems, NVRTCS.index(nvrtc), 3):
         check(static("bf16", head_dim, head_dim, mask=mask, tma=False), 90, nvrtc)
 
 
 @pytest.mark.parametrize("nvrtc", NVRTCS)
 def test_rows_without_keys(nvrtc: str) -> None:
     problems = (64, "none"), (128, "causal"), (192, "window"), (256, "causal")
-    for head_dim, mask in sampled(problems, NVRTCS.index(nvrtc)):
+    for head_dim, mask in sampled(problems, NVRTCS.index(nvrtc), 3):
         check(static("bf16", head_dim, head_dim, mask=mask, short=mask == "causal", empty_rows=True), 90, nvrtc)
 
 
 @pytest.mark.parametrize("nvrtc", NVRTCS)
 def test_packed_tiles_that_are_taken(nvrtc: str) -> None:
     """What finds them has the fewest registers where there are chains."""
-    for head_dim, mask in sampled(((64, "window"), (128, "none"), (192, "none"), (256, "window")), NVRTCS.index(nvrtc)):
+    problems = (64, "window"), (128, "none"), (192, "none"), (256, "window")
+    for head_dim, mask in sampled(problems, NVRTCS.index(nvrtc), 3):
         facts = static("bf16", head_dim, head_dim, mask=mask, varlen=True, many_tiles=True, chains=mask == "none")
         plan = plans.forward(facts, 90)
         assert plan.name == "attention_forward_packed_sm90" and plan.config.own_blocks == (mask == "window")
@@ -311,13 +305,13 @@ def test_packed_tiles_that_are_taken(nvrtc: str) -> None:
 
 @pytest.mark.parametrize("features", FEATURES)
 def test_float16_like_bfloat16(features: str) -> None:
-    for head_dim in sampled((64, 128, 256), list(FEATURES).index(features)):
+    for head_dim in sampled((64, 128, 256), list(FEATURES).index(features), 3):
         check(static("f16", head_dim, head_dim, **FEATURES[features]), 90)
 
 
 @pytest.mark.parametrize("copy_bytes", [4, 8])
 def test_narrow_copies(copy_bytes: int) -> None:
-    for head_dim in (64, 128, 256):
+    for head_dim in sampled((64, 128, 256), copy_bytes // 8):
         check(static("bf16", head_dim, head_dim, mask="causal", copy_bytes=copy_bytes, store_bytes=copy_bytes), 90)
 
 
@@ -336,7 +330,7 @@ def test_what_copies_arrays_that_are_not_aligned(arch: int) -> None:
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_what_merges_states(element: str, kernel: Kernel) -> None:
     for turn, arch in enumerate(ARCHS):
-        for copy_bytes in (SIZEOF[element], 16):
+        for copy_bytes in sampled((SIZEOF[element], 16), turn):
             facts = static(element, 96, 96, copy_bytes=copy_bytes, store_bytes=copy_bytes)
             check_with(NVRTCS[turn % 3], choose((kernel,), facts, arch))
 
@@ -344,7 +338,7 @@ def test_what_merges_states(element: str, kernel: Kernel) -> None:
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_rotary_embeddings(element: str) -> None:
     for turn, (arch, layout) in enumerate(itertools.product(ARCHS, ("interleaved", "halves"))):
-        for copy_bytes in (SIZEOF[element], 16):
+        for copy_bytes in sampled((SIZEOF[element], 16), turn):
             facts = static(element, 96, 96, copy_bytes=copy_bytes, store_bytes=copy_bytes, rotary=layout)
             check_with(NVRTCS[turn % 3], choose((Rotary(),), facts, arch))
 
@@ -383,7 +377,7 @@ def test_gradients_with_wgmma(features: str, deterministic: bool, head_dims: tup
 def test_score_terms_of_gradients_by_every_nvrtc(head_dim: int, nvrtc: str) -> None:
     """Each score term under each mask by one of them in turn; what fills the registers by all."""
     terms = itertools.product((False, True), (False, True), ("none", "causal", "window"))
-    for turn, (softcap, alibi, mask) in sampled(enumerate(terms), NVRTCS.index(nvrtc) + head_dim // 128):
+    for turn, (softcap, alibi, mask) in sampled(enumerate(terms), NVRTCS.index(nvrtc) + head_dim // 128, 3):
         fullest = head_dim == 128 and softcap and not alibi
         if not fullest and (turn + NVRTCS.index(nvrtc)) % 3:
             continue
@@ -408,10 +402,9 @@ def test_gradients_for_every_gpu(element: str, arch: int) -> None:
     """Every row of the table on half of the architectures, each with other features."""
     features = ("elementwise", "everything", "packed", "window")
     head_dims = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256))
-    for row, (head_dim, head_dim_v) in enumerate(head_dims):
-        turn = row + (80, 86, 100, 120).index(arch)
-        if turn % 2 == (element == "f32"):
-            continue
+    start = (80, 86, 100, 120).index(arch)
+    for row in sampled((row for row in range(5) if (row + start) % 2 != (element == "f32")), start // 2):
+        turn, (head_dim, head_dim_v) = row + start, head_dims[row]
         facts = static(element, head_dim, head_dim_v, **BACKWARD[features[turn // 2 % 4]])
         check_backward(facts, arch, turn % 3 == 0, NVRTCS[turn % 3], 16 if turn // 2 % 2 else 128)
 
@@ -422,9 +415,9 @@ def test_gradients_that_wgmma_does_not_serve() -> None:
 
 
 def thirds(start: int) -> list[tuple[int, tuple[int, int]]]:
-    """A third of the rows of a table with their numbers, another one for each `start`; of these every second one."""
+    """A third of the rows of a table with their numbers, another one for each `start`; of these one is sampled."""
     rows = ((row, head_dims) for row, head_dims in enumerate(HEAD_DIMS) if (row + start) % 3 == 0)
-    return sampled(rows, start // 3)
+    return sampled(rows, start // 3, 3)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -451,14 +444,14 @@ def test_tiles_of_short_sequences_that_have_most_registers(nvrtc: str) -> None:
         if (turn + turn // 3 + NVRTCS.index(nvrtc)) % 3 == 0:
             check(short("bf16", head_dims, tile, FEATURES[features]), 90, nvrtc)
     most: tuple[Any, ...] = (
-        ((64, 64), (16, 16), "packed"),
-        ((128, 128), (32, 16), "everything"),
-        ((192, 192), (16, 16), "elementwise"),
-        ((256, 256), (32, 32), "elementwise"),
+        ("bf16", (64, 64), (16, 16), "packed"),
+        ("bf16", (128, 128), (32, 16), "everything"),
+        ("bf16", (192, 192), (16, 16), "elementwise"),
+        ("bf16", (256, 256), (32, 32), "elementwise"),
+        ("f32", (128, 128), (32, 16), "everything"),
     )
-    for head_dims, tile, features in sampled(most, NVRTCS.index(nvrtc)):
-        check_backward(short("bf16", head_dims, tile, BACKWARD[features]), 90, True, nvrtc, 16)
-    check_backward(short("f32", (128, 128), (32, 16), BACKWARD["everything"]), 90, True, nvrtc, 16)
+    for element, head_dims, tile, features in sampled(most, NVRTCS.index(nvrtc), 3):
+        check_backward(short(element, head_dims, tile, BACKWARD[features]), 90, True, nvrtc, 16)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -486,7 +479,7 @@ def test_tiles_of_few_rows_that_have_most_registers(nvrtc: str) -> None:
         ("f32", (128, 128), 64, "causal"),
         ("f32", (256, 256), 16, "everything"),
     )
-    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc)):
+    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc), 3):
         check(few(element, head_dims, rows, FEW_ROWS[features]), 90, nvrtc)
 
 
@@ -509,7 +502,7 @@ def test_tiles_over_caches_that_have_most_registers(nvrtc: str) -> None:
         ("f16", (256, 256), 64, "paged"),
         ("f32", (128, 128), 64, "packed"),
     )
-    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc)):
+    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc), 3):
         check_with(nvrtc, cached(element, head_dims, rows, CACHES[features], 90))
 
 
@@ -532,7 +525,7 @@ def test_tiles_over_caches_of_eight_bits_that_have_most_registers(nvrtc: str) ->
         ("bf16", (256, 256), 64, "paged"),
         ("f16", (64, 64), 16, "rotary"),
     )
-    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc)):
+    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc), 3):
         check_with(nvrtc, cached(element, head_dims, rows, EIGHT_BITS[features], 90))
 
 
@@ -551,9 +544,9 @@ def test_tiles_over_caches_on_hopper(features: str, nvrtc: str) -> None:
     """
     facts = CACHES[features]
     facts = facts | {"page_rows": max(8, facts["page_rows"])} if "page_rows" in facts else facts
-    for row in range(NVRTCS.index(nvrtc), len(HEAD_DIMS), 3):
-        if (row + list(CACHES).index(features)) % 2:
-            continue
+    turn = list(CACHES).index(features)
+    rows = (row for row in range(NVRTCS.index(nvrtc), len(HEAD_DIMS), 3) if (row + turn) % 2 == 0)
+    for row in sampled(rows, turn):
         own = facts | ({"pack": 4} if features == "plain" and row % 2 else {})
         plan = cached_many(("bf16", "f16")[row % 2], HEAD_DIMS[row], own)
         assert plan.name == "attention_forward_cache_sm90"

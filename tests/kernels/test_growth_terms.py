@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import plans
 import pytest
+from sampling import paired
 from test_problem import Launched, OnGpu, unpacked
 
 import cufa
@@ -531,10 +532,10 @@ def kernel(terms: tuple[Any, ...], dtype: str, arch: int, packed: bool, of: Any)
     return of(plans.static(dtype, 64, 64, mask="window", varlen=packed)._replace(terms=terms), arch)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("dtype", "packed"), [("f32", True), ("bf16", False)], ids=["f32 packed", "bf16 dense"])
+@pytest.mark.parametrize(("arch", "kind"), paired([80, 90], [("f32", True), ("bf16", False)]), ids=str)
 @pytest.mark.parametrize("of", [plans.forward, plans.backward], ids=["forward", "backward"])
-def test_kernels_compile_with_headers_of_terms(added: Any, arch: int, packed: bool, dtype: str, of: Any) -> None:
+def test_kernels_compile_with_headers_of_terms(added: Any, arch: int, kind: tuple[str, bool], of: Any) -> None:
+    dtype, packed = kind
     plan = kernel((*TERMS, *added.TERMS), dtype, arch, packed, of)
     assert "softcap, alibi, table, checkers" in plan.words()
     assert plans.compile_plan(plan).cubin[:4] == b"\x7fELF"

@@ -11,6 +11,7 @@ import numpy as np
 import plans
 import pytest
 import sass
+from sampling import paired
 
 from cufa._compile import jit as _jit
 from cufa._kernels import Kernel, choose, kernel
@@ -124,14 +125,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("changes", "head_dim"), paired(CHANGES, HEAD_DIMS))
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_it_compiles_into_every_kernel(
-    kernels: Any, gradient: bool, arch: int, head_dim: int, changes: dict[str, Any]
-) -> None:
-    plan = choose(kernels[gradient], plans.static("f16", head_dim, head_dim)._replace(**changes), arch)
+def test_it_compiles_into_every_kernel(kernels: Any, gradient: bool, arch: int, head_dim: int, changes: str) -> None:
+    plan = choose(kernels[gradient], plans.static("f16", head_dim, head_dim)._replace(**CHANGES[changes]), arch)
     assert NAME in plan.words() and ("sm90" in plan.name) == (arch == 90)
     compiled = plans.compile_plan(plan)
     assert _jit.resources_of(compiled.log).spill_bytes == 0, compiled.log
