@@ -19,6 +19,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sampling import examples
 
 from cufa._bundles import build as _build
 from cufa._bundles import selection
@@ -140,7 +141,7 @@ PROMISES = [(name, spread, kind) for name, kinds in PRESETS.items() for spread, 
 @pytest.mark.parametrize("arch", [80, 90, 120])
 @pytest.mark.parametrize("name", PRESETS)
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=examples(50, 150))
 def test_calls_that_a_preset_claims_find_their_kernels(name: str, arch: int, data: st.DataObject) -> None:
     _, spread, kind = data.draw(st.sampled_from([each for each in PROMISES if each[0] == name]))
     lengths, cached = data.draw(CLAIMED[spread](kind)), data.draw(cached_of(kind, [16, 64, 128, 256]))

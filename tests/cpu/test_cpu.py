@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import examples
 
 from cufa._cpu import forward as _cpu
 from cufa._terms import Term
@@ -67,7 +68,7 @@ blockings = st.sampled_from([(512, 512, 4096, 1 << 18, 1 << 21), (16, 16, 32, 25
 BLOCKING = ("BLOCK_M", "BLOCK_N", "MAX_BLOCK_N", "TILE_ELEMENTS", "OPERAND_ELEMENTS")
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(250, 500))
 @given(dense_cases(max_seqlen=80, dtypes=ALL_DTYPES), blockings)
 def test_dense_cases_agree_with_the_reference(case: Case, blocking: tuple[int, ...]) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -76,7 +77,7 @@ def test_dense_cases_agree_with_the_reference(case: Case, blocking: tuple[int, .
         check(case)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(150, 300))
 @given(varlen_cases(max_seqlen=65, dtypes=ALL_DTYPES, offsets=OFFSETS), blockings)
 def test_varlen_cases_agree_with_the_reference(case: Case, blocking: tuple[int, ...]) -> None:
     with pytest.MonkeyPatch.context() as patch:

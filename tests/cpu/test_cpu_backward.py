@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from sampling import examples
 from test_cpu import ALL_DTYPES, BLOCKING, blockings, scoring
 
 import cufa
@@ -85,7 +86,7 @@ def check(case: Case) -> None:
         assert error <= 8 * np.sqrt(change) + own_unit * size + 1e-7 * own_unit * exact.size
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(200, 400))
 @given(dense_cases(max_seqlen=80, dtypes=ALL_DTYPES, values=SMOOTH), blockings)
 def test_dense_cases_agree_with_the_reference(case: Case, blocking: tuple[int, ...]) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -94,7 +95,7 @@ def test_dense_cases_agree_with_the_reference(case: Case, blocking: tuple[int, .
         check(case)
 
 
-@settings(max_examples=250)
+@settings(max_examples=examples(125, 250))
 @given(varlen_cases(max_seqlen=65, dtypes=ALL_DTYPES, values=SMOOTH, offsets=OFFSETS), blockings)
 def test_varlen_cases_agree_with_the_reference(case: Case, blocking: tuple[int, ...]) -> None:
     with pytest.MonkeyPatch.context() as patch:

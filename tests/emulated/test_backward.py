@@ -9,6 +9,7 @@ import pytest
 from gradients import VALUES, Call
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import examples
 
 import cufa
 import emulated
@@ -62,7 +63,7 @@ def calls(draw: st.DrawFn, kind: Kind, cases: Any, deterministic: bool = False) 
 
 
 @pytest.mark.parametrize("kind", DENSE, ids=str)
-@settings(max_examples=3)
+@settings(max_examples=examples(2, 3))
 @given(data=st.data())
 def test_dense_equals_reference(kind: Kind, data: st.DataObject) -> None:
     call = data.draw(calls(kind, dense))
@@ -73,7 +74,7 @@ def test_dense_equals_reference(kind: Kind, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("kind", PACKED, ids=str)
-@settings(max_examples=3)
+@settings(max_examples=examples(2, 3))
 @given(data=st.data())
 def test_packed_equals_reference(kind: Kind, data: st.DataObject) -> None:
     call = data.draw(calls(kind, packed))

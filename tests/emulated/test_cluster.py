@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import examples
 
 import cufa
 import emulated
@@ -40,7 +41,7 @@ def few_rows(draw: st.DrawFn, kind: Kind) -> Case:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@settings(max_examples=10)
+@settings(max_examples=examples(5, 10))
 @given(data=st.data())
 def test_few_rows_equal_reference(kind: Kind, data: st.DataObject) -> None:
     ran = forward(data.draw(few_rows(kind)), data.draw(ORDERS), arch=90, num_sms=data.draw(SMS))
@@ -82,7 +83,7 @@ def test_caches_without_room() -> None:
 
 
 @pytest.mark.parametrize("kind", CACHES)
-@settings(max_examples=12)
+@settings(max_examples=examples(3, 12))
 @given(data=st.data())
 def test_caches_equal_reference(kind: str, data: st.DataObject) -> None:
     case = dataclasses.replace(data.draw(CACHES[kind]), num_splits=0)

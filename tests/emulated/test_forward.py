@@ -13,6 +13,7 @@ import plans
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import examples, paired
 
 import cufa
 import emulated
@@ -53,7 +54,7 @@ PACKED_SM90 = (
 
 
 @pytest.mark.parametrize("kind", DENSE, ids=str)
-@settings(max_examples=6)
+@settings(max_examples=examples(3, 6))
 @given(data=st.data())
 def test_dense_equals_reference(kind: Kind, data: st.DataObject) -> None:
     ran = forward(data.draw(dense(kind)), data.draw(ORDERS), num_sms=1 if kind.layouts == "narrow" else 3)
@@ -61,7 +62,7 @@ def test_dense_equals_reference(kind: Kind, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("kind", PACKED, ids=str)
-@settings(max_examples=6)
+@settings(max_examples=examples(3, 6))
 @given(data=st.data())
 def test_packed_equals_reference(kind: Kind, data: st.DataObject) -> None:
     assert forward(data.draw(packed(kind)), data.draw(ORDERS)).entries[-1] == "attention_forward_sm80"
@@ -113,8 +114,7 @@ def test_tiles_of_other_gpus(arch: int) -> None:
     assert forward(case, arch=arch).entries == ["attention_forward_sm80"]
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("head_dim", "causal"), paired([64, 128], [False, True]))
 def test_every_gpus_kernel_on_hopper(head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where arrays have no tensor maps: two buffers for K and V at head_dim 64, votes on rescaling out above."""
     monkeypatch.setattr(_problem, "has_tensor_map", lambda *_: False)
@@ -170,8 +170,9 @@ def test_warpgroups_with_blocks_of_their_own(name: str) -> None:
     assert forward(case, 1, arch=90, num_sms=1).bits == ran.bits
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window_size": (100, 20)}], ids=["none", "causal", "window"])
+@pytest.mark.parametrize(
+    ("mask", "head_dim"), paired([{}, {"causal": True}, {"window_size": (100, 20)}], [64, 128]), ids=str
+)
 def test_packed_tiles_are_taken_as_they_come(mask: dict[str, Any], head_dim: int) -> None:
     """By whichever block comes first, and so by other ones in every run."""
     dims = {"head_dim": head_dim, "head_dim_v": head_dim, "num_heads_q": 2, "return_lse": True}

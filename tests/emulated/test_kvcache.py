@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import examples
 
 import cufa
 import emulated
@@ -58,7 +59,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=12)
+@settings(max_examples=examples(4, 12))
 @given(data=st.data())
 def test_caches_equal_reference(kind: str, data: st.DataObject) -> None:
     attend(data.draw(KINDS[kind]), data.draw(ORDERS), num_sms=data.draw(st.sampled_from((1, 3, 8))))
@@ -155,7 +156,7 @@ PLANNED = ("q", "k_cache", "v_cache", "k", "v", "cache_seqlens", "block_table", 
 PLANNED += ("cu_seqlens_q",)
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(4, 8))
 @given(case=KINDS["bfloat16"] | KINDS["float8"], order=ORDERS)
 def test_plans_change_nothing(case: KVCacheCase, order: int | None) -> None:
     """Calls with a plan give the bits of those without, one after the other, as the counters are left as they were."""

@@ -10,6 +10,7 @@ import places
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import examples
 
 import cufa
 import emulated
@@ -41,7 +42,7 @@ KINDS = {
 
 @pytest.mark.usefixtures("few_fill_tiles")
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=8)
+@settings(max_examples=examples(4, 8))
 @given(data=st.data())
 def test_caches_equal_reference(kind: str, data: st.DataObject) -> None:
     case = data.draw(KINDS[kind])

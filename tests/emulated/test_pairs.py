@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pairs
 import pytest
+from sampling import paired
 
 import cufa
 import emulated
@@ -55,8 +56,7 @@ def test_dout_of_rows_that_see_no_key_counts_nowhere(mask: str) -> None:
     run(pairs.Problem.of(row).spoiled(), 80)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("mask", ["array", "function", "blocks"])
+@pytest.mark.parametrize(("mask", "arch"), paired(["array", "function", "blocks"], [90, 80]))
 def test_all_terms_at_once(arch: int, mask: str) -> None:
     """Their data fit, with functions that read as much as functions may."""
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rotary import LAYOUTS, Call, calls
+from sampling import examples
 
 import emulated
 from cufa._operations.rotary import ROTARY, ROTARY_BACKWARD
@@ -27,7 +28,7 @@ ORDERS = st.none() | st.integers(0, 999)
 
 
 @KINDS
-@settings(max_examples=25)
+@settings(max_examples=examples(12, 25))
 @given(data=st.data())
 def test_kernel_equals_reference(dtype: str, kind: dict[str, Any], data: st.DataObject) -> None:
     call = data.draw(calls((dtype,), **kind))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sampling import examples
 
 import emulated
 from cufa._call.problem import CHAIN_ROWS
@@ -49,7 +50,7 @@ def few(draw: st.DrawFn, kind: Kind, rows: tuple[tuple[int, int, int], ...]) -> 
 
 
 @pytest.mark.parametrize(("kind", "few_rows", "rows"), FEW, ids=str)
-@settings(max_examples=8)
+@settings(max_examples=examples(4, 8))
 @given(data=st.data())
 def test_few_rows_equal_the_reference(
     kind: Kind, few_rows: int, rows: tuple[tuple[int, int, int], ...], data: st.DataObject
@@ -113,7 +114,7 @@ def no_keys_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_keys_are_few")
 @pytest.mark.parametrize(("kind", "rows"), SEVERAL, ids=str)
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(4, 8), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_several_tiles_equal_the_reference(
     kind: Kind, rows: tuple[tuple[int, int, int], ...], data: st.DataObject

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sampling import paired, sampled
 from test_problem import Launched
 
 import cufa
@@ -218,7 +219,7 @@ def test_what_has_no_gradient_is_refused(device: str, way: str, packed: bool) ->
     assert expected.any()
     name = "attention_varlen" if packed else "attention"
     sentence = rf"^{name}: alibi_slopes is differentiated, but .*; pass jax\.lax\.stop_gradient\(alibi_slopes\)\."
-    for wrap in (lambda f: f, jax.jit):
+    for wrap in sampled((lambda f: f, jax.jit), [*WAYS].index(way) + packed):
         close(wrap(jax.grad(loss))(q, slopes), expected)
         for by in (1, (0, 1)):
             with pytest.raises(cufa.UnsupportedError, match=sentence):
@@ -892,10 +893,13 @@ def test_explain_takes_jax_arrays(device: str) -> None:
 # --- As jax.nn has it -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows, keys", [(9, 9), (5, 9), (9, 5), (1, 9)])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [None, 2, (3, 0), (0, 4), (9, 9)])
-def test_dot_product_attention(device: str, rows: int, keys: int, causal: bool, window: Any) -> None:
+MASKS = [*itertools.product([False, True], [None, 2, (3, 0), (0, 4), (9, 9)])]
+"""Whether a mask is causal, and windows."""
+
+
+@pytest.mark.parametrize(("lengths", "mask"), paired([(9, 9), (5, 9), (9, 5), (1, 9)], MASKS), ids=str)
+def test_dot_product_attention(device: str, lengths: tuple[int, int], mask: tuple[bool, Any]) -> None:
+    (rows, keys), (causal, window) = lengths, mask
     q, k, v, *_ = arrays()
     q, k, v = q[:, :rows], k[:, :keys], v[:, :keys]
     options: dict[str, Any] = {"is_causal": causal, "local_window_size": window, "scale": 0.3}
