@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import exact
 import ml_dtypes
 import numpy as np
 
@@ -43,28 +44,34 @@ class Call:
     def packed(self) -> bool:
         return isinstance(self.case.seqlen_q, tuple)
 
-    def arrays(self, xp: Any = np) -> dict[str, Any]:
-        """All but the results, by keyword."""
-        case, host = self.case, self.case.arrays()
-        dtype, rng = host["q"].dtype, np.random.default_rng([case.seed, 1])
-        forward = reference.attention_varlen if self.packed else reference.attention
-        out, lse = forward(**host, **case.options, return_lse=True)
-        lse_dtype = np.float64 if dtype == np.float64 else np.float32
-        dout, dlse = rng.standard_normal(out.shape), rng.standard_normal(lse.shape)
+    def given(self, xp: Any = np) -> dict[str, Any]:
+        """All but the results of both directions, by keyword."""
+        case, rng = self.case, np.random.default_rng([self.case.seed, 1])
+        dtype, shape = getattr(ml_dtypes, case.dtype, np.dtype(case.dtype)), case.view("out").shape
+        *batch, rows, heads, _ = (1, *shape)[-4:]
+        dout, dlse = rng.standard_normal(shape), rng.standard_normal((*batch[self.packed :], heads, rows))
         if case.values == "huge":  # v is; its products with dout are still to fit float32
             dout *= 2.0**-12 if case.dtype == "float16" else 2.0**-24
         if case.values == "garbage":  # where it counts nowhere
             dout[case.counts("q") == 0] = np.nan
         with np.errstate(all="ignore"):
-            more = {
-                "out": (out.astype(dtype), case.layouts[3]),
-                "dout": (dout.astype(dtype), self.dout),
-                "lse": (lse.astype(lse_dtype), "contiguous"),
-                "dlse": (dlse.astype(lse_dtype), "strided"),
-            }
+            more = {"dout": (dout.astype(dtype), self.dout), "dlse": (dlse.astype(self.lse_dtype), "strided")}
         if not self.dlse:
             del more["dlse"]
         return case.arrays(xp) | {name: lay_out(array, layout, xp) for name, (array, layout) in more.items()}
+
+    def arrays(self, xp: Any = np) -> dict[str, Any]:
+        """All but the results, by keyword: also out and lse, of the reference."""
+        case, host = self.case, self.case.arrays()
+        forward = reference.attention_varlen if self.packed else reference.attention
+        out, lse = forward(**host, **case.options, return_lse=True)
+        with np.errstate(all="ignore"):
+            out, lse = out.astype(host["q"].dtype), lse.astype(self.lse_dtype)
+        return self.given(xp) | {"out": lay_out(out, case.layouts[3], xp), "lse": lay_out(lse, "contiguous", xp)}
+
+    @property
+    def lse_dtype(self) -> type:
+        return np.float64 if self.case.dtype == "float64" else np.float32
 
     def into(self, xp: Any = np) -> dict[str, Any]:
         """Arrays of NaN to pass as dq, dk and dv; nothing if they are not given."""
@@ -79,7 +86,8 @@ class Call:
         """The gradients; `changed` are arrays by keyword."""
         function = cufa.attention_varlen_backward if self.packed else cufa.attention_backward
         into = self.into(xp)
-        arrays = self.arrays(xp) | into | changed
+        whole = self.given if {"out", "lse"} <= changed.keys() else self.arrays
+        arrays = whole(xp) | into | changed
         found: tuple[Any, ...] = function(**arrays, **self.case.options, deterministic=self.deterministic)
         assert all(array is other for array, other in zip(found, into.values(), strict=False))
         return found
@@ -92,11 +100,52 @@ class Call:
 
     def check(self, found: tuple[Any, ...]) -> None:
         """Hold gradients to the reference, which reads the same arrays made by NumPy."""
-        arrays = self.arrays()
-        del arrays["out"], arrays["lse"]
+        arrays = self.given()
         for name, array in zip("qkv", map(testing.to_numpy, found), strict=False):
             assert (array.shape, array.dtype) == (self.case.view(name).shape, arrays["q"].dtype)
         assert_gradients_close(found, **arrays, **self.case.options)
+
+    def check_there(self, found: tuple[Any, ...], xp: Any) -> None:
+        """The same where the arrays are, and so in a moment on a GPU: of a dense case whose only feature is a mask."""
+        case, arrays = self.case, self.given(xp)
+        assert arrays.keys() <= {"q", "k", "v", "dout", "dlse"} and not case.softcap and not case.dropout_p
+        batch, rows, _, width = arrays["q"].shape
+        keys, heads_k = arrays["k"].shape[1:3]
+
+        def by_head(x: Any) -> Any:
+            """Rows of the query heads that share a key head are below each other."""
+            own = exact.in_float64(x).reshape(batch, x.shape[1], heads_k, -1, x.shape[3])
+            return own.transpose(0, 2, 3, 1, 4).reshape(batch, heads_k, -1, x.shape[3])
+
+        left, right = case.window_size or (None, None)
+        scale = case.softmax_scale
+        problem = exact.Padded(
+            xp=xp,
+            q=by_head(arrays["q"]),
+            k=by_head(arrays["k"]),
+            v=by_head(arrays["v"]),
+            seqlen_q=rows,
+            lengths_q=xp.full((batch, 1, 1, 1), rows),
+            lengths_k=xp.full((batch, 1, 1, 1), keys),
+            left=left,
+            right=0 if case.causal else right,
+            softmax_scale=width**-0.5 if scale is None else scale,
+            softcap=0.0,
+            slopes=None,
+            sinks=None,
+            dtype=case.dtype,
+        )
+        dlse = exact.in_float64(arrays["dlse"]).reshape(batch, heads_k, -1, 1) if self.dlse else None
+        with np.errstate(all="ignore"):
+            forward = exact.forward(problem)
+            forward = forward._replace(lse_noise=xp.zeros_like(forward.lse_noise))  # as in `assert_gradients_close`
+            right_ones = exact.backward(problem, forward, by_head(arrays["dout"]), dlse)
+            largest = float(ml_dtypes.finfo(arrays["q"].dtype).max)
+            bad = {
+                name: float(exact.badness(xp, by_head(array), *expected, largest))
+                for name, array, *expected in zip(("dq", "dk", "dv"), found, *right_ones, strict=False)
+            }
+        assert max(bad.values()) <= 1, f"times what is allowed: {bad}"
 
 
 def lay_out(array: np.ndarray, layout: str, xp: Any = np) -> Any:

@@ -561,14 +561,17 @@ def test_ordinary_numbers_are_not_computed_once_more(kind: Kind, monkeypatch: py
     _problem._checked.cache_clear()
 
 
-def check_with_own_forward(case: Case, **options: Any) -> None:
+def with_own_forward(call: Call) -> tuple[Any, ...]:
+    """The gradients of what the forward gives."""
     cupy = framework("cupy")
-    call = Call(case=case, **options)
-    arrays = call.arrays(cupy)
-    given = {name: array for name, array in arrays.items() if name not in ("dout", "dlse", "out", "lse")}
     forward = cufa.attention_varlen if call.packed else cufa.attention
-    out, lse = forward(**given, **case.options, return_lse=True)
-    call.check(call.run(cupy, out=out, lse=lse))
+    out, lse = forward(**call.case.arrays(cupy), **call.case.options, return_lse=True)
+    return call.run(cupy, out=out, lse=lse)
+
+
+def check_with_own_forward(case: Case, **options: Any) -> None:
+    call = Call(case=case, **options)
+    call.check(with_own_forward(call))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -588,7 +591,8 @@ def test_late_blocks(seqlen_q: int, seqlen_k: int, heads: int, head_dim: int) ->
     """On Hopper, from more than 16 blocks of keys, those from the middle on have sums of dq of their own."""
     sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "head_dim": head_dim, "head_dim_v": head_dim}
     case = Case(**sizes, num_heads_q=heads, num_heads_k=1, dtype="bfloat16", causal=True)
-    check_with_own_forward(case, deterministic=True)
+    call = Call(case=case, deterministic=True)
+    call.check_there(with_own_forward(call), framework("cupy"))
 
 
 @pytest.mark.parametrize(
