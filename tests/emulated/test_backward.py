@@ -9,7 +9,7 @@ import pytest
 from gradients import VALUES, Call
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling import examples
+from sampling import examples, sampled
 
 import cufa
 import emulated
@@ -136,7 +136,7 @@ LATE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", sampled(LATE, 1))
 def test_late_blocks_on_hopper(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a causal mask the blocks of keys from a head's middle on have sums of dq of their own, if they are many."""
     monkeypatch.setattr(kernels, "WAITING_BLOCKS", 2)

@@ -9,6 +9,7 @@ import pytest
 from block_masks import Kind, Problem, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import sampled
 
 import cufa
 import emulated
@@ -40,7 +41,7 @@ def ran(problem: Problem, arch: int, order: int | None, deterministic: bool = Fa
     return entries, b"".join(np.ascontiguousarray(each).tobytes() for each in found)
 
 
-@pytest.mark.parametrize("kind", SM80, ids=str)
+@pytest.mark.parametrize("kind", sampled(SM80), ids=str)
 @settings(max_examples=2)
 @given(data=st.data())
 def test_lists_for_every_gpu(kind: Kind, data: st.DataObject) -> None:
@@ -49,7 +50,7 @@ def test_lists_for_every_gpu(kind: Kind, data: st.DataObject) -> None:
     assert {"attention_forward_sm80", "attention_backward_sm80"} <= entries
 
 
-@pytest.mark.parametrize("kind", SM90, ids=str)
+@pytest.mark.parametrize("kind", sampled(SM90), ids=str)
 @settings(max_examples=2)
 @given(data=st.data())
 def test_lists_on_hopper(kind: Kind, data: st.DataObject) -> None:

@@ -63,7 +63,7 @@ def test_every_kernel_keeps_what_the_mask_says(served: Served) -> None:
 
 @pytest.mark.parametrize(
     ("served", "dtype", "seed"),
-    [(SERVED[0], np.int64, -(2**62) - 3), (SERVED[3], np.int32, -5), (SERVED[5], np.uint32, 2**32 - 7)],
+    sampled([(SERVED[0], np.int64, -(2**62) - 3), (SERVED[5], np.uint32, 2**32 - 7), (SERVED[3], np.int32, -5)]),
 )
 def test_a_seed_may_lie_in_memory(served: Served, dtype: Any, seed: int) -> None:
     """Kernels read it there, and give the same bits as if they were told."""

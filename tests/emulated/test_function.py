@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import own_functions as own
 import pytest
+from sampling import sampled
 
 import cufa
 import emulated
@@ -57,7 +58,7 @@ def test_few_rows(arch: int, kernel: str) -> None:
     own.check(found, problem.right()[:2], UNITS[np.float16])
 
 
-@pytest.mark.parametrize("rows", [60, 110])
+@pytest.mark.parametrize("rows", sampled([110, 60]))
 def test_masks_with_labels(rows: int) -> None:
     """What lies before the first key and behind the last label is of no document and no range, and no global token."""
     rng = np.random.default_rng(0)
@@ -74,7 +75,7 @@ def test_masks_with_labels(rows: int) -> None:
         own.check(found, [np.asarray(x) for x in expected], UNITS[np.float16])
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("dtype", sampled([np.float16, np.float32]))
 def test_functions_in_cuda(dtype: Any) -> None:
     """They are what their twins are, statements and expressions alike."""
     rng = np.random.default_rng(0)

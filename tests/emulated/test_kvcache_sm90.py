@@ -42,7 +42,7 @@ KINDS = {
 
 @pytest.mark.usefixtures("few_fill_tiles")
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=examples(4, 8))
+@settings(max_examples=examples(3, 8))
 @given(data=st.data())
 def test_caches_equal_reference(kind: str, data: st.DataObject) -> None:
     case = data.draw(KINDS[kind])
@@ -99,7 +99,7 @@ def test_rows_before_infinite_values_are_repaired(changed: dict[str, Any]) -> No
     """Each block finds the tiles that it took once more."""
     case = KVCacheCase(**MANY | changed)
     arrays = case.arrays()
-    arrays["v"][..., 100, :, :] = np.inf
+    arrays["v"][..., 100, 0, :] = np.inf
     with Gpu(arch=90, num_sms=5) as gpu:
         placed = gpu.arrays(arrays)
         out = cufa.attention_with_kvcache(**placed, **case.options).numpy()
