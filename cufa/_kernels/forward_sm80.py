@@ -104,7 +104,7 @@ class ForwardSm80(Kernel):
             scan_groups=8 if has_short_tile(static) else 2,  # many offsets, and registers to hold them
             early_v=has_short_tile(static),  # most have no other block whose products it could arrive beside
             stages=stages,
-            held_cols=192 if _is_plain(static) and static.head_dim > 192 else 0,  # as registers allow
+            held_cols=_held_cols(static, arch),
             votes=_is_plain(static) and static.head_dim > (64 if arch >= 90 else 128),  # else a vote costs spills
         )
 
@@ -183,6 +183,13 @@ def _stages(static: Static, arch: int) -> int:
     if not _is_plain(static) or static.varlen or static.head_dim != 64:
         return 1
     return 2 if SHARED_MEMORY[arch] >= 2 * (80 << 10) else 1
+
+
+def _held_cols(static: Static, arch: int) -> int:
+    """Columns of Q that stay in registers, as many as there are."""
+    if not _is_plain(static) or static.head_dim <= 192:
+        return 0
+    return 160 if static.mask == "causal" and arch >= 100 else 192
 
 
 def _copy_unroll(static: Static, arch: int) -> int:

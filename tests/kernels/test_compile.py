@@ -263,7 +263,7 @@ def cells(element: str, features: str, arch: int) -> Iterator[Cell]:
 )
 @pytest.mark.parametrize("element", ["bf16", "f32"])
 def test_every_row_of_the_tables(element: str, features: str, arch: int) -> None:
-    for cell in sampled(cells(element, features, arch), ARCHS.index(arch) + list(FEATURES).index(features) + 2, 4):
+    for cell in sampled(cells(element, features, arch), ARCHS.index(arch) + list(FEATURES).index(features), 4):
         check_with(cell.nvrtc, cell.plan)
 
 
