@@ -56,9 +56,8 @@ struct BackwardMainloopSm90 {
   static int dq_row(int thread) { return (by_rows ? thread / 128 * 64 : 0) + thread / 32 % 4 * 16; }
   static int dq_col(int thread) { return by_rows ? 0 : thread / 128 * Dq::cols; }
 
-  // A read of shared memory waits behind products. As far as there are registers, these hold what would be read there:
-  // columns of K, for the whole work, and pairs of row_lse that are loaded before the products.
-  // Terms take none that only mask, as ranges do.
+  // A read of shared memory waits behind products. As far as there are registers, these hold columns of K, for the
+  // whole work, and pairs of row_lse that are loaded before the products. Terms take none that only mask, as ranges do.
   static constexpr bool bounded = Config::mask::Tiles::bounded && !Variant::shapes && !Variant::scales;
   static constexpr bool roomy = (Variant::empty || bounded) && !by_rows;
   using HeldK = tile::Operand<roomy ? 32 : 0>;
