@@ -83,7 +83,7 @@ def test_caches_without_room() -> None:
 
 
 @pytest.mark.parametrize("kind", CACHES)
-@settings(max_examples=examples(3, 12))
+@settings(max_examples=examples(2, 12))
 @given(data=st.data())
 def test_caches_equal_reference(kind: str, data: st.DataObject) -> None:
     case = dataclasses.replace(data.draw(CACHES[kind]), num_splits=0)

@@ -59,7 +59,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=examples(3, 12))
+@settings(max_examples=examples(2, 12))
 @given(data=st.data())
 def test_caches_equal_reference(kind: str, data: st.DataObject) -> None:
     attend(data.draw(KINDS[kind]), data.draw(ORDERS), num_sms=data.draw(st.sampled_from((1, 3, 8))))

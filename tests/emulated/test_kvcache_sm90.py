@@ -10,7 +10,7 @@ import places
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling import examples
+from sampling import examples, sampled
 
 import cufa
 import emulated
@@ -70,7 +70,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", sampled(PROBLEMS))
 def test_many_queries_have_large_tiles(name: str) -> None:
     case = KVCacheCase(**MANY | PROBLEMS[name])
     ran = attend(case, arch=90, num_sms=3)
@@ -94,7 +94,7 @@ def test_plans_change_nothing() -> None:
     assert np.array_equal(out, expected.results[0])
 
 
-@pytest.mark.parametrize("changed", [{}, PAGES, {"seqlen_q": (300, 40)}], ids=str)
+@pytest.mark.parametrize("changed", sampled([{}, PAGES, {"seqlen_q": (300, 40)}], 1), ids=str)
 def test_rows_before_infinite_values_are_repaired(changed: dict[str, Any]) -> None:
     """Each block finds the tiles that it took once more."""
     case = KVCacheCase(**MANY | changed)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gradients import Call, lay_out
+from sampling import paired
 from test_problem import OnGpu, OnGpuAdapter
 
 import cufa
@@ -217,8 +218,7 @@ def operations(call: Call, arrays: dict[str, Any], into: dict[str, Any] | None =
     ]
 
 
-@pytest.mark.parametrize("current", [(), (0,), (1,)], ids=["no context", "its own", "another GPU's"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(("current", "name"), paired([(), (0,), (1,)], CALLS), ids=str)
 def test_a_first_call_brings_what_the_driver_asks_for(name: str, current: tuple[int, ...], fake: FakeDriver) -> None:
     fake.current = list(current)
     mode = fake.mode

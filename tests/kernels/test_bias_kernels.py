@@ -8,7 +8,7 @@ from typing import Any
 import plans
 import pytest
 import sass
-from sampling import paired
+from sampling import paired, sampled
 
 from cufa._call.arrays import Spec, contiguous
 from cufa._kernels.kernel import SHARED_MEMORY
@@ -56,7 +56,7 @@ def compiled(way: Any, terms: str, head_dim: int, arch: int, **features: Any) ->
     return spills(plans.compile_plan(plan).log)
 
 
-@pytest.mark.parametrize(("terms", "way"), paired(TERMS, WAYS), ids=named)
+@pytest.mark.parametrize(("terms", "way"), sampled(paired(TERMS, WAYS)), ids=named)
 def test_kernels_for_hopper_hold_what_they_load(way: Any, terms: str) -> None:
     """But for some words of the gradients with all of them at once."""
     most = 32 if terms == "all" and way is plans.backward else 0

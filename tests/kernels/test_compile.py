@@ -263,7 +263,7 @@ def cells(element: str, features: str, arch: int) -> Iterator[Cell]:
 )
 @pytest.mark.parametrize("element", ["bf16", "f32"])
 def test_every_row_of_the_tables(element: str, features: str, arch: int) -> None:
-    for cell in sampled(cells(element, features, arch), ARCHS.index(arch) + list(FEATURES).index(features), 4):
+    for cell in sampled(cells(element, features, arch), ARCHS.index(arch) + list(FEATURES).index(features), 7):
         check_with(cell.nvrtc, cell.plan)
 
 
@@ -367,7 +367,7 @@ def test_copies_of_rows_of_any_width(features: str) -> None:
 )
 def test_gradients_with_wgmma(features: str, deterministic: bool, head_dims: tuple[tuple[int, int], ...]) -> None:
     start = list(BACKWARD).index(features)
-    for turn, (head_dim, head_dim_v) in sampled(enumerate(head_dims, start=start), start):
+    for turn, (head_dim, head_dim_v) in sampled(enumerate(head_dims, start=start), start, 4):
         facts = static("bf16", head_dim, head_dim_v, **BACKWARD[features])
         check_backward(facts, 90, deterministic, NVRTCS[turn % len(NVRTCS)])
 
@@ -377,7 +377,7 @@ def test_gradients_with_wgmma(features: str, deterministic: bool, head_dims: tup
 def test_score_terms_of_gradients_by_every_nvrtc(head_dim: int, nvrtc: str) -> None:
     """Each score term under each mask by one of them in turn; what fills the registers by all."""
     terms = itertools.product((False, True), (False, True), ("none", "causal", "window"))
-    for turn, (softcap, alibi, mask) in sampled(enumerate(terms), NVRTCS.index(nvrtc) + head_dim // 128, 6):
+    for turn, (softcap, alibi, mask) in sampled(enumerate(terms), NVRTCS.index(nvrtc) + head_dim // 128, 9):
         fullest = head_dim == 128 and softcap and not alibi
         if not fullest and (turn + NVRTCS.index(nvrtc)) % 3:
             continue
@@ -396,8 +396,7 @@ def test_gradients_of_short_sequences(features: str, average_rows: int) -> None:
         check_backward(static("bf16", head_dim, head_dim, **BACKWARD[features]), 90, False, average_rows=average_rows)
 
 
-@pytest.mark.parametrize("arch", [80, 86, 100, 120])
-@pytest.mark.parametrize("element", ["bf16", "f32"])
+@pytest.mark.parametrize(("arch", "element"), paired([80, 86, 100, 120], ["bf16", "f32"]))
 def test_gradients_for_every_gpu(element: str, arch: int) -> None:
     """Every row of the table on half of the architectures, each with other features."""
     features = ("elementwise", "everything", "packed", "window")
@@ -420,8 +419,7 @@ def thirds(start: int) -> list[tuple[int, tuple[int, int]]]:
     return sampled(rows, start // 3, 3)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("element", ["bf16", "f32"])
+@pytest.mark.parametrize(("arch", "element"), paired(ARCHS, ["bf16", "f32"]))
 def test_tiles_of_short_sequences(element: str, arch: int) -> None:
     """A third of the rows on each architecture, each with other tiles and features, in both directions."""
     for row, head_dims in thirds(ARCHS.index(arch)):
@@ -450,12 +448,11 @@ def test_tiles_of_short_sequences_that_have_most_registers(nvrtc: str) -> None:
         ("bf16", (256, 256), (32, 32), "elementwise"),
         ("f32", (128, 128), (32, 16), "everything"),
     )
-    for element, head_dims, tile, features in sampled(most, NVRTCS.index(nvrtc), 3):
+    for element, head_dims, tile, features in sampled(most, NVRTCS.index(nvrtc), 6):
         check_backward(short(element, head_dims, tile, BACKWARD[features]), 90, True, nvrtc, 16)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("element", ["bf16", "f32"])
+@pytest.mark.parametrize(("arch", "element"), paired(ARCHS, ["bf16", "f32"]))
 def test_tiles_of_few_rows(element: str, arch: int) -> None:
     """A third of the rows on each architecture, each with other tiles and features."""
     for row, head_dims in thirds(ARCHS.index(arch)):
@@ -479,12 +476,11 @@ def test_tiles_of_few_rows_that_have_most_registers(nvrtc: str) -> None:
         ("f32", (128, 128), 64, "causal"),
         ("f32", (256, 256), 16, "everything"),
     )
-    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc), 3):
+    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc), 6):
         check(few(element, head_dims, rows, FEW_ROWS[features]), 90, nvrtc)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("element", ["bf16", "f32"])
+@pytest.mark.parametrize(("arch", "element"), paired(ARCHS, ["bf16", "f32"]))
 def test_tiles_over_caches(element: str, arch: int) -> None:
     """A third of the rows on each architecture, each with other tiles and features."""
     for row, head_dims in thirds(ARCHS.index(arch)):
@@ -502,12 +498,11 @@ def test_tiles_over_caches_that_have_most_registers(nvrtc: str) -> None:
         ("f16", (256, 256), 64, "paged"),
         ("f32", (128, 128), 64, "packed"),
     )
-    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc), 3):
+    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc), 6):
         check_with(nvrtc, cached(element, head_dims, rows, CACHES[features], 90))
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90])
-@pytest.mark.parametrize("element", ["bf16", "f16"])
+@pytest.mark.parametrize(("arch", "element"), paired([80, 89, 90], ["bf16", "f16"]))
 def test_tiles_over_caches_of_eight_bits(element: str, arch: int) -> None:
     """Without and with an instruction that converts, on each architecture a third of the rows with other features."""
     start = arch + (element == "f16")
@@ -525,7 +520,7 @@ def test_tiles_over_caches_of_eight_bits_that_have_most_registers(nvrtc: str) ->
         ("bf16", (256, 256), 64, "paged"),
         ("f16", (64, 64), 16, "rotary"),
     )
-    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc), 3):
+    for element, head_dims, rows, features in sampled(most, NVRTCS.index(nvrtc), 6):
         check_with(nvrtc, cached(element, head_dims, rows, EIGHT_BITS[features], 90))
 
 
@@ -545,7 +540,7 @@ def test_tiles_over_caches_on_hopper(features: str, nvrtc: str) -> None:
     facts = facts | {"page_rows": max(8, facts["page_rows"])} if "page_rows" in facts else facts
     turn = list(CACHES).index(features)
     rows = (row for row in range(NVRTCS.index(nvrtc), len(HEAD_DIMS), 3) if (row + turn) % 2 == 0)
-    for row in sampled(rows, turn):
+    for row in sampled(rows, turn, 4):
         own = facts | ({"pack": 4} if features == "plain" and row % 2 else {})
         plan = cached_many(("bf16", "f16")[row % 2], HEAD_DIMS[row], own)
         assert plan.name == "attention_forward_cache_sm90"
