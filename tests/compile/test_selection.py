@@ -273,7 +273,7 @@ LAYOUTS = st.sampled_from([None, Layout(0), Layout(8), Layout(4), Layout(0, back
     arch=st.sampled_from(ARCHS),
     data=st.data(),
 )
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(20, 40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_command_for_any_call_builds_its_kernel(
     kind: Kind, lengths: Lengths, layouts: tuple[Any, Any], arch: int, asked: list[Plan], data: st.DataObject
 ) -> None:

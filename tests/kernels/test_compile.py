@@ -257,13 +257,14 @@ def cells(element: str, features: str, arch: int) -> Iterator[Cell]:
             yield Cell(element, features, arch, head_dims, nvrtc)
 
 
-@pytest.mark.parametrize(
-    ("features", "arch"),
-    [pair for pair in itertools.product(FEATURES, ARCHS) if pair[1] == 90 or pair in paired(FEATURES, ARCHS)],
-)
-@pytest.mark.parametrize("element", ["bf16", "f32"])
-def test_every_row_of_the_tables(element: str, features: str, arch: int) -> None:
-    for cell in sampled(cells(element, features, arch), ARCHS.index(arch) + list(FEATURES).index(features), 7):
+OF_TABLES = [pair for pair in itertools.product(FEATURES, ARCHS) if pair[1] == 90 or pair in paired(FEATURES, ARCHS)]
+
+
+@pytest.mark.parametrize(("of", "element"), paired(OF_TABLES, ["bf16", "f32"]), ids=str)
+def test_every_row_of_the_tables(of: tuple[str, int], element: str) -> None:
+    features, arch = of
+    turn = ARCHS.index(arch) + list(FEATURES).index(features)
+    for cell in sampled(cells(element, features, arch), turn, 7):
         check_with(cell.nvrtc, cell.plan)
 
 
@@ -388,8 +389,7 @@ def test_score_terms_of_gradients_by_every_nvrtc(head_dim: int, nvrtc: str) -> N
             check_backward(facts, 90, not deterministic, nvrtc)
 
 
-@pytest.mark.parametrize("average_rows", [0, 16])
-@pytest.mark.parametrize("features", ["packed", "everything"])
+@pytest.mark.parametrize(("average_rows", "features"), paired([0, 16], ["packed", "everything"]))
 def test_gradients_of_short_sequences(features: str, average_rows: int) -> None:
     """Without sums of dq, or with small tiles of them."""
     for head_dim in sampled((64, 96, 128), average_rows // 16 + (features == "packed")):
@@ -530,7 +530,9 @@ def test_wgmma_leaves_caches_of_eight_bits_to_the_other_kernel() -> None:
     assert "converted in registers" in plan.reason
 
 
-@pytest.mark.parametrize(("features", "nvrtc"), paired(["plain", "paged", "packed", "everything", "rotary"], NVRTCS))
+@pytest.mark.parametrize(
+    ("features", "nvrtc"), sampled(paired(["plain", "paged", "packed", "everything", "rotary"], NVRTCS))
+)
 def test_tiles_over_caches_on_hopper(features: str, nvrtc: str) -> None:
     """Of queries that fill large tiles. Pages of a single row, which tensor copies cannot load, are of 8 here.
 
