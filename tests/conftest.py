@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,7 +18,6 @@ from typing import Any
 import pytest
 import workers
 from hypothesis import HealthCheck, settings
-from source_digest import digest_of
 
 # Else the first test with JAX takes most of a GPU that it shares with the other workers.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -136,11 +136,23 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "skipped": counts["skipped"],
         "skipped for": workers.reasons(reports["skipped"]),
         "unfinished": session.testscollected - len(finished),
-        "digest": digest_of(Path(__file__).parents[1]),
+        "digest": source_digest(),
     }
     path = Path(os.environ.get("CUFA_GPU_RECORD", Path(__file__).with_name("gpu_record.json")))
     path.write_text(json.dumps(record, indent=2) + "\n")
     reporter.write_line(f"wrote {path}")
+
+
+def source_digest() -> str:
+    """Digest of everything under cufa/ and cuda_src/ that a GPU run verifies."""
+    root = Path(__file__).parents[1]
+    files = [path for top in ("cufa", "cuda_src") for path in (root / top).rglob("*")]
+    state = hashlib.sha256()
+    for path in sorted(path for path in files if path.suffix in (".py", ".cuh", ".cu")):
+        if "__pycache__" not in path.parts:
+            name = path.relative_to(root).as_posix()
+            state.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return state.hexdigest()
 
 
 def _verified_on() -> dict[str, object]:
