@@ -28,9 +28,9 @@ from common import command_line, selected, start, write
 
 import cufa
 from cufa._bench.frameworks import Torch
-from cufa._bench.measure import check_last_rows, conditions, host_seconds, measure
+from cufa._bench.measure import check_last_rows, compile_ahead, conditions, host_seconds, measure
 from cufa._bench.peers import FORWARD, Call
-from cufa._bench.reports import FORWARD_SEQLENS, beside_the_ladder, markdown, table
+from cufa._bench.reports import FORWARD_SEQLENS, beside_the_ladder, markdown, single_precision, split, table
 
 # --- what a call costs the host -----------------------------------------------------------------------
 
@@ -100,10 +100,11 @@ def main() -> None:
         return
     framework = Torch()
     ceiling = start(framework)
-    rows = selected(arguments, FORWARD_SEQLENS, beside_the_ladder())
+    rows = selected(arguments, FORWARD_SEQLENS, beside_the_ladder() + single_precision())
+    compile_ahead(rows, peers["cufa"], framework)
     results, eager = measure(rows, peers, framework, check_alone=check_last_rows)
     generic = arguments.kernel == "sm80"
-    beside = {row: speeds for row, speeds in results.items() if not row.on_the_ladder}
+    on_the_ladder, beside, _, singles = split(results)
     title = f"Forward on {framework.device_name()}" + ", the kernel for every GPU" * generic
     text = [
         f"# {title}",
@@ -113,17 +114,20 @@ def main() -> None:
         "(*) JAX's stream cannot be captured: the mean of calls in a row, without the flush.",
         "",
         *(["(†) Not captured: calls, of whose time on the host some may show.", ""] if eager else []),
-        table({row: speeds for row, speeds in results.items() if row.on_the_ladder}, peers, eager),
+        table(on_the_ladder, peers, eager),
     ]
     if beside:
         text += [
             "## Beside the ladder",
             "",
-            "Under a window only the pairs it leaves count as work. Packed: 64 sequences of 100 to 8000 tokens, and "
-            "below them 64 of their mean length.",
+            "Under a window only the pairs it leaves count as work. 64 packed: sequences of 100 to 8000 tokens, and "
+            "below them 64 of their mean length. There FA2 is called below torch's scaled_dot_product_attention, which "
+            "has neither.",
             "",
             table(beside, peers, eager),
         ]
+    if singles:
+        text += ["## float32", "", table(singles, peers, eager)]
     if not generic:
         text += [
             *host_costs(host_calls()),

@@ -34,14 +34,21 @@ from cufa._bench.reports import (
     ladder,
     markdown,
     names_in,
+    single_precision,
+    split,
     table,
 )
 
 
 def variants() -> list[Row]:
-    """The ladder's rows at 8k in float16, and all of them with deterministic gradients."""
+    """The ladder's rows at 8k in float16, many heads, and all that is also measured with deterministic gradients."""
     halves = [row._replace(dtype="float16") for row in ladder((8192,)) if row.num_heads_q == row.num_heads_k]
-    return halves + [row._replace(deterministic=True) for row in ladder(BACKWARD_SEQLENS)]
+    many = [Row(128, seqlen, 4, 48, 48, True) for seqlen in (1024, 2048, 4096)]
+    few = [Row(128, 8192, 1, 4, 4, True)]
+    few += [Row(64, 512, 32, 32, 32, causal, lengths=(512,) * 32) for causal in (False, True)]
+    mixed = [row for row in beside_the_ladder() if row.lengths]
+    twice = ladder(BACKWARD_SEQLENS) + few + mixed
+    return many + few + halves + single_precision() + [row._replace(deterministic=True) for row in twice]
 
 
 # --- report -----------------------------------------------------------------------------------------
@@ -73,11 +80,8 @@ def report(
     eager: set[tuple[Row, str]],
 ) -> str:
     """All tables, each where it has rows."""
-    parts: list[Results] = [{}, {}, {}]
-    for row, speeds in results.items():
-        if not row.deterministic:
-            parts[0 if row.on_the_ladder else 1 if row.dtype == "bfloat16" else 2][row] = speeds
-    on_the_ladder, beside, halves = parts
+    default = {row: speeds for row, speeds in results.items() if not row.deterministic}
+    on_the_ladder, beside, halves, singles = split(default)
     text = [
         f"# {title}",
         "",
@@ -98,7 +102,7 @@ def report(
         text += [
             "## Beside the ladder",
             "",
-            "Under a window only the pairs it leaves count as work. Packed: 64 sequences of 100 to 8000 tokens, and "
+            "Under a window only the pairs it leaves count as work. 64 packed: sequences of 100 to 8000 tokens, and "
             "below them 64 of their mean length. There FA2 is called below torch's scaled_dot_product_attention, which "
             "has neither.",
             "",
@@ -106,6 +110,8 @@ def report(
         ]
     if halves:
         text += ["## float16", "", table(halves, peers, eager)]
+    if singles:
+        text += ["## float32", "", table(singles, peers, eager)]
     if any(row.deterministic for row in results):
         text += ["## The same bits in every run", "", determinism(results, peers, eager)]
     return "\n".join(text)

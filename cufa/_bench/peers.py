@@ -88,6 +88,7 @@ def refusing(run: Call) -> Call:
 def _flex(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
     if row.head_dim != 128 or row.seqlen > 8192 or row.window is not None or row.lengths is not None:
         raise NotImplementedError("compiling it takes long: only head_dim 128 up to 8192, without windows and packing")
+    _check_16_bit(row)
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -102,13 +103,13 @@ def _flex(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
     return lambda: compiled(*transposed, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
 
 
-def autograd(forward: Peer) -> Peer:
-    """What torch's autograd makes of a peer's forward, which itself is not measured."""
+def autograd(forward: Peer, *, deterministic: bool = False) -> Peer:
+    """What torch's autograd makes of a peer's forward, which itself is not measured; `deterministic`: if it can be."""
 
     def make(framework: Framework, row: Row, q: Any, k: Any, v: Any, dout: Any) -> Call:
         import torch
 
-        if row.deterministic:
+        if row.deterministic and not deterministic:
             raise NotImplementedError("not known to be deterministic")
         leaves = [each.detach().requires_grad_() for each in (q, k, v)]
         out = forward(framework, row, *leaves)()
@@ -124,17 +125,21 @@ def flash(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
     offsets = None if row.lengths is None else framework.offsets(row.lengths)
     longest = max(row.lengths or (row.seqlen,))
     options = {} if row.window is None else {"window_size_left": row.window}
+    _check_16_bit(row)
     return lambda: torch.ops.aten._flash_attention_forward(
         q, k, v, offsets, offsets, longest, longest, 0.0, row.causal, False, **options
     )[0]
 
 
+def _fa2(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
+    make = _sdpa("FLASH_ATTENTION") if row.window is None and row.lengths is None else flash
+    return make(framework, row, q, k, v)
+
+
 def _fa2_backward(framework: Framework, row: Row, q: Any, k: Any, v: Any, dout: Any) -> Call:
     import torch
 
-    dense = row.window is None and row.lengths is None
-    make = autograd(FORWARD[BASELINE] if dense else flash)
-    run = make(framework, row._replace(deterministic=False), q, k, v, dout)
+    run = autograd(_fa2)(framework, row._replace(deterministic=False), q, k, v, dout)
     if not row.deterministic:
         return run
 
@@ -188,19 +193,28 @@ def _fa3(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
     if row.window is not None:
         raise NotImplementedError("the wheel is built without windows")
     if row.lengths is None:
-
-        def run() -> Any:
-            out = flash_attn_func(q, k, v, causal=row.causal)
-            return out[0] if isinstance(out, tuple) else out
-
-        return run
+        return lambda: _first(flash_attn_func(q, k, v, causal=row.causal))
     offsets, longest = framework.offsets(row.lengths), max(row.lengths)
+    return lambda: _first(flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, causal=row.causal))
 
-    def run_packed() -> Any:
-        out = flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, causal=row.causal)
-        return out[0] if isinstance(out, tuple) else out
 
-    return run_packed
+def _fa4(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+    _check_16_bit(row)
+    options: dict[str, Any] = {"causal": row.causal, "deterministic": row.deterministic}
+    if row.window is not None:
+        options |= {"causal": False, "window_size": (row.window, 0 if row.causal else None)}
+    if row.lengths is None:
+        return lambda: _first(flash_attn_func(q, k, v, **options))
+    offsets, longest = framework.offsets(row.lengths), max(row.lengths)
+    options |= {f"cu_seqlens_{name}": offsets for name in "qk"} | {f"max_seqlen_{name}": longest for name in "qk"}
+    return lambda: _first(flash_attn_varlen_func(q, k, v, **options))
+
+
+def _first(found: Any) -> Any:
+    """The output alone, where some releases return it with lse."""
+    return found[0] if isinstance(found, tuple) else found
 
 
 # --- JAX --------------------------------------------------------------------------------------------
@@ -252,11 +266,12 @@ def _jax_backward(framework: Framework, row: Row, q: Any, k: Any, v: Any, dout: 
 
 FORWARD: dict[str, Peer] = {
     "cufa": _cufa,
-    BASELINE: _sdpa("FLASH_ATTENTION"),
+    BASELINE: _fa2,
     "cuDNN (torch)": _sdpa("CUDNN_ATTENTION"),
     "memory-efficient (torch)": _sdpa("EFFICIENT_ATTENTION"),
     "flash-attn": _flash_attn,
     "FA3": _fa3,
+    "FA4": _fa4,
     "FlexAttention": _flex,
     "cuDNN (JAX)*": _jax,
 }
@@ -267,6 +282,7 @@ BACKWARD: dict[str, Peer] = {
     "cuDNN (torch)": autograd(FORWARD["cuDNN (torch)"]),
     "memory-efficient (torch)": autograd(FORWARD["memory-efficient (torch)"]),
     "flash-attn": autograd(_flash_attn),
+    "FA4": autograd(_fa4, deterministic=True),
     "FlexAttention": _flex_backward,
     "cuDNN (JAX)*": _jax_backward,
 }

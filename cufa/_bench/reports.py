@@ -131,11 +131,18 @@ def beside_the_ladder() -> list[Row]:
         for causal in (False, True)
     ]
     rows += [Row(head_dim, 16384, 1, 2048 // head_dim, 2048 // head_dim, True, 1024) for head_dim in LADDER_HEAD_DIMS]
+    rows += [Row(64, 32768, 1, 64, 8, True, 1024)]
     lengths = tuple(int(length) for length in np.random.default_rng(0).integers(100, 8000, 64))
     mean = sum(lengths) // 64
     for causal in (False, True):
         rows += [Row(128, mean, 64, 8, 8, causal, None, lengths), Row(128, mean, 64, 8, 8, causal)]
     return rows
+
+
+def single_precision() -> list[Row]:
+    """Rows in float32."""
+    rungs_of = itertools.product(LADDER_HEAD_DIMS, (False, True))
+    return [Row(head_dim, 4096, 2, 8, 8, causal, dtype="float32") for head_dim, causal in rungs_of]
 
 
 def cliffs() -> list[Row]:
@@ -152,6 +159,14 @@ def cliffs() -> list[Row]:
         Row(64, sum(mixed) // len(mixed), len(mixed), 8, 8, True, lengths=mixed),
         Row(64, 20, 2049, 8, 8, True, lengths=(8192, *(16,) * 2048)),
     ]
+
+
+def split(results: Results) -> tuple[Results, Results, Results, Results]:
+    """What is on the ladder, what is beside it in bfloat16, what is in float16 and what in float32."""
+    parts: dict[str, Results] = {"ladder": {}, "bfloat16": {}, "float16": {}, "float32": {}}
+    for row, speeds in results.items():
+        parts["ladder" if row.on_the_ladder else row.dtype][row] = speeds
+    return parts["ladder"], parts["bfloat16"], parts["float16"], parts["float32"]
 
 
 # --- reports ----------------------------------------------------------------------------------------
