@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as functional
 from cliffs import FORWARD as CLIFFS
 from cliffs import as_dense, run_cliffs
-from common import command_line, selected, start, write
+from common import command_line, notes, selected, start, write
 
 import cufa
 from cufa._bench.frameworks import Torch
@@ -111,9 +111,7 @@ def main() -> None:
         "",
         conditions(framework, ceiling),
         "",
-        "(*) JAX's stream cannot be captured: the mean of calls in a row, without the flush.",
-        "",
-        *(["(†) Not captured: calls, of whose time on the host some may show.", ""] if eager else []),
+        *notes(results, peers, eager),
         table(on_the_ladder, peers, eager),
     ]
     if beside:

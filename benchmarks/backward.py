@@ -17,12 +17,12 @@ import torch
 from attention import host_costs
 from cliffs import FORWARD as CLIFFS
 from cliffs import as_dense, run_cliffs
-from common import command_line, selected, start, write
+from common import command_line, notes, selected, start, write
 
 import cufa
 from cufa._bench.frameworks import Framework, Torch
 from cufa._bench.measure import BACKWARD_WORK, compile_ahead, conditions, measure
-from cufa._bench.peers import BACKWARD, COMPILED, Call, autograd
+from cufa._bench.peers import BACKWARD, Call, autograd
 from cufa._bench.reports import (
     BACKWARD_SEQLENS,
     LABELS,
@@ -89,14 +89,7 @@ def report(
         "before and after its kernel counts as time.",
         "",
     ]
-    if names_in(results, COMPILED):
-        text += [
-            "(*) JAX's stream cannot be captured: the mean of calls in a row, without the flush. FlexAttention and "
-            "JAX, which compile for long, are measured at head_dim 128 and 8k alone.",
-            "",
-        ]
-    if eager:
-        text += ["(†) Not captured: calls, of whose time on the host some may show.", ""]
+    text += notes(results, peers, eager)
     text.append(table(on_the_ladder, peers, eager))
     if beside:
         text += [

@@ -11,8 +11,8 @@ import torch
 
 from cufa._bench.frameworks import Torch
 from cufa._bench.measure import conditions, matmul_ceiling
-from cufa._bench.peers import Peer
-from cufa._bench.reports import BASELINE, COLORS, Results, Row, check_colors, ladder, plot, write_rows
+from cufa._bench.peers import COMPILED, Peer
+from cufa._bench.reports import BASELINE, COLORS, Results, Row, check_colors, ladder, names_in, plot, write_rows
 from cufa._call import problem as _problem
 
 
@@ -45,6 +45,20 @@ def command_line(description: str | None, peers: dict[str, Peer]) -> argparse.Na
     for name in unwanted & peers.keys():
         del peers[name]
     return arguments
+
+
+def notes(results: Results, peers: Collection[str], eager: Collection[tuple[Row, str]]) -> list[str]:
+    """What the marks in the tables say, as lines of Markdown."""
+    text = []
+    if names_in(results, COMPILED):
+        text += [
+            "(*) JAX's stream cannot be captured: the mean of calls in a row, without the flush. FlexAttention and "
+            "JAX, which compile for long, are measured at head_dim 128 and 8k alone.",
+            "",
+        ]
+    if eager:
+        text += ["(†) Not captured: calls, of whose time on the host some may show.", ""]
+    return text
 
 
 def selected(arguments: argparse.Namespace, seqlens: Iterable[int], beside: Iterable[Row]) -> list[Row]:

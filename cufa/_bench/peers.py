@@ -85,10 +85,14 @@ def refusing(run: Call) -> Call:
     return run
 
 
+def _check_worth_compiling(row: Row) -> None:
+    """Raise on all rows but two, for peers that compile for every row, and for long."""
+    if not row.on_the_ladder or (row.head_dim, row.seqlen) != (128, 8192):
+        raise NotImplementedError("compiling it takes long: only head_dim 128 at 8192")
+
+
 def _flex(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
-    if row.head_dim != 128 or row.seqlen > 8192 or row.window is not None or row.lengths is not None:
-        raise NotImplementedError("compiling it takes long: only head_dim 128 up to 8192, without windows and packing")
-    _check_16_bit(row)
+    _check_worth_compiling(row)
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -154,8 +158,7 @@ def _fa2_backward(framework: Framework, row: Row, q: Any, k: Any, v: Any, dout: 
 
 
 def _flex_backward(framework: Framework, row: Row, q: Any, k: Any, v: Any, dout: Any) -> Call:
-    if row.seqlen != 8192 or row.dtype != "bfloat16":
-        raise NotImplementedError("compiling it takes long: only head_dim 128 at 8192")
+    _check_worth_compiling(row)
     import torch._functorch.config as config
 
     config.donated_buffer = False  # the graph is kept for more than one gradient
@@ -228,9 +231,7 @@ def _import_jax() -> Any:
 
 
 def _jax(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
-    if row.window is not None or row.lengths is not None or row.head_dim > 128:
-        raise NotImplementedError("no windows, no packed sequences, head_dim up to 128")
-    _check_16_bit(row)
+    _check_worth_compiling(row)
     jax = _import_jax()
     arrays = [jax.dlpack.from_dlpack(each.contiguous()) for each in (q, k, v)]
     attend = jax.jit(lambda *given: jax.nn.dot_product_attention(*given, is_causal=row.causal, implementation="cudnn"))
@@ -244,8 +245,7 @@ def _jax(framework: Framework, row: Row, q: Any, k: Any, v: Any) -> Call:
 
 
 def _jax_backward(framework: Framework, row: Row, q: Any, k: Any, v: Any, dout: Any) -> Call:
-    if (row.head_dim, row.seqlen, row.dtype, row.deterministic) != (128, 8192, "bfloat16", False):
-        raise NotImplementedError("compiling it takes long: only head_dim 128 at 8192")
+    _check_worth_compiling(row)
     jax = _import_jax()
     *arrays, gradient = (jax.dlpack.from_dlpack(each) for each in (q, k, v, dout))
 
