@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as functional
 from cliffs import FORWARD as CLIFFS
 from cliffs import as_dense, run_cliffs
-from common import command_line, notes, selected, start, write
+from common import command_line, notes, pairs, per_flop, selected, start, write
 
 import cufa
 from cufa._bench.frameworks import Torch
@@ -128,6 +128,7 @@ def main() -> None:
         text += ["## float32", "", table(singles, peers, eager)]
     if not generic:
         text += [
+            *per_flop(pairs(arguments), peers["cufa"], framework),
             *host_costs(host_calls()),
             "## From `import cufa` to the first result",
             "",

@@ -11,20 +11,21 @@ costs the host.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from attention import host_costs
 from cliffs import FORWARD as CLIFFS
 from cliffs import as_dense, run_cliffs
-from common import command_line, notes, selected, start, write
+from common import command_line, notes, pairs, per_flop, selected, start, write
 
 import cufa
 from cufa._bench.frameworks import Framework, Torch
 from cufa._bench.measure import BACKWARD_WORK, compile_ahead, conditions, measure
-from cufa._bench.peers import BACKWARD, Call, autograd
+from cufa._bench.peers import BACKWARD, Call, Peer, autograd
 from cufa._bench.reports import (
     BACKWARD_SEQLENS,
+    BASELINE,
     LABELS,
     Results,
     Row,
@@ -38,6 +39,12 @@ from cufa._bench.reports import (
     split,
     table,
 )
+
+DETERMINISTIC = ("cufa", BASELINE, "FA4")
+"""Peers that can be."""
+
+BY_DEFAULT = ", default"
+"""What the name of a peer that is not asked to be has behind it."""
 
 
 def variants() -> list[Row]:
@@ -54,18 +61,26 @@ def variants() -> list[Row]:
 # --- report -----------------------------------------------------------------------------------------
 
 
-def determinism(results: Results, peers: Collection[str], eager: set[tuple[Row, str]]) -> str:
-    """Deterministic rows as Markdown, with the time over that of the same row without."""
-    names = names_in({row: speeds for row, speeds in results.items() if row.deterministic}, peers)
+def twice(peers: Mapping[str, Peer]) -> dict[str, Peer]:
+    """Those of `peers` that can be deterministic, and each again as it is by default, for which rows need not ask."""
+
+    def by_default(make: Peer) -> Peer:
+        return lambda framework, row, *given: make(framework, row._replace(deterministic=False), *given)
+
+    able = {name: peers[name] for name in DETERMINISTIC if name in peers}
+    return able | {name + BY_DEFAULT: by_default(make) for name, make in able.items()}
+
+
+def determinism(results: Results, eager: set[tuple[Row, str]]) -> str:
+    """Deterministic rows as Markdown, with the time over that of the same call without, which took turns with it."""
+    names = names_in(results, DETERMINISTIC)
     lines = []
     for row, speeds in results.items():
-        if not row.deterministic:
-            continue
-        default = results.get(row._replace(deterministic=False), {})
         cells = labels(row)
         for name in names:
+            default = speeds.get(name + BY_DEFAULT)
             cells.append(cell(row, name, speeds, eager))
-            cells.append(f"{default[name] / speeds[name]:.2f}×" if name in speeds and name in default else "–")
+            cells.append(f"{default / speeds[name]:.2f}×" if default and name in speeds else "–")
         lines.append(cells)
     head = [title for name in names for title in (name, "time / default")]
     return "\n".join(markdown([*LABELS, *head], lines)) + "\n"
@@ -80,8 +95,8 @@ def report(
     eager: set[tuple[Row, str]],
 ) -> str:
     """All tables, each where it has rows."""
-    default = {row: speeds for row, speeds in results.items() if not row.deterministic}
-    on_the_ladder, beside, halves, singles = split(default)
+    ordered = {row: speeds for row, speeds in results.items() if row.deterministic}
+    on_the_ladder, beside, halves, singles = split({row: results[row] for row in results if row not in ordered})
     text = [
         f"# {title}",
         "",
@@ -105,8 +120,8 @@ def report(
         text += ["## float16", "", table(halves, peers, eager)]
     if singles:
         text += ["## float32", "", table(singles, peers, eager)]
-    if any(row.deterministic for row in results):
-        text += ["## The same bits in every run", "", determinism(results, peers, eager)]
+    if ordered:
+        text += ["## The same bits in every run", "", determinism(ordered, eager)]
     return "\n".join(text)
 
 
@@ -146,12 +161,20 @@ def main() -> None:
     ceiling = start(framework)
     rows = selected(arguments, BACKWARD_SEQLENS, beside_the_ladder() + variants())
     compile_ahead(rows, peers["cufa"], framework, backward=True)
-    results, eager = measure(rows, peers, framework, backward=True, repeats=20)
+    results: Results = {}
+    eager: set[tuple[Row, str]] = set()
+    for ordered in (False, True):
+        able = twice(peers) if ordered else peers
+        chosen = [row for row in rows if row.deterministic == ordered]
+        found, uncaptured = measure(chosen, able, framework, backward=True, repeats=20)
+        results |= found
+        eager |= uncaptured
     generic = arguments.kernel == "sm80"
     title = f"Backward on {framework.device_name()}" + ", the kernel for every GPU" * generic
     text = report(title, framework, ceiling, results, peers, eager)
     if not generic:
-        text = "\n".join([text, *host_costs(host_calls())])
+        beside = per_flop(pairs(arguments), peers["cufa"], framework, backward=True)
+        text = "\n".join([text, *beside, *host_costs(host_calls())])
     print(text)
     if arguments.out:
         write(arguments.out, "backward-sm80" if generic else "backward", title, text, results, peers, ceiling)

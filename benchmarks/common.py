@@ -10,9 +10,21 @@ from pathlib import Path
 import torch
 
 from cufa._bench.frameworks import Torch
-from cufa._bench.measure import conditions, matmul_ceiling
+from cufa._bench.measure import captured, conditions, matmul_ceiling, take_turns
 from cufa._bench.peers import COMPILED, Peer
-from cufa._bench.reports import BASELINE, COLORS, Results, Row, check_colors, ladder, names_in, plot, write_rows
+from cufa._bench.reports import (
+    BASELINE,
+    COLORS,
+    Results,
+    Row,
+    beside_the_ladder,
+    check_colors,
+    ladder,
+    markdown,
+    names_in,
+    plot,
+    write_rows,
+)
 from cufa._call import problem as _problem
 
 
@@ -67,6 +79,34 @@ def selected(arguments: argparse.Namespace, seqlens: Iterable[int], beside: Iter
     if not (arguments.ladder or arguments.quick):
         rows += beside
     return [row for row in rows if re.search(arguments.only, str(row))]
+
+
+def pairs(arguments: argparse.Namespace) -> list[tuple[Row, Row]]:
+    """Windows with the causal mask, and sequences of mixed lengths with equal ones."""
+    rows = selected(arguments, (), beside_the_ladder())
+    windows = [(row, row._replace(window=None)) for row in rows if row.window is not None and row.seqlen == 16384]
+    return windows + [(row, row._replace(lengths=None)) for row in rows if row.lengths is not None]
+
+
+def per_flop(pairs: Iterable[tuple[Row, Row]], make: Peer, framework: Torch, *, backward: bool = False) -> list[str]:
+    """cufa's time for an operation of a row over that of another, as Markdown.
+
+    Each row takes turns with the other: after calls of its own kind alone, or of slower libraries, the GPU has another
+    temperature, and so another clock.
+    """
+    gpu = framework.clock()
+    lines = []
+    for pair in pairs:
+        with gpu.stream:
+            given = [framework.inputs(row, 0)[: 4 if backward else 3] for row in pair]
+            made = [make(framework, row, *arrays) for row, arrays in zip(pair, given, strict=True)]
+            times = take_turns({str(row): captured(fn, gpu) or fn for row, fn in zip(pair, made, strict=True)}, gpu)
+        one, other = (times[str(row)] / row.flop for row in pair)
+        lines.append([*map(str, pair), f"{one / other:.2f}×"])
+    if not lines:
+        return []
+    text = "What cufa takes for an operation of a row, over what it takes in another with which it takes turns."
+    return ["## Beside each other", "", text, "", *markdown(["row", "beside", "time per operation"], lines), ""]
 
 
 def start(framework: Torch) -> float:
