@@ -150,6 +150,33 @@ inline bool are_hidden(const Params& params, const RowTile& tile, int row, int f
   return true;
 }
 
+// Each lane of a group of `lanes` has a part of `count` sums. Returns the whole of the sum that is the lane's.
+template <int lanes, int count>
+inline float sum_of_lanes(float (&sums)[count], int lane) {
+  int step = 1;
+#pragma unroll
+  for (int half = count / 2; half > 0; half /= 2, step *= 2) {  // two lanes trade halves of what both have
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float given = upper ? sums[i] : sums[i + half], kept = upper ? sums[i + half] : sums[i];
+      sums[i] = kept + __shfl_xor_sync(0xffffffffu, given, step);
+    }
+  }
+#pragma unroll
+  for (; step < lanes; step *= 2) sums[0] += __shfl_xor_sync(0xffffffffu, sums[0], step);
+  return sums[0];
+}
+
+// Which of `count` sums that is.
+template <int count>
+inline int sum_of_lane(int lane) {
+  int sum = 0;
+#pragma unroll
+  for (int half = count / 2; half > 0; half /= 2, lane /= 2) sum += lane % 2 * half;
+  return sum;
+}
+
 template <class Config>
 inline void prepare_rows(const BackwardParams& backward, const RowTile& tile, int thread, int threads) {
   using element = typename Config::element;
@@ -157,72 +184,80 @@ inline void prepare_rows(const BackwardParams& backward, const RowTile& tile, in
   constexpr int chunk_elements = 16 / sizeof(element), chunks = ceil_div(Config::head_dim_v, chunk_elements);
   constexpr int lanes = 8;  // lanes that share a row
   constexpr int lane_chunks = ceil_div(chunks, lanes);
-  constexpr int together = max_of(1, 4 / lane_chunks);  // rows that a lane asks for before it waits for any
+  // Rows that a lane asks for before it waits for any: a power of 2, since what is known of them is then told of one
+  // by each lane.
+  constexpr int together = lane_chunks <= 1 ? 4 : lane_chunks <= 2 ? 2 : 1;
   union Chunk {
     uint4 words;
     element elements[chunk_elements];
   };
   const int live_rows = clamp(tile.seqlen.q - tile.m_block * Config::block_m, 0, Config::block_m);
-  const element* const out =
-      tile.rows(static_cast<const element*>(backward.forward.out), backward.forward.out_strides, Config::block_m);
-  const element* const dout =
-      tile.rows(static_cast<const element*>(backward.dout), backward.dout_strides, Config::block_m);
+  const int lane = thread % lanes, rows_apart = threads / lanes;
+  const i64 out_step = rows_apart * backward.forward.out_strides.seqlen,
+            dout_step = rows_apart * backward.dout_strides.seqlen;
+  const element* out =
+      tile.rows(static_cast<const element*>(backward.forward.out), backward.forward.out_strides, Config::block_m) +
+      thread / lanes * backward.forward.out_strides.seqlen;
+  const element* dout =
+      tile.rows(static_cast<const element*>(backward.dout), backward.dout_strides, Config::block_m) +
+      thread / lanes * backward.dout_strides.seqlen;
   const float* const lse =
       tile.rows(static_cast<const float*>(backward.forward.lse), backward.lse_strides, Config::block_m);
   const float* const dlse = backward.dlse ? tile.rows(backward.dlse, backward.dlse_strides, Config::block_m) : nullptr;
-  const int lane = thread % lanes, rows_apart = threads / lanes;
   // A tile has a multiple of four rows of the workspace, and a warp four at a time: its lanes, which trade numbers, go
   // through the loop together.
 #pragma unroll 1
   for (int first = thread / lanes; first < tile.workspace_rows; first += together * rows_apart) {
     Chunk a[together][lane_chunks], b[together][lane_chunks];
-    float row_lse[together];
 #pragma unroll
     for (int t = 0; t < together; ++t) {
-      const int row = first + t * rows_apart;
-      const bool live = row < live_rows;
+      const bool live = first + t * rows_apart < live_rows;
 #pragma unroll
       for (int c = 0; c < lane_chunks; ++c) {
         const int chunk = lane + c * lanes;
         a[t][c].words = b[t][c].words = uint4{0, 0, 0, 0};
         if (!live || chunk >= chunks) continue;
-        a[t][c].words = tile::load_chunk<Config::out_copy_bytes, Config::head_dim_v>(
-            out + row * backward.forward.out_strides.seqlen, backward.forward.out_strides.dim, chunk);
-        b[t][c].words = tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(
-            dout + row * backward.dout_strides.seqlen, backward.dout_strides.dim, chunk);
+        a[t][c].words = tile::load_chunk<Config::out_copy_bytes, Config::head_dim_v, true>(
+            out, backward.forward.out_strides.dim, chunk);
+        b[t][c].words =
+            tile::load_chunk<Config::copy_bytes, Config::head_dim_v>(dout, backward.dout_strides.dim, chunk);
       }
-      row_lse[t] = live ? lse[row * backward.lse_strides.seqlen] * log2_e : -infinity;
+      out += out_step;
+      dout += dout_step;
     }
+    // Of the rows together, the one of which the lane knows lse and delta.
+    const int row = first + sum_of_lane<together>(lane) * rows_apart;
+    const bool live = row < live_rows;
+    const float row_lse = live ? lse[row * backward.lse_strides.seqlen] * log2_e : -infinity;
+    const float row_dlse = live && dlse ? dlse[row * backward.dlse_strides.seqlen] : 0.0f;
+    float deltas[together];
 #pragma unroll
     for (int t = 0; t < together; ++t) {
-      const int row = first + t * rows_apart;
-      float delta = 0.0f;
+      deltas[t] = 0.0f;
 #pragma unroll
       for (int c = 0; c < lane_chunks; ++c) {
 #pragma unroll
         for (int i = 0; i < chunk_elements; ++i) {
-          delta = fmaf(ptx::cvt_f32(a[t][c].elements[i]), ptx::cvt_f32(b[t][c].elements[i]), delta);
+          deltas[t] = fmaf(ptx::cvt_f32(a[t][c].elements[i]), ptx::cvt_f32(b[t][c].elements[i]), deltas[t]);
         }
       }
-#pragma unroll
-      for (int step = 1; step < lanes; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
-      if (lane != 0 || row >= tile.workspace_rows) continue;
-      // A row without keys, or whose scores are all -infinity, gets a row_lse of infinity: the scores less that are
-      // -infinity, not NaN.
-      const bool empty = row_lse[t] == -infinity;
-      const int own_row = tile.m_block * Config::block_m + row;
-      const int first_key = Mask::first_key(backward.forward, tile.seqlen, own_row);
-      const int last_key = Mask::last_key(backward.forward, tile.seqlen, own_row);
-      // Of a row that sees no key only dlse counts, for the sink, whatever its dout holds. Terms are asked only where
-      // that shows: out is 0 there, so that delta is 0 or NaN.
-      if (first_key > last_key ||
-          (delta != delta && are_hidden<Config>(backward.forward, tile, own_row, first_key, last_key))) {
-        delta = 0.0f;
-      }
-      if (row < live_rows && dlse) delta -= dlse[row * backward.dlse_strides.seqlen];
-      backward.row_lse[tile.row + row] = empty ? infinity : row_lse[t];
-      backward.row_delta[tile.row + row] = empty ? 0.0f : delta;
     }
+    float delta = sum_of_lanes<lanes>(deltas, lane);
+    if (lane >= together || row >= tile.workspace_rows) continue;
+    // A row without keys, or whose scores are all -infinity, gets a row_lse of infinity: the scores less that are
+    // -infinity, not NaN.
+    const bool empty = row_lse == -infinity;
+    const int own_row = tile.m_block * Config::block_m + row;
+    const int first_key = Mask::first_key(backward.forward, tile.seqlen, own_row);
+    const int last_key = Mask::last_key(backward.forward, tile.seqlen, own_row);
+    // Of a row that sees no key only dlse counts, for the sink, whatever its dout holds. Terms are asked only where
+    // that shows: out is 0 there, so that delta is 0 or NaN.
+    if (first_key > last_key ||
+        (delta != delta && are_hidden<Config>(backward.forward, tile, own_row, first_key, last_key))) {
+      delta = 0.0f;
+    }
+    backward.row_lse[tile.row + row] = empty ? infinity : row_lse;
+    backward.row_delta[tile.row + row] = empty ? 0.0f : delta - row_dlse;
   }
 }
 

@@ -9,6 +9,7 @@
 #include "attention/backward_repair.cuh"
 #include "attention/backward_sums_sm90.cuh"
 #include "attention/backward_work.cuh"
+#include "ptx/grid.cuh"
 #include "ptx/setmaxnreg.cuh"
 #include "ptx/shared.cuh"
 
@@ -37,6 +38,8 @@ inline void backward_sm90(const BackwardArgument& argument) {
   __shared__ typename Mainloop::Works works;
   const Mainloop mainloop{ptx::shared_address(dynamic_smem)};
 
+  // Who finds the work waits for the kernels before. The others wait for work, so what these have written is there.
+  ptx::grid_launch_dependents();
   if (threadIdx.x == 0) mainloop.init();
   __syncthreads();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -45,6 +48,7 @@ inline void backward_sm90(const BackwardArgument& argument) {
     if (warp == 0) mainloop.template load<Side::scores>(argument, works);
     if (warp == 1) mainloop.template load<Side::gradients>(argument, works);
     if (warp == 2) mainloop.add_dq(argument.params, works);
+    if (warp == 3) ptx::grid_wait();
     if constexpr (Config::varlen) {
       if (warp == 3) mainloop.find_packed_work(argument.params, works);
     } else {

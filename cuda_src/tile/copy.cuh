@@ -96,7 +96,8 @@ struct RowWriter {
 
 // 16-byte chunk `chunk` of a row in global memory. Columns from valid_cols on become zeros and are never read: they may
 // be another array's. Rows are aligned for copies of aligned_bytes, or elements are read singly, with any col_stride.
-template <int aligned_bytes, int valid_cols, class element>
+// What is read for the `last` time makes room in the caches for what is not.
+template <int aligned_bytes, int valid_cols, bool last = false, class element>
 inline uint4 load_chunk(const element* row, i64 col_stride, int chunk) {
   constexpr int chunk_elements = 16 / sizeof(element);
   constexpr int copy_bytes =
@@ -112,7 +113,11 @@ inline uint4 load_chunk(const element* row, i64 col_stride, int chunk) {
     for (int i = 0; i < 16 / copy_bytes; ++i) {
       const int byte = chunk * 16 + i * copy_bytes;
       if (byte < valid_cols * int(sizeof(element))) {
-        reinterpret_cast<Word*>(&held)[i] = *reinterpret_cast<const Word*>(reinterpret_cast<const char*>(row) + byte);
+        const Word* const from = reinterpret_cast<const Word*>(reinterpret_cast<const char*>(row) + byte);
+        if constexpr (last && copy_bytes == 16)
+          reinterpret_cast<Word*>(&held)[i] = __ldcs(from);
+        else
+          reinterpret_cast<Word*>(&held)[i] = *from;
       }
     }
   } else {

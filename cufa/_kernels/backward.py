@@ -145,6 +145,10 @@ class BackwardKernel(Kernel):
         """Threads per block of what writes dq from its sums."""
         return int(config.dq_threads * config.row_tiles)
 
+    def prepare_blocks(self, config: Any) -> int:
+        """Blocks of the kernel before the main ones that an SM is to hold at least."""
+        return 1
+
     def main_blocks(
         self, config: Any, problem: Problem, counts: Counts, num_sms: int
     ) -> tuple[int, tuple[int, ...], int]:
@@ -163,7 +167,7 @@ class BackwardKernel(Kernel):
         before = (Step("attention_backward_offsets", ROW_THREADS),) if config.varlen else ()
         return (
             *before,
-            Step("attention_backward_prepare", ROW_THREADS),
+            Step("attention_backward_prepare", ROW_THREADS, resident=self.prepare_blocks(config)),
             *self.main_steps(config),
             Step("attention_backward_finish", self.finish_threads(config)),
             *((Step("attention_backward_terms", ROW_THREADS),) if finishes_terms(config) else ()),

@@ -157,7 +157,12 @@ class BackwardSm90(BackwardKernel):
 
     def main_steps(self, config: ConfigBackwardSm90) -> tuple[Step, ...]:
         apart = (Step("attention_backward_bias_sm90", config.num_threads, config.bias_smem_bytes),)
-        return super().main_steps(config) + (apart if config.bias_chunks else ())
+        main = Step(self.name, config.num_threads, config.smem_bytes, waits=True)
+        return (main,) + (apart if config.bias_chunks else ())
+
+    def prepare_blocks(self, config: ConfigBackwardSm90) -> int:
+        # Its threads take 67 to 80 registers otherwise, and three blocks ask memory for less.
+        return 4 if not config.variant and min(config.copy_bytes, config.out_copy_bytes) == 16 else 1
 
     def main_blocks(
         self, config: ConfigBackwardSm90, problem: Problem, counts: Counts, num_sms: int

@@ -47,12 +47,18 @@ FASTEST = "it is the fastest for this GPU"
 
 
 class Step(NamedTuple):
-    """One launch: a ``__global__`` function, threads and bytes of shared memory per block, and the largest cluster."""
+    """One launch: a ``__global__`` function, threads and bytes of shared memory per block, and the largest cluster.
+
+    An SM is to hold `resident` of its blocks at a time, if the kernel does not ask for more. It `waits` where it likes,
+    or begins with the kernel's prologue.
+    """
 
     entry: str
     threads: int
     smem_bytes: int = 0
     max_cluster: int = 1
+    resident: int = 1
+    waits: bool = False
 
 
 class Map(NamedTuple):

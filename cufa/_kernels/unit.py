@@ -62,9 +62,9 @@ def _source(plan: Plan, headers: Mapping[str, bytes]) -> str:
         if isinstance(value, int)
     ]
     kernels = [
-        f'extern "C" __global__ __launch_bounds__({step.threads}, {kernel.blocks_per_sm(config)})\n'
+        f'extern "C" __global__ __launch_bounds__({step.threads}, {max(kernel.blocks_per_sm(config), step.resident)})\n'
         f"void {step.entry}(const __grid_constant__ attention::{kernel.record} params) {{\n"
-        f"{kernel.prologue}"
+        f"{'' if step.waits else kernel.prologue}"
         f"  attention::{step.entry.removeprefix('attention_')}<Config>(params);\n"
         "}\n"
         for step in plan.steps

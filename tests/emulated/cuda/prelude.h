@@ -169,6 +169,10 @@ inline T __ldcg(const T* address) {
   return *address;
 }
 template <class T>
+inline T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
 inline T __ldg(const T* address) {
   return *address;
 }
