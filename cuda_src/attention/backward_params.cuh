@@ -49,6 +49,10 @@ struct BackwardParams {
 // the others add theirs to that.
 enum SumState : i32 { untouched, claimed, stored };
 
+// Two passes over units each have a count of their own of those that have been taken: BackwardParams::next_unit has
+// two.
+enum UnitCount : int { key_units, query_units, unit_counts };
+
 // Kernels that load through tensor maps find those of q, k, v and dout here. All four have the axes that TmaParams says
 // for k and v; that of an array of scores, if a term stages one, those that it says for that.
 struct BackwardArgument {

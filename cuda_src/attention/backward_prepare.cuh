@@ -22,30 +22,61 @@ struct RowTile {
   i64 row;             // row of the workspace where the tile begins; negative: there is no tile
   int workspace_rows;  // how many rows of the workspace, from `row` on, are the tile's
 
-  // The tile of a unit. m_blocks: tiles of rows that a head has, unless packed. Called by whole warps.
+  // The tile of a unit. m_blocks: tiles of rows that a head has, unless packed. Tiles of a head go from last to first:
+  // under a causal mask the last ones see most keys. Where sections have several query heads, these have all had a turn
+  // before any has its next, so that the shortest come at the end of a section. Called by whole warps.
   template <class Config>
-  static RowTile find(const BackwardParams& backward, int unit, int m_blocks) {
+  static RowTile find(const BackwardParams& backward, int unit, int m_blocks, int heads_per_section = 1) {
     const Params& params = backward.forward;
     if (params.num_heads_q == 0) return none();
-    RowTile tile;
     if constexpr (Config::varlen) {
-      const PackedUnit found =
-          packed_unit<Config::block_m>(unit, backward.offsets_q, params.batch, params.num_heads_q, 1);
-      if (found.units == 0) return none();
-      tile.m_block = found.units - 1 - found.place;
-      tile.head = found.head;
-      tile.batch = found.batch;
-      tile.rank = backward.offsets_q[found.batch].rank;
-      tile.seqlen = packed_seqlen(params, packed_sequence(backward, found.batch));
+      return of_packed<Config>(backward, find_packed<Config>(backward, unit, heads_per_section));
     } else {
       if (m_blocks == 0) return none();
+      RowTile tile;
       tile.rank = 0;
-      // Tiles go from last to first: under a causal mask the last ones see most keys.
-      tile.m_block = m_blocks - 1 - unit % m_blocks;
-      tile.head = unit / m_blocks % params.num_heads_q;
-      tile.batch = unit / m_blocks / params.num_heads_q;
+      if (heads_per_section == 1) {
+        tile.m_block = m_blocks - 1 - unit % m_blocks;
+        tile.head = unit / m_blocks % params.num_heads_q;
+        tile.batch = unit / m_blocks / params.num_heads_q;
+      } else {
+        // Units are numbered from the end, so that a last section with few heads, which would end unevenly, is first.
+        const int heads = params.batch * params.num_heads_q, last = heads * m_blocks - 1;
+        const UnitIndex index = unit_of(last - unit, m_blocks, heads, heads_per_section);
+        tile.m_block = index.place;
+        tile.head = index.head % params.num_heads_q;
+        tile.batch = index.head / params.num_heads_q;
+      }
       tile.seqlen = dense_seqlen(params);
+      tile.take_rows<Config>(backward);
+      return tile;
     }
+  }
+
+  // The same of packed sequences in two steps: a whole warp takes the first, and the second needs one thread.
+  template <class Config>
+  static PackedUnit find_packed(const BackwardParams& backward, int unit, int heads_per_section) {
+    const Params& params = backward.forward;
+    return packed_unit<Config::block_m>(unit, backward.offsets_q, params.batch, params.num_heads_q, heads_per_section);
+  }
+
+  template <class Config>
+  static RowTile of_packed(const BackwardParams& backward, const PackedUnit& found) {
+    if (found.units == 0) return none();
+    RowTile tile;
+    tile.m_block = found.units - 1 - found.place;
+    tile.head = found.head;
+    tile.batch = found.batch;
+    tile.rank = backward.offsets_q[found.batch].rank;
+    tile.seqlen = packed_seqlen(backward.forward, packed_sequence(backward, found.batch));
+    tile.take_rows<Config>(backward);
+    return tile;
+  }
+
+  // Finds where the tile's rows lie in the workspace, of which it has all the rest.
+  template <class Config>
+  void take_rows(const BackwardParams& backward) {
+    RowTile& tile = *this;
     const int first_row = tile.m_block * Config::block_m;
     tile.row = workspace_row<Config>(backward, tile, tile.head) + first_row;
     tile.workspace_rows = Config::block_m;
@@ -54,7 +85,6 @@ struct RowTile {
       const int rows = padded_row<Config>(begin + tile.seqlen.q, rank + 1) - padded_row<Config>(begin, rank);
       tile.workspace_rows = first_row < tile.seqlen.q ? rows - first_row : 0;
     }
-    return tile;
   }
 
   // How many units all heads and sequences have; packed, some units may have no tile.
@@ -280,6 +310,7 @@ inline void begin_terms(const BackwardParams& backward) {
 template <class Config>
 inline void prepare(const BackwardParams& backward) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *backward.not_finite = 0;
+  if (blockIdx.x == 0 && threadIdx.x < unit_counts) backward.next_unit[threadIdx.x] = 0;
   begin_terms<Config>(backward);
   write_padding<Config>(backward);
   const RowTile tile = RowTile::find<Config>(backward, blockIdx.x, backward.forward.m_blocks);

@@ -1,13 +1,15 @@
 // attention: the backward's pass over blocks of keys with wgmma, for sm_90 and head_dims for which dk, dv and dq do not
-// fit a thread block's registers together. A thread block keeps 64 keys and goes over the tiles of queries, which two
-// threads load. Of two warpgroups one computes P and dv, the other dP, dS and dk; P goes from one to the other through
-// shared memory.
+// fit a thread block's registers together. A thread block takes one block of 64 keys after the other, and with each
+// goes over the tiles of queries. One warp finds the work, two load. Of two warpgroups one computes P and dv, the other
+// dP, dS and dk; P goes from one to the other through shared memory.
 #pragma once
 
 #include "attention/backward_params.cuh"
 #include "attention/backward_rows.cuh"
 #include "attention/backward_tensors_sm90.cuh"
+#include "attention/backward_units_sm90.cuh"
 #include "attention/backward_work.cuh"
+#include "attention/loaded.cuh"
 #include "attention/scoring.cuh"
 #include "core/math.cuh"
 #include "ptx/math.cuh"
@@ -43,6 +45,7 @@ struct BackwardKeysSm90 {
   static constexpr int stages = 2;
   using Ring = tile::Ring<stages>;
   using KeyRing = tile::Ring<1>;
+  using Units = BackwardUnits<BackwardWork<Config>, key_units>;
   static constexpr int rows_bytes = block_m * sizeof(float);  // bytes of row_lse, and of row_delta
 
   // What goes from one warpgroup to the other takes two operands: either factors in float32, or factors and rests.
@@ -65,6 +68,7 @@ struct BackwardKeysSm90 {
     typename Ring::Storage queries, gradients;
     typename Ring::Storage exchange;  // of ds_factors
     typename KeyRing::Storage keys, values;
+    typename Units::Storage units;
   };
   static constexpr int smem_bytes = sizeof(Shared);
 
@@ -84,7 +88,9 @@ struct BackwardKeysSm90 {
   KeyRing keys() const { return {smem + tile::offset<&Shared::keys>}; }
   KeyRing values() const { return {smem + tile::offset<&Shared::values>}; }
 
-  // A block has one block of keys, and so one place for each.
+  Units units() const { return {smem + tile::offset<&Shared::units>}; }
+
+  // The step that a warp is at, and the block of keys, for which there is one place.
   using Progress = tile::CursorPair<stages>;
   K k(KeyRing::Cursor) const { return k(); }
   V v(KeyRing::Cursor) const { return v(); }
@@ -96,22 +102,24 @@ struct BackwardKeysSm90 {
     queries().init(2 * arrivals);
     gradients().init(2 * arrivals);
     exchange().init(arrivals, arrivals);
-    keys().init(1);  // nobody gives them back
-    values().init(1);
+    keys().init(arrivals);
+    values().init(arrivals);
+    units().init(2 * 4 + 2);
     ptx::fence_mbarrier_init();
   }
 
   // Called by the first consumer, which computes S, P and dv. A step's last product runs on beside the next step's
   // first.
-  void consume_scores(const BackwardParams& backward, const BackwardWork<Config>& work) const {
+  void consume_scores(const BackwardParams& backward, const BackwardWork<Config>& work, Progress& progress) const {
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + int(threadIdx.x / 32 % 4) * 16;
-    typename Ring::Cursor at;
+    typename Ring::Cursor& at = progress.first;
+    const u32 first_count = at.count;
     Dv dv;
     Operand p;
     tile::LocalSums<1, Dv::cols> local_dv;
     dv.zero();
-    if (!work.tiles.empty()) keys().wait_full({});
+    if (!work.tiles.empty()) keys().wait_full(progress.second());
     const auto step = [&](int head, int position) {
       const int m_block = work.tiles.block(position);
       Scores s;
@@ -121,7 +129,7 @@ struct BackwardKeysSm90 {
       numbers.load(lse(at.stage()));
       warpgroup::gemm_abt<Config::head_dim>(s, k(), q(at.stage()));
       warpgroup::wait<1>(dv, p);
-      if (at.count > 0) gradients().release_warp(at.previous());
+      if (at.count != first_count) gradients().release_warp(at.previous());
       const auto where = [&] {
         return TransposedPlace<Config>{params, work.seqlen, work.batch, head, first_key, m_block * block_m};
       };
@@ -130,11 +138,19 @@ struct BackwardKeysSm90 {
       warpgroup::wait<0>(s);
       Handed held;
       const TransposedPlace<Config> place = where();
-      hold_probabilities(held, s, place, kept, numbers, boundary);
-      p = held.weights;
       exchange().wait_empty(at);
-      give(held.ds_factors(), ds_factors(at.stage()));
-      if constexpr (Variant::holds) give(held.rests, rests(at.stage()));
+      // Factors in float32 are given column by column, beside the exponentials of those that follow.
+      const u32 to = ds_factors(at.stage());
+      hold_probabilities(held, s, place, kept, numbers, boundary, LoadedNow{}, [&](int i, int j) {
+        if constexpr (!Variant::holds) {
+          if (i == 1) give_column(held.ds_factors(), to, j);
+        }
+      });
+      p = held.weights;
+      if constexpr (Variant::holds) {
+        give(held.ds_factors(), to);
+        give(held.rests, rests(at.stage()));
+      }
       exchange().fill_warp(at);
       gradients().wait_full(at);
       warpgroup::gemm_ab(dv, p, dout(at.stage()), true);
@@ -145,19 +161,25 @@ struct BackwardKeysSm90 {
       warpgroup::wait<0>(dv, p);
       if (Config::chains && !(first && last)) local_dv.take_over(dv, first, last);
     });
+    if (!work.tiles.empty()) {
+      keys().release_warp(progress.second());
+      gradients().release_warp(at.previous());
+      progress.advance_second();
+    }
     write_keys<Config, true>(backward, work, dv, first_key);
   }
 
   // Called by the second consumer, which computes dP, dS and dk.
-  void consume_gradients(const BackwardParams& backward, const BackwardWork<Config>& work) const {
+  void consume_gradients(const BackwardParams& backward, const BackwardWork<Config>& work, Progress& progress) const {
     const Params& params = backward.forward;
     const int first_key = work.n_block * block_n + int(threadIdx.x / 32 % 4) * 16;
-    typename Ring::Cursor at;
+    typename Ring::Cursor& at = progress.first;
+    const u32 first_count = at.count;
     Dk dk;
     Operand ds;
     tile::LocalSums<1, Dk::cols> local_dk;
     dk.zero();
-    if (!work.tiles.empty()) values().wait_full({});
+    if (!work.tiles.empty()) values().wait_full(progress.second());
     const auto step = [&](int head, int position) {
       Scores dp;
       ColumnNumbers<block_m> numbers;
@@ -165,7 +187,7 @@ struct BackwardKeysSm90 {
       numbers.load(delta(at.stage()));
       warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(at.stage()));
       warpgroup::wait<1>(dk, ds);
-      if (at.count > 0) queries().release_warp(at.previous());
+      if (at.count != first_count) queries().release_warp(at.previous());
       const auto where = [&] {
         return TransposedPlace<Config>{params, work.seqlen, work.batch,
                                        head,   first_key,   work.tiles.block(position) * block_m};
@@ -190,6 +212,11 @@ struct BackwardKeysSm90 {
       warpgroup::wait<0>(dk, ds);
       if (Config::chains && !(first && last)) local_dk.take_over(dk, first, last);
     });
+    if (!work.tiles.empty()) {
+      values().release_warp(progress.second());
+      queries().release_warp(at.previous());
+      progress.advance_second();
+    }
     write_keys<Config, false>(backward, work, dk, first_key);
   }
 
@@ -202,13 +229,10 @@ struct BackwardKeysSm90 {
     }
   }
 
-  static void give(const Scores& from, u32 to) {
-#pragma unroll
-    for (int j = 0; j < block_m / 8; ++j) {
-      const float (&x)[4] = from.x[0][j];
-      ptx::st_shared_v4(place_of(to, j), uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
-                                               __float_as_uint(x[3])});
-    }
+  static void give_column(const Scores& from, u32 to, int j) {
+    const float (&x)[4] = from.x[0][j];
+    ptx::st_shared_v4(place_of(to, j), uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
+                                             __float_as_uint(x[3])});
   }
 
   static void take(Operand& to, u32 from) {

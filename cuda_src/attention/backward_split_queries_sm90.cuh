@@ -1,13 +1,14 @@
 // attention: the backward's pass over tiles of queries with wgmma, for sm_90, which gives dq; the pass that gives dk
-// and dv is in backward_split_keys_sm90.cuh. A thread block keeps 128 queries and goes over the blocks of keys they
-// see. One thread loads the keys; two warpgroups own 64 of the queries each, and dS, as it stands in registers, is an
-// operand of the product that gives dq.
+// and dv is in backward_split_keys_sm90.cuh. A thread block takes one tile of 128 queries after the other, and with
+// each goes over the blocks of keys they see. One warp finds the work, one thread loads; two warpgroups own 64 of the
+// queries each, and dS, as it stands in registers, is an operand of the product that gives dq.
 #pragma once
 
 #include "attention/backward_params.cuh"
 #include "attention/backward_prepare.cuh"
 #include "attention/backward_rows.cuh"
 #include "attention/backward_tensors_sm90.cuh"
+#include "attention/backward_units_sm90.cuh"
 #include "attention/block_range.cuh"
 #include "attention/row_source.cuh"
 #include "attention/scoring.cuh"
@@ -28,19 +29,43 @@ struct QueryWork {
   typename Config::mask::Blocks blocks;  // of keys
   i64 row;                               // row of the workspace where the sequence begins
 
-  static QueryWork find(const BackwardParams& backward, int unit) {
+  // Puts the work of a unit where the first lane of a warp writes it: the caller has few registers. A whole warp calls
+  // this.
+  static void find_into(QueryWork& work, const BackwardParams& backward, int unit) {
     const Params& params = backward.forward;
-    QueryWork work;
-    work.tile = RowTile::find<Config>(backward, unit, Config::varlen ? 0 : ceil_div(params.seqlen_q, Config::block_m));
-    work.blocks = key_blocks<Config>(params, work.tile.seqlen, work.tile.batch,
-                                     work.tile.head / params.qheads_per_khead, work.tile.m_block);
-    work.row = workspace_row<Config>(backward, work.tile, work.tile.head);
-    return work;
+    // Under a causal mask tiles of the heads of a section come longest first: those of one head after the other would
+    // leave SMs idle while the last head's longest are computed.
+    constexpr bool longest_first = is_same<typename Config::mask, CausalMask>;
+    const int section = longest_first ? params.heads_per_section * params.qheads_per_khead : 1;
+    if constexpr (Config::varlen) {
+      const PackedUnit found = RowTile::find_packed<Config>(backward, unit, section);
+      if (tile::lane() == 0) work.take(backward, RowTile::of_packed<Config>(backward, found));
+    } else {
+      if (tile::lane() != 0) return;
+      work.take(backward, RowTile::find<Config>(backward, unit, ceil_div(params.seqlen_q, Config::block_m), section));
+    }
+  }
+
+  void take(const BackwardParams& backward, const RowTile& found) {
+    const Params& params = backward.forward;
+    tile = found;
+    if (idle()) return;
+    blocks = key_blocks<Config>(params, tile.seqlen, tile.batch, tile.head / params.qheads_per_khead, tile.m_block);
+    row = workspace_row<Config>(backward, tile, tile.head);
   }
 
   // Where the tile's queries are, in q and in dout, and where the keys of its key head are, in k and in v.
   MappedRows queries() const { return {tile.seqlen.q, tile.seqlen.q_first_row, tile.head, tile.batch}; }
   MappedRows keys(int key_head) const { return {tile.seqlen.k, tile.seqlen.k_first_row, key_head, tile.batch}; }
+
+  // How many units the launch has; some may be idle.
+  static constexpr int units(const BackwardParams& backward) {
+    constexpr int block_m = Config::block_m;
+    const Params& params = backward.forward;
+    const int tiles = Config::varlen ? params.seqlen_q / block_m + min_of(params.batch, params.seqlen_q)
+                                     : ceil_div(params.seqlen_q, block_m) * params.batch;
+    return tiles * params.num_heads_q;
+  }
 
   // Whether no row is live.
   bool idle() const { return tile.row < 0 || tile.m_block * Config::block_m >= tile.seqlen.q; }
@@ -75,6 +100,8 @@ struct BackwardQueriesSm90 {
 
   using Keys = tile::Ring<2>;
   using Values = tile::Ring<1>;
+  using Queries = tile::Ring<1>;
+  using Units = BackwardUnits<Work, query_units>;
 
   struct Shared {
     typename Q::Storage q[consumers];
@@ -83,7 +110,8 @@ struct BackwardQueriesSm90 {
     typename V::Storage v;
     Keys::Storage keys;
     Values::Storage values;
-    u64 queries_full;  // a barrier
+    Queries::Storage queries[consumers], gradients[consumers];  // of q, and of dout
+    typename Units::Storage units;
   };
   static constexpr int smem_bytes = sizeof(Shared);
 
@@ -95,52 +123,71 @@ struct BackwardQueriesSm90 {
   V v() const { return {smem + tile::offset<&Shared::v>}; }
   Keys keys() const { return {smem + tile::offset<&Shared::keys>}; }
   Values values() const { return {smem + tile::offset<&Shared::values>}; }
-  u32 queries_full() const { return smem + tile::offset<&Shared::queries_full>; }
+  Queries queries(int warpgroup) const { return {smem + tile::offset<&Shared::queries> + warpgroup * Queries::bytes}; }
+  Queries gradients(int warpgroup) const {
+    return {smem + tile::offset<&Shared::gradients> + warpgroup * Queries::bytes};
+  }
+  Units units() const { return {smem + tile::offset<&Shared::units>}; }
+
+  // The block of keys that a warp is at, and the tile of queries.
+  using Progress = tile::CursorPair<Keys::stages>;
 
   void init() const {
     keys().init(4 * consumers * tile::warp_arrivals);
     values().init(4 * consumers * tile::warp_arrivals);
-    ptx::mbarrier_init(queries_full(), 1);
+    for (int w = 0; w < consumers; ++w) {
+      queries(w).init(4 * tile::warp_arrivals);
+      gradients(w).init(4 * tile::warp_arrivals);
+    }
+    units().init(4 * consumers + 1);
     ptx::fence_mbarrier_init();
   }
 
-  // Called by one thread, which loads the queries once and then block after block of keys.
-  void load(const BackwardArgument& argument, const Work& work) const {
+  // Called by one thread, which loads the queries once and block after block of keys, each when it is needed: of what
+  // the first products read, scores come first.
+  void load(const BackwardArgument& argument, const Work& work, Progress& progress) const {
     const RowTile& tile = work.tile;
     const int head_k = tile.head / argument.params.forward.qheads_per_khead;
-    Keys::Cursor at_keys;
-    Values::Cursor at_values;
+    Keys::Cursor& at_keys = progress.first;
     // A warpgroup whose queries all lie past the end loads none: it writes no row, whatever it computes.
-    const int first_row = tile.m_block * Config::block_m;
-    const int live = min_of(consumers, ceil_div(tile.seqlen.q - first_row, 64));
-    ptx::mbarrier_arrive_expect_tx(queries_full(), live * (Q::bytes + Dout::bytes));
-    for (int w = 0; w < live; ++w) {
-      const int row = first_row + 64 * w;
-      load_rows<Config>(q(w), argument.q, queries_full(), row, work.queries());
-      load_rows<Config>(dout(w), argument.dout, queries_full(), row, work.queries());
-    }
+    const int first_row = tile.m_block * Config::block_m, live = ceil_div(tile.seqlen.q - first_row, 64);
+    const auto load_queries = [&](const auto& ring, const auto& to, const ptx::TensorMap& map, int w) {
+      const Queries::Cursor at = progress.second();
+      ring.wait_empty(at);
+      if (w >= live) return ring.fill(at);
+      ring.expect(at, to.bytes);
+      load_rows<Config>(to, map, ring.full(0), first_row + 64 * w, work.queries());
+    };
 #pragma unroll 1
     for (int position = work.blocks.end - 1; position >= work.blocks.begin; --position) {
+      const bool first = position == work.blocks.end - 1;
       const int n_block = work.blocks.block(position);
       keys().wait_empty(at_keys);
       keys().expect(at_keys, K::bytes);
       load_rows<Config>(k(at_keys.stage()), argument.k, keys().full(at_keys.stage()), n_block * block_n,
                         work.keys(head_k));
+      if (first) {
+        for (int w = 0; w < consumers; ++w) load_queries(queries(w), q(w), argument.q, w);
+      }
+      const Values::Cursor at_values{at_keys.count};
       values().wait_empty(at_values);
       values().expect(at_values, V::bytes);
       load_rows<Config>(v(), argument.v, values().full(0), n_block * block_n, work.keys(head_k));
+      if (first) {
+        for (int w = 0; w < consumers; ++w) load_queries(gradients(w), dout(w), argument.dout, w);
+      }
       at_keys.advance();
-      at_values.advance();
     }
+    if (!work.blocks.empty()) progress.advance_second();
   }
 
   // Called by warpgroup `consumer` of the consumers, which computes dq of its 64 queries. The last product of a block
   // of keys runs on beside the first of the next block.
-  void consume(const BackwardParams& backward, const Work& work, int consumer) const {
+  void consume(const BackwardParams& backward, const Work& work, int consumer, const Turn& turn,
+               Progress& progress) const {
     const Params& params = backward.forward;
     const RowTile& tile = work.tile;
     const int first_row = tile.m_block * Config::block_m + 64 * consumer + int(threadIdx.x / 32 % 4) * 16;
-    const Turn turn(consumer);
     RowNumbers<1> lse, delta;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -148,25 +195,28 @@ struct BackwardQueriesSm90 {
       lse.x[0][i] = row < tile.seqlen.q ? backward.row_lse[work.row + row] : infinity;
       delta.x[0][i] = row < tile.seqlen.q ? backward.row_delta[work.row + row] : 0.0f;
     }
-    Keys::Cursor at_keys;
-    Values::Cursor at_values;
+    Keys::Cursor& at_keys = progress.first;
+    const u32 first_count = at_keys.count;
     Dq dq;
     Operand ds;
     tile::LocalSums<1, Dq::cols> local_dq;
     dq.zero();
-    tile::wait(queries_full(), 0);
+    if (!work.blocks.empty()) queries(consumer).wait_full(progress.second());
     const auto step = [&](int position) {
       const int first_key = work.blocks.block(position) * block_n;
+      const bool first = at_keys.count == first_count;
+      const Values::Cursor at_values{at_keys.count};
       Scores s, dp;
       keys().wait_full(at_keys);
       const bool boundary = work.blocks.template is_boundary<Config::mask::hides_first>(position);
       turn.take();
       warpgroup::gemm_abt<Config::head_dim>(s, q(consumer), k(at_keys.stage()));
+      if (first) gradients(consumer).wait_full(progress.second());
       values().wait_full(at_values);
       warpgroup::gemm_abt<Config::head_dim_v>(dp, dout(consumer), v());
       turn.pass(1 - consumer);
       warpgroup::wait<2>(dq, ds);
-      if (at_keys.count > 0) keys().release_warp(at_keys.previous());
+      if (!first) keys().release_warp(at_keys.previous());
       const auto where = [&] {
         return Place<Config>{params, tile.seqlen, tile.batch, tile.head, first_row, first_key};
       };
@@ -183,7 +233,6 @@ struct BackwardQueriesSm90 {
       // ptxas serialises all products if one runs across the loop's edge beside a variant's arithmetic.
       if (!Variant::empty) warpgroup::wait<0>(dq, ds);
       at_keys.advance();
-      at_values.advance();
     };
     const int begin = work.blocks.begin, end = work.blocks.end;
 #pragma unroll 1
@@ -191,9 +240,15 @@ struct BackwardQueriesSm90 {
       const int chain_begin = Config::chains ? max_of(begin, chain - chain_steps) : begin;
 #pragma unroll 1
       for (int position = chain - 1; position >= chain_begin; --position) step(position);
-      warpgroup::wait<0>(dq, ds);
       const bool first = chain == end, last = chain_begin == begin;
+      if (last) {
+        queries(consumer).release_warp(progress.second());
+        gradients(consumer).release_warp(progress.second());
+        progress.advance_second();
+      }
+      warpgroup::wait<0>(dq, ds);
       if (Config::chains && !(first && last)) local_dq.take_over(dq, first, last);
+      if (last) keys().release_warp(at_keys.previous());
     }
 
     NotFinite<f32> not_finite;

@@ -143,11 +143,18 @@ inline float2 pair_of(const tile::Accumulator<1, cols>& held, int i, int j) {
   return {held.x[0][j][2 * i], held.x[0][j][2 * i + 1]};
 }
 
+// What is done with a pair that is held: nothing.
+struct HeldOnly {
+  void operator()(int, int) const {}
+};
+
 // held ← what is held of scores, weights times `Kept::unit`. In a `boundary` tile not every query sees every key.
-template <class Config, bool exact, class Place, int cols, class Numbers, class Loads = LoadedNow>
+// Calls each(i, j) when pair (i, j) is there.
+template <class Config, bool exact, class Place, int cols, class Numbers, class Loads = LoadedNow,
+          class Each = HeldOnly>
 inline void hold_probabilities(Held<Config, cols, exact>& held, tile::Accumulator<1, cols>& s, const Place& place,
                                const Kept<Config, 1, cols>& kept, const Numbers& lse, bool boundary,
-                               const Loads& loads = {}) {
+                               const Loads& loads = {}, const Each& each = {}) {
   mask_unshaped<Config>(s, place, boundary);
   probabilities<Config>(
       s, place, AllKept{}, lse, boundary,
@@ -155,6 +162,7 @@ inline void hold_probabilities(Held<Config, cols, exact>& held, tile::Accumulato
         held.put(t, i, j, pair);
         u32& weights = held.weights.x[j / 2][2 * (j % 2) + i];
         weights = kept.template weighed<typename Config::element>(weights, i, j);
+        each(i, j);
       },
       loads);
 }

@@ -286,6 +286,21 @@ struct BackwardWork {
     work.take_all(backward.forward);
   }
 
+  // Puts the work of a unit where the first lane of a warp writes it: the caller has few registers. A whole warp calls
+  // this.
+  static void find_into(BackwardWork& work, const BackwardParams& backward, int unit) {
+    if constexpr (Config::varlen) {
+      const PackedUnit found = find_packed(backward, unit);
+      if (tile::lane() != 0) return;
+      if (found.units > 0)
+        work.take_packed(backward, found);
+      else
+        work.n_block = work.key_rows = 0;  // idle
+    } else {
+      if (tile::lane() == 0) work = find(backward, unit);
+    }
+  }
+
   // How many units the launch has; some may be idle.
   static constexpr int units(const BackwardParams& backward) {
     const Params& params = backward.forward;

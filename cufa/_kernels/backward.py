@@ -133,6 +133,8 @@ class BackwardKernel(Kernel):
         Whether dq adds up in memory.
     late_sums : bool
         Whether some blocks of keys may have sums of dq of their own: ``is_late`` in attention/backward_work.cuh.
+    unit_counts : int
+        Counts of units that kernels without sums of dq have: ``UnitCount`` in attention/backward_params.cuh.
     """
 
     record = "BackwardArgument"
@@ -140,6 +142,7 @@ class BackwardKernel(Kernel):
     main_entries: tuple[str, ...]
     sums_dq = True
     late_sums = False
+    unit_counts = 0
 
     def finish_threads(self, config: Any) -> int:
         """Threads per block of what writes dq from its sums."""
@@ -257,7 +260,7 @@ class BackwardKernel(Kernel):
     def scratch(self, config: Any, problem: Problem, grid: BackwardGrid) -> Scratch:
         heads = problem.num_heads_q * (1 if problem.varlen else problem.batch)
         numbers, tiles = grid.workspace_rows * heads, grid.m_blocks * heads
-        sums = 0, 0, 0, 0
+        sums = 0, 0, self.unit_counts, 0
         if self.sums_dq:
             rows = problem.seqlen_q * heads if config.sums_by_rows else tiles * config.block_m
             if config.writes_dq and not problem.varlen:  # nothing is added up

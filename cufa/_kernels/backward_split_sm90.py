@@ -6,7 +6,7 @@ from .._call.problem import Problem, Static
 from .backward import ROW_THREADS, BackwardKernel, Counts
 from .backward_sm90 import ConfigBackwardSm90, barriers_bytes
 from .forward_sm90 import REGISTERS, STAGES
-from .kernel import SIZEOF, WARPGROUP_ROWS, blocks_in, common, needs_maps, refuses_blocks, round_up
+from .kernel import SIZEOF, WARPGROUP_ROWS, Step, blocks_in, common, needs_maps, refuses_blocks, round_up
 
 SPLIT_QUERIES = 128
 """Queries per block of the second pass: ``QueriesConfig`` in attention/backward_split_queries_sm90.cuh."""
@@ -19,6 +19,7 @@ class BackwardSplitSm90(BackwardKernel):
     main_entries = ("attention_backward_split_keys_sm90", "attention_backward_split_queries_sm90")
     target_suffix = "a"
     sums_dq = False
+    unit_counts = 2
 
     def runs_on(self, arch: int) -> bool:
         return arch // 10 == 9
@@ -36,7 +37,9 @@ class BackwardSplitSm90(BackwardKernel):
         # One warpgroup hands two operands to the other: factors of dS in float32, or packed with derivatives.
         weights, rows = 2 * size * STAGES * block * block, 2 * 4 * STAGES * block
         keys = size * (1 + STAGES) * block * both + weights + rows + barriers_bytes(*[STAGES] * 3, 1, 1)
-        queries = size * block * (2 * both + STAGES * tile_head_dim + tile_head_dim_v) + barriers_bytes(STAGES, 1) + 16
+        queries = size * block * (2 * both + STAGES * tile_head_dim + tile_head_dim_v)
+        queries += barriers_bytes(STAGES, *[1] * 5)
+        units = barriers_bytes(STAGES, 1)
         producer_registers, consumer_registers = REGISTERS[2]
         return ConfigBackwardSm90(
             **common(static),
@@ -45,7 +48,7 @@ class BackwardSplitSm90(BackwardKernel):
             block_m=block,
             block_n=block,
             num_threads=3 * 128,
-            smem_bytes=max(keys, queries),
+            smem_bytes=max(keys, queries) + units,
             copy_bytes=static.copy_bytes,
             out_copy_bytes=static.out_copy_bytes,
             deterministic=False,  # in no order: nothing is added up in memory
@@ -57,9 +60,16 @@ class BackwardSplitSm90(BackwardKernel):
     def finish_threads(self, config: ConfigBackwardSm90) -> int:
         return ROW_THREADS
 
+    def main_steps(self, config: ConfigBackwardSm90) -> tuple[Step, ...]:
+        keys, queries = super().main_steps(config)
+        # The second pass needs nothing of the first, and sees to the order of grids itself.
+        return keys, queries._replace(waits=True)
+
     def main_blocks(
         self, config: ConfigBackwardSm90, problem: Problem, counts: Counts, num_sms: int
     ) -> tuple[int, tuple[int, ...], int]:
         outer = 1 if problem.varlen else problem.batch
         queries = blocks_in(problem.seqlen_q, SPLIT_QUERIES, problem) * problem.num_heads_q * outer
-        return counts.tiles, (counts.units, queries), max(counts.least, counts.sinks)
+        # One block per SM takes one unit after the other, counted from where the first kernel sets 0.
+        main = min(counts.units, num_sms), min(queries, num_sms)
+        return max(counts.tiles, min(counts.units, 1)), main, max(counts.least, counts.sinks)
