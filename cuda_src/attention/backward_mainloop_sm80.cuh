@@ -16,6 +16,7 @@
 #include "attention/row_source.cuh"
 #include "attention/scoring.cuh"
 #include "core/math.cuh"
+#include "ptx/barrier.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/red.cuh"
 #include "ptx/shared.cuh"
@@ -26,6 +27,7 @@
 #include "tile/gemm.cuh"
 #include "tile/local.cuh"
 #include "tile/shared.cuh"
+#include "tile/staged.cuh"
 
 namespace attention {
 
@@ -42,9 +44,12 @@ struct BackwardMainloopSm80 {
   using P = tile::SharedTile<element, block_n, block_m>;  // dS has the same
 
   // The divisions of P and dS, of dK and dV, and of dQ. That of P and dS may leave warps idle, where a tile is small.
+  // With Config::halves the first half of the warps has dV and the second dK: a part then has twice the columns or rows
+  // for the same registers, so that ldmatrix, which takes as long as the products, reads less for each.
   using ScoreDivision = Division<block_n, block_m, Config::score_row_warps, Config::score_column_warps>;
+  static constexpr int key_warps = Config::halves ? warps / 2 : warps;
   template <int cols>
-  using KeyDivision = Division<block_n, cols, Config::key_row_warps, warps / Config::key_row_warps>;
+  using KeyDivision = Division<block_n, cols, Config::key_row_warps, key_warps / Config::key_row_warps>;
   using DkDivision = KeyDivision<Config::tile_head_dim>;
   using DvDivision = KeyDivision<Config::tile_head_dim_v>;
   using DqDivision = Division<block_m, Config::tile_head_dim, Config::dq_row_warps, warps / Config::dq_row_warps>;
@@ -52,6 +57,28 @@ struct BackwardMainloopSm80 {
   using Scores = typename ScoreDivision::Part;
   using Dk = typename DkDivision::Part;
   using Dv = typename DvDivision::Part;
+  static_assert(!Config::halves || (is_same<K, V> && Config::num_threads % 64 == 0), "the halves have the same to do");
+
+  // The parts of dk and dv that a thread has: with Config::halves one, in dv.
+  struct Sums {
+    tile::LocalSums<Dv::m_tiles, Dv::cols> local_dv;
+    tile::LocalSums<Dk::m_tiles, Dk::cols> local_dk;
+    Dv dv;
+    Dk dk;
+
+    void zero() {
+      dv.zero();
+      if constexpr (!Config::halves) dk.zero();
+    }
+
+    void take_over(bool first, bool last) {
+      local_dv.take_over(dv, first, last);
+      if constexpr (!Config::halves) local_dk.take_over(dk, first, last);
+    }
+  };
+
+  // Whether this thread's half of the warps has dk.
+  static bool has_dk() { return ptx::tid_x() >= Config::num_threads / 2; }
 
   // The order of numbers in a tile of dq_sum: for the kernel that finishes dq.
   using Dq = typename DqDivision::Part;
@@ -59,6 +86,12 @@ struct BackwardMainloopSm80 {
   static constexpr bool first_stores = false;
   static int dq_row(int thread) { return DqDivision::row(thread); }
   static int dq_col(int thread) { return DqDivision::col(thread); }
+
+  using StagedPairs = tile::Staged<P, Scores::cols, false>;
+
+  // Whether exponentials run beside the products of dP, step by step: it takes scores and probabilities as they are.
+  static constexpr bool beside =
+      !is_same<element, f32> && !Variant::shapes && !Variant::weighs && !Variant::drops && !Variant::has_gradient;
 
   static constexpr int chain_steps = tile::chain_blocks(block_m);
 
@@ -78,7 +111,8 @@ struct BackwardMainloopSm80 {
     typename P::Storage p, ds;
     Stage stages[BackwardMainloopSm80::stages];
   };
-  static constexpr int smem_bytes = sizeof(Shared);
+  // Behind it, with Config::score_halves, P in float32, in the order of the threads that have it.
+  static constexpr int smem_bytes = sizeof(Shared) + (Config::score_halves ? block_m * block_n * 4 : 0);
 
   // A tile of queries, of one of the heads that share the keys.
   struct Tile {
@@ -116,49 +150,91 @@ struct BackwardMainloopSm80 {
   // Sets dk and dv, but for the scale of dk, to the sums over the work's tiles, of which there is one at least, and
   // adds to dq_sum. There are two barriers per tile, before P and behind dS, and with a single stage a third, behind
   // which the next tile may arrive.
-  void run(Dk& dk, Dv& dv) const {
+  void run(Sums& sums) const {
     const int first_key = work.n_block * block_n;
     load<Config::head_dim>(k(), first_key, keys(backward.forward.k, backward.forward.k_strides));
     load<Config::head_dim_v>(v(), first_key, keys(backward.forward.v, backward.forward.v_strides));
     load_queries({work.head * backward.forward.qheads_per_khead, work.tiles.begin}, buffer(0));
-    tile::LocalSums<Dk::m_tiles, Dk::cols> local_dk;
-    tile::LocalSums<Dv::m_tiles, Dv::cols> local_dv;
-    dk.zero();
-    dv.zero();
+    sums.zero();
     int index = 0, steps = 0;
     do {
       const Tile& tile = state.tiles[index];
       const u32 at = buffer(index);
       index ^= 1;
-      ptx::cp_async_wait_group<0>();
-      __syncthreads();  // the tile has arrived, and every warp is done with the one before
-      if (threadIdx.x == 0) state.tiles[index] = tile.next(work.tiles);
-      if (stages == 2) load_next(tile.next(work.tiles), buffer(index));
-      if (ScoreDivision::warps == warps || threadIdx.x < 32 * ScoreDivision::warps) gradients_of_scores(tile, at);
-      __syncthreads();  // P and dS are complete
-      warp::gemm_ab(dv, p(), dout(at), DvDivision::row(), DvDivision::col());
-      warp::gemm_ab(dk, ds(), q(at), DkDivision::row(), DkDivision::col());
+      if constexpr (stages == 2) {
+        static_assert(Config::score_halves || ScoreDivision::warps == warps, "all warps copy");
+        // Behind the last tile no row is live: a branch around the copies would part the products.
+        const Tile next = tile.next(work.tiles);
+        const auto q_chunks = find_q(next, buffer(index), is_live(next));
+        const auto dout_chunks = find_dout(next, buffer(index), is_live(next));
+        wait_for_tile(tile, index);
+        gradients_of_scores(
+            tile, at,
+            [&] {
+              load_chunks<Config, Config::head_dim>(q_chunks);
+              load_chunks<Config, Config::head_dim_v>(dout_chunks);
+            },
+            [&] {
+              const Tile next = tile.next(work.tiles);
+              if (is_live(next)) load_numbers(next, buffer(index));
+              ptx::cp_async_commit_group();
+            });
+      } else {
+        wait_for_tile(tile, index);
+        if (Config::score_halves || ScoreDivision::warps == warps || threadIdx.x < 32 * ScoreDivision::warps)
+          gradients_of_scores(tile, at, [] {}, [] {});
+      }
+      if constexpr (Config::score_halves)
+        ptx::bar_sync(2 + has_dk(), Config::num_threads / 2);  // this half's P or dS is complete
+      else
+        __syncthreads();  // P and dS are complete
+      add_keys(sums, at);
+      if (Config::score_halves || stages == 1) __syncthreads();  // every warp is done with q and dout, and dS is complete
       if constexpr (stages == 1) {
-        __syncthreads();  // every warp is done with q and dout
-        load_next(tile.next(work.tiles), at);
+        const Tile next = tile.next(work.tiles);
+        if (is_live(next)) load_queries(next, at);
       }
       add_dq(tile);
       if (Config::chains && unlikely(++steps % chain_steps == 0)) {
-        local_dk.take_over(dk, steps == chain_steps, false);
-        local_dv.take_over(dv, steps == chain_steps, false);
+        sums.take_over(steps == chain_steps, false);
       }
     } while (is_live(state.tiles[index]));
     if (Config::chains && unlikely(steps >= chain_steps)) {
-      local_dk.take_over(dk, false, true);
-      local_dv.take_over(dv, false, true);
+      sums.take_over(false, true);
+    }
+  }
+
+  // Waits until a tile has arrived, and every warp is done with the one before, whose place the next one takes.
+  void wait_for_tile(const Tile& tile, int next) const {
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();
+    if (threadIdx.x == 0) state.tiles[next] = tile.next(work.tiles);
+  }
+
+  // dv += P·dout, dk += dS·Q.
+  void add_keys(Sums& sums, u32 at) const {
+    if constexpr (Config::halves) {
+      const bool second = has_dk();
+      warp::gemm_ab(sums.dv, second ? ds() : p(), second ? q(at) : dout(at), DvDivision::row(), DvDivision::col());
+    } else {
+      warp::gemm_ab(sums.dv, p(), dout(at), DvDivision::row(), DvDivision::col());
+      warp::gemm_ab(sums.dk, ds(), q(at), DkDivision::row(), DkDivision::col());
     }
   }
 
   // The tiles of P and dS ← this warp's part of them. Where the part lies is found anew for each use, since no register
-  // is left to carry its address through the products.
-  void gradients_of_scores(const Tile& tile, u32 at) const {
+  // is left to carry its address through the products. The rows of the next tile are copied beside the first products: in
+  // front of them ldmatrix would wait behind the copies. Its numbers are copied behind the scores.
+  template <class CopyRows, class CopyNumbers>
+  void gradients_of_scores(const Tile& tile, u32 at, CopyRows&& copy_rows, CopyNumbers&& copy_numbers) const {
+    if constexpr (Config::score_halves) {
+      gradients_by_halves(tile, at, copy_rows, copy_numbers);
+      return;
+    }
     Scores scores, dp;
-    warp::gemm_abt<Config::head_dim>(scores, k(), q(at), ScoreDivision::row(), ScoreDivision::col());
+    warp::gemm_abt<Config::head_dim>(scores, tile::Operand<0>{}, k(), q(at), ScoreDivision::row(),
+                                     ScoreDivision::col(), copy_rows);
+    copy_numbers();
     const auto place = [&] {
       return TransposedPlace<Config>{backward.forward,
                                      work.seqlen,
@@ -171,6 +247,10 @@ struct BackwardMainloopSm80 {
     mask_unshaped<Config>(scores, place(), boundary());
     ColumnNumbers<Scores::cols> row_lse;
     row_lse.load(lse(at) + ScoreDivision::col() * sizeof(float));
+    if constexpr (beside) {
+      gradients_of_plain_scores(scores, dp, row_lse, place(), at);
+      return;
+    }
     // These products come before the probabilities, so that exponentials run beside them.
     warp::gemm_abt<Config::head_dim_v>(dp, v(), dout(at), ScoreDivision::row(), ScoreDivision::col());
     // Scores become what dP - delta is multiplied by.
@@ -178,7 +258,7 @@ struct BackwardMainloopSm80 {
     // What the products have left, where terms read it.
     tile::Accumulator<Scores::m_tiles, Variant::reads_score ? Scores::cols : 16> read;
     if constexpr (Variant::reads_score) read = scores;
-    const Staged to_p(p());
+    const StagedPairs to_p(p(), ScoreDivision::row(), ScoreDivision::col());
     Kept<Config, Scores::m_tiles, Scores::cols> kept;
     kept.find(place);
     const bool asks = Variant::hides && !Variant::hides_in_full && boundary();
@@ -193,9 +273,126 @@ struct BackwardMainloopSm80 {
         [&](int t, int i, int j) { return pair_of(scores, t, i, j); },
         [&](int t, int i, int j) { return pair_of(rests, t, i, j); },
         [&](int t, int i, int j, float low, float high) { put(scores, t, i, j, {low, high}); });
-    const Staged to_ds(ds());  // stores behind all loads, which otherwise wait for each other
+    // Stores come behind all loads, which otherwise wait for each other.
+    const StagedPairs to_ds(ds(), ScoreDivision::row(), ScoreDivision::col());
     tile::for_each_pair<Scores::m_tiles, Scores::cols>(
         [&](int t, int i, int j) { to_ds.store(t, i, j, scores.x[t][j][2 * i], scores.x[t][j][2 * i + 1]); });
+  }
+
+  // The same where half of the warps make P and the others dP, all at the same time and with the same instructions. P
+  // goes in float32 to the threads that have the same entries of dP; dv begins before dS is made.
+  template <class CopyRows, class CopyNumbers>
+  void gradients_by_halves(const Tile& tile, u32 at, CopyRows&& copy_rows, CopyNumbers&& copy_numbers) const {
+    static_assert(!Config::score_halves || (Config::halves && 2 * ScoreDivision::warps == warps && beside),
+                  "the halves have the same to do");
+    constexpr int threads = Config::num_threads / 2, count = Scores::m_tiles * Scores::cols / 2;
+    const bool second = has_dk();
+    Scores x;
+    warp::gemm_abt<Config::head_dim>(x, tile::Operand<0>{}, second ? v() : k(), second ? dout(at) : q(at),
+                                     ScoreDivision::row(), ScoreDivision::col(), copy_rows);
+    copy_numbers();
+    ColumnNumbers<Scores::cols> numbers;
+    numbers.load((second ? delta(at) : lse(at)) + ScoreDivision::col() * int(sizeof(float)));
+    const u32 exact = smem + int(sizeof(Shared)) + ptx::tid_x() % threads * 16;
+    float* const entries = &x.x[0][0][0];
+    if (second) {
+      tile::for_each_pair<Scores::m_tiles, Scores::cols>([&](int t, int i, int j) {
+        const float2 d = pair_of(x, t, i, j);
+        put(x, t, i, j, {d.x - numbers.x[j].x, d.y - numbers.x[j].y});
+      });
+      ptx::bar_sync(1, Config::num_threads);
+#pragma unroll
+      for (int n = 0; n < count; n += 4) {
+        const uint4 p = ptx::ld_shared_v4(exact + n * threads * 4);
+        entries[n] *= __uint_as_float(p.x);
+        entries[n + 1] *= __uint_as_float(p.y);
+        entries[n + 2] *= __uint_as_float(p.z);
+        entries[n + 3] *= __uint_as_float(p.w);
+      }
+    } else {
+      mask_unshaped<Config>(x,
+                            TransposedPlace<Config>{backward.forward, work.seqlen, work.batch, tile.head,
+                                                    work.n_block * block_n + ScoreDivision::row(),
+                                                    m_block(tile) * block_m + ScoreDivision::col()},
+                            work.tiles.is_boundary(tile.position));
+      const float scale = exponent_scale<Variant>(backward.forward);
+      tile::for_each_pair<Scores::m_tiles, Scores::cols>([&](int t, int i, int j) {
+        const float2 s = pair_of(x, t, i, j);
+        put(x, t, i, j, {ptx::ex2_approx_ftz(fmaf(s.x, scale, -numbers.x[j].x)),
+                         ptx::ex2_approx_ftz(fmaf(s.y, scale, -numbers.x[j].y))});
+      });
+#pragma unroll
+      for (int n = 0; n < count; n += 4) {
+        ptx::st_shared_v4(exact + n * threads * 4,
+                          uint4{__float_as_uint(entries[n]), __float_as_uint(entries[n + 1]),
+                                __float_as_uint(entries[n + 2]), __float_as_uint(entries[n + 3])});
+      }
+      ptx::bar_arrive(1, Config::num_threads);
+    }
+    const tile::Staged<P, Scores::cols> to(second ? ds() : p(), ScoreDivision::row(), ScoreDivision::col());
+#pragma unroll
+    for (int t = 0; t < Scores::m_tiles; ++t) {
+#pragma unroll
+      for (int s = 0; s < Scores::cols / 16; ++s) {
+        u32 words[4];
+        tile::pack_square<element>(words, x, t, s);
+        to.store_square(t, s, words);
+      }
+    }
+  }
+
+  // The same, from the masked scores on, in 16 bits and without terms. Scores of 16 keys and 16 queries become
+  // probabilities while products of dP run that were issued before; they are stored behind what the step after that
+  // reads, since accesses to shared memory keep their order.
+  template <class Place>
+  void gradients_of_plain_scores(Scores& scores, Scores& dp, const ColumnNumbers<Scores::cols>& row_lse,
+                                 const Place& place, u32 at) const {
+    constexpr int squares = Scores::m_tiles * (Scores::cols / 16), steps = ceil_div(Config::head_dim_v, 16);
+    constexpr int per_step = ceil_div(squares, steps), per_column = Scores::m_tiles;
+    const float scale = exponent_scale<Variant>(backward.forward);
+    const tile::Staged<P, Scores::cols> to_p(p(), ScoreDivision::row(), ScoreDivision::col());
+    const auto make = [&](int square) {
+      const int t = square % per_column, s = square / per_column;
+#pragma unroll
+      for (int j = 2 * s; j < 2 * s + 2; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float subtracted = i % 2 == 0 ? row_lse.x[j].x : row_lse.x[j].y;
+          scores.x[t][j][i] = ptx::ex2_approx_ftz(fmaf(scores.x[t][j][i], scale, -subtracted));
+        }
+      }
+    };
+    const auto store = [&](int square) {
+      const int t = square % per_column, s = square / per_column;
+      u32 words[4];
+      tile::pack_square<element>(words, scores, t, s);
+      to_p.store_square(t, s, words);
+    };
+    warp::gemm_abt_beside<Config::head_dim_v>(
+        dp, v(), dout(at), ScoreDivision::row(), ScoreDivision::col(), [&](int step) {
+#pragma unroll
+          for (int square = max_of(0, (step - 1) * per_step); square < min_of(squares, step * per_step); ++square)
+            store(square);
+#pragma unroll
+          for (int square = step * per_step; square < min_of(squares, (step + 1) * per_step); ++square) make(square);
+        });
+    ColumnNumbers<Scores::cols> row_delta;
+    row_delta.load(delta(at) + ScoreDivision::col() * int(sizeof(float)));
+#pragma unroll
+    for (int square = (steps - 1) * per_step; square < squares; ++square) store(square);
+    const Kept<Config, Scores::m_tiles, Scores::cols> kept{};
+    gradients<Config, false>(
+        dp, place, kept, row_delta, [](int, int, int) { return float2{}; },
+        [&](int t, int i, int j) { return pair_of(scores, t, i, j); }, [](int, int, int) { return float2{}; },
+        [&](int t, int i, int j, float low, float high) { put(scores, t, i, j, {low, high}); });
+    const tile::Staged<P, Scores::cols> to_ds(ds(), ScoreDivision::row(), ScoreDivision::col());
+#pragma unroll
+    for (int square = 0; square < squares; ++square) {
+      const int t = square % per_column, s = square / per_column;
+      u32 words[4];
+      tile::pack_square<element>(words, scores, t, s);
+      to_ds.store_square(t, s, words);
+    }
   }
 
   // Entries 2 * i and 2 * i + 1 of the accumulator's part (t, j).
@@ -218,34 +415,11 @@ struct BackwardMainloopSm80 {
     }
   };
 
-  // Where this thread's first elements of P or dS go in a shared tile.
-  struct Staged {
-    P tile;
-    int row, col;
-
-    explicit Staged(const P& tile) : tile(tile) {
-      const u32 lane = tile::lane();
-      row = ScoreDivision::row() + lane / 4;
-      col = ScoreDivision::col() + 2 * (lane % 4);
-    }
-
-    // Stores elements 2 * i and 2 * i + 1 of the accumulator's part (t, j).
-    void store(int t, int i, int j, float low, float high) const {
-      const int byte = (col + 8 * j) * int(sizeof(element));
-      const u32 address = tile.address(row, byte / 16) + byte % 16 + P::step_rows(16 * t + 8 * i);
-      if constexpr (is_same<element, f32>) {
-        ptx::st_shared_v2(address, __float_as_uint(low), __float_as_uint(high));
-      } else {
-        ptx::st_shared_u32(address, ptx::cvt_rn_x2<element>(low, high));
-      }
-    }
-  };
-
   // Adds dS·K to the tile's dq_sum, or writes it to dq, where nobody else adds to that. There are two passes over the
   // columns where all of them would take too many registers.
   void add_dq(const Tile& tile) const {
     const bool whole = writes_dq<Config>(work.seqlen);
-    constexpr int most = Config::sums_by_rows && Dq::n_tiles % 4 == 0 ? 24 : 48;
+    constexpr int most = Config::sums_by_rows && Dq::n_tiles % 4 == 0 ? 24 : Config::score_halves ? 64 : 48;
     constexpr int passes = Dq::m_tiles * Dq::n_tiles * 4 > most ? 2 : 1, n_tiles = Dq::n_tiles / passes;
     const int index = sum_tile<Config>(backward, work, tile.head, m_block(tile));
     float* const sums = backward.dq_sum + i64(index) * (block_m * Config::tile_head_dim) + ptx::tid_x();
@@ -318,16 +492,29 @@ struct BackwardMainloopSm80 {
 
   bool is_live(const Tile& tile) const { return tile.head < (work.head + 1) * backward.forward.qheads_per_khead; }
 
-  void load_next(const Tile& tile, u32 to) const {
-    if (is_live(tile)) load_queries(tile, to);
-  }
-
   // Starts the copies of a tile's q, dout, row_lse and row_delta.
   void load_queries(const Tile& tile, u32 to) const {
-    const Params& params = backward.forward;
+    load_chunks<Config, Config::head_dim>(find_q(tile, to, true));
+    load_chunks<Config, Config::head_dim_v>(find_dout(tile, to, true));
+    load_numbers(tile, to);
+    ptx::cp_async_commit_group();
+  }
+
+  // The thread's chunks of a tile's q and dout, or those of zeros.
+  auto find_q(const Tile& tile, u32 to, bool live) const {
+    auto rows = queries(backward.forward.q, backward.forward.q_strides, tile.head);
+    if (!live) rows.length = 0;
+    return find_chunks<Config>(q(to), m_block(tile) * block_m, rows);
+  }
+  auto find_dout(const Tile& tile, u32 to, bool live) const {
+    auto rows = queries(backward.dout, backward.dout_strides, tile.head);
+    if (!live) rows.length = 0;
+    return find_chunks<Config>(dout(to), m_block(tile) * block_m, rows);
+  }
+
+  // Starts the copies of a tile's row_lse and row_delta.
+  void load_numbers(const Tile& tile, u32 to) const {
     const int first_row = m_block(tile) * block_m;
-    load<Config::head_dim>(q(to), first_row, queries(params.q, params.q_strides, tile.head));
-    load<Config::head_dim_v>(dout(to), first_row, queries(backward.dout, backward.dout_strides, tile.head));
     constexpr int chunks = rows_bytes / 16;
     static_assert(2 * chunks <= Config::num_threads, "a thread copies at most one");
     if (threadIdx.x < 2 * chunks) {
@@ -337,7 +524,6 @@ struct BackwardMainloopSm80 {
       if (Config::varlen && tile_row >= work.seqlen.q) row = -aligned_rows;  // padding, not another's rows
       ptx::cp_async<16>(lse(to) + threadIdx.x * 16, rows + row, 16);
     }
-    ptx::cp_async_commit_group();
   }
 
   const element* origin(const void* pointer, const Strides& strides, int head, int row) const {
@@ -359,14 +545,19 @@ struct BackwardMainloopSm80 {
   }
 
   // Writes the block's rows of dk and dv; the tiles of K and V are free when this is called.
-  void write(Dk& dk, Dv& dv) const {
-    scale_live_rows(dk, DkDivision::row(), backward.forward.softmax_scale);
-    scale_live_rows(dv, DvDivision::row(), Variant::gain(backward.forward.terms));
+  void write(Sums& sums) const {
+    const float k_factor = backward.forward.softmax_scale, v_factor = Variant::gain(backward.forward.terms);
     NotFinite<f32> not_finite;
-    not_finite.look_at(dk);
-    not_finite.look_at(dv);
-    stage(k(), dk, DkDivision::row(), DkDivision::col());
-    stage(v(), dv, DvDivision::row(), DvDivision::col());
+    scale_live_rows(sums.dv, DvDivision::row(), Config::halves && has_dk() ? k_factor : v_factor);
+    not_finite.look_at(sums.dv);
+    if constexpr (Config::halves) {
+      stage(has_dk() ? k() : v(), sums.dv, DvDivision::row(), DvDivision::col());
+    } else {
+      scale_live_rows(sums.dk, DkDivision::row(), k_factor);
+      not_finite.look_at(sums.dk);
+      stage(k(), sums.dk, DkDivision::row(), DkDivision::col());
+      stage(v(), sums.dv, DvDivision::row(), DvDivision::col());
+    }
     if (unlikely(not_finite.found())) *backward.not_finite = 1;
     __syncthreads();
     store<Config::head_dim>(k(), backward.dk, backward.dk_strides);

@@ -43,16 +43,14 @@ inline void backward_sm80(const BackwardArgument& argument) {
   if (work.idle()) return;
 
   const Main main{backward, state, work, ptx::shared_address(dynamic_smem)};
-  typename Main::Dk dk;
-  typename Main::Dv dv;
+  typename Main::Sums sums;
   if (work.tiles.empty()) {
-    dk.zero();
-    dv.zero();
+    sums.zero();
   } else {
-    main.run(dk, dv);
+    main.run(sums);
     __syncthreads();  // every warp is done with the tiles of K and V
   }
-  main.write(dk, dv);
+  main.write(sums);
 }
 
 }  // namespace attention

@@ -24,7 +24,7 @@ inline void load_operand(tile::Operand<cols>& operand, const Tile& from, int row
 
 // sums += A·Bᵀ over `steps` steps for 16-bit elements, with A = 16 m_tiles rows of q and B = all rows of k, from
 // addresses q_lane and k_lane on. A step reads 16 elements of each row; the first steps of A may be `held`. beside() is
-// called when the products of the first step have been issued.
+// called with the number of each step when its products have been issued.
 template <int steps, class Q, class K, int m_tiles, int block_n, int held_cols, class Beside>
 inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums, const tile::Operand<held_cols>& held, u32 q_lane,
                            u32 k_lane, Beside&& beside) {
@@ -54,7 +54,7 @@ inline void gemm_abt_steps(tile::Accumulator<m_tiles, block_n>& sums, const tile
         }
       }
     }
-    if (step == 0) beside();
+    beside(step);
   }
 }
 
@@ -79,8 +79,23 @@ inline void gemm_abt(tile::Accumulator<m_tiles, cols>& scores, const tile::Opera
     if (unlikely(any_nan(scores))) gemm_abt_panels<tile::Splitting::bounded, A, B>(scores, a_lane, b_lane);
   } else {
     scores.zero();
-    gemm_abt_steps<ceil_div(depth, 16), A, B>(scores, held, a_lane, b_lane, beside);
+    gemm_abt_steps<ceil_div(depth, 16), A, B>(scores, held, a_lane, b_lane, [&](int step) {
+      if (step == 0) beside();
+    });
   }
+}
+
+// The same for 16-bit elements; beside(step) is called beside the products of every step.
+template <int depth, int m_tiles, int cols, class element, int a_rows, int b_rows, int width, class Beside>
+inline void gemm_abt_beside(tile::Accumulator<m_tiles, cols>& scores,
+                            const tile::SharedTile<element, a_rows, width>& a,
+                            const tile::SharedTile<element, b_rows, width>& b, int a_row, int b_row, Beside&& beside) {
+  using A = tile::SharedTile<element, a_rows, width>;
+  using B = tile::SharedTile<element, b_rows, width>;
+  const u32 lane = tile::lane();
+  scores.zero();
+  gemm_abt_steps<ceil_div(depth, 16), A, B>(scores, tile::Operand<0>{}, a.address(a_row + lane % 16, lane / 16),
+                                            b.address(b_row + lane % 8 + (lane / 16) * 8, (lane / 8) % 2), beside);
 }
 
 template <int depth, int m_tiles, int cols, class element, int a_rows, int b_rows, int width>

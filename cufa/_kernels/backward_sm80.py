@@ -32,6 +32,10 @@ class ConfigBackwardSm80(ConfigBackward):
         Warps that split the keys, and the queries, of a tile of scores.
     key_row_warps : int
         Warps that split the keys of dk and dv; the others split their columns.
+    halves : bool
+        Whether half of the warps have dv and the others dk; else each has a part of both.
+    score_halves : bool
+        Whether half of the warps make P, and the others dS.
     dq_row_warps : int
         Warps that split the queries of a tile of dq; the others split its columns.
     stages : int
@@ -43,6 +47,8 @@ class ConfigBackwardSm80(ConfigBackward):
     score_row_warps: int
     score_column_warps: int
     key_row_warps: int
+    halves: bool
+    score_halves: bool
     dq_row_warps: int
     stages: int
     copy_unroll: int
@@ -62,13 +68,15 @@ class BackwardSm80(BackwardKernel):
         row = short_tile(static) if short else tile(static, known_arch(arch))
         size = SIZEOF[static.element]
         # Every warp has whole steps of 16 columns.
-        key_columns, dq_columns = 16 * row.warps // row.key_row_warps, 16 * row.warps // row.dq_row_warps
+        key_columns = 16 * (row.warps // 2 if row.halves else row.warps) // row.key_row_warps
+        dq_columns = 16 * row.warps // row.dq_row_warps
         if dq_columns == 32 and static.head_dim > 128:
             dq_columns = 64  # in two passes
         tile_head_dim = round_up(static.head_dim, max(32, key_columns, dq_columns))
         tile_head_dim_v = round_up(static.head_dim_v, max(32, key_columns))
         keys = row.block_n * (tile_head_dim + tile_head_dim_v + 2 * row.block_m)
         queries = row.block_m * (size * (tile_head_dim + tile_head_dim_v) + 8)
+        exact = 4 * row.block_m * row.block_n if row.score_halves else 0
         return ConfigBackwardSm80(
             **common(static),
             tile_head_dim=tile_head_dim,
@@ -79,13 +87,15 @@ class BackwardSm80(BackwardKernel):
             score_row_warps=row.score_row_warps,
             score_column_warps=row.score_column_warps,
             key_row_warps=row.key_row_warps,
+            halves=row.halves,
+            score_halves=row.score_halves,
             dq_row_warps=row.dq_row_warps,
             dq_threads=32 * row.warps,
             stages=row.stages,
-            smem_bytes=size * keys + row.stages * queries,
+            smem_bytes=size * keys + row.stages * queries + exact,
             copy_bytes=static.copy_bytes,
             out_copy_bytes=static.out_copy_bytes,
-            copy_unroll=1 if static.copy_bytes < 16 or static.element == "f32" else 2,
+            copy_unroll=1 if static.copy_bytes < 16 or static.element == "f32" else 4,
             deterministic=static.deterministic or _stands_in(static, arch),
             sums_by_rows=static.varlen and (short or static.average_rows < row.block_m),
             writes_dq=short,
@@ -142,6 +152,8 @@ class Tile(NamedTuple):
     key_row_warps: int
     dq_row_warps: int
     stages: int
+    halves: bool = False
+    score_halves: bool = False
 
 
 def short_tile(static: Static) -> Tile:
@@ -176,12 +188,15 @@ def table_row(static: Static, arch: int) -> Tile:
         if widest <= 192:
             return Tile(32, 32, 8, 2, 2, 2, 2, 2) if memory > 99 else Tile(16, 32, 4, 2, 1, 2, 1, 1)
         return Tile(32, 32, 8, 2, 2, 2, 2, 1) if memory > 99 else Tile(16, 16, 8, 1, 1, 1, 1, 1)
+    same = static.head_dim == static.head_dim_v  # so dk and dv take half of the warps each
     if widest <= 64:
-        return Tile(128, 128, 8, 2, 4, 4, 4, 2) if memory > 99 else Tile(64, 128, 8, 4, 2, 4, 4, 2)
+        return Tile(128, 128, 8, 2, 4, 4, 4, 2, same) if memory > 99 else Tile(64, 128, 8, 4, 2, 4, 4, 2, same)
     if widest <= 96:
-        return Tile(64, 128, 8, 4, 2, 4, 4, 2) if memory > 99 else Tile(64, 64, 8, 2, 4, 4, 4, 2)
+        return Tile(64, 128, 8, 4, 2, 4, 4, 2, same) if memory > 99 else Tile(64, 64, 8, 2, 4, 4, 4, 2)
     if widest <= 128:
-        return Tile(64, 128, 8, 4, 2, 4, 2, 2) if memory > 99 else Tile(64, 64, 8, 2, 4, 2, 2, 1)
+        return Tile(64, 128, 8, 4, 2, 2 if same else 4, 2, 2, same) if memory > 99 else Tile(64, 64, 8, 2, 4, 2, 2, 1)
     if widest <= 192:
-        return Tile(64, 64, 8, 2, 4, 2, 2, 2) if memory > 99 else Tile(32, 64, 8, 4, 2, 2, 2, 1)
-    return Tile(64, 64, 8, 1, 4, 2, 2, 1) if memory > 99 else Tile(32, 32, 8, 2, 2, 1, 1, 1)
+        return Tile(64, 64, 8, 2, 4, 2, 2, 2, same) if memory > 99 else Tile(32, 64, 8, 4, 2, 2, 2, 1)
+    if memory > 99 and same and not static.terms:
+        return Tile(64, 64, 8, 2, 2, 1, 2, 1, same, True)
+    return Tile(64, 64, 8, 1, 4, 1 if same else 2, 2, 1, same) if memory > 99 else Tile(32, 32, 8, 2, 2, 1, 1, 1)

@@ -33,6 +33,7 @@ inline void st_relaxed_shared_u32(u32 address, u32 value) { emulated::st_relaxed
 
 inline void ldmatrix_x4(u32 (&r)[4], u32 address) { emulated::ldmatrix_x4(r, address, false); }
 inline void ldmatrix_x4_trans(u32 (&r)[4], u32 address) { emulated::ldmatrix_x4(r, address, true); }
+inline constexpr bool has_stmatrix = __CUDA_ARCH__ >= 900;
 inline void stmatrix_x4(u32 address, const u32 (&r)[4]) { emulated::stmatrix_x4(address, r); }
 
 inline void fence_proxy_async_shared() { emulated::fence_proxy_async(); }
