@@ -1,6 +1,7 @@
 // attention: the backward's main kernel for sm_90: thread blocks that take one block of keys after the other.
 #pragma once
 
+#include "attention/backward_find_sm90.cuh"
 #include "attention/backward_finish.cuh"
 #include "attention/backward_mainloop_sm90.cuh"
 #include "attention/backward_offsets.cuh"
@@ -36,11 +37,15 @@ inline void backward_sm90(const BackwardArgument& argument) {
   static_assert(Config::num_threads == 128 * (1 + Mainloop::consumers), "a warpgroup loads, the others compute");
   extern __shared__ __align__(1024) char dynamic_smem[];
   __shared__ typename Mainloop::Works works;
+  __shared__ typename EarlyFinish<Config, Mainloop>::State finishing;
   const Mainloop mainloop{ptx::shared_address(dynamic_smem)};
 
   // Who finds the work waits for the kernels before. The others wait for work, so what these have written is there.
   ptx::grid_launch_dependents();
-  if (threadIdx.x == 0) mainloop.init();
+  if (threadIdx.x == 0) {
+    mainloop.init();
+    EarlyFinish<Config, Mainloop>::init(finishing);
+  }
   __syncthreads();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < 4) {
@@ -50,14 +55,14 @@ inline void backward_sm90(const BackwardArgument& argument) {
     if (warp == 2) mainloop.add_dq(argument.params, works);
     if (warp == 3) ptx::grid_wait();
     if constexpr (Config::varlen) {
-      if (warp == 3) mainloop.find_packed_work(argument.params, works);
+      if (warp == 3) find_packed_work<Config>(mainloop, argument.params, works);
     } else {
-      if (threadIdx.x == 3 * 32) mainloop.find_work(argument.params, works);
+      if (warp == 3) find_work<Config>(mainloop, argument.params, works, finishing);
     }
   } else {
     ptx::setmaxnreg_inc<Config::consumer_registers>();
     mainloop.consume(argument.params, works, warp / 4 - 1);
-    if constexpr (Config::finishes) finish_heads<Config, Mainloop>(argument.params, threadIdx.x - 128);
+    if constexpr (Config::finishes) finish_heads<Config, Mainloop>(argument.params, finishing.done, threadIdx.x - 128);
   }
 }
 

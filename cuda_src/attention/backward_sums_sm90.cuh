@@ -89,29 +89,130 @@ struct DqSum {
   }
 };
 
-// Called by the consumers of Main: writes dq in its dtype, some tiles at a time, once all blocks are done with a head.
+// A thread block finishes every gridDim.x-th group of so many tiles of dq.
+inline constexpr int finished_together = 4;
+
+// Whether a thread block finishes tiles while it has work. Late blocks' sums take registers, and so do narrow stores.
+template <class Config>
+inline constexpr bool finishes_early = Config::finishes && !may_be_late<Config> && Config::store_bytes >= 8;
+
+// The tile that comes as number `number` of the thread block's, one of so many blocks.
+inline int finished_unit(int number, int blocks) {
+  return (number / finished_together * blocks + blockIdx.x) * finished_together + number % finished_together;
+}
+
+// Writes dq of heads that are done, by one warp, piece by piece, while the block is at work on others: the L2 may still
+// hold their sums, and at the end, when nothing multiplies, less is left to do.
 template <class Config, class Main>
-inline void finish_heads(const BackwardParams& backward, int thread) {
-  constexpr int together = 4;
+struct EarlyFinish {
+  using element = typename Config::element;
+  static constexpr int pieces = Main::dq_threads / 32;  // of a tile: what a warp of those that else finish it has
+
+  // In shared memory, since registers are few: how many of the block's tiles are finished, and what is to be known of
+  // the next while it is.
+  struct State {
+    int blocks, done, piece, live_rows;
+    element* rows;      // of dq
+    const float* sums;  // of the tile
+    float factor;
+  };
+
+  const BackwardParams& backward;
+  State& state;
+
+  static void init(State& state) {
+    state.blocks = gridDim.x;  // read from here, it holds no register
+    state.done = 0;
+    state.piece = pieces;
+  }
+
+  // Whether there is a piece to write. Where a tile is finished, asks whether the head of the next is done.
+  bool find() {
+    __syncwarp();
+    if (state.piece < pieces) return true;
+    __syncwarp();
+    bool found = false;
+    if (tile::lane() == 0) {
+      const int unit = finished_unit(state.done, state.blocks);
+      if (unit < RowTile::count<Config>(backward)) {
+        const RowTile tile = RowTile::find<Config>(backward, unit, backward.forward.m_blocks);
+        state.rows = tile.rows(static_cast<element*>(backward.dq), backward.dq_strides, Config::block_m);
+        state.sums = backward.dq_sum + tile.template sums<Config>(backward);
+        state.live_rows = tile.seqlen.q - tile.m_block * Config::block_m;
+        found = ptx::ld_acquire_gpu(DqSum<Config, Main::consumers>::heads_done(backward, tile.batch, tile.head)) ==
+                backward.n_blocks;
+        const bool added = __ldcg(backward.turns + tile.template sum_index<Config>(backward)) != 0;
+        state.factor = added ? backward.forward.softmax_scale : 0.0f;
+        if (found) state.piece = 0;
+      }
+    }
+    __syncwarp();
+    return __shfl_sync(0xffffffffu, int(found), 0);
+  }
+
+  // Writes what 32 of the threads that else finish tiles have of the tile: 16 rows. A lane has 8 columns of a
+  // row, which are a pair of each thread of a quad.
+  void write_piece() {
+    constexpr int group = Main::dq_group, n_tiles = Main::Dq::n_tiles;
+    static_assert(Main::dq_vector == 4 && Main::Dq::m_tiles == 1 && n_tiles % 2 == 0, "a lane has columns of an n-tile");
+    const int first = 32 * state.piece, lane = tile::lane();
+    const int row = Main::dq_row(first) + lane / 4 + lane / 2 % 2 * 8;
+    const float2* from = reinterpret_cast<const float2*>(state.sums) + first / group * (2 * group * n_tiles) +
+                         2 * (first % group + lane / 4 * 4 + lane % 2 * group) + lane / 2 % 2;
+    const bool live = row < state.live_rows;
+    element* const to = state.rows + row * backward.dq_strides.seqlen;
+    const float factor = state.factor;
+    const int first_chunk = Main::dq_col(first) / 8 + lane % 2;
+    NotFinite<f32> not_finite;
+#pragma unroll 1
+    for (int j = 0; j < n_tiles; j += 2, from += 4 * group) {
+      float2 x[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) x[c] = __ldcg(from + 2 * c);
+      u32 words[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        not_finite.look(x[c].x, x[c].y);
+        const bool empty = factor == 0.0f;  // then sums hold anything
+        words[c] = ptx::cvt_rn_x2<element>(empty ? 0.0f : factor * x[c].x, empty ? 0.0f : factor * x[c].y);
+      }
+      if (live) {
+        tile::store_chunk<Config::store_bytes, Config::head_dim>(to, backward.dq_strides.dim, first_chunk + j,
+                                                                 uint4{words[0], words[1], words[2], words[3]});
+      }
+    }
+    if (unlikely(factor != 0.0f && not_finite.found())) *backward.not_finite = 1;
+    __syncwarp();
+    if (tile::lane() == 0 && ++state.piece == pieces) ++state.done;
+  }
+};
+
+// Called by the consumers of Main: writes dq in its dtype, some tiles at a time, once all blocks are done with a head.
+// The block's first `done` tiles are written.
+template <class Config, class Main>
+inline void finish_heads(const BackwardParams& backward, int done, int thread) {
+  constexpr int together = finished_together;
   const int m_blocks = backward.forward.m_blocks,
             tiles = m_blocks * backward.forward.num_heads_q * backward.forward.batch;
 #pragma unroll 1
-  for (int first = blockIdx.x * together; first < tiles; first += gridDim.x * together) {
+  for (int first = finished_unit(done / together * together, gridDim.x); first < tiles; first += gridDim.x * together) {
     RowTile each[together];
 #pragma unroll
     for (int i = 0; i < together; ++i) {
-      each[i] = first + i < tiles ? RowTile::find<Config>(backward, first + i, m_blocks) : RowTile::none();
+      const bool left = i >= done % together && first + i < tiles;
+      each[i] = left ? RowTile::find<Config>(backward, first + i, m_blocks) : RowTile::none();
     }
     if (thread == 0) {
 #pragma unroll
       for (int i = 0; i < together; ++i) {
-        const i32* const done = DqSum<Config, Main::consumers>::heads_done(backward, each[i].batch, each[i].head);
-        while (ptx::ld_acquire_gpu(done) != backward.n_blocks) {
+        const i32* const by = DqSum<Config, Main::consumers>::heads_done(backward, each[i].batch, each[i].head);
+        while (ptx::ld_acquire_gpu(by) != backward.n_blocks) {
         }
       }
     }
     ptx::bar_sync(Main::consumers_barrier, 128 * Main::consumers);
     finish_tiles<Config, Main>(backward, each, thread);
+    done = 0;
   }
 }
 

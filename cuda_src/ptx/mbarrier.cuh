@@ -35,4 +35,17 @@ inline bool mbarrier_try_wait_parity(u32 barrier, u32 parity) {
   return done;
 }
 
+// The same, answered at once.
+inline bool mbarrier_test_wait_parity(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+
 }  // namespace ptx

@@ -77,6 +77,7 @@ struct Ring {
 
   // The producers' side. A fresh barrier counts as one whose previous phase is complete: stages begin empty.
   void wait_empty(const Cursor& at) const { wait(empty(at.stage()), at.parity() ^ 1); }
+  bool is_empty(const Cursor& at) const { return ptx::mbarrier_test_wait_parity(empty(at.stage()), at.parity() ^ 1); }
   void expect(const Cursor& at, int bytes) const { ptx::mbarrier_arrive_expect_tx(full(at.stage()), bytes); }
 
   void fill(const Cursor& at) const { ptx::mbarrier_arrive(full(at.stage())); }

@@ -202,6 +202,16 @@ bool mbarrier_try_wait_parity(u32 address, u32 parity) {
   }
 }
 
+bool mbarrier_test_wait_parity(u32 address, u32 parity) {
+  Thread& me = *current;
+  if (parity > 1) FAIL("mbarrier.test_wait: %u is no parity", parity);
+  maybe_yield(warp_odds);
+  Mbarrier& barrier = mbarrier_of(address, "mbarrier.test_wait", FRAME);
+  if (barrier.phase % 2 == parity) return false;
+  join(me.clock, barrier.done);
+  return true;
+}
+
 // --- copies to shared memory ----------------------------------------------------------------------------
 
 bool complete_load(Block& block) {

@@ -92,6 +92,7 @@ void fence_mbarrier_init();
 void mbarrier_arrive(u32 address);
 void mbarrier_arrive_expect_tx(u32 address, u32 bytes);
 bool mbarrier_try_wait_parity(u32 address, u32 parity);  // which does wait
+bool mbarrier_test_wait_parity(u32 address, u32 parity);
 void tensor_load(u32 destination, const void* map, u32 mbarrier, const i32* at, u32 rank);
 void bulk_load(u32 destination, const void* source, u32 bytes, u32 mbarrier);
 

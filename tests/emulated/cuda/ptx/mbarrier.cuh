@@ -15,4 +15,8 @@ inline bool mbarrier_try_wait_parity(u32 barrier, u32 parity) {
   return emulated::mbarrier_try_wait_parity(barrier, parity);
 }
 
+inline bool mbarrier_test_wait_parity(u32 barrier, u32 parity) {
+  return emulated::mbarrier_test_wait_parity(barrier, parity);
+}
+
 }  // namespace ptx
