@@ -11,6 +11,7 @@
 #include "attention/backward_rows.cuh"
 #include "attention/backward_sums_sm90.cuh"
 #include "attention/backward_tensors_sm90.cuh"
+#include "attention/backward_units_sm90.cuh"
 #include "attention/backward_work.cuh"
 #include "attention/block_ahead.cuh"
 #include "attention/masks.cuh"
@@ -151,18 +152,10 @@ struct BackwardMainloopSm90 {
   // The work of the thread block, two units at a time: on its way from the warp that finds it to those that do it.
   using Works = BackwardWork<Config>[stages];
 
-  // Called by each warp that does the work: calls step(work) for every unit of the block, and gives its entry back.
+  // Called by each warp that does the work: calls step(work) for every unit.
   template <class Step>
   void for_each_work(const Works& works, Step&& step) const {
-#pragma unroll 1
-    for (typename Ring::Cursor at;; at.advance()) {
-      this->works().wait_full(at);
-      const BackwardWork<Config>& work = works[at.stage()];
-      if (work.n_block < 0) break;
-      step(work);
-      ptx::hold(at.count);  // what follows from the count is computed anew, not held
-      this->works().release_warp(at);
-    }
+    for_each_unit(this->works(), works, step);
   }
 
   // Called by one warp per side, which loads that side of all work.

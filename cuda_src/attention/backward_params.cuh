@@ -31,7 +31,7 @@ struct BackwardParams {
   float* row_delta;  // rowsum(out ∘ dout) - dlse
   float* dq_sum;
   i32* turns;  // per tile of dq_sum: how many blocks of keys have added to it (deterministic), or its SumState (else)
-  i32* next_unit;   // the next unit of work that a thread block takes, where blocks take one after the other
+  i32* next_unit;   // the next unit that a thread block takes, where blocks take one after the other: see UnitCount
   i32* heads_done;  // with Config::finishes, per key head: how many blocks of keys have added to dq all that they add
   PackedOffset* offsets_q;  // packed: (batch + 1,)
   PackedOffset* offsets_k;
@@ -49,8 +49,8 @@ struct BackwardParams {
 // the others add theirs to that.
 enum SumState : i32 { untouched, claimed, stored };
 
-// Two passes over units each have a count of their own of those that have been taken: BackwardParams::next_unit has
-// two.
+// Which of the numbers at BackwardParams::next_unit is a kernel's. Of two passes each counts its own units, since both
+// may be under way; one pass has the first alone.
 enum UnitCount : int { key_units, query_units, unit_counts };
 
 // Kernels that load through tensor maps find those of q, k, v and dout here. All four have the axes that TmaParams says

@@ -259,7 +259,8 @@ struct BackwardQueriesSm90 {
       write_row<Config::store_bytes, Config::head_dim>(rows + row * backward.dq_strides.seqlen, backward.dq_strides.dim,
                                                        row < tile.seqlen.q, dq, 0, i, params.softmax_scale, not_finite);
     }
-    if (unlikely(not_finite.found())) *backward.not_finite = 1;
+    // Queries that all lie past the end were not loaded, and may be anything.
+    if (unlikely(not_finite.found()) && first_row < tile.seqlen.q) *backward.not_finite = 1;
   }
 };
 

@@ -28,7 +28,8 @@ inline void backward_finish(const BackwardArgument& argument) {
   finish<Config>(argument.params);
 }
 
-// The pass over blocks of keys, for dk and dv.
+// The pass over blocks of keys, for dk and dv. All of its thread blocks begin with ptx::grid_begin: they wait for the
+// kernels before, and only then let the pass over queries begin, which counts on that.
 template <class Config>
 inline void backward_split_keys_sm90(const BackwardArgument& argument) {
   using Mainloop = BackwardKeysSm90<Config>;
@@ -77,13 +78,15 @@ inline void backward_split_queries_sm90(const BackwardArgument& argument) {
   const Mainloop mainloop{ptx::shared_address(dynamic_smem)};
   const typename Mainloop::Units units = mainloop.units();
 
-  // This grid begins when all thread blocks of the pass over keys have, and those began when what both passes read had
-  // been written. It needs nothing of that pass, so its blocks take the place of those that end; but it must not end
-  // before that has. Its last block sees to that, and to the next grid's beginning when all blocks have begun.
-  if (argument.params.n_blocks == 0) ptx::grid_wait();  // there is no pass over keys
+  // This grid begins when every thread block of the pass over keys has let it, and each had waited for the kernels
+  // before to end. So what both passes read has been written, and as nothing is needed of the pass over keys, nobody
+  // waits for it: blocks take the place of those of that pass that end. Without keys there is no such pass, and the
+  // grid before is one that has to be waited for.
+  if (argument.params.n_blocks == 0) ptx::grid_wait();
   ptx::grid_launch_dependents();
   if (threadIdx.x == 0) {
-    __threadfence();  // the SM may hold what an earlier call has left where the kernels before have written
+    // In place of a wait this makes the SM read what those kernels have written, and nothing older from its L1.
+    __threadfence();
     mainloop.init();
   }
   __syncthreads();
@@ -98,6 +101,8 @@ inline void backward_split_queries_sm90(const BackwardArgument& argument) {
         units.claim_next();
       });
     }
+    // What comes behind reads dk and dv but waits for this grid alone, which hence must not end before the pass over
+    // keys has: one thread that has nothing else to do waits for that, and its block ends when it does.
     if (threadIdx.x == 2 * 32 && blockIdx.x == gridDim.x - 1) ptx::grid_wait();
     if (warp == 3) units.find(argument.params, entries);
   } else {

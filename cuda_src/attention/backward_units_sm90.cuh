@@ -1,4 +1,4 @@
-// attention: the units that the thread blocks of a pass of the backward take one after the other.
+// attention: the units of work that persistent thread blocks of the backward for sm_90 take one after the other.
 #pragma once
 
 #include "attention/backward_params.cuh"
@@ -9,8 +9,23 @@
 
 namespace attention {
 
-// The units of a thread block, two at a time: on their way from the warp that finds them to those that do them. `Work`
-// says what a unit is, and how many there are.
+// Called by each warp that does the work of a thread block: calls step(entry) for every unit, in the order in which the
+// warp that finds them fills the entries, and gives these back.
+template <class Ring, class Entry, class Step>
+inline void for_each_unit(const Ring& ring, const Entry (&entries)[Ring::stages], Step&& step) {
+#pragma unroll 1
+  for (typename Ring::Cursor at;; at.advance()) {
+    ring.wait_full(at);
+    const Entry& entry = entries[at.stage()];
+    if (entry.none()) break;
+    step(entry);
+    ptx::hold(at.count);  // what follows from the count is computed anew, not held
+    ring.release_warp(at);
+  }
+}
+
+// The units of a thread block of one of two passes, two at a time: on their way from the warp that finds them to those
+// that do them. `Work` says what a unit is, and how many there are.
 template <class Work, UnitCount count>
 struct BackwardUnits {
   static constexpr int stages = 2;
@@ -20,24 +35,25 @@ struct BackwardUnits {
   struct Entry {
     Work work;
     bool done;  // there is no more work
+
+    bool none() const { return done; }
   };
   using Entries = Entry[stages];
 
   // What it takes in a struct of shared memory.
   struct Storage {
-    typename Ring::Storage works;
+    typename Ring::Storage ring;
     typename Claims::Storage claims;
   };
-  static constexpr int bytes = sizeof(Storage);
 
   u32 barriers;
 
-  Ring works() const { return {barriers}; }
+  Ring ring() const { return {barriers}; }
   Claims claims() const { return {barriers + Ring::bytes}; }
 
   // `warps` warps do the work.
   void init(int warps) const {
-    works().init(warps * tile::warp_arrivals);
+    ring().init(warps * tile::warp_arrivals);
     claims().init(1);
   }
 
@@ -48,7 +64,7 @@ struct BackwardUnits {
     bool done = false;
     do {
       claims().wait_empty({at.count});
-      works().wait_empty(at);
+      ring().wait_empty(at);
       // All lanes have read what this entry was, if that was left out.
       __syncwarp();
       int unit = 0;
@@ -63,24 +79,16 @@ struct BackwardUnits {
       }
       if (tile::lane() == 0) {
         entry.done = done;
-        works().fill(at);
+        ring().fill(at);
       }
       at.advance();
     } while (!done);
   }
 
-  // Called by each warp that does the work: calls step(work) for every unit of the block, and gives its entry back.
+  // Called by each warp that does the work: calls step(work) for every unit.
   template <class Step>
   void for_each(const Entries& entries, Step&& step) const {
-#pragma unroll 1
-    for (typename Ring::Cursor at;; at.advance()) {
-      works().wait_full(at);
-      const Entry& entry = entries[at.stage()];
-      if (entry.done) break;
-      step(entry.work);
-      ptx::hold(at.count);  // what follows from the count is computed anew, not held
-      works().release_warp(at);
-    }
+    for_each_unit(ring(), entries, [&](const Entry& entry) { step(entry.work); });
   }
 
   // Called by one thread, when the last loads of a unit are on their way.

@@ -226,6 +226,9 @@ struct BackwardWork {
   MappedRows keys() const { return {seqlen.k, seqlen.k_first_row, head, batch}; }
   MappedRows queries(int head) const { return {seqlen.q, seqlen.q_first_row, head, batch}; }
 
+  // Whether there is no more work.
+  constexpr bool none() const { return n_block < 0; }
+
   // Says whether the block of keys lies past the end of the sequence.
   constexpr bool idle() const { return n_block * Config::block_n >= key_rows; }
 

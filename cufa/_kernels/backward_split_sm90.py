@@ -62,7 +62,7 @@ class BackwardSplitSm90(BackwardKernel):
 
     def main_steps(self, config: ConfigBackwardSm90) -> tuple[Step, ...]:
         keys, queries = super().main_steps(config)
-        # The second pass needs nothing of the first, and sees to the order of grids itself.
+        # The second pass needs nothing of the first, so it begins while that runs, and it sees to the order of grids.
         return keys, queries._replace(waits=True)
 
     def main_blocks(

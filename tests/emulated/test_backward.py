@@ -148,6 +148,29 @@ def test_late_blocks_on_hopper(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert backward(call, 1, arch=90, num_sms=5).bits == ran.bits
 
 
+TWO_PASSES: dict[str, dict[str, Any]] = {
+    "queries past the end": {"seqlen_q": 320, "seqlen_k": 70, "head_dim": 256},
+    "sections": {"seqlen_q": 300, "seqlen_k": 120, "head_dim": 192, "num_heads_q": 6, "num_heads_k": 3, "causal": True},
+    "packed": {"batch": 4, "seqlen_q": (320, 0, 190, 64), "seqlen_k": (90, 70, 0, 130), "head_dim": 256},
+    "no keys": {"seqlen_q": 150, "seqlen_k": 0, "head_dim": 192},
+}
+
+
+@pytest.mark.parametrize("name", TWO_PASSES)
+def test_two_passes_on_hopper(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks take one unit after the other, those of few heads side by side.
+
+    Of a tile's queries the second half may lie past the end. They are not loaded, and the memory of blocks that have
+    had no other tile holds NaN there, for which nothing has to be made again.
+    """
+    monkeypatch.setattr(kernels, "SECTION", 1)
+    sizes = TWO_PASSES[name]
+    call = Call(case=Case(**sizes, head_dim_v=sizes["head_dim"], dtype="bfloat16"))
+    ran = backward(call, arch=90, num_sms=4)
+    assert "attention_backward_split_queries_sm90" in ran.entries and not ran.repaired
+    assert backward(call, 1, arch=90, num_sms=2).bits == ran.bits
+
+
 @pytest.mark.parametrize("sizes", [(450, 450, 2, 64), (300, 420, 4, 40)], ids=["equal", "longer"])
 def test_keys_in_two_stages_on_hopper(sizes: tuple[int, int, int, int]) -> None:
     """The keys of a block's next work arrive while it multiplies by those of this one."""

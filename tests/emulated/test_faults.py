@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -176,6 +177,7 @@ FAULTS = {
 }
 
 WIDE_GRADIENTS = Call(case=Case(seqlen_q=250, seqlen_k=100, **SIZES | {"head_dim": 192, "head_dim_v": 192}))
+WIDE_PACKED_GRADIENTS = Call(case=replace(PACKED_GRADIENTS.case, head_dim=192, head_dim_v=192))
 ON_HOPPER = of(forward, CAUSAL, arch=90)
 MANY_KEYS_ON_HOPPER = of(forward, Case(seqlen_q=100, seqlen_k=900, **SIZES), arch=90)
 GRADIENTS_ON_HOPPER = of(backward, GRADIENTS, arch=90)
@@ -306,10 +308,17 @@ FAULTS |= {
     ),
     "Q given back too early": Fault(
         "backward_split_keys_sm90.cuh",
-        "      warpgroup::wait<1>(dk, ds);\n      if (at.count > 0) queries().release_warp(at.previous());\n",
-        "      if (at.count > 0) queries().release_warp(at.previous());\n      warpgroup::wait<1>(dk, ds);\n",
+        "      warpgroup::wait<1>(dk, ds);\n      if (at.count != first_count) queries()",
+        "      if (at.count != first_count) queries()",
         of(backward, WIDE_GRADIENTS, arch=90),
         "is written by cp.async.bulk.tensor, and was read by wgmma",
+    ),
+    "a unit of two passes overwritten": Fault(
+        "backward_units_sm90.cuh",
+        "if that was left out.\n      __syncwarp();\n",
+        "if that was left out.\n",
+        of(backward, WIDE_PACKED_GRADIENTS, arch=90, num_sms=2),
+        "a race",
     ),
 }
 

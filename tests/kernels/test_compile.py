@@ -191,6 +191,18 @@ def test_sass_is_read() -> None:
     assert [name for name in plan.entries if sass.count(functions[name])["HGMMA"] > 0] == [plan.name]
 
 
+def test_two_passes_begin_when_the_kernels_before_have_ended() -> None:
+    """That over keys waits for them before it lets that over queries begin, of which one block at least waits too."""
+    if not sass.packages("cu13"):
+        pytest.skip("needs nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm")
+    functions = sass.disassemble(compile_plan(plans.backward(static("bf16", 256, 256), 90, False)).cubin)
+    keys, queries = (
+        [each.opcode for each in functions[f"attention_backward_split_{side}_sm90"]] for side in ("keys", "queries")
+    )
+    assert keys.index("ACQBULK") < keys.index("PREEXIT")
+    assert "ACQBULK" in queries[queries.index("PREEXIT") :]
+
+
 @pytest.mark.parametrize(
     ("instruction", "hazard"),
     [

@@ -1044,7 +1044,7 @@ def test_packed_blocks_of_keys_and_tiles_of_queries_are_visited_once(kernel: str
             assert isinstance(config, ConfigBackward)
             assert plan.name == f"attention_backward_{kernel.replace('short', 'sm80')}"
             grid = plans.grid(plan, problem, 132)
-            _, prepare, _, *queries, _, _ = grid.blocks
+            _, prepare, *_ = grid.blocks
             params = params_of(problem, "forward__", m_blocks=grid.m_blocks)
             backward = record("BackwardParams", **params, n_blocks=grid.n_blocks, workspace_rows=grid.workspace_rows)
             name = config_of(config)
@@ -1058,9 +1058,12 @@ def test_packed_blocks_of_keys_and_tiles_of_queries_are_visited_once(kernel: str
             claims.append(
                 f"packed_units<{name}, {config.block_m}>({backward}, {heads_q}, 1, {tiles}, {total}, {given})"
             )
-            for count in queries:
-                given = f"{heads_q}, 1, {count}, {total}, {braces(offsets)}"
-                claims.append(f"packed_units<{name}, {SPLIT_QUERIES}>({backward}, {given})")
+            if kernel == "split_sm90":
+                count = (total // SPLIT_QUERIES + min(batch, total)) * heads_q
+                claims.append(f"QueryWork<QueriesConfig<{name}>>::units({backward}) == {count}")
+                for section in (grid.heads_per_section * heads_q // heads_k, 2):
+                    given = f"{heads_q}, {section}, {count}, {total}, {braces(offsets)}"
+                    claims.append(f"packed_units<{name}, {SPLIT_QUERIES}>({backward}, {given})")
             claims.append(f"padded_rows<{name}>({backward}, {braces(offsets)})")
     run(*claims, prelude=WORK)
 
