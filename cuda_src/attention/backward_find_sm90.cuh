@@ -1,5 +1,5 @@
-// attention: finds the work of the thread blocks of the one-pass backward for sm_90. The warp that does so finishes tiles
-// of dq in between.
+// attention: finds the work of the thread blocks of the one-pass backward for sm_90. The warp that does so finishes
+// tiles of dq in between.
 #pragma once
 
 #include "attention/backward_params.cuh"

@@ -64,17 +64,26 @@ struct BackwardMainloopSm90 {
   using HeldK = tile::Operand<roomy ? 32 : 0>;
   static constexpr int lse_ahead = !roomy ? 4 : bounded && Variant::hides && Config::mask::hides_first ? 6 : 8;
 
-  // Whether the first step of a work is compiled apart. It then begins no product in vain, and S before V has come.
-  static constexpr bool parts_first = (Variant::empty || bounded) && !by_rows;
+  // Whether works are short because of a window: of dense arrays, in no fixed order, where a tile of dq is shared by
+  // its rows. It is then counted of parts of a head's blocks that they are done.
+  static constexpr bool windowed =
+      by_rows && is_same<typename Config::mask, WindowMask> && !Config::varlen && !Config::deterministic;
+  static_assert(windowed == (Config::part_blocks > 0), "Config and the main loop disagree on windows");
+
+  // Whether the first step of a work is compiled apart. It then begins no product in vain, and S before V has come. In
+  // tiles of 128 rows there are registers for that in works of one chain, and it was found to gain where they are
+  // short.
+  static constexpr bool parts_first = (Variant::empty || bounded) && (!by_rows || (windowed && !Config::chains));
 
   // Whether sections may have heads of several packed sequences: where that was found to gain.
   static constexpr bool shares_sections =
       Config::deterministic && Config::head_dim <= 64 && Config::head_dim_v <= 64 && !Config::mask::hides_first;
 
   // With a second stage of keys the next work's are on their way while this one's last dq is computed from its own.
-  // There is room where a tile of dq is shared by its rows, and a gain where works are short under a causal mask.
+  // There is room where a tile of dq is shared by its rows, and a gain where a mask makes works short.
+  static constexpr bool causal = is_same<typename Config::mask, CausalMask>;
   static constexpr int key_stages =
-      by_rows && is_same<typename Config::mask, CausalMask> && !Config::varlen && !Config::deterministic ? 2 : 1;
+      windowed || (by_rows && causal && !Config::varlen && !Config::deterministic) ? 2 : 1;
 
   static constexpr int chain_floats = dq_threads * (Dk::cols + Dv::cols) / 2;  // of a block: dk and dv, taken over
   static constexpr bool first_stores = true;  // dq_sum begins with the first numbers stored there, not with zeros

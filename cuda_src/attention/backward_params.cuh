@@ -32,7 +32,7 @@ struct BackwardParams {
   float* dq_sum;
   i32* turns;  // per tile of dq_sum: how many blocks of keys have added to it (deterministic), or its SumState (else)
   i32* next_unit;   // the next unit that a thread block takes, where blocks take one after the other: see UnitCount
-  i32* heads_done;  // with Config::finishes, per key head: how many blocks of keys have added to dq all that they add
+  i32* heads_done;  // with Config::finishes: how many blocks of keys have added to dq all that they add, see done_count
   PackedOffset* offsets_q;  // packed: (batch + 1,)
   PackedOffset* offsets_k;
   i32* not_finite;  // whether anything in the gradients is not finite: see backward_repair.cuh

@@ -33,23 +33,12 @@ struct RowTile {
       return of_packed<Config>(backward, find_packed<Config>(backward, unit, heads_per_section));
     } else {
       if (m_blocks == 0) return none();
-      RowTile tile;
-      tile.rank = 0;
       if (heads_per_section == 1) {
-        tile.m_block = m_blocks - 1 - unit % m_blocks;
-        tile.head = unit / m_blocks % params.num_heads_q;
-        tile.batch = unit / m_blocks / params.num_heads_q;
-      } else {
-        // Units are numbered from the end, so that a last section with few heads, which would end unevenly, is first.
-        const int heads = params.batch * params.num_heads_q, last = heads * m_blocks - 1;
-        const UnitIndex index = unit_of(last - unit, m_blocks, heads, heads_per_section);
-        tile.m_block = index.place;
-        tile.head = index.head % params.num_heads_q;
-        tile.batch = index.head / params.num_heads_q;
+        return of_dense<Config>(backward, {m_blocks - 1 - unit % m_blocks, unit / m_blocks});
       }
-      tile.seqlen = dense_seqlen(params);
-      tile.take_rows<Config>(backward);
-      return tile;
+      // Units are numbered from the end, so that a last section with few heads, which would end unevenly, is first.
+      const int heads = params.batch * params.num_heads_q, last = heads * m_blocks - 1;
+      return of_dense<Config>(backward, unit_of(last - unit, m_blocks, heads, heads_per_section));
     }
   }
 
@@ -69,6 +58,19 @@ struct RowTile {
     tile.batch = found.batch;
     tile.rank = backward.offsets_q[found.batch].rank;
     tile.seqlen = packed_seqlen(backward.forward, packed_sequence(backward, found.batch));
+    tile.take_rows<Config>(backward);
+    return tile;
+  }
+
+  // A tile of dense arrays, by its place in a head and its head among those of all sequences.
+  template <class Config>
+  static RowTile of_dense(const BackwardParams& backward, const UnitIndex& index) {
+    RowTile tile;
+    tile.rank = 0;
+    tile.m_block = index.place;
+    tile.head = index.head % backward.forward.num_heads_q;
+    tile.batch = index.head / backward.forward.num_heads_q;
+    tile.seqlen = dense_seqlen(backward.forward);
     tile.take_rows<Config>(backward);
     return tile;
   }
@@ -149,7 +151,13 @@ inline void begin_counts(const BackwardParams& backward, int unit, int thread) {
     backward.turns[unit] = 0;
     if (may_be_late<Config>) backward.turns[unit + backward.late_sums] = 0;
   }
-  if (unit < forward.num_heads_q / forward.qheads_per_khead * outer) backward.heads_done[unit] = 0;
+  const int key_heads = forward.num_heads_q / forward.qheads_per_khead * outer;
+  if constexpr (Config::part_blocks == 0) {
+    if (unit < key_heads) backward.heads_done[unit] = 0;
+  } else {  // of many keys and few queries there are more counts than units
+    const int counts = key_heads * done_counts<Config>(backward), units = max_of(1, RowTile::count<Config>(backward));
+    for (int i = unit; i < counts; i += units) backward.heads_done[i] = 0;
+  }
 }
 
 // Writes the zeros from which a tile of dq adds up.
@@ -228,9 +236,8 @@ inline void prepare_rows(const BackwardParams& backward, const RowTile& tile, in
   const element* out =
       tile.rows(static_cast<const element*>(backward.forward.out), backward.forward.out_strides, Config::block_m) +
       thread / lanes * backward.forward.out_strides.seqlen;
-  const element* dout =
-      tile.rows(static_cast<const element*>(backward.dout), backward.dout_strides, Config::block_m) +
-      thread / lanes * backward.dout_strides.seqlen;
+  const element* dout = tile.rows(static_cast<const element*>(backward.dout), backward.dout_strides, Config::block_m) +
+                        thread / lanes * backward.dout_strides.seqlen;
   const float* const lse =
       tile.rows(static_cast<const float*>(backward.forward.lse), backward.lse_strides, Config::block_m);
   const float* const dlse = backward.dlse ? tile.rows(backward.dlse, backward.dlse_strides, Config::block_m) : nullptr;

@@ -81,11 +81,8 @@ struct DqSum {
     tell<0>();
     ptx::cp_async_bulk_wait_group<0>();
     ptx::fence_proxy_async_global();
-    ptx::red_release_gpu_add(heads_done(backward, work.batch, work.head * backward.forward.qheads_per_khead), 1);
-  }
-
-  static i32* heads_done(const BackwardParams& backward, int batch, int query_head) {
-    return backward.heads_done + key_head(backward.forward, batch, query_head);
+    const int head = key_head(backward.forward, work.batch, work.head * backward.forward.qheads_per_khead);
+    ptx::red_release_gpu_add(done_count<Config>(backward, head, work.n_block), 1);
   }
 };
 
@@ -101,7 +98,39 @@ inline int finished_unit(int number, int blocks) {
   return (number / finished_together * blocks + blockIdx.x) * finished_together + number % finished_together;
 }
 
-// Writes dq of heads that are done, by one warp, piece by piece, while the block is at work on others: the L2 may still
+// The tile that is such a unit. Where parts of heads are counted, tiles come as blocks of keys do: heads of a section
+// side by side, first tiles first.
+template <class Config>
+inline RowTile finished_tile(const BackwardParams& backward, int unit) {
+  const Params& params = backward.forward;
+  if constexpr (Config::part_blocks == 0) {
+    return RowTile::find<Config>(backward, unit, params.m_blocks);
+  } else {
+    return RowTile::of_dense<Config>(backward, unit_of(unit, params.m_blocks, params.num_heads_q * params.batch,
+                                                       params.heads_per_section * params.qheads_per_khead));
+  }
+}
+
+// Whether nobody adds to a tile any more: all blocks of its key head are done, or all those that are counted with one
+// that the tile sees.
+template <class Config>
+inline bool is_done(const BackwardParams& backward, const RowTile& tile) {
+  const int head = key_head(backward.forward, tile.batch, tile.head);
+  if constexpr (Config::part_blocks == 0) {
+    return ptx::ld_acquire_gpu(done_count<Config>(backward, head, 0)) == backward.n_blocks;
+  } else {
+    const BlockRange blocks = block_range<Config>(backward.forward, tile.seqlen, tile.m_block);
+#pragma unroll 1
+    for (int n_block = blocks.begin / Config::part_blocks * Config::part_blocks; n_block < blocks.end;
+         n_block += Config::part_blocks) {
+      const int counted = min_of(Config::part_blocks, backward.n_blocks - n_block);
+      if (ptx::ld_acquire_gpu(done_count<Config>(backward, head, n_block)) != counted) return false;
+    }
+    return true;
+  }
+}
+
+// Writes dq of tiles that are done, by one warp, piece by piece, while the block is at work on others: the L2 may still
 // hold their sums, and at the end, when nothing multiplies, less is left to do.
 template <class Config, class Main>
 struct EarlyFinish {
@@ -126,8 +155,13 @@ struct EarlyFinish {
     state.piece = pieces;
   }
 
-  // Whether there is a piece to write. Where a tile is finished, asks whether the head of the next is done.
+  // Whether heads are long enough. Few tiles of 64 rows are left to the end: the warp's accesses to memory took short
+  // heads longer than they saved.
+  static bool pays(const BackwardParams& backward) { return Config::block_m > 64 || backward.forward.m_blocks >= 16; }
+
+  // Whether there is a piece to write. Where a tile is finished, asks whether the next is done.
   bool find() {
+    if (!pays(backward)) return false;
     __syncwarp();
     if (state.piece < pieces) return true;
     __syncwarp();
@@ -135,12 +169,11 @@ struct EarlyFinish {
     if (tile::lane() == 0) {
       const int unit = finished_unit(state.done, state.blocks);
       if (unit < RowTile::count<Config>(backward)) {
-        const RowTile tile = RowTile::find<Config>(backward, unit, backward.forward.m_blocks);
+        const RowTile tile = finished_tile<Config>(backward, unit);
         state.rows = tile.rows(static_cast<element*>(backward.dq), backward.dq_strides, Config::block_m);
         state.sums = backward.dq_sum + tile.template sums<Config>(backward);
         state.live_rows = tile.seqlen.q - tile.m_block * Config::block_m;
-        found = ptx::ld_acquire_gpu(DqSum<Config, Main::consumers>::heads_done(backward, tile.batch, tile.head)) ==
-                backward.n_blocks;
+        found = is_done<Config>(backward, tile);
         const bool added = __ldcg(backward.turns + tile.template sum_index<Config>(backward)) != 0;
         state.factor = added ? backward.forward.softmax_scale : 0.0f;
         if (found) state.piece = 0;
@@ -154,7 +187,8 @@ struct EarlyFinish {
   // row, which are a pair of each thread of a quad.
   void write_piece() {
     constexpr int group = Main::dq_group, n_tiles = Main::Dq::n_tiles;
-    static_assert(Main::dq_vector == 4 && Main::Dq::m_tiles == 1 && n_tiles % 2 == 0, "a lane has columns of an n-tile");
+    static_assert(Main::dq_vector == 4 && Main::Dq::m_tiles == 1 && n_tiles % 2 == 0,
+                  "a lane has columns of an n-tile");
     const int first = 32 * state.piece, lane = tile::lane();
     const int row = Main::dq_row(first) + lane / 4 + lane / 2 % 2 * 8;
     const float2* from = reinterpret_cast<const float2*>(state.sums) + first / group * (2 * group * n_tiles) +
@@ -187,26 +221,24 @@ struct EarlyFinish {
   }
 };
 
-// Called by the consumers of Main: writes dq in its dtype, some tiles at a time, once all blocks are done with a head.
+// Called by the consumers of Main: writes dq in its dtype, some tiles at a time, once all blocks are done with them.
 // The block's first `done` tiles are written.
 template <class Config, class Main>
 inline void finish_heads(const BackwardParams& backward, int done, int thread) {
   constexpr int together = finished_together;
-  const int m_blocks = backward.forward.m_blocks,
-            tiles = m_blocks * backward.forward.num_heads_q * backward.forward.batch;
+  const int tiles = RowTile::count<Config>(backward);
 #pragma unroll 1
   for (int first = finished_unit(done / together * together, gridDim.x); first < tiles; first += gridDim.x * together) {
     RowTile each[together];
 #pragma unroll
     for (int i = 0; i < together; ++i) {
       const bool left = i >= done % together && first + i < tiles;
-      each[i] = left ? RowTile::find<Config>(backward, first + i, m_blocks) : RowTile::none();
+      each[i] = left ? finished_tile<Config>(backward, first + i) : RowTile::none();
     }
     if (thread == 0) {
 #pragma unroll
       for (int i = 0; i < together; ++i) {
-        const i32* const by = DqSum<Config, Main::consumers>::heads_done(backward, each[i].batch, each[i].head);
-        while (ptx::ld_acquire_gpu(by) != backward.n_blocks) {
+        while (each[i].row >= 0 && !is_done<Config>(backward, each[i])) {
         }
       }
     }

@@ -139,6 +139,26 @@ constexpr bool is_late(const BackwardParams& backward, int n_block) {
   return backward.late_sums > 0 && n_block >= backward.middle;
 }
 
+// How many counts a key head has in BackwardParams::heads_done: one of all its blocks of keys or, where its first tiles
+// of dq are finished while later ones are added to, one of each Config::part_blocks blocks that follow each other.
+template <class Config>
+constexpr int done_counts(const BackwardParams& backward) {
+  if constexpr (Config::part_blocks == 0)
+    return 1;
+  else
+    return ceil_div(backward.n_blocks, Config::part_blocks);
+}
+
+// Where it is counted that block n_block of a key head has added to dq all that it adds.
+template <class Config>
+constexpr i32* done_count(const BackwardParams& backward, int key_head, int n_block) {
+  i32* const counts = backward.heads_done + key_head * done_counts<Config>(backward);
+  if constexpr (Config::part_blocks == 0)
+    return counts;
+  else
+    return counts + n_block / Config::part_blocks;
+}
+
 // How many blocks of keys add to a tile of dq before block `n_block` does, in the deterministic order. `blocks` are
 // those that the tile needs. Blocks add in the order in which they are launched, so that no block waits for one that
 // cannot run.

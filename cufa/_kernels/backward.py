@@ -27,6 +27,9 @@ PADDING_ROWS = 128
 SECTION = 24 << 20
 """Bytes of q, dout and sums of dq that heads running side by side may share."""
 
+WINDOW_SECTION = 28 << 20
+"""Bytes of what a window shows of heads that run side by side, where it is counted in parts that blocks are done."""
+
 CONTENDING_BLOCKS = 32
 """Blocks of keys of a head that may run at a time and add to the same tiles of dq as they come."""
 
@@ -58,6 +61,9 @@ class ConfigBackward(Config):
     finishes : bool
         Whether thread blocks of the main kernel that find no more work write dq of heads that are done. Where packed
         sequences' tiles lie takes too long to find.
+    part_blocks : int
+        Blocks of keys that follow each other of which it is counted together how many are done; 0: all of a head. Tiles
+        of dq are finished when their parts are done.
     sums_by_rows : bool
         Whether dq adds up in rows as those of q, and not in whole tiles, of which short sequences fill little.
     writes_dq : bool
@@ -72,6 +78,7 @@ class ConfigBackward(Config):
     deterministic: bool
     dq_threads: int
     finishes: bool = False
+    part_blocks: int = 0
     sums_by_rows: bool = False
     writes_dq: bool = False
     row_tiles: int = 1
@@ -227,9 +234,19 @@ class BackwardKernel(Kernel):
         ratio = problem.num_heads_q // max(1, problem.num_heads_k)
         size = SIZEOF[config.element]
         sums = 4 * config.tile_head_dim if self.sums_dq else 0
-        head_bytes = max(1, ratio * seqlen_q * ((config.head_dim + config.head_dim_v) * size + sums))
+        row_bytes = (config.head_dim + config.head_dim_v) * size + sums
+        head_bytes = max(1, ratio * seqlen_q * row_bytes)
         n_blocks = min(max(1, -(-seqlen_k // config.block_n)), CONTENDING_BLOCKS)
-        sections = max(1, -(-heads // max(1, SECTION // head_bytes, num_sms // n_blocks)))
+        fitting = max(1, SECTION // head_bytes, num_sms // n_blocks)
+        left, right = problem.window_left, problem.window_right
+        if config.part_blocks and left is not None and right is not None:
+            # Of each head only the queries that see the keys of running blocks are wanted at a time, of one query head
+            # after the other. With many heads side by side the short blocks of all, those of the last keys, come last.
+            seen = left + right + 1
+            if seen <= seqlen_k:
+                running = num_sms * config.block_n * row_bytes
+                fitting = max(fitting, (WINDOW_SECTION - running) // (seen * row_bytes))
+        sections = max(1, -(-heads // fitting))
         return max(1, -(-heads // sections)), 0
 
     def values(self, config: Any, problem: Problem, grid: BackwardGrid) -> dict[str, Any]:
@@ -265,10 +282,12 @@ class BackwardKernel(Kernel):
             rows = problem.seqlen_q * heads if config.sums_by_rows else tiles * config.block_m
             if config.writes_dq and not problem.varlen:  # nothing is added up
                 rows = 0
-            key_heads = (1 if problem.varlen else problem.batch) * problem.num_heads_k
+            done = (1 if problem.varlen else problem.batch) * problem.num_heads_k
+            if config.part_blocks:
+                done *= -(-grid.n_blocks // config.part_blocks)
             late = self.tiles_before_late(problem, grid)
             rows, tiles = rows + late * config.block_m, tiles + late
-            sums = rows * config.tile_head_dim, tiles, 1, key_heads
+            sums = rows * config.tile_head_dim, tiles, 1, done
         dq_sum, dq_turns, next_unit, heads_done = sums
         packed = 2 * (problem.batch + 1) if problem.varlen else 0
         padding = PADDING_ROWS if problem.varlen else 0

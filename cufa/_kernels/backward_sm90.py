@@ -35,6 +35,9 @@ BIAS_QUERIES = 128
 FEW_BLOCKS = 4
 """Blocks of keys up to which packed sequences under a causal mask lose by sharing sections."""
 
+PART_BLOCKS = 16
+"""Blocks of keys under a window of which it is counted together that they are done."""
+
 LONGEST_SUM = 2 * CHAIN_ROWS
 """Rows over which the tensor cores add up by themselves: ``take_chain`` in attention/backward_work.cuh."""
 
@@ -147,6 +150,7 @@ class BackwardSm90(BackwardKernel):
             deterministic=static.deterministic,
             dq_threads=2 * block_n,
             finishes=not static.varlen,
+            part_blocks=PART_BLOCKS if windowed(static, block_m) else 0,
             producer_registers=registers[0],
             consumer_registers=registers[1],
             stages_terms=stages_terms,
@@ -220,9 +224,15 @@ def tile(static: Static) -> tuple[int, int]:
     return 128 if wide and listed_blocks(static.terms) is None else 64, 128
 
 
+def windowed(static: Static, block_m: int) -> bool:
+    """Whether works are short because of a window: ``windowed`` in attention/backward_mainloop_sm90.cuh."""
+    return block_m == 128 and static.mask == "window" and not static.varlen and not static.deterministic
+
+
 def doubles_keys(static: Static, block_m: int) -> bool:
     """Whether keys have two stages: ``key_stages`` in attention/backward_mainloop_sm90.cuh."""
-    return block_m == 128 and static.mask == "causal" and not static.varlen and not static.deterministic
+    causal = block_m == 128 and static.mask == "causal" and not static.varlen and not static.deterministic
+    return causal or windowed(static, block_m)
 
 
 def barriers_bytes(*rings: int) -> int:

@@ -1443,6 +1443,30 @@ def test_blocks_that_take_turns(
 
 
 @pytest.mark.parametrize(
+    ("seqlen", "heads", "head_dim", "mask", "heads_per_section"),
+    [
+        (16384, (32, 32), 64, {"window_size": (1024, 0)}, 32),
+        (32768, (64, 8), 64, {"window_size": (1024, 0)}, 8),
+        (16384, (32, 32), 64, {"window_size": (8192, 100)}, 4),
+        (16384, (32, 32), 64, {"window_size": (1024, None)}, 4),
+        (16384, (32, 32), 64, {"causal": True}, 4),
+        (16384, (16, 16), 128, {"window_size": (1024, 0)}, 4),
+    ],
+)
+def test_sections_by_what_a_window_shows(
+    seqlen: int, heads: tuple[int, int], head_dim: int, mask: dict[str, Any], heads_per_section: int
+) -> None:
+    """Where its heads are counted in parts, more of them lie side by side; each part has a count."""
+    q, k = (OnGpu(1, seqlen, each, head_dim) for each in heads)
+    problem = backward_problem(q, k, k, **mask)
+    plan, grid = plan_backward(problem, "sm90", False)
+    assert grid.heads_per_section == heads_per_section
+    parts = plan.kernel.scratch(plan.config, problem, grid).parts
+    counts = heads[1] * (grid.n_blocks // 16 if head_dim == 64 and "window_size" in mask else 1)
+    assert parts["offsets_q"] - parts["heads_done"] == -(-counts // 64) * 64
+
+
+@pytest.mark.parametrize(
     ("batch", "length", "heads", "head_dim", "given", "beside"),
     [
         (32, 512, 32, 64, {}, 2),  # two blocks of each of 64 heads run at a time

@@ -163,8 +163,10 @@ def products_of(config: Any) -> dict[str, tuple[int, int, int]]:
     """Of each kernel: wgmmas, products that these make up, and waits for them."""
     head_dim, head_dim_v = math.ceil(config.head_dim / 16), math.ceil(config.head_dim_v / 16)
     queries, keys = config.block_m // 16, config.block_n // 16
-    # The first step, without dQ, is compiled apart in the one-pass kernel's tiles of 64 rows, but for most terms.
-    steps = 2 if config.block_m == 64 and all(term.bounded for term in config.variant) else 1
+    # The first step, without dQ, is compiled apart in the one-pass kernel's tiles of 64 rows and under dense windows,
+    # but for most terms.
+    apart = config.block_m == 64 or (getattr(config, "part_blocks", 0) > 0 and not config.chains)
+    steps = 2 if apart and all(term.bounded for term in config.variant) else 1
     return {
         # Twice: begun before the loop and ended after it.
         **dict.fromkeys(
