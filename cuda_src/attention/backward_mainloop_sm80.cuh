@@ -9,16 +9,15 @@
 #include "attention/backward_params.cuh"
 #include "attention/backward_prepare.cuh"
 #include "attention/backward_rows.cuh"
+#include "attention/backward_scores_sm80.cuh"
 #include "attention/backward_sums_sm80.cuh"
 #include "attention/backward_work.cuh"
 #include "attention/epilogue.cuh"
 #include "attention/params.cuh"
 #include "attention/row_source.cuh"
-#include "attention/scoring.cuh"
 #include "core/math.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/cp_async.cuh"
-#include "ptx/red.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/sync.cuh"
 #include "ptx/thread.cuh"
@@ -54,12 +53,11 @@ struct BackwardMainloopSm80 {
   using DvDivision = KeyDivision<Config::tile_head_dim_v>;
   using DqDivision = Division<block_m, Config::tile_head_dim, Config::dq_row_warps, warps / Config::dq_row_warps>;
   using Variant = typename Config::variant;
-  using Scores = typename ScoreDivision::Part;
   using Dk = typename DkDivision::Part;
   using Dv = typename DvDivision::Part;
   static_assert(!Config::halves || (is_same<K, V> && Config::num_threads % 64 == 0), "the halves have the same to do");
 
-  // The parts of dk and dv that a thread has: with Config::halves one, in dv.
+  // A thread's parts of dk and dv. With Config::halves it has a part of one of them, which is here as dv.
   struct Sums {
     tile::LocalSums<Dv::m_tiles, Dv::cols> local_dv;
     tile::LocalSums<Dk::m_tiles, Dk::cols> local_dk;
@@ -87,11 +85,8 @@ struct BackwardMainloopSm80 {
   static int dq_row(int thread) { return DqDivision::row(thread); }
   static int dq_col(int thread) { return DqDivision::col(thread); }
 
-  using StagedPairs = tile::Staged<P, Scores::cols, false>;
-
-  // Whether exponentials run beside the products of dP, step by step: it takes scores and probabilities as they are.
-  static constexpr bool beside =
-      !is_same<element, f32> && !Variant::shapes && !Variant::weighs && !Variant::drops && !Variant::has_gradient;
+  // Warps that have a part of P or dS.
+  static constexpr int score_warps = Config::score_halves ? warps : ScoreDivision::warps;
 
   static constexpr int chain_steps = tile::chain_blocks(block_m);
 
@@ -113,6 +108,9 @@ struct BackwardMainloopSm80 {
   };
   // Behind it, with Config::score_halves, P in float32, in the order of the threads that have it.
   static constexpr int smem_bytes = sizeof(Shared) + (Config::score_halves ? block_m * block_n * 4 : 0);
+
+  // Named barriers: of all threads, when P in float32 is there, and of each half, when its own tile is.
+  enum Barrier : u32 { exact_barrier = 1, p_barrier, ds_barrier };
 
   // A tile of queries, of one of the heads that share the keys.
   struct Tile {
@@ -138,6 +136,7 @@ struct BackwardMainloopSm80 {
   V v() const { return {smem + tile::offset<&Shared::v>}; }
   P p() const { return {smem + tile::offset<&Shared::p>}; }
   P ds() const { return {smem + tile::offset<&Shared::ds>}; }
+  u32 exact() const { return smem + int(sizeof(Shared)); }
 
   u32 buffer(int index) const {
     return smem + tile::offset<&Shared::stages> + (stages == 1 ? 0 : index) * int(sizeof(Stage));
@@ -149,7 +148,8 @@ struct BackwardMainloopSm80 {
 
   // Sets dk and dv, but for the scale of dk, to the sums over the work's tiles, of which there is one at least, and
   // adds to dq_sum. There are two barriers per tile, before P and behind dS, and with a single stage a third, behind
-  // which the next tile may arrive.
+  // which the next tile may arrive. With Config::score_halves that behind dS is each half's own, and the third is there
+  // with any stages, since dq takes all of dS.
   void run(Sums& sums) const {
     const int first_key = work.n_block * block_n;
     load<Config::head_dim>(k(), first_key, keys(backward.forward.k, backward.forward.k_strides));
@@ -162,13 +162,12 @@ struct BackwardMainloopSm80 {
       const u32 at = buffer(index);
       index ^= 1;
       if constexpr (stages == 2) {
-        static_assert(Config::score_halves || ScoreDivision::warps == warps, "all warps copy");
         // Behind the last tile no row is live: a branch around the copies would part the products.
         const Tile next = tile.next(work.tiles);
         const auto q_chunks = find_q(next, buffer(index), is_live(next));
         const auto dout_chunks = find_dout(next, buffer(index), is_live(next));
         wait_for_tile(tile, index);
-        gradients_of_scores(
+        make_scores(
             tile, at,
             [&] {
               load_chunks<Config, Config::head_dim>(q_chunks);
@@ -181,15 +180,12 @@ struct BackwardMainloopSm80 {
             });
       } else {
         wait_for_tile(tile, index);
-        if (Config::score_halves || ScoreDivision::warps == warps || threadIdx.x < 32 * ScoreDivision::warps)
-          gradients_of_scores(tile, at, [] {}, [] {});
+        make_scores(tile, at, [] {}, [] {});
       }
-      if constexpr (Config::score_halves)
-        ptx::bar_sync(2 + has_dk(), Config::num_threads / 2);  // this half's P or dS is complete
-      else
-        __syncthreads();  // P and dS are complete
+      wait_for_scores();
       add_keys(sums, at);
-      if (Config::score_halves || stages == 1) __syncthreads();  // every warp is done with q and dout, and dS is complete
+      if (Config::score_halves || stages == 1)
+        __syncthreads();  // every warp is done with q and dout, and dS is complete
       if constexpr (stages == 1) {
         const Tile next = tile.next(work.tiles);
         if (is_live(next)) load_queries(next, at);
@@ -211,6 +207,29 @@ struct BackwardMainloopSm80 {
     if (threadIdx.x == 0) state.tiles[next] = tile.next(work.tiles);
   }
 
+  // This warp's part of P and dS, and of the copies; a warp without a part of the former copies all the same.
+  template <class CopyRows, class CopyNumbers>
+  void make_scores(const Tile& tile, u32 at, CopyRows&& copy_rows, CopyNumbers&& copy_numbers) const {
+    if (score_warps == warps || threadIdx.x < 32 * score_warps) {
+      BackwardScoresSm80<Config, BackwardMainloopSm80>{*this, tile, at}.make(copy_rows, copy_numbers);
+    } else {
+      copy_rows();
+      copy_numbers();
+    }
+  }
+
+  // Waits until the tiles are complete that this warp's keys take. Barriers have constant numbers: for one that is not,
+  // the block would reserve all sixteen.
+  void wait_for_scores() const {
+    if constexpr (!Config::score_halves) {
+      __syncthreads();  // P and dS are complete
+    } else if (has_dk()) {
+      ptx::bar_sync(ds_barrier, Config::num_threads / 2);
+    } else {
+      ptx::bar_sync(p_barrier, Config::num_threads / 2);
+    }
+  }
+
   // dv += P·dout, dk += dS·Q.
   void add_keys(Sums& sums, u32 at) const {
     if constexpr (Config::halves) {
@@ -222,201 +241,8 @@ struct BackwardMainloopSm80 {
     }
   }
 
-  // The tiles of P and dS ← this warp's part of them. Where the part lies is found anew for each use, since no register
-  // is left to carry its address through the products. The rows of the next tile are copied beside the first products: in
-  // front of them ldmatrix would wait behind the copies. Its numbers are copied behind the scores.
-  template <class CopyRows, class CopyNumbers>
-  void gradients_of_scores(const Tile& tile, u32 at, CopyRows&& copy_rows, CopyNumbers&& copy_numbers) const {
-    if constexpr (Config::score_halves) {
-      gradients_by_halves(tile, at, copy_rows, copy_numbers);
-      return;
-    }
-    Scores scores, dp;
-    warp::gemm_abt<Config::head_dim>(scores, tile::Operand<0>{}, k(), q(at), ScoreDivision::row(),
-                                     ScoreDivision::col(), copy_rows);
-    copy_numbers();
-    const auto place = [&] {
-      return TransposedPlace<Config>{backward.forward,
-                                     work.seqlen,
-                                     work.batch,
-                                     tile.head,
-                                     work.n_block * block_n + ScoreDivision::row(),
-                                     m_block(tile) * block_m + ScoreDivision::col()};
-    };
-    const auto boundary = [&] { return work.tiles.is_boundary(tile.position); };
-    mask_unshaped<Config>(scores, place(), boundary());
-    ColumnNumbers<Scores::cols> row_lse;
-    row_lse.load(lse(at) + ScoreDivision::col() * sizeof(float));
-    if constexpr (beside) {
-      gradients_of_plain_scores(scores, dp, row_lse, place(), at);
-      return;
-    }
-    // These products come before the probabilities, so that exponentials run beside them.
-    warp::gemm_abt<Config::head_dim_v>(dp, v(), dout(at), ScoreDivision::row(), ScoreDivision::col());
-    // Scores become what dP - delta is multiplied by.
-    tile::Accumulator<Scores::m_tiles, Variant::holds ? Scores::cols : 16> rests;
-    // What the products have left, where terms read it.
-    tile::Accumulator<Scores::m_tiles, Variant::reads_score ? Scores::cols : 16> read;
-    if constexpr (Variant::reads_score) read = scores;
-    const StagedPairs to_p(p(), ScoreDivision::row(), ScoreDivision::col());
-    Kept<Config, Scores::m_tiles, Scores::cols> kept;
-    kept.find(place);
-    const bool asks = Variant::hides && !Variant::hides_in_full && boundary();
-    probabilities<Config>(scores, place(), kept, row_lse, asks, [&](int t, int i, int j, const ScorePair& pair) {
-      to_p.store(t, i, j, pair.weight[0], pair.weight[1]);
-      put(scores, t, i, j, pair.ds_factor);
-      if constexpr (Variant::holds) put(rests, t, i, j, pair.rest);
-    });
-    const LoadedNumbers row_delta{delta(at) + ScoreDivision::col() * int(sizeof(float))};
-    gradients<Config, true>(
-        dp, place(), kept, row_delta, [&](int t, int i, int j) { return pair_of(read, t, i, j); },
-        [&](int t, int i, int j) { return pair_of(scores, t, i, j); },
-        [&](int t, int i, int j) { return pair_of(rests, t, i, j); },
-        [&](int t, int i, int j, float low, float high) { put(scores, t, i, j, {low, high}); });
-    // Stores come behind all loads, which otherwise wait for each other.
-    const StagedPairs to_ds(ds(), ScoreDivision::row(), ScoreDivision::col());
-    tile::for_each_pair<Scores::m_tiles, Scores::cols>(
-        [&](int t, int i, int j) { to_ds.store(t, i, j, scores.x[t][j][2 * i], scores.x[t][j][2 * i + 1]); });
-  }
-
-  // The same where half of the warps make P and the others dP, all at the same time and with the same instructions. P
-  // goes in float32 to the threads that have the same entries of dP; dv begins before dS is made.
-  template <class CopyRows, class CopyNumbers>
-  void gradients_by_halves(const Tile& tile, u32 at, CopyRows&& copy_rows, CopyNumbers&& copy_numbers) const {
-    static_assert(!Config::score_halves || (Config::halves && 2 * ScoreDivision::warps == warps && beside),
-                  "the halves have the same to do");
-    constexpr int threads = Config::num_threads / 2, count = Scores::m_tiles * Scores::cols / 2;
-    const bool second = has_dk();
-    Scores x;
-    warp::gemm_abt<Config::head_dim>(x, tile::Operand<0>{}, second ? v() : k(), second ? dout(at) : q(at),
-                                     ScoreDivision::row(), ScoreDivision::col(), copy_rows);
-    copy_numbers();
-    ColumnNumbers<Scores::cols> numbers;
-    numbers.load((second ? delta(at) : lse(at)) + ScoreDivision::col() * int(sizeof(float)));
-    const u32 exact = smem + int(sizeof(Shared)) + ptx::tid_x() % threads * 16;
-    float* const entries = &x.x[0][0][0];
-    if (second) {
-      tile::for_each_pair<Scores::m_tiles, Scores::cols>([&](int t, int i, int j) {
-        const float2 d = pair_of(x, t, i, j);
-        put(x, t, i, j, {d.x - numbers.x[j].x, d.y - numbers.x[j].y});
-      });
-      ptx::bar_sync(1, Config::num_threads);
-#pragma unroll
-      for (int n = 0; n < count; n += 4) {
-        const uint4 p = ptx::ld_shared_v4(exact + n * threads * 4);
-        entries[n] *= __uint_as_float(p.x);
-        entries[n + 1] *= __uint_as_float(p.y);
-        entries[n + 2] *= __uint_as_float(p.z);
-        entries[n + 3] *= __uint_as_float(p.w);
-      }
-    } else {
-      mask_unshaped<Config>(x,
-                            TransposedPlace<Config>{backward.forward, work.seqlen, work.batch, tile.head,
-                                                    work.n_block * block_n + ScoreDivision::row(),
-                                                    m_block(tile) * block_m + ScoreDivision::col()},
-                            work.tiles.is_boundary(tile.position));
-      const float scale = exponent_scale<Variant>(backward.forward);
-      tile::for_each_pair<Scores::m_tiles, Scores::cols>([&](int t, int i, int j) {
-        const float2 s = pair_of(x, t, i, j);
-        put(x, t, i, j, {ptx::ex2_approx_ftz(fmaf(s.x, scale, -numbers.x[j].x)),
-                         ptx::ex2_approx_ftz(fmaf(s.y, scale, -numbers.x[j].y))});
-      });
-#pragma unroll
-      for (int n = 0; n < count; n += 4) {
-        ptx::st_shared_v4(exact + n * threads * 4,
-                          uint4{__float_as_uint(entries[n]), __float_as_uint(entries[n + 1]),
-                                __float_as_uint(entries[n + 2]), __float_as_uint(entries[n + 3])});
-      }
-      ptx::bar_arrive(1, Config::num_threads);
-    }
-    const tile::Staged<P, Scores::cols> to(second ? ds() : p(), ScoreDivision::row(), ScoreDivision::col());
-#pragma unroll
-    for (int t = 0; t < Scores::m_tiles; ++t) {
-#pragma unroll
-      for (int s = 0; s < Scores::cols / 16; ++s) {
-        u32 words[4];
-        tile::pack_square<element>(words, x, t, s);
-        to.store_square(t, s, words);
-      }
-    }
-  }
-
-  // The same, from the masked scores on, in 16 bits and without terms. Scores of 16 keys and 16 queries become
-  // probabilities while products of dP run that were issued before; they are stored behind what the step after that
-  // reads, since accesses to shared memory keep their order.
-  template <class Place>
-  void gradients_of_plain_scores(Scores& scores, Scores& dp, const ColumnNumbers<Scores::cols>& row_lse,
-                                 const Place& place, u32 at) const {
-    constexpr int squares = Scores::m_tiles * (Scores::cols / 16), steps = ceil_div(Config::head_dim_v, 16);
-    constexpr int per_step = ceil_div(squares, steps), per_column = Scores::m_tiles;
-    const float scale = exponent_scale<Variant>(backward.forward);
-    const tile::Staged<P, Scores::cols> to_p(p(), ScoreDivision::row(), ScoreDivision::col());
-    const auto make = [&](int square) {
-      const int t = square % per_column, s = square / per_column;
-#pragma unroll
-      for (int j = 2 * s; j < 2 * s + 2; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float subtracted = i % 2 == 0 ? row_lse.x[j].x : row_lse.x[j].y;
-          scores.x[t][j][i] = ptx::ex2_approx_ftz(fmaf(scores.x[t][j][i], scale, -subtracted));
-        }
-      }
-    };
-    const auto store = [&](int square) {
-      const int t = square % per_column, s = square / per_column;
-      u32 words[4];
-      tile::pack_square<element>(words, scores, t, s);
-      to_p.store_square(t, s, words);
-    };
-    warp::gemm_abt_beside<Config::head_dim_v>(
-        dp, v(), dout(at), ScoreDivision::row(), ScoreDivision::col(), [&](int step) {
-#pragma unroll
-          for (int square = max_of(0, (step - 1) * per_step); square < min_of(squares, step * per_step); ++square)
-            store(square);
-#pragma unroll
-          for (int square = step * per_step; square < min_of(squares, (step + 1) * per_step); ++square) make(square);
-        });
-    ColumnNumbers<Scores::cols> row_delta;
-    row_delta.load(delta(at) + ScoreDivision::col() * int(sizeof(float)));
-#pragma unroll
-    for (int square = (steps - 1) * per_step; square < squares; ++square) store(square);
-    const Kept<Config, Scores::m_tiles, Scores::cols> kept{};
-    gradients<Config, false>(
-        dp, place, kept, row_delta, [](int, int, int) { return float2{}; },
-        [&](int t, int i, int j) { return pair_of(scores, t, i, j); }, [](int, int, int) { return float2{}; },
-        [&](int t, int i, int j, float low, float high) { put(scores, t, i, j, {low, high}); });
-    const tile::Staged<P, Scores::cols> to_ds(ds(), ScoreDivision::row(), ScoreDivision::col());
-#pragma unroll
-    for (int square = 0; square < squares; ++square) {
-      const int t = square % per_column, s = square / per_column;
-      u32 words[4];
-      tile::pack_square<element>(words, scores, t, s);
-      to_ds.store_square(t, s, words);
-    }
-  }
-
-  // Entries 2 * i and 2 * i + 1 of the accumulator's part (t, j).
-  template <class Part>
-  static void put(Part& to, int t, int i, int j, const float (&pair)[2]) {
-    to.x[t][j][2 * i] = pair[0];
-    to.x[t][j][2 * i + 1] = pair[1];
-  }
-  template <class Part>
-  static float2 pair_of(const Part& from, int t, int i, int j) {
-    return {from.x[t][j][2 * i], from.x[t][j][2 * i + 1]};
-  }
-
-  // Numbers of columns, read where they are needed.
-  struct LoadedNumbers {
-    u32 address;
-
-    float2 of(int, int, int j) const {
-      return ptx::ld_shared_f32x2(address + (tile::fragment_col() + 8 * j) * sizeof(float));
-    }
-  };
-
   // Adds dS·K to the tile's dq_sum, or writes it to dq, where nobody else adds to that. There are two passes over the
-  // columns where all of them would take too many registers.
+  // columns where all of them would take too many registers; with Config::score_halves fewer of these are taken.
   void add_dq(const Tile& tile) const {
     const bool whole = writes_dq<Config>(work.seqlen);
     constexpr int most = Config::sums_by_rows && Dq::n_tiles % 4 == 0 ? 24 : Config::score_halves ? 64 : 48;
@@ -438,17 +264,7 @@ struct BackwardMainloopSm80 {
                          DqDivision::col() + 8 * n_tiles * pass, dq);
         continue;
       }
-#pragma unroll
-      for (int t = 0; t < Dq::m_tiles; ++t) {
-#pragma unroll
-        for (int j = 0; j < n_tiles; ++j) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int element = (t * Dq::n_tiles + n_tiles * pass + j) * 4 + i;
-            ptx::red_add_f32(sums + element * dq_threads, dq.x[t][j][i]);
-          }
-        }
-      }
+      add_columns<Dq, dq_threads>(sums, n_tiles * pass, dq);
     }
     if (Config::deterministic && !whole) {
       __syncthreads();  // every warp has added

@@ -24,6 +24,22 @@ struct Division {
   static int col(u32 thread = ptx::tid_x()) { return thread / 32 / row_warps % column_warps * Part::cols; }
 };
 
+// Adds columns of a thread's part of dq, from n-tile `first` on, to the thread's of the sums of a tile: of each number
+// of a Part, those of all `threads` lie side by side.
+template <class Part, int threads, int cols>
+inline void add_columns(float* sums, int first, const tile::Accumulator<Part::m_tiles, cols>& dq) {
+#pragma unroll
+  for (int t = 0; t < Part::m_tiles; ++t) {
+#pragma unroll
+    for (int j = 0; j < cols / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        ptx::red_add_f32(sums + ((t * Part::n_tiles + first + j) * 4 + i) * threads, dq.x[t][j][i]);
+      }
+    }
+  }
+}
+
 // Adds a warp's part of dq, which begins at first_row and first_col, to the sums of query head `head`.
 template <class Config, class Part>
 inline void add_rows(const BackwardParams& backward, const BackwardWork<Config>& work, int head, int first_row,

@@ -75,19 +75,13 @@ inline void ldmatrix_x4_trans(u32 (&r)[4], u32 address) {
 }
 
 // Whether the GPU has stmatrix.
-#if __CUDA_ARCH__ >= 900
-inline constexpr bool has_stmatrix = true;
-#else
-inline constexpr bool has_stmatrix = false;
-#endif
+inline constexpr bool has_stmatrix = __CUDA_ARCH__ >= 900;
 
 // Stores four matrices that are held as ldmatrix_x4 loads them.
 inline void stmatrix_x4(u32 address, const u32 (&r)[4]) {
-#if __CUDA_ARCH__ >= 900
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
                "r"(r[2]), "r"(r[3])
                : "memory");
-#endif
 }
 
 // Makes this thread's writes to shared memory visible to wgmma and to asynchronous copies.

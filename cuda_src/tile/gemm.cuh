@@ -87,8 +87,7 @@ inline void gemm_abt(tile::Accumulator<m_tiles, cols>& scores, const tile::Opera
 
 // The same for 16-bit elements; beside(step) is called beside the products of every step.
 template <int depth, int m_tiles, int cols, class element, int a_rows, int b_rows, int width, class Beside>
-inline void gemm_abt_beside(tile::Accumulator<m_tiles, cols>& scores,
-                            const tile::SharedTile<element, a_rows, width>& a,
+inline void gemm_abt_beside(tile::Accumulator<m_tiles, cols>& scores, const tile::SharedTile<element, a_rows, width>& a,
                             const tile::SharedTile<element, b_rows, width>& b, int a_row, int b_row, Beside&& beside) {
   using A = tile::SharedTile<element, a_rows, width>;
   using B = tile::SharedTile<element, b_rows, width>;

@@ -224,11 +224,14 @@ def test_errors_on_hopper_are_those_of_the_same_mathematics(dtype: str, head_dim
 
 
 SHORT = {"head_dim": 64, "head_dim_v": 64, "dtype": "bfloat16"}
+WIDE = {"head_dim": 256, "head_dim_v": 256}
 OTHERS: dict[str, dict[str, Any]] = {
     "short": {"batch": 5, "seqlen_q": 17, "seqlen_k": 31, "num_heads_q": 2, "causal": True},
     "short and packed": {"batch": 40, "seqlen_q": (7, 30, 0, 16, 11) * 8, "seqlen_k": (20, 3, 9, 16, 0) * 8},
     "long": {"seqlen_q": CHAIN_ROWS + 300, "seqlen_k": 40, "head_dim": 32, "head_dim_v": 32},
     "element by element": {"seqlen_q": 3, "seqlen_k": 90, "layouts": ("strided", "padded", "offset", "padded")},
+    "scores by halves": {"seqlen_q": 150, "seqlen_k": 100, "num_heads_q": 2, "causal": True, **WIDE},
+    "warps without scores": {"seqlen_q": 100, "seqlen_k": 40, "head_dim": 192, "head_dim_v": 192, "dtype": "float32"},
     "no keys": {"batch": 2, "seqlen_q": 70, "seqlen_k": 0, "sinks": True},
     "no queries": {"batch": 2, "seqlen_q": 0, "seqlen_k": 70},
     "no heads": {"batch": 2, "seqlen_q": (100, 50), "seqlen_k": (70, 80), "num_heads_q": 0, "num_heads_k": 0},
@@ -240,9 +243,11 @@ def test_problems_with_kernels_of_their_own(name: str) -> None:
     backward(Call(case=Case(**SHORT | OTHERS[name])), 1)
 
 
-def test_tiles_of_other_gpus() -> None:
-    case = Case(seqlen_q=70, seqlen_k=140, head_dim=96, head_dim_v=96, dtype="float16", causal=True)
-    backward(Call(case=case), arch=86)
+@pytest.mark.parametrize(("arch", "head_dim"), [(86, 96), (100, 128), (100, 256)])
+def test_tiles_of_other_gpus(arch: int, head_dim: int) -> None:
+    """Those of less shared memory, and those of GPUs that have stmatrix."""
+    case = Case(seqlen_q=70, seqlen_k=140, head_dim=head_dim, head_dim_v=head_dim, dtype="float16", causal=True)
+    assert "attention_backward_sm80" in backward(Call(case=case), arch=arch).entries
 
 
 HOPPER: dict[str, dict[str, Any]] = {

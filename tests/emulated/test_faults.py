@@ -49,6 +49,7 @@ NARROW = Case(seqlen_q=100, seqlen_k=150, **SIZES | {"head_dim": 60, "layouts": 
 GRADIENTS = Call(case=Case(seqlen_q=150, seqlen_k=150, causal=True, **SIZES))
 FEW_ROWS = Case(seqlen_q=1, seqlen_k=600, num_heads_q=5, num_heads_k=1, **SIZES)
 SMALL = Case(seqlen_q=1, seqlen_k=100, num_heads_q=5, num_heads_k=1, **SIZES)
+BY_HALVES = Call(case=Case(seqlen_q=150, seqlen_k=70, **SIZES | {"head_dim": 256, "head_dim_v": 256}))
 IN_TURN = Call(case=Case(seqlen_q=200, seqlen_k=640, **SIZES), deterministic=True)
 
 NOT_FINITE = Case(seqlen_q=300, seqlen_k=150, values="infinite", **SIZES)
@@ -103,6 +104,20 @@ FAULTS = {
         "      __syncthreads();  // P and dS are complete\n",
         "",
         of(backward, GRADIENTS),
+        "a race",
+    ),
+    "no barrier behind P in float32": Fault(
+        "backward_scores_sm80.cuh",
+        "      ptx::bar_sync(Main::exact_barrier, Config::num_threads);\n",
+        "",
+        of(backward, BY_HALVES),
+        "a race",
+    ),
+    "no barrier behind the half that has dS": Fault(
+        "backward_mainloop_sm80.cuh",
+        "      ptx::bar_sync(ds_barrier, Config::num_threads / 2);\n",
+        "",
+        of(backward, BY_HALVES),
         "a race",
     ),
     "sums that begin anywhere": Fault(
