@@ -59,19 +59,12 @@ struct BackwardMainloopSm80 {
 
   // A thread's parts of dk and dv. With Config::halves it has a part of one of them, which is here as dv.
   struct Sums {
-    tile::LocalSums<Dv::m_tiles, Dv::cols> local_dv;
-    tile::LocalSums<Dk::m_tiles, Dk::cols> local_dk;
     Dv dv;
     Dk dk;
 
     void zero() {
       dv.zero();
       if constexpr (!Config::halves) dk.zero();
-    }
-
-    void take_over(bool first, bool last) {
-      local_dv.take_over(dv, first, last);
-      if constexpr (!Config::halves) local_dk.take_over(dk, first, last);
     }
   };
 
@@ -155,6 +148,13 @@ struct BackwardMainloopSm80 {
     load<Config::head_dim>(k(), first_key, keys(backward.forward.k, backward.forward.k_strides));
     load<Config::head_dim_v>(v(), first_key, keys(backward.forward.v, backward.forward.v_strides));
     load_queries({work.head * backward.forward.qheads_per_khead, work.tiles.begin}, buffer(0));
+    // In local memory, and not in Sums, which would be drawn into it.
+    tile::LocalSums<Dv::m_tiles, Dv::cols> local_dv;
+    tile::LocalSums<Dk::m_tiles, Dk::cols> local_dk;
+    const auto take_over = [&](bool first, bool last) {
+      local_dv.take_over(sums.dv, first, last);
+      if constexpr (!Config::halves) local_dk.take_over(sums.dk, first, last);
+    };
     sums.zero();
     int index = 0, steps = 0;
     do {
@@ -192,11 +192,11 @@ struct BackwardMainloopSm80 {
       }
       add_dq(tile);
       if (Config::chains && unlikely(++steps % chain_steps == 0)) {
-        sums.take_over(steps == chain_steps, false);
+        take_over(steps == chain_steps, false);
       }
     } while (is_live(state.tiles[index]));
     if (Config::chains && unlikely(steps >= chain_steps)) {
-      sums.take_over(false, true);
+      take_over(false, true);
     }
   }
 

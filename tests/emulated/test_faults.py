@@ -308,18 +308,24 @@ FAULTS |= {
         "its bulk copies may still read shared memory",
     ),
     "a unit overwritten": Fault(
-        "backward_mainloop_sm90.cuh",
-        "      // are few.\n      __syncwarp();\n",
-        "      // are few.\n",
+        "backward_find_sm90.cuh",
+        "    // are few.\n    __syncwarp();\n",
+        "    // are few.\n",
         PACKED_ON_HOPPER,
         "a race",
     ),
     "dq read before all is there": Fault(
         "backward_sums_sm90.cuh",
-        "        while (ptx::ld_acquire_gpu(done) != backward.n_blocks) {\n        }\n",
+        "        while (each[i].row >= 0 && !is_done<Config>(backward, each[i])) {\n        }\n",
         "",
         GRADIENTS_ON_HOPPER,
         "has not told this one",
+    ),
+    "dq written early before all is there": Fault(
+        "backward_sums_sm90.cuh",
+        "        found = is_done<Config>(backward, tile);\n",
+        "        found = true;\n",
+        GRADIENTS_ON_HOPPER,
     ),
     "Q given back too early": Fault(
         "backward_split_keys_sm90.cuh",
