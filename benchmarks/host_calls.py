@@ -89,7 +89,8 @@ def pretended_cupy() -> ModuleType:
     cupy = ModuleType("cupy")
     stream = SimpleNamespace(ptr=7)
     runtime = SimpleNamespace(getDevice=int)  # which without an argument is 0
-    cuda = SimpleNamespace(get_current_stream={0: stream}.get, Device=None, runtime=runtime)
+    memory = Memory(1 << 39)
+    cuda = SimpleNamespace(get_current_stream={0: stream}.get, Device=None, runtime=runtime, alloc=lambda size: memory)
 
     def empty(shape: tuple[int, ...], dtype: Any) -> Array:
         return Array(shape, dtype)
@@ -122,6 +123,8 @@ def pretend() -> None:
         torch = sys.modules["torch"]
         patch(torch._C, "_cuda_getCurrentRawStream", {0: 7}.get)
         patch(torch._C, "_cuda_getDevice", int)
+        guards = torch._C._dynamo.guards
+        patch(guards, "_empty_strided_cuda", guards._empty_strided_cpu)
         own = _arrays.TorchAdapter.spec
         patch(_arrays.TorchAdapter, "spec", lambda self, layout: own(self, layout)._replace(device=0))
 
@@ -131,9 +134,11 @@ def cupy_calls() -> dict[str, Callable[[], Any]]:
 
     q, k, v, cache = (Array(SHAPE, np.float16),) * 4
     step, lengths = Array((*SHAPE[:1], 1, *SHAPE[2:]), np.float16), Array((1,), np.int32)
+    lse = Array((1, 2, 64), np.float32)
     return {
         "CuPy: attention": lambda: cufa.attention(q, k, v, causal=True),
         "CuPy: attention_with_kvcache": lambda: cufa.attention_with_kvcache(step, k, cache, cache_seqlens=lengths),
+        "CuPy: attention_backward": lambda: cufa.attention_backward(q, q, k, v, q, lse, causal=True),
     }
 
 
@@ -146,13 +151,14 @@ def torch_calls() -> dict[str, Callable[[], Any]]:
     class Nothing(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         @staticmethod
         def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
-            return out
+            return own_out
 
         @staticmethod
         def backward(ctx: Any, dout: Any) -> tuple[Any, ...]:
-            return out, out, out
+            return own_out, own_out, own_out
 
-    q, k, v, out, cache = (torch.zeros(SHAPE, dtype=torch.float16) for _ in range(5))
+    # What a Function returns requires grad from then on, so that no other call is given it.
+    q, k, v, out, cache, own_out = (torch.zeros(SHAPE, dtype=torch.float16) for _ in range(6))
     own = [each.clone().requires_grad_() for each in (q, k, v)]
     qkv = torch.zeros(*SHAPE[:2], 3, *SHAPE[2:], dtype=torch.float16, requires_grad=True)
     dout, lse = torch.zeros_like(q), torch.zeros(1, 2, 64)

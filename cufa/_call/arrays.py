@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -103,6 +103,9 @@ class Adapter:
 
     name: str
 
+    likens: ClassVar[bool] = False
+    """Whether arrays may have a `likeness`."""
+
     def view_plain(self, given: tuple[Any, ...]) -> Arrays | None:
         """View arrays of which none is unusual, as they are; None if one is.
 
@@ -133,6 +136,13 @@ class Adapter:
         """
         return self.empty(shape, dtype, array)
 
+    def scratch(self, floats: int, like: Any) -> tuple[Any, int]:
+        """Memory of so many float32 numbers on the device of `like`, as `empty` makes it, and its address.
+
+        An adapter may have it for speed: it need be no array.
+        """
+        return self.empty((floats,), "float32", like)
+
     def stream(self, array: Any, device: int) -> int:
         """Handle of the caller's current stream on `device`; 0 is CUDA's default stream."""
         raise NotImplementedError
@@ -141,11 +151,42 @@ class Adapter:
         """The framework's current GPU; -1 if only the driver knows."""
         return -1
 
+    def likeness(self, arrays: Arrays) -> Likeness | None:
+        """What tells arrays like these at once; None where the framework has no such thing, or these are unusual."""
+        return None
+
     def check_memory(self, array: Any) -> None:
         """Raise `Recorded` if an array has no address because it stands for others."""
 
     def check_call(self) -> None:
         """Raise `Recorded` if the framework has to be told of a call, whatever its arrays are."""
+
+
+class Likeness(Protocol):
+    """Tells arrays of whose call everything is known: those with the layouts of others, in the framework's same state.
+
+    Attributes
+    ----------
+    recorded : bool
+        Whether the framework's autograd has to be told of such a call. Nothing else has to be.
+    places : tuple of int
+        Those of the arrays that are not None.
+    """
+
+    recorded: bool
+    places: tuple[int, ...]
+
+    def addresses(self, given: tuple[Any, ...]) -> list[int] | None:
+        """Those of arrays that are like these, but for those that are None; None if they are not like these."""
+
+    def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
+        """New array on the current GPU, of the framework's own `dtype`."""
+
+    def dtype(self, name: str) -> Any:
+        """The framework's own dtype."""
+
+    def address(self, array: Any) -> int:
+        """That of a new array."""
 
 
 class Arrays:
@@ -399,6 +440,7 @@ class CupyAdapter(Adapter):
         self._current_stream = cupy.cuda.get_current_stream
         self._device = cupy.cuda.Device
         self._current_device = cupy.cuda.runtime.getDevice
+        self._alloc = cupy.cuda.alloc
 
     def view_plain(self, given: tuple[Any, ...]) -> Arrays | None:
         own = self._array
@@ -438,6 +480,15 @@ class CupyAdapter(Adapter):
                 array = self._array(shape, numpy_dtype(dtype))
         return array, array.data.ptr
 
+    def scratch(self, floats: int, like: Any) -> tuple[Any, int]:
+        device = like.data.device_id
+        if device == self._current_device():
+            memory = self._alloc(4 * floats)
+        else:
+            with self._device(device):
+                memory = self._alloc(4 * floats)
+        return memory, memory.ptr
+
     def stream(self, array: Any, device: int) -> int:
         return self._current_stream(device).ptr  # type: ignore[no-any-return]
 
@@ -447,6 +498,7 @@ class CupyAdapter(Adapter):
 
 class TorchAdapter(Adapter):
     name = "torch"
+    likens = True
 
     def __init__(self) -> None:
         torch = sys.modules["torch"]
@@ -517,6 +569,11 @@ class TorchAdapter(Adapter):
             or (self._function_modes() and self._dispatch_key_included("PreDispatch"))
         ):
             raise Recorded
+
+    def likeness(self, arrays: Arrays) -> Likeness | None:
+        from .likeness import of_tensors  # nothing that is called once needs it
+
+        return of_tensors(self._torch, arrays)
 
     def _refuse(self, array: Any, error: RuntimeError) -> NoReturn:
         """Say what kind of tensor it is that has no address or no strides."""

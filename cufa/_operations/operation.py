@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .._call.problem import Problem
     from .._kernels import Kernel
     from .._terms import Term
+    from .repeated import Known
 
 
 class Result(NamedTuple):
@@ -97,6 +98,7 @@ class Operation:
         number = next(_count)
         _MADE[number] = self
         self.key = f"{self.name} {number}"  # within the process
+        self.repeated: dict[type, Known] = {}  # by the type of the first array
         if self.of is not None:
             _GRADIENTS.setdefault(self.of, self)  # a copy with other kernels does not take its place
 

@@ -29,6 +29,7 @@ from .._operations import call as _call
 from .._operations.features import having, wanting
 from .._operations.forward import ATTENTION, ATTENTION_VARLEN
 from .._operations.operation import Operation, by_key, gradients_of
+from .._operations.repeated import Repeated
 from .._operations.rotary import ROTARY
 from .._operations.states import MERGE_STATES
 from .._terms import TERMS
@@ -214,24 +215,28 @@ class Operator:
             given = [(result.shape, result.dtype) for result in results]
             self.keep(ctx, options, inputs, results, given, self.ways_of(ctx, inputs, options))
 
-    def forward_in_memory(
-        self, ctx: Any, arrays: Arrays | None, options: Options, inputs: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
+    def forward_in_memory(self, ctx: Any, arrays: Viewed, options: Options, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """`forward` and `setup_context` of tensors in memory, whose problem remembers what the gradients ask for.
 
         An lse that nobody asked for is kept, but is no result, of which torch would make more.
         """
-        if arrays is None:
-            arrays = _viewed(self.operation, self.given_of(inputs))
-        problem = _problem.checked(self.operation, arrays, options)
-        known = problem.memo.get("recorded")
-        if known is None:
-            known = problem.memo["recorded"] = self._known(problem, arrays, options, inputs)
-        whole, given, ways = known
-        results = _call.computed(arrays, whole, options.late)
+        if isinstance(arrays, tuple):
+            repeated, addresses = arrays
+            whole, given, ways = repeated.problem.memo["recorded"]
+            results = repeated(addresses)
+        else:
+            if arrays is None:
+                arrays = _viewed(self.operation, self.given_of(inputs))
+            problem = _problem.checked(self.operation, arrays, options)
+            known = problem.memo.get("recorded")
+            if known is None:
+                known = problem.memo["recorded"] = self._known(problem, arrays, options, inputs)
+                known[0].memo["recorded"] = known
+            whole, given, ways = known
+            results = _call.computed(arrays, whole, options.late)
         if self.gradients is not None:
             self.keep(ctx, options, inputs, results, given, ways or self.ways_of(ctx, inputs, whole.options))
-        return tuple(results if whole is problem else results[:-1])
+        return tuple(results if whole.options.return_lse is options.return_lse else results[:-1])
 
     def _known(self, problem: Problem, arrays: Arrays, options: Options, inputs: tuple[Any, ...]) -> Known:
         """What is known of a problem as soon as autograd has recorded it once."""
@@ -366,6 +371,9 @@ class Ways(NamedTuple):
 Given: TypeAlias = list[tuple[tuple[int, ...], torch.dtype]]
 """Shapes and dtypes of results."""
 
+Viewed: TypeAlias = Arrays | tuple[Repeated, list[int]] | None
+"""The tensors of a call if they are viewed, or that they are like those of an earlier one, and their addresses."""
+
 Known: TypeAlias = tuple[Problem, Given, Ways | None]
 """Of a problem that autograd records: that of all results which its gradients read, those results, and the gradients;
 None if there are none, or if they depend on which inputs need one."""
@@ -396,7 +404,7 @@ def _function_in_memory_of(made: Operator) -> Any:
 
     class Differentiable(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         @staticmethod
-        def forward(ctx: Any, arrays: Arrays | None, options: Options, *inputs: Any) -> tuple[Any, ...]:
+        def forward(ctx: Any, arrays: Viewed, options: Options, *inputs: Any) -> tuple[Any, ...]:
             return made.forward_in_memory(ctx, arrays, options, inputs)
 
         @staticmethod
@@ -478,6 +486,18 @@ def differentiated(operation: Operation, arrays: Arrays, options: Options) -> An
         return call(operation, given, options)
     found = operator_of(operation)
     results = found.apply_in_memory(arrays, options, *found.inputs_of(given))
+    known = None if options.late else _problem.check(operation, arrays, options).memo.get("recorded")
+    if known is not None:  # as it is where many problems of other threads have come between
+        _call.expect(operation, arrays, options, known[0])
+    return results[0] if len(results) == 1 else results
+
+
+def differentiated_again(
+    operation: Operation, given: tuple[Any, ...], options: Options, repeated: Repeated, addresses: list[int]
+) -> Any:
+    """`differentiated` of a call like an earlier one."""
+    found = operator_of(operation)
+    results = found.apply_in_memory((repeated, addresses), options, *found.inputs_of(given))
     return results[0] if len(results) == 1 else results
 
 
