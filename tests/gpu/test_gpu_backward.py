@@ -526,8 +526,8 @@ def test_ordinary_numbers_are_not_computed_once_more(kind: Kind, monkeypatch: py
     found = []
     begin, launch = Prepared.__init__, Prepared.__call__
 
-    def spy_begin(self: Prepared, launched: Any, copying: Any, scratch: Any, floats: int) -> None:
-        begin(self, launched, copying, scratch, floats)
+    def spy_begin(self: Prepared, make: Any, names: Any, copying: Any, scratch: Any, floats: int) -> None:
+        begin(self, make, names, copying, scratch, floats)
         if "not_finite" in scratch.parts:
             places[id(self)] = 4 * scratch.parts["not_finite"]
 

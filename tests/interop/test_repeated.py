@@ -331,7 +331,7 @@ def test_calls_in_turn_have_the_bits_of_each_alone(again: list[Any]) -> None:
             copies = {id(each): each.clone() for each in arrays}  # with their strides
             found = cufa.attention(*(copies[id(each)] for each in arrays), **more, **options)
             assert all(map(torch.equal, found, expected))
-    assert len(again) > 3 * len(kinds)
+    assert len(again) >= 2 * len(kinds)  # more kinds have the same options and shapes than are known at a time
 
 
 @pytest.mark.gpu
