@@ -10,8 +10,8 @@ how much longer `cufa.flash_attn` takes than `cufa.attention` where both do no m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -51,8 +51,9 @@ def kinds_of(device: str, grad: bool) -> Kinds:
         )
     if device == "cuda":
         kinds["torch: SDPA"] = sdpa
-        if importlib.util.find_spec("flash_attn"):
-            peer = importlib.import_module("flash_attn")
+        with contextlib.suppress(ImportError):
+            # FlashAttention-4 has the package, but not this module.
+            peer = importlib.import_module("flash_attn.flash_attn_interface")
             kinds["flash_attn: flash_attn_func"] = lambda: peer.flash_attn_func(q, k, v, causal=True)
             kinds["flash_attn: flash_attn_qkvpacked_func"] = lambda: peer.flash_attn_qkvpacked_func(qkv, causal=True)
     if not grad:

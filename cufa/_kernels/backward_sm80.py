@@ -196,6 +196,7 @@ def table_row(static: Static, arch: int) -> Tile:
     if widest <= 128:
         return Tile(64, 128, 8, 4, 2, 2 if same else 4, 2, 2, same) if memory > 99 else Tile(64, 64, 8, 2, 4, 2, 2, 1)
     if widest <= 192:
+        same = same and widest > 160  # below, dk has 192 columns for dq's sake, and dv 160
         return Tile(64, 64, 8, 2, 4, 2, 2, 2, same) if memory > 99 else Tile(32, 64, 8, 4, 2, 2, 2, 1)
     if memory > 99 and same and not static.terms:
         return Tile(64, 64, 8, 2, 2, 1, 2, 1, same, True)

@@ -1,4 +1,4 @@
-"""What launches ask for of shared memory, for every tile where queries are few or keys lie in caches, and others."""
+"""What launches ask for of shared memory, for every tile where queries are few or keys lie in caches, and others; and of columns."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sampling import paired
 
 from cufa._call.problem import FEW_ROWS
 from cufa._kernels import Plan, choose
+from cufa._kernels.backward_sm80 import BackwardSm80
 from cufa._kernels.kernel import SHARED_MEMORY
 from cufa._operations.forward import FORWARD
 from cufa._operations.kvcache import KVCACHE
@@ -56,3 +57,11 @@ def test_two_blocks_of_the_forward_for_every_gpu_share_an_sm(arch: int) -> None:
         own = own or declared(plan)[plan.name]
         assert 2 * (own + plan.steps[0].smem_bytes + RESERVED) <= SHARED_MEMORY[arch] + RESERVED, plan.words()
         assert plan.config.stages == (2 if head_dim == 64 and SHARED_MEMORY[arch] > 99 << 10 else 1)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_halves_of_the_warps_have_as_many_columns(arch: int) -> None:
+    """Of the gradients for every GPU one half has dv, the other dk."""
+    for head_dim in range(8, 257, 8):
+        config = BackwardSm80().config(plans.static("bf16", head_dim, head_dim, tma=False), arch)
+        assert not config.halves or config.tile_head_dim == config.tile_head_dim_v
