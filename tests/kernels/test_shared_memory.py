@@ -1,4 +1,4 @@
-"""What launches ask for of shared memory, for every tile where queries are few or keys lie in caches, and others; and of columns."""
+"""What launches ask for of shared memory, for every tile where queries are few or keys lie in caches, and others."""
 
 from __future__ import annotations
 
