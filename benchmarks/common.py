@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
+from reports import draw
 
 from cufa._bench.frameworks import Torch
 from cufa._bench.measure import captured, conditions, matmul_ceiling, take_turns
@@ -22,7 +23,6 @@ from cufa._bench.reports import (
     ladder,
     markdown,
     names_in,
-    plot,
     write_rows,
 )
 from cufa._call import problem as _problem
@@ -131,5 +131,5 @@ def write(
     stem = stem_of(directory, name)
     stem.with_suffix(".md").write_text(text)
     write_rows(results, peers, stem.with_suffix(".csv"))
-    plot(results, ceiling, title, stem.with_suffix(".png"))
+    draw(results, ceiling, title, stem.with_suffix(".png"))
     print(f"# wrote {stem}.md, .csv and .png")
