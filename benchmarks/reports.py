@@ -13,8 +13,8 @@ from pathlib import Path
 
 from cufa._bench.reports import Results, figure_of, read_rows
 
-LEGEND_COLUMNS = 5
-"""Names side by side below a plot: more peers than that do not fit its width."""
+NAME_INCHES = 2.4
+"""What a name takes of a plot's width."""
 
 
 def draw(results: Results, ceiling: float, title: str, path: Path) -> None:
@@ -24,8 +24,8 @@ def draw(results: Results, ceiling: float, title: str, path: Path) -> None:
         (legend,) = figure.legends
         names = [text.get_text() for text in legend.get_texts()]
         legend.remove()
-        columns = min(len(names), LEGEND_COLUMNS)
-        figure.legend(legend.legend_handles, names, loc="outside lower center", ncols=columns)
+        columns = max(1, int(figure.get_figwidth() / NAME_INCHES))
+        figure.legend(legend.legend_handles, names, loc="outside lower center", ncols=min(columns, len(names)))
         figure.savefig(path, dpi=120)
 
 

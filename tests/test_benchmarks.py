@@ -31,6 +31,30 @@ def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             del sys.modules[name]
 
 
+@pytest.mark.parametrize("head_dims", [(64,), (64, 128, 256)])
+def test_names_below_a_plot_fit_its_width(
+    head_dims: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+    from reports import draw
+
+    peers = list(reports.COLORS)[:9]
+    results = {row: dict.fromkeys(peers, 100.0) for row in reports.rungs(head_dims, (512, 2048))}
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def spy(figure: Figure, *args: Any, **more: Any) -> None:
+        saved.append(figure)
+        save(figure, *args, **more)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    draw(results, 800.0, "title", tmp_path / "plot.png")
+    (legend,) = saved[0].legends
+    assert {text.get_text() for text in legend.get_texts()} == {*peers, reports.CEILING}
+    box, whole = legend.get_window_extent(), saved[0].bbox
+    assert whole.x0 <= box.x0 and box.x1 <= whole.x1
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_a_peer_has_one_color_in_every_panel_and_is_in_the_legend(path: Path) -> None:
     from matplotlib.colors import same_color
