@@ -3,8 +3,9 @@
     python benchmarks/attention.py [--out DIR] [--ladder] [--quick] [--cliffs] [--only REGEX] [--kernel sm80]
 
 Same inputs for all, in one run on one GPU: bfloat16, some rows in float32, medians of CUDA-graph replays with the L2
-flushed before each, so that a slow host does not count against a kernel. Work is counted as 4 · batch · seqlen_q · seqlen_k · heads · head_dim
-floating-point operations, half of it under a causal mask. Beside the kernels it measures the ceiling of a large matrix
+flushed before each, so that a slow host does not count against a kernel. Work is counted as
+4 · batch · seqlen_q · seqlen_k · heads · head_dim floating-point operations, half of it under a causal mask. Beside the
+kernels it measures what cufa takes for an operation of some rows beside others, the ceiling of a large matrix
 product, the host's time a call, and the time from ``import cufa`` to the first result. ``--out`` receives a table
 (Markdown), the rows (CSV) and a plot (PNG). ``--cliffs`` measures, within a minute, shapes that are easily slow beside
 torch's backends instead.
