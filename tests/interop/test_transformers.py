@@ -236,6 +236,8 @@ def test_encoders_beside_decoders(name: str) -> None:
             asked = {key: value for key, value in asked.items() if key != "decoder_input_ids"}
             asked |= {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
             asked |= {"cache_implementation": "static"} if name == "T5" else {}
+            # Whisper's generate takes padding away, and fails on a sequence that is nothing else.
+            asked |= {"suppress_tokens": [0]} if name == "Whisper" else {}
             expected, found = models.both(lambda model, asked=asked: model.generate(**asked))
             assert (expected == found).all()
 
