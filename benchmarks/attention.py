@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as functional
 from cliffs import FORWARD as CLIFFS
 from cliffs import as_dense, run_cliffs
-from common import command_line, notes, pairs, per_flop, selected, start, write
+from common import BESIDE, command_line, notes, pairs, per_flop, selected, start, write
 
 import cufa
 from cufa._bench.frameworks import Torch
@@ -119,9 +119,7 @@ def main() -> None:
         text += [
             "## Beside the ladder",
             "",
-            "Under a window only the pairs it leaves count as work. 64 packed: sequences of 100 to 8000 tokens, and "
-            "below them 64 of their mean length. There FA2 is called below torch's scaled_dot_product_attention, which "
-            "has neither.",
+            BESIDE,
             "",
             table(beside, peers, eager),
         ]

@@ -18,7 +18,7 @@ import torch
 from attention import host_costs
 from cliffs import FORWARD as CLIFFS
 from cliffs import as_dense, run_cliffs
-from common import command_line, notes, pairs, per_flop, selected, start, write
+from common import BESIDE, command_line, notes, pairs, per_flop, selected, start, write
 
 import cufa
 from cufa._bench.frameworks import Framework, Torch
@@ -111,9 +111,7 @@ def report(
         text += [
             "## Beside the ladder",
             "",
-            "Under a window only the pairs it leaves count as work. 64 packed: sequences of 100 to 8000 tokens, and "
-            "below them 64 of their mean length; 32 packed: of 512. There FA2 is called below torch's "
-            "scaled_dot_product_attention, which has neither.",
+            f"{BESIDE} 32 packed: sequences of 512 tokens.",
             "",
             table(beside, peers, eager),
         ]

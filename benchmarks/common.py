@@ -59,6 +59,13 @@ def command_line(description: str | None, peers: dict[str, Peer]) -> argparse.Na
     return arguments
 
 
+BESIDE = (
+    "Under a window only the pairs it leaves count as work. 64 packed: sequences of 100 to 8000 tokens, and below them "
+    "64 of their mean length. There FA2 is called below torch's scaled_dot_product_attention, which has neither."
+)
+"""What is to be known of the rows beside the ladder."""
+
+
 def notes(results: Results, peers: Collection[str], eager: Collection[tuple[Row, str]]) -> list[str]:
     """What the marks in the tables say, as lines of Markdown."""
     text = []
@@ -88,7 +95,7 @@ def pairs(arguments: argparse.Namespace) -> list[tuple[Row, Row]]:
     return windows + [(row, row._replace(lengths=None)) for row in rows if row.lengths is not None]
 
 
-def per_flop(pairs: Iterable[tuple[Row, Row]], make: Peer, framework: Torch, *, backward: bool = False) -> list[str]:
+def per_flop(compared: Iterable[tuple[Row, Row]], make: Peer, framework: Torch, *, backward: bool = False) -> list[str]:
     """cufa's time for an operation of a row over that of another, as Markdown.
 
     Each row takes turns with the other: after calls of its own kind alone, or of slower libraries, the GPU has another
@@ -96,7 +103,7 @@ def per_flop(pairs: Iterable[tuple[Row, Row]], make: Peer, framework: Torch, *, 
     """
     gpu = framework.clock()
     lines = []
-    for pair in pairs:
+    for pair in compared:
         with gpu.stream:
             given = [framework.inputs(row, 0)[: 4 if backward else 3] for row in pair]
             made = [make(framework, row, *arrays) for row, arrays in zip(pair, given, strict=True)]

@@ -1059,6 +1059,7 @@ def test_packed_blocks_of_keys_and_tiles_of_queries_are_visited_once(kernel: str
                 f"packed_units<{name}, {config.block_m}>({backward}, {heads_q}, 1, {tiles}, {total}, {given})"
             )
             if kernel == "split_sm90":
+                claims.append(f"unit_counts == {plan.kernel.unit_counts}")  # type: ignore[attr-defined]
                 count = (total // SPLIT_QUERIES + min(batch, total)) * heads_q
                 claims.append(f"QueryWork<QueriesConfig<{name}>>::units({backward}) == {count}")
                 for section in (grid.heads_per_section * heads_q // heads_k, 2):
