@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
-from reports import draw
 
 from cufa._bench.frameworks import Torch
 from cufa._bench.measure import captured, conditions, matmul_ceiling, take_turns
@@ -23,6 +22,7 @@ from cufa._bench.reports import (
     ladder,
     markdown,
     names_in,
+    plot,
     write_rows,
 )
 from cufa._call import problem as _problem
@@ -138,5 +138,5 @@ def write(
     stem = stem_of(directory, name)
     stem.with_suffix(".md").write_text(text)
     write_rows(results, peers, stem.with_suffix(".csv"))
-    draw(results, ceiling, title, stem.with_suffix(".png"))
+    plot(results, ceiling, title, stem.with_suffix(".png"))
     print(f"# wrote {stem}.md, .csv and .png")

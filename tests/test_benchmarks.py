@@ -27,7 +27,7 @@ def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     known = set(sys.modules)
     yield
     for name in set(sys.modules) - known:
-        if name.split(".")[0] in ("reports", "common", "compare", "host_calls", "cufa_base", "cufa_new"):
+        if name.split(".")[0] in ("reports", "common", "compare", "counters", "host_calls", "cufa_base", "cufa_new"):
             del sys.modules[name]
 
 

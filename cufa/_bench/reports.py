@@ -42,6 +42,9 @@ COLORS = {
 CEILING = "8192³ matmul"
 """The line of a large matrix product in the plots."""
 
+NAME_INCHES = 2.4
+"""What a name takes of a plot's width."""
+
 
 class Row(NamedTuple):
     """One rung of the ladder.
@@ -293,7 +296,8 @@ def figure_of(results: Results, ceiling: float | None, title: str) -> Any:
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     shown = [name for name in (*COLORS, CEILING) if name in handles]
-    figure.legend([handles[name] for name in shown], shown, loc="outside lower center", ncols=len(shown))
+    columns = min(len(shown), max(1, int(figure.get_figwidth() / NAME_INCHES)))
+    figure.legend([handles[name] for name in shown], shown, loc="outside lower center", ncols=columns)
     figure.suptitle(title)
     return figure
 
