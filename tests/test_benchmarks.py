@@ -36,7 +36,6 @@ def test_names_below_a_plot_fit_its_width(
     head_dims: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from matplotlib.figure import Figure
-    from reports import draw
 
     peers = list(reports.COLORS)[:9]
     results = {row: dict.fromkeys(peers, 100.0) for row in reports.rungs(head_dims, (512, 2048))}
@@ -48,7 +47,7 @@ def test_names_below_a_plot_fit_its_width(
         save(figure, *args, **more)
 
     monkeypatch.setattr(Figure, "savefig", spy)
-    draw(results, 800.0, "title", tmp_path / "plot.png")
+    reports.plot(results, 800.0, "title", tmp_path / "plot.png")
     (legend,) = saved[0].legends
     assert {text.get_text() for text in legend.get_texts()} == {*peers, reports.CEILING}
     box, whole = legend.get_window_extent(), saved[0].bbox
@@ -181,3 +180,39 @@ def test_times_of_shapes_that_are_easily_slow() -> None:
     text = reports.times(results, reports.COLORS, set(), work=2.0, limit=1.3)
     assert f"Greatest 2.40×; 1 of {len(rows)} rows above 1.3×." in text
     assert f"| 16384 over 128 | 2 | 16/16 | full | {2 * rows[0].flop / 1e6:.1f} |" in text
+
+
+def test_counters_are_told_by_row() -> None:
+    import counters
+
+    shares, several = [*counters.SHARES.values()], [name for names in counters.BYTES.values() for name in names]
+    stalls = [f"{counters.STALLED}{name}_per_issue_active.ratio" for name in counters.STALLS]
+    active = [f"{counters.ACTIVE}.avg", f"{counters.ACTIVE}.min"]
+    columns = [counters.DURATION, counters.ELAPSED, *active, *shares, *several, *stalls]
+
+    def line(name: str, microseconds: int, first: int) -> str:
+        elapsed = 1500 * microseconds
+        values = [1000 * microseconds, elapsed, 0.9 * elapsed, 0.8 * elapsed]
+        values += [first + i for i in range(len(shares))] + [1e6 * (i + 1) for i in range(len(several))]
+        values += [0.5 * (len(stalls) - i) for i in range(len(stalls))]
+        return ",".join(f'"{value}"' for value in ("1", name, *(f"{value:,}" for value in values)))
+
+    head, units = (",".join(f'"{text}"' for text in each) for each in (["ID", "Kernel Name", *columns], ["", ""]))
+    marks = [line(name, 1, 0) for name in ("row_3()", "row_end()", "row_7()")]
+    lines = ["==PROF== Connected", head, units, line("attention_forward_sm90", 99, 1), marks[0]]
+    lines += [line("attention_backward_prepare", 40, 10), line("attention_backward_repair", 3, 20), marks[1]]
+    lines += [line("attention_forward_sm90", 98, 30), marks[2], line("void pytorch_flash::flash_fwd<T>(P)", 50, 40)]
+    found = counters.launches_in("\n".join(lines))
+    assert {index: len(launches) for index, launches in found.items()} == {3: 2, 7: 1}
+    rows = [line.strip("| ").split(" | ") for line in counters.table({3: "three", 7: "seven"}, found)[2:]]
+    waits = "fixed latencies 7.0, memory, mbarriers 6.5, shared memory 6.0, barriers 5.5"
+    busy = [str(10 + i) for i in range(len(shares))]
+    assert rows[0] == ["three", "backward_prepare", "40", "1.50", "90, 80", *busy, "3", "3", waits]
+    assert len(rows) == 2 and rows[1][:3] == ["seven", "pytorch_flash::flash_fwd", "50"]
+
+
+def test_what_is_counted_has_names_of_its_own() -> None:
+    import counters
+
+    names = [each.name for each in counters.profiled()]
+    assert len(set(names)) == len(names) and any("deterministic" in name for name in names)
