@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from itertools import islice
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -103,8 +104,18 @@ class Adapter:
 
     name: str
 
+    current_device: Callable[[], int] = staticmethod(lambda: -1)
+    """The framework's current GPU; -1 if only the driver knows."""
+
+    current_stream: Callable[[int], int]
+    """`stream` where it does not depend on an array."""
+
     likens: ClassVar[bool] = False
     """Whether arrays may have a `likeness`."""
+
+    maker: Maker | None = None
+    """For the calls of a problem with arrays of which no likeness tells, but a view of all at once; None where it would
+    save nothing."""
 
     def view_plain(self, given: tuple[Any, ...]) -> Arrays | None:
         """View arrays of which none is unusual, as they are; None if one is.
@@ -145,11 +156,7 @@ class Adapter:
 
     def stream(self, array: Any, device: int) -> int:
         """Handle of the caller's current stream on `device`; 0 is CUDA's default stream."""
-        raise NotImplementedError
-
-    def current_device(self) -> int:
-        """The framework's current GPU; -1 if only the driver knows."""
-        return -1
+        return self.current_stream(device)
 
     def likeness(self, arrays: Arrays) -> Likeness | None:
         """What tells arrays like these at once; None where the framework has no such thing, or these are unusual."""
@@ -162,7 +169,36 @@ class Adapter:
         """Raise `Recorded` if the framework has to be told of a call, whatever its arrays are."""
 
 
-class Likeness(Protocol):
+class Maker(Protocol):
+    """A framework's own functions by which calls of which all else is known make results on the current GPU.
+
+    What each of them takes is a large part of such a call.
+    """
+
+    @property
+    def empty(self) -> Callable[..., Any]:
+        """New array, from its `arguments`."""
+
+    @property
+    def address(self) -> Callable[[Any], int]:
+        """That of a new array."""
+
+    @property
+    def stream(self) -> Callable[[int], int]:
+        """Handle of the caller's current stream on a GPU."""
+
+    @property
+    def current_device(self) -> Callable[[], int]:
+        """The framework's current GPU."""
+
+    def arguments(self, shape: tuple[int, ...], dtype: str) -> tuple[Any, ...]:
+        """What `empty` takes for a C-contiguous array."""
+
+    def scratch(self, floats: int) -> tuple[Any, int]:
+        """Memory of so many float32 numbers, and its address."""
+
+
+class Likeness(Maker, Protocol):
     """Tells arrays of whose call everything is known: those with the layouts of others, in the framework's same state.
 
     Attributes
@@ -178,15 +214,6 @@ class Likeness(Protocol):
 
     def addresses(self, given: tuple[Any, ...]) -> list[int] | None:
         """Those of arrays that are like these, but for those that are None; None if they are not like these."""
-
-    def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
-        """New array on the current GPU, of the framework's own `dtype`."""
-
-    def dtype(self, name: str) -> Any:
-        """The framework's own dtype."""
-
-    def address(self, array: Any) -> int:
-        """That of a new array."""
 
 
 class Arrays:
@@ -439,8 +466,9 @@ class CupyAdapter(Adapter):
         self._array = cupy.ndarray
         self._current_stream = cupy.cuda.get_current_stream
         self._device = cupy.cuda.Device
-        self._current_device = cupy.cuda.runtime.getDevice
+        self.current_device = cupy.cuda.runtime.getDevice
         self._alloc = cupy.cuda.alloc
+        self.maker = CupyMaker(self)
 
     def view_plain(self, given: tuple[Any, ...]) -> Arrays | None:
         own = self._array
@@ -473,7 +501,7 @@ class CupyAdapter(Adapter):
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
         device = like.data.device_id
-        if device == self._current_device():
+        if device == self.current_device():
             array = self._array(shape, numpy_dtype(dtype))  # as empty() does, a frame later
         else:
             with self._device(device):
@@ -482,18 +510,33 @@ class CupyAdapter(Adapter):
 
     def scratch(self, floats: int, like: Any) -> tuple[Any, int]:
         device = like.data.device_id
-        if device == self._current_device():
+        if device == self.current_device():
             memory = self._alloc(4 * floats)
         else:
             with self._device(device):
                 memory = self._alloc(4 * floats)
         return memory, memory.ptr
 
-    def stream(self, array: Any, device: int) -> int:
+    def current_stream(self, device: int) -> int:
         return self._current_stream(device).ptr  # type: ignore[no-any-return]
 
-    def current_device(self) -> int:
-        return self._current_device()  # type: ignore[no-any-return]
+
+class CupyMaker:
+    """The `Maker` of CuPy's arrays."""
+
+    __slots__ = "_alloc", "address", "current_device", "empty", "stream"
+
+    def __init__(self, adapter: CupyAdapter) -> None:
+        self.empty, self._alloc = adapter._array, adapter._alloc
+        self.address = attrgetter("data.ptr")
+        self.current_device, self.stream = adapter.current_device, adapter.current_stream
+
+    def arguments(self, shape: tuple[int, ...], dtype: str) -> tuple[Any, ...]:
+        return tuple(shape), numpy_dtype(dtype)
+
+    def scratch(self, floats: int) -> tuple[Any, int]:
+        memory = self._alloc(4 * floats)
+        return memory, memory.ptr
 
 
 class TorchAdapter(Adapter):
@@ -507,8 +550,8 @@ class TorchAdapter(Adapter):
         self._empty, self._empty_like = torch.empty, torch.empty_like
         self._records = torch.is_grad_enabled
         self._dtypes = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "int32")}
-        self._stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or self._public_stream
-        self._current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
+        self.current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or self._public_stream
+        self.current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
         self._forward_ad = torch.autograd.forward_ad
         self._tracing_state = torch._C._get_tracing_state
         self._dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -610,12 +653,6 @@ class TorchAdapter(Adapter):
     def empty_like(self, array: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
         found = self._empty_like(array)  # three quarters of the time of empty(), which is told more
         return found, found.data_ptr()
-
-    def stream(self, array: Any, device: int) -> int:
-        return self._stream(device)
-
-    def current_device(self) -> int:
-        return self._current_device()  # type: ignore[no-any-return]
 
 
 class NumbaAdapter(Adapter):

@@ -60,9 +60,11 @@ class TensorLikeness:
         "_twins",
         "_types",
         "address",
+        "current_device",
         "empty",
         "places",
         "recorded",
+        "stream",
     )
 
     def __init__(self, torch: Any, guards: Guards, arrays: Arrays) -> None:
@@ -87,11 +89,17 @@ class TensorLikeness:
         self._deterministic = torch._C._get_deterministic_algorithms
         self._fills = torch._C._get_deterministic_fill_uninitialized_memory
         self._torch = torch
+        adapter = arrays.adapter
+        self.current_device, self.stream = adapter.current_device, adapter.current_stream
         self.address = torch.Tensor.data_ptr
         self.empty = guards.empty
 
-    def dtype(self, name: str) -> Any:
-        return getattr(self._torch, name)
+    def arguments(self, shape: tuple[int, ...], dtype: str) -> tuple[Any, ...]:
+        return tuple(shape), contiguous(shape), getattr(self._torch, dtype)
+
+    def scratch(self, floats: int) -> tuple[Any, int]:
+        memory = self.empty((floats,), (1,), self._torch.float32)
+        return memory, self.address(memory)
 
     def addresses(self, given: tuple[Any, ...]) -> list[int] | None:
         if [*map(type, given)] != self._types:  # None is where there was none
@@ -111,13 +119,11 @@ class TensorLikeness:
         # What `torch.empty` would fill with NaN is seen where lengths leave rows of a result to nobody.
         if self._deterministic() and self._fills():
             return None
-        found = [*map(self.address, self._present(given))]
-        union = 0
+        found = [*map(self.address, self._present(given) if self._twins else different)]
         for address in found:
-            if not address:
+            if not address or address & 15:
                 return None
-            union |= address
-        return None if union & 15 else found
+        return found
 
 
 def of_tensors(torch: Any, arrays: Arrays) -> Likeness | None:

@@ -24,7 +24,7 @@ from .._kernels.kernel import Scratch
 from ..errors import UnsupportedError
 from . import repeated as _repeated
 from .operation import Operation
-from .repeated import Repeated
+from .repeated import Ready, Repeated
 
 
 def call(operation: Operation, given: tuple[Any, ...], asked: tuple[Any, ...]) -> Any:
@@ -56,9 +56,13 @@ def call_plain(operation: Operation, given: tuple[Any, ...], options: Options) -
     if arrays.recorded:
         return interop_torch().differentiated(operation, arrays, options)
     problem = _problem.checked(operation, arrays, options)
-    results = computed(arrays, problem, options.late)
-    if len(results) >= _repeated.MIN_RESULTS and arrays.adapter.likens and not options.late:
-        expect(operation, arrays, options, problem)
+    ready = None if options.late else problem.memo.get("ready")
+    if ready is not None and ready.current_device() == ready.device:
+        results = ready(arrays.pointers)
+    else:
+        results = computed(arrays, problem, options.late)
+        if not options.late:
+            expect(operation, arrays, options, problem)
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -114,22 +118,30 @@ def compute(arrays: Arrays, problem: Problem, results: Sequence[Any], addresses:
 
 def expect(operation: Operation, arrays: Arrays, options: Options, problem: Problem) -> None:
     """Be ready for calls like one that was made, from its second time on. `problem` is what was computed."""
-    prepared, shapes = problem.memo.get("prepared"), _repeated.shapes_of(arrays.given)
-    if prepared is None or prepared.copies or shapes is None or problem.written_indices:
+    adapter, prepared = arrays.adapter, problem.memo.get("prepared")
+    if prepared is None or prepared.copies or problem.written_indices:
         return
     if operation.check_values is not None and debugging():
         return
+    plain = arrays.key[0] is adapter  # as a view of all at once leaves it
+    if plain and adapter.maker is not None and "ready" not in problem.memo:
+        problem.memo["ready"] = Ready(problem, adapter.maker, prepared, prepared.launch)
     known: tuple[Repeated, ...] = problem.memo.get("repeated", ())
+    if not adapter.likens or not (known or problem.memo.get("tries", 0) < _repeated.MAX_TRIES):
+        return
+    kind = _repeated.kind_of(arrays.given, options)
+    if kind is None:
+        return
     found = next((each for each in known if each.addresses(arrays.given) is not None), None)
     if found is None:
         # The same problem has other tensors where they require grad, say, or where one is given twice.
         tries = problem.memo["tries"] = problem.memo.get("tries", -1) + 1
-        alike = arrays.adapter.likeness(arrays) if 0 < tries <= _repeated.MAX_TRIES else None
+        alike = adapter.likeness(arrays) if 0 < tries <= _repeated.MAX_TRIES else None
         if alike is None:
             return
-        found = Repeated(problem, alike, arrays, prepared)
+        found = Repeated(problem, alike, prepared, prepared.launch_of(len(arrays.given), alike.places))
         problem.memo["repeated"] = (*known, found)
-    _repeated.add(operation, arrays.given[0], options, shapes, found)
+    _repeated.add(operation, arrays.given[0], kind, found)
 
 
 @cache  # reading the environment takes a microsecond each time

@@ -85,6 +85,7 @@ class Gpu:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     found = Gpu()
     adapter = _arrays.TorchAdapter
+    instance = _arrays._ADAPTERS.get(torch.Tensor) or _arrays._find_adapter("attention", "q", torch.zeros(1))
     spec, run = adapter.spec, _repeated.Repeated.__call__
 
     def made(self: Any, shape: Any, dtype: str, like: Any) -> tuple[Any, int]:
@@ -105,14 +106,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         (_used, "note", lambda *_: None),
         (tensor_map, "_driver_encode", lambda shape, address: address.to_bytes(8, "little") + bytes(120)),
         (adapter, "spec", lambda self, layout: spec(self, layout)._replace(device=0)),
-        (adapter, "stream", lambda self, array, device: found.stream),
-        (adapter, "current_device", lambda self: found.current),
+        (instance, "current_stream", lambda device: found.stream),
+        (instance, "current_device", lambda: found.current),
         (adapter, "empty", made),
         (adapter, "empty_like", lambda self, array, shape, dtype: made(self, shape, dtype, array)),
         (torch._C._dynamo.guards, "_empty_strided_cuda", found.make),
         (_likeness, "VERSIONS", (_likeness.VERSIONS[0], (99, 0))),
         (_repeated.Repeated, "__call__", counted),
-        (_repeated, "MIN_RESULTS", 1),
     ):
         monkeypatch.setattr(owner, name, value)
 
@@ -201,18 +201,6 @@ def test_some_calls_always_go_the_ordinary_way(kind: str, gpu: Gpu) -> None:
     assert not gpu.again
 
 
-def test_one_result_alone_goes_the_ordinary_way(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_repeated, "MIN_RESULTS", 2)
-    kinds = calls()
-    for kind, again in (("attention", 0), ("lse", 2), ("gradients", 4)):
-        for _ in range(4):
-            gpu.launches(kinds[kind])
-        assert gpu.again == again
-    for _ in range(4):
-        gpu.launches(kinds["recorded"])  # whose problem is that with lse, and no longer new
-    assert gpu.again == 7
-
-
 def test_streams_and_the_current_gpu_are_asked_for_each_time(gpu: Gpu) -> None:
     call = calls()["lse"]
     for _ in range(3):
@@ -269,7 +257,7 @@ def test_values_are_checked_where_they_were(gpu: Gpu, monkeypatch: pytest.Monkey
     assert len(checked) == 4 and not gpu.again
 
 
-def test_no_more_is_remembered_than_has_use(gpu: Gpu) -> None:
+def test_no_more_is_remembered_than_has_use(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (tensor(*SHAPE) for _ in range(3))
     # One problem, but tensors that are other ones for autograd.
     for turn in range(32):
@@ -278,15 +266,15 @@ def test_no_more_is_remembered_than_has_use(gpu: Gpu) -> None:
         cufa.attention(q, k, v, return_lse=True)
     (known,) = (each for each in _operation.made() if each.name == "attention" and each.repeated)
     kinds = known.repeated[torch.Tensor]
-    assert all(len(each) <= _repeated.MAX_KNOWN for shapes in kinds.values() for each in shapes.values())
-    for rows in range(1, _repeated.MAX_SHAPES + 20):
+    assert all(len(each) <= _repeated.MAX_KNOWN for each in kinds.values())
+    monkeypatch.setattr(_repeated, "MAX_KINDS", 16)
+    for rows in range(1, _repeated.MAX_KINDS + 20):
         for _ in range(2):
             cufa.attention(q[:, :1], tensor(1, rows, 2, 64), tensor(1, rows, 2, 64))
     for scale in range(1, _repeated.MAX_KINDS + 3):
         for _ in range(2):
             cufa.attention(q, k, v, softmax_scale=float(scale))
     assert len(kinds) <= _repeated.MAX_KINDS
-    assert all(len(each) <= _repeated.MAX_SHAPES for each in kinds.values())
 
 
 # On a GPU.
