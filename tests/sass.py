@@ -8,8 +8,9 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 
 class Instruction(NamedTuple):
@@ -19,6 +20,9 @@ class Instruction(NamedTuple):
     predicate: str
     opcode: str
     operands: tuple[str, ...]
+
+
+State = TypeVar("State", bound=Hashable)
 
 
 class Group(NamedTuple):
@@ -86,42 +90,75 @@ def wgmma_hazards(instructions: list[Instruction]) -> list[Instruction]:
     ptxas is to keep registers apart until the wait for the wgmma's group. It has been seen to overwrite A, held in
     registers, where nothing but arithmetic came between the wgmma and the wait.
     """
-    index = {each.address: i for i, each in enumerate(instructions)}
     hazards = set()
+
+    def step(each: Instruction, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        if each.opcode.startswith("HGMMA"):
+            return _begin(each, groups)
+        if each.opcode.startswith("WARPGROUP.DEPBAR"):
+            pending = int(each.operands[1], 16)
+            return groups[len(groups) - pending :] if pending else ()
+        if groups and _clashes(each, groups):
+            hazards.add(each)
+        return groups
+
+    _walk(instructions, (), step)
+    return sorted(hazards)
+
+
+def lost_operands(instructions: list[Instruction]) -> list[Instruction]:
+    """wgmmas that find in A what ldmatrix has loaded on some ways to them, and something else on others.
+
+    A may stay in registers while a loop goes on. NVRTC 13.0 has been seen to give these registers to another operand of
+    the same size, which is written before the loop comes around, so that only the first step was right.
+    """
+    found: dict[Instruction, set[bool]] = {}
+
+    def step(each: Instruction, loaded: frozenset[int]) -> frozenset[int]:
+        if each.opcode.startswith("HGMMA"):
+            if operands := _inputs(each):
+                found.setdefault(each, set()).add(operands <= loaded)
+            return loaded
+        return loaded | _written(each) if each.opcode.startswith("LDSM") else loaded - _written(each)
+
+    _walk(instructions, frozenset[int](), step)
+    return sorted(each for each, ways in found.items() if len(ways) > 1)
+
+
+def _walk(instructions: list[Instruction], state: State, step: Callable[[Instruction, State], State]) -> None:
+    """Go all ways through a function; `step` is given each instruction with the states in which it may be reached."""
+    index = {each.address: i for i, each in enumerate(instructions)}
     seen = set()
-    paths: list[tuple[int, tuple[Group, ...]]] = [(0, ())]
+    paths = [(0, state)]
     while paths:
-        at, groups = paths.pop()
-        while at < len(instructions) and (at, groups) not in seen:
-            seen.add((at, groups))
+        at, state = paths.pop()
+        while at < len(instructions) and (at, state) not in seen:
+            seen.add((at, state))
             each = instructions[at]
-            if each.opcode.startswith("HGMMA"):
-                groups = _begin(each, groups)
-            elif each.opcode.startswith("WARPGROUP.DEPBAR"):
-                pending = int(each.operands[1], 16)
-                groups = groups[len(groups) - pending :] if pending else ()
-            elif groups and _clashes(each, groups):
-                hazards.add(each)
+            state = step(each, state)
             always = not each.predicate
             if each.opcode.startswith("BRA"):
                 target = index.get(int(each.operands[-1], 16)) if each.operands[-1].startswith("0x") else None
                 if target is not None:
-                    paths.append((target, groups))
+                    paths.append((target, state))
                 always &= len(each.operands) == 1
             if always and each.opcode.split(".")[0] in ("BRA", "EXIT"):
                 break
             at += 1
-    return sorted(hazards)
 
 
 def _begin(wgmma: Instruction, groups: tuple[Group, ...]) -> tuple[Group, ...]:
     columns = re.search(r"64x(\d+)x", wgmma.opcode)
     assert columns is not None
-    accumulators = _span(wgmma.operands[0], int(columns[1]) // 2)
-    inputs = _span(wgmma.operands[1], 4) if re.match(r"R\d", wgmma.operands[1]) else frozenset()
+    accumulators, inputs = _span(wgmma.operands[0], int(columns[1]) // 2), _inputs(wgmma)
     if groups and not groups[-1].committed:
         accumulators, inputs, groups = accumulators | groups[-1].accumulators, inputs | groups[-1].inputs, groups[:-1]
     return (*groups, Group(any(each.startswith("gsb") for each in wgmma.operands), accumulators, inputs))
+
+
+def _inputs(wgmma: Instruction) -> frozenset[int]:
+    """The registers of A; none if that is in shared memory."""
+    return _span(wgmma.operands[1], 4) if re.match(r"R\d", wgmma.operands[1]) else frozenset()
 
 
 def _clashes(each: Instruction, groups: tuple[Group, ...]) -> bool:
@@ -137,8 +174,8 @@ def _written(each: Instruction) -> frozenset[int]:
     target = each.operands[1] if each.opcode.startswith("SHFL") else each.operands[0]  # SHFL's first is a predicate
     if not re.match(r"R\d", target):
         return frozenset()
-    width = re.search(r"\.(64|128|WIDE)\b", each.opcode)
-    return _span(target, {"64": 2, "WIDE": 2, "128": 4}[width[1]] if width else 1)
+    width = re.search(r"\.(64|128|WIDE|M88\.[24])\b", each.opcode)
+    return _span(target, {"64": 2, "WIDE": 2, "128": 4, "M88.2": 2, "M88.4": 4}[width[1]] if width else 1)
 
 
 def _span(operand: str, registers: int) -> frozenset[int]:

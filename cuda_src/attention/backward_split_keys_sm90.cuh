@@ -14,6 +14,7 @@
 #include "core/math.cuh"
 #include "ptx/math.cuh"
 #include "ptx/shared.cuh"
+#include "ptx/wgmma.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/gemm_sm90.cuh"
 #include "tile/local.cuh"
@@ -39,6 +40,15 @@ struct BackwardKeysSm90 {
   using Operand = tile::Operand<block_m>;
   using Dk = tile::Accumulator<1, round_up(Config::head_dim, 16)>;
   using Dv = tile::Accumulator<1, round_up(Config::head_dim_v, 16)>;
+
+  // Where dk and dv leave registers for them, all of K and V stay in these while tiles of queries pass. Read from
+  // shared memory at every step they would be a fifth of what that is asked for, and its bandwidth bounds this pass.
+  // But not beside a product as wide as theirs: NVRTC 12.9 and 13.0 then give P or dS, of that one, the same registers.
+  static constexpr bool leaves_registers = Variant::empty && max_of(Config::head_dim, Config::head_dim_v) <= 192;
+  static constexpr bool holds_k = leaves_registers && Dv::cols != block_m;
+  static constexpr bool holds_v = leaves_registers && Dk::cols != block_m;
+  using HeldK = tile::Operand<holds_k ? Dk::cols : 0>;
+  using HeldV = tile::Operand<holds_v ? Dv::cols : 0>;
 
   static constexpr int chain_steps = tile::chain_blocks(block_m);
 
@@ -118,8 +128,10 @@ struct BackwardKeysSm90 {
     Dv dv;
     Operand p;
     tile::LocalSums<1, Dv::cols> local_dv;
+    HeldK held_k;
     dv.zero();
     if (!work.tiles.empty()) keys().wait_full(progress.second());
+    if constexpr (holds_k) hold(held_k, k(), keys(), progress.second(), work.tiles.empty());
     const auto step = [&](int head, int position) {
       const int m_block = work.tiles.block(position);
       Scores s;
@@ -127,7 +139,7 @@ struct BackwardKeysSm90 {
       const bool boundary = work.tiles.is_boundary(position);
       queries().wait_full(at);
       numbers.load(lse(at.stage()));
-      warpgroup::gemm_abt<Config::head_dim>(s, k(), q(at.stage()));
+      warpgroup::gemm_abt<Config::head_dim>(s, held_k, k(), q(at.stage()), 0);
       warpgroup::wait<1>(dv, p);
       if (at.count != first_count) gradients().release_warp(at.previous());
       const auto where = [&] {
@@ -162,7 +174,7 @@ struct BackwardKeysSm90 {
       if (Config::chains && !(first && last)) local_dv.take_over(dv, first, last);
     });
     if (!work.tiles.empty()) {
-      keys().release_warp(progress.second());
+      if (!holds_k) keys().release_warp(progress.second());
       gradients().release_warp(at.previous());
       progress.advance_second();
     }
@@ -178,14 +190,16 @@ struct BackwardKeysSm90 {
     Dk dk;
     Operand ds;
     tile::LocalSums<1, Dk::cols> local_dk;
+    HeldV held_v;
     dk.zero();
     if (!work.tiles.empty()) values().wait_full(progress.second());
+    if constexpr (holds_v) hold(held_v, v(), values(), progress.second(), work.tiles.empty());
     const auto step = [&](int head, int position) {
       Scores dp;
       ColumnNumbers<block_m> numbers;
       gradients().wait_full(at);
       numbers.load(delta(at.stage()));
-      warpgroup::gemm_abt<Config::head_dim_v>(dp, v(), dout(at.stage()));
+      warpgroup::gemm_abt<Config::head_dim_v>(dp, held_v, v(), dout(at.stage()), 0);
       warpgroup::wait<1>(dk, ds);
       if (at.count != first_count) queries().release_warp(at.previous());
       const auto where = [&] {
@@ -213,11 +227,21 @@ struct BackwardKeysSm90 {
       if (Config::chains && !(first && last)) local_dk.take_over(dk, first, last);
     });
     if (!work.tiles.empty()) {
-      values().release_warp(progress.second());
+      if (!holds_v) values().release_warp(progress.second());
       queries().release_warp(at.previous());
       progress.advance_second();
     }
     write_keys<Config, false>(backward, work, dk, first_key);
+  }
+
+  // held ← all of a tile of keys, which is given back; neither if there is none. An arrival does not wait for ldmatrix
+  // before it, and the copy that it lets begin might overwrite what is still to be read: hence the fence.
+  template <class Held, class Tile>
+  static void hold(Held& held, const Tile& tile, const KeyRing& ring, const KeyRing::Cursor& at, bool none) {
+    if (ptx::in_vain || !none) warpgroup::load_operand(held, tile, 0);
+    if (none) return;
+    ptx::fence_proxy_async_shared();
+    ring.release_warp(at);
   }
 
   // Each thread of one warpgroup gives to the same thread of the other, since the two hold the same entries.

@@ -13,6 +13,7 @@
 #include "attention/row_source.cuh"
 #include "attention/scoring.cuh"
 #include "core/math.cuh"
+#include "ptx/wgmma.cuh"
 #include "tile/accumulator.cuh"
 #include "tile/gemm_sm90.cuh"
 #include "tile/local.cuh"
@@ -96,10 +97,16 @@ struct BackwardQueriesSm90 {
   using Operand = tile::Operand<block_n>;
   using Dq = tile::Accumulator<1, round_up(Config::head_dim, 16)>;
 
+  // As many of the first columns of q as dq leaves registers for, 320 with its own, stay in these while keys pass, as K
+  // and V do in the pass over keys, and with the same exception.
+  static constexpr bool holds_q = Variant::empty && Config::head_dim <= 192 && Dq::cols != block_n;
+  static constexpr int held_cols = holds_q ? min_of(Dq::cols, 320 - Dq::cols) : 0;
+  using HeldQ = tile::Operand<held_cols>;
+
   static constexpr int chain_steps = tile::chain_blocks(block_n);
 
   using Keys = tile::Ring<2>;
-  using Values = tile::Ring<1>;
+  using Values = tile::Ring<Config::value_stages>;
   using Queries = tile::Ring<1>;
   using Units = BackwardUnits<Work, query_units>;
 
@@ -107,9 +114,9 @@ struct BackwardQueriesSm90 {
     typename Q::Storage q[consumers];
     typename Dout::Storage dout[consumers];
     typename K::Storage k[Keys::stages];
-    typename V::Storage v;
+    typename V::Storage v[Values::stages];
     Keys::Storage keys;
-    Values::Storage values;
+    typename Values::Storage values;
     Queries::Storage queries[consumers], gradients[consumers];  // of q, and of dout
     typename Units::Storage units;
   };
@@ -120,7 +127,7 @@ struct BackwardQueriesSm90 {
   Q q(int warpgroup) const { return {smem + tile::offset<&Shared::q> + warpgroup * Q::bytes}; }
   Dout dout(int warpgroup) const { return {smem + tile::offset<&Shared::dout> + warpgroup * Dout::bytes}; }
   K k(u32 stage) const { return {smem + tile::offset<&Shared::k> + stage * K::bytes}; }
-  V v() const { return {smem + tile::offset<&Shared::v>}; }
+  V v(u32 stage) const { return {smem + tile::offset<&Shared::v> + stage * V::bytes}; }
   Keys keys() const { return {smem + tile::offset<&Shared::keys>}; }
   Values values() const { return {smem + tile::offset<&Shared::values>}; }
   Queries queries(int warpgroup) const { return {smem + tile::offset<&Shared::queries> + warpgroup * Queries::bytes}; }
@@ -169,10 +176,11 @@ struct BackwardQueriesSm90 {
       if (first) {
         for (int w = 0; w < consumers; ++w) load_queries(queries(w), q(w), argument.q, w);
       }
-      const Values::Cursor at_values{at_keys.count};
+      const typename Values::Cursor at_values{at_keys.count};
       values().wait_empty(at_values);
       values().expect(at_values, V::bytes);
-      load_rows<Config>(v(), argument.v, values().full(0), n_block * block_n, work.keys(head_k));
+      load_rows<Config>(v(at_values.stage()), argument.v, values().full(at_values.stage()), n_block * block_n,
+                        work.keys(head_k));
       if (first) {
         for (int w = 0; w < consumers; ++w) load_queries(gradients(w), dout(w), argument.dout, w);
       }
@@ -201,19 +209,23 @@ struct BackwardQueriesSm90 {
     Operand ds;
     tile::LocalSums<1, Dq::cols> local_dq;
     dq.zero();
+    HeldQ held_q;
     if (!work.blocks.empty()) queries(consumer).wait_full(progress.second());
+    if constexpr (held_cols > 0) {
+      if (ptx::in_vain || !work.blocks.empty()) warpgroup::load_operand(held_q, q(consumer), 0);
+    }
     const auto step = [&](int position) {
       const int first_key = work.blocks.block(position) * block_n;
       const bool first = at_keys.count == first_count;
-      const Values::Cursor at_values{at_keys.count};
+      const typename Values::Cursor at_values{at_keys.count};
       Scores s, dp;
       keys().wait_full(at_keys);
       const bool boundary = work.blocks.template is_boundary<Config::mask::hides_first>(position);
       turn.take();
-      warpgroup::gemm_abt<Config::head_dim>(s, q(consumer), k(at_keys.stage()));
+      warpgroup::gemm_abt<Config::head_dim>(s, held_q, q(consumer), k(at_keys.stage()), 0);
       if (first) gradients(consumer).wait_full(progress.second());
       values().wait_full(at_values);
-      warpgroup::gemm_abt<Config::head_dim_v>(dp, dout(consumer), v());
+      warpgroup::gemm_abt<Config::head_dim_v>(dp, dout(consumer), v(at_values.stage()));
       turn.pass(1 - consumer);
       warpgroup::wait<2>(dq, ds);
       if (!first) keys().release_warp(at_keys.previous());

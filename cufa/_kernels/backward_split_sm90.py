@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .._call.problem import Problem, Static
+from dataclasses import dataclass
+
+from .._call.problem import MAX_HEAD_DIM, Problem, Static
 from .backward import ROW_THREADS, BackwardKernel, Counts
 from .backward_sm90 import ConfigBackwardSm90, barriers_bytes
 from .forward_sm90 import REGISTERS, STAGES
@@ -10,6 +12,19 @@ from .kernel import SIZEOF, WARPGROUP_ROWS, Step, blocks_in, common, needs_maps,
 
 SPLIT_QUERIES = 128
 """Queries per block of the second pass: ``QueriesConfig`` in attention/backward_split_queries_sm90.cuh."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigBackwardSplitSm90(ConfigBackwardSm90):
+    """What ``cuda_src/attention/backward_split_sm90.cuh`` needs besides.
+
+    Attributes
+    ----------
+    value_stages : int
+        Stages of v in the pass over queries, where k has `STAGES`.
+    """
+
+    value_stages: int
 
 
 class BackwardSplitSm90(BackwardKernel):
@@ -29,7 +44,7 @@ class BackwardSplitSm90(BackwardKernel):
             return "the warpgroup that tells score terms their gradients has no scores for those that read them"
         return needs_maps(static) or refuses_blocks(static, SPLIT_QUERIES, WARPGROUP_ROWS)
 
-    def config(self, static: Static, arch: int) -> ConfigBackwardSm90:
+    def config(self, static: Static, arch: int) -> ConfigBackwardSplitSm90:
         block = WARPGROUP_ROWS
         size = SIZEOF[static.element]
         tile_head_dim, tile_head_dim_v = round_up(static.head_dim, 64), round_up(static.head_dim_v, 64)
@@ -37,11 +52,12 @@ class BackwardSplitSm90(BackwardKernel):
         # One warpgroup hands two operands to the other: factors of dS in float32, or packed with derivatives.
         weights, rows = 2 * size * STAGES * block * block, 2 * 4 * STAGES * block
         keys = size * (1 + STAGES) * block * both + weights + rows + barriers_bytes(*[STAGES] * 3, 1, 1)
-        queries = size * block * (2 * both + STAGES * tile_head_dim + tile_head_dim_v)
-        queries += barriers_bytes(STAGES, *[1] * 5)
+        value_stages = STAGES if both < 2 * MAX_HEAD_DIM else 1  # all that fits
+        queries = size * (SPLIT_QUERIES * both + block * (STAGES * tile_head_dim + value_stages * tile_head_dim_v))
+        queries += barriers_bytes(STAGES, value_stages, *[1] * 4)
         units = barriers_bytes(STAGES, 1)
         producer_registers, consumer_registers = REGISTERS[2]
-        return ConfigBackwardSm90(
+        return ConfigBackwardSplitSm90(
             **common(static),
             tile_head_dim=tile_head_dim,
             tile_head_dim_v=tile_head_dim_v,
@@ -55,6 +71,7 @@ class BackwardSplitSm90(BackwardKernel):
             dq_threads=2 * 128,
             producer_registers=producer_registers,
             consumer_registers=consumer_registers,
+            value_stages=value_stages,
         )
 
     def finish_threads(self, config: ConfigBackwardSm90) -> int:

@@ -153,6 +153,13 @@ TWO_PASSES: dict[str, dict[str, Any]] = {
     "sections": {"seqlen_q": 300, "seqlen_k": 120, "head_dim": 192, "num_heads_q": 6, "num_heads_k": 3, "causal": True},
     "packed": {"batch": 4, "seqlen_q": (320, 0, 190, 64), "seqlen_k": (90, 70, 0, 130), "head_dim": 256},
     "no keys": {"seqlen_q": 150, "seqlen_k": 0, "head_dim": 192},
+    "keys in registers": {
+        "batch": 3,
+        "seqlen_q": (200, 70, 0),
+        "seqlen_k": (150, 0, 130),
+        "head_dim": 160,
+        "causal": True,
+    },
 }
 
 

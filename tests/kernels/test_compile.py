@@ -148,6 +148,7 @@ def check_sass(plan: Plan, cubin: bytes) -> None:
             count = sass.count(functions[name])
             assert (count["HGMMA"], count["WARPGROUP"]) == (wgmmas, products + waits), plan.words()
             assert not sass.wgmma_hazards(functions[name])
+            assert not sass.lost_operands(functions[name]), plan.words()
             if name == "attention_forward_sm90" and not plan.config.variant:
                 check_exponents(plan.config, functions[name])
 
