@@ -27,6 +27,9 @@ PADDING_ROWS = 128
 SECTION = 24 << 20
 """Bytes of q, dout and sums of dq that heads running side by side may share."""
 
+LATE_SECTION = 72 << 20
+"""The same where blocks of keys come from a head's middle on, if more heads than fill the SMs do."""
+
 WINDOW_SECTION = 28 << 20
 """Bytes of what a window shows of heads that run side by side, where it is counted in parts that blocks are done."""
 
@@ -216,28 +219,12 @@ class BackwardKernel(Kernel):
         As many heads as keep what their blocks read and add to in the L2, but blocks for all SMs. Under a causal mask
         the first keys come first, which take longest, so that blocks end evenly.
         """
-        heads, seqlen_q, seqlen_k = problem.batch * problem.num_heads_k, problem.seqlen_q, problem.seqlen_k
-        if problem.varlen:
-            heads = problem.num_heads_k
-            seqlen_q, seqlen_k = (seqlen // max(1, problem.batch) for seqlen in (seqlen_q, seqlen_k))
         if config.deterministic:
-            late = self.late_sums and not problem.varlen and seqlen_q <= CHAIN_ROWS
-            blocks, middle = turns(config, late, problem.varlen, seqlen_q, seqlen_k)
-            beside = -(-num_sms // blocks)
-            if problem.varlen and 0 < heads < beside and self.shares_sections(config, seqlen_k):
-                heads *= problem.batch
-                sections = max(1, -(-heads // beside))
-                sequences = round(heads / sections / problem.num_heads_k)
-                return max(1, min(sequences, WARP)) * problem.num_heads_k, middle
-            sections = max(1, -(-heads // beside))
-            return max(1, -(-heads // sections)), middle
-        ratio = problem.num_heads_q // max(1, problem.num_heads_k)
-        size = SIZEOF[config.element]
-        sums = 4 * config.tile_head_dim if self.sums_dq else 0
-        row_bytes = (config.head_dim + config.head_dim_v) * size + sums
-        head_bytes = max(1, ratio * seqlen_q * row_bytes)
+            return self.order_in_turn(config, problem, num_sms)
+        heads, _, seqlen_k = heads_and_lengths(problem)
+        row_bytes = self.row_bytes(config)
         n_blocks = min(max(1, -(-seqlen_k // config.block_n)), CONTENDING_BLOCKS)
-        fitting = max(1, SECTION // head_bytes, num_sms // n_blocks)
+        fitting = max(1, SECTION // self.head_bytes(config, problem), num_sms // n_blocks)
         left, right = problem.window_left, problem.window_right
         if config.part_blocks and left is not None and right is not None:
             # Of each head only the queries that see the keys of running blocks are wanted at a time, of one query head
@@ -246,8 +233,41 @@ class BackwardKernel(Kernel):
             if seen <= seqlen_k:
                 running = num_sms * config.block_n * row_bytes
                 fitting = max(fitting, (WINDOW_SECTION - running) // (seen * row_bytes))
-        sections = max(1, -(-heads // fitting))
-        return max(1, -(-heads // sections)), 0
+        return evenly(heads, fitting), 0
+
+    def order_in_turn(self, config: Any, problem: Problem, num_sms: int) -> tuple[int, int]:
+        """The same where blocks add to dq in turn, of which few of a head should run at a time: see `turns`.
+
+        So there are as many heads as that takes, but under a causal mask, where blocks do not wait for long anyway, no
+        more than the L2 holds. Blocks from a head's middle on should begin as those before it end, which fill the SMs.
+        """
+        heads, seqlen_q, seqlen_k = heads_and_lengths(problem)
+        late = self.late_sums and not problem.varlen and seqlen_q <= CHAIN_ROWS
+        blocks, middle = turns(config, late, problem.varlen, seqlen_q, seqlen_k)
+        beside = -(-num_sms // blocks)
+        if self.late_sums and config.causal and middle > 0:
+            head_bytes = self.head_bytes(config, problem)
+            fitting = SECTION // head_bytes
+            if middle != LAST_FIRST:
+                fitting = max(LATE_SECTION // head_bytes, num_sms // middle)
+            beside = max(1, min(beside, fitting))
+        if problem.varlen and 0 < heads < beside and self.shares_sections(config, seqlen_k):
+            heads *= problem.batch
+            sections = max(1, -(-heads // beside))
+            sequences = round(heads / sections / problem.num_heads_k)
+            return max(1, min(sequences, WARP)) * problem.num_heads_k, middle
+        return evenly(heads, beside), middle
+
+    def row_bytes(self, config: Any) -> int:
+        """Of a row of a query head that blocks of keys read or add to."""
+        sums = 4 * config.tile_head_dim if self.sums_dq else 0
+        return int((config.head_dim + config.head_dim_v) * SIZEOF[config.element] + sums)
+
+    def head_bytes(self, config: Any, problem: Problem) -> int:
+        """The same of all rows of a key head's queries."""
+        _, seqlen_q, _ = heads_and_lengths(problem)
+        ratio = problem.num_heads_q // max(1, problem.num_heads_k)
+        return max(1, ratio * seqlen_q * self.row_bytes(config))
 
     def values(self, config: Any, problem: Problem, grid: BackwardGrid) -> dict[str, Any]:
         strides = problem.strides
@@ -320,6 +340,20 @@ class BackwardKernel(Kernel):
 def finishes_terms(config: Config) -> bool:
     """Whether score terms have gradients that are made of sums behind the main kernels."""
     return any(term.finishes for term in config.variant)
+
+
+def heads_and_lengths(problem: Problem) -> tuple[int, int, int]:
+    """Key heads of all sequences, with the lengths of each; of packed ones those of one, with the average lengths."""
+    if not problem.varlen:
+        return problem.batch * problem.num_heads_k, problem.seqlen_q, problem.seqlen_k
+    seqlen_q, seqlen_k = (seqlen // max(1, problem.batch) for seqlen in (problem.seqlen_q, problem.seqlen_k))
+    return problem.num_heads_k, seqlen_q, seqlen_k
+
+
+def evenly(heads: int, most: int) -> int:
+    """Heads of a section, of at most so many, where sections are as even as they can be."""
+    sections = max(1, -(-heads // most))
+    return max(1, -(-heads // sections))
 
 
 def turns(config: ConfigBackward, late: bool, varlen: bool, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:

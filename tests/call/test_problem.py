@@ -1422,24 +1422,54 @@ def test_grids_of_gradients(
     assert others != [ends] or not tiles or seen == set(range(grid.m_blocks))
 
 
+def grid_in_turn(problem: Problem) -> BackwardGrid:
+    """The grid where blocks of keys add to dq in turn, in one pass on Hopper."""
+    plan, _ = plan_backward(problem, "sm90", True)
+    grid: BackwardGrid = plans.grid(plan, problem, NUM_SMS)
+    return grid
+
+
 @pytest.mark.parametrize(
     ("seqlen", "heads", "mask", "heads_per_section", "middle"),
     [
-        (2048, 128, {}, 9, 0),  # some 15 blocks of each run at a time
-        (512, 512, {}, 32, 0),
-        (100, 512, {}, 128, 0),
-        (2048, 128, {"causal": True}, 9, LAST_FIRST),
-        (8192, 32, {"causal": True}, 8, 32),  # from last to first, blocks would end unevenly
-        (8192, 1, {"causal": True}, 1, 32),  # as with more heads, for the same bits
-        (16384, 16, {"window_size": (1024, 0)}, 8, LAST_FIRST),
+        (2048, (128, 128), {}, 9, 0),  # some 15 blocks of each run at a time
+        (512, (512, 512), {}, 32, 0),
+        (100, (512, 512), {}, 128, 0),
+        (2048, (128, 128), {"causal": True}, 9, LAST_FIRST),
+        (2048, (128, 32), {"causal": True}, 3, LAST_FIRST),
+        (8192, (32, 32), {"causal": True}, 8, 32),  # from last to first, blocks would end unevenly
+        (8192, (1, 1), {"causal": True}, 1, 32),  # as with more heads, for the same bits
+        (8192, (64, 32), {"causal": True}, 4, 32),  # no more than the L2 holds
+        (16384, (16, 16), {"causal": True}, 4, 64),
+        (8192, (96, 32), {"causal": True}, 4, 32),  # the blocks before the middle fill the SMs
+        (4096, (128, 32), {"causal": True}, 8, 16),
+        (16384, (16, 16), {"window_size": (1024, 0)}, 8, LAST_FIRST),
+        (32768, (64, 16), {"causal": True}, 16, 0),
     ],
 )
 def test_blocks_that_take_turns(
-    seqlen: int, heads: int, mask: dict[str, Any], heads_per_section: int, middle: int
+    seqlen: int, heads: tuple[int, int], mask: dict[str, Any], heads_per_section: int, middle: int
 ) -> None:
-    q = OnGpu(1, seqlen, heads, 128)
-    _, grid = plan_backward(backward_problem(q, q, q, **mask), "sm90", True)
+    q, k = (OnGpu(1, seqlen, count, 128) for count in heads)
+    grid = grid_in_turn(backward_problem(q, k, k, **mask))
     assert (grid.heads_per_section, grid.middle) == (heads_per_section, middle)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "mask", "heads_per_section"),
+    [
+        ((64, 4050), (8, 8), {"causal": True}, 4),  # as many heads as the L2 holds
+        ((64, 4050), (8, 8), {}, 8),
+        ((64, 4050), (32, 8), {"causal": True}, 1),
+        ((16, 512), (16, 16), {"causal": True}, 16),
+    ],
+)
+def test_blocks_of_packed_sequences_that_take_turns(
+    lengths: tuple[int, int], heads: tuple[int, int], mask: dict[str, Any], heads_per_section: int
+) -> None:
+    q, k = (OnGpu(lengths[0] * lengths[1], count, 128) for count in heads)
+    grid = grid_in_turn(backward_problem(q, k, k, batch=lengths[0], **mask))
+    assert grid.heads_per_section == heads_per_section
 
 
 @pytest.mark.parametrize(
@@ -1486,7 +1516,7 @@ def test_packed_sequences_side_by_side(
 ) -> None:
     """0: a section has no heads of a second sequence."""
     q = OnGpu(batch * length, heads, head_dim)
-    _, grid = plan_backward(backward_problem(q, q, q, batch=batch, **given), "sm90", True)
+    grid = grid_in_turn(backward_problem(q, q, q, batch=batch, **given))
     assert grid.heads_per_section == beside * heads if beside else grid.heads_per_section <= heads
 
 
