@@ -69,7 +69,9 @@ class Problem(NamedTuple):
             seen = np.isfinite(exact)  # lse is -inf where no key is seen
             np.testing.assert_array_equal(each[~seen], exact[~seen], err_msg=name)
             error, size = np.linalg.norm(each[seen] - exact[seen]), np.linalg.norm(exact[seen])
-            assert error <= 4 * UNITS[self.dtype] * max(size, 1), f"{name} differs by {error} of {size}"
+            # Gradients subtract out · dout, of an out that is rounded, and larger where more is dropped.
+            units = 4 / (1 - self.dropout_p) if name in ("dq", "dk") else 4
+            assert error <= units * UNITS[self.dtype] * max(size, 1), f"{name} differs by {error} of {size}"
 
 
 def problem(

@@ -15,7 +15,7 @@
 namespace attention {
 
 struct DropoutData {
-  u32 keys[20];  // of Philox, for each round
+  u32 keys[14];  // of Philox, for each round
   u32 bound;     // in both halves: what numbers of 15 bits are compared with, at most 2^14
   u32 flip;      // all bits where numbers below the bound are dropped, none where they alone are kept
   float gain;    // 1 / the probability of being kept
@@ -62,7 +62,7 @@ struct DropoutBy : Term {
 
   float factor(const Point& at) const {
     u32 masks[4];
-    keep(masks, at.query, at.key);
+    keep(masks, query_word(at.query), key_word(at.key));
     const u32 mask = at.key & 8 ? masks[2 + (at.query >> 3 & 1)] : masks[at.query >> 3 & 1];
     return (at.key & 1 ? mask >> 16 : mask & 0xffff) != 0 ? 1.0f : 0.0f;
   }
@@ -72,15 +72,15 @@ struct DropoutBy : Term {
   static u32 query_word(int query) { return query >> 4 << 3 | query & 7; }
   static u32 key_word(int key) { return key >> 4 << 2 | key >> 1 & 3; }
 
-  // masks[2 c + r] ← masks of whether query + 8 r keeps keys key + 8 c, in the low half, and key + 8 c + 1. `key` is
-  // even, and both lie in the first half of 16.
-  void keep(u32 (&masks)[4], int query, int key) const {
-    draw(masks, query_word(query), key_word(key));
+  // masks[2 c + r] ← masks of whether query + 8 r keeps keys key + 8 c, in the low half, and key + 8 c + 1, where the
+  // words are of `query` and of an even `key`, which lie in the first half of 16.
+  void keep(u32 (&masks)[4], u32 query_word, u32 key_word) const {
+    draw(masks, query_word, key_word);
 #pragma unroll
     for (int i = 0; i < 4; ++i) masks[i] = kept(below(masks[i]));
   }
 
-  // The same of words, but of whether numbers are below the bound, of which `kept` makes what is kept.
+  // The same, but of whether numbers are below the bound, of which `kept` makes what is kept.
   void compare(u32 (&masks)[4], u32 query_word, u32 key_word) const {
     draw(masks, query_word, key_word);
 #pragma unroll
@@ -93,17 +93,19 @@ struct DropoutBy : Term {
   // masks[c] ← those of a query, wherever it lies.
   void keep_row(u32 (&masks)[2], int query, int key) const {
     u32 both[4];
-    keep(both, query, key);
+    keep(both, query_word(query), key_word(key));
     masks[0] = query & 8 ? both[1] : both[0];
     masks[1] = query & 8 ? both[3] : both[2];
   }
 
  private:
-  // numbers ← those of all entries of a counter, as `keep` orders them.
+  // numbers ← those of all entries of a counter, as `keep` orders them. Rounds multiply words 0 and 2, so a difference
+  // of queries or keys is multiplied in all of them. The products of the first two are of one of the two alone, and the
+  // compiler makes them once for all squares of the same queries, or keys.
   void draw(u32 (&numbers)[4], u32 query_word, u32 key_word) const {
     numbers[0] = query_word;
-    numbers[1] = key_word;
-    numbers[2] = head;
+    numbers[1] = head;
+    numbers[2] = key_word;
     numbers[3] = batch;
     philox(numbers, keys);
   }

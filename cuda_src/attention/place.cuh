@@ -41,7 +41,7 @@ struct QueryRow {
 
   template <class Term>
   void keep(u32 (&masks)[4], const Term& term, int col) const {
-    term.keep(masks, query, key + col);
+    term.keep(masks, Term::query_word(query), Term::key_word(key) + col / 4);
   }
 
   // Draws for columns 16 s to 16 s + 15 of the same rows: below[2 c + r] ← masks of whether numbers of columns 8 c and

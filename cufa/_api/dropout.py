@@ -46,7 +46,7 @@ def dropout_mask(shape: Sequence[int], dropout_p: float, seed: Any) -> NDArray[n
 
     Notes
     -----
-    Numbers come from Philox 4x32-10 (Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, 2011), whose key is
+    Numbers come from Philox 4x32-7 (Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, 2011), whose key is
     the seed, and whose counters tell sequence, head, query and key. An entry has 15 bits, so `dropout_p` counts as the
     nearest multiple of 2^-15 that is less than 1, by which what is kept is scaled, too.
 

@@ -260,7 +260,11 @@ def tile(static: Static, staged: bool = False, own: bool = False) -> tuple[int, 
         narrow = window or loaded or (static.short and static.mask == "causal")
         if staged:  # with other terms 160 registers are too few
             narrow = narrow or len(static.terms) > 1 or not fits(192, 128)
-        return 128 if narrow else 192, 128, 0, True
+        if narrow:
+            return 128, 128, 0, True
+        # Rounds of numbers that are drawn wait less for each other where a few registers are left to them.
+        drawn = any(term.drops for term in static.terms) and listed_blocks(static.terms) is None
+        return 192, 112 if drawn else 128, 0, True
     ragged = widest > 96 and (dim, dim_v) != (static.head_dim, static.head_dim_v)  # which columns there are takes some
     registers = 196 if plain and not ragged else 184
     longest = 128 if window or static.short or boxed else 176
@@ -271,6 +275,8 @@ def tile(static: Static, staged: bool = False, own: bool = False) -> tuple[int, 
     block_n = min((registers - dim_v // 2) * 8 // (6 + loaded), longest) // step * step
     while not fits(128, block_n):
         block_n -= step
+    if 96 < widest <= 128 and not ragged and [term.drops for term in static.terms] == [True]:
+        return 128, min(block_n, 128), 4, False  # half of a block's numbers are drawn beside P·V
     early_steps = 4 if widest <= 128 else 1 if widest <= 160 else 2 if widest <= 192 else 0
     if ragged:
         early_steps = (early_steps + 1) // 2

@@ -12,8 +12,8 @@ from .term import Array, At, Term
 class Dropout(Term):
     """Probabilities are dropped with probability `dropout_p`, and the others are divided by that of being kept.
 
-    Philox 4x32-10, with the key `seed`, gives four words of 32 bits for a counter of four. Of query i and key j of a
-    head and a sequence the counter is ``(8 (i // 16) + i % 8, 4 (j // 16) + j % 8 // 2, head, sequence)``. Their number
+    Philox 4x32-7, with the key `seed`, gives four words of 32 bits for a counter of four. Of query i and key j of a
+    head and a sequence the counter is ``(8 (i // 16) + i % 8, head, 4 (j // 16) + j % 8 // 2, sequence)``. Their number
     is 15 bits of word ``2 (j // 8 % 2) + i // 8 % 2``: from bit 0 on if j is even, else from bit 16 on. With n the
     integer nearest to ``2**15 dropout_p``, but at most ``2**15 - 1``, an entry is dropped if its number is less than n
     or, for n above ``2**14``, at least ``2**15 - n``.
@@ -32,9 +32,9 @@ class Dropout(Term):
         points = np.broadcast_arrays(at.query, at.key, at.head, at.batch)
         i, j, head, batch = (x.astype(np.uint64) for x in points)
         mask = np.uint64(0xFFFFFFFF)
-        x: Any = 8 * (i // 16) + i % 8, 4 * (j // 16) + j % 8 // 2, head, batch
+        x: Any = 8 * (i // 16) + i % 8, head, 4 * (j // 16) + j % 8 // 2, batch
         low, high = self.seed % 2**32, self.seed >> 32
-        for _ in range(10):
+        for _ in range(7):
             a, b, c, d = x
             first, second = np.uint64(0xD2511F53) * a, np.uint64(0xCD9E8D57) * c
             x = (

@@ -68,6 +68,7 @@ class Dropout(Term):
     late_names: tuple[str, ...] = ("seed",)
     bends = False
     scales = True
+    drops = True
 
     def asked(self, specs: Mapping[str, Any], options: _options.Options) -> bool:
         return True
@@ -195,7 +196,7 @@ def numbers(at: Point, seed: int) -> Array:
         return np.zeros(np.broadcast_shapes(at.batch.shape, at.head.shape, at.query.shape, at.key.shape), np.uint32)
     first_q, last_q, first_k, last_k = queries[0] // 16, queries[-1] // 16, keys[0] // 16, keys[-1] // 16
     rows = np.arange(8 * first_q, 8 * (last_q + 1))[:, None]
-    words = philox((rows, np.arange(4 * first_k, 4 * (last_k + 1)), at.head, at.batch), seed)
+    words = philox((rows, at.head, np.arange(4 * first_k, 4 * (last_k + 1)), at.batch), seed)
     batch, heads, *_ = words[0].shape
     # (batch, heads, squares, row, squares, pair of columns, half of columns, half of rows, column of the pair)
     halves = np.stack(words, axis=-1).reshape(batch, heads, -1, 8, last_k - first_k + 1, 4, 2, 2, 1)

@@ -1,4 +1,4 @@
-"""Philox 4x32-10 for arrays: see ``cuda_src/core/philox.cuh``."""
+"""Philox 4x32-7 for arrays: see ``cuda_src/core/philox.cuh``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 Words = NDArray[np.uint32]
 
-ROUNDS = 10
+ROUNDS = 7
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 INCREMENTS = 0x9E3779B9, 0xBB67AE85
 

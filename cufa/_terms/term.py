@@ -92,6 +92,8 @@ class Term:
         Whether its derivative by the score may be another than 1.
     scales : bool
         Whether it has a `factor`.
+    drops : bool
+        Whether that is 0 or 1, by numbers that kernels draw beside the exponentials.
     hides : bool
         Whether it has `keeps`.
     gives_slope : bool
@@ -135,6 +137,7 @@ class Term:
     per_head: bool = True
     bends: bool = True
     scales: bool = False
+    drops: bool = False
     hides: bool = False
     gives_slope: bool = False
     reads_score: bool = False

@@ -26,15 +26,15 @@ from cufa._terms.philox import philox, round_keys
 from cufa.reference import At
 
 KNOWN = (
-    ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0, 0, 0, 0), 0, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    ((2**32 - 1,) * 4, 2**64 - 1, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
     (
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
         0x299F31D0A4093822,
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
     ),
 )
-"""Counters, keys and numbers of philox4x32-10 that Random123 1.14 lists among its known answers."""
+"""Counters, keys and numbers of philox4x32-7 that Random123 1.14 lists among its known answers."""
 
 
 @pytest.mark.parametrize(("counter", "key", "numbers"), KNOWN)
@@ -47,6 +47,20 @@ def test_philox_broadcasts_counters() -> None:
     assert {word.shape for word in words} == {(3, 5)}
     alone = philox((2, 4, 7, 2**32 - 1), 2**64 - 5)
     assert [int(word[2, 4]) for word in words] == [int(word) for word in alone]
+
+
+@pytest.mark.parametrize("word", range(4))
+def test_a_bit_of_a_counter_turns_half_of_the_bits(word: int) -> None:
+    """Of the numbers of counters as calls have them: each bit of them in half of 4096 cases, within 6 deviations."""
+    cases = 1 << 12
+    counters = np.random.default_rng(word).integers(0, [[1 << 16], [64], [1 << 15], [64]], (4, cases))
+    numbers = np.stack(philox(tuple(counters), 2024))
+    for bit in range(16):
+        counters[word] ^= 1 << bit
+        changed = np.stack(philox(tuple(counters), 2024)) ^ numbers
+        counters[word] ^= 1 << bit
+        turned = (changed[..., None] >> np.arange(32, dtype=np.uint32) & 1).mean(axis=1)
+        np.testing.assert_allclose(turned, 0.5, rtol=0, atol=3 / np.sqrt(cases))
 
 
 @settings(max_examples=60)
@@ -321,6 +335,15 @@ def test_gradients_spill_nothing(arch: int, head_dim: int) -> None:
     assert _jit.resources_of(compiled.log).spill_bytes == 0, compiled.log
 
 
+@pytest.mark.parametrize("term", [Dropout(), SeededDropout("int64")], ids=repr)
+def test_the_narrowest_forward_for_hopper_spills_nothing(term: Dropout) -> None:
+    """Three warpgroups leave its threads the fewest registers."""
+    planned = plans.forward(plans.static("bf16", 64, 64)._replace(terms=(term,)), 90)
+    assert planned.config.block_m == 192
+    compiled = plans.compile_plan(planned)
+    assert _jit.resources_of(compiled.log).spill_bytes == 0 and "C75" not in compiled.log, compiled.log
+
+
 @pytest.mark.parametrize(("arch", "way"), paired([80, 90], WAYS))
 def test_kernels_compile_beside_other_terms(arch: int, way: str) -> None:
     dropout = SeededDropout("int32") if arch == 90 else Dropout()
@@ -381,7 +404,7 @@ def test_many_seeds_are_one_problem(case: str, monkeypatch: pytest.MonkeyPatch) 
     names = [{function.removeprefix("attention_") for function, _ in kernels} for kernels in found]
     assert names == names[:1] * len(SEEDS) and ("align" in names[0]) == ("copied" in case)
     assert ("splitting" not in case) or any("split" in name for name in names[0])
-    keys = [struct.pack("<20I", *round_keys(seed)) for seed in SEEDS]
+    keys = [struct.pack("<14I", *round_keys(seed)) for seed in SEEDS]
     for index, (function, first) in enumerate(found[0]):
         of = next(plan for plan in launched.plans.values() if function in plan.entries)
         size = units.record_of(of, _jit.headers()).size
