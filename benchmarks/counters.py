@@ -1,10 +1,11 @@
 """What cufa's kernels do with the GPU, and wait for: hardware counters of single launches, as a table.
 
-    python benchmarks/counters.py [--out DIR] [--only REGEX]
+    python benchmarks/counters.py [--out DIR] [--only REGEX] [--seconds S]
 
 ncu (Nsight Compute), which has to be on the PATH, replays each launch and flushes caches before, at whatever clock the
-GPU has: shares and bytes compare, times only roughly. The rows are those where something is to be gained. A launch that
-does nothing stands before each row's, so that its kernels are found among all.
+GPU has: shares and bytes compare, times only roughly. The rows are those where something is to be gained; all of them
+take some three minutes on an H200. A launch that does nothing stands before each row's, so that its kernels are found
+among all.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -148,8 +151,8 @@ def compile_ahead(chosen: Iterable[Profiled]) -> None:
     framework.release()
 
 
-def run_calls(only: str) -> None:
-    """Make each call once, behind a launch whose name says which it is."""
+def run_calls(only: str, seconds: float) -> None:
+    """Make each call once, behind a launch whose name says which it is; begin none after so long."""
     import torch
 
     import cufa
@@ -158,7 +161,11 @@ def run_calls(only: str) -> None:
     framework = Torch()
     chosen = [(index, each) for index, each in enumerate(profiled()) if re.search(only, each.name)]
     nothing = torch.zeros(1, dtype=torch.int32, device="cuda")
+    began = time.monotonic()
     for index, each in chosen:
+        if time.monotonic() - began > seconds:
+            print(f"# left out for want of time: {each.name}", flush=True)
+            continue
         call = each.make(framework)
         framework.release()
         for name in (f"row_{index}", "row_end"):
@@ -236,10 +243,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="directory for the table")
     parser.add_argument("--only", default="", help="regular expression that a row's name must contain")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after so long under ncu")
     parser.add_argument("--calls", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.calls:
-        run_calls(arguments.only)
+        run_calls(arguments.only, arguments.seconds)
         return
     chosen = {index: each for index, each in enumerate(profiled()) if re.search(arguments.only, each.name)}
     if not chosen:
@@ -252,7 +260,7 @@ def main() -> None:
         log = Path(folder) / "launches.csv"
         watch = ["ncu", "--clock-control", "none", "--kernel-name", "regex:^(attention_|row_|.*flash_fwd)"]
         watch += ["--metrics", ",".join(metrics), "--csv", "--page", "raw", "--print-units", "base"]
-        watched = [sys.executable, __file__, "--calls", "--only", arguments.only]
+        watched = [sys.executable, __file__, "--calls", "--only", arguments.only, "--seconds", str(arguments.seconds)]
         done = subprocess.run([*watch, "--log-file", str(log), *watched])
         text = log.read_text() if log.exists() else ""
     if done.returncode or '"ID"' not in text:
