@@ -20,13 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cufa._bench.peers import BACKWARD, FORWARD, Call
-from cufa._bench.reports import BASELINE, LADDER_HEAD_DIMS, Row, beside_the_ladder, markdown, rungs
+from cufa._bench.reports import BASELINE, LADDER_HEAD_DIMS, Row, beside_the_ladder, ladder, markdown, rungs
 from cufa._bench.variants_cases import Case
 from cufa._bench.variants_cases import cases as variants
 
@@ -69,10 +69,14 @@ BYTES = {"DRAM, MB": ("dram__bytes_read.sum", "dram__bytes_write.sum"), "L2, MB"
 
 
 class Profiled(NamedTuple):
-    """A call to profile: by the name of what it is, and how it is made of q, k, v and what else it takes."""
+    """A call to profile: the name of what it is, and how it is made.
+
+    `alone`: none other may be made beside it, of which it would change the kernel.
+    """
 
     name: str
     make: Callable[[Any], Call]
+    alone: bool = False
 
 
 def profiled() -> list[Profiled]:
@@ -80,7 +84,7 @@ def profiled() -> list[Profiled]:
     beside = beside_the_ladder()
     windows = [row for row in beside if row.window is not None]
     mixed = [row for row in beside if row.lengths]
-    grouped = Row(128, 4096, 4, 32, 8, True)
+    (grouped,) = (row for row in ladder(()) if row.causal)
     full, causal = (False,), (True,)
     forward = [*rungs((64, 128), (512, 8192), full), *rungs((256,), (8192, 16384)), *windows]
     backward = [*rungs(LADDER_HEAD_DIMS, (8192,), full), *rungs((64, 128), (512, 2048), causal), *windows]
@@ -122,7 +126,7 @@ def _every_gpu(row: Row, name: str) -> Profiled:
 
         return run
 
-    return Profiled(f"{plain.name}, {'every GPU' if name == 'cufa' else name}", make)
+    return Profiled(f"{plain.name}, {'every GPU' if name == 'cufa' else name}", make, alone=True)
 
 
 def _variant_of(case: Case, *, backward: bool) -> Profiled:
@@ -141,13 +145,16 @@ def _variant_of(case: Case, *, backward: bool) -> Profiled:
 # --- calls --------------------------------------------------------------------------------------------
 
 
-def compile_ahead(chosen: Iterable[Profiled]) -> None:
-    """Let cufa compile what the calls take side by side, outside of ncu; the cache on disk keeps it."""
+def compile_ahead(chosen: Collection[Profiled]) -> None:
+    """Let cufa compile what the calls take, side by side where it can be, outside of ncu; the disk keeps it."""
     from cufa._bench.frameworks import Torch
 
     framework = Torch()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda each: each.make(framework)(), chosen))
+        list(pool.map(lambda each: each.make(framework)(), (each for each in chosen if not each.alone)))
+    for each in chosen:
+        if each.alone:
+            each.make(framework)()
     framework.release()
 
 

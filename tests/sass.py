@@ -109,8 +109,9 @@ def wgmma_hazards(instructions: list[Instruction]) -> list[Instruction]:
 def lost_operands(instructions: list[Instruction]) -> list[Instruction]:
     """wgmmas that find in A what ldmatrix has loaded on some ways to them, and something else on others.
 
-    A may stay in registers while a loop goes on. NVRTC 13.0 has been seen to give these registers to another operand of
-    the same size, which is written before the loop comes around, so that only the first step was right.
+    A may stay in registers while a loop goes on. NVRTC 12.9 and 13.0 have been seen to give these registers to A of
+    another wgmma of the same shape, which is written before the loop comes around, so that only the first step was
+    right.
     """
     found: dict[Instruction, set[bool]] = {}
 

@@ -9,19 +9,17 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pretended
 import pytest
 
 import cufa
 from cufa._call import arrays as _arrays
 from cufa._call import problem as _problem
-from cufa._compile import jit as _jit
-from cufa._compile import used as _used
-from cufa._driver import driver as _driver
-from cufa._driver import launch as _launch
-from cufa._kernels import tensor_map
 from cufa._operations import repeated as _repeated
 
 SHAPE = 1, 64, 2, 64
+FIRST_MADE = 1 << 8
+"""More arrays than a test has before its calls make any."""
 
 
 class Array:
@@ -36,53 +34,23 @@ class Array:
         self.data = SimpleNamespace(ptr=Array.made << 32, device_id=0)
 
 
-class Gpu:
-    """A Hopper that notes what is launched: stream, kernel and argument."""
-
-    CUlaunchAttributeID = SimpleNamespace(
-        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6,
-        CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION=4,
-        CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE=5,
-    )
-    CUclusterSchedulingPolicy = SimpleNamespace(CU_CLUSTER_SCHEDULING_POLICY_LOAD_BALANCING=2)
-    CUlaunchConfig = SimpleNamespace
-
-    def __init__(self) -> None:
-        self.launched: list[Any] = []
-        self.ready = 0
-        self.stream, self.current = 7, 0
-
-    @staticmethod
-    def CUlaunchAttribute() -> Any:
-        return SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace()))
-
-    def cuLaunchKernelEx(self, config: Any, function: Any, arguments: int, extra: int) -> tuple[int]:
-        argument = _launch._scratch.argument
-        self.launched.append((config.hStream, function, bytes(argument)))
-        argument[:] = bytes(len(argument))
-        return (0,)
+class Gpu(pretended.Gpu):
+    """That of CuPy's arrays."""
 
     def alloc(self, size: int) -> Any:
         return SimpleNamespace(ptr=1 << 50)
 
-    def launches(self, call: Callable[[], Any]) -> list[Any]:
-        """Those of a call."""
-        before, Array.made = Array.made, 1 << 8
-        self.launched = []
-        call()
+    @contextlib.contextmanager
+    def same_memory(self) -> Iterator[None]:
+        before, Array.made = Array.made, FIRST_MADE
+        yield
         Array.made = before
-        return self.launched
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     found = Gpu()
-    run = _repeated.Ready.__call__
-
-    def counted(self: Any, addresses: list[int]) -> list[Any]:
-        found.ready += 1
-        return run(self, addresses)
-
+    found.stand_in(monkeypatch, _repeated.Ready)
     cupy = ModuleType("cupy")
     runtime = SimpleNamespace(getDevice=lambda: found.current)
     cuda = SimpleNamespace(
@@ -95,18 +63,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         setattr(cupy, name, value)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(_arrays._ADAPTERS, Array, _arrays.CupyAdapter())
-    for owner, name, value in (
-        (_driver, "driver", lambda: found),
-        (_driver, "device", lambda _: _driver.Device(90, 132)),
-        (_driver, "overlaps", lambda _: True),
-        (_driver, "enter", lambda _: None),
-        (_driver, "current", lambda _: contextlib.nullcontext()),
-        (_jit, "load_kernel", lambda plan, *_: plan.entries),
-        (_used, "note", lambda *_: None),
-        (tensor_map, "_driver_encode", lambda shape, address: address.to_bytes(8, "little") + bytes(120)),
-        (_repeated.Ready, "__call__", counted),
-    ):
-        monkeypatch.setattr(owner, name, value)
     _problem._checked.cache_clear()
     yield found
     _problem._checked.cache_clear()
@@ -130,9 +86,9 @@ def calls() -> dict[str, Callable[[], Any]]:
 def test_calls_launch_what_the_first_did(kind: str, gpu: Gpu) -> None:
     call = calls()[kind]
     first = gpu.launches(call)
-    assert first and not gpu.ready
+    assert first and not gpu.short_cuts
     for turn in range(1, 4):
-        assert gpu.launches(call) == first and gpu.ready == turn
+        assert gpu.launches(call) == first and gpu.short_cuts == turn
 
 
 def test_streams_and_the_current_gpu_are_asked_for_each_time(gpu: Gpu) -> None:
@@ -140,26 +96,26 @@ def test_streams_and_the_current_gpu_are_asked_for_each_time(gpu: Gpu) -> None:
     for _ in range(2):
         gpu.launches(call)
     gpu.stream = 8
-    assert {stream for stream, *_ in gpu.launches(call)} == {8} and gpu.ready == 2
+    assert {stream for stream, *_ in gpu.launches(call)} == {8} and gpu.short_cuts == 2
     gpu.current = 1
-    assert gpu.launches(call) and gpu.ready == 2
+    assert gpu.launches(call) and gpu.short_cuts == 2
     gpu.current = 0
-    assert gpu.launches(call) and gpu.ready == 3
+    assert gpu.launches(call) and gpu.short_cuts == 3
 
 
 def test_other_calls_are_not_taken_for_them(gpu: Gpu) -> None:
     q, k, v = (Array(SHAPE, "float16") for _ in range(3))
     for _ in range(2):
         cufa.attention(q, k, v)
-    assert gpu.ready == 1
+    assert gpu.short_cuts == 1
     out = Array(SHAPE, "float16")
     for _ in range(3):
         assert cufa.attention(q, k, v, out=out) is out
         cufa.attention(q, k, v, dropout_p=0.5, seed=3)
-    assert gpu.ready == 1
+    assert gpu.short_cuts == 1
     k.data.ptr += 2
     for _ in range(2):
         cufa.attention(q, k, v)  # rows that are not aligned are copied first
-    assert gpu.ready == 1
+    assert gpu.short_cuts == 1
     with pytest.raises(ValueError, match="dtype"):
         cufa.attention(q, q, Array(SHAPE, "float32"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
+import pretended
 import pytest
 
 torch: Any = pytest.importorskip("torch")
@@ -16,11 +16,6 @@ import cufa  # noqa: E402
 from cufa._call import arrays as _arrays  # noqa: E402
 from cufa._call import likeness as _likeness  # noqa: E402
 from cufa._call import problem as _problem  # noqa: E402
-from cufa._compile import jit as _jit  # noqa: E402
-from cufa._compile import used as _used  # noqa: E402
-from cufa._driver import driver as _driver  # noqa: E402
-from cufa._driver import launch as _launch  # noqa: E402
-from cufa._kernels import tensor_map  # noqa: E402
 from cufa._operations import call as _call  # noqa: E402
 from cufa._operations import operation as _operation  # noqa: E402
 from cufa._operations import repeated as _repeated  # noqa: E402
@@ -28,43 +23,13 @@ from cufa._operations import repeated as _repeated  # noqa: E402
 SHAPE = 1, 64, 2, 64
 
 
-class Gpu:
-    """A Hopper that notes what is launched, and the tensors of the host that stand for those in its memory.
-
-    Attributes
-    ----------
-    launched : list
-        Stream, kernel and argument of each launch.
-    again : int
-        Calls that were like earlier ones.
-    stream, current : int
-        The caller's.
-    """
-
-    CUclusterSchedulingPolicy = SimpleNamespace(CU_CLUSTER_SCHEDULING_POLICY_LOAD_BALANCING=2)
-    CUlaunchAttributeID = SimpleNamespace(
-        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6,
-        CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION=4,
-        CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE=5,
-    )
-    CUlaunchConfig = SimpleNamespace
+class Gpu(pretended.Gpu):
+    """That of tensors of the host, which stand for those in its memory."""
 
     def __init__(self) -> None:
-        self.launched: list[Any] = []
-        self.again = 0
-        self.stream, self.current = 7, 0
+        super().__init__()
         self._made = 0
         self._memory: dict[Any, Any] = {}
-
-    @staticmethod
-    def CUlaunchAttribute() -> Any:
-        return SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace()))
-
-    def cuLaunchKernelEx(self, config: Any, function: Any, arguments: int, extra: int) -> tuple[int]:
-        argument = _launch._scratch.argument
-        self.launched.append((config.hStream, function, bytes(argument)))
-        argument[:] = bytes(len(argument))
-        return (0,)
 
     def make(self, shape: Any, strides: Any, dtype: Any) -> Any:
         """New memory, which for the same tensors in the same order is always the same."""
@@ -74,11 +39,10 @@ class Gpu:
             self._memory[key] = torch.zeros(tuple(shape), dtype=dtype)
         return self._memory[key].detach()
 
-    def launches(self, call: Callable[[], Any]) -> list[Any]:
-        """Those of a call."""
-        self._made, self.launched = 0, []
-        call()
-        return self.launched
+    @contextlib.contextmanager
+    def same_memory(self) -> Iterator[None]:
+        self._made = 0
+        yield
 
 
 @pytest.fixture
@@ -86,25 +50,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     found = Gpu()
     adapter = _arrays.TorchAdapter
     instance = _arrays._ADAPTERS.get(torch.Tensor) or _arrays._find_adapter("attention", "q", torch.zeros(1))
-    spec, run = adapter.spec, _repeated.Repeated.__call__
+    spec = adapter.spec
+    found.stand_in(monkeypatch, _repeated.Repeated)
 
     def made(self: Any, shape: Any, dtype: str, like: Any) -> tuple[Any, int]:
         array = found.make(shape, None, getattr(torch, dtype))
         return array, array.data_ptr()
 
-    def counted(self: Any, addresses: list[int]) -> list[Any]:
-        found.again += 1
-        return run(self, addresses)
-
     for owner, name, value in (
-        (_driver, "driver", lambda: found),
-        (_driver, "device", lambda _: _driver.Device(90, 132)),
-        (_driver, "overlaps", lambda _: True),
-        (_driver, "enter", lambda _: None),
-        (_driver, "current", lambda _: contextlib.nullcontext()),
-        (_jit, "load_kernel", lambda plan, *_: plan.entries),
-        (_used, "note", lambda *_: None),
-        (tensor_map, "_driver_encode", lambda shape, address: address.to_bytes(8, "little") + bytes(120)),
         (adapter, "spec", lambda self, layout: spec(self, layout)._replace(device=0)),
         (instance, "current_stream", lambda device: found.stream),
         (instance, "current_device", lambda: found.current),
@@ -112,7 +65,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         (adapter, "empty_like", lambda self, array, shape, dtype: made(self, shape, dtype, array)),
         (torch._C._dynamo.guards, "_empty_strided_cuda", found.make),
         (_likeness, "VERSIONS", (_likeness.VERSIONS[0], (99, 0))),
-        (_repeated.Repeated, "__call__", counted),
     ):
         monkeypatch.setattr(owner, name, value)
 
@@ -172,9 +124,9 @@ def calls() -> dict[str, Callable[[], Any]]:
 def test_calls_launch_what_they_launched_before(kind: str, gpu: Gpu) -> None:
     call = calls()[kind]
     first, second = (gpu.launches(call) for _ in range(2))
-    assert first == second and first and not gpu.again
+    assert first == second and first and not gpu.short_cuts
     assert gpu.launches(call) == first and gpu.launches(call) == first
-    assert gpu.again == 2
+    assert gpu.short_cuts == 2
 
 
 def changing_calls() -> dict[str, Callable[[], Any]]:
@@ -198,20 +150,20 @@ def test_some_calls_always_go_the_ordinary_way(kind: str, gpu: Gpu) -> None:
     call = changing_calls()[kind]
     for _ in range(4):
         assert gpu.launches(call)
-    assert not gpu.again
+    assert not gpu.short_cuts
 
 
 def test_streams_and_the_current_gpu_are_asked_for_each_time(gpu: Gpu) -> None:
     call = calls()["lse"]
     for _ in range(3):
         gpu.launches(call)
-    assert gpu.again == 1
+    assert gpu.short_cuts == 1
     gpu.stream = 8
-    assert {stream for stream, *_ in gpu.launches(call)} == {8} and gpu.again == 2
+    assert {stream for stream, *_ in gpu.launches(call)} == {8} and gpu.short_cuts == 2
     gpu.current = 1
-    assert gpu.launches(call) and gpu.again == 2
+    assert gpu.launches(call) and gpu.short_cuts == 2
     gpu.current = 0
-    assert gpu.launches(call) and gpu.again == 3
+    assert gpu.launches(call) and gpu.short_cuts == 3
 
 
 @pytest.mark.filterwarnings("ignore")  # torch would rather have nested tensors of another layout
@@ -219,13 +171,13 @@ def test_other_calls_with_the_same_arrays_are_not_taken_for_them(gpu: Gpu) -> No
     q, k, v = (tensor(*SHAPE) for _ in range(3))
     for _ in range(3):
         cufa.attention(q, k, v, return_lse=True)
-    assert gpu.again == 1
+    assert gpu.short_cuts == 1
     cufa.attention(q, k, v, return_lse=True, causal=True)
     cufa.attention(q, k, v, return_lse=True, softmax_scale=2.0)
     cufa.attention(q, k, v, return_lse=True, sinks=tensor(2, dtype=torch.float32))
     cufa.attention(q, k, v, return_lse=True, out=tensor(*SHAPE))
     cufa.attention(q, k, v.bfloat16().half().transpose(1, 2).contiguous().transpose(1, 2), return_lse=True)
-    assert gpu.again == 1
+    assert gpu.short_cuts == 1
     with pytest.raises(ValueError, match="dtype"):
         cufa.attention(q, k, v.bfloat16(), return_lse=True)
     with pytest.raises(cufa.UnsupportedError, match="nested"):
@@ -234,9 +186,9 @@ def test_other_calls_with_the_same_arrays_are_not_taken_for_them(gpu: Gpu) -> No
         cufa.attention(q, k, torch.nested.nested_tensor([v[0]]), return_lse=True)
     with pytest.raises(TypeError):
         cufa.attention(q, k, None, return_lse=True)  # type: ignore[arg-type]
-    assert gpu.again == 1
+    assert gpu.short_cuts == 1
     cufa.attention(q, k, v, return_lse=True)
-    assert gpu.again == 2
+    assert gpu.short_cuts == 2
 
 
 def test_autograd_records_what_it_is_to_record(gpu: Gpu) -> None:
@@ -245,7 +197,7 @@ def test_autograd_records_what_it_is_to_record(gpu: Gpu) -> None:
         q.requires_grad_(turn % 2 == 1)
         with torch.set_grad_enabled(turn % 3 > 0):
             assert cufa.attention(q, k, v).requires_grad is (turn % 2 == 1 and turn % 3 > 0)
-    assert gpu.again
+    assert gpu.short_cuts
 
 
 def test_values_are_checked_where_they_were(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +206,7 @@ def test_values_are_checked_where_they_were(gpu: Gpu, monkeypatch: pytest.Monkey
     monkeypatch.setattr(_call, "check_on_gpu", lambda *_: checked.append(_))
     for _ in range(4):
         gpu.launches(calls()["packed"])
-    assert len(checked) == 4 and not gpu.again
+    assert len(checked) == 4 and not gpu.short_cuts
 
 
 def test_no_more_is_remembered_than_has_use(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

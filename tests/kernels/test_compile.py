@@ -237,6 +237,23 @@ def test_hazards_are_seen(instruction: str, hazard: bool) -> None:
     assert bool(sass.wgmma_hazards(sass.parse(listing))) == hazard
 
 
+@pytest.mark.parametrize(("written", "lost"), [("R44", False), ("R43", True), ("R40", True), ("R36", False)])
+def test_operands_that_a_loop_overwrites_are_seen(written: str, lost: bool) -> None:
+    """Two wgmmas have four registers each for A. Those from R40 on are loaded before the loop."""
+    lines = [
+        "LDSM.16.M88.4 R40, [R3]",
+        "HGMMA.64x16x16.F32.BF16 R24, R40, gdesc[UR4], RZ, !UPT, gsb0",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        f"F2FP.BF16.F32.PACK_AB {written}, R25, R24",
+        "HGMMA.64x16x16.F32.BF16 R8, R44, gdesc[UR4], R8, gsb0",
+        "@P0 BRA 0x0010",
+        "EXIT",
+    ]
+    listing = "\n".join(f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines))
+    found = sass.lost_operands(sass.parse(listing))
+    assert [each.address for each in found] == ([0x10] if lost else [])
+
+
 class Cell(NamedTuple):
     """One kernel of the forward, and who compiles it."""
 
@@ -402,6 +419,15 @@ def test_score_terms_of_gradients_by_every_nvrtc(head_dim: int, nvrtc: str) -> N
         check_backward(facts, 90, deterministic, nvrtc)
         if fullest:
             check_backward(facts, 90, not deterministic, nvrtc)
+
+
+@pytest.mark.parametrize("nvrtc", NVRTCS)
+def test_two_passes_beside_products_as_wide_as_those_of_what_they_hold(nvrtc: str) -> None:
+    """K, V and q are held in registers, but not where NVRTC would lose them: `sass.lost_operands`."""
+    check_backward(static("bf16", 192, 64, mask="causal"), 90, False, nvrtc)
+    check_backward(static("bf16", 64, 192), 90, False, nvrtc)
+    for head_dims in ((64, 64), (100, 60)):
+        check_backward(static("bf16", *head_dims, **BACKWARD["packed"]), 90, False, nvrtc, average_rows=1)
 
 
 @pytest.mark.parametrize(("average_rows", "features"), paired([0, 16], ["packed", "everything"]))
