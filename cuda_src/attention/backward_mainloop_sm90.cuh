@@ -281,7 +281,10 @@ struct BackwardMainloopSm90 {
       };
       // Derivatives and masks, and most gradients of terms, need the registers of dP.
       constexpr bool light = Variant::loading == 1 && Variant::light && !Variant::bends && !Variant::scales && !by_rows;
-      constexpr bool early_dp = (!Variant::shapes || light) && (!Variant::hides || bounded);
+      constexpr bool unshaped = (!Variant::shapes || light) && (!Variant::hides || bounded);
+      // But what bends scores takes so long that dP had better run beside it, and narrow tiles leave registers.
+      constexpr bool alone = !(Variant::hides || Variant::scales || Variant::has_gradient || Variant::pairs);
+      constexpr bool early_dp = unshaped || (alone && (Variant::bends || Config::head_dim <= 64));
       if (early_dp) begin_dp();
       ahead.arrange();
       warpgroup::wait<early_dp>(s);

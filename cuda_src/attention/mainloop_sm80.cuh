@@ -123,8 +123,10 @@ struct MainloopSm80 {
       }
       const Place<Config> place{params,   work.seqlen, work.tile.batch, work.tile.head, first_row() + warp_row(),
                                 first_col};
+      const bool boundary = blocks.template is_boundary<Config::mask::hides_first>(position);
+      if (Config::variant::pairs && boundary) mask(variant, scores, place);
       apply(variant, scores, place);
-      if (blocks.template is_boundary<Config::mask::hides_first>(position)) mask(variant, scores, place);
+      if (boundary) mask(variant, scores, place);
       if constexpr (beside) {
         const bool stepped = statistics.follow_all(scores, scale);
         if (!Config::votes || __any_sync(0xffffffffu, stepped)) statistics.rescale_all(out);

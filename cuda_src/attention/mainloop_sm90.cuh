@@ -234,12 +234,14 @@ struct MainloopSm90 {
     const auto first_row = [&] { return work->tile.m_block * Config::block_m + warp_row() + tile::fragment_row(0, 0); };
     LoadedAhead<typename Config::variant, Place<Config>, 1, Scores::cols> ahead;
     const auto finish_scores = [&](Scores& scores) {
+      const bool boundary = keys_ahead.is_boundary(blocks, position);
+      if (Config::variant::pairs && unlikely(boundary)) keys_ahead.mask(variant, scores, place());
       if constexpr (Config::stages_terms) {
         staged().apply(variant, scores, place(), at_keys.previous(), warp_row());
       } else {
         apply(variant, scores, place(), ahead);
       }
-      if (unlikely(keys_ahead.is_boundary(blocks, position))) keys_ahead.mask(variant, scores, place());
+      if (unlikely(boundary)) keys_ahead.mask(variant, scores, place());
     };
     Probabilities p;
     Out out;

@@ -155,8 +155,10 @@ struct MainloopSplitSm80 {
       Scores scores;
       warp::gemm_abt<Config::head_dim>(scores, q, K{stage + tile::offset<&Stage::k>}, warp_row());
       const OwnRowsPlace<Config> place{params, work.seqlen, rows, work.batch(), block * Config::block_n, k_descale};
+      const bool boundary = work.blocks.template is_boundary<Config::mask::hides_first>(block);
+      if (Config::variant::pairs && boundary) mask(scores, place);
       apply(scores, place);
-      if (work.blocks.template is_boundary<Config::mask::hides_first>(block)) mask(scores, place);
+      if (boundary) mask(scores, place);
       statistics.update(scores, out, scale, 0);
       weigh(scores, place);
       warp::gemm_ab(out, scores, V{stage + tile::offset<&Stage::v>}, warp_col());

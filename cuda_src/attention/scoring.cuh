@@ -122,14 +122,19 @@ inline float exponent_scale(const Params& params, float k_descale) {
   return Variant::shapes ? log2_e : params.exponent_scale * k_descale;
 }
 
-// What the terms of a row, all of its tile or its own, make of the entry in column `col`, number e of a pair; -infinity
-// where one hides the key.
+// x ← what the terms of a row, all of its tile or its own, make of two neighbouring entries, those of columns `col` and
+// col + 1, which `scale` is still to be multiplied to; -infinity where one hides the key.
 template <class Variant, class Row>
-inline float scored(const Variant& variant, float s, const Row& row, int col, const typename Variant::Loaded& loaded,
-                    int e) {
-  const Point at = row.at(col);
-  const float score = variant.score(s, at, loaded, e);
-  return Variant::hides_in_full && !variant.keeps(at, loaded, e) ? -infinity : score;
+inline void shape_pair(const Variant& variant, float (&x)[4], int i, float scale, const Row& row, int col,
+                       const typename Variant::Loaded& loaded) {
+  float s[2] = {x[2 * i], x[2 * i + 1]};
+  variant.begin_pair(s, scale);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const Point at = row.at(col + e);
+    const float score = variant.finish_one(s[e], at, loaded, e);
+    x[2 * i + e] = Variant::hides_in_full && !variant.keeps(at, loaded, e) ? -infinity : score;
+  }
 }
 
 // Scores ← what the variant's terms make of them, and -infinity where a term hides the key. What terms hide that hide
@@ -140,11 +145,7 @@ inline void apply(const Variant& variant, tile::Accumulator<m_tiles, cols>& scor
   if constexpr (Variant::shapes) {
     for_each_pair<true, m_tiles, cols>(place, [&](const auto& row, int t, int i, int j) {
       const auto& loaded = loads.of(variant, row, t, i, j);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& s = scores.x[t][j][2 * i + e];
-        s = scored(variant, s * place.params.softmax_scale, row, 8 * j + e, loaded, e);
-      }
+      shape_pair(variant, scores.x[t][j], i, place.params.softmax_scale, row, 8 * j, loaded);
     });
   }
 }
@@ -155,11 +156,7 @@ inline void apply(tile::Accumulator<1, cols>& scores, const OwnRowsPlace<Config>
   if constexpr (Config::variant::shapes) {
     for_each_pair<true, 1, cols>(place, [&](const auto& row, int t, int i, int j) {
       const auto& loaded = LoadedNow::of(row.variant, row, t, i, j);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& s = scores.x[t][j][2 * i + e];
-        s = scored(row.variant, s * (place.params.softmax_scale * place.k_descale), row, 8 * j + e, loaded, e);
-      }
+      shape_pair(row.variant, scores.x[t][j], i, place.params.softmax_scale * place.k_descale, row, 8 * j, loaded);
     });
   }
 }
@@ -265,16 +262,24 @@ inline void probabilities(const tile::Accumulator<m_tiles, cols>& scores, const 
     const float2 subtracted = lse.of(t, i, j);
     const auto& loaded = loads.of(variant, row, t, i, j);
     ScorePair pair;
+    float s[2] = {scores.x[t][j][2 * i], scores.x[t][j][2 * i + 1]};
+    // A key that a query does not see is not to change the bits of the key beside it.
+    if constexpr (Variant::pairs && Place::Row::along_keys) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (!row.sees(8 * j + e)) s[e] = 0.0f;
+      }
+    }
+    if constexpr (Variant::shapes) variant.begin_pair(s, place.params.softmax_scale);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const float s = scores.x[t][j][2 * i + e];
-      float exponent = s, weight = 1.0f;
+      float exponent = s[e], weight = 1.0f;
       Derivatives derivatives;
       // Derivatives need the registers that a whole tile of terms' scores would take, so terms are applied score by
       // score.
       if constexpr (Variant::shapes) {
         const Point at = row.at(8 * j + e);
-        exponent = variant.score(s * place.params.softmax_scale, at, loaded, e, derivatives);
+        exponent = variant.finish_one(s[e], at, loaded, e, derivatives);
         bool hidden = !row.sees(8 * j + e);
         if constexpr (Variant::hides_in_full)
           hidden = hidden || !variant.keeps(at, loaded, e);

@@ -49,6 +49,7 @@ struct Term {
   static constexpr bool sequences_share = false;  // whether all sequences share large arrays that heads do not share
   static constexpr bool apart = false;     // whether a kernel of its own makes its gradient (backward_bias_sm90.cuh)
   static constexpr bool finishes = false;  // whether it has `finish`
+  static constexpr bool pairs = false;     // whether it also has `score` of two at once: see Softcap
 
   // What becomes of a score, and the derivative of that as a function of what `score` returned.
   float score(float s, const Point&) const { return s; }

@@ -26,7 +26,7 @@ struct Variant<> {
   static constexpr bool sequences_share = false;
   static constexpr int loading = 0;
   static constexpr bool light = true;
-  static constexpr bool drops = false, weighs = false, shapes = false, loads = false, gathers = false;
+  static constexpr bool drops = false, weighs = false, shapes = false, loads = false, gathers = false, pairs = false;
   static constexpr int words = 0;
 
   struct Loaded {};
@@ -99,6 +99,10 @@ struct Variant<Term, Rest...> {
   static_assert(!(Term::gives_slope && Term::loads), "a score with a slope is asked for without what was loaded");
   // Whether keys may be hidden in blocks that the mask says are seen whole.
   static constexpr bool hides_in_full = (Term::hides && !Term::keeps_full) || Others::hides_in_full;
+
+  // Whether the first term takes scores two by two. Keys that are hidden are hidden before that, lest their NaN spread,
+  // which only masks do.
+  static constexpr bool pairs = Term::pairs && !hides_in_full;
 
   // Whether derivatives have to be held until terms have had their gradients: a term up to the last one with a gradient
   // bends.
@@ -234,6 +238,33 @@ struct Variant<Term, Rest...> {
     }
     derivative *= slope;
     return others.score(scored, at, loaded.others, e, derivatives);
+  }
+
+  // The same in two steps: two scores side by side, which are still to be multiplied by `scale`, and then each of them.
+  void begin_pair(float (&s)[2], float scale) const {
+    if constexpr (pairs) {
+      term.score(s, scale);
+    } else {
+      s[0] *= scale;
+      s[1] *= scale;
+    }
+  }
+
+  float finish_one(float s, const Point& at, const Loaded& loaded, int e) const {
+    if constexpr (pairs)
+      return others.score(s, at, loaded.others, e);
+    else
+      return score(s, at, loaded, e);
+  }
+
+  float finish_one(float s, const Point& at, const Loaded& loaded, int e, Derivatives& derivatives) const {
+    if constexpr (pairs) {
+      float& derivative = has_gradient ? derivatives.before : derivatives.after;
+      derivative *= term.dscore(s, at);
+      return others.score(s, at, loaded.others, e, derivatives);
+    } else {
+      return score(s, at, loaded, e, derivatives);
+    }
   }
 
   float factor(const Point& at) const { return term.factor(at) * others.factor(at); }

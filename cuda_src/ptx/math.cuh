@@ -1,4 +1,5 @@
-// ptx: the special-function unit's approximations (PTX ISA: "ex2", "lg2", "rcp"). Relative error about 2^-22.
+// ptx: the special-function unit's approximations (PTX ISA: "ex2", "lg2", "rcp"), whose relative error is about 2^-22,
+// and the lesser of two floats.
 #pragma once
 
 namespace ptx {
@@ -19,6 +20,13 @@ inline float lg2_approx(float x) {
 inline float rcp_approx_ftz(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// NaN if one of them is.
+inline float min_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 

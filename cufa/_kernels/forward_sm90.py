@@ -47,7 +47,7 @@ OWN_STAGES, OWN_Q_STAGES = 4, 2
 CONTROL_BYTES = 1 << 10
 """Shared memory for barriers and for what the kernel knows of its tiles and rows."""
 
-REGISTERS = {2: (24, 240), 3: (32, 160)}
+REGISTERS = {2: (24, 240), 3: (32, 160), 4: (24, 112)}
 """(producer, consumer) registers per thread by number of consumers: with what a block starts with, all there are."""
 
 
@@ -243,6 +243,8 @@ def tile(static: Static, staged: bool = False, own: bool = False) -> tuple[int, 
     plain = all(term.bounded for term in static.terms)  # what masks as ranges do takes no room
     window = static.mask == "window"
     boxed = staged and any(term.boxed for term in static.terms)
+    drawn = any(term.drops for term in static.terms)
+    quick = any(term.pairs for term in static.terms)
     loaded = 0 if staged else sum(term.loaded_bytes for term in static.terms)
     room = SHARED_MEMORY[90] - CONTROL_BYTES
     size = SIZEOF[static.element]
@@ -260,14 +262,19 @@ def tile(static: Static, staged: bool = False, own: bool = False) -> tuple[int, 
         narrow = window or loaded or (static.short and static.mask == "causal")
         if staged:  # with other terms 160 registers are too few
             narrow = narrow or len(static.terms) > 1 or not fits(192, 128)
-        if narrow:
-            return 128, 128, 0, True
-        # Rounds of numbers that are drawn wait less for each other where a few registers are left to them.
-        drawn = any(term.drops for term in static.terms) and listed_blocks(static.terms) is None
-        return 192, 112 if drawn else 128, 0, True
+        # What takes long between the products waits less in tiles that leave registers to it, and not for whole turns.
+        slow = drawn or any(term.bends for term in static.terms)
+        alone = len(static.terms) == 1 and not (narrow or static.varlen or static.full_tiles or static.pack > 1)
+        if quick and alone:
+            return 256, 64, 0, False
+        if narrow or slow:
+            return 128, 128, 0, not slow
+        return 192, 128, 0, plain or staged or static.mask != "causal"
     ragged = widest > 96 and (dim, dim_v) != (static.head_dim, static.head_dim_v)  # which columns there are takes some
     registers = 196 if plain and not ragged else 184
-    longest = 128 if window or static.short or boxed else 176
+    longest = 128 if window or static.short or boxed or ((quick or drawn) and widest <= 128) else 176
+    if drawn and widest > 160:
+        longest = 96
     if widest > 192:
         longest = 48 if staged and not only_boxes(static) else 64
     # A thread holds half a row's block of scores and P, and of what terms load ahead of them.
@@ -275,8 +282,6 @@ def tile(static: Static, staged: bool = False, own: bool = False) -> tuple[int, 
     block_n = min((registers - dim_v // 2) * 8 // (6 + loaded), longest) // step * step
     while not fits(128, block_n):
         block_n -= step
-    if 96 < widest <= 128 and not ragged and [term.drops for term in static.terms] == [True]:
-        return 128, min(block_n, 128), 4, False  # half of a block's numbers are drawn beside P·V
     early_steps = 4 if widest <= 128 else 1 if widest <= 160 else 2 if widest <= 192 else 0
     if ragged:
         early_steps = (early_steps + 1) // 2

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .term import Array, Point, Term
+from .score_array import Specialised
+from .term import Array, Point
 
 if TYPE_CHECKING:
     from .._call.arrays import Spec
@@ -16,8 +17,21 @@ if TYPE_CHECKING:
     from .._call.problem import Problem
 
 
-class Softcap(Term):
-    """Source: Gemma Team, *Gemma 2*, 2024."""
+LOWEST, LOW = 2.0**-32, 128.0
+"""Softcaps up to the latter are so low that 2^-22 of one is little: in kernels of 16-bit elements scores may err by so
+much. By one of at least the former a scale up to `LARGE_SCALE` can be divided."""
+
+LARGE_SCALE = 2.0**64
+
+
+class Softcap(Specialised):
+    """Source: Gemma Team, *Gemma 2*, 2024.
+
+    Parameters
+    ----------
+    low : bool
+        Whether the softcap is low: see `LOW`.
+    """
 
     name = "softcap"
     header = "attention/softcap.cuh"
@@ -25,6 +39,17 @@ class Softcap(Term):
     data = "SoftcapData"
     foldable = True
     per_head = False
+
+    def __init__(self, low: bool = True) -> None:
+        self.facts = (low,)
+        self.pairs = low
+
+    def struct(self, element: str) -> str:
+        (low,) = self.facts
+        return f"attention::Softcap<{element}>" if low else f"attention::Softcap<{element}, false>"
+
+    def specialised(self, specs: Mapping[str, Spec], packed: bool, options: Options) -> Softcap:
+        return Softcap(LOWEST <= options.softcap <= LOW and abs(options.softmax_scale or 0.0) <= LARGE_SCALE)
 
     def asked(self, specs: Mapping[str, Spec], options: Options) -> bool:
         return options.softcap > 0.0

@@ -118,6 +118,8 @@ class Term:
         Whether what its C++ twin loads may be brought to shared memory before, in `staged_bytes`.
     boxed : bool
         Whether that is boxes of an array of scores, copied by a tensor map.
+    pairs : bool
+        Whether its C++ twin takes scores two by two, in few registers, in kernels of 16-bit elements.
     apart : bool
         Whether its gradient is made by a kernel of its own, so that to the others it has none: see `set_apart`.
     foldable : bool
@@ -149,6 +151,7 @@ class Term:
     finishes: bool = False
     stages: bool = False
     boxed: bool = False
+    pairs: bool = False
     apart: bool = False
     foldable: bool = False
 
@@ -175,8 +178,8 @@ class Term:
         """Whether its C++ twin has a ``load``."""
         return self.loaded_bytes > 0
 
-    def specialised(self, specs: Mapping[str, Spec], packed: bool) -> Term:
-        """Itself with what decides its kernels of such arrays, which `struct` and the flags may depend on."""
+    def specialised(self, specs: Mapping[str, Spec], packed: bool, options: Options) -> Term:
+        """Itself with what decides the kernels of such a call, which `struct` and the flags may depend on."""
         return self
 
     def in_order(self) -> Term:

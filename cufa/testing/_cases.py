@@ -531,7 +531,7 @@ def features_of(
         "causal": st.booleans(),
         "window_size": st.none() | st.tuples(side, side),
         "softmax_scale": st.sampled_from((None, 0.02, 0.25, 1.0)),
-        "softcap": st.sampled_from((0.0, 0.0, 0.0, 0.5, 5.0, 30.0)),
+        "softcap": st.sampled_from((0.0, 0.0, 0.0, 0.5, 5.0, 30.0, 1e4)),
         "alibi_ndim": st.sampled_from((0, 0, 1, 2)),
         "sinks": st.booleans(),
         "return_lse": st.booleans(),

@@ -197,3 +197,28 @@ def test_results_are_those_of_the_model_of_errors(arch: int, rule: str, monkeypa
     found = model.Forward(*(arrays[name].astype(np.float64)[0, :, 0] for name in "qkv"), causal=False, bits=8)
     block = plans.forward(plans.static("bf16", 64, 64), arch).config.block_n
     assert np.mean(out[0, :, 0] == found.approximate(rule, block)) > 0.98
+
+
+CAPPED = ((80, "float16", 64), (90, "bfloat16", 64), (90, "float16", 192))
+
+
+@pytest.mark.parametrize(("arch", "dtype", "head_dim"), CAPPED)
+def test_capped_scores_take_nothing_of_keys_that_are_hidden(arch: int, dtype: str, head_dim: int) -> None:
+    """Two scores side by side share a reciprocal, but rows above a key's have the same bits whatever it holds."""
+    case = Case(seqlen_q=150, seqlen_k=150, head_dim=head_dim, head_dim_v=head_dim, dtype=dtype)
+    seen_from = 101
+    runs = []
+    for value in (0.0, 3.0, np.nan, np.inf):
+        arrays = case.arrays()
+        arrays["k"][:, seen_from] = value
+        with emulated.Gpu(arch=arch, num_sms=2) as gpu:
+            q, k, v = (gpu.array(arrays[name]) for name in "qkv")
+            out, lse = cufa.attention(q, k, v, causal=True, softcap=5.0, return_lse=True)
+            dq = cufa.attention_backward(q, q, k, v, out, lse, causal=True, softcap=5.0)[0]
+            out, lse, dq = (x.numpy() for x in (out, lse, dq))
+        found = [x.tobytes() for x in (out[:, :seen_from], lse[..., :seen_from], dq[:, :seen_from])]
+        runs.append(found if np.isfinite(value) else found[:2])  # what is not finite of dq is made again
+        assert np.isinf(value) or (np.isnan(lse[..., seen_from:]) == np.isnan(value)).all()
+        np.testing.assert_array_equal(np.isfinite(dq[:, :seen_from]), True)
+    first = runs[0]
+    assert runs[1:] == [first, first[:2], first[:2]]

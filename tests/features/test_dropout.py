@@ -335,11 +335,9 @@ def test_gradients_spill_nothing(arch: int, head_dim: int) -> None:
     assert _jit.resources_of(compiled.log).spill_bytes == 0, compiled.log
 
 
-@pytest.mark.parametrize("term", [Dropout(), SeededDropout("int64")], ids=repr)
-def test_the_narrowest_forward_for_hopper_spills_nothing(term: Dropout) -> None:
-    """Three warpgroups leave its threads the fewest registers."""
-    planned = plans.forward(plans.static("bf16", 64, 64)._replace(terms=(term,)), 90)
-    assert planned.config.block_m == 192
+@pytest.mark.parametrize(("term", "head_dim"), paired([Dropout(), SeededDropout("int64")], [64, 96, 128, 192]), ids=str)
+def test_the_forward_for_hopper_spills_nothing(term: Dropout, head_dim: int) -> None:
+    planned = plans.forward(plans.static("bf16", head_dim, head_dim)._replace(terms=(term,)), 90)
     compiled = plans.compile_plan(planned)
     assert _jit.resources_of(compiled.log).spill_bytes == 0 and "C75" not in compiled.log, compiled.log
 

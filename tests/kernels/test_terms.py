@@ -26,3 +26,19 @@ def test_terms_that_are_the_same_for_all_heads_may_share_tiles() -> None:
     plan = plans.forward(static("bf16", 64, 64), 90)
     shared = plan._replace(config=dataclasses.replace(plan.config, pack=4, variant=(Softcap(),)))
     assert compile_plan(shared).cubin
+
+
+@pytest.mark.parametrize(
+    ("options", "low"),
+    [
+        ({"softcap": 128.0}, True),
+        ({"softcap": 129.0}, False),
+        ({"softcap": 1e-10}, False),
+        ({"softcap": 30.0, "softmax_scale": -(2.0**65)}, False),
+    ],
+    ids=str,
+)
+def test_softcaps_go_the_quick_way_where_it_is_good_enough(options: dict[str, float], low: bool) -> None:
+    term = Softcap().specialised({}, False, plans.OPTIONS._replace(**options))
+    assert (term == Softcap()) is low and term.pairs is low
+    assert term.struct("bf16") == ("attention::Softcap<bf16>" if low else "attention::Softcap<bf16, false>")
