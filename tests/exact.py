@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from cufa._call.problem import BASE_SHIFT
-from cufa.testing._compare import alike
+from cufa.testing._compare import alike, capped_size
 from cufa.testing._gradients import COMPUTE_UNIT, in_step
 
 HALF = 0.5
@@ -124,7 +124,7 @@ def forward(problem: Padded) -> Forward:
     if softcap > 0:
         size = through_tanh(xp, raw, size, softcap, compute_unit)
         raw = softcap * xp.tanh(raw / softcap)
-        size = size + xp.minimum(softcap, 16 * xp.abs(raw))
+        size = size + capped_size(xp, raw, softcap, problem.dtype)
     s = raw
     if problem.slopes is not None:
         bias = problem.slopes * xp.abs(ahead)
@@ -253,7 +253,7 @@ def backward(problem: Padded, found: Forward, dout: Any, dlse: Any) -> Backward:
     walk_q, walk_k = (1 + xp.sqrt(lengths) / 4 for lengths in (problem.lengths_q, problem.lengths_k))
     lse_size = finite(xp, xp.abs(lse))
     s_size = (1 + q.shape[-1] / 128) * scale * (xp.abs(q) @ xp.abs(k).swapaxes(2, 3))
-    s_size = 1 + xp.minimum(softcap, 16 * xp.abs(raw)) + s_size + xp.abs(s - raw)
+    s_size = 1 + capped_size(xp, raw, softcap, problem.dtype) + s_size + xp.abs(s - raw)
     s_size = s_size + xp.where(p > 0, xp.abs(s - lse), 0)
     dp_size = (1 + v.shape[-1] / 128) * (xp.abs(dout) @ xp.abs(v).swapaxes(2, 3)) + xp.abs(delta)
     p_noise = COMPUTE_UNIT * p * s_size

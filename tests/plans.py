@@ -6,7 +6,6 @@ import math
 import re
 from typing import Any
 
-from cufa._call.options import Options
 from cufa._call.problem import LONG_ROWS, Problem, Static
 from cufa._compile import jit as _jit
 from cufa._kernels import Plan, align, choose
@@ -16,8 +15,8 @@ from cufa._operations.forward import FORWARD
 from cufa._operations.kvcache import KVCACHE
 from cufa._terms import TERMS
 
-OPTIONS = Options(False, None, None, 0.0, False, False)
-"""Those of a call with nothing but arrays."""
+ALL_TERMS = tuple(term for term in TERMS if term.name != "large_softcap")
+"""Of those of cufa what one call may have: a softcap is low or large."""
 
 ARCHS = (80, 86, 90, 100, 120)
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (40, 57), (64, 128), (192, 128))

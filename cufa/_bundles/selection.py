@@ -44,7 +44,8 @@ from .._operations.sketch import OPERATIONS, Layout, sketch
 FEATURES = {
     "causal": "a query sees no later key",
     "window": "window_size: a query sees keys near it",
-    "softcap": "scores are capped",
+    "softcap": "scores are capped, at 128 at most",
+    "large_softcap": "scores are capped, above 128",
     "alibi": "alibi_slopes are given",
     "sinks": "sinks are given",
     "deterministic": "gradients that are the same bits in every run",
@@ -57,14 +58,14 @@ FEATURES = {
 ARRAYS = {"alibi_slopes": "alibi", "sinks": "sinks"}
 """The arrays, of a number per head, that features stand for."""
 
-WINDOW, SOFTCAP = (1024, 0), 30.0
+WINDOW, SOFTCAPS = (1024, 0), {"softcap": 30.0, "large_softcap": 1000.0}
 """What stands for windows, and for softcaps: which ones does not matter."""
 
 
 def features_of(operation: Operation) -> tuple[str, ...]:
     """What calls of an operation may have."""
     masks = ("causal", "window") if operation.terms else ()
-    scores = ("softcap", "alibi", "sinks") if operation.tiles else ()
+    scores = (*SOFTCAPS, "alibi", "sinks") if operation.tiles else ()
     turns = ("deterministic",) if operation.gradient and operation.tiles else ()
     return (*masks, *scores, *turns, "unaligned", *(("paged", "packed") if has_caches(operation) else ()))
 
@@ -402,7 +403,7 @@ def problem_of(
     options = {
         "causal": "causal" in features,
         "window_size": WINDOW if "window" in features else None,
-        "softcap": SOFTCAP if "softcap" in features else 0.0,
+        "softcap": next((SOFTCAPS[name] for name in SOFTCAPS if name in features), 0.0),
         "deterministic": "deterministic" in features,
         "num_splits": 0,
         "interleaved": interleaved,
@@ -491,6 +492,8 @@ def asked_for(
         raise ValueError("nothing says what to compile for; name a preset, a head_dim, or a record of what was used.")
     if {"causal", "window"} <= {*features}:
         raise ValueError("window and causal exclude each other here; a causal window is a window.")
+    if {*SOFTCAPS} <= {*features}:
+        raise ValueError("softcap and large_softcap exclude each other; ask for kernels with either apart.")
     ordered = tuple(feature for feature in FEATURES if feature in features)
     able = [name for name, operation in OPERATIONS.items() if {*features} <= {*features_of(operation)}]
     for name in operations:

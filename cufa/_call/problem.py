@@ -493,7 +493,7 @@ class Check:
     def asked(self) -> tuple[Term, ...]:
         """The score terms that the call has."""
         terms = (term for term in self.terms if term.asked(self.specs, self.options))  # type: ignore[arg-type]
-        return tuple(term.specialised(self.specs, self.varlen, self.options) for term in terms)  # type: ignore[arg-type]
+        return tuple(term.specialised(self.specs, self.varlen) for term in terms)
 
     def pack(self, q: Spec) -> int:
         """Packing pays where it leaves at most three quarters of the tiles of 128 rows."""

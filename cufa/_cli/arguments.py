@@ -100,8 +100,8 @@ def kinds_options(function: Command) -> Command:
             "features",
             multiple=True,
             metavar="NAME",
-            help="causal, window, softcap, alibi, sinks, deterministic, unaligned, or of caches paged or packed: what "
-            "the calls have, together.",
+            help="causal, window, softcap (at 128 at most), large_softcap, alibi, sinks, deterministic, unaligned, "
+            "or of caches paged or packed: what the calls have, together.",
         ),
         click.option("--head-dim", "head_dims", multiple=True, type=HeadDim(), help="Of q and k, and of v."),
         click.option("--dtype", "dtypes", multiple=True, metavar="NAME", help="bfloat16, float16 or float32."),

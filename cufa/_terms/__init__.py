@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .alibi import Alibi
-from .softcap import Softcap
+from .softcap import LargeSoftcap, Softcap
 from .term import Term as Term
 
-TERMS: tuple[Term, ...] = (Softcap(), Alibi())
+TERMS: tuple[Term, ...] = (Softcap(), LargeSoftcap(), Alibi())
 """In the order in which they are applied."""

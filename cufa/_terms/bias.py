@@ -15,7 +15,6 @@ from .term import Array, Point
 
 if TYPE_CHECKING:
     from .._call.arrays import Spec
-    from .._call.options import Options
     from .._call.problem import Check, Problem
     from .._operations.features import Feature
 
@@ -80,7 +79,7 @@ class Bias(Specialised):
         flags = (access.per_head, not any(access.shared), queries, keys, exact, apart, self.boxed)
         return f"{self.type}<{own}, {access.arguments()}, {', '.join(str(flag).lower() for flag in flags)}>"
 
-    def specialised(self, specs: Mapping[str, Spec], packed: bool, options: Options) -> Bias:
+    def specialised(self, specs: Mapping[str, Spec], packed: bool) -> Bias:
         spec, access = specs["bias"], Access.of("bias", specs, packed)
         sequences, heads, queries, keys = access.shared
         tiles = math.prod(spec.shape[:2]) * math.prod(-(-n // TILE) for n in spec.shape[2:])

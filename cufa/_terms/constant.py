@@ -45,8 +45,8 @@ class Constant(Term):
     def struct(self, element: str) -> str:
         return f"attention::Constant<{self.term.struct(element)}>"
 
-    def specialised(self, specs: Mapping[str, Spec], packed: bool, options: Options) -> Constant:
-        return Constant(self.term.specialised(specs, packed, options))
+    def specialised(self, specs: Mapping[str, Spec], packed: bool) -> Constant:
+        return Constant(self.term.specialised(specs, packed))
 
     def staged_bytes(self, rows: int, columns: int) -> int:
         return self.term.staged_bytes(rows, columns)

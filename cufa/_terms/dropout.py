@@ -120,7 +120,7 @@ class SeededDropout(Specialised, Dropout):
         (dtype,) = self.facts
         return f"{self.type}<{SEED_DTYPES[dtype]}>"
 
-    def specialised(self, specs: Mapping[str, Spec], packed: bool, options: _options.Options) -> SeededDropout:
+    def specialised(self, specs: Mapping[str, Spec], packed: bool) -> SeededDropout:
         return SeededDropout(specs["seed"].dtype)
 
     def check(self, call: Check) -> None:

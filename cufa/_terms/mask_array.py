@@ -13,7 +13,6 @@ from .term import Array, Point
 
 if TYPE_CHECKING:
     from .._call.arrays import Spec
-    from .._call.options import Options
     from .._call.problem import Check, Problem
     from .._operations.features import Feature
 
@@ -45,7 +44,7 @@ class MaskArray(Specialised):
         (access,) = self.facts
         return f"{self.type}<{access.arguments()}, {str(access.per_head).lower()}>"
 
-    def specialised(self, specs: Mapping[str, Spec], packed: bool, options: Options) -> MaskArray:
+    def specialised(self, specs: Mapping[str, Spec], packed: bool) -> MaskArray:
         return MaskArray(Access.of("mask", specs, packed))
 
     def check(self, call: Check) -> None:

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .score_array import Specialised
-from .term import Array, Point
+from .term import Array, Point, Term
 
 if TYPE_CHECKING:
     from .._call.arrays import Spec
     from .._call.options import Options
     from .._call.problem import Problem
-
 
 LOWEST, LOW = 2.0**-32, 128.0
 """Softcaps up to the latter are so low that 2^-22 of one is little: in kernels of 16-bit elements scores may err by so
@@ -24,14 +22,8 @@ much. By one of at least the former a scale up to `LARGE_SCALE` can be divided."
 LARGE_SCALE = 2.0**64
 
 
-class Softcap(Specialised):
-    """Source: Gemma Team, *Gemma 2*, 2024.
-
-    Parameters
-    ----------
-    low : bool
-        Whether the softcap is low: see `LOW`.
-    """
+class Softcap(Term):
+    """Source: Gemma Team, *Gemma 2*, 2024. In kernels of 16-bit elements it errs in proportion to the softcap."""
 
     name = "softcap"
     header = "attention/softcap.cuh"
@@ -39,20 +31,10 @@ class Softcap(Specialised):
     data = "SoftcapData"
     foldable = True
     per_head = False
-
-    def __init__(self, low: bool = True) -> None:
-        self.facts = (low,)
-        self.pairs = low
-
-    def struct(self, element: str) -> str:
-        (low,) = self.facts
-        return f"attention::Softcap<{element}>" if low else f"attention::Softcap<{element}, false>"
-
-    def specialised(self, specs: Mapping[str, Spec], packed: bool, options: Options) -> Softcap:
-        return Softcap(LOWEST <= options.softcap <= LOW and abs(options.softmax_scale or 0.0) <= LARGE_SCALE)
+    pairs = True
 
     def asked(self, specs: Mapping[str, Spec], options: Options) -> bool:
-        return options.softcap > 0.0
+        return options.softcap > 0.0 and is_low(specs["q"].dtype, options)
 
     def values(self, problem: Problem) -> dict[str, Any]:
         inverse = 1.0 / problem.softcap
@@ -74,3 +56,21 @@ class Softcap(Specialised):
         slope *= slope
         np.subtract(1, slope, out=slope)
         return slope
+
+
+class LargeSoftcap(Softcap):
+    """The same where a softcap is so large that small scores have to err in proportion to themselves."""
+
+    name = "large_softcap"
+    type = "attention::Softcap<{element}, false>"
+    pairs = False
+
+    def asked(self, specs: Mapping[str, Spec], options: Options) -> bool:
+        return options.softcap > 0.0 and not is_low(specs["q"].dtype, options)
+
+
+def is_low(dtype: str, options: Options) -> bool:
+    """Whether a softcap is low, or elements have more than 16 bits, of which kernels leave nothing out."""
+    if dtype not in ("float16", "bfloat16"):
+        return True
+    return LOWEST <= options.softcap <= LOW and (options.softmax_scale or 0.0) <= LARGE_SCALE

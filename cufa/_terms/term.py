@@ -178,8 +178,8 @@ class Term:
         """Whether its C++ twin has a ``load``."""
         return self.loaded_bytes > 0
 
-    def specialised(self, specs: Mapping[str, Spec], packed: bool, options: Options) -> Term:
-        """Itself with what decides the kernels of such a call, which `struct` and the flags may depend on."""
+    def specialised(self, specs: Mapping[str, Spec], packed: bool) -> Term:
+        """Itself with what decides its kernels of such arrays, which `struct` and the flags may depend on."""
         return self
 
     def in_order(self) -> Term:

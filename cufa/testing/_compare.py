@@ -14,6 +14,7 @@ from cufa.reference import At, FeaturedOptions, Options, Term
 
 from .. import reference
 from .._call import problem as _problem
+from .._terms.softcap import LOW
 
 Array: TypeAlias = NDArray[Any]
 
@@ -282,8 +283,7 @@ def forward_noise(
         x, wide = (np.where(np.isfinite(e), e, 0) / softcap for e in (raw, 4 * compute_unit * size))
         deviations = np.where(np.abs(x) < wide, 2, 4)
         across = softcap / 2 * (np.tanh(x + wide) - np.tanh(x - wide)) / (deviations * compute_unit)
-        # tanh errs absolutely, but for small arguments relatively.
-        size = np.maximum(np.where(slope > 0, slope * size, 0), across) + np.minimum(softcap, 16 * np.abs(s))
+        size = np.maximum(np.where(slope > 0, slope * size, 0), across) + capped_size(np, s, softcap, storage)
     if options.get("alibi_slopes") is not None:
         biased = reference._scores(q, k, softmax_scale, softcap, options["alibi_slopes"])
         size, s = size + np.abs(biased - s), biased
@@ -363,6 +363,17 @@ def alike(xp: Any, total: Any, size: Any) -> Any:
     """
     known = (size > 0) & xp.isfinite(size)
     return xp.where(known, xp.abs(total) / xp.where(known, size, 1), 0) ** 4
+
+
+def capped_size(xp: Any, s: Any, softcap: float, storage: Any) -> Any:
+    """What capped scores err in proportion to, of results in a dtype; nothing if `softcap` is 0.
+
+    That is the softcap, and for small scores they themselves. Where the softcap is so low that two scores share a
+    reciprocal, the exponential's error is most of it, however small they are: 1.9 units by a model of the roundings.
+    """
+    if np.dtype(storage).itemsize == 2 and softcap <= LOW:
+        return 2 * softcap
+    return xp.minimum(softcap, 16 * xp.abs(s))
 
 
 def limit_of(count: int) -> float:

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from cufa.reference import At, FeaturedOptions, Options, Term
 
 from .. import reference
-from ._compare import Problem, complain, complaint, forward_noise, limit_of, to_numpy
+from ._compare import Problem, capped_size, complain, complaint, forward_noise, limit_of, to_numpy
 
 Array: TypeAlias = NDArray[Any]
 
@@ -256,7 +256,7 @@ def _noise(
     walk_q, walk_k = (1 + np.sqrt(x.shape[1]) / 4 for x in (q, k))
     s_size = (1 + q.shape[-1] / 128) * reference._scores(np.abs(q), np.abs(k), scale, 0.0, None)
     biased = finite(reference._scores(q, k, scale, softcap, alibi)) if of_terms else s
-    s_size = 1 + np.minimum(softcap, 16 * np.abs(raw)) + s_size + np.abs(biased - raw)
+    s_size = 1 + capped_size(np, raw, softcap, storage) + s_size + np.abs(biased - raw)
     for applied in of_terms:
         s_size = s_size * np.abs(applied.slope) + np.abs(applied.added)
     s_size = s_size + np.where(p > 0, np.abs(s - lse), 0)

@@ -196,13 +196,15 @@ def test_what_is_asked_for_narrows_a_preset() -> None:
         ({"features": ["causal"]}, "nothing says what to compile for; "),
         ({"preset": "training", "head_dims": [(40, 40)]}, "the preset training has no such calls; leave it out "),
         ({"head_dims": [(64, 64)], "features": ["causal", "window"]}, "window and causal exclude each other"),
+        ({"head_dims": [(64, 64)], "features": ["softcap", "large_softcap"]}, "softcap and large_softcap exclude each"),
         (
             {"head_dims": [(64, 64)], "features": ["deterministic"], "operations": ["attention"]},
             "attention is always deterministic; ",
         ),
         (
             {"head_dims": [(64, 64)], "features": ["paged"], "operations": ["attention"]},
-            "calls of attention may have no other features than causal, window, softcap, alibi, sinks, unaligned.",
+            "calls of attention may have no other features than causal, window, softcap, large_softcap, alibi, sinks, "
+            "unaligned.",
         ),
         (
             {"head_dims": [(64, 64)], "features": ["paged", "deterministic"]},

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
-from plans import OPTIONS
 
 from cufa._call import arrays as _arrays
 from cufa._call import options as _options
 from cufa._call import problem as _problem
 from cufa._call.arrays import Adapter, Spec, contiguous, numpy_dtype
+from cufa._call.options import Options
 from cufa._compile import jit as _jit
 from cufa._driver import driver as _driver
 from cufa._jit.kernel import JitKernel
@@ -47,6 +47,8 @@ CLUSTER = "CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION"
 
 OWN = (*(path.name for path in build.CUDA.glob("*.*")), "ptx/", "??")
 """Files whose lines are left out where the place of an error is told."""
+
+DEFAULTS = Options(False, None, None, 0.0, False, False)
 
 
 class Function(NamedTuple):
@@ -460,7 +462,7 @@ def call(
     >>> sorted(emulated.call(ATTENTION, {"q": x, "k": x, "v": x}, return_lse=True))
     ['lse', 'out']
     """
-    known = {name: default for name, default in OPTIONS._asdict().items() if name not in ("more", "late")}
+    known = {name: default for name, default in DEFAULTS._asdict().items() if name not in ("more", "late")}
     own = operation.owned.names
     for kind, names, all_names in (("options", options, [*known, *own]), ("arrays", arrays, operation.arrays)):
         if strange := sorted({*names} - {*all_names}):

@@ -9,7 +9,6 @@ from typing import Any
 
 import featured
 import numpy as np
-import plans
 import pytest
 from featured import MAKERS
 from gradients import Call
@@ -289,16 +288,14 @@ class Spec:
 def test_terms_are_specialised_by_layout(spec: Spec, arguments: str) -> None:
     keys = max(30, spec.shape[3])
     shapes: Any = {"q": Spec(2, 20, 4, 8, strides=()), "k": Spec(2, keys, 2, 8, strides=()), "bias": spec, "mask": spec}
-    term = BIAS.specialised(shapes, False, plans.OPTIONS)
+    term = BIAS.specialised(shapes, False)
     boxed = str(spec.strides[2] == 32).lower()  # rows of whole chunks of 16 bytes
     assert term.struct("f16") == f"attention::Bias<{arguments}, false, false, {boxed}>"
     exact = str(not term.ordered).lower()
     assert term.in_order().struct("f16") == f"attention::Bias<{arguments}, {exact}, false, {boxed}>"
     assert term != BIAS or arguments.startswith("f32, -1")
-    assert term == BIAS.specialised(shapes, False, plans.OPTIONS) and hash(term) == hash(
-        BIAS.specialised(shapes, False, plans.OPTIONS)
-    )
-    assert MASK_ARRAY.specialised(shapes, False, plans.OPTIONS) != term
+    assert term == BIAS.specialised(shapes, False) and hash(term) == hash(BIAS.specialised(shapes, False))
+    assert MASK_ARRAY.specialised(shapes, False) != term
 
 
 FOREIGN = Case(

@@ -20,7 +20,6 @@ from cufa._compile import jit as _jit
 from cufa._cpu import forward as _cpu
 from cufa._kernels import unit as units
 from cufa._specification.dropout import Dropout as Twin
-from cufa._terms import TERMS
 from cufa._terms.dropout import Dropout, Rate, SeededDropout
 from cufa._terms.philox import philox, round_keys
 from cufa.reference import At
@@ -345,7 +344,9 @@ def test_the_forward_for_hopper_spills_nothing(term: Dropout, head_dim: int) -> 
 @pytest.mark.parametrize(("arch", "way"), paired([80, 90], WAYS))
 def test_kernels_compile_beside_other_terms(arch: int, way: str) -> None:
     dropout = SeededDropout("int32") if arch == 90 else Dropout()
-    facts = plans.static("bf16", 128, 128, mask="window", varlen=True, sinks=True)._replace(terms=(*TERMS, dropout))
+    facts = plans.static("bf16", 128, 128, mask="window", varlen=True, sinks=True)._replace(
+        terms=(*plans.ALL_TERMS, dropout)
+    )
     assert plans.compile_plan(WAYS[way](facts, arch)).cubin[:4] == b"\x7fELF"
 
 

@@ -17,7 +17,7 @@ from cufa._compile import jit as _jit
 from cufa._kernels import unit as units
 from cufa._terms.alibi import Alibi
 from cufa._terms.function import mask_feature, score_feature
-from cufa._terms.softcap import Softcap
+from cufa._terms.softcap import LargeSoftcap
 
 SLOPES, CAP = np.array([0.5, 0.25], np.float32), 20.0
 
@@ -85,7 +85,7 @@ def alibi(s: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
     return s - functions.stop_gradient(SLOPES[head]) * abs(query.position - key)
 
 
-ALIKE: dict[str, tuple[Any, Any]] = {"softcap": (capped, Softcap(low=False)), "alibi": (alibi, Alibi())}
+ALIKE: dict[str, tuple[Any, Any]] = {"softcap": (capped, LargeSoftcap()), "alibi": (alibi, Alibi())}
 
 
 @pytest.mark.parametrize(("name", "way"), paired(ALIKE, WAYS))

@@ -104,7 +104,7 @@ def specialised(*shape: int) -> Bias:
     """The bias of 8 sequences of 1024 with 16 heads."""
     shapes = {"bias": shape, "q": (8, 1024, 16, 128), "k": (8, 1024, 16, 128)}
     specs = {name: Spec("torch", each, contiguous(each), "bfloat16", 0, 0, True) for name, each in shapes.items()}
-    return Bias().specialised(specs, False, plans.OPTIONS)
+    return Bias().specialised(specs, False)
 
 
 @pytest.mark.parametrize(

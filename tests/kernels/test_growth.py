@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plans
 import pytest
 from test_problem import Launched, OnGpu, unpacked
 
@@ -19,7 +20,6 @@ from cufa._compile import jit as _jit
 from cufa._kernels import choose
 from cufa._operations.call import call
 from cufa._operations.forward import ATTENTION, FORWARD
-from cufa._terms import TERMS
 from cufa.testing import to_numpy
 
 HEADER = """\
@@ -192,7 +192,7 @@ def test_an_operation_serves_jax_under_jit(added: Any) -> None:
 
 
 def test_a_kernel_compiles_from_its_own_header(added: Any) -> None:
-    static = _problem.Static("f32", 24, 24, "causal", TERMS, False, False, 16, 16, False, False)
+    static = _problem.Static("f32", 24, 24, "causal", plans.ALL_TERMS, False, False, 16, 16, False, False)
     plan = choose(added.LSE.kernels, static, 90)
     assert plan.words() == "attention_naive_lse (f32, head_dim 24, causal, softcap, alibi) for sm_90"
     unit = _jit.unit_of(plan)

@@ -536,7 +536,7 @@ def kernel(terms: tuple[Any, ...], dtype: str, arch: int, packed: bool, of: Any)
 @pytest.mark.parametrize("of", [plans.forward, plans.backward], ids=["forward", "backward"])
 def test_kernels_compile_with_headers_of_terms(added: Any, arch: int, kind: tuple[str, bool], of: Any) -> None:
     dtype, packed = kind
-    plan = kernel((*TERMS, *added.TERMS), dtype, arch, packed, of)
+    plan = kernel((*plans.ALL_TERMS, *added.TERMS), dtype, arch, packed, of)
     assert "softcap, alibi, table, checkers" in plan.words()
     assert plans.compile_plan(plan).cubin[:4] == b"\x7fELF"
 
@@ -554,7 +554,7 @@ def test_halves_of_a_term_that_disagree_do_not_compile(
     added: Any, flag: str, said: str, says_otherwise: dict[str, Any]
 ) -> None:
     wrong = type("Wrong", (added.Checkers,), says_otherwise)()
-    plan = kernel((*TERMS, added.Table(), wrong), "bf16", 80, False, plans.forward)
+    plan = kernel((*plans.ALL_TERMS, added.Table(), wrong), "bf16", 80, False, plans.forward)
     sentence = f"{flag} of the score term checkers is {said} in its Python class, but not in its C\\+\\+ struct"
     with pytest.raises(_jit.CompileError, match=sentence) as refusal:
         plans.compile_plan(plan)
