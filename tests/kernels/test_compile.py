@@ -422,6 +422,17 @@ def test_score_terms_of_gradients_by_every_nvrtc(head_dim: int, nvrtc: str) -> N
 
 
 @pytest.mark.parametrize("nvrtc", NVRTCS)
+def test_terms_that_bend_scores_by_themselves(nvrtc: str) -> None:
+    """Where low softcaps have four warpgroups, and gradients begin dP before the exponentials."""
+    four = static("bf16", 64, 64, softcap=True)
+    assert plans.forward(four, 90).config.block_m == 256
+    for facts in (four, static("f16", 128, 128, softcap=True), static("bf16", 64, 64, large_softcap=True)):
+        check(facts, 90, nvrtc)
+    for head_dim, mask in ((64, "none"), (128, "causal")):
+        check_backward(static("bf16", head_dim, head_dim, mask=mask, large_softcap=True), 90, False, nvrtc)
+
+
+@pytest.mark.parametrize("nvrtc", NVRTCS)
 def test_two_passes_beside_products_as_wide_as_those_of_what_they_hold(nvrtc: str) -> None:
     """K, V and q are held in registers, but not where NVRTC would lose them: `sass.lost_operands`."""
     check_backward(static("bf16", 192, 64, mask="causal"), 90, False, nvrtc)
